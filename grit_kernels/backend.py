@@ -1,0 +1,137 @@
+"""Which implementation of an op runs: ``reference`` (plain torch), ``cpu`` (C++) or ``triton``.
+
+Every kernel is a ``torch.library`` op whose schema, fake and autograd stand in the ``op.py`` of its folder. The dispatcher
+picks the implementation by device: CPU tensors go to the C++ library, CUDA tensors to Triton. Where one of them is
+missing, the reference takes its place and says so once. ``with grit_kernels.backend(name)`` or the environment variable
+GRIT_KERNELS_BACKEND overrules the choice and never falls back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from grit_kernels import _library
+
+BACKENDS = ("reference", "cpu", "triton")
+
+_forced: str | None = None
+_library_handle = torch.library.Library("grit_kernels", "FRAGMENT")
+
+
+def interpreting() -> bool:
+    """True in a process started with TRITON_INTERPRET=1, where the Triton kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def triton_reason() -> str:
+    """Empty when the Triton backend can run here, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not interpreting() and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return ""
+
+
+def check_backend_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by the context manager or the environment, None when the device decides."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("GRIT_KERNELS_BACKEND")
+    return check_backend_name(name) if name else None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every grit_kernels op inside on one backend: ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    The setting is process-wide (backward passes may run on another thread). An op whose tensors do not fit the backend
+    raises instead of falling back.
+    """
+    global _forced
+    previous, _forced = _forced, check_backend_name(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def use_reference(device: torch.device) -> bool:
+    """True when a call on ``device`` must run the reference; raises when the forced backend cannot serve the device."""
+    name = forced_backend()
+    if name is None:
+        return False
+    if name == "reference":
+        return True
+    if name == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"backend 'cpu' was asked for, but the tensors are on {device}")
+        if not _library.status().loaded:
+            raise RuntimeError(f"backend 'cpu' was asked for, but {_library.status().reason}")
+        return False
+    if device.type == "cpu" and not interpreting():
+        raise ValueError("backend 'triton' was asked for, but the tensors are on the CPU (TRITON_INTERPRET=1 at start allows it)")
+    if reason := triton_reason():
+        raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+    return False
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _announced(function: Callable[..., Any], message: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _warn_once(message)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def _lazy(path: str) -> Callable[..., Any]:
+    module, name = path.split(":")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return run
+
+
+def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None) -> None:
+    """Define op ``grit_kernels::<schema>`` and register what implements it on this machine.
+
+    ``reference``: plain torch function with the schema's arguments. ``triton``: ``"module:function"`` of a launcher with the
+    same arguments, imported at the first call (so importing the package never imports Triton), or None.
+    """
+    _library_handle.define(schema)
+    name = schema.split("(")[0]
+    library = _library.status()
+    if interpreting() and triton is not None:
+        _library_handle.impl(name, _lazy(triton), "CPU")
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{name}", "CPU"):
+        why = "the compiled library does not implement it" if library.loaded else library.reason
+        _library_handle.impl(name, _announced(reference, f"grit_kernels::{name} runs its plain torch reference: {why}"), "CPU")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{name}", "CUDA"):
+        why = "it has no Triton kernel" if triton is None else "the package triton is not installed"
+        if triton is not None and importlib.util.find_spec("triton") is not None:
+            _library_handle.impl(name, _lazy(triton), "CUDA")
+        else:
+            message = f"grit_kernels::{name} runs its plain torch reference: {why}"
+            _library_handle.impl(name, _announced(reference, message), "CUDA")
