@@ -26,9 +26,13 @@ def status() -> LibraryStatus:
         return LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
-        return LibraryStatus(False, "the compiled library is missing; `pip install . --no-build-isolation` with a C++ compiler builds it")
+        return LibraryStatus(
+            False, "the compiled library is missing; `pip install . --no-build-isolation` with a C++ compiler builds it"
+        )
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return LibraryStatus(False, f"{found[0]} does not load ({error}); rebuild it against torch {torch.__version__}", found[0])
+        return LibraryStatus(
+            False, f"{found[0]} does not load ({error}); rebuild it against torch {torch.__version__}", found[0]
+        )
     return LibraryStatus(True, "", found[0])

@@ -85,7 +85,9 @@ def use_reference(device: torch.device) -> bool:
             raise RuntimeError(f"backend 'cpu' was asked for, but {_library.status().reason}")
         return False
     if device.type == "cpu" and not interpreting():
-        raise ValueError("backend 'triton' was asked for, but the tensors are on the CPU (TRITON_INTERPRET=1 at start allows it)")
+        raise ValueError(
+            "backend 'triton' was asked for, but the tensors are on the CPU (TRITON_INTERPRET=1 at start allows it)"
+        )
     if reason := triton_reason():
         raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
     return False
@@ -127,7 +129,9 @@ def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None)
         _library_handle.impl(name, _lazy(triton), "CPU")
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{name}", "CPU"):
         why = "the compiled library does not implement it" if library.loaded else library.reason
-        _library_handle.impl(name, _announced(reference, f"grit_kernels::{name} runs its plain torch reference: {why}"), "CPU")
+        _library_handle.impl(
+            name, _announced(reference, f"grit_kernels::{name} runs its plain torch reference: {why}"), "CPU"
+        )
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{name}", "CUDA"):
         why = "it has no Triton kernel" if triton is None else "the package triton is not installed"
         if triton is not None and importlib.util.find_spec("triton") is not None:

@@ -42,10 +42,11 @@ class TileRange(NamedTuple):
     end: int
 
 
-def _clamp(value: Index, low: Index | int, high: Index | int) -> Index:
+def _clamp(value: Index, low: int, high: Index | int) -> Index:
     if isinstance(value, Tensor):
-        low_t, high_t = (torch.as_tensor(x, dtype=value.dtype, device=value.device) for x in (low, high))
-        return torch.maximum(low_t, torch.minimum(value, high_t))
+        return value.clamp(min=low).clamp(max=high)
+    if isinstance(high, Tensor):
+        return high.clamp(max=max(low, value)).clamp(min=low)
     return max(low, min(value, high))
 
 
@@ -54,9 +55,9 @@ def key_range(position: Index, len_k: Index | int, left: Index | int, right: Ind
     return _clamp(position - left, 0, len_k), _clamp(position + right + 1, 0, len_k)
 
 
-def row_range(key: Index, len_q: Index | int, len_k: Index | int, left: Index | int, right: Index | int) -> tuple[
-    Index, Index
-]:
+def row_range(
+    key: Index, len_q: Index | int, len_k: Index | int, left: Index | int, right: Index | int
+) -> tuple[Index, Index]:
     """Rows ``[first, last)`` that see ``key``: the transpose of :func:`key_range` (``0 <= key < len_k``)."""
     shift = len_q - len_k  # row = position + shift
     return _clamp(key - right + shift, 0, len_q), _clamp(key + left + 1 + shift, 0, len_q)
@@ -118,7 +119,9 @@ def window_bounds(
         window = torch.where(window < 0, bound, window.clamp(max=bound))
         left, right = window[:, 0], window[:, 1]
     else:
-        left, right = (torch.full_like(causal, min(w, bound) if w >= 0 else bound, dtype=torch.int32) for w in window_size)
+        left, right = (
+            torch.full_like(causal, min(w, bound) if w >= 0 else bound, dtype=torch.int32) for w in window_size
+        )
     return left.contiguous(), torch.where(causal, 0, right).to(torch.int32)
 
 

@@ -1,0 +1,250 @@
+"""Switch attention: attention whose causal flag belongs to the sample, in one call.
+
+Three public functions, one op. ``switch_attention`` takes rectangular (B, T, H, D) tensors, ``switch_attention_varlen``
+packs of (tokens, H, D), ``switch_attention_with_kvcache`` queries that continue a cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grit_kernels.attention import op as _op  # noqa: F401  (registers the ops)
+from grit_kernels.attention import reference
+from grit_kernels.attention.checks import (
+    causal_flags,
+    check_lengths,
+    check_qkv,
+    check_softmax_options,
+    length_tensor,
+    staircase,
+    window_argument,
+)
+from grit_kernels.backend import use_reference
+from grit_kernels.visibility import window_bounds
+
+__all__ = ["switch_attention", "switch_attention_varlen", "switch_attention_with_kvcache"]
+
+
+def switch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | Tensor,
+    *,
+    window_size: tuple[int, int] | Tensor = (-1, -1),
+    hi: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a right-padded batch in which every sample is causal or bidirectional on its own.
+
+    ``out_i = sum_j softmax_j(cap(softmax_scale * q_i . k_j)) v_j`` over the keys j that row i sees: ``lo(i) <= j < hi(i)``
+    with ``lo(i) = max(0, i - left)`` and ``hi(i) = min(L, i + right + 1)``; a causal sample has ``right = 0``; the queries
+    are the last positions of the keys (bottom-right aligned). Scores, softmax and sums are FP32.
+
+    Args:
+        q: (B, T_q, H_q, D) in float32, bfloat16 or float16 (float64 on the reference backend); D a multiple of 8 in 32..256.
+        k, v: (B, T_k, H_kv, D), H_q a multiple of H_kv.
+        causal: bool, or bool tensor (B): True sees only the past, False sees both sides.
+        window_size: (left, right) inclusive distances for all samples or an integer tensor (B, 2); -1 is unlimited. Mistral's
+            ``sliding_window=W`` is (W - 1, 0) for a causal sample.
+        hi: int32 (B, T_q), optional staircase that replaces ``right``: row i sees keys below ``hi[i]``; non-decreasing.
+        seqlens_q, seqlens_k: int (B), real rows of each sample; the rest is padding (output 0, lse -inf). ``seqlens_k`` defaults
+            to T_k, ``seqlens_q`` to ``minimum(T_q, seqlens_k)``.
+        softmax_scale: defaults to D ** -0.5.
+        softcap: ``cap(s) = softcap * tanh(s / softcap)`` when positive.
+        return_lse: also return the log-sum-exp of the scores, float32 (B, T_q, H_q); -inf where a row sees nothing.
+
+    Returns:
+        (B, T_q, H_q, D) in the dtype of q; 0 for rows that see no key.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+
+    Source: GRIT, arXiv 2402.09906 section 2; window convention of flash-attn.
+    """
+    q, k, v = check_qkv(q, k, v, ndim=4)
+    batch, max_q, heads_q, dim = q.shape
+    max_k = k.shape[1]
+    device = q.device
+    flags = causal_flags(causal, batch, device)
+    k_len = length_tensor("seqlens_k", seqlens_k, batch, max_k, device)
+    if seqlens_q is None:
+        q_len = (
+            k_len.clamp(max=max_q) if seqlens_k is not None else length_tensor("seqlens_q", None, batch, max_q, device)
+        )
+    else:
+        q_len = length_tensor("seqlens_q", seqlens_q, batch, max_q, device)
+    index = torch.arange(batch, device=device, dtype=torch.int32)
+    out, lse = _call(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        (index * max_q, q_len, index * max_k, k_len),
+        window_bounds(flags, window_argument(window_size, batch), max_q, max_k),
+        staircase(hi, (batch, max_q), device),
+        (max_q, max_k, max_q, max_k),
+        *check_softmax_options(softmax_scale, softcap, dim),
+    )
+    out = out.view(batch, max_q, heads_q, dim)
+    return (out, lse.view(batch, max_q, heads_q)) if return_lse else out
+
+
+def switch_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    window_size: tuple[int, int] | Tensor = (-1, -1),
+    hi: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`switch_attention` over a pack: samples one after another, no padding.
+
+    Args:
+        q: (tokens_q, H_q, D); k, v: (tokens_k, H_kv, D).
+        causal: bool, or bool tensor (B).
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1), where each sample starts; 0 first, the number of tokens last.
+        max_seqlen_q, max_seqlen_k: the longest sample (ints; an upper bound is fine).
+        hi: int32 (tokens_q), positions counted inside the sample.
+        window_size, softmax_scale, softcap: as in :func:`switch_attention`.
+        return_lse: also return the log-sum-exp, float32 (tokens_q, H_q).
+
+    Returns:
+        (tokens_q, H_q, D) in the dtype of q. No value is read back from a GPU.
+    """
+    q, k, v = check_qkv(q, k, v, ndim=3)
+    tokens_q, _, dim = q.shape
+    device = q.device
+    starts_q, q_len = check_lengths("cu_seqlens_q", cu_seqlens_q, tokens_q, "max_seqlen_q", max_seqlen_q, device)
+    starts_k, k_len = check_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, device)
+    batch = q_len.shape[0]
+    if k_len.shape[0] != batch:
+        raise ValueError(f"cu_seqlens_k: got {k_len.shape[0]} samples, cu_seqlens_q has {batch}")
+    flags = causal_flags(causal, batch, device)
+    out, lse = _call(
+        q,
+        k,
+        v,
+        (starts_q, q_len, starts_k, k_len),
+        window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k),
+        staircase(hi, (tokens_q,), device),
+        (0, 0, max_seqlen_q, max_seqlen_k),
+        *check_softmax_options(softmax_scale, softcap, dim),
+    )
+    return (out, lse) if return_lse else out
+
+
+def switch_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    causal: bool | Tensor = True,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    window_size: tuple[int, int] | Tensor = (-1, -1),
+    hi: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Queries that continue a cache: decoding, and prefill of a prompt after cached states. Not differentiable.
+
+    Args:
+        q: (B, T_q, H_q, D), right-padded; row r of sample b stands at the end of its keys (bottom-right aligned).
+        k_cache, v_cache: (B, S, H_kv, D). With ``k`` and ``v`` given they are written in place first.
+        cache_seqlens: int (B), filled slots of each cache, before ``k`` is added.
+        causal: bool or bool tensor (B).
+        k, v: (B, T_q, H_kv, D), optional new states, written from slot ``cache_seqlens[b]`` on (the ``seqlens_q[b]`` real rows).
+        cache_leftpad: int (B), optional first used slot of each cache.
+        seqlens_q: int (B), real query rows, default T_q for all.
+        hi: int32 (B, T_q), positions counted from the first used slot. Other arguments as in :func:`switch_attention`.
+
+    Returns:
+        (B, T_q, H_q, D) in the dtype of q, and with ``return_lse`` float32 (B, T_q, H_q).
+    """
+    q, k_cache, v_cache = check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
+    batch, max_q, heads_q, dim = q.shape
+    slots = k_cache.shape[1]
+    device = q.device
+    q_len = length_tensor("seqlens_q", seqlens_q, batch, max_q, device)
+    used = length_tensor("cache_seqlens", cache_seqlens, batch, slots, device)
+    if (k is None) != (v is None):
+        raise ValueError("k, v: give both or none of them")
+    if k is not None and v is not None:
+        check_qkv(q, k, v, ndim=4)
+        if k.shape[1] != max_q:
+            raise ValueError(f"k: got {k.shape[1]} rows, accepted is q's {max_q}")
+        if device.type == "cpu" and bool((used + q_len > slots).any()):
+            raise ValueError(
+                f"cache_seqlens: a sample has no room for its new states in {slots} slots: {used.tolist()} + {q_len.tolist()}"
+            )
+        rows = torch.arange(max_q, device=device)
+        fresh = rows < q_len[:, None]  # [B, T_q]
+        sample, row = torch.nonzero(fresh, as_tuple=True) if device.type == "cpu" else (None, None)
+        _append(k_cache, k, used, fresh, sample, row)
+        _append(v_cache, v, used, fresh, sample, row)
+        used = used + q_len
+    leftpad = length_tensor("cache_leftpad", cache_leftpad, batch, slots, device, default=0)
+    index = torch.arange(batch, device=device, dtype=torch.int32)
+    flags = causal_flags(causal, batch, device)
+    with torch.no_grad():
+        out, lse = _call(
+            q.flatten(0, 1),
+            k_cache.flatten(0, 1),
+            v_cache.flatten(0, 1),
+            (index * max_q, q_len, index * slots + leftpad, (used - leftpad).clamp(min=0)),
+            window_bounds(flags, window_argument(window_size, batch), max_q, slots),
+            staircase(hi, (batch, max_q), device),
+            (max_q, slots, max_q, slots),
+            *check_softmax_options(softmax_scale, softcap, dim),
+        )
+    out = out.view(batch, max_q, heads_q, dim)
+    return (out, lse.view(batch, max_q, heads_q)) if return_lse else out
+
+
+def _append(cache: Tensor, new: Tensor, used: Tensor, fresh: Tensor, sample: Tensor | None, row: Tensor | None) -> None:
+    """Write the real rows of ``new`` (B, T, H, D) behind the used slots of ``cache`` (B, S, H, D)."""
+    if sample is not None and row is not None:
+        cache[sample, used[sample] + row] = new[sample, row].to(cache.dtype)
+        return
+    # on a GPU no index list can be made without a sync: padded rows rewrite the slot they would take with what it holds
+    slot = (used[:, None] + torch.arange(new.shape[1], device=new.device)).clamp(max=cache.shape[1] - 1)
+    batch = torch.arange(new.shape[0], device=new.device)[:, None]
+    cache[batch, slot] = torch.where(fresh[..., None, None], new.to(cache.dtype), cache[batch, slot])
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor],
+    window: tuple[Tensor, Tensor],
+    hi: Tensor | None,
+    rows: tuple[int, int, int, int],
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if use_reference(q.device):
+        return reference.attention_forward(q, k, v, *ranges, *window, hi, *rows, softmax_scale, softcap)
+    if q.dtype == torch.float64:
+        raise TypeError("q: got torch.float64, which only `with grit_kernels.backend('reference')` accepts")
+    return torch.ops.grit_kernels.attention_forward(q, k, v, *ranges, *window, hi, *rows, softmax_scale, softcap)

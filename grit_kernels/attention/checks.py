@@ -1,0 +1,143 @@
+"""Argument checks of switch attention. Shapes, dtypes and devices always; values only where they lie on the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
+
+
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, ndim: int, names: tuple[str, str, str] = ("q", "k", "v")
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the three tensors against each other; returns them with a contiguous last dimension."""
+    layout = "(B, T, H, D)" if ndim == 4 else "(tokens, H, D)"
+    for name, x in zip(names, (q, k, v), strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor {layout}")
+        if x.ndim != ndim:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {layout}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: got {x.dtype}, accepted are float32, bfloat16, float16")
+        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise TypeError(f"{name}: got {x.dtype}, q has {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: is on {x.device}, q is on {q.device}")
+    dim = q.shape[-1]
+    if dim % 8 or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: got head dim {dim}, accepted are multiples of 8 in {MIN_HEAD_DIM}..{MAX_HEAD_DIM}")
+    if k.shape[-1] != dim or v.shape != k.shape:
+        raise ValueError(
+            f"{names[1]}, {names[2]}: got shapes {tuple(k.shape)} and {tuple(v.shape)} for q {tuple(q.shape)}"
+        )
+    if ndim == 4:
+        if q.shape[0] == 0:
+            raise ValueError(f"q: got an empty batch, shape {tuple(q.shape)}")
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(f"{names[1]}: got batch {k.shape[0]}, q has {q.shape[0]}")
+    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"q: got {q.shape[-2]} heads, accepted are multiples of {names[1]}'s {k.shape[-2]}")
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
+
+
+def causal_flags(causal: bool | Tensor, batch: int, device: torch.device) -> Tensor:
+    """``causal`` as a bool tensor (B) on ``device``."""
+    if isinstance(causal, bool):
+        return torch.full((batch,), causal, dtype=torch.bool, device=device)
+    if not isinstance(causal, Tensor):
+        raise TypeError(f"causal: got {type(causal).__name__}, accepted are a bool and a bool tensor ({batch},)")
+    if causal.dtype != torch.bool or causal.shape != (batch,):
+        raise ValueError(f"causal: got {causal.dtype} {tuple(causal.shape)}, accepted is torch.bool ({batch},)")
+    return causal.to(device)
+
+
+def window_argument(window_size: tuple[int, int] | Tensor, batch: int) -> tuple[int, int] | Tensor:
+    """Check ``window_size``: a pair of ints >= -1 or an integer tensor (B, 2)."""
+    if isinstance(window_size, Tensor):
+        if window_size.dtype not in (torch.int32, torch.int64) or window_size.shape != (batch, 2):
+            raise ValueError(
+                f"window_size: got {window_size.dtype} {tuple(window_size.shape)}, accepted are a pair of ints and an "
+                f"int32 tensor ({batch}, 2)"
+            )
+        if window_size.device.type == "cpu" and bool((window_size < -1).any()):
+            raise ValueError(f"window_size: got an entry below -1: {window_size.tolist()}")
+        return window_size
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(
+            f"window_size: got {window_size!r}, accepted are a pair (left, right) and an int tensor ({batch}, 2)"
+        )
+    left, right = window_size
+    for side, value in (("left", left), ("right", right)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"window_size: got {side} {value!r}, accepted is an int")
+        if value < -1:
+            raise ValueError(f"window_size: got {side} {value}, accepted are -1 (unlimited) and distances >= 0")
+    return left, right
+
+
+def staircase(hi: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Check ``hi`` and flatten it to int32 (rows)."""
+    if hi is None:
+        return None
+    if not isinstance(hi, Tensor) or hi.dtype not in (torch.int32, torch.int64) or tuple(hi.shape) != shape:
+        given = f"{hi.dtype} {tuple(hi.shape)}" if isinstance(hi, Tensor) else type(hi).__name__
+        raise ValueError(f"hi: got {given}, accepted is int32 {shape}")
+    if hi.device != device:
+        raise ValueError(f"hi: is on {hi.device}, q is on {device}")
+    return hi.reshape(-1).to(torch.int32).contiguous()
+
+
+def length_tensor(
+    name: str, lengths: Tensor | None, batch: int, limit: int, device: torch.device, default: int | None = None
+) -> Tensor:
+    """``lengths`` as int32 (B) on ``device``; values within 0..limit are checked where they lie on the CPU."""
+    if lengths is None:
+        return torch.full((batch,), limit if default is None else default, dtype=torch.int32, device=device)
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (batch,):
+        given = f"{lengths.dtype} {tuple(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise ValueError(f"{name}: got {given}, accepted is int32 ({batch},)")
+    if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > limit)).any()):
+        raise ValueError(f"{name}: got {lengths.tolist()}, accepted are values in 0..{limit}")
+    return lengths.to(device=device, dtype=torch.int32)
+
+
+def check_lengths(
+    name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Check a ``cu_seqlens`` (int32 (B + 1)); returns starts and lengths, int32 (B)."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        given = (
+            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            if isinstance(cu_seqlens, Tensor)
+            else type(cu_seqlens).__name__
+        )
+        raise ValueError(f"{name}: got {given}, accepted is int32 (B + 1,)")
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name}: got an empty batch, accepted is int32 (B + 1,) with B >= 1")
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"{max_name}: got {type(max_seqlen).__name__}, accepted is an int")
+    lengths = cu_seqlens.diff()
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((lengths < 0).any()):
+            raise ValueError(
+                f"{name}: got {cu_seqlens.tolist()}, accepted is a non-decreasing table from 0 to {tokens}"
+            )
+        if int(lengths.max()) > max_seqlen:
+            raise ValueError(f"{max_name}: got {max_seqlen}, the longest sample has {int(lengths.max())} tokens")
+    lengths = lengths.to(device=device, dtype=torch.int32)
+    return cu_seqlens[:-1].to(device=device, dtype=torch.int32).contiguous(), lengths
+
+
+def check_softmax_options(softmax_scale: float | None, softcap: float, dim: int) -> tuple[float, float]:
+    """``softmax_scale`` (default ``dim ** -0.5``) and ``softcap`` as floats."""
+    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale: got {softmax_scale}, accepted is a finite number")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap: got {softcap}, accepted is a finite number >= 0 (0 switches it off)")
+    return scale, float(softcap)

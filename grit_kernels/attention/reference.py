@@ -1,0 +1,138 @@
+"""The definition of switch attention in plain torch: per sample, a dense mask, a softmax.
+
+    score = cap(softmax_scale * q . k),  cap(s) = softcap * tanh(s / softcap) if softcap > 0 else s
+    out_i = sum_j softmax_j(score_ij) v_j over the visible keys j of row i,   lse_i = ln sum_j exp(score_ij)
+
+Computed in float64 for float64 inputs and in float32 otherwise; differentiable by autograd (twice, too). Every other
+implementation is tested against this file. Argument names and shapes are those of the op's schema in ``op.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grit_kernels.visibility import dense_mask
+
+
+def _sample(
+    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, hi: Tensor | None, softmax_scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """q (Lq, Hq, D), k and v (Lk, Hkv, D) of one sample -> out (Lq, Hq, D), lse (Lq, Hq)."""
+    len_q, heads_q, dim = q.shape
+    len_k, heads_kv, _ = k.shape
+    group = heads_q // heads_kv
+    mask = dense_mask(len_q, len_k, left, right, hi, device=q.device)  # [Lq, Lk]
+    grouped = q.reshape(len_q, heads_kv, group, dim)
+    score = torch.einsum("qhgd,khd->hgqk", grouped, k) * softmax_scale  # [Hkv, G, Lq, Lk]
+    if softcap > 0:
+        score = softcap * torch.tanh(score / softcap)
+    score = score.masked_fill(~mask, float("-inf"))
+    # a row that sees nothing subtracts 0 instead of -inf and divides by 1 instead of 0: output 0, lse -inf, gradient 0
+    alive = mask.any(dim=-1)
+    top = score.detach().amax(dim=-1) if len_k else score.new_full(score.shape[:-1], float("-inf"))
+    top = torch.where(alive, top, 0.0)
+    p = torch.exp(score - top[..., None])
+    total = p.sum(dim=-1)
+    safe_total = torch.where(alive, total, 1.0)
+    lse = torch.where(alive, top + torch.log(safe_total), float("-inf"))
+    out = torch.einsum("hgqk,khd->qhgd", p / safe_total[..., None], v)
+    return out.reshape(len_q, heads_q, dim), lse.permute(2, 0, 1).reshape(len_q, heads_q)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: Tensor,
+    q_len: Tensor,
+    k_start: Tensor,
+    k_len: Tensor,
+    left: Tensor,
+    right: Tensor,
+    hi: Tensor | None,
+    q_rows: int,
+    k_rows: int,
+    max_q: int,
+    max_k: int,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """See the schema in ``op.py``. Rows that no sample owns give 0 and -inf."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros(q.shape, dtype=compute, device=q.device)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=compute, device=q.device)
+    bounds = [x.tolist() for x in (q_start, q_len, k_start, k_len, left, right)]
+    for first_q, len_q, first_k, len_k, left_b, right_b in zip(*bounds, strict=True):
+        if len_q == 0:
+            continue
+        rows = slice(first_q, first_q + len_q)
+        keys = slice(first_k, first_k + len_k)
+        out[rows], lse[rows] = _sample(
+            q[rows].to(compute),
+            k[keys].to(compute),
+            v[keys].to(compute),
+            left_b,
+            right_b,
+            None if hi is None else hi[rows],
+            softmax_scale,
+            softcap,
+        )
+    return out.to(q.dtype), lse if compute == torch.float64 else lse.float()
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_start: Tensor,
+    q_len: Tensor,
+    k_start: Tensor,
+    k_len: Tensor,
+    left: Tensor,
+    right: Tensor,
+    hi: Tensor | None,
+    q_rows: int,
+    k_rows: int,
+    max_q: int,
+    max_k: int,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The closed form of the gradients, per sample:
+
+    p = exp(score - lse) on visible pairs,  ds = p * (grad_out . v - rowsum(grad_out * out) + grad_lse) * cap'(score),
+    dq = softmax_scale * ds k,  dk = softmax_scale * ds^T q,  dv = p^T grad_out.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dq, dk, dv = (torch.zeros(x.shape, dtype=compute, device=x.device) for x in (q, k, v))
+    delta = (grad_out.to(compute) * out.to(compute)).sum(-1)  # [Tq, Hq]
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    bounds = [x.tolist() for x in (q_start, q_len, k_start, k_len, left, right)]
+    for first_q, len_q, first_k, len_k, left_b, right_b in zip(*bounds, strict=True):
+        if len_q == 0 or len_k == 0:
+            continue
+        rows, keys = slice(first_q, first_q + len_q), slice(first_k, first_k + len_k)
+        heads_kv = k.shape[1]
+        q_b, do_b, lse_b, delta_b = (
+            x[rows].to(compute).unflatten(1, (heads_kv, -1)) for x in (q, grad_out, lse, delta)
+        )
+        k_b, v_b = k[keys].to(compute), v[keys].to(compute)
+        mask = dense_mask(len_q, len_k, left_b, right_b, None if hi is None else hi[rows], device=q.device)
+        score = torch.einsum("qhgd,khd->hgqk", q_b, k_b) * softmax_scale
+        slope = torch.ones_like(score)
+        if softcap > 0:
+            tanh = torch.tanh(score / softcap)
+            score, slope = softcap * tanh, 1 - tanh * tanh
+        p = torch.where(mask, torch.exp(score - lse_b.permute(1, 2, 0)[..., None]), 0.0)  # [Hkv, G, Lq, Lk]
+        dp = torch.einsum("qhgd,khd->hgqk", do_b, v_b)
+        ds = torch.where(mask, p * (dp - delta_b.permute(1, 2, 0)[..., None]) * slope, 0.0) * softmax_scale
+        dq[rows] = torch.einsum("hgqk,khd->qhgd", ds, k_b).flatten(1, 2)
+        dk[keys] = torch.einsum("hgqk,qhgd->khd", ds, q_b)
+        dv[keys] = torch.einsum("hgqk,qhgd->khd", p, do_b)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
