@@ -1,0 +1,141 @@
+"""Contrastive (InfoNCE) loss with FP32 accumulation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grit_kernels.contrastive import reference
+
+__all__ = ["contrastive_loss"]
+
+
+def contrastive_loss(
+    queries: Tensor,
+    passages: Tensor,
+    *,
+    temperature: float | Tensor = 0.02,
+    targets: Tensor | None = None,
+    in_batch_negatives: bool = True,
+    mask_ids: tuple[Tensor, Tensor] | None = None,
+    symmetric: bool = False,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    process_group: Any = None,
+    gradient_scale: Literal["exact", "reference"] = "exact",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """InfoNCE: ``loss_i = ln sum_j exp(q_i . p_j / temperature) - q_i . p_target(i) / temperature``.
+
+    Args:
+        queries: (Q, hidden) float32, bfloat16 or float16.
+        passages: (P, hidden), laid out ``[pos_0, neg_0.., pos_1, neg_1..]``.
+        temperature: positive number, or a scalar tensor that may be learnable.
+        targets: int64 (Q), the passage that belongs to each query; defaults to ``i * (P // Q)``.
+        in_batch_negatives: every passage is a negative of every other query. False: only the query's own group.
+        mask_ids: ``(query_ids (Q), passage_ids (P))``; a passage with the query's id is no negative of it.
+        symmetric: add the reverse direction (positive passage to queries) and halve the sum.
+        weights: (Q), weight of each query's loss; ``mean`` divides by their sum.
+        normalize: L2-normalise both sides first.
+        process_group: gather queries and passages across its ranks; every rank returns the loss over all queries.
+        gradient_scale: ``"exact"`` scales gradients so that a mean over ranks (DDP, FSDP) is the gradient of the global loss;
+            ``"reference"`` leaves the public implementation's 1/world_size.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (per-query losses).
+        return_accuracy: also return the share of queries whose target scores highest.
+
+    Returns:
+        float32 scalar (or (Q) for ``"none"``), and with ``return_accuracy`` a float32 scalar.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
+
+    Source: GRIT, arXiv 2402.09906 equation 1.
+    """
+    _check(queries, passages)
+    if gradient_scale not in ("exact", "reference"):
+        raise ValueError(f"gradient_scale: got {gradient_scale!r}, accepted are 'exact' and 'reference'")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, accepted are 'mean', 'sum', 'none'")
+    _check_temperature(temperature)
+    if process_group is not None:
+        from grit_kernels.contrastive.distributed import gather
+
+        queries, passages, targets, mask_ids, weights = gather(
+            queries, passages, targets, mask_ids, weights, process_group, gradient_scale
+        )
+    count, candidates = queries.shape[0], passages.shape[0]
+    if targets is None:
+        targets = torch.arange(count, device=queries.device) * (candidates // count)
+    _check_targets(targets, count, candidates, in_batch_negatives)
+    if mask_ids is not None and (mask_ids[0].shape != (count,) or mask_ids[1].shape != (candidates,)):
+        raise ValueError(
+            f"mask_ids: got shapes {tuple(mask_ids[0].shape)} and {tuple(mask_ids[1].shape)}, "
+            f"accepted are ({count},) and ({candidates},)"
+        )
+    if weights is not None and weights.shape != (count,):
+        raise ValueError(f"weights: got shape {tuple(weights.shape)}, accepted is ({count},)")
+    if normalize:
+        queries, passages = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (queries, passages))
+    losses, hits = reference.contrastive_losses(queries, passages, temperature, targets, in_batch_negatives, mask_ids)
+    if symmetric:
+        reverse_ids = None if mask_ids is None else (mask_ids[1][targets], mask_ids[0])
+        diagonal = torch.arange(count, device=queries.device)
+        reverse, _ = reference.contrastive_losses(passages[targets], queries, temperature, diagonal, True, reverse_ids)
+        losses = (losses + reverse) / 2
+    loss = _reduce(losses, weights, reduction)
+    return (loss, hits.float().mean()) if return_accuracy else loss
+
+
+def _reduce(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    if weights is not None:
+        losses = losses * weights
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if weights is None else losses.sum() / weights.sum()
+
+
+def _check(queries: Tensor, passages: Tensor) -> None:
+    for name, x in (("queries", queries), ("passages", passages)):
+        if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
+            given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: got {given}, accepted is a float tensor (rows, hidden)")
+        if x.shape[0] == 0:
+            raise ValueError(f"{name}: got an empty batch")
+    if passages.shape[1] != queries.shape[1] or passages.dtype != queries.dtype or passages.device != queries.device:
+        raise ValueError(
+            f"passages: got {passages.dtype} {tuple(passages.shape)} on {passages.device}, "
+            f"queries are {queries.dtype} {tuple(queries.shape)} on {queries.device}"
+        )
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, accepted is a scalar")
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+    value = float(temperature)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature: got {value}, accepted is a finite number > 0")
+
+
+def _check_targets(targets: Tensor, count: int, candidates: int, in_batch_negatives: bool) -> None:
+    if targets.shape != (count,) or targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"targets: got {targets.dtype} {tuple(targets.shape)}, accepted is int64 ({count},)")
+    if candidates < count or (not in_batch_negatives and candidates % count):
+        raise ValueError(
+            f"passages: got {candidates} rows for {count} queries, accepted is a whole multiple of the queries"
+        )
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool(((targets < 0) | (targets >= candidates)).any()):
+            raise ValueError(f"targets: got values outside 0..{candidates - 1}: {targets.tolist()}")
+        if not in_batch_negatives:
+            group = candidates // count
+            if bool((targets // group != torch.arange(count)).any()):
+                raise ValueError("targets: with in_batch_negatives=False each target must lie in its query's own group")

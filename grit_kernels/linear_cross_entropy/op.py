@@ -1,0 +1,121 @@
+"""Per-token loss in chunks of rows: the logits of one chunk exist at a time, forward and backward.
+
+The forward keeps only the log-sum-exp of each row (FP32); the backward recomputes a chunk's logits. Matrix products run in
+the input dtype (FP32 accumulation inside), everything after them in FP32, the weight gradient is summed in FP32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 << 20
+"""Upper bound of the FP32 logits held at once; at a vocabulary of 49152 that is 341 rows."""
+
+
+def _chunk_rows(vocabulary: int) -> int:
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+@torch.library.custom_op("grit_kernels::linear_cross_entropy_forward", mutates_args=())
+def forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Losses (T) and log-sum-exp (T), both float32."""
+    rows = hidden.shape[0]
+    losses = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
+    lse = torch.zeros_like(losses)
+    step = _chunk_rows(weight.shape[0])
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        logits = _cap((hidden[chunk] @ weight.T).float(), softcap)
+        lse[chunk] = torch.logsumexp(logits, dim=1)
+        used = labels[chunk] != ignore_index
+        picked = logits.gather(1, torch.where(used, labels[chunk], 0)[:, None])[:, 0]
+        losses[chunk] = torch.where(used, lse[chunk] - picked, 0.0)
+    return losses, lse
+
+
+@torch.library.custom_op("grit_kernels::linear_cross_entropy_backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight (empty where not needed): (softmax - onehot) * grad, through the cap."""
+    used = labels != ignore_index
+    scale = torch.where(used, grad.float(), 0.0)
+    grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    grad_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32, device=weight.device)
+    step = _chunk_rows(weight.shape[0])
+    for start in range(0, hidden.shape[0], step):
+        chunk = slice(start, start + step)
+        logits = _cap((hidden[chunk] @ weight.T).float(), softcap)
+        slope = None if softcap is None else 1 - (logits / softcap).square()
+        p = logits.sub_(lse[chunk, None]).exp_()
+        target = torch.where(used[chunk], labels[chunk], 0)[:, None]
+        p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+        p.mul_(scale[chunk, None])
+        if slope is not None:
+            p.mul_(slope)
+        p = p.to(hidden.dtype)
+        if need_hidden:
+            grad_hidden[chunk] = p @ weight
+        if need_weight:
+            grad_weight += p.T @ hidden[chunk]
+    return grad_hidden, grad_weight.to(weight.dtype)
+
+
+@forward.register_fake
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return out, torch.empty_like(out)
+
+
+@backward.register_fake
+def _backward_fake(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, labels, ignore_index, softcap = inputs
+    ctx.save_for_backward(hidden, weight, labels, output[1])
+    ctx.options = (ignore_index, softcap)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_losses, grad_lse):  # type: ignore[no-untyped-def]
+    hidden, weight, labels, lse = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = torch.ops.grit_kernels.linear_cross_entropy_backward(
+        grad_losses, hidden, weight, labels, lse, *ctx.options, need_hidden, need_weight
+    )
+    return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None
+
+
+forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,185 @@
+"""Pooling of hidden states to one FP32 vector per sample, skipping each sample's instruction tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grit_kernels.backend import use_reference
+from grit_kernels.pooling import op as _op  # noqa: F401  (registers the ops)
+from grit_kernels.pooling import reference
+from grit_kernels.visibility import sample_ids
+
+__all__ = ["pool"]
+
+METHODS = ("mean", "weightedmean", "lasttoken", "cls")
+
+
+def pool(
+    hidden_states: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    instruction_lens: Tensor | None = None,
+    method: Literal["mean", "weightedmean", "lasttoken", "cls"] = "mean",
+    normalize: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    empty: Literal["error", "zeros"] = "error",
+) -> Tensor:
+    """One float32 vector per sample out of its hidden states; all sums are FP32 whatever the input dtype.
+
+    With t running over the pooled tokens of a sample (its real tokens without the first ``instruction_lens[b]``):
+
+    * ``mean``:          ``sum_t h_t / n``
+    * ``weightedmean``:  ``sum_t r_t h_t / sum_t r_t``, ``r_t = 1, 2, 3, ..`` from the first pooled token on
+    * ``lasttoken``:     ``h`` of the last real token
+    * ``cls``:           ``h`` of the first real token (the instruction is not skipped)
+
+    Args:
+        hidden_states: (B, T, hidden) or, with ``cu_seqlens``, a pack (tokens, hidden).
+        attention_mask: (B, T), non-zero marks real tokens; left padding and holes are fine. Only with 3-D input.
+        cu_seqlens: int32 (B + 1), where each sample of a pack starts.
+        instruction_lens: int (B), leading real tokens that attend but are not pooled. Default 0.
+        method: one of the four above.
+        normalize: divide each vector by its L2 norm (``eps`` 1e-12).
+        norm_weight: (hidden), fuses the model's final RMSNorm: pools ``h_t * rsqrt(mean(h_t^2) + norm_eps) * norm_weight``.
+        norm_eps: epsilon of that norm.
+        empty: a sample with nothing to pool is an ``"error"`` (seen where the lengths lie on the CPU; a GPU batch gives zeros)
+            or pools to ``"zeros"``.
+
+    Returns:
+        float32 (B, hidden); float64 for float64 input on the reference backend.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
+
+    Source: GRIT, arXiv 2402.09906 section 2; the formulas are those of its public implementation.
+    """
+    hidden, starts, real = _flatten(hidden_states, attention_mask, cu_seqlens)
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, accepted are {', '.join(map(repr, METHODS))}")
+    if empty not in ("error", "zeros"):
+        raise ValueError(f"empty: got {empty!r}, accepted are 'error' and 'zeros'")
+    if not (math.isfinite(norm_eps) and norm_eps >= 0):
+        raise ValueError(f"norm_eps: got {norm_eps}, accepted is a finite number >= 0")
+    if norm_weight is not None and (norm_weight.shape != hidden.shape[1:] or norm_weight.device != hidden.device):
+        raise ValueError(
+            f"norm_weight: got {tuple(norm_weight.shape)} on {norm_weight.device}, "
+            f"accepted is ({hidden.shape[1]},) on {hidden.device}"
+        )
+    skip = _instruction_lens(instruction_lens, starts.shape[0] - 1, hidden.device)
+    weights, row_start, row_end, denominators = _pooling_weights(starts, real, skip, method, hidden.shape[0])
+    if empty == "error" and denominators.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (denominators <= 0).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"instruction_lens: samples {bad[:10]} have no token left to pool (empty, or the instruction covers them); "
+                "empty='zeros' gives zeros instead"
+            )
+    arguments = (hidden, weights, row_start, row_end, denominators, norm_weight, norm_eps)
+    if use_reference(hidden.device):
+        pooled = reference.pool_forward(*arguments)
+    elif hidden.dtype == torch.float64:
+        raise TypeError("hidden_states: got torch.float64, which only `with grit_kernels.backend('reference')` accepts")
+    else:
+        pooled = torch.ops.grit_kernels.pool_forward(*arguments)
+    return torch.nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+
+def _flatten(
+    hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden (T, C), starts int64 (B + 1), real tokens bool (T) or None when all are real."""
+    if not isinstance(hidden_states, Tensor) or hidden_states.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+    ):
+        given = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+        raise TypeError(f"hidden_states: got {given}, accepted is a float32, bfloat16 or float16 tensor")
+    shape = tuple(hidden_states.shape)
+    if cu_seqlens is not None:
+        if hidden_states.ndim != 2:
+            raise ValueError(f"hidden_states: got shape {shape}, with cu_seqlens accepted is (tokens, hidden)")
+        if attention_mask is not None:
+            raise ValueError("attention_mask: a pack (cu_seqlens) has no padding to mask")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, accepted is int32 (B + 1,)"
+            )
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != shape[0] or bool((cu_seqlens.diff() < 0).any()):
+                raise ValueError(
+                    f"cu_seqlens: got {cu_seqlens.tolist()}, accepted is a non-decreasing table from 0 to {shape[0]}"
+                )
+        return hidden_states.contiguous(), cu_seqlens.to(hidden_states.device, torch.int64), None
+    if hidden_states.ndim != 3 or shape[0] == 0:
+        raise ValueError(
+            f"hidden_states: got shape {shape}, accepted are (B, T, hidden), or (tokens, hidden) with cu_seqlens"
+        )
+    batch, length, _ = shape
+    real = None
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) != (batch, length):
+            raise ValueError(f"attention_mask: got {tuple(attention_mask.shape)}, accepted is {(batch, length)}")
+        real = attention_mask.to(hidden_states.device).reshape(-1) != 0
+    starts = torch.arange(batch + 1, device=hidden_states.device) * length
+    return hidden_states.reshape(batch * length, shape[2]), starts, real
+
+
+def _instruction_lens(lens: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    if lens is None:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    if not isinstance(lens, Tensor) or lens.shape != (batch,) or lens.dtype not in (torch.int32, torch.int64):
+        given = f"{lens.dtype} {tuple(lens.shape)}" if isinstance(lens, Tensor) else type(lens).__name__
+        raise ValueError(f"instruction_lens: got {given}, accepted is int32 ({batch},)")
+    if lens.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lens < 0).any()):
+        raise ValueError(f"instruction_lens: got {lens.tolist()}, accepted are values >= 0")
+    return lens.to(device=device, dtype=torch.int64)
+
+
+def _pooling_weights(
+    starts: Tensor, real: Tensor | None, skip: Tensor, method: str, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight per token, range of rows that may have weight, and divisor per sample; a few (tokens)-sized torch ops."""
+    index = torch.arange(tokens, device=starts.device)
+    begin, end = starts[:-1], starts[1:]
+    if tokens == 0:
+        zero = torch.zeros_like(begin)
+        return torch.zeros(0, device=starts.device), zero.int(), zero.int(), zero.float()
+    sample = sample_ids(starts, tokens)
+    if real is None:
+        rank = index - begin[sample] + 1  # 1 for the first real token of the sample
+        count = end - begin
+    else:
+        total = torch.cat([real.new_zeros(1, dtype=torch.int64), real.cumsum(0)])
+        rank = total[1:] - total[begin][sample]
+        count = total[end] - total[begin]
+    here = torch.ones_like(rank, dtype=torch.bool) if real is None else real
+    if method == "cls":
+        chosen = here & (rank == 1)
+    elif method == "lasttoken":
+        chosen = here & (rank == count[sample]) & (rank > skip[sample])
+    else:
+        chosen = here & (rank > skip[sample])
+    left = (count - skip).clamp(min=0)
+    if method == "weightedmean":
+        weights = torch.where(chosen, rank - skip[sample], 0).to(torch.float32)
+        denominators = (left * (left + 1) // 2).to(torch.float32)
+    else:
+        weights = chosen.to(torch.float32)
+        pooled = left if method != "cls" else count
+        denominators = (pooled if method == "mean" else pooled.clamp(max=1)).to(torch.float32)
+    row_start, row_end = begin, end
+    if real is None:  # without holes the pooled rows are known: nothing else is read
+        row_start = torch.minimum(begin + (0 if method == "cls" else skip), end)
+        if method == "cls":
+            row_end = torch.minimum(begin + 1, end)
+        elif method == "lasttoken":
+            row_start = torch.maximum(row_start, end - 1)
+    return weights, row_start.to(torch.int32), row_end.to(torch.int32), denominators
