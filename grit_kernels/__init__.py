@@ -3,11 +3,28 @@
 from grit_kernels._version import __version__
 from grit_kernels.attention import switch_attention, switch_attention_varlen, switch_attention_with_kvcache
 from grit_kernels.backend import backend
+from grit_kernels.contrastive import contrastive_loss
+from grit_kernels.linear_cross_entropy import linear_cross_entropy
+from grit_kernels.packing import SamplePack
+from grit_kernels.patch import is_patched, patch, patched, unpatch
+from grit_kernels.pooling import pool
+from grit_kernels.visibility import causal_instruction_hi, prefix_lm_hi, span_hi
 
 __all__ = [
+    "SamplePack",
     "__version__",
     "backend",
+    "causal_instruction_hi",
+    "contrastive_loss",
+    "is_patched",
+    "linear_cross_entropy",
+    "patch",
+    "patched",
+    "pool",
+    "prefix_lm_hi",
+    "span_hi",
     "switch_attention",
     "switch_attention_varlen",
     "switch_attention_with_kvcache",
+    "unpatch",
 ]

@@ -21,6 +21,7 @@ from grit_kernels.attention.checks import (
     window_argument,
 )
 from grit_kernels.backend import use_reference
+from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import window_bounds
 
 __all__ = ["switch_attention", "switch_attention_varlen", "switch_attention_with_kvcache"]
@@ -68,7 +69,7 @@ def switch_attention(
     Source: GRIT, arXiv 2402.09906 section 2; window convention of flash-attn.
     """
     q, k, v = check_qkv(q, k, v, ndim=4)
-    batch, max_q, heads_q, dim = q.shape
+    batch, max_q, _, dim = q.shape
     max_k = k.shape[1]
     device = q.device
     flags = causal_flags(causal, batch, device)
@@ -79,19 +80,18 @@ def switch_attention(
         )
     else:
         q_len = length_tensor("seqlens_q", seqlens_q, batch, max_q, device)
-    index = torch.arange(batch, device=device, dtype=torch.int32)
-    out, lse = _call(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        (index * max_q, q_len, index * max_k, k_len),
+    scale, cap = check_softmax_options(softmax_scale, softcap, dim)
+    out, lse = _rectangular(
+        q,
+        k,
+        v,
+        (q_len, torch.zeros_like(k_len), k_len),
         window_bounds(flags, window_argument(window_size, batch), max_q, max_k),
         staircase(hi, (batch, max_q), device),
-        (max_q, max_k, max_q, max_k),
-        *check_softmax_options(softmax_scale, softcap, dim),
+        scale,
+        cap,
     )
-    out = out.view(batch, max_q, heads_q, dim)
-    return (out, lse.view(batch, max_q, heads_q)) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 def switch_attention_varlen(
@@ -179,7 +179,7 @@ def switch_attention_with_kvcache(
         (B, T_q, H_q, D) in the dtype of q, and with ``return_lse`` float32 (B, T_q, H_q).
     """
     q, k_cache, v_cache = check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
-    batch, max_q, heads_q, dim = q.shape
+    batch, max_q, _, dim = q.shape
     slots = k_cache.shape[1]
     device = q.device
     q_len = length_tensor("seqlens_q", seqlens_q, batch, max_q, device)
@@ -201,21 +201,95 @@ def switch_attention_with_kvcache(
         _append(v_cache, v, used, fresh, sample, row)
         used = used + q_len
     leftpad = length_tensor("cache_leftpad", cache_leftpad, batch, slots, device, default=0)
-    index = torch.arange(batch, device=device, dtype=torch.int32)
     flags = causal_flags(causal, batch, device)
+    scale, cap = check_softmax_options(softmax_scale, softcap, dim)
     with torch.no_grad():
-        out, lse = _call(
-            q.flatten(0, 1),
-            k_cache.flatten(0, 1),
-            v_cache.flatten(0, 1),
-            (index * max_q, q_len, index * slots + leftpad, (used - leftpad).clamp(min=0)),
+        out, lse = _rectangular(
+            q,
+            k_cache,
+            v_cache,
+            (q_len, leftpad, used),
             window_bounds(flags, window_argument(window_size, batch), max_q, slots),
             staircase(hi, (batch, max_q), device),
-            (max_q, slots, max_q, slots),
-            *check_softmax_options(softmax_scale, softcap, dim),
+            scale,
+            cap,
         )
-    out = out.view(batch, max_q, heads_q, dim)
-    return (out, lse.view(batch, max_q, heads_q)) if return_lse else out
+    return (out, lse) if return_lse else out
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pack: SamplePack,
+    bounds: tuple[Tensor, Tensor],
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Self-attention over a :class:`SamplePack` whose values were checked when it was built.
+
+    What the layers of a model call: q (tokens, H_q, D), k and v (tokens, H_kv, D), ``bounds`` = ``left``, ``right`` from
+    :func:`grit_kernels.visibility.window_bounds`. Like :func:`switch_attention_varlen` without its per-call work.
+    """
+    q, k, v = check_qkv(q, k, v, ndim=3)
+    if q.shape[0] != pack.tokens or k.shape[0] != pack.tokens:
+        raise ValueError(f"q, k: got {q.shape[0]} and {k.shape[0]} rows, the pack has {pack.tokens} tokens")
+    ranges = (pack.starts, pack.lengths, pack.starts, pack.lengths)
+    options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
+    return _call(q, k, v, ranges, bounds, pack.hi, (0, 0, pack.max_seqlen, pack.max_seqlen), *options)[0]
+
+
+def rectangular_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: Tensor,
+    window_size: tuple[int, int] | Tensor,
+    rows: Tensor,
+    first: Tensor,
+    end: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention over a padded batch whose keys lie in slots ``[first[b], end[b])`` (int32 (B)), ``rows[b]`` real queries.
+
+    Differentiable, and without checks of values: what transformers' padded and cached passes call.
+    """
+    q, k, v = check_qkv(q, k, v, ndim=4)
+    bounds = window_bounds(causal, window_size, q.shape[1], k.shape[1])
+    options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
+    return _rectangular(q, k, v, (rows, first, end), bounds, None, *options)[0]
+
+
+def _rectangular(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[Tensor, Tensor, Tensor],
+    bounds: tuple[Tensor, Tensor],
+    hi: Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """(B, T, H, D) tensors as rows of one pack; ``lengths`` = real query rows, first key slot, end of the key slots."""
+    batch, max_q, heads_q, dim = q.shape
+    slots = k.shape[1]
+    q_len, first, end = lengths
+    index = torch.arange(batch, device=q.device, dtype=torch.int32)
+    out, lse = _call(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        (index * max_q, q_len, index * slots + first, (end - first).clamp(min=0)),
+        bounds,
+        hi,
+        (max_q, slots, max_q, slots),
+        softmax_scale,
+        softcap,
+    )
+    return out.view(batch, max_q, heads_q, dim), lse.view(batch, max_q, heads_q)
 
 
 def _append(cache: Tensor, new: Tensor, used: Tensor, fresh: Tensor, sample: Tensor | None, row: Tensor | None) -> None:

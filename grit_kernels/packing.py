@@ -1,0 +1,182 @@
+"""SamplePack: the numbers that every kernel reads per sample, and the way between padded batches and packs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from grit_kernels.visibility import positions_and_samples
+
+
+@dataclass(frozen=True)
+class SamplePack:
+    """A batch as a pack of samples, one after another without padding. Build one per pass and share it by all layers.
+
+    Values are checked here, once; the kernels trust them. Make it with :meth:`from_lengths` or :meth:`from_mask`.
+
+    Attributes:
+        cu_seqlens: int32 (B + 1), where each sample's tokens start in the pack.
+        causal: bool (B). True: a token sees only its past. False: it sees both sides.
+        instruction_lens: int32 (B), leading tokens that attend but are not pooled.
+        max_seqlen: length of the longest sample.
+        hi: int32 (tokens) or None, a staircase that replaces the right bound (see visibility.py).
+        indices: int64 (tokens) or None: where each token stands in the flattened padded batch.
+        padded_shape: (B, T) of that batch, or None.
+    """
+
+    cu_seqlens: Tensor
+    causal: Tensor
+    instruction_lens: Tensor
+    max_seqlen: int
+    hi: Tensor | None = None
+    indices: Tensor | None = None
+    padded_shape: tuple[int, int] | None = None
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: Sequence[int] | Tensor,
+        causal: bool | Sequence[bool] | Tensor,
+        instruction_lens: Sequence[int] | Tensor | None = None,
+        *,
+        hi: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SamplePack:
+        """A pack of samples of the given ``lengths`` (tokens each, 0 allowed).
+
+        ``causal``: one flag for all or one per sample. ``instruction_lens``: default 0; at most the sample's length minus one
+        for a sample that is pooled, which :func:`grit_kernels.pool` checks.
+        """
+        sizes = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)
+        batch = sizes.shape[0]
+        if batch == 0:
+            raise ValueError("lengths: got an empty batch, accepted is at least one sample")
+        if bool((sizes < 0).any()):
+            raise ValueError(f"lengths: got {sizes.tolist()}, accepted are values >= 0")
+        flags = torch.as_tensor(causal, device="cpu")
+        if flags.dtype != torch.bool or flags.shape not in ((), (batch,)):
+            raise ValueError(
+                f"causal: got {flags.dtype} {tuple(flags.shape)}, accepted are a bool and bools ({batch},)"
+            )
+        if instruction_lens is None:
+            skip = torch.zeros(batch, dtype=torch.int64)
+        else:
+            skip = torch.as_tensor(instruction_lens, dtype=torch.int64, device="cpu").reshape(-1)
+        if skip.shape != (batch,) or bool(((skip < 0) | (skip > sizes)).any()):
+            raise ValueError(
+                f"instruction_lens: got {skip.tolist()}, accepted is one value in 0..length for each of {sizes.tolist()}"
+            )
+        tokens = int(sizes.sum())
+        if tokens >= 2**31:
+            raise ValueError(f"lengths: got {tokens} tokens in one pack, accepted are fewer than 2**31")
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+        cu_seqlens[1:] = sizes.cumsum(0)
+        if hi is not None:
+            _check_staircase(hi, cu_seqlens, sizes)
+            hi = hi.to(device=device, dtype=torch.int32)
+        return cls(
+            cu_seqlens=cu_seqlens.to(device),
+            causal=flags.expand(batch).contiguous().to(device),
+            instruction_lens=skip.to(device=device, dtype=torch.int32),
+            max_seqlen=int(sizes.max()),
+            hi=hi,
+        )
+
+    @classmethod
+    def from_mask(
+        cls,
+        attention_mask: Tensor,
+        causal: bool | Tensor = True,
+        instruction_lens: Tensor | None = None,
+    ) -> SamplePack:
+        """The pack of a padded batch: ``attention_mask`` (B, T) is non-zero at real tokens; left padding and holes are fine.
+
+        One host sync (the number of tokens is read). ``causal``: bool or bool (B).
+        """
+        if attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask: got {tuple(attention_mask.shape)}, accepted is (B, T)")
+        device = attention_mask.device
+        real = attention_mask != 0
+        flags = causal.to("cpu") if isinstance(causal, Tensor) else causal
+        lens = None if instruction_lens is None else instruction_lens.to("cpu")
+        pack = cls.from_lengths(real.sum(dim=1).to("cpu"), flags, lens, device=device)
+        indices = real.reshape(-1).nonzero()[:, 0]
+        return replace(pack, indices=indices, padded_shape=(real.shape[0], real.shape[1]))
+
+    def __len__(self) -> int:
+        return self.causal.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of tokens in the pack."""
+        return int(self.cu_seqlens[-1]) if self.indices is None else self.indices.shape[0]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """First token of each sample, int32 (B)."""
+        return self.cu_seqlens[:-1].contiguous()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each sample, int32 (B)."""
+        return self.cu_seqlens.diff()
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """Position of each token in its sample, int64 (tokens)."""
+        return positions_and_samples(self.cu_seqlens, self.tokens)[0]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, T, ...) -> (tokens, ...): the real tokens of a padded batch."""
+        if self.indices is None or self.padded_shape is None:
+            raise ValueError("this SamplePack was not made from a padded batch (SamplePack.from_mask)")
+        if tuple(padded.shape[:2]) != self.padded_shape:
+            raise ValueError(f"padded: got shape {tuple(padded.shape)}, accepted is {self.padded_shape} + (...)")
+        return padded.flatten(0, 1).index_select(0, self.indices)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(tokens, ...) -> (B, T, ...): back to the padded batch, zeros at the padding. Differentiable."""
+        if self.indices is None or self.padded_shape is None:
+            raise ValueError("this SamplePack was not made from a padded batch (SamplePack.from_mask)")
+        if packed.shape[0] != self.tokens:
+            raise ValueError(f"packed: got {packed.shape[0]} rows, the pack has {self.tokens} tokens")
+        batch, length = self.padded_shape
+        flat = packed.new_zeros((batch * length, *packed.shape[1:]))
+        return flat.index_copy(0, self.indices, packed).unflatten(0, (batch, length))
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """(tokens, ...) -> one (length, ...) view per sample."""
+        return list(packed.split(self.lengths.tolist()))
+
+    def to(self, device: torch.device | str) -> SamplePack:
+        """The same pack on another device."""
+        return SamplePack(
+            self.cu_seqlens.to(device),
+            self.causal.to(device),
+            self.instruction_lens.to(device),
+            self.max_seqlen,
+            None if self.hi is None else self.hi.to(device),
+            None if self.indices is None else self.indices.to(device),
+            self.padded_shape,
+        )
+
+
+def _check_staircase(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:
+    tokens = int(cu_seqlens[-1])
+    if hi.shape != (tokens,) or hi.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"hi: got {hi.dtype} {tuple(hi.shape)}, accepted is int32 ({tokens},)")
+    values = hi.to("cpu")
+    for b, part in enumerate(values.split(sizes.tolist())):
+        if part.numel() and (bool((part.diff() < 0).any()) or int(part[0]) < 0 or int(part[-1]) > part.numel()):
+            raise ValueError(
+                f"hi: sample {b} is not a staircase: accepted are non-decreasing values in 0..{part.numel()} "
+                "(block-masked documents are no staircase)"
+            )

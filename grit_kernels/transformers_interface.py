@@ -1,0 +1,200 @@
+"""The two functions that transformers calls: attention and mask, registered together under the name ``"grit"``.
+
+transformers hands an attention function the states of one layer and whatever the mask function returned. Our mask function
+builds nothing dense: it returns None when there is no padding, else an int32 tensor (B, 1, 1, K) that holds, per key slot,
+its distance to the first query slot, or ``NO_KEY`` where the slot holds no key. (It is 4-D because transformers passes 4-D
+masks through untouched, which static caches rely on.) What a packed pass needs instead travels as one
+:class:`AttentionPass` through the model's keyword arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit_kernels.attention import packed_attention, rectangular_attention
+from grit_kernels.packing import SamplePack
+from grit_kernels.visibility import UNLIMITED, window_bounds
+
+NAME = "grit"
+NO_KEY = 2**30
+
+BIDIRECTIONAL_WINDOWS = ("transformers", "full")
+"""Visible keys of a bidirectional sample under ``sliding_window=W``: ``|i - j| <= W`` as transformers, or all."""
+
+
+@dataclass
+class AttentionPass:
+    """What all layers of one forward pass share: the flags, and for a packed pass the pack.
+
+    ``windows`` caches the bounds per ``sliding_window`` value, so alternating layers compute them once each.
+    """
+
+    causal: Tensor
+    bidirectional_window: str = "transformers"
+    pack: SamplePack | None = None
+    windows: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def bounds(self, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+        """``left`` and ``right`` (int32 (B)) of the packed samples."""
+        assert self.pack is not None
+        if sliding_window not in self.windows:
+            window = window_sizes(self.causal, sliding_window, self.bidirectional_window)
+            longest = self.pack.max_seqlen
+            self.windows[sliding_window] = window_bounds(self.causal, window, longest, longest)
+        return self.windows[sliding_window]
+
+
+def window_sizes(causal: Tensor, sliding_window: int | None, bidirectional_window: str) -> tuple[int, int] | Tensor:
+    """``window_size`` of a call, from a config's ``sliding_window``: (W - 1, 0) for a causal sample, else as chosen."""
+    if sliding_window is None:
+        return (UNLIMITED, UNLIMITED)
+    reach = sliding_window if bidirectional_window == "transformers" else UNLIMITED
+    left = torch.where(causal, sliding_window - 1, reach)
+    right = torch.where(causal, 0, reach)
+    return torch.stack([left, right], dim=1).to(torch.int32)
+
+
+def grit_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **unused: Any,
+) -> Tensor | None:
+    """See the top of the file. Arguments as transformers passes them to a mask function."""
+    aligned = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
+    if attention_mask is None and aligned:
+        return None
+    slot = torch.arange(kv_length, device=device) + kv_offset
+    valid = (slot < q_offset + q_length)[None]
+    if attention_mask is not None:
+        missing = kv_length + kv_offset - attention_mask.shape[-1]
+        if missing > 0:
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+        valid = valid & attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    relative = torch.where(valid, (slot - q_offset)[None], NO_KEY).to(torch.int32)
+    return relative.expand(batch_size, kv_length)[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class _KeyLayout:
+    """Where a padded batch's keys lie, read off a mask once and reused by all layers."""
+
+    first: Tensor  # int32 (B), first used slot
+    end: Tensor  # int32 (B), one past the last used slot, after compaction
+    rows: Tensor  # int32 (B), query rows that are real (right padding excluded)
+    gather: Tensor | None  # int64 (B, K): keys of each sample moved to the front, when they have holes
+
+
+def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
+    cached = getattr(relative, "_grit_layout", None)
+    if cached is not None:
+        return cached
+    distance = relative[:, 0, 0]  # [B, K]
+    slots = distance.shape[1]
+    valid = distance < NO_KEY
+    count = valid.sum(dim=1, dtype=torch.int32)
+    index = torch.arange(slots, device=distance.device)
+    first = torch.where(valid, index, slots).amin(dim=1)
+    last = torch.where(valid, index, -1).amax(dim=1)
+    # rows up to the last key are real; a sample without keys has none
+    rows = torch.where(valid, distance, -1).amax(dim=1).add(1).clamp(0, q_length)
+    gather = None
+    # under torch.compile nothing may be read back, so the keys are always moved
+    if torch.compiler.is_compiling() or bool((last - first + 1 > count).any()):
+        gather = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices
+        first = torch.zeros_like(first)
+    layout = _KeyLayout(
+        first.clamp(max=slots).to(torch.int32),
+        (first + count).clamp(max=slots).to(torch.int32),
+        rows.to(torch.int32),
+        gather,
+    )
+    if not torch.compiler.is_compiling():
+        relative._grit_layout = layout  # type: ignore[attr-defined]
+    return layout
+
+
+def grit_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    grit_pass: AttentionPass | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers' AttentionInterface.
+
+    query (B, H, Q, D), key and value (B, Hkv, K, D) -> ((B, Q, H, D), None); a packed pass has B = 1.
+    """
+    if dropout:
+        raise ValueError(f"attention_dropout: got {dropout}, accepted is 0: these kernels have no dropout")
+    cap = softcap or 0.0
+    if grit_pass is not None and grit_pass.pack is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, H, D]
+        out = packed_attention(
+            q, k, v, grit_pass.pack, grit_pass.bounds(sliding_window), softmax_scale=scaling, softcap=cap
+        )
+        return out[None], None
+    batch, _, q_length, _ = query.shape
+    if grit_pass is not None:
+        causal, convention = grit_pass.causal, grit_pass.bidirectional_window
+    else:
+        flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+        causal, convention = torch.full((batch,), flag, dtype=torch.bool, device=query.device), "transformers"
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return (
+        _padded_attention(
+            q, k, v, attention_mask, causal, window_sizes(causal, sliding_window, convention), scaling, cap
+        ),
+        None,
+    )
+
+
+def _padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    relative: Tensor | None,
+    causal: Tensor,
+    window: tuple[int, int] | Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """(B, Q, H, D) queries that are the last slots of (B, K, Hkv, D) keys; padding and caches of any kind."""
+    batch, q_length = q.shape[:2]
+    slots = k.shape[1]
+    if relative is None:
+        first = torch.zeros(batch, dtype=torch.int32, device=q.device)
+        end, rows = torch.full_like(first, slots), torch.full_like(first, q_length)
+    else:
+        layout = _key_layout(relative, q_length)
+        first, end, rows = layout.first, layout.end, layout.rows
+        if layout.gather is not None:
+            index = layout.gather[:, :, None, None]
+            k, v = (torch.take_along_dim(x, index, dim=1) for x in (k, v))
+        if first.shape[0] != batch:  # a mask of one row serves the whole batch
+            first, end, rows = (x.expand(batch) for x in (first, end, rows))
+    return rectangular_attention(q, k, v, causal, window, rows, first, end, softmax_scale=scaling, softcap=softcap)
+
+
+def register() -> None:
+    """Register attention and mask under :data:`NAME`; harmless when repeated."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, grit_attention)
+    AttentionMaskInterface.register(NAME, grit_mask)
