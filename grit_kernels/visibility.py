@@ -26,6 +26,9 @@ from torch import Tensor
 UNLIMITED = -1
 """A window entry that means: no limit on that side."""
 
+FARTHEST = 2**30
+"""No window is kept larger than this, so ``i - left`` and ``i + right`` fit int32 for samples of up to 2**30 tokens."""
+
 Index = TypeVar("Index", int, Tensor)
 
 
@@ -113,10 +116,10 @@ def window_bounds(
     becomes a distance no pair of positions reaches, and larger windows are cut to it, so ``i - left`` and ``i + right``
     stay far from int32 overflow. A causal sample gets ``right = 0``.
     """
-    bound = max_seqlen_q + max_seqlen_k
+    bound = min(max_seqlen_q + max_seqlen_k, FARTHEST)
     if isinstance(window_size, Tensor):
-        window = window_size.to(device=causal.device, dtype=torch.int32)
-        window = torch.where(window < 0, bound, window.clamp(max=bound))
+        window = window_size.to(causal.device)
+        window = torch.where(window < 0, bound, window.clamp(max=bound)).to(torch.int32)
         left, right = window[:, 0], window[:, 1]
     else:
         left, right = (
