@@ -1,0 +1,90 @@
+"""What all tests share: the backends that this process can run, and the tolerance rule.
+
+One process runs one kind of kernel on CPU tensors: started with TRITON_INTERPRET=1 it runs the Triton kernels in Triton's
+interpreter and only the tests that ask for them (``backend`` fixture, marker ``interpret``); otherwise everything else.
+Tests that a process cannot run are deselected, not skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import grit_kernels as gk
+from grit_kernels import _library
+from grit_kernels.backend import interpreting
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a kernel: where its tensors live and how it is chosen."""
+
+    name: str
+    device: str = "cpu"
+    forced: str | None = None
+
+    def __call__(self) -> contextlib.AbstractContextManager[None]:
+        """``with backend():`` runs the calls inside on this backend."""
+        return contextlib.nullcontext() if self.forced is None else gk.backend(self.forced)
+
+    @property
+    def is_op(self) -> bool:
+        """False for the plain torch reference, True where calls go through the dispatcher."""
+        return self.forced != "reference"
+
+
+def available_backends() -> list[Backend]:
+    if interpreting():
+        return [Backend("interpret", forced="triton")]
+    # without the compiled library the ops run their plain torch implementation: other code than the reference's autograd
+    on_cpu = Backend("cpu", forced="cpu") if _library.status().loaded else Backend("fallback")
+    return [Backend("reference", forced="reference"), on_cpu, Backend("cuda", device="cuda", forced="triton")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpret: runs Triton kernels in the interpreter (TRITON_INTERPRET=1)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        marks = {"cuda": [pytest.mark.gpu], "interpret": [pytest.mark.interpret]}
+        backends = [pytest.param(b, id=b.name, marks=marks.get(b.name, [])) for b in available_backends()]
+        metafunc.parametrize("backend", backends)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    other = [item for item in items if (item.get_closest_marker("interpret") is not None) != interpreting()]
+    if other:
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in set(other)]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_within_rule(actual: Tensor, oracle: Tensor, eager: Tensor, what: str = "result") -> None:
+    """The project's accuracy rule: the error against a float64 oracle is at most twice the error of the same computation
+    done eagerly in the inputs' dtype, plus one rounding of the output (an eager error may happen to be 0)."""
+    assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    if not actual.numel():
+        return
+    truth = oracle.double()
+    assert bool(actual.isfinite().all()), f"{what}: not finite"
+    error = (actual.double() - truth).abs().max().item()
+    allowed = 2 * (eager.double() - truth).abs().max().item()
+    allowed += 2 * torch.finfo(eager.dtype).eps * max(truth.abs().max().item(), 1e-3)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
