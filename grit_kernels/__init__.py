@@ -2,7 +2,7 @@
 
 from grit_kernels._version import __version__
 from grit_kernels.attention import switch_attention, switch_attention_varlen, switch_attention_with_kvcache
-from grit_kernels.backend import backend
+from grit_kernels.backend import backend, describe_backends
 from grit_kernels.contrastive import contrastive_loss
 from grit_kernels.linear_cross_entropy import linear_cross_entropy
 from grit_kernels.packing import SamplePack
@@ -16,6 +16,7 @@ __all__ = [
     "backend",
     "causal_instruction_hi",
     "contrastive_loss",
+    "describe_backends",
     "is_patched",
     "linear_cross_entropy",
     "patch",

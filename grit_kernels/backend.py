@@ -24,6 +24,7 @@ from grit_kernels import _library
 BACKENDS = ("reference", "cpu", "triton")
 
 _forced: str | None = None
+_choices: dict[str, dict[str, str]] = {}
 _library_handle = torch.library.Library("grit_kernels", "FRAGMENT")
 
 
@@ -125,17 +126,45 @@ def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None)
     _library_handle.define(schema)
     name = schema.split("(")[0]
     library = _library.status()
+    triton_found = importlib.util.find_spec("triton") is not None
+    chosen = _choices[name] = {"cpu": "cpu (C++)", "cuda": "triton"}
+
+    def use(key: str, choice: str, function: Callable[..., Any]) -> None:
+        chosen[key.lower()] = choice
+        _library_handle.impl(name, function, key)
+
+    def fall_back(key: str, why: str) -> None:
+        message = f"grit_kernels::{name} runs its plain torch reference, which is slow: {why}"
+        use(key, f"reference ({why})", _announced(reference, message))
+
     if interpreting() and triton is not None:
-        _library_handle.impl(name, _lazy(triton), "CPU")
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{name}", "CPU"):
-        why = "the compiled library does not implement it" if library.loaded else library.reason
-        _library_handle.impl(
-            name, _announced(reference, f"grit_kernels::{name} runs its plain torch reference: {why}"), "CPU"
-        )
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{name}", "CUDA"):
-        why = "it has no Triton kernel" if triton is None else "the package triton is not installed"
-        if triton is not None and importlib.util.find_spec("triton") is not None:
-            _library_handle.impl(name, _lazy(triton), "CUDA")
-        else:
-            message = f"grit_kernels::{name} runs its plain torch reference: {why}"
-            _library_handle.impl(name, _announced(reference, message), "CUDA")
+        use("CPU", "triton (interpreter)", _lazy(triton))
+    elif not _has_kernel(name, "CPU"):
+        fall_back("CPU", "the compiled library does not implement it" if library.loaded else library.reason)
+    if _has_kernel(name, "CUDA"):
+        chosen["cuda"] = "cuda (C++)"
+    elif triton is None:
+        fall_back("CUDA", "it has no Triton kernel")
+    elif not triton_found:
+        fall_back("CUDA", "the package triton is not installed")
+    else:
+        use("CUDA", "triton", _lazy(triton))
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{name}", key)
+
+
+def describe_backends() -> dict[str, Any]:
+    """What can run here and what each op uses: ``{"available": [{name, usable, reason}], "ops": {op: {device: choice}}}``."""
+    library = _library.status()
+    triton = triton_reason()
+    return {
+        "forced": forced_backend(),
+        "available": [
+            {"name": "reference", "usable": True, "reason": "plain torch, float64-capable"},
+            {"name": "cpu", "usable": library.loaded, "reason": library.reason or f"compiled library {library.path}"},
+            {"name": "triton", "usable": not triton, "reason": triton or "CUDA tensors"},
+        ],
+        "ops": {name: dict(choices) for name, choices in sorted(_choices.items())},
+    }

@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make demo` and `make test`. Everything is installed into .venv from this repository's files.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-model test-slow test-all lint format bench gpu asan clean install
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja "cmake>=3.22"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,bench,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/grit fetch-model
+	$(BIN)/grit demo
+
+# the second run executes the Triton kernels on the CPU, in Triton's interpreter
+test: install
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+test-model: install
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m pytest -m "model and not gpu"
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,41 @@
+"""The ``grit`` command: a table of subcommands, each the ``main`` of a module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "doctor": ("python_model.doctor", "print versions, the backends found and chosen, and why"),
+    "fetch-model": (
+        "python_model.small_model",
+        "get the small model (SmolLM2-135M as a Mistral checkpoint) into the cache",
+    ),
+    "demo": ("python_model.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
+    "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss in one packed pass"),
+    "generate": ("python_model.generate", "ask a model"),
+}
+
+
+def usage() -> str:
+    """The list of subcommands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: grit COMMAND [options]\n\ncommands:\n" + "\n".join(lines) + "\n\n`grit COMMAND --help` explains one."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise SystemExit(f"grit: there is no command {name!r}\n\n{usage()}")
+    importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Retrieval with exact search and one relevant document per query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from python_model.modeling import GritLM
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """nDCG@10, MRR@10 and recall@10 over ``queries`` queries against ``documents`` documents; shares in 0..1."""
+
+    ndcg_at_10: float
+    mrr_at_10: float
+    recall_at_10: float
+    queries: int
+    documents: int
+
+
+def ranks_of_relevant(scores: Tensor, relevant: Tensor) -> Tensor:
+    """Rank (1 = best) of each query's relevant document; ties count against it. scores (Q, N), relevant int64 (Q)."""
+    own = scores.gather(1, relevant[:, None])
+    return (scores >= own).sum(dim=1)
+
+
+def scores_from_ranks(ranks: Tensor, documents: int) -> RetrievalScores:
+    """The metrics of relevant documents found at ``ranks``. With one relevant document, nDCG = 1 / log2(1 + rank)."""
+    hit = ranks <= 10
+    rank = ranks.double()
+    return RetrievalScores(
+        ndcg_at_10=float(torch.where(hit, 1 / torch.log2(1 + rank), 0.0).mean()),
+        mrr_at_10=float(torch.where(hit, 1 / rank, 0.0).mean()),
+        recall_at_10=float(hit.double().mean()),
+        queries=ranks.shape[0],
+        documents=documents,
+    )
+
+
+def evaluate_retrieval(
+    model: GritLM,
+    queries: Sequence[tuple[str, str]],
+    documents: Sequence[str],
+    relevant: Sequence[int],
+    *,
+    max_length: int = 512,
+) -> RetrievalScores:
+    """Embed (instruction, text) queries and documents (without instruction), search exactly, score.
+
+    ``relevant[i]`` is the index of the document that answers query i.
+    """
+    from python_model.prompts import EMBED, embed_instruction
+
+    by_instruction: dict[str, list[int]] = {}
+    for index, (instruction, _) in enumerate(queries):
+        by_instruction.setdefault(instruction, []).append(index)
+    corpus = model.encode(documents, instruction=EMBED, max_length=max_length, convert_to_tensor=True)
+    vectors = corpus.new_zeros(len(queries), corpus.shape[1])
+    for instruction, members in by_instruction.items():
+        vectors[members] = model.encode(
+            [queries[i][1] for i in members],
+            instruction=embed_instruction(instruction),
+            max_length=max_length,
+            convert_to_tensor=True,
+        )
+    target = torch.as_tensor(relevant, device=corpus.device)
+    return scores_from_ranks(ranks_of_relevant(vectors @ corpus.T, target), len(documents))

@@ -1,0 +1,67 @@
+"""Aggregation of the two GRIT losses. The per-token and contrastive losses themselves are grit_kernels'.
+
+Source: GRIT, arXiv 2402.09906 equations 1-3 and the loss ablation (appendix).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from python_model.prompts import IGNORE_INDEX
+
+GENERATIVE_LOSSES = ("mixed", "token", "sample")
+
+
+def generative_loss(
+    token_losses: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    kind: str = "mixed",
+    token_count: int | Tensor | None = None,
+) -> Tensor:
+    """One scalar out of the per-token losses (float32 (tokens)) of generative samples.
+
+    * ``"mixed"``: mean over the loss-carrying tokens of the micro-batch, so that averaging n micro-batches gives the paper's
+      "mix (rows -> n)". With ``token_count`` (loss-carrying tokens of the whole step on all ranks) it is
+      ``sum / token_count``, which summed over micro-batches and ranks is the exact token mean of the step.
+    * ``"token"``: sum over tokens divided by the number of samples.
+    * ``"sample"``: mean over samples of each sample's token mean.
+
+    Samples without a loss-carrying token count as 0 in ``"sample"``; a batch without any gives 0, never NaN.
+    """
+    if kind not in GENERATIVE_LOSSES:
+        raise ValueError(f"kind: got {kind!r}, accepted are {', '.join(map(repr, GENERATIVE_LOSSES))}")
+    if token_count is not None and kind != "mixed":
+        raise ValueError(f"token_count: only kind 'mixed' divides by it, got kind {kind!r}")
+    samples = cu_seqlens.shape[0] - 1
+    used = labels != IGNORE_INDEX
+    total = token_losses.sum()
+    if kind == "token":
+        return total / samples
+    if kind == "mixed":
+        count = used.sum() if token_count is None else token_count
+        return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+    sample = torch.repeat_interleave(torch.arange(samples, device=labels.device), cu_seqlens.diff().to(labels.device))
+    sums = token_losses.new_zeros(samples).index_add(0, sample, token_losses)
+    counts = token_losses.new_zeros(samples).index_add(0, sample, used.to(token_losses.dtype))
+    return (sums / counts.clamp(min=1)).sum() / samples
+
+
+def joint_loss(
+    contrastive: Tensor | None,
+    generative: Tensor | None,
+    *,
+    contrastive_weight: float = 1.0,
+    generative_weight: float = 1.0,
+) -> Tensor:
+    """``contrastive_weight * L_Rep + generative_weight * L_Gen`` of whichever objectives the batch has."""
+    parts = [
+        weight * loss
+        for weight, loss in ((contrastive_weight, contrastive), (generative_weight, generative))
+        if loss is not None
+    ]
+    if not parts:
+        raise ValueError("contrastive, generative: got neither, accepted is at least one loss")
+    return torch.stack(parts).sum()
