@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grit_kernels.precision import without_autocast
 from grit_kernels.visibility import dense_mask
 
 
@@ -40,6 +41,7 @@ def _sample(
     return out.reshape(len_q, heads_q, dim), lse.permute(2, 0, 1).reshape(len_q, heads_q)
 
 
+@without_autocast
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -64,8 +66,7 @@ def attention_forward(
     lse = torch.full(q.shape[:2], float("-inf"), dtype=compute, device=q.device)
     bounds = [x.tolist() for x in (q_start, q_len, k_start, k_len, left, right)]
     for first_q, len_q, first_k, len_k, left_b, right_b in zip(*bounds, strict=True):
-        if len_q == 0:
-            continue
+        # an empty sample goes the same way: the result stays part of the autograd graph when all samples are empty
         rows = slice(first_q, first_q + len_q)
         keys = slice(first_k, first_k + len_k)
         out[rows], lse[rows] = _sample(
@@ -81,6 +82,7 @@ def attention_forward(
     return out.to(q.dtype), lse if compute == torch.float64 else lse.float()
 
 
+@without_autocast
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
