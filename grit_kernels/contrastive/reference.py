@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grit_kernels.precision import without_autocast
+
 
 def candidate_mask(
     queries: int, passages: int, targets: Tensor, in_batch_negatives: bool, mask_ids: tuple[Tensor, Tensor] | None
@@ -29,6 +31,7 @@ def candidate_mask(
     return mask
 
 
+@without_autocast
 def contrastive_scores(queries: Tensor, passages: Tensor, temperature: Tensor | float) -> Tensor:
     """(Q, P) scores in float64 for float64 inputs, float32 otherwise."""
     compute = torch.float64 if queries.dtype == torch.float64 else torch.float32

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grit_kernels.precision import without_autocast
 
+
+@without_autocast
 def linear_cross_entropy(
     hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, ignore_index: int, softcap: float | None
 ) -> Tensor:
