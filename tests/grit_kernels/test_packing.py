@@ -1,0 +1,128 @@
+"""SamplePack: pad <-> pack, the numbers per sample, refused input."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import grit_kernels as gk
+
+MASKS = st.integers(1, 4).flatmap(
+    lambda batch: st.integers(0, 6).flatmap(
+        lambda length: st.lists(
+            st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch
+        )
+    )
+)
+
+
+def as_mask(rows: list[list[bool]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MASKS)
+def test_pack_then_unpack_keeps_real_tokens_and_zeros_the_padding(rows: list[list[bool]]) -> None:
+    mask = as_mask(rows)
+    pack = gk.SamplePack.from_mask(mask)
+    padded = torch.randn(*mask.shape, 3)
+    packed = pack.pack(padded)
+    assert torch.equal(packed, padded[mask.bool()])
+    assert torch.equal(pack.unpack(packed), padded * mask[..., None])
+    assert pack.tokens == len(packed) == int(pack.cu_seqlens[-1])
+    assert pack.lengths.tolist() == mask.sum(1).tolist()
+    assert pack.max_seqlen == max(pack.lengths.tolist())
+
+
+@settings(max_examples=40, deadline=None)
+@given(MASKS)
+def test_positions_start_at_zero_in_every_sample(rows: list[list[bool]]) -> None:
+    pack = gk.SamplePack.from_mask(as_mask(rows))
+    assert pack.position_ids.tolist() == [i for length in pack.lengths.tolist() for i in range(length)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5))
+def test_from_lengths_and_from_mask_of_the_same_batch_agree(lengths: list[int]) -> None:
+    columns = torch.arange(max(lengths))
+    mask = (columns[None] < torch.tensor(lengths)[:, None]).to(torch.int64).reshape(len(lengths), -1)
+    causal = torch.tensor([b % 2 == 0 for b in range(len(lengths))])
+    a, b = gk.SamplePack.from_lengths(lengths, causal), gk.SamplePack.from_mask(mask, causal)
+    for name in ("cu_seqlens", "causal", "instruction_lens", "position_ids", "starts", "lengths"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.tokens == b.tokens and len(a) == len(lengths)
+    assert [x.shape[0] for x in a.split(torch.zeros(a.tokens, 2))] == lengths
+
+
+def test_unpack_is_differentiable_and_gives_padding_no_gradient() -> None:
+    pack = gk.SamplePack.from_mask(torch.tensor([[0, 1, 1], [1, 0, 1]]))
+    packed = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pack.unpack, (packed,))
+    padded = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pack.pack, (padded,))
+
+
+def test_dtypes_are_those_of_the_documentation() -> None:
+    pack = gk.SamplePack.from_mask(torch.ones(2, 3), torch.tensor([True, False]), torch.tensor([1, 0]))
+    assert pack.cu_seqlens.dtype == pack.instruction_lens.dtype == pack.lengths.dtype == torch.int32
+    assert pack.causal.dtype == torch.bool and pack.position_ids.dtype == torch.int64
+    assert pack.padded_shape == (2, 3)
+
+
+def test_a_pack_is_immutable_and_moves_between_devices_with_all_its_fields() -> None:
+    pack = gk.SamplePack.from_lengths([2, 1], False, hi=torch.tensor([1, 2, 1]))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pack.max_seqlen = 9  # type: ignore[misc]
+    meta = pack.to("meta")
+    assert meta.device.type == "meta" and meta.hi is not None and meta.hi.device.type == "meta"
+    assert meta.max_seqlen == pack.max_seqlen
+
+
+def test_a_float_or_bool_mask_counts_non_zero_as_real() -> None:
+    for mask in (torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), torch.tensor([[7, 0]])):
+        assert gk.SamplePack.from_mask(mask).lengths.tolist() == [1]
+
+
+Make = Callable[[], Any]
+REFUSED: list[tuple[str, str, Make]] = [
+    ("empty batch", "lengths: .*empty batch", lambda: gk.SamplePack.from_lengths([], True)),
+    ("negative length", "lengths: ", lambda: gk.SamplePack.from_lengths([2, -1], True)),
+    ("too many tokens", "lengths: .*2\\*\\*31", lambda: gk.SamplePack.from_lengths([2**31], True)),
+    ("flags of another length", "causal: ", lambda: gk.SamplePack.from_lengths([2, 1], [True])),
+    ("integer flags", "causal: ", lambda: gk.SamplePack.from_lengths([2], torch.tensor([1]))),
+    ("instruction beyond sample", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [3, 0])),
+    ("negative instruction", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [-1, 0])),
+    ("instruction count", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [1])),
+    ("mask of one dimension", "attention_mask: ", lambda: gk.SamplePack.from_mask(torch.ones(3))),
+    ("hi decreases", "hi: sample 0", lambda: gk.SamplePack.from_lengths([2], True, hi=torch.tensor([2, 1]))),
+    ("hi beyond sample", "hi: sample 1", lambda: gk.SamplePack.from_lengths([1, 1], True, hi=torch.tensor([1, 2]))),
+    ("hi below zero", "hi: sample 0", lambda: gk.SamplePack.from_lengths([1], True, hi=torch.tensor([-1]))),
+    ("hi of another length", "hi: ", lambda: gk.SamplePack.from_lengths([2], True, hi=torch.tensor([1]))),
+    ("hi of floats", "hi: ", lambda: gk.SamplePack.from_lengths([1], True, hi=torch.tensor([1.0]))),
+]
+
+
+@pytest.mark.parametrize(("message", "make"), [(m, f) for _, m, f in REFUSED], ids=[name for name, _, _ in REFUSED])
+def test_bad_input_is_refused_by_name(message: str, make: Make) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_packs_without_padding_refuse_to_pad_and_wrong_shapes_are_named() -> None:
+    pack = gk.SamplePack.from_lengths([2, 1], True)
+    with pytest.raises(ValueError, match="from_mask"):
+        pack.pack(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="from_mask"):
+        pack.unpack(torch.zeros(3, 2))
+    padded = gk.SamplePack.from_mask(torch.tensor([[1, 0], [1, 1]]))
+    with pytest.raises(ValueError, match=r"padded: got shape \(2, 3\)"):
+        padded.pack(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="packed: got 2 rows"):
+        padded.unpack(torch.zeros(2, 3))
