@@ -27,7 +27,7 @@ def as_mask(rows: list[list[bool]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MASKS)
 def test_pack_then_unpack_keeps_real_tokens_and_zeros_the_padding(rows: list[list[bool]]) -> None:
     mask = as_mask(rows)
@@ -41,14 +41,14 @@ def test_pack_then_unpack_keeps_real_tokens_and_zeros_the_padding(rows: list[lis
     assert pack.max_seqlen == max(pack.lengths.tolist())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(MASKS)
 def test_positions_start_at_zero_in_every_sample(rows: list[list[bool]]) -> None:
     pack = gk.SamplePack.from_mask(as_mask(rows))
     assert pack.position_ids.tolist() == [i for length in pack.lengths.tolist() for i in range(length)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5))
 def test_from_lengths_and_from_mask_of_the_same_batch_agree(lengths: list[int]) -> None:
     columns = torch.arange(max(lengths))

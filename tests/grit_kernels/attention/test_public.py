@@ -15,7 +15,7 @@ import grit_kernels as gk
 from tests.conftest import Backend, assert_within_rule
 from tests.grit_kernels.attention.oracle import Case, attention, gradients, make_case, padded
 
-FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def window_tensor(case: Case, device: str) -> Tensor:
