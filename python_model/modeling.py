@@ -164,6 +164,8 @@ class GritLM(nn.Module):
         batches = _batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:
             raise ValueError(f"get_cache: got {len(texts)} texts in {len(batches)} batches, accepted is one batch")
+        if get_cache:
+            batches = [sorted(batches[0])]  # the rows of the cache follow the texts
         cache = None
         found: list[Tensor | None] = [None] * len(texts)
         bar = len(batches) > 1 if show_progress_bar is None else show_progress_bar

@@ -101,9 +101,7 @@ def test_closed_form_backward_equals_autograd(softcap: float, use_hi: bool, with
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_forward_and_backward_equal_the_row_by_row_oracle_in_float64(softcap: float) -> None:
     causal, window = [True, False, False, True], [(-1, -1), (2, 1), (-1, 0), (1, -1)]
-    case = make_case(
-        [4, 3, 0, 5], [4, 6, 2, 3], causal, window=window, dim=8, dtype=torch.float64, softcap=softcap
-    )
+    case = make_case([4, 3, 0, 5], [4, 6, 2, 3], causal, window=window, dim=8, dtype=torch.float64, softcap=softcap)
     q, k, v = (torch.cat(x).requires_grad_() for x in (case.q, case.k, case.v))
     ranges = [[0, 4, 7, 7], [4, 3, 0, 5], [0, 4, 10, 12], [4, 6, 2, 3], [99, 2, 99, 1], [0, 1, 0, 0]]
     arguments = [torch.tensor(x, dtype=torch.int32) for x in ranges]
