@@ -1,0 +1,218 @@
+"""Rows of training data: reading ``.jsonl`` files and checking every row before anything is trained on it.
+
+    embedding    {"query": TEXT, "pos": [TEXT, ...], "neg": [TEXT, ...]}     TEXT = "text" or ["instruction", "text"]
+    generative   {"text": ["user", "assistant", "user", "assistant", ...]}
+    passage      {"key": "...", "text": "..."}                               only in a corpus file
+
+The kind of a file shows in its column ``query`` or ``text``; one file holds one kind. The optional column ``key`` names the
+entity a row is about and ``dataset`` the data set it belongs to (default: the file's name up to its first dot); further
+columns are ignored. Lines end in a newline and hold UTF-8; empty lines are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class DataError(ValueError):
+    """A data file cannot be used; the message names the file and the line."""
+
+
+class InstructedText(NamedTuple):
+    """A text with the instruction it is embedded under, ``""`` for none. Unpacks as ``instruction, text``."""
+
+    instruction: str
+    text: str
+
+
+@dataclass(frozen=True)
+class EmbeddingRow:
+    """One query with at least one passage that answers it and any number that do not. ``origin`` is ``file:line``."""
+
+    query: InstructedText
+    pos: tuple[InstructedText, ...]
+    neg: tuple[InstructedText, ...] = ()
+    key: str | None = None
+    dataset: str = ""
+    origin: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class GenerativeRow:
+    """One conversation: user, assistant, user, assistant, ... ``origin`` is ``file:line``."""
+
+    turns: tuple[str, ...]
+    key: str | None = None
+    dataset: str = ""
+    origin: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One text of a corpus to search. ``origin`` is ``file:line``."""
+
+    key: str
+    text: str
+    origin: str = field(default="", compare=False)
+
+
+def read_rows(path: str | os.PathLike[str]) -> tuple[list[EmbeddingRow], list[GenerativeRow]]:
+    """All rows of a file, or of the ``*.jsonl`` files directly in a folder (in the order of their names).
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        DataError: broken JSON or UTF-8, a missing column, a wrong type, an empty text, both kinds in one file, no rows.
+    """
+    embedding: list[EmbeddingRow] = []
+    generative: list[GenerativeRow] = []
+    for file in _files(path):
+        rows = _read_file(file)
+        if not rows:
+            raise DataError(f"{file}: no rows")
+        for row in rows:
+            if isinstance(row, EmbeddingRow):
+                embedding.append(row)
+            else:
+                generative.append(row)
+    return embedding, generative
+
+
+def read_embedding(path: str | os.PathLike[str]) -> list[EmbeddingRow]:
+    """The embedding rows of a file or folder; errors as :func:`read_rows`, and DataError if there are none."""
+    rows = read_rows(path)[0]
+    if not rows:
+        raise DataError(f"{os.fspath(path)}: only generative rows (column 'text'), accepted are rows with 'query'")
+    return rows
+
+
+def read_generative(path: str | os.PathLike[str]) -> list[GenerativeRow]:
+    """The generative rows of a file or folder; errors as :func:`read_rows`, and DataError if there are none."""
+    rows = read_rows(path)[1]
+    if not rows:
+        raise DataError(f"{os.fspath(path)}: only embedding rows (column 'query'), accepted are rows with 'text'")
+    return rows
+
+
+def read_corpus(path: str | os.PathLike[str]) -> list[Passage]:
+    """The passages of one corpus file; a key may occur only once. Errors as :func:`read_rows`."""
+    file = Path(path)
+    passages: dict[str, Passage] = {}
+    for origin, row in _objects(file):
+        _require(row, ("key", "text"), origin)
+        passage = Passage(_string(row["key"], "key", origin), _string(row["text"], "text", origin), origin)
+        if passage.key in passages:
+            raise DataError(f"{origin}: the key {passage.key!r} stands already at {passages[passage.key].origin}")
+        passages[passage.key] = passage
+    if not passages:
+        raise DataError(f"{file}: no rows")
+    return list(passages.values())
+
+
+def _files(path: str | os.PathLike[str]) -> list[Path]:
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.jsonl") if file.is_file())
+        if not files:
+            raise DataError(f"{path}: the folder has no *.jsonl file")
+        return files
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    return [path]
+
+
+def _read_file(file: Path) -> list[EmbeddingRow | GenerativeRow]:
+    rows: list[EmbeddingRow | GenerativeRow] = []
+    for origin, row in _objects(file):
+        parsed = _parse_row(row, origin, file.name.split(".")[0])
+        if rows and type(parsed) is not type(rows[0]):
+            raise DataError(f"{origin}: another kind of row than at {rows[0].origin}; a file holds one kind")
+        rows.append(parsed)
+    return rows
+
+
+def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(``file:line``, row) of each line that is not empty."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            origin = f"{file}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(text) if text else None
+            except UnicodeDecodeError as error:
+                raise DataError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
+            except json.JSONDecodeError as error:
+                raise DataError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
+            except RecursionError as error:
+                raise DataError(f"{origin}: nested too deeply") from error
+            if not text:
+                continue
+            if not isinstance(row, dict):
+                raise DataError(f"{origin}: got {_name(row)}, accepted is an object with the column 'query' or 'text'")
+            yield origin, row
+
+
+def _parse_row(row: dict[str, Any], origin: str, dataset: str) -> EmbeddingRow | GenerativeRow:
+    if ("query" in row) == ("text" in row):
+        has = "both 'query' and 'text'" if "query" in row else f"the columns {sorted(row)}"
+        raise DataError(f"{origin}: got {has}, accepted is either 'query', 'pos', 'neg' or 'text'")
+    key = _string(row["key"], "key", origin) if row.get("key") is not None else None
+    dataset = _string(row["dataset"], "dataset", origin) if row.get("dataset") is not None else dataset
+    if "text" in row:
+        return GenerativeRow(_turns(row["text"], origin), key, dataset, origin)
+    _require(row, ("query", "pos", "neg"), origin)
+    query = _instructed(row["query"], "query", origin)
+    pos, neg = (_texts(row[name], name, origin) for name in ("pos", "neg"))
+    if not pos:
+        raise DataError(f"{origin}: pos: got an empty list, accepted is at least one passage")
+    return EmbeddingRow(query, pos, neg, key, dataset, origin)
+
+
+def _require(row: dict[str, Any], names: tuple[str, ...], origin: str) -> None:
+    if missing := [name for name in names if name not in row]:
+        raise DataError(f"{origin}: the column {missing[0]!r} is missing, the row has {sorted(row)}")
+
+
+def _turns(value: Any, origin: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise DataError(f"{origin}: text: got {_name(value)}, accepted is a list [user, assistant, ...]")
+    if len(value) < 2 or len(value) % 2:
+        raise DataError(f"{origin}: text: got {len(value)} turns, accepted is an even number [user, assistant, ...]")
+    return tuple(_string(turn, f"text[{index}]", origin) for index, turn in enumerate(value))
+
+
+def _texts(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
+    if not isinstance(value, list):
+        raise DataError(f"{origin}: {name}: got {_name(value)}, accepted is a list of passages")
+    return tuple(_instructed(item, f"{name}[{index}]", origin) for index, item in enumerate(value))
+
+
+def _instructed(value: Any, name: str, origin: str) -> InstructedText:
+    if not isinstance(value, list):
+        return InstructedText("", _string(value, name, origin))
+    if len(value) != 2:
+        raise DataError(f"{origin}: {name}: got a list of {len(value)}, accepted is a text or [instruction, text]")
+    return InstructedText(
+        _string(value[0], f"{name}[0]", origin, may_be_empty=True), _string(value[1], f"{name}[1]", origin)
+    )
+
+
+def _string(value: Any, name: str, origin: str, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: {name}: got {_name(value)}, accepted is a string")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"{origin}: {name}: got an empty text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair; no tokenizer takes it
+        raise DataError(f"{origin}: {name}: a lone surrogate (\\u{ord(value[error.start]):04x})") from error
+    return value
+
+
+def _name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
