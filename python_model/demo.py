@@ -30,7 +30,7 @@ from python_model.train.trainer import Trainer
 
 MAX_LENGTH = 192
 ALLOWED_LOSS_INCREASE = 1.05
-QUESTION = "What does the verb \"abbreviate\" mean?"
+QUESTION = 'What does the verb "abbreviate" mean?'
 
 
 class Sample:

@@ -49,7 +49,7 @@ def reply(
         streamer=streamer,
         **options,
     )
-    return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    return str(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

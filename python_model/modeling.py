@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from python_model.files import write_json
 from python_model.prompts import EncodedSample, encode_text
 
 MODES = ("unified", "embedding", "generative")
-POOLING_METHODS = ("mean", "weightedmean", "lasttoken", "cls")
+PoolingMethod = Literal["mean", "weightedmean", "lasttoken", "cls"]
+POOLING_METHODS: tuple[str, ...] = get_args(PoolingMethod)
 EMBEDDING_ATTENTION = ("bb", "cc", "cb")
 SETTINGS_FILE = "grit.json"
 TOKENS_PER_PACK = 16384
@@ -64,8 +65,9 @@ class GritLM(nn.Module):
         path = str(model_name_or_path)
         saved = _saved_settings(path)
         self.mode = _choice("mode", mode, MODES)
-        self.pooling_method = _choice("pooling_method", _first(pooling_method, saved, "mean"), POOLING_METHODS)
-        self.normalized = bool(_first(normalized, {"normalized": saved.get("normalized")}, True, "normalized"))
+        method = _choice("pooling_method", _first(pooling_method, saved, "mean", "pooling_method"), POOLING_METHODS)
+        self.pooling_method = cast(PoolingMethod, method)
+        self.normalized = bool(_first(normalized, saved, True, "normalized"))
         self.embed_eos = str(_first(embed_eos, saved, "", "embed_eos"))
         self.attn = _check_attn(_first(attn, saved, "bbcc", "attn"))
         projection = _first(projection, saved, None, "projection")
@@ -284,7 +286,7 @@ def _saved_settings(path: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _first(given: Any, saved: dict[str, Any], default: Any, key: str = "pooling_method") -> Any:
+def _first(given: Any, saved: dict[str, Any], default: Any, key: str) -> Any:
     if given is not None:
         return given
     return saved[key] if saved.get(key) is not None else default

@@ -102,14 +102,14 @@ def _backward_fake(
     )
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     hidden, weight, labels, ignore_index, softcap = inputs
     ctx.save_for_backward(hidden, weight, labels, output[1])
     ctx.options = (ignore_index, softcap)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_losses, grad_lse):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_losses, grad_lse):
     hidden, weight, labels, lse = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     grad_hidden, grad_weight = torch.ops.grit_kernels.linear_cross_entropy_backward(

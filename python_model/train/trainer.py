@@ -8,7 +8,7 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class StepLosses:
 def compute_losses(model: GritLM, batch: UnifiedBatch, config: TrainConfig) -> StepLosses:
     """Both losses of a batch from one packed forward pass."""
     hidden = model.hidden_states(batch.input_ids, batch.pack)
-    contrastive = generative = None
+    contrastive: Tensor | None = None
+    generative: Tensor | None = None
     if batch.queries:
         samples = batch.queries + batch.passages
         vectors = model.pool(
@@ -44,8 +45,10 @@ def compute_losses(model: GritLM, batch: UnifiedBatch, config: TrainConfig) -> S
             batch.pack.cu_seqlens[: samples + 1],
             batch.pack.instruction_lens[:samples],
         )
-        contrastive = gk.contrastive_loss(
-            vectors[: batch.queries], vectors[batch.queries :], temperature=config.temperature, mask_ids=batch.mask_ids
+        queries, passages = vectors.split([batch.queries, batch.passages])
+        contrastive = cast(
+            Tensor,
+            gk.contrastive_loss(queries, passages, temperature=config.temperature, mask_ids=batch.mask_ids),
         )
     if batch.labels.numel():
         token_losses = next_token_losses(model, hidden[batch.embedding_tokens :], batch.labels)
