@@ -1,4 +1,4 @@
-"""Keeps autocast out of code whose precision is part of its definition."""
+"""Autocast: which dtype it asks for, and keeping it out of code whose precision is part of its definition."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast asks for on ``device``, None when it is off or does not exist there (meta tensors)."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run ``function`` with autocast off on the device of its first argument.
 
@@ -24,6 +31,8 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
+        if autocast_dtype(first.device) is None:
+            return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 

@@ -22,6 +22,7 @@ from grit_kernels.attention.checks import (
 )
 from grit_kernels.backend import use_reference
 from grit_kernels.packing import SamplePack
+from grit_kernels.precision import autocast_dtype
 from grit_kernels.visibility import window_bounds
 
 __all__ = ["switch_attention", "switch_attention_varlen", "switch_attention_with_kvcache"]
@@ -314,8 +315,8 @@ def _call(
     softmax_scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if use_reference(q.device):
         return reference.attention_forward(q, k, v, *ranges, *window, hi, *rows, softmax_scale, softcap)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from grit_kernels.precision import autocast_dtype
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
 
@@ -23,7 +25,7 @@ def check_qkv(
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {layout}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: got {x.dtype}, accepted are float32, bfloat16, float16")
-        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if x.dtype != q.dtype and autocast_dtype(q.device) is None:
             raise TypeError(f"{name}: got {x.dtype}, q has {q.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: is on {x.device}, q is on {q.device}")

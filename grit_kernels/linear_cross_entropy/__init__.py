@@ -10,6 +10,7 @@ from torch import Tensor
 from grit_kernels.backend import use_reference
 from grit_kernels.linear_cross_entropy import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.linear_cross_entropy import reference
+from grit_kernels.precision import autocast_dtype
 
 __all__ = ["linear_cross_entropy"]
 
@@ -45,8 +46,8 @@ def linear_cross_entropy(
         raise ValueError(f"labels: got {_given(labels)}, accepted is torch.int64 ({hidden.shape[0]},)")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: got {softcap}, accepted are None and a finite number > 0")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
     if lm_head_weight.dtype != hidden.dtype:
         raise TypeError(f"lm_head_weight: got {lm_head_weight.dtype}, hidden has {hidden.dtype}")
