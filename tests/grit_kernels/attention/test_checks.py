@@ -1,0 +1,125 @@
+"""Wrong input of the attention functions: an error that names the argument, on every backend the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import grit_kernels as gk
+
+
+def t(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+Q = (2, 3, 4, 32)
+KV = (2, 5, 2, 32)
+
+
+def dense(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {"q": t(*Q), "k": t(*KV), "v": t(*KV), "causal": True, **changes}
+    return lambda: gk.switch_attention(**arguments)
+
+
+def varlen(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {
+        "q": t(3, 2, 32),
+        "k": t(4, 2, 32),
+        "v": t(4, 2, 32),
+        "causal": True,
+        "cu_seqlens_q": ints(0, 2, 3),
+        "cu_seqlens_k": ints(0, 3, 4),
+        "max_seqlen_q": 2,
+        "max_seqlen_k": 3,
+        **changes,
+    }
+    return lambda: gk.switch_attention_varlen(**arguments)
+
+
+def cached(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {
+        "q": t(*Q),
+        "k_cache": t(*KV),
+        "v_cache": t(*KV),
+        "cache_seqlens": ints(5, 2),
+        **changes,
+    }
+    return lambda: gk.switch_attention_with_kvcache(**arguments)
+
+
+REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "q no tensor": (TypeError, "q: got list", dense(q=[1])),
+    "q of three dimensions": (ValueError, "q: got shape", dense(q=t(3, 4, 32))),
+    "integer q": (TypeError, "q: got torch.int64", dense(q=t(*Q, dtype=torch.int64))),
+    "k of another dtype": (TypeError, "k: got torch.bfloat16", dense(k=t(*KV, dtype=torch.bfloat16))),
+    "v on another device": (ValueError, "v: is on meta", dense(v=torch.zeros(KV, device="meta"))),
+    "head dim not a multiple of 8": (ValueError, "q: got head dim 36", dense(q=t(2, 3, 4, 36))),
+    "head dim too small": (ValueError, "q: got head dim 24", dense(q=t(2, 3, 4, 24))),
+    "head dim too large": (ValueError, "q: got head dim 264", dense(q=t(2, 3, 4, 264))),
+    "k of another head dim": (ValueError, "k, v: got shapes", dense(k=t(2, 5, 2, 64))),
+    "v longer than k": (ValueError, "k, v: got shapes", dense(v=t(2, 6, 2, 32))),
+    "k of another batch": (ValueError, "k: got batch 3", dense(k=t(3, 5, 2, 32), v=t(3, 5, 2, 32))),
+    "heads no multiple": (ValueError, "q: got 4 heads", dense(k=t(2, 5, 3, 32), v=t(2, 5, 3, 32))),
+    "empty batch": (ValueError, "q: got an empty batch", dense(q=t(0, 3, 4, 32), k=t(0, 5, 2, 32), v=t(0, 5, 2, 32))),
+    "integer flag": (TypeError, "causal: got int", dense(causal=1)),
+    "integer flags": (ValueError, "causal: got torch.int32", dense(causal=ints(1, 0))),
+    "flags of another length": (ValueError, "causal: got torch.bool", dense(causal=torch.tensor([True]))),
+    "window entry below -1": (ValueError, "window_size: got left -2", dense(window_size=(-2, 0))),
+    "float window": (TypeError, "window_size: got right 1.5", dense(window_size=(0, 1.5))),
+    "one window number": (TypeError, "window_size: got 3", dense(window_size=3)),
+    "window tensor of another shape": (ValueError, "window_size: got", dense(window_size=torch.zeros(3, 2, dtype=torch.int32))),
+    "window tensor below -1": (ValueError, "window_size: got an entry", dense(window_size=torch.tensor([[0, -2], [0, 0]]))),
+    "hi of another shape": (ValueError, "hi: got", dense(hi=ints(1, 2))),
+    "hi of floats": (ValueError, "hi: got", dense(hi=t(2, 3))),
+    "hi on another device": (ValueError, "hi: is on meta", dense(hi=torch.zeros(2, 3, dtype=torch.int32, device="meta"))),
+    "seqlens_q too long": (ValueError, "seqlens_q: got", dense(seqlens_q=ints(3, 4))),
+    "seqlens_k negative": (ValueError, "seqlens_k: got", dense(seqlens_k=ints(-1, 4))),
+    "seqlens_k of floats": (ValueError, "seqlens_k: got", dense(seqlens_k=t(2))),
+    "seqlens_k as a list": (ValueError, "seqlens_k: got list", dense(seqlens_k=[1, 2])),
+    "infinite scale": (ValueError, "softmax_scale: got inf", dense(softmax_scale=float("inf"))),
+    "negative softcap": (ValueError, "softcap: got -1", dense(softcap=-1.0)),
+    "NaN softcap": (ValueError, "softcap: got nan", dense(softcap=float("nan"))),
+    "lengths that do not sum up": (ValueError, "cu_seqlens_q: got", varlen(cu_seqlens_q=ints(0, 2, 4))),
+    "table that decreases": (ValueError, "cu_seqlens_k: got", varlen(cu_seqlens_k=ints(0, 5, 4))),
+    "table that starts late": (ValueError, "cu_seqlens_q: got", varlen(cu_seqlens_q=ints(1, 2, 3))),
+    "table of no sample": (ValueError, "cu_seqlens_q: got an empty batch", varlen(cu_seqlens_q=ints(0))),
+    "tables of different batches": (ValueError, "cu_seqlens_k: got 1 samples", varlen(cu_seqlens_k=ints(0, 4), max_seqlen_k=4)),
+    "max_seqlen too small": (ValueError, "max_seqlen_k: got 2", varlen(max_seqlen_k=2)),
+    "float max_seqlen": (TypeError, "max_seqlen_q: got float", varlen(max_seqlen_q=2.0)),
+    "two-dimensional table": (ValueError, "cu_seqlens_q: got", varlen(cu_seqlens_q=torch.zeros(2, 2, dtype=torch.int32))),
+    "packed q of four dimensions": (ValueError, "q: got shape", varlen(q=t(1, 3, 2, 32))),
+    "cache named": (ValueError, "k_cache: got batch 3", cached(k_cache=t(3, 5, 2, 32), v_cache=t(3, 5, 2, 32))),
+    "cache longer than its slots": (ValueError, "cache_seqlens: got", cached(cache_seqlens=ints(6, 2))),
+    "no room in the cache": (ValueError, "cache_seqlens: a sample has no room", cached(k=t(2, 3, 2, 32), v=t(2, 3, 2, 32))),
+    "k without v": (ValueError, "k, v: give both", cached(k=t(2, 3, 2, 32))),
+    "k of another length": (ValueError, "k: got 1 rows", cached(k=t(2, 1, 2, 32), v=t(2, 1, 2, 32))),
+    "leftpad too large": (ValueError, "cache_leftpad: got", cached(cache_leftpad=ints(0, 9))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "call"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_by_name(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        call()
+
+
+def test_float64_is_refused_outside_the_reference_backend() -> None:
+    q = t(1, 2, 1, 32, dtype=torch.float64)
+    with gk.backend("reference"):
+        assert gk.switch_attention(q, q, q, True).dtype == torch.float64
+    with pytest.raises(TypeError, match="^q: got torch.float64.*reference"):
+        gk.switch_attention(q, q, q, True)
+
+
+def test_good_input_of_these_cases_is_accepted() -> None:
+    with gk.backend("reference"):
+        for call in (dense(), varlen(), cached()):
+            assert bool(call().isfinite().all())
