@@ -61,6 +61,11 @@ def contrastive_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, accepted are 'mean', 'sum', 'none'")
     _check_temperature(temperature)
+    if targets is None and passages.shape[0] % queries.shape[0]:
+        raise ValueError(
+            f"passages: got {passages.shape[0]} rows for {queries.shape[0]} queries, accepted is a whole multiple of the "
+            "queries, or explicit targets"
+        )
     if process_group is not None:
         from grit_kernels.contrastive.distributed import gather
 
