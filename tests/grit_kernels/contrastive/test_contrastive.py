@@ -1,0 +1,233 @@
+"""gk.contrastive_loss against torch's cross entropy in float64, and across processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import grit_kernels as gk
+from tests.conftest import assert_within_rule
+
+
+def unit(rows: int, dim: int = 16) -> Tensor:
+    return F.normalize(torch.randn(rows, dim), dim=-1)
+
+
+def plain(q: Tensor, p: Tensor, temperature: float, targets: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Per-query losses by torch's own cross entropy."""
+    return F.cross_entropy(q.to(dtype) @ p.to(dtype).T / temperature, targets, reduction="none")
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.sampled_from([0.02, 1.0]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 999),
+)
+def test_default_targets_equal_cross_entropy_over_all_passages(
+    count: int, group: int, temperature: float, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    q, p = unit(count).to(dtype), unit(count * group).to(dtype)
+    targets = torch.arange(count) * group
+    truth = plain(q, p, temperature, targets)
+    found = gk.contrastive_loss(q, p, temperature=temperature, reduction="none")
+    assert found.dtype == torch.float32
+    # a product of unit vectors has an FP32 rounding error of order eps / temperature in the scores
+    eager = plain(q, p, temperature, targets, dtype).float()
+    error, allowed = (x.double().sub(truth).abs().max().item() for x in (found, eager))
+    assert error <= 2 * allowed + 8 * torch.finfo(torch.float32).eps / temperature
+    mean = gk.contrastive_loss(q, p, temperature=temperature)
+    torch.testing.assert_close(mean, found.mean())
+    torch.testing.assert_close(gk.contrastive_loss(q, p, temperature=temperature, reduction="sum"), found.sum())
+
+
+def test_gradients_equal_cross_entropy_including_a_learnable_temperature() -> None:
+    q, p = unit(5).requires_grad_(), unit(10).requires_grad_()
+    temperature = torch.tensor(0.1, requires_grad=True)
+    targets = torch.tensor([1, 0, 9, 4, 4])
+    found = torch.autograd.grad(
+        gk.contrastive_loss(q, p, temperature=temperature, targets=targets), (q, p, temperature)
+    )
+    leaves = [x.detach().double().requires_grad_() for x in (q, p, temperature)]
+    loss = F.cross_entropy(leaves[0] @ leaves[1].T / leaves[2], targets)
+    for a, b in zip(found, torch.autograd.grad(loss, leaves), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_float64_passes_gradcheck_with_every_option() -> None:
+    q, p = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 6))
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    ids = (torch.tensor([1, 2, 1]), torch.tensor([1, 9, 2, 9, 1, 9]))
+    weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    for options in ({}, {"symmetric": True, "mask_ids": ids}, {"in_batch_negatives": False}, {"weights": weights}):
+        assert torch.autograd.gradcheck(
+            lambda a, b, t, o=options: gk.contrastive_loss(a, b, temperature=t, **o), (q, p, temperature)
+        )
+
+
+def test_without_in_batch_negatives_each_query_sees_its_own_group_only() -> None:
+    q, p = unit(3), unit(12)
+    targets = torch.tensor([0, 6, 11])
+    found = gk.contrastive_loss(q, p, targets=targets, in_batch_negatives=False, reduction="none")
+    expected = [plain(q[i : i + 1], p[4 * i : 4 * i + 4], 0.02, targets[i : i + 1] - 4 * i)[0] for i in range(3)]
+    torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_passage_with_the_querys_id_is_no_negative_of_it() -> None:
+    q, p = unit(3), unit(6)
+    query_ids, passage_ids = torch.tensor([7, 8, 7]), torch.tensor([7, 0, 8, 1, 7, 7])
+    found = gk.contrastive_loss(q, p, mask_ids=(query_ids, passage_ids), reduction="none")
+    for i in range(3):
+        keep = [j for j in range(6) if passage_ids[j] != query_ids[i] or j == 2 * i]
+        expected = plain(q[i : i + 1], p[keep], 0.02, torch.tensor([keep.index(2 * i)]))
+        torch.testing.assert_close(found[i : i + 1], expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_symmetric_adds_the_reverse_direction_of_positives_and_halves() -> None:
+    q, p = unit(4), unit(8)
+    targets = torch.arange(4) * 2
+    expected = (plain(q, p, 0.02, targets) + plain(p[targets], q, 0.02, torch.arange(4))) / 2
+    found = gk.contrastive_loss(q, p, symmetric=True, reduction="none")
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    # two queries with one id: neither is a negative of the other's passage, in both directions
+    same = gk.contrastive_loss(q, p, symmetric=True, reduction="none", mask_ids=(torch.zeros(4), torch.zeros(8)))
+    torch.testing.assert_close(same, torch.zeros(4), rtol=0, atol=1e-5)
+
+
+def test_weights_scale_losses_and_the_mean_divides_by_their_sum() -> None:
+    q, p, weights = unit(4), unit(4), torch.tensor([0.0, 1.0, 2.0, 0.5])
+    each = gk.contrastive_loss(q, p, reduction="none")
+    torch.testing.assert_close(gk.contrastive_loss(q, p, weights=weights), (each * weights).sum() / weights.sum())
+    torch.testing.assert_close(gk.contrastive_loss(q, p, weights=weights, reduction="none"), each * weights)
+
+
+def test_normalize_equals_normalising_first_and_accuracy_counts_hits() -> None:
+    q = torch.eye(4, 16) * 5
+    p = torch.eye(4, 16)[[0, 1, 3, 2]] * 2
+    loss, accuracy = gk.contrastive_loss(q, p, normalize=True, return_accuracy=True)
+    torch.testing.assert_close(loss, gk.contrastive_loss(F.normalize(q), F.normalize(p)))
+    assert accuracy == 0.5
+
+
+def test_large_logits_do_not_overflow() -> None:
+    q = torch.randn(4, 16, dtype=torch.float16) * 30
+    assert bool(gk.contrastive_loss(q, q, temperature=0.001).isfinite())
+
+
+def test_autocast_does_not_lower_the_precision_of_similarities() -> None:
+    q, p = unit(6), unit(6)
+    expected = gk.contrastive_loss(q, p)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gk.contrastive_loss(q, p), expected)
+
+
+def test_bf16_keeps_the_accuracy_rule() -> None:
+    q, p = unit(32, 64).bfloat16(), unit(64, 64).bfloat16()
+    targets = torch.arange(32) * 2
+    found = gk.contrastive_loss(q, p, temperature=0.02, reduction="none")
+    truth = plain(q, p, 0.02, targets)
+    assert_within_rule(found, truth, plain(q, p, 0.02, targets, torch.bfloat16))
+
+
+# ---- across processes
+
+UNEVEN = (3, 2)  # queries of each rank, two passages each
+
+
+def _rank(rank: int, file: str, scale: str, q: Tensor, p: Tensor, weights: Tensor, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(UNEVEN))
+    first = sum(UNEVEN[:rank])
+    own = slice(first, first + UNEVEN[rank])
+    queries = q[own].clone().requires_grad_()
+    passages = p[2 * own.start : 2 * own.stop].clone().requires_grad_()
+    temperature = torch.tensor(0.1, requires_grad=True)
+    loss = gk.contrastive_loss(
+        queries,
+        passages,
+        temperature=temperature,
+        weights=weights[own],
+        mask_ids=(torch.arange(5)[own] % 4, torch.arange(10)[2 * own.start : 2 * own.stop] // 2 % 4),
+        process_group=dist.group.WORLD,
+        gradient_scale=scale,  # type: ignore[arg-type]
+    )
+    loss.backward()
+    assert queries.grad is not None and passages.grad is not None and temperature.grad is not None
+    results[rank] = (float(loss), queries.grad.tolist(), passages.grad.tolist(), float(temperature.grad))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scale", ["exact", "reference"])
+def test_two_processes_with_uneven_batches_equal_one_process(tmp_path: Path, scale: str) -> None:
+    q, p, weights = unit(5).requires_grad_(), unit(10).requires_grad_(), torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+    temperature = torch.tensor(0.1, requires_grad=True)
+    ids = (torch.arange(5) % 4, torch.arange(10) // 2 % 4)
+    loss = gk.contrastive_loss(q, p, temperature=temperature, weights=weights, mask_ids=ids)
+    expected = torch.autograd.grad(loss, (q, p, temperature))
+    with mp.Manager() as manager:
+        results = manager.dict()
+        arguments = (str(tmp_path / "store"), scale, q.detach(), p.detach(), weights, results)
+        mp.spawn(_rank, arguments, nprocs=len(UNEVEN))
+        by_rank = [results[r] for r in range(len(UNEVEN))]
+    factor = len(UNEVEN) if scale == "exact" else 1
+    for rank_loss, *_ in by_rank:
+        assert rank_loss == pytest.approx(float(loss), rel=1e-5)
+    for index in (0, 1):
+        found = torch.cat([torch.tensor(rank[1 + index]) for rank in by_rank])
+        torch.testing.assert_close(found, expected[index] * factor, rtol=1e-4, atol=1e-6)
+    # every rank sees the loss of all rows: the mean over ranks of the temperature's gradient is the global one
+    for rank in by_rank:
+        assert rank[3] == pytest.approx(float(expected[2]), rel=1e-4)
+
+
+# ---- refused
+
+A, B = torch.zeros(2, 4), torch.zeros(4, 4)
+
+
+def call(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {"queries": A, "passages": B, **changes}
+    return lambda: gk.contrastive_loss(**arguments)
+
+
+REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "queries of one dimension": ("queries: got", call(queries=A[0])),
+    "integer queries": ("queries: got torch.int64", call(queries=A.long())),
+    "no queries": ("queries: got an empty batch", call(queries=A[:0])),
+    "no passages": ("passages: got an empty batch", call(passages=B[:0])),
+    "another width": ("passages: got", call(passages=torch.zeros(4, 5))),
+    "another dtype": ("passages: got torch.bfloat16", call(passages=B.bfloat16())),
+    "another device": ("passages: got .* on meta", call(passages=B.to("meta"))),
+    "fewer passages than queries": ("passages: got 1 rows", call(passages=B[:1])),
+    "passages no multiple of queries": ("passages: got 3 rows", call(passages=B[:3])),
+    "NaN temperature": ("temperature: got nan", call(temperature=float("nan"))),
+    "zero temperature": ("temperature: got 0", call(temperature=0)),
+    "NaN learnable temperature": ("temperature: got nan", call(temperature=torch.tensor(float("nan")))),
+    "two temperatures": ("temperature: got shape", call(temperature=torch.ones(2))),
+    "float targets": ("targets: got torch.float32", call(targets=torch.zeros(2))),
+    "target outside": ("targets: got values outside 0..3", call(targets=torch.tensor([0, 4]))),
+    "target of another group": ("targets: with in_batch", call(targets=torch.tensor([0, 1]), in_batch_negatives=False)),
+    "weights shape": ("weights: got shape", call(weights=torch.ones(3))),
+    "ids shape": ("mask_ids: got shapes", call(mask_ids=(torch.ones(2), torch.ones(3)))),
+    "reduction": ("reduction: got 'max'", call(reduction="max")),
+    "gradient scale": ("gradient_scale: got 'half'", call(gradient_scale="half")),
+}
+
+
+@pytest.mark.parametrize(("message", "make"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_by_name(message: str, make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()

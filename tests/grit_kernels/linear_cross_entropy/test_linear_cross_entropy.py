@@ -1,0 +1,132 @@
+"""gk.linear_cross_entropy against torch's cross entropy on materialised logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import grit_kernels as gk
+from grit_kernels.linear_cross_entropy import op
+from tests.conftest import assert_within_rule
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+
+
+def problem(dtype: torch.dtype, tokens: int = 37, vocabulary: int = 101) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = torch.randn(tokens, 24).to(dtype), torch.randn(vocabulary, 24).to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    labels[::5] = -100
+    return hidden, weight, labels
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many chunks":
+        monkeypatch.setattr(op, "_chunk_rows", lambda vocabulary: 16)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("backend_name", ["reference", None])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_and_gradients_equal_cross_entropy(
+    backend_name: str | None, softcap: float | None, dtype: torch.dtype
+) -> None:
+    hidden, weight, labels = problem(dtype)
+    grad = torch.rand(len(labels))
+
+    def gradients(run: Callable[[Tensor, Tensor], Tensor], like: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(like).requires_grad_() for x in (hidden, weight)]
+        losses = run(*leaves)
+        return losses.detach(), *torch.autograd.grad(losses, leaves, grad.to(losses.dtype))
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        with gk.backend("reference") if backend_name else torch.enable_grad():
+            return gk.linear_cross_entropy(h, w, labels, softcap=softcap)
+
+    found = gradients(ours, dtype)
+    truth = gradients(lambda h, w: plain(h, w, labels, softcap, torch.float64), torch.float64)
+    eager = gradients(lambda h, w: plain(h, w, labels, softcap, dtype), dtype)
+    assert found[0].dtype == torch.float32
+    for name, a, b, c in zip(("loss", "dhidden", "dweight"), found, truth, eager, strict=True):
+        assert_within_rule(a, b, c, name)
+    ignored = labels == -100
+    assert bool((found[0][ignored] == 0).all()) and bool((found[1][ignored] == 0).all())
+
+
+def test_float64_passes_gradcheck() -> None:
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    labels = torch.tensor([0, 6, -100, 3, 3])
+    assert torch.autograd.gradcheck(lambda h, w: gk.linear_cross_entropy(h, w, labels, softcap=3.0), (hidden, weight))
+
+
+def test_another_ignore_index_and_all_tokens_ignored() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    labels[labels == -100] = 7
+    found = gk.linear_cross_entropy(hidden, weight, labels, ignore_index=7)
+    expected = F.cross_entropy(hidden @ weight.T, labels, ignore_index=7, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    nothing = gk.linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    assert bool((nothing == 0).all())
+    assert gk.linear_cross_entropy(hidden[:0], weight, labels[:0]).shape == (0,)
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    for first, second in ((True, False), (False, True)):
+        h, w = hidden.clone().requires_grad_(first), weight.clone().requires_grad_(second)
+        gk.linear_cross_entropy(h, w, labels).sum().backward()
+        assert (h.grad is not None, w.grad is not None) == (first, second)
+
+
+def test_autocast_lowers_the_product_but_not_the_loss() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    h = hidden.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = gk.linear_cross_entropy(h, weight, labels)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, gk.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels))
+    losses.sum().backward()
+    assert h.grad is not None and h.grad.dtype == torch.float32
+
+
+def test_opcheck_and_fullgraph_compile() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(torch.ops.grit_kernels.linear_cross_entropy_forward.default, (h, w, labels, -100, 2.0))
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return gk.linear_cross_entropy(a, b, labels).mean()
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(h, w), (h, w)), torch.autograd.grad(run(h, w), (h, w)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+H, W, L = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
+REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "hidden shape": (ValueError, "hidden: got", lambda: gk.linear_cross_entropy(H[0], W, L)),
+    "hidden dtype": (ValueError, "hidden: got torch.int64", lambda: gk.linear_cross_entropy(H.long(), W, L)),
+    "weight width": (ValueError, "lm_head_weight: got", lambda: gk.linear_cross_entropy(H, W[:, :3], L)),
+    "weight dtype": (TypeError, "lm_head_weight: got torch.bfloat16", lambda: gk.linear_cross_entropy(H, W.bfloat16(), L)),
+    "labels shape": (ValueError, "labels: got", lambda: gk.linear_cross_entropy(H, W, L[:2])),
+    "labels dtype": (ValueError, "labels: got torch.int32", lambda: gk.linear_cross_entropy(H, W, L.int())),
+    "label outside": (ValueError, r"labels: got values in 0\.\.5", lambda: gk.linear_cross_entropy(H, W, torch.tensor([0, 5, 1]))),
+    "negative softcap": (ValueError, "softcap: got -1", lambda: gk.linear_cross_entropy(H, W, L, softcap=-1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "call"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_by_name(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        call()
