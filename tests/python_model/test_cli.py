@@ -1,0 +1,67 @@
+"""The grit command lists its subcommands, and each explains itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from python_model.cli import COMMANDS, main
+from python_model.doctor import report
+from python_model.files import new_folder, write_json
+
+
+def test_grit_alone_lists_every_command(capsys: Any) -> None:
+    main([])
+    out = capsys.readouterr().out
+    assert all(name in out and text in out for name, (_, text) in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help(name: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0 and f"grit {name}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_lists_the_known_ones() -> None:
+    with pytest.raises(SystemExit, match="there is no command 'fly'(.|\n)*doctor"):
+        main(["fly"])
+
+
+def test_doctor_names_a_choice_and_a_reason_for_every_op(capsys: Any) -> None:
+    main(["doctor", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(json.dumps(report()))
+    for backend in printed["backends"]["available"]:
+        assert backend["reason"]
+    for devices in printed["backends"]["ops"].values():
+        assert set(devices) == {"cpu", "cuda"} and all(devices.values())
+    main(["doctor"])
+    assert "attention_forward" in capsys.readouterr().out
+
+
+def test_generate_refuses_a_missing_model() -> None:
+    with pytest.raises(SystemExit, match="no folder ./nowhere"):
+        main(["generate", "--model", "./nowhere", "--prompt", "hi"])
+
+
+def test_generate_prints_a_reply(checkpoint: Path, capsys: Any) -> None:
+    main(["generate", "--model", str(checkpoint), "--prompt", "What?", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.strip()
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    with new_folder(tmp_path / "f") as folder:
+        (folder / "one").write_text("1")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "f") as folder:
+        (folder / "two").write_text("2")
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "f").iterdir()] == ["one"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "f"]
