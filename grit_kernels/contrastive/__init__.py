@@ -125,6 +125,7 @@ def _check_temperature(temperature: float | Tensor) -> None:
             raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, accepted is a scalar")
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
             return
+        temperature = temperature.detach()
     value = float(temperature)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"temperature: got {value}, accepted is a finite number > 0")

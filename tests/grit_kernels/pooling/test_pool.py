@@ -151,7 +151,7 @@ def test_float64_runs_on_the_reference_and_passes_gradcheck_in_closed_form() -> 
         leaves = [hidden] if norm is None else [hidden, weight]
 
         def run(*leaf: Tensor) -> Tensor:
-            return reference.pool_forward(leaf[0], *arguments[1:5], *(leaf[1:] or (None,)), 1e-6)
+            return reference.pool_forward(leaf[0], weights, *bounds, denominators, *(leaf[1:] or (None,)), 1e-6)
 
         assert torch.autograd.gradcheck(run, leaves)
         assert torch.autograd.gradgradcheck(run, leaves)
