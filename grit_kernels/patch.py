@@ -41,7 +41,8 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
     After it, ``model(...)`` and the bare decoder accept
 
     * ``is_causal``: bool or bool tensor (B). True (default) is the model as it was; False lets a sample see both sides.
-      Padding may stand anywhere (2-D ``attention_mask``); padded places of the output are 0.
+      Padding may stand anywhere (2-D ``attention_mask``); padded places of the output are 0. A window counts real tokens
+      (transformers counts places, which differs only where padding stands between tokens).
     * ``sample_pack``: a :class:`SamplePack` for input that is packed already, ``input_ids`` of shape (1, tokens); the output
       stays packed. transformers' ``cu_seq_lens_q`` and ``max_length_q`` are understood the same way.
 

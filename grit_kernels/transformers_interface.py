@@ -84,13 +84,22 @@ def grit_mask(
 
 
 @dataclass(frozen=True)
+class _Holes:
+    """Orders that move a sample's real keys and real query rows to the front, and the rows back to their places."""
+
+    keys: Tensor  # int64 (B, K)
+    rows: Tensor  # int64 (B, Q)
+    rows_back: Tensor  # int64 (B, Q)
+
+
+@dataclass(frozen=True)
 class _KeyLayout:
-    """Where a padded batch's keys lie, read off a mask once and reused by all layers."""
+    """Where a padded batch's keys and query rows lie, read off a mask once and reused by all layers."""
 
     first: Tensor  # int32 (B), first used slot
-    end: Tensor  # int32 (B), one past the last used slot, after compaction
+    end: Tensor  # int32 (B), one past the last used slot
     rows: Tensor  # int32 (B), query rows that are real (right padding excluded)
-    gather: Tensor | None  # int64 (B, K): keys of each sample moved to the front, when they have holes
+    holes: _Holes | None  # None when every sample's keys are one interval; else first, end, rows count after moving
 
 
 def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
@@ -106,16 +115,23 @@ def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
     last = torch.where(valid, index, -1).amax(dim=1)
     # rows up to the last key are real; a sample without keys has none
     rows = torch.where(valid, distance, -1).amax(dim=1).add(1).clamp(0, q_length)
-    gather = None
-    # under torch.compile nothing may be read back, so the keys are always moved
+    holes = None
+    # under torch.compile nothing may be read back, so everything is always moved
     if torch.compiler.is_compiling() or bool((last - first + 1 > count).any()):
-        gather = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices
-        first = torch.zeros_like(first)
+        # row r is the key at distance r: a hole among the queries' own slots is a padded row
+        row = torch.where(valid & (distance >= 0) & (distance < q_length), distance, q_length).to(torch.int64)
+        real = torch.zeros(distance.shape[0], q_length + 1, dtype=torch.bool, device=distance.device)
+        real = real.scatter(1, row, True)[:, :q_length]
+        order = torch.sort((~real).to(torch.int8), dim=1, stable=True).indices
+        holes = _Holes(
+            torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices, order, torch.argsort(order, dim=1)
+        )
+        first, rows = torch.zeros_like(first), real.sum(dim=1)
     layout = _KeyLayout(
         first.clamp(max=slots).to(torch.int32),
         (first + count).clamp(max=slots).to(torch.int32),
         rows.to(torch.int32),
-        gather,
+        holes,
     )
     if not torch.compiler.is_compiling():
         relative._grit_layout = layout  # type: ignore[attr-defined]
@@ -177,18 +193,20 @@ def _padded_attention(
     """(B, Q, H, D) queries that are the last slots of (B, K, Hkv, D) keys; padding and caches of any kind."""
     batch, q_length = q.shape[:2]
     slots = k.shape[1]
+    holes = None
     if relative is None:
         first = torch.zeros(batch, dtype=torch.int32, device=q.device)
         end, rows = torch.full_like(first, slots), torch.full_like(first, q_length)
     else:
         layout = _key_layout(relative, q_length)
-        first, end, rows = layout.first, layout.end, layout.rows
-        if layout.gather is not None:
-            index = layout.gather[:, :, None, None]
-            k, v = (torch.take_along_dim(x, index, dim=1) for x in (k, v))
+        first, end, rows, holes = layout.first, layout.end, layout.rows, layout.holes
+        if holes is not None:
+            q = torch.take_along_dim(q, holes.rows[:, :, None, None], dim=1)
+            k, v = (torch.take_along_dim(x, holes.keys[:, :, None, None], dim=1) for x in (k, v))
         if first.shape[0] != batch:  # a mask of one row serves the whole batch
             first, end, rows = (x.expand(batch) for x in (first, end, rows))
-    return rectangular_attention(q, k, v, causal, window, rows, first, end, softmax_scale=scaling, softcap=softcap)
+    out = rectangular_attention(q, k, v, causal, window, rows, first, end, softmax_scale=scaling, softcap=softcap)
+    return out if holes is None else torch.take_along_dim(out, holes.rows_back[:, :, None, None], dim=1)
 
 
 def register() -> None:
