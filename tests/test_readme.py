@@ -1,0 +1,39 @@
+"""What the README says runs: its Python blocks, and the names and files it points to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _blocks(needs_model: bool) -> list[str]:
+    return [block for block in PYTHON_BLOCKS if ("fetch_small_model" in block) == needs_model]
+
+
+@pytest.mark.parametrize("block", _blocks(needs_model=False), ids=lambda block: block.splitlines()[0][:40])
+def test_python_block_runs(block: str) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("block", _blocks(needs_model=True), ids=lambda block: block.splitlines()[0][:40])
+def test_python_block_on_the_small_model_runs(block: str) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_files_the_readme_names_exist() -> None:
+    for name in re.findall(r"`((?:configs|python_model|csrc|bench|docs)/[\w./-]+|[A-Z]+\.md)`|(?<=--config )(\S+)", README):
+        path = next(part for part in name if part)
+        assert path == "FILE" or (ROOT / path).exists(), path
+
+
+def test_make_targets_the_readme_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"\bmake ([a-z-]+)\b", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
