@@ -1,13 +1,28 @@
-"""Reading of training rows: every malformed row is refused with its file and line, every well-formed one keeps its text."""
+"""Training rows: a malformed one is refused with its file and line; the bundled sample keeps what its README promises."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from python_model.data import sample_dir
+from python_model.data.build_sample import (
+    CORPUS_PASSAGES,
+    COUNTS,
+    NEGATIVES,
+    UNSUITABLE,
+    WHEEL_SHA256,
+    WORDNET_SHA256,
+    held_out,
+    read_functions,
+    read_wordnet,
+)
 from python_model.data.jsonl import (
     DataError,
     EmbeddingRow,
@@ -137,3 +152,129 @@ def test_a_corpus_has_unique_keys_and_texts(tmp_path: Path) -> None:
         read_corpus(write(tmp_path / "c.jsonl", {"key": "a", "text": "one"}, {"key": "a", "text": "two"}))
     with pytest.raises(DataError, match=r"d.jsonl:1: the column 'key' is missing"):
         read_corpus(write(tmp_path / "d.jsonl", {"text": "one"}))
+
+
+def sample_texts(part: str) -> tuple[set[str], set[str]]:
+    """Keys and texts (instructions and templates aside) of one side of the bundled sample."""
+    embedding, generative = read_rows(sample_dir() / part)
+    texts = {text for row in embedding for _, text in (row.query, *row.pos, *row.neg)}
+    texts |= {turn for row in generative for turn in row.turns if turn != "Use it in a sentence."}
+    keys = {str(row.key) for row in (*embedding, *generative)}
+    if part == "test":
+        corpus = read_corpus(sample_dir() / "corpus.jsonl")
+        texts |= {passage.text for passage in corpus}
+        keys |= {passage.key for passage in corpus}
+    return keys, texts
+
+
+def test_the_sample_has_the_counts_of_its_readme() -> None:
+    rows = {part: read_rows(sample_dir() / part) for part in ("train", "test")}
+    counts = {part: (len(embedding), len(generative)) for part, (embedding, generative) in rows.items()}
+    assert counts == {"train": (720, 210), "test": (96, 40)}
+    assert len(read_corpus(sample_dir() / "corpus.jsonl")) == sum(CORPUS_PASSAGES.values()) == 700
+    for index, part in enumerate(("train", "test")):
+        found = Counter(row.dataset for kind in rows[part] for row in kind)
+        assert found == {name: wanted[index] for name, wanted in COUNTS.items()}
+
+
+def test_no_key_and_no_text_of_the_sample_is_on_both_sides() -> None:
+    train_keys, train_texts = sample_texts("train")
+    test_keys, test_texts = sample_texts("test")
+    assert not train_keys & test_keys
+    assert not train_texts & test_texts
+    assert all(held_out(key) for key in test_keys) and not any(held_out(key) for key in train_keys)
+
+
+def test_every_test_query_of_the_sample_finds_its_positive_and_negatives_in_the_corpus_once() -> None:
+    corpus = read_corpus(sample_dir() / "corpus.jsonl")
+    texts = {passage.key: passage.text for passage in corpus}
+    assert len(set(texts.values())) == len(corpus)
+    for row in read_embedding(sample_dir() / "test"):
+        assert texts[str(row.key)] == row.pos[0].text
+        assert {text for _, text in row.neg} <= set(texts.values())
+
+
+def test_no_negative_of_the_sample_is_the_positive() -> None:
+    for part in ("train", "test"):
+        for row in read_embedding(sample_dir() / part):
+            assert len(row.neg) == NEGATIVES and not set(row.pos) & set(row.neg)
+
+
+def test_the_sample_is_free_of_unsuitable_words_and_comes_with_its_notices() -> None:
+    for part in ("train", "test"):
+        embedding, generative = read_rows(sample_dir() / part)
+        words = [row for row in embedding if row.dataset.startswith("wordnet")]
+        prose = [text for row in words for _, text in (row.query, *row.pos, *row.neg)]
+        prose += [turn for row in generative if row.dataset.startswith("wordnet") for turn in row.turns]
+        assert not [text for text in prose if UNSUITABLE.search(text)]
+    notice = (sample_dir() / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    for needed in (
+        "WordNet 3.0 Copyright 2006 by Princeton University",
+        *(name.split("==")[0] for name in WHEEL_SHA256),
+    ):
+        assert needed in notice
+
+
+def test_the_sample_is_small() -> None:
+    assert sum(file.stat().st_size for file in sample_dir().rglob("*") if file.is_file()) < 700_000
+
+
+SYNSETS = """\
+  1 a line of the licence
+00000001 05 n 02 hound 0 bow_wow 1 001 @ 00000003 n 0000 | an animal that is kept for hunting; "the hound barks at us"
+00000002 05 n 01 Pluto 0 001 @i 00000003 n 0000 | a character; "Pluto sleeps"- A. Author; "Pluto and a friend slept"
+00000003 05 n 01 beast(a) 0 000 | a living being that moves about
+"""
+INDEX = "  1 a line\nhound n 1 1 @ 1 1 00000001\npluto n 1 1 @ 1 1 00000002\nbeast n 1 0 1 0 00000003\n"
+
+
+def test_wordnet_files_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WORDNET_SHA256:
+        (tmp_path / name).write_text({"data.noun": SYNSETS, "index.noun": INDEX}.get(name, ""))
+        sha = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        monkeypatch.setitem(WORDNET_SHA256, name, sha)
+    synsets = read_wordnet(tmp_path)
+    hound, pluto, beast = synsets["n00000001"], synsets["n00000002"], synsets["n00000003"]
+    assert hound.words == ("hound", "bow wow") and hound.gloss == "an animal that is kept for hunting"
+    assert hound.examples == ("the hound barks at us",) and hound.groups == ("n00000003",) and hound.common
+    assert pluto.examples == ("Pluto and a friend slept",) and not pluto.common  # an instance; the quotation is dropped
+    assert beast.words == ("beast",) and not beast.common
+    (tmp_path / "data.verb").write_text("changed")
+    with pytest.raises(SystemExit, match=r"data\.verb: SHA-256"):
+        read_wordnet(tmp_path)
+
+
+def test_functions_are_read_without_docstring_and_only_where_described(tmp_path: Path) -> None:
+    source = '''
+def double(x):
+    """Return twice the number that is given.
+
+    More about it.
+    """
+
+    # why
+    return 2 * x
+
+
+def _private(x):
+    """Return twice the number that is given here."""
+    y = x
+    return 2 * y
+
+
+def short(x):
+    """Too short."""
+    y = x
+    return y
+'''
+    with zipfile.ZipFile(tmp_path / "p.whl", "w") as archive:
+        archive.writestr("p/m.py", source)
+        archive.writestr("p/tests/t.py", source.replace("double", "hidden"))
+    functions = read_functions([(tmp_path / "p.whl").read_bytes()])
+    assert [(f.key, f.description, f.code) for f in functions] == [
+        (
+            "python:p/m.py:double",
+            "Return twice the number that is given.",
+            "def double(x):\n    # why\n    return 2 * x",
+        )
+    ]
