@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from python_model.data import sample_dir
-from python_model.data.jsonl import read_corpus, read_embedding, read_generative
+from python_model.data.jsonl import read_corpus, read_embedding, read_generative, read_rows
 from python_model.evaluation import evaluate_retrieval, next_token_loss
 from python_model.files import write_json
 from python_model.generate import rag_prompt, reply
@@ -41,10 +41,10 @@ class Sample:
         corpus = read_corpus(folder / "corpus.jsonl")
         self.documents = [row.text for row in corpus]
         place = {row.key: index for index, row in enumerate(corpus)}
-        rows = read_embedding(folder / "embedding.test.jsonl")
+        rows = read_embedding(folder / "test" / "embedding.jsonl")
         self.queries = [row.query for row in rows]
         self.relevant = [place[row.key] for row in rows]
-        self.conversations = read_generative(folder / "generative.test.jsonl")
+        self.conversations = read_generative(folder / "test" / "generative.jsonl")
 
 
 def evaluate(model: GritLM, sample: Sample) -> dict[str, Any]:
@@ -70,17 +70,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     sample = Sample()
-    folder = sample_dir()
     model = GritLM(fetch_small_model(), attn=config.attn, is_inference=True, device="cpu", dtype="float32")
     print("measuring the untrained model on held-out rows ...", flush=True)
     before = evaluate(model, sample)
     print(f"  nDCG@10 {before['ndcg_at_10']:.3f}   next-token loss {before['next_token_loss']:.3f}", flush=True)
-    trainer = Trainer(
-        model,
-        config,
-        read_embedding(folder / "embedding.train.jsonl"),
-        read_generative(folder / "generative.train.jsonl"),
-    )
+    trainer = Trainer(model, config, *read_rows(config.train_data))
     records = trainer.train()
     after = evaluate(model, sample)
     print(f"  nDCG@10 {after['ndcg_at_10']:.3f}   next-token loss {after['next_token_loss']:.3f}", flush=True)
@@ -107,7 +101,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def demo_config(output_dir: str, steps: int = 40, seed: int = 0) -> TrainConfig:
     """The demo's recipe."""
     return TrainConfig(
-        train_data=str(sample_dir()),
+        train_data=str(sample_dir() / "train"),
         output_dir=output_dir,
         steps=steps,
         seed=seed,
