@@ -15,11 +15,13 @@ _NUMBERS = (
     "Tensor? norm_weight, float norm_eps"
 )
 
-define_op(f"pool_forward({_NUMBERS}) -> Tensor", reference=reference.pool_forward, triton=None)
+_TRITON = "grit_kernels.pooling.triton_pooling"
+
+define_op(f"pool_forward({_NUMBERS}) -> Tensor", reference=reference.pool_forward, triton=f"{_TRITON}:pool_forward")
 define_op(
     f"pool_backward(Tensor grad_out, {_NUMBERS}) -> (Tensor grad_hidden, Tensor grad_norm_weight)",
     reference=reference.pool_backward,
-    triton=None,
+    triton=f"{_TRITON}:pool_backward",
 )
 
 

@@ -1,0 +1,56 @@
+"""Compiles Triton kernels for GPUs that this machine need not have, and reads what the compiler says about them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CAPABILITIES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Per-thread bytes that live in memory for want of registers, shared memory of a block in bytes, the assembly."""
+
+    spilled: int
+    shared: int
+    ptx: str
+
+
+def compile_ahead_of_time(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, *, warps: int = 4, stages: int = 3
+) -> Compiled:
+    """``types``: Triton type of each run-time argument ("*bf16", "i32"); every other argument is in ``constants``.
+
+    Pointers and strides are assumed divisible by 16, as they are in a launch with ordinary tensors.
+    """
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    assert set(types) | set(constants) == set(names), set(names) ^ (set(types) | set(constants))
+    # a pointer is always 16-byte aligned here; so are the sizes whose name says stride or hidden_size
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or "stride" in name or name == "hidden_size"
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Compiled(int(found[1]), compiled.metadata.shared, compiled.asm["ptx"])
