@@ -69,13 +69,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def same_start() -> Iterator[None]:
+    """Every test starts from one seed and one thread: on tiny tensors more threads only wait for each other. A test of
+    parallel code sets the threads itself."""
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -147,31 +147,29 @@ def test_bf16_keeps_the_accuracy_rule() -> None:
 UNEVEN = (3, 2)  # queries of each rank, two passages each
 
 
-def _rank(rank: int, file: str, scale: str, q: Tensor, p: Tensor, weights: Tensor, results: Any) -> None:
+def _rank(rank: int, file: str, q: Tensor, p: Tensor, weights: Tensor, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(UNEVEN))
     first = sum(UNEVEN[:rank])
-    own = slice(first, first + UNEVEN[rank])
-    queries = q[own].clone().requires_grad_()
-    passages = p[2 * own.start : 2 * own.stop].clone().requires_grad_()
-    temperature = torch.tensor(0.1, requires_grad=True)
-    loss = gk.contrastive_loss(
-        queries,
-        passages,
-        temperature=temperature,
-        weights=weights[own],
-        mask_ids=(torch.arange(5)[own] % 4, torch.arange(10)[2 * own.start : 2 * own.stop] // 2 % 4),
-        process_group=dist.group.WORLD,
-        gradient_scale=scale,  # type: ignore[arg-type]
-    )
-    loss.backward()
-    assert queries.grad is not None and passages.grad is not None and temperature.grad is not None
-    results[rank] = (float(loss), queries.grad.tolist(), passages.grad.tolist(), float(temperature.grad))
+    own, own_passages = slice(first, first + UNEVEN[rank]), slice(2 * first, 2 * (first + UNEVEN[rank]))
+    for scale in ("exact", "reference"):
+        leaves = [q[own].clone(), p[own_passages].clone(), torch.tensor(0.1)]
+        queries, passages, temperature = (x.requires_grad_() for x in leaves)
+        loss = gk.contrastive_loss(
+            queries,
+            passages,
+            temperature=temperature,
+            weights=weights[own],
+            mask_ids=(torch.arange(5)[own] % 4, torch.arange(10)[own_passages] // 2 % 4),
+            process_group=dist.group.WORLD,
+            gradient_scale=scale,  # type: ignore[arg-type]
+        )
+        grads = torch.autograd.grad(loss, leaves)
+        results[scale, rank] = (float(loss), *(g.tolist() for g in grads))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("scale", ["exact", "reference"])
-def test_two_processes_with_uneven_batches_equal_one_process(tmp_path: Path, scale: str) -> None:
+def test_two_processes_with_uneven_batches_equal_one_process_in_both_gradient_scales(tmp_path: Path) -> None:
     q, p, weights = unit(5).requires_grad_(), unit(10).requires_grad_(), torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
     temperature = torch.tensor(0.1, requires_grad=True)
     ids = (torch.arange(5) % 4, torch.arange(10) // 2 % 4)
@@ -179,18 +177,17 @@ def test_two_processes_with_uneven_batches_equal_one_process(tmp_path: Path, sca
     expected = torch.autograd.grad(loss, (q, p, temperature))
     with mp.Manager() as manager:
         results = manager.dict()
-        arguments = (str(tmp_path / "store"), scale, q.detach(), p.detach(), weights, results)
-        mp.spawn(_rank, arguments, nprocs=len(UNEVEN))
-        by_rank = [results[r] for r in range(len(UNEVEN))]
-    factor = len(UNEVEN) if scale == "exact" else 1
-    for rank_loss, *_ in by_rank:
-        assert rank_loss == pytest.approx(float(loss), rel=1e-5)
-    for index in (0, 1):
-        found = torch.cat([torch.tensor(rank[1 + index]) for rank in by_rank])
-        torch.testing.assert_close(found, expected[index] * factor, rtol=1e-4, atol=1e-6)
-    # every rank sees the loss of all rows: the mean over ranks of the temperature's gradient is the global one
-    for rank in by_rank:
-        assert rank[3] == pytest.approx(float(expected[2]), rel=1e-4)
+        mp.spawn(_rank, (str(tmp_path / "store"), q.detach(), p.detach(), weights, results), nprocs=len(UNEVEN))
+        found = dict(results)
+    for scale, factor in (("exact", len(UNEVEN)), ("reference", 1)):
+        by_rank = [found[scale, rank] for rank in range(len(UNEVEN))]
+        for rank_loss, _, _, temperature_grad in by_rank:
+            assert rank_loss == pytest.approx(loss.item(), rel=1e-5)
+            # every rank sees the loss of all rows: the mean over ranks of this gradient is the global one
+            assert temperature_grad == pytest.approx(expected[2].item(), rel=1e-4)
+        for index in (0, 1):
+            rows = torch.cat([torch.tensor(rank[1 + index]) for rank in by_rank])
+            torch.testing.assert_close(rows, expected[index] * factor, rtol=1e-4, atol=1e-6)
 
 
 # ---- refused
