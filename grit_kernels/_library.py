@@ -1,38 +1,117 @@
-"""Finds and loads the compiled library (csrc/). Its absence is never an import error: see :func:`status`."""
+"""Finds and loads the compiled libraries (csrc/). Their absence is never an import error: see :func:`status`.
+
+``_C.so`` holds the CPU kernels and is loaded whenever it is there; ``_C_cuda.so`` holds CUDA C++ kernels and is loaded where
+torch sees a CUDA device. Both use torch's stable C ABI only, so neither depends on the versions of torch and Python.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+FOLDER = Path(__file__).parent
+MINIMUM_TORCH = (2, 11)
+_BUILD = "`pip install . --no-build-isolation` with a C++ compiler builds it"
+
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """Whether the compiled library serves this process, and if not, why and what to do."""
+    """Whether a compiled library serves this process, and if not, why and what to do."""
 
     loaded: bool
     reason: str
     path: Path | None = None
 
 
-@functools.cache
-def status() -> LibraryStatus:
-    """Load the compiled library on the first call and tell how that went."""
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
-    found = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not found:
+_cpu: LibraryStatus | None = None
+_cuda: LibraryStatus | None = None
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def _load(path: Path, what: str) -> LibraryStatus:
+    if not path.exists():
+        return LibraryStatus(False, f"the {what} is missing; {_BUILD}")
+    if _torch_version() < MINIMUM_TORCH:
         return LibraryStatus(
-            False, "the compiled library is missing; `pip install . --no-build-isolation` with a C++ compiler builds it"
+            False, f"the {what} needs torch >= 2.11, this is {torch.__version__}; `pip install 'torch>=2.11'`", path
         )
     try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
         return LibraryStatus(
-            False, f"{found[0]} does not load ({error}); rebuild it against torch {torch.__version__}", found[0]
+            False, f"{path} does not load ({error}); rebuild it here with torch {torch.__version__}: {_BUILD}", path
         )
-    return LibraryStatus(True, "", found[0])
+    return LibraryStatus(True, "", path)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def status() -> LibraryStatus:
+    """Load the CPU library on the first call and tell how that went."""
+    global _cpu
+    # a plain global and no functools.cache: torch.compile traces through this function
+    if _cpu is None:
+        if _interpreting():
+            _cpu = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
+        else:
+            _cpu = _load(FOLDER / "_C.so", "compiled library")
+            cuda_status()
+    return _cpu
+
+
+def cuda_status() -> LibraryStatus:
+    """Load the CUDA library on the first call, where torch sees a CUDA device."""
+    global _cuda
+    if _cuda is None:
+        path = FOLDER / "_C_cuda.so"
+        if _interpreting():
+            _cuda = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
+        elif not torch.cuda.is_available():
+            _cuda = LibraryStatus(False, "torch sees no CUDA device")
+        elif not path.exists():
+            _cuda = LibraryStatus(
+                False, "the CUDA library was not built: install with nvcc on PATH (GRIT_KERNELS_CUDA=1 insists on it)"
+            )
+        else:
+            _cuda = _load(path, "CUDA library")
+    return _cuda
+
+
+@functools.cache
+def _handle() -> ctypes.CDLL:
+    library = status()
+    if not library.loaded:
+        raise RuntimeError(library.reason)
+    handle = ctypes.CDLL(str(library.path))
+    handle.grit_kernels_cpu_isas.restype = ctypes.c_char_p
+    handle.grit_kernels_set_cpu_isa.argtypes = [ctypes.c_char_p]
+    return handle
+
+
+def cpu_isas() -> list[str]:
+    """Instruction sets of the library that this CPU can run, best first. GRIT_KERNELS_CPU_ISA=NAME chooses at start."""
+    return _handle().grit_kernels_cpu_isas().decode().split(",")
+
+
+@contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of one instruction set inside (process-wide); for tests and benchmarks."""
+    previous = os.environ.get("GRIT_KERNELS_CPU_ISA") or None
+    if _handle().grit_kernels_set_cpu_isa(name.encode()):
+        raise ValueError(f"instruction set: got {name!r}, this CPU accepts {', '.join(cpu_isas())}")
+    try:
+        yield
+    finally:
+        _handle().grit_kernels_set_cpu_isa(previous.encode() if previous else None)

@@ -1,0 +1,48 @@
+// Tensors as the plain arguments of kernels.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "../torch_api.h"
+#include "kernels.h"
+
+namespace grit {
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": accepted dtypes are float32, bfloat16 and float16");
+      return DType::float32;
+  }
+}
+
+// a small contiguous tensor, copied to FP32
+inline std::vector<float> as_floats(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == count, name, ": accepted is a contiguous tensor of ", count, " elements");
+  std::vector<float> values(count);
+  switch (dtype_of(t, name)) {
+    case DType::float32:
+      std::memcpy(values.data(), t.const_data_ptr(), (size_t)count * sizeof(float));
+      break;
+    case DType::bfloat16: {
+      auto* p = (const torch::headeronly::BFloat16*)t.const_data_ptr();
+      for (int64_t i = 0; i < count; ++i) values[i] = (float)p[i];
+      break;
+    }
+    case DType::float16: {
+      auto* p = (const torch::headeronly::Half*)t.const_data_ptr();
+      for (int64_t i = 0; i < count; ++i) values[i] = (float)p[i];
+      break;
+    }
+  }
+  return values;
+}
+
+}  // namespace grit

@@ -1,0 +1,209 @@
+// pool_forward on CUDA: out[b] = sum_t weights[t] * r_t * hidden[t] * norm_weight / denominators[b], see pooling/reference.py.
+//
+// One block owns COLUMNS columns of one sample and a share of its rows: each thread carries VECTOR columns, the warps of the
+// block walk the rows. With a fused norm every row's factor r_t is computed first by one block per row. Shares of a sample
+// are summed by a second kernel in a fixed order: results do not depend on scheduling.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../torch_api.h"
+
+namespace grit {
+namespace {
+
+constexpr int VECTOR = 8;   // columns per thread: one 16-byte load of 16-bit values
+constexpr int WARPS = 8;    // rows in flight per block
+constexpr int COLUMNS = 32 * VECTOR;
+
+template <class T>
+__device__ inline void load_columns(const T* p, int64_t left, bool aligned, float* x) {
+  if (aligned && left >= VECTOR) {
+    alignas(16) T raw[VECTOR];
+#pragma unroll
+    for (int i = 0; i < (int)(VECTOR * sizeof(T) / 16); ++i) ((uint4*)raw)[i] = ((const uint4*)p)[i];
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) x[i] = (float)raw[i];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) x[i] = i < left ? (float)p[i] : 0.0f;
+}
+
+// factor[t] = weights[t] * rsqrt(mean(hidden[t]^2) + eps); one block per row, 0 for rows that are not pooled
+template <class T>
+__global__ void norm_factors(const T* hidden, int64_t row_stride, int64_t columns, const float* weights, float eps,
+                             float* factor) {
+  const int64_t t = blockIdx.x;
+  if (weights[t] == 0) {
+    if (threadIdx.x == 0) factor[t] = 0;
+    return;
+  }
+  float sum = 0;
+  for (int64_t c = threadIdx.x; c < columns; c += blockDim.x) {
+    float x = (float)hidden[t * row_stride + c];
+    sum += x * x;
+  }
+  __shared__ float of_warp[32];
+  for (int offset = 16; offset; offset >>= 1) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total = 0;
+    for (int w = 0; w < (int)blockDim.x / 32; ++w) total += of_warp[w];
+    factor[t] = weights[t] * rsqrtf(total / (float)columns + eps);
+  }
+}
+
+template <class T>
+__global__ void pool_share(const T* hidden, int64_t row_stride, int64_t columns, const float* factor,
+                           const int32_t* row_start, const int32_t* row_end, const float* denominators, int shares,
+                           bool aligned, float* partial) {
+  const int64_t sample = blockIdx.z;
+  const int share = blockIdx.y, warp = threadIdx.y;
+  const int64_t column = (int64_t)blockIdx.x * COLUMNS + threadIdx.x * VECTOR;
+  float sum[VECTOR] = {};
+  const int64_t first = row_start[sample], last = denominators[sample] > 0 ? row_end[sample] : first;
+  const int64_t per_share = (last - first + shares - 1) / shares;
+  const int64_t begin = first + share * per_share, end = min(last, begin + per_share);
+  if (column < columns) {
+    for (int64_t t = begin + warp; t < end; t += WARPS) {
+      const float w = factor[t];
+      if (w == 0) continue;
+      float x[VECTOR];
+      load_columns(hidden + t * row_stride + column, columns - column, aligned, x);
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) sum[i] += w * x[i];
+    }
+  }
+  __shared__ float of_warp[WARPS][COLUMNS];
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) of_warp[warp][threadIdx.x * VECTOR + i] = sum[i];
+  __syncthreads();
+  const int c = warp * 32 + threadIdx.x;
+  if ((int64_t)blockIdx.x * COLUMNS + c < columns) {
+    float total = 0;
+    for (int w = 0; w < WARPS; ++w) total += of_warp[w][c];
+    partial[(sample * shares + share) * columns + (int64_t)blockIdx.x * COLUMNS + c] = total;
+  }
+}
+
+template <class G>
+__global__ void pool_finish(const float* partial, int shares, int64_t columns, const float* denominators, const G* gain,
+                            float* out) {
+  const int64_t sample = blockIdx.y, c = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= columns) return;
+  const float denominator = denominators[sample];
+  float total = 0;
+  if (denominator > 0) {
+    for (int s = 0; s < shares; ++s) total += partial[(sample * shares + s) * columns + c];
+    if (gain) total *= (float)gain[c];
+    total /= denominator;
+  }
+  out[sample * columns + c] = total;
+}
+
+void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
+
+struct Call {
+  Tensor hidden, weights, row_start, row_end, denominators, out;
+  std::optional<Tensor> norm_weight;
+  float eps;
+  cudaStream_t stream;
+};
+
+template <class T>
+void launch(const Call& call) {
+  const int64_t rows = call.hidden.size(0), columns = call.hidden.size(1), batch = call.row_start.numel();
+  const T* hidden = (const T*)call.hidden.const_data_ptr();
+  const int64_t row_stride = call.hidden.stride(0);
+  const float* factor = call.weights.const_data_ptr<float>();
+  auto scratch = [&](int64_t count) {
+    return torch::stable::empty({count}, ScalarType::Float, std::nullopt, call.hidden.device());
+  };
+  Tensor factors = call.weights;
+  if (call.norm_weight && rows) {
+    factors = scratch(rows);
+    norm_factors<T><<<(unsigned)rows, 256, 0, call.stream>>>(hidden, row_stride, columns, factor, call.eps,
+                                                             (float*)factors.mutable_data_ptr());
+    check(cudaGetLastError());
+    factor = (const float*)factors.const_data_ptr();
+  }
+  // enough blocks to fill a GPU however few samples there are, at least 64 rows per share; shapes alone decide, not values
+  const int64_t column_blocks = (columns + COLUMNS - 1) / COLUMNS;
+  const int64_t wanted = (2048 + batch * column_blocks - 1) / (batch * column_blocks);
+  const int64_t useful = std::max<int64_t>(1, rows / batch / 64);
+  const int shares = (int)std::max<int64_t>(1, std::min<int64_t>({wanted, useful, 1024}));
+  Tensor partial = scratch(batch * shares * columns);
+  const bool aligned = (size_t)hidden % 16 == 0 && (row_stride * sizeof(T)) % 16 == 0;
+  const dim3 grid((unsigned)column_blocks, (unsigned)shares, (unsigned)batch);
+  pool_share<T><<<grid, dim3(32, WARPS), 0, call.stream>>>(
+      hidden, row_stride, columns, factor, (const int32_t*)call.row_start.const_data_ptr(),
+      (const int32_t*)call.row_end.const_data_ptr(), (const float*)call.denominators.const_data_ptr(), shares, aligned,
+      (float*)partial.mutable_data_ptr());
+  check(cudaGetLastError());
+  const dim3 finish((unsigned)((columns + 255) / 256), (unsigned)batch);
+  auto run_finish = [&](auto* gain) {
+    pool_finish<<<finish, 256, 0, call.stream>>>((const float*)partial.const_data_ptr(), shares, columns,
+                                                 (const float*)call.denominators.const_data_ptr(), gain,
+                                                 (float*)call.out.mutable_data_ptr());
+  };
+  if (!call.norm_weight) {
+    run_finish((const float*)nullptr);
+  } else if (call.norm_weight->scalar_type() == ScalarType::Float) {
+    run_finish((const float*)call.norm_weight->const_data_ptr());
+  } else if (call.norm_weight->scalar_type() == ScalarType::BFloat16) {
+    run_finish((const __nv_bfloat16*)call.norm_weight->const_data_ptr());
+  } else {
+    STD_TORCH_CHECK(call.norm_weight->scalar_type() == ScalarType::Half,
+                    "norm_weight: accepted dtypes are float32, bfloat16 and float16");
+    run_finish((const __half*)call.norm_weight->const_data_ptr());
+  }
+  check(cudaGetLastError());
+}
+
+}  // namespace
+
+Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end, Tensor denominators,
+                         std::optional<Tensor> norm_weight, double norm_eps) {
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: accepted is (rows, columns), got ", hidden.dim(), " dimensions");
+  const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
+  STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
+  STD_TORCH_CHECK(batch < 65536 && rows < (int64_t)1 << 31, "row_start: accepted are up to 65535 samples of 2**31 rows");
+  float_data(weights, rows, "weights");
+  int32_data(row_start, batch, "row_start");
+  int32_data(row_end, batch, "row_end");
+  float_data(denominators, batch, "denominators");
+  if (norm_weight)
+    STD_TORCH_CHECK(norm_weight->is_contiguous() && norm_weight->numel() == columns,
+                    "norm_weight: accepted is a contiguous tensor of ", columns, " elements");
+  Tensor out = torch::stable::empty({batch, columns}, ScalarType::Float, std::nullopt, hidden.device());
+  if (batch == 0 || columns == 0) return out;
+  int previous;
+  check(cudaGetDevice(&previous));
+  check(cudaSetDevice(hidden.get_device_index()));
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(hidden.get_device_index(), &stream) == 0, "CUDA: no current stream");
+  const Call call{hidden, weights, row_start, row_end, denominators, out, norm_weight, (float)norm_eps, (cudaStream_t)stream};
+  switch (hidden.scalar_type()) {
+    case ScalarType::Float:
+      launch<float>(call);
+      break;
+    case ScalarType::BFloat16:
+      launch<__nv_bfloat16>(call);
+      break;
+    case ScalarType::Half:
+      launch<__half>(call);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "hidden: accepted dtypes are float32, bfloat16 and float16");
+  }
+  check(cudaSetDevice(previous));
+  return out;
+}
+
+}  // namespace grit
+
+STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CUDA, m) { m.impl("pool_forward", TORCH_BOX(&grit::pool_forward_cuda)); }

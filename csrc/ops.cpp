@@ -1,0 +1,5 @@
+// Registers the CPU implementations. Schemas, fakes and autograd stand in the op.py files of grit_kernels.
+#include "cpu/pooling_op.h"
+#include "torch_api.h"
+
+STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) { m.impl("pool_forward", TORCH_BOX(&grit::pool_forward)); }

@@ -1,0 +1,88 @@
+"""The compiled libraries: what they may depend on, and what is said when one of them cannot serve."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grit_kernels import _library
+from grit_kernels.backend import interpreting
+
+LIBRARIES = sorted(_library.FOLDER.glob("_C*.so"))
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    """Names of the dynamic symbols that the library expects others to define (ELF64, little endian)."""
+    data = library.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01"
+    offset, count = int.from_bytes(data[40:48], "little"), int.from_bytes(data[60:62], "little")
+    headers = [data[offset + 64 * i : offset + 64 * (i + 1)] for i in range(count)]
+
+    def field(record: bytes, first: int, size: int) -> int:
+        return int.from_bytes(record[first : first + size], "little")
+
+    names = []
+    for header in headers:
+        if field(header, 4, 4) != 11:  # SHT_DYNSYM
+            continue
+        begin, size = field(header, 24, 8), field(header, 32, 8)
+        strings = field(headers[field(header, 40, 4)], 24, 8)
+        for at in range(begin, begin + size, 24):
+            symbol = data[at : at + 24]
+            if field(symbol, 6, 2) == 0 and field(symbol, 0, 4):  # SHN_UNDEF
+                start = strings + field(symbol, 0, 4)
+                names.append(data[start : data.index(b"\0", start)].decode())
+    return names
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_libraries_use_torchs_c_interface_only(library: Path) -> None:
+    names = undefined_symbols(library)
+    assert any(name.startswith("aoti_torch_") for name in names)
+    mangled = [name for name in names if name.startswith("_Z")]
+    of_torch = [name for name in mangled if re.search(r"(?<!\d)(2at|3c10|5torch|6caffe2)", name)]
+    assert of_torch == [], "C++ symbols of libtorch tie the wheel to one torch"
+    plain = [name for name in names if "torch" in name and not name.startswith("_Z")]
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in plain), plain
+
+
+def test_the_status_names_the_library_or_what_to_do() -> None:
+    status = _library.status()
+    if status.loaded:
+        assert status.path is not None and status.path.name == "_C.so" and status.reason == ""
+    else:
+        assert ("TRITON_INTERPRET" in status.reason) if interpreting() else ("pip install" in status.reason)
+
+
+def test_a_missing_or_broken_library_says_what_to_do(tmp_path: Path) -> None:
+    assert "pip install . --no-build-isolation" in _library._load(tmp_path / "_C.so", "compiled library").reason
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not a library")
+    status = _library._load(broken, "compiled library")
+    assert not status.loaded and "rebuild it here" in status.reason and torch.__version__ in status.reason
+
+
+def test_a_torch_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_C.so").touch()
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert "needs torch >= 2.11, this is 2.9.1" in _library._load(tmp_path / "_C.so", "compiled library").reason
+
+
+@pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
+def test_an_unknown_instruction_set_is_refused_with_the_usable_ones() -> None:
+    assert _library.cpu_isas()[-1] == "portable"
+    with pytest.raises(ValueError, match="'mmx'.*portable"), _library.cpu_isa("mmx"):
+        pass
+    script = "import torch, grit_kernels as gk; gk.pool(torch.ones(1, 2, 8))"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"GRIT_KERNELS_CPU_ISA": "mmx", "PYTHONPATH": str(_library.FOLDER.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0 and "GRIT_KERNELS_CPU_ISA: got 'mmx'" in run.stderr
