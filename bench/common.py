@@ -1,0 +1,175 @@
+"""What all benchmarks share: interleaved timing, the machine's own ceilings, and the record format.
+
+Machines are noisy, so a speed is never a single number: variants run interleaved (A B A B ..), a row keeps the median, and it
+stands next to a ceiling (a large matrix product, a large copy) measured in the same run.
+
+A record file is one JSON object ``{"machine": {..}, "command": .., "rows": [{..}, ..]}``; a row holds what was run, on which
+shape, the median and all repeats in seconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def synchronizer(device: str | torch.device) -> Callable[[], None]:
+    """What waits for the device's queued work; nothing on the CPU."""
+    return torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+
+
+def interleave(
+    variants: dict[str, Callable[[], Any]],
+    repeats: int = 7,
+    sync: Callable[[], None] | None = None,
+    warmup: int = 2,
+    before: Callable[[], Any] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each variant, ``repeats`` times in the order A B C A B C ..; ``before`` runs untimed before each call."""
+    wait = sync or (lambda: None)
+    for _ in range(warmup):
+        for run in variants.values():
+            run()
+    wait()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            if before is not None:
+                before()
+                wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Median over the repeats of ``time(variant) / time(base)`` in the same round: drift of the machine cancels."""
+    return {
+        name: statistics.median(a / b for a, b in zip(values, seconds[base], strict=True))
+        for name, values in seconds.items()
+    }
+
+
+def gemm_ceiling(
+    device: str | torch.device, dtype: torch.dtype, size: int | None = None
+) -> tuple[Callable[[], Any], float]:
+    """A large square matrix product ``(run, flops)``: put ``run`` among the variants to get its rate in the same run."""
+    n = size or (8192 if torch.device(device).type == "cuda" else 1024)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return (lambda: a @ b), 2.0 * n**3
+
+
+def copy_ceiling(device: str | torch.device, megabytes: int | None = None) -> tuple[Callable[[], Any], float]:
+    """A large copy ``(run, bytes moved)``, reads and writes counted."""
+    size = megabytes or (2048 if torch.device(device).type == "cuda" else 256)
+    source = torch.randn(size * 2**18, device=device)
+    target = torch.empty_like(source)
+    return (lambda: target.copy_(source)), 2.0 * source.numel() * 4
+
+
+def read_ceiling(device: str | torch.device, megabytes: int = 256) -> tuple[Callable[[], Any], float]:
+    """A sum over a large tensor ``(run, bytes read)``."""
+    source = torch.randn(megabytes * 2**18, device=device)
+    return (lambda: source.sum()), float(source.numel() * 4)
+
+
+def _command(*arguments: str) -> str:
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions and commit, as every record names them."""
+    import grit_kernels
+    from grit_kernels import _library
+
+    found: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "grit_kernels": grit_kernels.__version__,
+        "instruction_sets": _library.cpu_isas() if _library.status().loaded else [],
+        "commit": _command("git", "rev-parse", "HEAD"),
+        "modified": bool(_command("git", "status", "--porcelain", "--untracked-files=no")),
+    }
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "clocks": _command("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"),
+        }
+    return found
+
+
+def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write the rows with the machine's description; a bare name lands in bench/results."""
+    target = Path(path)
+    if not target.is_absolute() and target.parent == Path("."):
+        target = RESULTS / target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "command": " ".join(["python", "-m", *_module_arguments()]), "rows": list(rows)}
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(target)
+    return target
+
+
+def _module_arguments() -> list[str]:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return [spec.name if spec is not None else Path(sys.argv[0]).stem, *sys.argv[1:]]
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """The rows as aligned text."""
+    cells = [[_text(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) if cells else len(c) for i, c in enumerate(columns)]
+    lines = [columns, ["-" * w for w in widths], *cells]
+    return "\n".join(
+        "  ".join(value.ljust(w) for value, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
