@@ -73,7 +73,7 @@ UNSUITABLE = re.compile(
     r"retard|idiot|moron|imbecil|lunatic|insane|nazi|hitler|fascis|genocid|holocaust|slave|lynch|terroris|communis|"
     r"murder|kill|suicid|corpse|tortur|massacre|behead|execut|stab|gun\b|drug|cocain|heroin|opium|narcotic|drunk|abort|"
     r"\bass\b|\barse|bitch|bastard|damn|\bhell\b|shit|fuck|crap|piss|fart|\bfat\b|ugly|stupid|fool|"
-    r"wife|wives|husband|virgin|mistress|concubin|girl|bosom|buttock",
+    r"scalp|flog|preliterate|baseborn|coloni[sz]|native|tribe|tribal|wife|wives|husband|virgin|mistress|concubin|girl|bosom|buttock",
     re.IGNORECASE,
 )
 
