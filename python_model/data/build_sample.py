@@ -191,7 +191,8 @@ def fetch_wheels(folder: Path) -> list[bytes]:
 
 def read_functions(wheels: Iterable[bytes]) -> list[Function]:
     """Public top-level functions that are short and described in plain words; each name, description and code once."""
-    found, seen = [], set()
+    found: list[Function] = []
+    seen: set[str] = set()
     for wheel in wheels:
         archive = zipfile.ZipFile(io.BytesIO(wheel))
         for path in sorted(archive.namelist()):
