@@ -8,6 +8,7 @@ Writes ``results.json``, ``loss.png``, ``log.jsonl`` and the trained checkpoint 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from python_model.train.trainer import Trainer
 
 MAX_LENGTH = 192
 ALLOWED_LOSS_INCREASE = 1.05
-QUESTION = 'What does the verb "abbreviate" mean?'
+QUESTIONS = 3
 
 
 class Sample:
@@ -40,10 +41,10 @@ class Sample:
         folder = sample_dir()
         corpus = read_corpus(folder / "corpus.jsonl")
         self.documents = [row.text for row in corpus]
-        place = {row.key: index for index, row in enumerate(corpus)}
-        rows = read_embedding(folder / "test" / "embedding.jsonl")
-        self.queries = [row.query for row in rows]
-        self.relevant = [place[row.key] for row in rows]
+        self.place = {row.key: index for index, row in enumerate(corpus)}
+        self.rows = read_embedding(folder / "test" / "embedding.jsonl")
+        self.queries = [row.query for row in self.rows]
+        self.relevant = [self.place[str(row.key)] for row in self.rows]
         self.conversations = read_generative(folder / "test" / "generative.jsonl")
 
 
@@ -55,14 +56,27 @@ def evaluate(model: GritLM, sample: Sample) -> dict[str, Any]:
     return {**asdict(retrieval), "next_token_loss": loss}
 
 
-def answer_from_corpus(model: GritLM, sample: Sample, instruction: str, question: str) -> dict[str, str]:
-    """Embed the question, take the best document, and let the same weights answer with it."""
+def answer_questions(model: GritLM, sample: Sample, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` held-out words: embed the query, take the best passage, let the same weights answer with it."""
+    chosen = [row for row in sample.rows if row.dataset == "wordnet_definition"][:count]
+    found = []
     with torch.autocast(model.device.type, torch.bfloat16):
         corpus = model.encode(sample.documents, instruction=EMBED, max_length=MAX_LENGTH)
-        query = model.encode(question, instruction=embed_instruction(instruction), max_length=MAX_LENGTH)
-        document = sample.documents[int((corpus @ query).argmax())]
-        text = reply(model, rag_prompt(question, document), max_new_tokens=48)
-    return {"question": question, "document": document, "answer": text}
+        for row in chosen:
+            instruction, text = row.query
+            query = model.encode(text, instruction=embed_instruction(instruction), max_length=MAX_LENGTH)
+            best = int((corpus @ query).argmax())
+            question = f'What does the word "{re.split(r", | [(]", text)[0]}" mean?'
+            found.append(
+                {
+                    "query": text,
+                    "retrieved": sample.documents[best],
+                    "is_right": best == sample.place[str(row.key)],
+                    "question": question,
+                    "answer": reply(model, rag_prompt(question, sample.documents[best]), max_new_tokens=48),
+                }
+            )
+    return found
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -78,7 +92,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     records = trainer.train()
     after = evaluate(model, sample)
     print(f"  nDCG@10 {after['ndcg_at_10']:.3f}   next-token loss {after['next_token_loss']:.3f}", flush=True)
-    answer = answer_from_corpus(model, sample, sample.queries[0][0], sample.queries[0][1])
+    answers = answer_questions(model, sample, QUESTIONS)
     checkpoint = trainer.save()
     output = Path(config.output_dir)
     plot_losses(records, output / "loss.png")
@@ -88,7 +102,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         "after": after,
         "retrieval_improved": after["ndcg_at_10"] > before["ndcg_at_10"],
         "next_token_loss_kept": after["next_token_loss"] <= ALLOWED_LOSS_INCREASE * before["next_token_loss"],
-        "answer": answer,
+        "answers": answers,
         "config": asdict(config),
         "seconds": {"total": time.perf_counter() - start, "per_step_median": sorted(seconds)[len(seconds) // 2]},
         "tokens_per_second": sum(r["tokens"] for r in records) / sum(seconds),
@@ -127,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, key in (("nDCG@10", "ndcg_at_10"), ("MRR@10", "mrr_at_10"), ("recall@10", "recall_at_10")):
         print(f"{name:<18}{before[key]:>10.3f}{after[key]:>10.3f}")
     print(f"{'next-token loss':<18}{before['next_token_loss']:>10.3f}{after['next_token_loss']:>10.3f}")
-    answer = results["answer"]
-    print(f"\nquestion   {answer['question']}\nretrieved  {answer['document']}\nanswer     {answer['answer']}")
+    for answer in results["answers"]:
+        verdict = "the right passage" if answer["is_right"] else "not the passage it should be"
+        print(f"\nsearch     {answer['query']}\nretrieved  {answer['retrieved']}   ({verdict})")
+        print(f"question   {answer['question']}\nanswer     {answer['answer']}")
     total, step = results["seconds"]["total"], results["seconds"]["per_step_median"]
     print(f"\n{total:.0f} s in all, {step:.2f} s per training step; everything is in {arguments.output_dir}/")
     if not results["retrieval_improved"]:
