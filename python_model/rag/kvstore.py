@@ -1,0 +1,471 @@
+"""KVStore: the key-value states of documents on disk.
+
+    folder/index.sqlite          one row per document and per shard; the store's settings
+    folder/shards/*.safetensors  one stacked (layers, 2, kv_heads, tokens, head_dim) tensor per document
+
+A shard is never changed: it is written beside the others, forced to the disk and renamed before the index names it, in the
+transaction that also keeps other writers waiting. So a process killed at any moment leaves a store with every document whose
+``append`` had returned; what it leaves lying about, the next writer removes. Readers need no lock; a reader that meets a shard
+which has just been merged away asks the index again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sqlite3
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from python_model.rag import quantization, shards
+from python_model.rag.states import TextStates
+
+VERSION = 1
+Format = Literal["bfloat16", "float16", "float32", "int8"]
+FORMATS: tuple[str, ...] = get_args(Format)
+OPEN_SHARDS = 256
+"""Mapped shards that one KVStore keeps open."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS documents (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE NOT NULL, shard INTEGER NOT NULL REFERENCES shards (id),
+    tensor TEXT NOT NULL, checksum INTEGER NOT NULL, causal INTEGER NOT NULL, input_ids BLOB NOT NULL, positions BLOB NOT NULL,
+    metadata TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS documents_of_shard ON documents (shard);
+"""
+
+
+class StoreError(RuntimeError):
+    """A key-value store cannot do what was asked."""
+
+
+class StoreFullError(StoreError):
+    """No room: the disk is full, or the store has reached ``max_bytes``. Nothing was changed."""
+
+
+class StoreCorruptError(StoreError):
+    """What is on the disk is not what was written; the message names the file and the document."""
+
+
+class StoreBusyError(StoreError):
+    """Another process kept writing for longer than ``lock_timeout``."""
+
+
+class KVStore:
+    """States of documents by key, made by one model with one setting.
+
+    Args:
+        path: the store's folder; created when missing (unless ``create`` is False).
+        fingerprint: of the model whose states these are (see fingerprint.py); must equal the stored one.
+        format: ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"int8"`` (half its size).
+            Default: the store's own, bfloat16 for a new one.
+        settings: how the documents were read (text prefix, attention); recorded, and must equal what is stored.
+        max_bytes: most bytes of all shards together; None is unlimited.
+        when_full: ``"error"`` refuses a document that does not fit into ``max_bytes``; ``"drop_oldest"`` removes the oldest
+            shards for it.
+        lock_timeout: seconds that a writer waits for another one.
+        create: False refuses a folder that holds no store.
+
+    An object may be shared by threads. Objects in several processes may read and write the same folder.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fingerprint: str | None = None,
+        format: Format | None = None,
+        settings: dict[str, Any] | None = None,
+        max_bytes: int | None = None,
+        when_full: Literal["error", "drop_oldest"] = "error",
+        lock_timeout: float = 60.0,
+        create: bool = True,
+    ) -> None:
+        if format is not None and format not in FORMATS:
+            raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
+        if when_full not in ("error", "drop_oldest"):
+            raise ValueError(f"when_full: got {when_full!r}, accepted are 'error', 'drop_oldest'")
+        self.path = Path(path)
+        self.max_bytes, self.when_full, self.lock_timeout = max_bytes, when_full, lock_timeout
+        if not create and not (self.path / "index.sqlite").exists():
+            raise FileNotFoundError(f"path: there is no key-value store in {self.path}")
+        self._local = threading.local()
+        self._handles: OrderedDict[str, Any] = OrderedDict()
+        self._handles_lock = threading.Lock()
+        self._checked: set[int] = set()
+        self._cleaned = False
+        self._shard_folder.mkdir(parents=True, exist_ok=True)
+        recorded = self._agree({"fingerprint": fingerprint, "format": format, "settings": settings})
+        self.format: str = recorded["format"]
+        self.fingerprint: str | None = recorded["fingerprint"]
+        self.settings: dict[str, Any] = recorded["settings"] or {}
+
+    def append(
+        self, key: str, states: TextStates, metadata: dict[str, Any] | None = None, *, overwrite: bool = False
+    ) -> None:
+        """Write one document; when this returns it is on the disk. See :meth:`append_many`."""
+        self.append_many([(key, states, metadata or {})], overwrite=overwrite)
+
+    def append_many(self, items: Iterable[tuple[str, TextStates, dict[str, Any]]], *, overwrite: bool = False) -> None:
+        """Write (key, states, metadata) items as one shard: all of them, or on an error none.
+
+        Raises:
+            ValueError: a key is there already (and ``overwrite`` is False) or twice in ``items``, or the states do not have
+                this store's layers, heads and head size.
+            StoreFullError, StoreBusyError: see there.
+        """
+        entries = []
+        for key, states, metadata in items:
+            tensors = self._tensors(states)
+            entries.append((key, states, tensors, shards.checksum(tensors.values()), json.dumps(metadata)))
+        if not entries:
+            return
+        keys = [entry[0] for entry in entries]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"items: a key comes twice in {keys}")
+        geometries = {entry[1].geometry for entry in entries}
+        named = {f"{index}.{part}": t for index, entry in enumerate(entries) for part, t in entry[2].items()}
+        with self._writing() as (db, undo, after):
+            meta = self._meta(db)
+            for geometry in geometries:
+                known = meta.get("geometry")
+                if known is None:
+                    _set_meta(db, "geometry", list(geometry))
+                    meta["geometry"] = list(geometry)
+                elif list(geometry) != known:
+                    raise ValueError(
+                        f"states: got (layers, kv_heads, head_dim) {geometry}, this store has {tuple(known)}"
+                    )
+            present = [key for key in keys if self._row(key, db) is not None]
+            if present and not overwrite:
+                raise ValueError(f"key: {present[0]!r} is in the store already; pass overwrite=True to replace it")
+            self._delete(db, present, after)
+            self._make_room(db, shards.file_size(named), after)
+            shard = self._write_shard(db, named, undo)
+            db.executemany(
+                "INSERT INTO documents (key, shard, tensor, checksum, causal, input_ids, positions, metadata) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (key, shard, str(i), check, int(s.causal), _pack_ints(s.input_ids), _pack_ints(s.positions), text)
+                    for i, (key, s, _, check, text) in enumerate(entries)
+                ],
+            )
+
+    def load(
+        self,
+        key: str,
+        *,
+        dtype: torch.dtype | None = None,
+        verify: Literal["first", "always", "never"] = "first",
+    ) -> TextStates:
+        """A document's states. In the stored format they are mapped into memory, not read: do not write into them.
+
+        ``dtype``: default the stored one (bfloat16 for int8). ``verify``: compare the checksum on this object's first load of
+        the document, on every load, or never.
+
+        Raises:
+            KeyError: there is no such document.
+            StoreCorruptError: the shard is damaged, truncated or missing.
+        """
+        for attempt in range(3):
+            row = self._row(key)
+            if row is None:
+                raise KeyError(f"{key!r} is not in the key-value store {self.path}")
+            identity, file, tensor, check, causal, ids, positions = row
+            try:
+                found = self._read(file, tensor)
+            except FileNotFoundError:
+                if attempt < 2:  # merged away since the index was asked
+                    continue
+                raise StoreCorruptError(f"{file}: the shard of {key!r} is missing from {self.path}") from None
+            except (SafetensorError, OSError) as error:
+                raise StoreCorruptError(f"{file}: the shard of {key!r} cannot be read ({error})") from error
+            break
+        if verify == "always" or (verify == "first" and identity not in self._checked):
+            if shards.checksum(found.values()) != check:
+                raise StoreCorruptError(f"{file}: {key!r} does not have the checksum it was written with")
+            self._checked.add(identity)
+        data = found["data"]
+        if data.dtype == torch.int8:
+            data = quantization.dequantize(
+                data, found["key_scales"], found["value_scales"], dtype if dtype is not None else torch.bfloat16
+            )
+        elif dtype is not None:
+            data = data.to(dtype)
+        return TextStates(data, _unpack_ints(ids), _unpack_ints(positions), bool(causal))
+
+    def metadata(self, key: str) -> dict[str, Any]:
+        """What was given with :meth:`append`."""
+        row = self._db.execute("SELECT metadata FROM documents WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise KeyError(f"{key!r} is not in the key-value store {self.path}")
+        return json.loads(row[0])
+
+    def __contains__(self, key: str) -> bool:
+        return self._row(key) is not None
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT COUNT(*) FROM documents").fetchone()[0])
+
+    def keys(self) -> list[str]:
+        """All keys, oldest first."""
+        return [row[0] for row in self._db.execute("SELECT key FROM documents ORDER BY id")]
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of all shards, including those of deleted documents whose shard still holds others (see :meth:`compact`)."""
+        return int(self._db.execute("SELECT COALESCE(SUM(bytes), 0) FROM shards").fetchone()[0])
+
+    def delete(self, key: str) -> None:
+        """Remove a document. Its space is freed with the last document of its shard, or by :meth:`compact`."""
+        with self._writing() as (db, _, after):
+            if self._row(key, db) is None:
+                raise KeyError(f"{key!r} is not in the key-value store {self.path}")
+            self._delete(db, [key], after)
+
+    def verify(self) -> list[str]:
+        """Keys of the documents that cannot be read back as they were written."""
+        damaged = []
+        for key in self.keys():
+            try:
+                self.load(key, verify="always")
+            except StoreCorruptError:
+                damaged.append(key)
+        return damaged
+
+    def compact(self, shard_bytes: int = 1 << 30) -> None:
+        """Merge shards into ones of about ``shard_bytes`` and leave deleted documents out. Readers may go on reading.
+
+        Needs room for a copy of what is merged. Damaged documents stop it (:meth:`verify` finds them; delete them first).
+        """
+        with self._writing() as (db, undo, after):
+            rows = db.execute(
+                "SELECT d.id, d.key, d.tensor, d.checksum, s.file FROM documents d JOIN shards s ON s.id = d.shard ORDER BY d.id"
+            ).fetchall()
+            old = db.execute("SELECT id, file FROM shards").fetchall()
+            groups: list[tuple[dict[str, Tensor], list[int]]] = []
+            filled = shard_bytes
+            for identity, key, tensor, check, file in rows:
+                try:
+                    found = self._read(file, tensor)
+                except (SafetensorError, OSError) as error:
+                    raise StoreCorruptError(f"{file}: the shard of {key!r} cannot be read ({error})") from error
+                if shards.checksum(found.values()) != check:
+                    raise StoreCorruptError(f"{file}: {key!r} does not have the checksum it was written with")
+                if filled >= shard_bytes:
+                    groups.append(({}, []))
+                    filled = 0
+                tensors, members = groups[-1]
+                tensors.update({f"{len(members)}.{part}": t for part, t in found.items()})
+                members.append(identity)
+                filled += shards.size_in_bytes(found.values())
+            for tensors, members in groups:
+                shard = self._write_shard(db, tensors, undo)
+                db.executemany(
+                    "UPDATE documents SET shard = ?, tensor = ? WHERE id = ?",
+                    [(shard, str(index), identity) for index, identity in enumerate(members)],
+                )
+            db.executemany("DELETE FROM shards WHERE id = ?", [(identity,) for identity, _ in old])
+            after += [file for _, file in old]
+
+    def close(self) -> None:
+        """Close this thread's connection and all mapped shards; the object opens them again when it is used."""
+        if (db := getattr(self._local, "db", None)) is not None:
+            db.close()
+            del self._local.db
+        with self._handles_lock:
+            self._handles.clear()
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # the index
+
+    @property
+    def _shard_folder(self) -> Path:
+        return self.path / "shards"
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        db = getattr(self._local, "db", None)
+        if db is None:
+            # autocommit mode: transactions are begun by hand, so that a writer takes its lock before it reads
+            db = sqlite3.connect(self.path / "index.sqlite", timeout=self.lock_timeout, isolation_level=None)
+            db.execute("PRAGMA synchronous = FULL")
+            self._local.db = db
+        return db
+
+    def _agree(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Record the settings of a new store, or compare them with the recorded ones."""
+        try:
+            known = self._meta()
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            known = {}
+        except sqlite3.DatabaseError as error:
+            raise StoreCorruptError(f"{self.path / 'index.sqlite'}: {error}") from error
+        if not known:
+            with self._transaction() as db:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+                known = self._meta(db)  # another process may have been faster
+                if not known:
+                    new = {**given, "format": given["format"] or "bfloat16", "version": VERSION}
+                    for name, value in new.items():
+                        _set_meta(db, name, value)
+                    known = new
+        if known["version"] != VERSION:
+            raise StoreError(f"{self.path}: has format version {known['version']}, this code reads {VERSION}")
+        for name, value in given.items():
+            if value is not None and known.get(name) != value:
+                raise ValueError(f"{name}: got {value!r}, the key-value store {self.path} has {known.get(name)!r}")
+        return known
+
+    def _meta(self, db: sqlite3.Connection | None = None) -> dict[str, Any]:
+        rows = (db or self._db).execute("SELECT name, value FROM meta")
+        return {name: json.loads(value) for name, value in rows}
+
+    def _row(self, key: str, db: sqlite3.Connection | None = None) -> tuple[Any, ...] | None:
+        query = (
+            "SELECT d.id, s.file, d.tensor, d.checksum, d.causal, d.input_ids, d.positions "
+            "FROM documents d JOIN shards s ON s.id = d.shard WHERE d.key = ?"
+        )
+        return (db or self._db).execute(query, (key,)).fetchone()
+
+    # writing
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """The only writer, from here to the commit; another one waits at BEGIN."""
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                message = f"{self.path}: another process has been writing for {self.lock_timeout:g} s"
+                raise StoreBusyError(message) from error
+            raise
+        try:
+            yield db
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[sqlite3.Connection, list[str], list[str]]]:
+        """A transaction, the files to remove if it fails, and those to remove once it is committed."""
+        undo: list[str] = []
+        after: list[str] = []
+        try:
+            with self._transaction() as db:
+                self._remove_leftovers(db)
+                yield db, undo, after
+        except BaseException as error:
+            self._remove_files(undo)
+            if _is_full(error):
+                raise StoreFullError(f"{self.path}: no room for the document ({error}); nothing changed") from error
+            raise
+        self._remove_files(after)
+
+    def _remove_leftovers(self, db: sqlite3.Connection) -> None:
+        """Files of writers that were killed. Only a writer may call this: its lock says that nobody else is writing."""
+        if not self._cleaned:
+            known = {row[0] for row in db.execute("SELECT file FROM shards")}
+            self._remove_files([file.name for file in self._shard_folder.iterdir() if file.name not in known])
+            self._cleaned = True
+
+    def _remove_files(self, names: list[str]) -> None:
+        with self._handles_lock:
+            for name in names:
+                self._handles.pop(name, None)
+        for name in names:
+            (self._shard_folder / name).unlink(missing_ok=True)
+
+    def _write_shard(self, db: sqlite3.Connection, tensors: dict[str, Tensor], undo: list[str]) -> int:
+        name = shards.new_name()
+        undo.append(name)
+        size = shards.write_shard(self._shard_folder / name, tensors)
+        row = db.execute("INSERT INTO shards (file, bytes) VALUES (?, ?)", (name, size))
+        assert row.lastrowid is not None
+        return row.lastrowid
+
+    def _delete(self, db: sqlite3.Connection, keys: list[str], after: list[str]) -> None:
+        if not keys:
+            return
+        db.executemany("DELETE FROM documents WHERE key = ?", [(key,) for key in keys])
+        unused = "SELECT id, file FROM shards s WHERE NOT EXISTS (SELECT 1 FROM documents d WHERE d.shard = s.id)"
+        empty = db.execute(unused).fetchall()
+        db.executemany("DELETE FROM shards WHERE id = ?", [(identity,) for identity, _ in empty])
+        after += [file for _, file in empty]
+
+    def _make_room(self, db: sqlite3.Connection, needed: int, after: list[str]) -> None:
+        if self.max_bytes is None:
+            return
+        used = int(db.execute("SELECT COALESCE(SUM(bytes), 0) FROM shards").fetchone()[0])
+        if needed > self.max_bytes or (used + needed > self.max_bytes and self.when_full == "error"):
+            raise StoreFullError(
+                f"max_bytes: {needed} more bytes do not fit: {used} of {self.max_bytes} are used; nothing changed"
+            )
+        for identity, file, size in db.execute("SELECT id, file, bytes FROM shards ORDER BY id").fetchall():
+            if used + needed <= self.max_bytes:
+                break
+            db.execute("DELETE FROM documents WHERE shard = ?", (identity,))
+            db.execute("DELETE FROM shards WHERE id = ?", (identity,))
+            after.append(file)
+            used -= size
+
+    # shards
+
+    def _tensors(self, states: TextStates) -> dict[str, Tensor]:
+        if self.format == "int8":
+            names = ("data", "key_scales", "value_scales")
+            return dict(zip(names, quantization.quantize(states.keys_values.cpu()), strict=True))
+        return {"data": states.keys_values.to(device="cpu", dtype=getattr(torch, self.format))}
+
+    def _read(self, file: str, tensor: str) -> dict[str, Tensor]:
+        with self._handles_lock:
+            handle = self._handles.get(file)
+            if handle is None:
+                handle = safe_open(str(self._shard_folder / file), framework="pt")
+                self._handles[file] = handle
+                if len(self._handles) > OPEN_SHARDS:
+                    self._handles.popitem(last=False)
+            self._handles.move_to_end(file)
+            names = ("data", "key_scales", "value_scales") if self.format == "int8" else ("data",)
+            return {name: handle.get_tensor(f"{tensor}.{name}") for name in names}
+
+
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
+
+
+def _set_meta(db: sqlite3.Connection, name: str, value: Any) -> None:
+    db.execute("INSERT INTO meta (name, value) VALUES (?, ?)", (name, json.dumps(value)))
+
+
+def _pack_ints(values: Tensor) -> bytes:
+    return values.cpu().numpy().astype("<i4").tobytes()
+
+
+def _unpack_ints(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype="<i4").astype(np.int64))

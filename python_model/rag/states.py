@@ -1,0 +1,100 @@
+"""TextStates: the key-value states of one text, with its tokens and the positions its keys were rotated to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What a model's layers hold after reading a text; no padding.
+
+    Attributes:
+        keys_values: (layers, 2, kv_heads, tokens, head_dim); index 0 of the second dimension is keys (after RoPE), 1 is values.
+        input_ids: int64 (tokens).
+        positions: int64 (tokens), the RoPE position of each key.
+        causal: the attention the states come from: True if a token saw its past only.
+    """
+
+    keys_values: Tensor
+    input_ids: Tensor
+    positions: Tensor
+    causal: bool
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.keys_values.shape)
+        if len(shape) != 5 or shape[1] != 2:
+            raise ValueError(f"keys_values: got {shape}, accepted is (layers, 2, kv_heads, tokens, head_dim)")
+        for name in ("input_ids", "positions"):
+            given = tuple(getattr(self, name).shape)
+            if given != (shape[3],):
+                raise ValueError(f"{name}: got shape {given}, keys_values has {shape[3]} tokens")
+
+    def __len__(self) -> int:
+        return self.keys_values.shape[3]
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """(layers, kv_heads, head_dim)."""
+        layers, _, heads, _, dim = self.keys_values.shape
+        return layers, heads, dim
+
+    def slice(self, start: int, end: int | None = None) -> TextStates:
+        """The states of tokens ``start`` to ``end``; a view."""
+        part = slice(start, end)
+        return replace(
+            self,
+            keys_values=self.keys_values[:, :, :, part],
+            input_ids=self.input_ids[part],
+            positions=self.positions[part],
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextStates:
+        """The same states elsewhere, or in another floating dtype."""
+        return replace(
+            self,
+            keys_values=self.keys_values.to(device=device, dtype=dtype),
+            input_ids=self.input_ids.to(device),
+            positions=self.positions.to(device),
+        )
+
+
+def concatenate(parts: Sequence[TextStates]) -> TextStates:
+    """The states one after another, unchanged (see rope.join for keys moved to their new positions)."""
+    if not parts:
+        raise ValueError("parts: got none, accepted is at least one TextStates")
+    if len({part.geometry for part in parts}) > 1:
+        raise ValueError(f"parts: their (layers, kv_heads, head_dim) differ: {[part.geometry for part in parts]}")
+    return TextStates(
+        torch.cat([part.keys_values for part in parts], dim=3),
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.positions for part in parts]),
+        all(part.causal for part in parts),
+    )
+
+
+def to_cache(states: TextStates) -> Any:
+    """A transformers ``DynamicCache`` with the states as its only row.
+
+    Made without a config on purpose: such a cache keeps every state, while transformers' default for a model with a sliding
+    window drops those beyond it; the window is applied by the attention.
+    """
+    from transformers import DynamicCache
+
+    return DynamicCache([(layer[0][None], layer[1][None]) for layer in states.keys_values])
+
+
+def from_cache(cache: Any, input_ids: Sequence[Tensor], causal: bool) -> list[TextStates]:
+    """One TextStates per row of a right-padded ``DynamicCache`` whose rows start at position 0."""
+    layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]  # each [2, B, H, S, D]
+    found = []
+    for row, ids in enumerate(input_ids):
+        length = ids.shape[0]
+        stacked = torch.stack([layer[:, row, :, :length] for layer in layers])
+        found.append(TextStates(stacked, ids, torch.arange(length, device=ids.device), causal))
+    return found
