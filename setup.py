@@ -118,6 +118,12 @@ class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
+    def copy_extensions_to_source(self) -> None:
+        """An editable install takes every library of the build, not only the one setuptools knows of."""
+        package = self.get_finalized_command("build_py").get_package_dir("grit_kernels")
+        for library in Path(self.build_lib, "grit_kernels").glob("_C*.so"):
+            self.copy_file(str(library), package)
+
 
 class PlatformWheel(bdist_wheel):
     """The library has no Python API: one wheel per platform serves every Python."""
