@@ -79,6 +79,14 @@ def same_start() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """For tests that change the number of torch's threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def assert_within_rule(actual: Tensor, oracle: Tensor, eager: Tensor, what: str = "result") -> None:
     """The project's accuracy rule: the error against a float64 oracle is at most twice the error of the same computation
     done eagerly in the inputs' dtype, plus one rounding of the output (an eager error may happen to be 0) and 32 FP32

@@ -77,19 +77,16 @@ def test_cpu_is_refused_for_tensors_elsewhere() -> None:
 
 
 def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _library.status.cache_clear()
-    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    monkeypatch.setattr(_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(_library, "_cuda", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    try:
-        missing = _library.status()
-        assert not missing.loaded and "pip install ." in missing.reason
-        _library.status.cache_clear()
-        (tmp_path / "_C.so").write_bytes(b"no library")
-        broken = _library.status()
-        assert not broken.loaded and "does not load" in broken.reason and torch.__version__ in broken.reason
-    finally:
-        _library.status.cache_clear()
-        monkeypatch.undo()
+    monkeypatch.setattr(_library, "_cpu", None)
+    missing = _library.status()
+    assert not missing.loaded and "pip install ." in missing.reason
+    monkeypatch.setattr(_library, "_cpu", None)
+    (tmp_path / "_C.so").write_bytes(b"no library")
+    broken = _library.status()
+    assert not broken.loaded and "does not load" in broken.reason and torch.__version__ in broken.reason
 
 
 def test_a_slower_implementation_is_announced_once() -> None:
