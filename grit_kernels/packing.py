@@ -23,6 +23,7 @@ class SamplePack:
         causal: bool (B). True: a token sees only its past. False: it sees both sides.
         instruction_lens: int32 (B), leading tokens that attend but are not pooled.
         max_seqlen: length of the longest sample.
+        tokens: number of tokens in the pack.
         hi: int32 (tokens) or None, a staircase that replaces the right bound (see visibility.py).
         indices: int64 (tokens) or None: where each token stands in the flattened padded batch.
         padded_shape: (B, T) of that batch, or None.
@@ -32,6 +33,7 @@ class SamplePack:
     causal: Tensor
     instruction_lens: Tensor
     max_seqlen: int
+    tokens: int
     hi: Tensor | None = None
     indices: Tensor | None = None
     padded_shape: tuple[int, int] | None = None
@@ -83,6 +85,7 @@ class SamplePack:
             causal=flags.expand(batch).contiguous().to(device),
             instruction_lens=skip.to(device=device, dtype=torch.int32),
             max_seqlen=int(sizes.max()),
+            tokens=tokens,
             hi=hi,
         )
 
@@ -107,17 +110,31 @@ class SamplePack:
         indices = real.reshape(-1).nonzero()[:, 0]
         return replace(pack, indices=indices, padded_shape=(real.shape[0], real.shape[1]))
 
+    @classmethod
+    def from_position_ids(cls, position_ids: Tensor, causal: bool | Tensor = True) -> SamplePack:
+        """The pack behind flattened input without a mask: ``position_ids`` (B, T), where a sample starts wherever a position
+        does not follow its left neighbour (transformers' convention). One host sync.
+
+        ``causal``: bool, or bool (B), the flag of each row's samples.
+        """
+        if position_ids.ndim != 2 or position_ids.numel() == 0:
+            raise ValueError(f"position_ids: got {tuple(position_ids.shape)}, accepted is (B, T), not empty")
+        batch, length = position_ids.shape
+        starts = torch.ones_like(position_ids, dtype=torch.bool)
+        starts[:, 1:] = position_ids.diff(dim=1) != 1
+        first = starts.reshape(-1).nonzero()[:, 0].to("cpu")
+        lengths = torch.cat([first, first.new_tensor([batch * length])]).diff()
+        flags = causal.to("cpu")[first // length] if isinstance(causal, Tensor) else causal
+        pack = cls.from_lengths(lengths, flags, device=position_ids.device)
+        every = torch.arange(batch * length, device=position_ids.device)
+        return replace(pack, indices=every, padded_shape=(batch, length))
+
     def __len__(self) -> int:
         return self.causal.shape[0]
 
     @property
     def device(self) -> torch.device:
         return self.cu_seqlens.device
-
-    @cached_property
-    def tokens(self) -> int:
-        """Number of tokens in the pack."""
-        return int(self.cu_seqlens[-1]) if self.indices is None else self.indices.shape[0]
 
     @cached_property
     def starts(self) -> Tensor:
@@ -163,6 +180,7 @@ class SamplePack:
             self.causal.to(device),
             self.instruction_lens.to(device),
             self.max_seqlen,
+            self.tokens,
             None if self.hi is None else self.hi.to(device),
             None if self.indices is None else self.indices.to(device),
             self.padded_shape,

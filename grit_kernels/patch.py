@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grit_kernels import gptj
 from grit_kernels.packing import SamplePack
 from grit_kernels.transformers_interface import BIDIRECTIONAL_WINDOWS, NAME, AttentionPass, register
 
-SUPPORTED_MODEL_TYPES = ("mistral",)
+
+@dataclass(frozen=True)
+class Family:
+    """What patch() must know about the decoders of one ``config.model_type``."""
+
+    dropout: str = "attention_dropout"
+    """Config entry of the dropout on attention weights, which no kernel here has."""
+    interface: bool = True
+    """Attention goes through transformers' AttentionInterface; False: GPT-J's own way (gptj.py)."""
+
+
+FAMILIES = {
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "gpt_neox": Family(),
+    "gptj": Family(dropout="attn_pdrop", interface=False),
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +68,8 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
       Padding may stand anywhere (2-D ``attention_mask``); padded places of the output are 0. A window counts real tokens
       (transformers counts places, which differs only where padding stands between tokens).
     * ``sample_pack``: a :class:`SamplePack` for input that is packed already, ``input_ids`` of shape (1, tokens); the output
-      stays packed. transformers' ``cu_seq_lens_q`` and ``max_length_q`` are understood the same way.
+      stays packed. transformers' ``cu_seq_lens_q`` and ``max_length_q`` are understood the same way, and so are
+      ``position_ids`` without a mask that start over inside a row (flattened input).
 
     A pass builds a KV cache only when it is asked to (``use_cache=True`` or ``past_key_values``, as ``generate`` does); it then
     keeps the padded layout, because a transformers cache holds padded rows.
@@ -66,16 +91,25 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
     if is_patched(model):
         before = decoder._grit_patch.attn_implementation
     else:
-        dropout = getattr(decoder.config, "attention_dropout", 0.0)
-        if dropout:
+        family = FAMILIES[decoder.config.model_type]
+        if dropout := getattr(decoder.config, family.dropout, 0.0):
             raise ValueError(
-                f"attention_dropout: the model's config has {dropout}, accepted is 0: no kernel has dropout"
+                f"{family.dropout}: the model's config has {dropout}, accepted is 0: no kernel has dropout"
+            )
+        if getattr(decoder.config, "use_bidirectional_attention", None):
+            raise ValueError(
+                "use_bidirectional_attention: the model's config sets it; pass is_causal=False per call instead"
             )
         register()
         before = decoder.config._attn_implementation
-        _set_attn_implementation(model, decoder, NAME)
         # a partial, not a closure: deepcopy and pickle carry it over to the copy
-        decoder.forward = functools.partial(_forward, decoder)
+        forward = functools.partial(_forward, decoder)
+        if family.interface:
+            _set_attn_implementation(model, decoder, NAME)
+        else:
+            gptj.attach(_unwrapped(model), decoder)
+            forward = functools.partial(gptj.decoder_forward, _forward, decoder)
+        setattr(decoder, _forward_slot(decoder), forward)
     decoder._grit_patch = PatchRecord(before, bidirectional_window, packing)
     return model
 
@@ -84,10 +118,26 @@ def unpatch(model: Any) -> Any:
     """Undo :func:`patch`, in place; a model that is not patched is left alone. Returns ``model``."""
     decoder = _decoder(model)
     if is_patched(model):
+        slot = _forward_slot(decoder)
+        installed = decoder.__dict__.get(slot)
+        if not (isinstance(installed, functools.partial) and installed.func in (_forward, gptj.decoder_forward)):
+            raise RuntimeError("model: its decoder's forward was replaced after patch(); undo that first")
         before = decoder._grit_patch.attn_implementation
-        del decoder.__dict__["forward"], decoder.__dict__["_grit_patch"]
-        _set_attn_implementation(model, decoder, before)
+        if slot == "forward":
+            del decoder.__dict__[slot]
+        else:
+            setattr(decoder, slot, types.MethodType(type(decoder).forward, decoder))
+        del decoder.__dict__["_grit_patch"]
+        if FAMILIES[decoder.config.model_type].interface:
+            _set_attn_implementation(model, decoder, before)
+        else:
+            gptj.detach(_unwrapped(model), decoder, before)
     return model
+
+
+def _forward_slot(decoder: Any) -> str:
+    """Where the decoder keeps the forward to replace: accelerate's hooks move it and call it from around."""
+    return "_old_forward" if "_old_forward" in decoder.__dict__ else "forward"
 
 
 @contextlib.contextmanager
@@ -115,17 +165,20 @@ def _decoder(model: Any) -> Any:
     """The bare decoder inside ``model``: PEFT wrappers, compiled modules and the language-model head are unwrapped."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a transformers decoder")
-    inner: Any = model
-    inner = getattr(inner, "_orig_mod", inner)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner = _unwrapped(model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if model_type not in FAMILIES:
         raise TypeError(
             f"model: got {type(inner).__name__} (model type {model_type!r}), "
-            f"accepted are models of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"accepted are models of type {', '.join(FAMILIES)}"
         )
     return inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside torch.compile's and PEFT's wrappers."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _forward(
@@ -150,8 +203,17 @@ def _forward(
         raise ValueError("input_ids, inputs_embeds: exactly one of them is needed")
     batch, length = inputs.shape[:2]
     caching = past_key_values is not None or bool(use_cache)
+    default = bool(getattr(self.config, "is_causal", True))
+
+    def run(grit_pass: AttentionPass, mask: Tensor | None, **arguments: Any) -> Any:
+        if not FAMILIES[self.config.model_type].interface:
+            mask = gptj.carry(self, grit_pass, arguments[name], mask, arguments.get("past_key_values"))
+        elif grit_pass.pack is not None:
+            mask = torch.zeros(_NO_MASK_SHAPE, dtype=torch.int32, device=inputs.device)
+        return original(attention_mask=mask, grit_pass=grit_pass, **arguments, **kwargs)
+
     if sample_pack is None and cu_seq_lens_q is not None:
-        flags = bool(getattr(self.config, "is_causal", True)) if is_causal is None else is_causal
+        flags = default if is_causal is None else is_causal
         lengths = cu_seq_lens_q.to("cpu").diff()
         sample_pack = SamplePack.from_lengths(
             lengths, flags.to("cpu") if isinstance(flags, Tensor) else flags, device=inputs.device
@@ -166,38 +228,33 @@ def _forward(
             raise ValueError("past_key_values, use_cache: packed input cannot fill a transformers cache")
         if position_ids is None:
             position_ids = sample_pack.position_ids[None]
-        return _packed_pass(original, record, sample_pack, {name: inputs, "position_ids": position_ids, **kwargs})
-    causal = _flags(is_causal, bool(getattr(self.config, "is_causal", True)), batch, inputs.device)
-    own_mask = attention_mask is not None and attention_mask.ndim != 2
-    if caching or own_mask or not record.packing:
-        return original(
-            attention_mask=attention_mask,
+        grit_pass = AttentionPass(sample_pack.causal, record.bidirectional_window, sample_pack)
+        return run(grit_pass, None, position_ids=position_ids, use_cache=False, **{name: inputs})
+    causal = _flags(is_causal, default, batch, inputs.device)
+    pack = None
+    if not caching and inputs.shape[1]:
+        if attention_mask is None and position_ids is not None:
+            pack = SamplePack.from_position_ids(position_ids.expand(batch, length), causal)
+            # several samples in a row cannot be told apart in the padded layout
+            pack = pack if record.packing or len(pack) > batch else None
+        elif record.packing and (attention_mask is None or attention_mask.ndim == 2):
+            real = inputs.new_ones((batch, length), dtype=torch.int64) if attention_mask is None else attention_mask
+            pack = SamplePack.from_mask(real, causal)
+    if pack is None:
+        return run(
+            AttentionPass(causal, record.bidirectional_window),
+            attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=bool(use_cache),
-            grit_pass=AttentionPass(causal, record.bidirectional_window),
             **{name: inputs},
-            **kwargs,
         )
-    if attention_mask is None:
-        attention_mask = inputs.new_ones((batch, length), dtype=torch.int64)
-    pack = SamplePack.from_mask(attention_mask, causal)
     if position_ids is None:
         position_ids = torch.arange(length, device=inputs.device)[None]
     packed_positions = pack.pack(position_ids.expand(batch, length))[None]
-    outputs = _packed_pass(
-        original, record, pack, {name: pack.pack(inputs)[None], "position_ids": packed_positions, **kwargs}
-    )
+    grit_pass = AttentionPass(pack.causal, record.bidirectional_window, pack)
+    outputs = run(grit_pass, None, position_ids=packed_positions, use_cache=False, **{name: pack.pack(inputs)[None]})
     return _unpack_outputs(outputs, pack)
-
-
-def _packed_pass(original: Any, record: PatchRecord, pack: SamplePack, arguments: dict[str, Any]) -> Any:
-    return original(
-        attention_mask=torch.zeros(_NO_MASK_SHAPE, dtype=torch.int32, device=pack.device),
-        use_cache=False,
-        grit_pass=AttentionPass(pack.causal, record.bidirectional_window, pack),
-        **arguments,
-    )
 
 
 def _unpack_outputs(outputs: Any, pack: SamplePack) -> Any:
@@ -206,6 +263,10 @@ def _unpack_outputs(outputs: Any, pack: SamplePack) -> Any:
     def unpack(x: Any) -> Any:
         if isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == (1, pack.tokens):
             return pack.unpack(x[0])
+        if isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] == pack.tokens:
+            return pack.unpack(x).flatten(
+                0, 1
+            )  # router logits, one row per token: the padded places are masked by their user
         return tuple(unpack(y) for y in x) if isinstance(x, tuple) else x
 
     if isinstance(outputs, tuple):
