@@ -61,6 +61,21 @@ def test_from_lengths_and_from_mask_of_the_same_batch_agree(lengths: list[int]) 
     assert [x.shape[0] for x in a.split(torch.zeros(a.tokens, 2))] == lengths
 
 
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3), st.integers(0, 3))
+def test_positions_that_start_over_mark_samples_and_keep_each_rows_flag(rows: list[list[int]], first: int) -> None:
+    length = max(sum(row) for row in rows)
+    filled = [[*row, length - sum(row)] if sum(row) < length else row for row in rows]
+    position_ids = torch.stack([torch.cat([torch.arange(first, first + n) for n in row]) for row in filled])
+    flags = torch.tensor([b % 2 == 0 for b in range(len(rows))])
+    pack = gk.SamplePack.from_position_ids(position_ids, flags)
+    # a sample of one token before a sample that starts one higher would look joined; these all start at the same position
+    expected = [(n, bool(flags[b])) for b, row in enumerate(filled) for n in row]
+    assert list(zip(pack.lengths.tolist(), pack.causal.tolist(), strict=True)) == expected
+    hidden = torch.randn(*position_ids.shape, 2)
+    assert torch.equal(pack.unpack(pack.pack(hidden)), hidden)
+
+
 def test_unpack_is_differentiable_and_gives_padding_no_gradient() -> None:
     pack = gk.SamplePack.from_mask(torch.tensor([[0, 1, 1], [1, 0, 1]]))
     packed = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
@@ -100,6 +115,7 @@ REFUSED: list[tuple[str, str, Make]] = [
     ("instruction beyond sample", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [3, 0])),
     ("negative instruction", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [-1, 0])),
     ("instruction count", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [1])),
+    ("no positions", "position_ids: ", lambda: gk.SamplePack.from_position_ids(torch.zeros(1, 0))),
     ("mask of one dimension", "attention_mask: ", lambda: gk.SamplePack.from_mask(torch.ones(3))),
     ("hi decreases", "hi: sample 0", lambda: gk.SamplePack.from_lengths([2], True, hi=torch.tensor([2, 1]))),
     ("hi beyond sample", "hi: sample 1", lambda: gk.SamplePack.from_lengths([1, 1], True, hi=torch.tensor([1, 2]))),
