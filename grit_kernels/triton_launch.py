@@ -24,6 +24,15 @@ def processor_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.cache
+def device_capability(device: torch.device) -> int:
+    """90 for Hopper; 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def upcast_operands() -> bool:
     """Triton's interpreter multiplies bfloat16 wrongly; there, dot operands become float32 first."""
     return interpreting()

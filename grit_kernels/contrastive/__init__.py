@@ -1,4 +1,4 @@
-"""Contrastive (InfoNCE) loss with FP32 accumulation."""
+"""Contrastive (InfoNCE) loss with FP32 accumulation that never holds all scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from grit_kernels.backend import forced_backend, use_reference
+from grit_kernels.contrastive import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.contrastive import reference
 
 __all__ = ["contrastive_loss"]
@@ -83,16 +85,51 @@ def contrastive_loss(
         )
     if weights is not None and weights.shape != (count,):
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, accepted is ({count},)")
-    if normalize:
-        queries, passages = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (queries, passages))
-    losses, hits = reference.contrastive_losses(queries, passages, temperature, targets, in_batch_negatives, mask_ids)
+    ids = None if mask_ids is None else _comparable(*mask_ids)
+    targets = targets.to(device=queries.device, dtype=torch.int64)
+    losses, hits = _losses(queries, passages, temperature, targets, in_batch_negatives, ids, normalize)
     if symmetric:
-        reverse_ids = None if mask_ids is None else (mask_ids[1][targets], mask_ids[0])
+        reverse_ids = None if ids is None else (ids[1][targets], ids[0])
         diagonal = torch.arange(count, device=queries.device)
-        reverse, _ = reference.contrastive_losses(passages[targets], queries, temperature, diagonal, True, reverse_ids)
+        reverse, _ = _losses(passages[targets], queries, temperature, diagonal, True, reverse_ids, normalize)
         losses = (losses + reverse) / 2
     loss = _reduce(losses, weights, reduction)
     return (loss, hits.float().mean()) if return_accuracy else loss
+
+
+def _losses(
+    queries: Tensor,
+    passages: Tensor,
+    temperature: float | Tensor,
+    targets: Tensor,
+    in_batch_negatives: bool,
+    mask_ids: tuple[Tensor, Tensor] | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Per-query losses (Q) and whether the target scores highest (bool (Q))."""
+    device = queries.device
+    # float64 has no compiled kernel; asking for one of them is an error that the kernel reports
+    if use_reference(device) or (queries.dtype == torch.float64 and forced_backend() is None):
+        if normalize:
+            compute = torch.float64 if queries.dtype == torch.float64 else torch.float32
+            queries, passages = (torch.nn.functional.normalize(x.to(compute), dim=-1) for x in (queries, passages))
+        return reference.contrastive_losses(queries, passages, temperature, targets, in_batch_negatives, mask_ids)
+    if isinstance(temperature, Tensor):
+        divisor = temperature.to(device=device, dtype=torch.float32)
+    else:
+        divisor = torch.full((), temperature, dtype=torch.float32, device=device)
+    losses, _, _, best = torch.ops.grit_kernels.contrastive_forward(
+        queries, passages, divisor, targets, *(mask_ids or (None, None)), in_batch_negatives, normalize
+    )
+    return losses, best == targets
+
+
+def _comparable(query_ids: Tensor, passage_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids as int64: equal exactly where the given ones are."""
+    if query_ids.is_floating_point() or passage_ids.is_floating_point():
+        # adding 0 makes one zero of both; equal floats have equal bits then
+        return (query_ids.double() + 0.0).view(torch.int64), (passage_ids.double() + 0.0).view(torch.int64)
+    return query_ids.to(torch.int64), passage_ids.to(torch.int64)
 
 
 def _reduce(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:

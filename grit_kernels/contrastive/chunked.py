@@ -1,0 +1,150 @@
+"""The contrastive ops in plain torch with flat memory: the scores of one chunk of queries exist at a time.
+
+Serves devices without a compiled kernel. Arguments of both functions: queries (Q, D) and passages (P, D) of one dtype,
+temperature a one-element tensor, targets int64 (Q), query_ids int64 (Q) and passage_ids int64 (P) or None.
+
+    score_ij = q_i . p_j / temperature, with ``normalize``: q_i . p_j / (|q_i| |p_j| temperature)
+    positive_i = score_{i, target_i}          loss_i = ln sum_{j in C_i} exp(score_ij - positive_i)
+    excess_i = sum_j softmax_ij (score_ij - positive_i),  so d loss_i / d temperature = -excess_i / temperature
+
+Everything is kept relative to the positive score: scores may be around 1 / temperature, losses around 0, and the backward's
+softmax_ij = exp(score_ij - positive_i - loss_i) would otherwise lose what the difference of two large numbers loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grit_kernels.precision import without_autocast
+
+CHUNK_BYTES = 64 << 20
+"""Upper bound of the FP32 scores held at once (a row of scores is always held)."""
+
+NORM_EPS = 1e-12
+
+
+def row_scales(queries: Tensor, passages: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """float32 (Q) and (P) or None, such that score_ij = query_scale_i * passage_scale_j * q_i . p_j."""
+    scale = temperature.reshape(1).float().reciprocal()
+    if not normalize:
+        return scale.expand(queries.shape[0]).contiguous(), None
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp(min=NORM_EPS) for x in (queries, passages)]
+    return scale / norms[0], norms[1].reciprocal()
+
+
+def unscaled_gradient(grad: Tensor, rows: Tensor, normalize: bool) -> Tensor:
+    """FP32 gradient of scaled rows -> gradient of ``rows`` in their dtype: with normalize, less its part along the row."""
+    if normalize:
+        x = rows.float()
+        square = x.square().sum(dim=1, keepdim=True)
+        # rows shorter than eps are divided by the constant eps, whose gradient has no such part
+        along = torch.where(square > NORM_EPS**2, (x * grad).sum(dim=1, keepdim=True) / square, 0.0)
+        grad = grad - along * x
+    return grad.to(rows.dtype)
+
+
+def chunks(
+    queries: int, passages: int, in_batch_negatives: bool, chunk_bytes: int, item: int
+) -> Iterator[tuple[int, ...]]:
+    """(first query, last query, first passage, last passage) of blocks of scores that cover all candidates."""
+    group = passages // queries
+    rows = max(1, chunk_bytes // (item * passages))
+    if not in_batch_negatives:  # r queries see r * group passages
+        rows = max(1, int((chunk_bytes / (item * max(1, group))) ** 0.5))
+    for first in range(0, queries, rows):
+        last = min(first + rows, queries)
+        yield (first, last, 0, passages) if in_batch_negatives else (first, last, first * group, last * group)
+
+
+def _scores(
+    chunk: tuple[int, ...],
+    q: Tensor,
+    p: Tensor,
+    query_scale: Tensor,
+    passage_scale: Tensor | None,
+    targets: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    group: int,
+) -> tuple[Tensor, Tensor]:
+    """Scores of a chunk, -inf where the passage is no candidate, and the targets' columns within it; q and p are float32."""
+    first, last, begin, end = chunk
+    scores = (q[first:last] @ p[begin:end].T).mul_(query_scale[first:last, None])
+    if passage_scale is not None:
+        scores.mul_(passage_scale[None, begin:end])
+    target = targets[first:last] - begin
+    column = torch.arange(end - begin, device=q.device)
+    if group:
+        row = torch.arange(last - first, device=q.device)
+        scores.masked_fill_(column[None, :] // group != row[:, None], float("-inf"))
+    if query_ids is not None and passage_ids is not None:
+        same = query_ids[first:last, None] == passage_ids[None, begin:end]
+        scores.masked_fill_(same & (column[None, :] != target[:, None]), float("-inf"))
+    return scores, target
+
+
+@without_autocast
+def contrastive_forward(
+    queries: Tensor,
+    passages: Tensor,
+    temperature: Tensor,
+    targets: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    in_batch_negatives: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """losses, positive, excess (float32 (Q)) and best (int64 (Q), the candidate of the highest score, the first of several)."""
+    scales = row_scales(queries, passages, temperature, normalize)
+    q, p = queries.float(), passages.float()
+    group = 0 if in_batch_negatives else p.shape[0] // q.shape[0]
+    losses, positive, excess = (torch.empty(q.shape[0], dtype=torch.float32, device=q.device) for _ in range(3))
+    best = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
+    for chunk in chunks(q.shape[0], p.shape[0], in_batch_negatives, CHUNK_BYTES, 4):
+        scores, target = _scores(chunk, q, p, *scales, targets, query_ids, passage_ids, group)
+        rows = slice(*chunk[:2])
+        positive[rows] = scores.gather(1, target[:, None])[:, 0]
+        top, index = scores.max(dim=1)
+        best[rows] = index + chunk[2]
+        weights = scores.sub(top[:, None]).exp_()
+        total = weights.sum(dim=1)
+        above = top - positive[rows]
+        losses[rows] = above + total.log()
+        below = scores.sub_(top[:, None]).masked_fill_(weights == 0, 0.0)
+        excess[rows] = above + weights.mul_(below).sum(dim=1) / total
+    return losses, positive, excess, best
+
+
+@without_autocast
+def contrastive_backward(
+    grad_losses: Tensor,
+    queries: Tensor,
+    passages: Tensor,
+    temperature: Tensor,
+    targets: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    losses: Tensor,
+    positive: Tensor,
+    in_batch_negatives: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries and passages: d score_ij = grad_losses_i (softmax_ij - [j = target_i])."""
+    query_scale, passage_scale = row_scales(queries, passages, temperature, normalize)
+    q, p = queries.float(), passages.float()
+    group = 0 if in_batch_negatives else p.shape[0] // q.shape[0]
+    grad_q, grad_p = torch.empty_like(q), torch.zeros_like(p)
+    for chunk in chunks(q.shape[0], p.shape[0], in_batch_negatives, CHUNK_BYTES, 4):
+        scores, target = _scores(chunk, q, p, query_scale, passage_scale, targets, query_ids, passage_ids, group)
+        rows, columns = slice(*chunk[:2]), slice(*chunk[2:])
+        grad = scores.sub_(positive[rows, None]).sub_(losses[rows, None]).exp_()
+        grad.scatter_add_(1, target[:, None], torch.full_like(target, -1, dtype=grad.dtype)[:, None])
+        grad.mul_((grad_losses * query_scale)[rows, None])
+        if passage_scale is not None:
+            grad.mul_(passage_scale[None, columns])
+        grad_q[rows] = grad @ p[columns]
+        grad_p[columns] += grad.T @ q[rows]
+    return unscaled_gradient(grad_q, queries, normalize), unscaled_gradient(grad_p, passages, normalize)

@@ -1,0 +1,145 @@
+"""Every backend of gk.contrastive_loss against a float64 oracle with all scores, and the ops' contracts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import grit_kernels as gk
+from grit_kernels.contrastive import reference
+from tests.conftest import Backend, assert_within_rule
+
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run_everything(
+    q: Tensor, p: Tensor, temperature: Tensor, grad: Tensor, options: dict[str, Any], dtype: torch.dtype, plain: bool
+) -> tuple[Tensor, ...]:
+    """Per-query losses and the gradients of queries, passages and temperature; ``plain``: all scores in ``dtype``."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, p)]
+    divisor = temperature.detach().to(dtype if plain else torch.float32).requires_grad_()
+    if plain:
+        a, b = (F.normalize(x, dim=-1) if options["normalize"] else x for x in leaves)
+        scores = a @ b.T / divisor
+        keep = reference.candidate_mask(
+            q.shape[0], p.shape[0], options["targets"], options["in_batch_negatives"], options["mask_ids"]
+        )
+        losses = F.cross_entropy(scores.masked_fill(~keep, float("-inf")), options["targets"], reduction="none")
+    else:
+        losses = gk.contrastive_loss(*leaves, temperature=divisor, reduction="none", **options)
+    return losses.detach(), *torch.autograd.grad(losses, [*leaves, divisor], grad.to(losses.dtype))
+
+
+@FEW
+@given(data=st.data())
+def test_losses_and_gradients_keep_the_accuracy_rule_for_all_options(backend: Backend, data: st.DataObject) -> None:
+    draw = data.draw
+    count, group = draw(st.sampled_from([1, 2, 7, 33, 70])), draw(st.sampled_from([1, 2, 5]))
+    width, dtype = draw(st.sampled_from([8, 24, 72])), draw(st.sampled_from(DTYPES))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    q, p = (torch.randn(n, width).to(dtype).to(backend.device) for n in (count, count * group))
+    ids = tuple(torch.randint(0, 4, (n,), device=backend.device) for n in (count, count * group))
+    options = {
+        "targets": (torch.arange(count) * group + torch.randint(0, group, (count,))).to(backend.device),
+        "in_batch_negatives": draw(st.booleans()),
+        "mask_ids": draw(st.sampled_from([None, ids])),
+        "normalize": draw(st.booleans()),
+    }
+    temperature = torch.tensor(draw(st.sampled_from([0.05, 1.0])) * (1 if options["normalize"] else width**0.5))
+    temperature, grad = temperature.to(backend.device), torch.rand(count, device=backend.device) / count
+    with backend():
+        found = run_everything(q, p, temperature, grad, options, dtype, plain=False)
+    truth = run_everything(q, p, temperature, grad, options, torch.float64, plain=True)
+    eager = run_everything(q, p, temperature, grad, options, dtype, plain=True)
+    assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
+    # gradients are judged in units of what one score's gradient carries, grad / temperature
+    step = float(grad.max() / temperature)
+    units = {"losses": 1.0, "dqueries": step, "dpassages": step, "dtemperature": count * step / float(temperature)}
+    for (name, unit), a, b, c in zip(units.items(), found, truth, eager, strict=True):
+        assert_within_rule(a.cpu() / unit, b.cpu() / unit, c.cpu() / unit, name)
+
+
+def test_symmetric_weights_and_accuracy_equal_the_reference(backend: Backend) -> None:
+    q, p = (torch.randn(n, 32, device=backend.device) for n in (12, 24))
+    options: dict[str, Any] = {
+        "symmetric": True, "normalize": True, "return_accuracy": True, "temperature": 0.3,
+        "weights": torch.rand(12, device=backend.device),
+    }  # fmt: skip
+    with gk.backend("reference"):
+        expected = gk.contrastive_loss(q, p, **options)
+    with backend():
+        found = gk.contrastive_loss(q, p, **options)
+    torch.testing.assert_close(found, expected)
+
+
+def test_fp32_inputs_are_not_rounded_to_tf32_or_bf16(backend: Backend) -> None:
+    q, p = (F.normalize(torch.randn(40, 64, device=backend.device), dim=-1) for _ in range(2))
+    truth = F.cross_entropy(q.double() @ p.double().T / 0.01, torch.arange(40, device=q.device), reduction="none")
+    with backend():
+        found = gk.contrastive_loss(q, p, temperature=0.01, reduction="none")
+    # TF32 scores would be wrong by 1e-3 / temperature = 0.05
+    assert (found - truth).abs().max() < 5e-5
+
+
+def test_results_repeat_bit_by_bit(backend: Backend) -> None:
+    q, p = (torch.randn(n, 24, device=backend.device).bfloat16().requires_grad_() for n in (70, 210))
+
+    def run() -> tuple[Tensor, ...]:
+        loss = gk.contrastive_loss(q, p, temperature=5.0)
+        return loss, *torch.autograd.grad(loss, (q, p))
+
+    with backend():
+        for a, b in zip(run(), run(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_rows_of_any_stride_are_accepted_and_padding_between_them_is_not_read(backend: Backend) -> None:
+    wide = torch.full((30, 40), float("nan"), device=backend.device)
+    wide[:, :16] = torch.randn(30, 16)
+    q, p = wide[:10, :16], wide[10:, :16]
+    with backend():
+        assert torch.equal(gk.contrastive_loss(q, p), gk.contrastive_loss(q.contiguous(), p.contiguous()))
+
+
+def test_opcheck_accepts_both_ops_and_a_second_derivative_is_refused(backend: Backend) -> None:
+    if not backend.is_op:
+        return
+    q, p = (torch.randn(n, 16, device=backend.device, requires_grad=True) for n in (4, 8))
+    temperature = torch.tensor(1.0, device=backend.device, requires_grad=True)
+    targets = torch.arange(4, device=backend.device) * 2
+    ids = [torch.randint(0, 3, (n,), device=backend.device) for n in (4, 8)]
+    ops = torch.ops.grit_kernels
+    grads = [torch.randn(4, device=backend.device) for _ in range(3)]
+    for masks in (ids, [None, None]):
+        torch.library.opcheck(ops.contrastive_forward.default, (q, p, temperature, targets, *masks, True, True))
+        detached = [x.detach() for x in (q, p, temperature)]
+        arguments = (grads[0], *detached, targets, *masks, *grads[1:], False, False)
+        torch.library.opcheck(ops.contrastive_backward.default, arguments)
+    with backend():
+        (first,) = torch.autograd.grad(gk.contrastive_loss(q, p), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative.*reference"):
+            first.sum().backward()
+
+
+def test_compile_captures_the_loss_whole(backend: Backend) -> None:
+    if not backend.is_op:
+        return
+    q, p = (torch.randn(n, 16, device=backend.device, requires_grad=True) for n in (4, 8))
+    temperature = torch.tensor(0.5, device=backend.device, requires_grad=True)
+
+    def run(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        return gk.contrastive_loss(a, b, temperature=t, normalize=True, symmetric=True)
+
+    leaves = (q, p, temperature)
+    with backend():
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        found, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, run))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,120 @@
+"""The Triton kernels of the contrastive loss: sharing and chunking, and compilation for several GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grit_kernels.contrastive import chunked
+
+triton_contrastive = pytest.importorskip(
+    "grit_kernels.contrastive.triton_contrastive", reason="the package triton is not installed"
+)
+from tests.grit_kernels.ahead_of_time import CAPABILITIES, compile_ahead_of_time  # noqa: E402
+
+
+def problem(count: int, group: int, width: int) -> tuple[Any, ...]:
+    q, p = (torch.randn(n, width) / width**0.5 for n in (count, count * group))
+    targets = torch.arange(count) * group + torch.arange(count) % group
+    ids = (torch.randint(0, 9, (count,)), torch.randint(0, 9, (count * group,)))
+    return q, p, torch.tensor(0.1), targets, *ids
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("in_batch_negatives", [True, False])
+def test_shares_of_passages_and_chunks_of_queries_do_not_change_results(
+    monkeypatch: pytest.MonkeyPatch, in_batch_negatives: bool
+) -> None:
+    inputs = problem(75, 9, 20)
+    options = (in_batch_negatives, True)
+    expected = chunked.contrastive_forward(*inputs, *options)
+    saved = expected[:2]
+    grad = torch.randn(75)
+    expected_grads = chunked.contrastive_backward(grad, *inputs, *saved, *options)
+    for processors, chunk_bytes in ((1, 1 << 20), (40, 80_000)):
+        monkeypatch.setattr(triton_contrastive, "processor_count", lambda device, n=processors: n)
+        monkeypatch.setattr(triton_contrastive, "CHUNK_BYTES", chunk_bytes)
+
+        def run() -> tuple[Tensor, ...]:
+            return (
+                *triton_contrastive.contrastive_forward(*inputs, *options),
+                *triton_contrastive.contrastive_backward(grad, *inputs, *saved, *options),
+            )
+
+        found = run()
+        for a, b in zip(found, (*expected, *expected_grads), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        assert all(torch.equal(a, b) for a, b in zip(found, run(), strict=True)), "results repeat bit by bit"
+
+
+@pytest.mark.interpret
+def test_of_several_best_passages_the_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_contrastive, "processor_count", lambda device: 40)
+    q = torch.ones(3, 16)
+    best = triton_contrastive.contrastive_forward(
+        q, torch.ones(700, 16), torch.tensor(1.0), torch.zeros(3, dtype=torch.int64), None, None, True, False
+    )[3]
+    assert best.tolist() == [0, 0, 0]
+
+
+def test_float64_is_refused_by_name() -> None:
+    inputs = [x.double() if x.is_floating_point() else x for x in problem(4, 2, 8)]
+    with pytest.raises(TypeError, match="queries, passages: got torch.float64"):
+        triton_contrastive.contrastive_forward(*inputs, True, False)
+
+
+SCORES = {
+    "p_query_scale": "*fp32", "p_targets": "*i64", "p_positive": "*fp32", "stride_q": "i32", "stride_p": "i32",
+    "passages": "i32", "width": "i32", "group": "i32",
+}  # fmt: skip
+FORWARD = {
+    **dict.fromkeys(("p_top", "p_total", "p_below"), "*fp32"), "p_best": "*i32", "queries": "i32", "splits": "i32",
+}  # fmt: skip
+WEIGHTS = {
+    **dict.fromkeys(("p_a", "p_losses"), "*fp32"),
+    **dict.fromkeys(("first_query", "last_query", "first_passage", "last_passage"), "i32"),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("capability", "dtype"), [*((c, "bf16") for c in CAPABILITIES), (90, "fp32")])
+def test_kernels_compile_to_tensor_cores_or_full_fp32(capability: int, dtype: str) -> None:
+    single = dtype == "fp32"
+    q = torch.empty(1, 1024, dtype=torch.float32 if single else torch.bfloat16)
+    tile = {**triton_contrastive._tile(q, None, None, 0), "UPCAST": False}
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    absent = dict.fromkeys(("p_passage_scale", "p_query_ids", "p_passage_ids"), None)
+    vectors = {**SCORES, "p_queries": f"*{dtype}", "p_passages": f"*{dtype}"}
+    block_m, block_n, block_k, *product_launch = triton_contrastive._product_tile(q.dtype, capability)
+    product = {"p_a": f"*{dtype}", "p_b": f"*{dtype}", "p_c": "*fp32"}
+    product |= dict.fromkeys(("rows", "columns", "inner", "stride_am", "stride_bk", "stride_cm"), "i32")
+    blocks = {
+        "stride_ak": 1,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "ACCUMULATE": False,
+        "UPCAST": False,
+    }
+    for kernel, types, constants, launch in (
+        (triton_contrastive.contrastive_fwd_kernel, vectors | FORWARD, absent | tile, (warps, stages)),
+        (
+            triton_contrastive.contrastive_weights_kernel,
+            vectors | WEIGHTS | {"p_weights": f"*{dtype}"},
+            absent | tile | {"p_factor": None},
+            (warps, stages),
+        ),
+        (triton_contrastive.product_kernel, product, blocks, product_launch),
+    ):
+        compiled = compile_ahead_of_time(kernel, types, constants, capability, warps=launch[0], stages=launch[1])
+        name = kernel.__name__
+        # the forward keeps a few per-query numbers of its softmax in memory across the inner loop, never the score tile
+        allowed = 128 if kernel is triton_contrastive.contrastive_fwd_kernel else 0
+        assert compiled.spilled <= allowed, (name, compiled.spilled)
+        assert compiled.shared <= (163 if capability == 80 else 227) * 1024, (name, compiled.shared)
+        uses_tensor_cores = any(word in compiled.ptx for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+        assert uses_tensor_cores != single, name
+        assert "tf32" not in compiled.ptx, name
