@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-model test-slow test-all lint format bench gpu asan clean install
+.PHONY: demo install test test-oldest test-model test-slow lint format clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,16 @@ test: install
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
+# the oldest supported transformers and Triton, in a folder that goes before .venv's packages
+test-oldest: install .oldest/.installed
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/grit_kernels/test_patch.py tests/grit_kernels/test_families.py tests/python_model
+	PYTHONPATH=.oldest TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/grit_kernels
+
+.oldest/.installed: pyproject.toml
+	rm -rf .oldest
+	$(BIN)/python -m pip install --quiet --target .oldest transformers==5.17.0 triton==3.6.0 "numpy<2.4"
+	touch $@
+
 test-model: install
 	$(BIN)/grit fetch-model
 	$(BIN)/python -m pytest -m "model and not gpu"
@@ -43,4 +53,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .oldest build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache
