@@ -1,5 +1,10 @@
 // Registers the CPU implementations. Schemas, fakes and autograd stand in the op.py files of grit_kernels.
+#include "cpu/attention_op.h"
 #include "cpu/pooling_op.h"
 #include "torch_api.h"
 
-STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) { m.impl("pool_forward", TORCH_BOX(&grit::pool_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&grit::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&grit::attention_backward));
+  m.impl("pool_forward", TORCH_BOX(&grit::pool_forward));
+}

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace grit {
+#include "attention.h"
 
-enum class DType : int32_t { float32, bfloat16, float16 };
+namespace grit {
 
 // out (columns) = sum over rows first <= t < last with weights[t] != 0 of weights[t] * r_t * hidden[t]
 // r_t = 1, or rsqrt(mean(hidden[t]^2) + eps) when normed; rows of weight 0 are never read
@@ -20,9 +20,49 @@ struct PoolRows {
   float* out;
 };
 
+// Packed operands of a tile for the backward pass, all zero in lanes without a row.
+struct QueryPack {
+  uint32_t *q, *grad_out;            // [row_words][tile_lanes]
+  uint32_t *q_rows, *grad_out_rows;  // [tile_lanes / values][padded_dim]
+  float *lse_log2, *delta;           // [tile_lanes]
+  int32_t *lo, *hi;                  // [tile_lanes]
+};
+
+struct KeyPack {
+  const uint32_t *k_panels, *v_panels;  // rows: [keys / panel][row_words][panel]
+  const uint32_t* k_columns;            // columns: [padded_dim / panel][keys / values][panel]
+};
+
 struct Kernels {
   const char* name;
   void (*pool_rows)(const PoolRows&);
+
+  Layout (*layout)(DType, int64_t dim);
+  // K as row panels and V as column panels of one (sample, key head)
+  void (*pack_keys)(const Attention&, const Sample&, int64_t kv_head, uint32_t* k_panels, uint32_t* v_columns);
+  int64_t (*forward_scratch)(DType, int64_t dim);  // bytes per thread
+  // out and lse of a tile; returns the number of key blocks it visited
+  int64_t (*forward_tile)(const Attention&, const Sample&, const Tile&, const uint32_t* k_panels, const uint32_t* v_columns,
+                          void* scratch);
+
+  // Few queries against many keys, read in place: partial result of keys [begin, end) for all rows and heads of the sample.
+  // maximum, total: [q_len * heads_q]; sums: [q_len * heads_q][padded_dim], unnormalised
+  void (*decode_part)(const Attention&, const Sample&, int64_t begin, int64_t end, float* maximum, float* total, float* sums);
+  // joins `parts` partial results of one (row, head); part p of it lies at maximum[p * stride], sums[p * stride * padded_dim]
+  void (*decode_join)(const Attention&, int64_t row, int64_t head, int64_t parts, int64_t stride, const float* maximum,
+                      const float* total, const float* sums);
+
+  void (*backward_pack_keys)(const Attention&, const Sample&, int64_t kv_head, uint32_t* k_panels, uint32_t* v_panels,
+                             uint32_t* k_columns);
+  void (*backward_pack_queries)(const Attention&, const Gradients&, const Sample&, const Tile&, const QueryPack&);
+  int64_t (*backward_scratch)(DType, int64_t dim);  // bytes per thread
+  // Gradients of keys [begin, end) of one key head from tiles [first_tile, last_tile) that see them, and what they add to those
+  // tiles' dq: dq [tile - first_tile][padded_dim][tile_lanes]. Query pack of tile t: packs[t]. Returns the visited blocks.
+  int64_t (*backward_keys)(const Attention&, const Gradients&, const Sample&, int64_t kv_head, int64_t begin, int64_t end,
+                           int64_t first_tile, const KeyPack&, const QueryPack* packs, float* dq, void* scratch);
+  // dq rows of a tile = softmax_scale * sum of `parts` partial sums
+  void (*backward_store_dq)(const Attention&, const Gradients&, const Sample&, const Tile&, int64_t parts,
+                            const float* const* partial, void* scratch);
 };
 
 // The best set this CPU runs, or the one that GRIT_KERNELS_CPU_ISA names.

@@ -155,6 +155,17 @@ GRIT_INLINE void store(bf16* p, vf x) {
   std::memcpy(p, &h, sizeof(h));
 }
 
+// lane i = first[i] and, in the upper half of the word, second[i], both as bfloat16
+GRIT_INLINE vu pair_words(vf first, vf second) {
+#if defined(GRIT_ISA_AVX512_BF16)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                         4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vu)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+  return __builtin_convertvector(to_bf16(first), vu) | __builtin_convertvector(to_bf16(second), vu) << 16;
+#endif
+}
+
 GRIT_INLINE float half_to_float(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
   if (rest >= 0x7c00) return bits_as<float>(sign | 0x7f800000u | (rest & 0x3ff) << 13);

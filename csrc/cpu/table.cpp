@@ -1,14 +1,31 @@
 // The table of one instruction set.
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace grit::GRIT_ISA {
 
-void pool_rows(const PoolRows&);
+std::remove_pointer_t<decltype(Kernels::pool_rows)> pool_rows;
+std::remove_pointer_t<decltype(Kernels::layout)> layout;
+std::remove_pointer_t<decltype(Kernels::pack_keys)> pack_keys;
+std::remove_pointer_t<decltype(Kernels::forward_scratch)> forward_scratch;
+std::remove_pointer_t<decltype(Kernels::forward_tile)> forward_tile;
+std::remove_pointer_t<decltype(Kernels::decode_part)> decode_part;
+std::remove_pointer_t<decltype(Kernels::decode_join)> decode_join;
+std::remove_pointer_t<decltype(Kernels::backward_pack_keys)> backward_pack_keys;
+std::remove_pointer_t<decltype(Kernels::backward_pack_queries)> backward_pack_queries;
+std::remove_pointer_t<decltype(Kernels::backward_scratch)> backward_scratch;
+std::remove_pointer_t<decltype(Kernels::backward_keys)> backward_keys;
+std::remove_pointer_t<decltype(Kernels::backward_store_dq)> backward_store_dq;
 
 #define GRIT_STRING_(x) #x
 #define GRIT_STRING(x) GRIT_STRING_(x)
 
 extern const Kernels table;
-const Kernels table = {GRIT_STRING(GRIT_ISA), pool_rows};
+const Kernels table = {
+    GRIT_STRING(GRIT_ISA), pool_rows,   layout,        pack_keys,          forward_scratch,
+    forward_tile,          decode_part, decode_join,   backward_pack_keys, backward_pack_queries,
+    backward_scratch,      backward_keys, backward_store_dq,
+};
 
 }  // namespace grit::GRIT_ISA

@@ -1,0 +1,276 @@
+// Backward pass: gradients of one block of keys from every tile of queries that sees it.
+//
+//   S^T = K Q^T, P^T = exp(S^T - lse), dP^T = V dO^T, dS^T = P^T * (dP^T - delta) * cap'        queries in the lanes, in registers
+//   dV += P^T dO,  dK += dS^T Q                                                                 head dimension in the lanes
+//   dQ^T += K^T dS^T                                                                            queries in the lanes
+//
+// delta = rowsum(dO * O) - grad_lse. P^T and dS^T leave the registers once, as the packed operands of the last three products.
+// A block of keys owns its rows of dK and dV; what it adds to dQ goes to a partial sum that only this key chunk writes, so the
+// result depends on shapes alone.
+#include "kernels.h"
+#include "products.h"
+#include "visibility.h"
+
+namespace grit::GRIT_ISA {
+namespace {
+
+constexpr int KEYS = BACKWARD_KEYS;
+
+struct Scratch {
+  uint32_t *p, *ds;         // [KEYS][TILE / values]: operands of dV and dK
+  uint32_t* ds_columns;     // [KEYS / values][TILE]: operand of dQ
+  float *dk, *dv;           // [KEYS][padded_dim]
+  float* lanes;             // [PANEL][TILE]
+};
+
+GRIT_INLINE Scratch split(void* memory, int64_t wide) {
+  uint32_t* p = (uint32_t*)memory;
+  uint32_t *ds = p + KEYS * TILE, *columns = ds + KEYS * TILE;
+  float* dk = (float*)(columns + KEYS * TILE);
+  return {p, ds, columns, dk, dk + KEYS * wide, dk + 2 * KEYS * wide};
+}
+
+// out (KEYS rows) += a^T-style product: a [KEYS][TILE / values], rows [TILE / values][wide]
+template <class F>
+GRIT_INLINE void add_rows(const uint32_t* a, const uint32_t* rows, int64_t wide, int64_t keys, int64_t lanes, float* out) {
+  const int64_t stride = TILE / F::values, count = lanes / F::values;
+  for (int64_t j = 0; j < keys; j += PANEL) {
+    int64_t d = 0;
+    for (; d + ROW_VECTORS * W <= wide; d += ROW_VECTORS * W) {
+      vf x[PANEL][ROW_VECTORS];
+      GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+        GRIT_UNROLL for (int v = 0; v < ROW_VECTORS; ++v) x[i][v] = load(out + (j + i) * wide + d + v * W);
+      multiply_rows<F, ROW_VECTORS>(a + j * stride, stride, rows + d, wide, count, x);
+      GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+        GRIT_UNROLL for (int v = 0; v < ROW_VECTORS; ++v) store(out + (j + i) * wide + d + v * W, x[i][v]);
+    }
+    for (; d < wide; d += W) {
+      vf x[PANEL][1];
+      GRIT_UNROLL for (int i = 0; i < PANEL; ++i) x[i][0] = load(out + (j + i) * wide + d);
+      multiply_rows<F, 1>(a + j * stride, stride, rows + d, wide, count, x);
+      GRIT_UNROLL for (int i = 0; i < PANEL; ++i) store(out + (j + i) * wide + d, x[i][0]);
+    }
+  }
+}
+
+template <class F>
+GRIT_INLINE void store_row_operand(uint32_t* out, int64_t row, int v, vf x) {
+  if constexpr (F::values == 2) {
+    const vh h = to_bf16(x);
+    std::memcpy((uint16_t*)out + row * TILE + v * W, &h, sizeof(h));
+  } else {
+    store((float*)out + row * TILE + v * W, x);
+  }
+}
+
+// One tile against one block of keys.
+template <class F, int NV>
+void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t begin, int64_t keys,
+                int64_t padded, int64_t wide, float* dq) {
+  const int64_t words = wide / F::values;
+  vi lo[NV], hi[NV];
+  vf lse[NV], delta[NV];
+  int64_t full_begin = 0, full_end = padded;
+  GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+    std::memcpy(&lo[v], q.lo + v * W, sizeof(vi));
+    std::memcpy(&hi[v], q.hi + v * W, sizeof(vi));
+    lse[v] = load(q.lse_log2 + v * W);
+    delta[v] = load(q.delta + v * W);
+    full_begin = larger<int64_t>(full_begin, q.lo[v * W + W - 1]);
+    full_end = smaller<int64_t>(full_end, q.hi[v * W]);
+  }
+  const float scale = a.capped ? 1.0f : a.scale_log2;
+  for (int64_t j = 0; j < keys; j += PANEL) {
+    vf p[PANEL][NV] = {};
+    multiply_panel<F, NV>(k.k_panels + (begin + j) * words, q.q, words, p);
+    vf slope[PANEL][NV];
+    if (a.capped) [[unlikely]] {
+      for (int i = 0; i < PANEL; ++i)
+        for (int v = 0; v < NV; ++v) {
+          const vf t = tanh_of(p[i][v] * a.cap_in);
+          p[i][v] = t * a.cap_out;
+          slope[i][v] = 1.0f - t * t;
+        }
+    }
+    const bool unmasked = begin + j >= full_begin && begin + j + PANEL <= full_end;
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+        p[i][v] = exp2_of<F::exp_degree>(fma(p[i][v], splat(scale), -lse[v]));
+        if (!unmasked) {
+          const vi key = splat_int((int32_t)(begin + j + i));
+          p[i][v] = ((key >= lo[v]) & (key < hi[v])) ? p[i][v] : vf{};
+        }
+        store(b.lanes + i * TILE + v * W, p[i][v]);
+        store_row_operand<F>(b.p, j + i, v, p[i][v]);
+      }
+    }
+    vf ds[PANEL][NV] = {};
+    multiply_panel<F, NV>(k.v_panels + (begin + j) * words, q.grad_out, words, ds);
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+        ds[i][v] = load(b.lanes + i * TILE + v * W) * (ds[i][v] - delta[v]);
+        if (a.capped) [[unlikely]] ds[i][v] *= slope[i][v];
+        store_row_operand<F>(b.ds, j + i, v, ds[i][v]);
+      }
+    GRIT_UNROLL for (int i = 0; i < PANEL; i += F::values)
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+        uint32_t* out = b.ds_columns + (j + i) / F::values * TILE + v * W;
+        if constexpr (F::values == 2) store_words(out, pair_words(ds[i][v], ds[i + 1][v]));
+        else store_words(out, (vu)ds[i][v]);
+      }
+  }
+  add_rows<F>(b.p, q.grad_out_rows, wide, keys, NV * W, b.dv);
+  add_rows<F>(b.ds, q.q_rows, wide, keys, NV * W, b.dk);
+  const uint32_t* columns = k.k_columns + begin / F::values * PANEL;
+  for (int64_t d = 0; d < wide; d += PANEL) {
+    vf x[PANEL][NV];
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) x[i][v] = load(dq + (d + i) * TILE + v * W);
+    multiply_panel<F, NV>(columns + d / PANEL * (padded / F::values * PANEL), b.ds_columns, keys / F::values, x);
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) store(dq + (d + i) * TILE + v * W, x[i][v]);
+  }
+}
+
+template <class T>
+GRIT_INLINE void store_rows(const float* rows, int64_t wide, int64_t count, int64_t dim, float factor, T* out, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < dim; d += W) {
+      const vf x = load(rows + i * wide + d) * factor;
+      if (dim - d >= W) store(out + i * stride + d, x);
+      else store_first(out + i * stride + d, x, dim - d);
+    }
+}
+
+template <class F, class T>
+int64_t run_keys(const Attention& a, const Gradients& g, const Sample& s, int64_t kv_head, int64_t begin, int64_t end,
+                 int64_t first_tile, const KeyPack& k, const QueryPack* packs, float* dq, void* memory) {
+  const int64_t wide = padded_dim(a.dim), padded = round_up(s.k_len, 16);
+  const Scratch b = split(memory, wide);
+  const int64_t slots = (s.q_len + W - 1) / W * a.group;
+  int64_t blocks = 0;
+  for (int64_t j = begin; j < end; j += KEYS) {
+    const int64_t count = smaller<int64_t>(KEYS, end - j), keys = round_up(count, PANEL);
+    std::memset(b.dk, 0, (size_t)(2 * KEYS * wide) * sizeof(float));
+    const RowRange rows = rows_that_see(s, j, j + count);
+    if (rows.first < rows.last) {
+      const int64_t from = rows.first / W * a.group / VECTORS;
+      const int64_t until = smaller((rows.last + W - 1) / W * a.group, slots);
+      for (int64_t tile = from; tile * VECTORS < until; ++tile, ++blocks) {
+        float* out = dq + (tile - first_tile) * wide * TILE;
+        const int64_t slots_here = smaller<int64_t>(VECTORS, slots - tile * VECTORS);
+        if (slots_here == 3) tile_block<F, 3>(a, b, packs[tile], k, j, keys, padded, wide, out);
+        else if (slots_here == 2) tile_block<F, 2>(a, b, packs[tile], k, j, keys, padded, wide, out);
+        else tile_block<F, 1>(a, b, packs[tile], k, j, keys, padded, wide, out);
+      }
+    }
+    const int64_t at = ((s.k_start + j) * a.heads_kv + kv_head) * a.dim, stride = a.heads_kv * a.dim;
+    store_rows(b.dk, wide, count, a.dim, g.magnitude, (T*)g.dk + at, stride);
+    store_rows(b.dv, wide, count, a.dim, 1.0f, (T*)g.dv + at, stride);
+  }
+  return blocks;
+}
+
+// rows as [rows / values][wide] words: `values` consecutive rows of a column in one word, head dimension in the lanes
+template <class F, class T>
+GRIT_INLINE void pack_row_operand(const T* data, int64_t stride, int64_t rows, int64_t dim, uint32_t flip, uint32_t* out) {
+  const int64_t wide = padded_dim(dim);
+  for (int64_t i = 0; i < W; i += F::values)
+    for (int64_t d = 0; d < wide; d += W) {
+      vu word = i < rows ? row_words<Single>(data + i * stride, d, dim) : vu{};
+      if constexpr (F::values == 2) {
+        const vu next = i + 1 < rows ? row_words<Single>(data + (i + 1) * stride, d, dim) : vu{};
+        word = word >> 16 | next;
+      }
+      store_words(out + i / F::values * wide + d, word ^ flip);
+    }
+}
+
+template <class F, class T>
+void pack_queries(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& out) {
+  const int64_t wide = padded_dim(a.dim);
+  for (int64_t v = 0; v < tile.count; ++v) {
+    const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
+    const int64_t rows = smaller<int64_t>(W, s.q_len - row), first = s.q_start + row;
+    const T* q = (const T*)a.q.data + first * a.q.row + head * a.q.head;
+    const T* grad = (const T*)g.grad_out.data + first * g.grad_out.row + head * g.grad_out.head;
+    const T* o = (const T*)g.out.data + first * g.out.row + head * g.out.head;
+    const uint32_t flip = sign_flip<F>(a.negate);
+    pack_lanes<F>(q, a.q.row, rows, a.dim, flip, out.q + v * W);
+    pack_lanes<F>(grad, g.grad_out.row, rows, a.dim, 0, out.grad_out + v * W);
+    pack_row_operand<F>(q, a.q.row, rows, a.dim, flip, out.q_rows + v * W / F::values * wide);
+    pack_row_operand<F>(grad, g.grad_out.row, rows, a.dim, 0, out.grad_out_rows + v * W / F::values * wide);
+    for (int64_t i = 0; i < W; ++i) {
+      const int64_t at = v * W + i, r = row + smaller(i, rows - 1);
+      out.lo[at] = (int32_t)first_key(s, r);
+      out.hi[at] = (int32_t)last_key(s, r);
+      out.lse_log2[at] = 0;
+      out.delta[at] = 0;
+      if (i >= rows) continue;
+      vf sum = {};
+      for (int64_t d = 0; d < a.dim; d += W)
+        sum = fma((vf)row_words<Single>(grad + i * g.grad_out.row, d, a.dim), (vf)row_words<Single>(o + i * g.out.row, d, a.dim), sum);
+      const int64_t number = (first + i) * a.heads_q + head;
+      const float lse = g.lse[number];
+      // a row that sees nothing is masked everywhere; its infinity must not meet an infinity
+      out.lse_log2[at] = lse == MINUS_INFINITY ? 0.0f : lse * LOG2_E;
+      out.delta[at] = sum_lanes(sum) - (g.grad_lse ? g.grad_lse[number] : 0.0f);
+    }
+  }
+}
+
+}  // namespace
+
+void backward_pack_keys(const Attention& a, const Sample& s, int64_t kv_head, uint32_t* k_panels, uint32_t* v_panels,
+                        uint32_t* k_columns) {
+  with_format(a.dtype, [&](auto format, auto type) {
+    using F = decltype(format);
+    using T = decltype(type);
+    const int64_t padded = round_up(s.k_len, 16);
+    const T* k = (const T*)a.k.data + s.k_start * a.k.row + kv_head * a.k.head;
+    const T* v = (const T*)a.v.data + s.k_start * a.v.row + kv_head * a.v.head;
+    pack_row_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_panels);
+    pack_row_panels<F>(v, a.v.row, s.k_len, padded, a.dim, v_panels);
+    pack_column_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_columns);
+  });
+}
+
+void backward_pack_queries(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& out) {
+  with_format(a.dtype, [&](auto format, auto type) {
+    pack_queries<decltype(format), decltype(type)>(a, g, s, tile, out);
+  });
+}
+
+int64_t backward_scratch(DType, int64_t dim) {
+  return (3 * KEYS * TILE + 2 * KEYS * padded_dim(dim) + PANEL * TILE) * (int64_t)sizeof(float);
+}
+
+int64_t backward_keys(const Attention& a, const Gradients& g, const Sample& s, int64_t kv_head, int64_t begin, int64_t end,
+                      int64_t first_tile, const KeyPack& k, const QueryPack* packs, float* dq, void* scratch) {
+  return with_format(a.dtype, [&](auto format, auto type) {
+    return run_keys<decltype(format), decltype(type)>(a, g, s, kv_head, begin, end, first_tile, k, packs, dq, scratch);
+  });
+}
+
+void backward_store_dq(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, int64_t parts,
+                       const float* const* partial, void* scratch) {
+  with_format(a.dtype, [&](auto, auto type) {
+    using T = decltype(type);
+    const int64_t wide = padded_dim(a.dim);
+    float* sum = (float*)scratch;
+    if (parts == 0) std::memset(sum, 0, (size_t)(wide * TILE) * sizeof(float));
+    for (int64_t i = 0; i < wide * TILE; i += W) {
+      vf x = parts ? load(partial[0] + i) : vf{};
+      for (int64_t p = 1; p < parts; ++p) x += load(partial[p] + i);
+      store(sum + i, x);
+    }
+    for (int64_t v = 0; v < tile.count; ++v) {
+      const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
+      const int64_t rows = smaller<int64_t>(W, s.q_len - row);
+      T* out = (T*)g.dq + ((s.q_start + row) * a.heads_q + head) * a.dim;
+      store_lanes(sum + v * W, splat(g.softmax_scale), rows, a.dim, out, a.heads_q * a.dim);
+    }
+  });
+}
+
+}  // namespace grit::GRIT_ISA

@@ -1,0 +1,91 @@
+#include "attention_call.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+
+#include "convert.h"
+
+namespace grit {
+namespace {
+
+std::atomic<int64_t> visited{0};
+
+}  // namespace
+
+void count_visited_blocks(int64_t blocks) { visited.fetch_add(blocks, std::memory_order_relaxed); }
+
+Rows rows_of(const Tensor& t, const char* name, DType dtype, int64_t rows, int64_t heads, int64_t dim) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == rows && t.size(1) == heads && t.size(2) == dim, name, ": accepted is (", rows,
+                  ", ", heads, ", ", dim, ")");
+  STD_TORCH_CHECK(t.stride(2) == 1 || t.numel() == 0, name, ": the last dimension must be contiguous");
+  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, ": its dtype differs from that of q");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+}
+
+AttentionCall take_apart(const AttentionArguments& x) {
+  STD_TORCH_CHECK(x.q.dim() == 3 && x.k.dim() == 3, "q, k: accepted are (rows, heads, dim) tensors");
+  AttentionCall call;
+  Attention& a = call.attention;
+  a = {};
+  a.dtype = dtype_of(x.q, "q");
+  a.dim = x.q.size(2);
+  a.heads_q = x.q.size(1);
+  a.heads_kv = x.k.size(1);
+  STD_TORCH_CHECK(a.dim > 0 && a.dim <= 256 && a.dim % 8 == 0, "q: accepted head dims are multiples of 8 up to 256, got ", a.dim);
+  STD_TORCH_CHECK(a.heads_kv > 0 && a.heads_q % a.heads_kv == 0, "q: ", a.heads_q, " heads are no multiple of k's ", a.heads_kv);
+  a.group = a.heads_q / a.heads_kv;
+  call.rows_q = x.q.size(0);
+  call.rows_k = x.k.size(0);
+  a.q = rows_of(x.q, "q", a.dtype, call.rows_q, a.heads_q, a.dim);
+  a.k = rows_of(x.k, "k", a.dtype, call.rows_k, a.heads_kv, a.dim);
+  a.v = rows_of(x.v, "v", a.dtype, call.rows_k, a.heads_kv, a.dim);
+  const double magnitude = std::abs(x.softmax_scale), log2_e = 1.4426950408889634;
+  a.negate = x.softmax_scale < 0;
+  // a scale of 0 would turn the -inf of a masked score into NaN; this small it changes no score
+  a.scale_log2 = std::max((float)(magnitude * log2_e), FLT_MIN);
+  a.capped = x.softcap > 0;
+  a.cap_in = a.capped ? (float)(magnitude / x.softcap) : 0;
+  a.cap_out = (float)(x.softcap * log2_e);
+
+  const int64_t batch = x.q_start.numel();
+  const int32_t* q_start = int32_data(x.q_start, batch, "q_start");
+  const int32_t* q_len = int32_data(x.q_len, batch, "q_len");
+  const int32_t* k_start = int32_data(x.k_start, batch, "k_start");
+  const int32_t* k_len = int32_data(x.k_len, batch, "k_len");
+  const int32_t* left = int32_data(x.left, batch, "left");
+  const int32_t* right = int32_data(x.right, batch, "right");
+  const int32_t* hi = x.hi ? int32_data(*x.hi, call.rows_q, "hi") : nullptr;
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(q_len[b] >= 0 && q_start[b] >= 0 && (int64_t)q_start[b] + q_len[b] <= call.rows_q, "q_start, q_len: sample ", b,
+                    " has rows [", q_start[b], ", ", (int64_t)q_start[b] + q_len[b], "), q has ", call.rows_q);
+    STD_TORCH_CHECK(k_len[b] >= 0 && k_start[b] >= 0 && (int64_t)k_start[b] + k_len[b] <= call.rows_k, "k_start, k_len: sample ", b,
+                    " has rows [", k_start[b], ", ", (int64_t)k_start[b] + k_len[b], "), k has ", call.rows_k);
+    call.samples.push_back({q_start[b], q_len[b], k_start[b], k_len[b], left[b], right[b], hi ? hi + q_start[b] : nullptr});
+  }
+  return call;
+}
+
+std::vector<Gap> gaps(const AttentionCall& call, bool of_keys) {
+  std::vector<Gap> owned;
+  for (const Sample& s : call.samples) {
+    const int64_t start = of_keys ? s.k_start : s.q_start, length = of_keys ? s.k_len : s.q_len;
+    if (length) owned.push_back({start, start + length});
+  }
+  std::sort(owned.begin(), owned.end(), [](const Gap& x, const Gap& y) { return x.first < y.first; });
+  std::vector<Gap> found;
+  int64_t at = 0;
+  for (const Gap& o : owned) {
+    if (o.first > at) found.push_back({at, o.first});
+    at = std::max(at, o.last);
+  }
+  const int64_t rows = of_keys ? call.rows_k : call.rows_q;
+  if (at < rows) found.push_back({at, rows});
+  return found;
+}
+
+}  // namespace grit
+
+// Returns the key blocks visited since the last call, summed over tiles; for tests, through ctypes.
+extern "C" __attribute__((visibility("default"))) int64_t grit_kernels_visited_key_blocks() { return grit::visited.exchange(0); }

@@ -1,0 +1,259 @@
+// The arithmetic that all attention kernels share: packed operands, the two micro-kernels, exp2 and tanh on vectors.
+#pragma once
+
+#include "attention.h"
+#include "simd.h"
+
+namespace grit::GRIT_ISA {
+
+#if defined(GRIT_ISA_AVX512)
+constexpr int PANEL = 8;  // broadcast operands per step: PANEL x VECTORS sums stay in registers
+constexpr int ROW_VECTORS = 2;
+#else
+constexpr int PANEL = 4;
+constexpr int ROW_VECTORS = 3;
+#endif
+constexpr int VECTORS = 3;
+constexpr int TILE = VECTORS * W;
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float MINUS_INFINITY = -__builtin_inff();
+
+// ---- formats of a packed word: one FP32 value, or two bfloat16 values whose products are summed in FP32
+
+struct Single {
+  static constexpr int values = 1;
+  static constexpr int exp_degree = 5;
+  static GRIT_INLINE vf multiply_add(vf sum, uint32_t a, vu b) { return fma(splat(bits_as<float>(a)), (vf)b, sum); }
+  static GRIT_INLINE vf multiply_add(vf sum, vu a, vu b) { return fma((vf)a, (vf)b, sum); }
+};
+
+#if defined(GRIT_ISA_AVX512_BF16)
+struct Pair {
+  static constexpr int values = 2;
+  static constexpr int exp_degree = 4;  // 3e-6: far below the rounding of a bfloat16 probability
+  static GRIT_INLINE vf multiply_add(vf sum, uint32_t a, vu b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+  }
+  static GRIT_INLINE vf multiply_add(vf sum, vu a, vu b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// Calls f with the word format and the storage type of a dtype.
+template <class Function>
+GRIT_INLINE auto with_format(DType dtype, Function f) {
+  switch (dtype) {
+#if defined(GRIT_ISA_AVX512_BF16)
+    case DType::bfloat16:
+      return f(Pair{}, bf16{});
+#else
+    case DType::bfloat16:
+      return f(Single{}, bf16{});
+#endif
+    case DType::float16:
+      return f(Single{}, f16{});
+    default:
+      return f(Single{}, float{});
+  }
+}
+
+GRIT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+GRIT_INLINE int64_t padded_dim(int64_t dim) { return round_up(dim, 16); }
+
+// W words of a row from word d on; 0 behind the row's end and when the row does not exist
+template <class F, class T>
+GRIT_INLINE vu row_words(const T* row, int64_t d, int64_t dim) {
+  if constexpr (F::values == 2) {
+    const int64_t left = dim / 2 - d;
+    const uint32_t* words = (const uint32_t*)row + d;
+    return left >= W ? load_words(words) : left <= 0 ? vu{} : (vu)load_first((const float*)words, left);
+  } else {
+    const int64_t left = dim - d;
+    return left >= W ? (vu)load(row + d) : left <= 0 ? vu{} : (vu)load_first(row + d, left);
+  }
+}
+
+// ---- transposition of W x W words by log2(W) perfect shuffles
+
+GRIT_INLINE vu interleave_low(vu a, vu b) {
+#if defined(GRIT_ISA_AVX512)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(GRIT_ISA_AVX2)
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+GRIT_INLINE vu interleave_high(vu a, vu b) {
+#if defined(GRIT_ISA_AVX512)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(GRIT_ISA_AVX2)
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+GRIT_INLINE void transpose(vu (&r)[W]) {
+  vu t[W];
+  GRIT_UNROLL for (int stage = 1; stage < W; stage *= 2) {
+    GRIT_UNROLL for (int i = 0; i < W / 2; ++i) {
+      t[2 * i] = interleave_low(r[i], r[i + W / 2]);
+      t[2 * i + 1] = interleave_high(r[i], r[i + W / 2]);
+    }
+    GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = t[i];
+  }
+}
+
+// lane i = sum of the lanes of x[i]; destroys x
+GRIT_INLINE vf sums_of_each(vf (&x)[W]) {
+  GRIT_UNROLL for (int n = W / 2; n > 0; n /= 2)
+    GRIT_UNROLL for (int i = 0; i < n; ++i)
+      x[i] = (vf)interleave_low((vu)x[i], (vu)x[i + n]) + (vf)interleave_high((vu)x[i], (vu)x[i + n]);
+  return x[0];
+}
+
+// ---- packing
+
+// Rows [0, rows) of T as panels of PANEL rows: out [padded / PANEL][words][PANEL], 0 behind the last row and the last word.
+template <class F, class T>
+void pack_row_panels(const T* data, int64_t stride, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
+  const int64_t words = padded_dim(dim) / F::values;
+  for (int64_t j = 0; j < padded; j += W) {
+    for (int64_t d = 0; d < words; d += W) {
+      vu r[W];
+      GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = j + i < rows ? row_words<F>(data + (j + i) * stride, d, dim) : vu{};
+      transpose(r);
+      const int64_t here = smaller<int64_t>(W, words - d);
+      for (int64_t i = 0; i < here; ++i)
+        GRIT_UNROLL for (int p = 0; p < W; p += PANEL)
+          std::memcpy(out + (j + p) * words + (d + i) * PANEL, (const uint32_t*)&r[i] + p, PANEL * sizeof(uint32_t));
+    }
+  }
+}
+
+// Rows as column panels: out [padded_dim / PANEL][padded / values][PANEL]; a word holds `values` consecutive rows of a column.
+template <class F, class T>
+void pack_column_panels(const T* data, int64_t stride, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
+  const int64_t wide = padded_dim(dim), panel = padded / F::values * PANEL;
+  for (int64_t j = 0; j < padded; j += F::values) {
+    const T* row = data + j * stride;
+    for (int64_t d = 0; d < wide; d += W) {
+      vu word = j < rows ? row_words<Single>(row, d, dim) : vu{};
+      if constexpr (F::values == 2) {
+        vu next = j + 1 < rows ? row_words<Single>(row + stride, d, dim) : vu{};
+        word = word >> 16 | next;  // a bfloat16 widened to FP32 has zeros below its 16 bits
+      }
+      GRIT_UNROLL for (int p = 0; p < W; p += PANEL)
+        std::memcpy(out + (d + p) / PANEL * panel + j / F::values * PANEL, (const uint32_t*)&word + p, PANEL * sizeof(uint32_t));
+    }
+  }
+}
+
+// Up to W rows as lanes: out[word * TILE + lane]; lanes without a row are 0. `flip` is xored into every word.
+template <class F, class T>
+GRIT_INLINE void pack_lanes(const T* data, int64_t stride, int64_t rows, int64_t dim, uint32_t flip, uint32_t* out) {
+  const int64_t words = padded_dim(dim) / F::values;
+  for (int64_t d = 0; d < words; d += W) {
+    vu r[W];
+    GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = i < rows ? row_words<F>(data + i * stride, d, dim) : vu{};
+    transpose(r);
+    const int64_t here = smaller<int64_t>(W, words - d);
+    for (int64_t i = 0; i < here; ++i) store_words(out + (d + i) * TILE, r[i] ^ flip);
+  }
+}
+
+template <class F>
+GRIT_INLINE uint32_t sign_flip(bool negate) {
+  return !negate ? 0u : F::values == 2 ? 0x80008000u : 0x80000000u;
+}
+
+// lanes [dim][TILE] of FP32 times `factor` per lane, to rows of T; lanes whose factor is 0 give 0 whatever they hold
+template <class T>
+GRIT_INLINE void store_lanes(const float* lanes, vf factor, int64_t rows, int64_t dim, T* data, int64_t stride) {
+  const vi dead = factor == 0.0f;
+  for (int64_t d = 0; d < dim; d += W) {
+    vu r[W];
+    GRIT_UNROLL for (int i = 0; i < W; ++i) {
+      vf x = load(lanes + (d + i) * TILE) * factor;
+      r[i] = (vu)(dead ? vf{} : x);
+    }
+    transpose(r);
+    const int64_t here = dim - d;
+    GRIT_UNROLL for (int i = 0; i < W; ++i) {
+      if (i >= rows) break;
+      if (here >= W) store(data + i * stride + d, (vf)r[i]);
+      else store_first(data + i * stride + d, (vf)r[i], here);
+    }
+  }
+}
+
+// ---- micro-kernels
+
+// sum[i][v] += sum over n of panel[n * PANEL + i] * vectors[n * TILE + v * W]
+template <class F, int NV>
+GRIT_INLINE void multiply_panel(const uint32_t* panel, const uint32_t* vectors, int64_t count, vf (&sum)[PANEL][NV]) {
+  _Pragma("GCC unroll 4") for (int64_t n = 0; n < count; ++n) {
+    vu b[NV];
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) b[v] = load_words(vectors + n * TILE + v * W);
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+      const uint32_t a = panel[n * PANEL + i];
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) sum[i][v] = F::multiply_add(sum[i][v], a, b[v]);
+    }
+  }
+}
+
+// sum[i][v] += sum over n of a[i * a_stride + n] * rows[n * row_stride + v * W]
+template <class F, int NV>
+GRIT_INLINE void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32_t* rows, int64_t row_stride, int64_t count,
+                               vf (&sum)[PANEL][NV]) {
+  _Pragma("GCC unroll 4") for (int64_t n = 0; n < count; ++n) {
+    vu b[NV];
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) b[v] = load_words(rows + n * row_stride + v * W);
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+      const uint32_t x = a[i * a_stride + n];
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) sum[i][v] = F::multiply_add(sum[i][v], x, b[v]);
+    }
+  }
+}
+
+// ---- functions
+
+// 2^x for x <= about 1; exactly 1 at 0. x below -126 gives 2^-126: whoever masks must write its own 0. A NaN stays a NaN.
+template <int DEGREE>
+GRIT_INLINE vf exp2_of(vf x) {
+  x = vmax(splat(-126.0f), x);
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const vf shifted = x + magic;
+  const vf f = x - (shifted - magic);  // -0.5 .. 0.5
+  vf p;
+  if constexpr (DEGREE == 4) {
+    p = fma(splat(9.582852993e-03f), f, splat(5.590642474e-02f));
+    p = fma(p, f, splat(2.402409861e-01f));
+    p = fma(p, f, splat(6.931241934e-01f));
+  } else {
+    p = fma(splat(1.326472707e-03f), f, splat(9.671512649e-03f));
+    p = fma(p, f, splat(5.550733744e-02f));
+    p = fma(p, f, splat(2.402224209e-01f));
+    p = fma(p, f, splat(6.931469776e-01f));
+  }
+  p = fma(p, f, splat(1.0f));
+  return (vf)((vu)p + ((vu)shifted << 23));
+}
+
+GRIT_INLINE vf tanh_of(vf x) {
+  const vf size = vabs(x), square = x * x;
+  // below 0.625 the odd polynomial keeps the relative error small, above it 1 - 2 / (e^2x + 1) does
+  vf p = fma(splat(-5.717037894e-03f), square, splat(2.065058126e-02f));
+  p = fma(p, square, splat(-5.374349636e-02f));
+  p = fma(p, square, splat(1.333149127e-01f));
+  p = fma(p, square, splat(-3.333328392e-01f));
+  const vf near_zero = fma(p * square, x, x);
+  const vf e = exp2_of<5>(vmin(size, splat(10.0f)) * (2 * LOG2_E));
+  const vf far = 1.0f - 2.0f / (e + 1.0f);
+  const vf of_sign = (vf)((vu)far | ((vu)x & 0x80000000u));
+  return size < 0.625f ? near_zero : of_sign;
+}
+
+}  // namespace grit::GRIT_ISA
