@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +26,8 @@ class SamplePack:
         hi: int32 (tokens) or None, a staircase that replaces the right bound (see visibility.py).
         indices: int64 (tokens) or None: where each token stands in the flattened padded batch.
         padded_shape: (B, T) of that batch, or None.
+        starts: int32 (B), first token of each sample.
+        lengths: int32 (B), tokens of each sample.
     """
 
     cu_seqlens: Tensor
@@ -37,6 +38,13 @@ class SamplePack:
     hi: Tensor | None = None
     indices: Tensor | None = None
     padded_shape: tuple[int, int] | None = None
+    starts: Tensor = field(init=False)
+    lengths: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # derived once and read by every layer; plain attributes, because torch.compile cannot trace a cached property
+        object.__setattr__(self, "starts", self.cu_seqlens[:-1].contiguous())
+        object.__setattr__(self, "lengths", self.cu_seqlens.diff())
 
     @classmethod
     def from_lengths(
@@ -136,17 +144,7 @@ class SamplePack:
     def device(self) -> torch.device:
         return self.cu_seqlens.device
 
-    @cached_property
-    def starts(self) -> Tensor:
-        """First token of each sample, int32 (B)."""
-        return self.cu_seqlens[:-1].contiguous()
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Tokens of each sample, int32 (B)."""
-        return self.cu_seqlens.diff()
-
-    @cached_property
+    @property
     def position_ids(self) -> Tensor:
         """Position of each token in its sample, int64 (tokens)."""
         return positions_and_samples(self.cu_seqlens, self.tokens)[0]

@@ -138,6 +138,34 @@ def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
     return layout
 
 
+def _flattened(
+    position_ids: Tensor | None, cu_seq_lens_q: Tensor | None, causal: bool, batch: int, length: int
+) -> AttentionPass | None:
+    """The pass of flattened input to a model that runs this implementation without patch(), None for other input.
+
+    transformers marks flattened samples by a table or by positions that start over (see
+    :meth:`SamplePack.from_position_ids`). Found once per pass and kept on the tensor that all layers share.
+    """
+    marker = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
+    if marker is None:
+        return None
+    if torch.compiler.is_compiling():
+        if cu_seq_lens_q is not None:
+            raise ValueError("cu_seq_lens_q: a compiled model needs grit_kernels.patch(model) and a sample_pack")
+        return None
+    cached = getattr(marker, "_grit_pass", None)
+    if cached is not None and cached[0] == causal:
+        return cached[1]
+    if cu_seq_lens_q is not None:
+        pack = SamplePack.from_lengths(cu_seq_lens_q.to("cpu").diff(), causal, device=cu_seq_lens_q.device)
+        found = AttentionPass(pack.causal, pack=pack)
+    else:
+        pack = SamplePack.from_position_ids(marker.expand(batch, length), causal)
+        found = AttentionPass(pack.causal, pack=pack) if len(pack) > batch else None
+    marker._grit_pass = (causal, found)  # type: ignore[attr-defined]
+    return found
+
+
 def grit_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -150,6 +178,8 @@ def grit_attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     grit_pass: AttentionPass | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' AttentionInterface.
@@ -159,17 +189,19 @@ def grit_attention(
     if dropout:
         raise ValueError(f"attention_dropout: got {dropout}, accepted is 0: these kernels have no dropout")
     cap = softcap or 0.0
+    batch, _, q_length, _ = query.shape
+    flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if grit_pass is None and attention_mask is None and key.shape[2] == q_length:
+        grit_pass = _flattened(position_ids, cu_seq_lens_q, flag, batch, q_length)
     if grit_pass is not None and grit_pass.pack is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, H, D]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [tokens, H, D]
         out = packed_attention(
             q, k, v, grit_pass.pack, grit_pass.bounds(sliding_window), softmax_scale=scaling, softcap=cap
         )
-        return out[None], None
-    batch, _, q_length, _ = query.shape
+        return out.unflatten(0, (batch, q_length)), None
     if grit_pass is not None:
         causal, convention = grit_pass.causal, grit_pass.bidirectional_window
     else:
-        flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         causal, convention = torch.full((batch,), flag, dtype=torch.bool, device=query.device), "transformers"
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return (
