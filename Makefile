@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
 TORCH ?= torch==2.13.0
 
-.PHONY: demo install test test-oldest test-model test-slow lint format clean
+.PHONY: demo install test test-oldest test-model test-slow gpu lint format clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,12 @@ test-model: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# on a machine with a CUDA device, with its own Python and torch; nothing is downloaded
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) -m pip install --no-deps --no-build-isolation --quiet -e .
+	$(GPU_PYTHON) -m pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check .
