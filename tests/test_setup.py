@@ -1,0 +1,42 @@
+"""A build that cannot work stops before it starts, and says what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is built on Linux only")
+
+
+def _build(tmp_path: Path, **environment: str) -> str:
+    """Run the build with the given environment; it must fail. Returns what it printed."""
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path / "lib")],
+        cwd=ROOT,
+        env={"HOME": str(tmp_path), "PATH": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    return run.stdout + run.stderr
+
+
+def _fake_torch(folder: Path, version: str) -> str:
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    return str(folder)
+
+
+def test_a_missing_compiler_is_named_with_the_way_out(tmp_path: Path) -> None:
+    message = _build(tmp_path)
+    assert "no C++ compiler was found" in message and "GRIT_KERNELS_NO_EXTENSION=1" in message
+
+
+def test_an_old_torch_is_named_with_the_version_needed(tmp_path: Path) -> None:
+    message = _build(tmp_path, PYTHONPATH=_fake_torch(tmp_path, "2.9.1+cpu"))
+    assert "torch 2.9.1+cpu is too old" in message and "torch>=2.11" in message
