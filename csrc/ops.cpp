@@ -7,4 +7,5 @@ STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&grit::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&grit::attention_backward));
   m.impl("pool_forward", TORCH_BOX(&grit::pool_forward));
+  m.impl("pool_backward", TORCH_BOX(&grit::pool_backward));
 }

@@ -117,11 +117,17 @@ def _lazy(path: str) -> Callable[..., Any]:
     return run
 
 
-def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None) -> None:
+def declare_op(schema: str) -> None:
+    """Define op ``grit_kernels::<schema>`` that only a compiled library implements."""
+    _library_handle.define(schema)
+
+
+def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None, cuda: str | None = None) -> None:
     """Define op ``grit_kernels::<schema>`` and register what implements it on this machine.
 
     ``reference``: plain torch function with the schema's arguments. ``triton``: ``"module:function"`` of a launcher with the
-    same arguments, imported at the first call (so importing the package never imports Triton), or None.
+    same arguments, imported at the first call (so importing the package never imports Triton), or None. ``cuda``: the
+    :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, which serves where Triton is not installed.
     """
     _library_handle.define(schema)
     name = schema.split("(")[0]
@@ -141,14 +147,12 @@ def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None)
         use("CPU", "triton (interpreter)", _lazy(triton))
     elif not _has_kernel(name, "CPU"):
         fall_back("CPU", "the compiled library does not implement it" if library.loaded else library.reason)
-    if _has_kernel(name, "CUDA"):
-        chosen["cuda"] = "cuda (C++)"
-    elif triton is None:
-        fall_back("CUDA", "it has no Triton kernel")
-    elif not triton_found:
-        fall_back("CUDA", "the package triton is not installed")
-    else:
+    if triton is not None and triton_found:
         use("CUDA", "triton", _lazy(triton))
+    elif cuda is not None and _has_kernel(cuda, "CUDA"):
+        use("CUDA", "cuda (C++)", getattr(torch.ops.grit_kernels, cuda))
+    else:
+        fall_back("CUDA", "it has no Triton kernel" if triton is None else "the package triton is not installed")
 
 
 def _has_kernel(name: str, key: str) -> bool:

@@ -20,6 +20,16 @@ struct PoolRows {
   float* out;
 };
 
+// Gradients of those rows: grad_hidden[t] (contiguous rows, in hidden's dtype) for all first <= t < last, 0 where weights[t] is 0,
+// and, when normed, grad_gain += what the rows add to the gradient of the norm's weight.
+struct PoolBackwardRows {
+  PoolRows rows;         // without out
+  const float* grad;     // grad_out of the sample, divided by its denominator
+  const float* gain;     // norm weight, FP32; null when not normed
+  void* grad_hidden;     // row 0
+  float* grad_gain;      // (columns), added to
+};
+
 // Packed operands of a tile for the backward pass, all zero in lanes without a row.
 struct QueryPack {
   uint32_t *q, *grad_out;            // [row_words][tile_lanes]
@@ -36,6 +46,7 @@ struct KeyPack {
 struct Kernels {
   const char* name;
   void (*pool_rows)(const PoolRows&);
+  void (*pool_backward_rows)(const PoolBackwardRows&);
 
   Layout (*layout)(DType, int64_t dim);
   // K as row panels and V as column panels of one (sample, key head)

@@ -1,7 +1,8 @@
-// pool_forward(hidden, weights, row_start, row_end, denominators, norm_weight?, norm_eps) -> out, see pooling/reference.py.
+// pool_forward and pool_backward, see pooling/reference.py.
 #include "pooling_op.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "convert.h"
@@ -75,6 +76,86 @@ Tensor pool_forward(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_
     }
   });
   return out;
+}
+
+// Every row of grad_hidden is written once: rows of samples by the kernel, the rows between samples by zeros. The partial sums of
+// the norm weight's gradient have a fixed length in rows and are added in order.
+std::tuple<Tensor, Tensor> pool_backward(Tensor grad_out, Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end,
+                                         Tensor denominators, std::optional<Tensor> norm_weight, double norm_eps) {
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: accepted is (rows, columns), got ", hidden.dim(), " dimensions");
+  const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
+  STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
+  const int32_t* start = int32_data(row_start, batch, "row_start");
+  const int32_t* end = int32_data(row_end, batch, "row_end");
+  const float* denominator = float_data(denominators, batch, "denominators");
+  float_data(weights, rows, "weights");
+  dtype_of(hidden, "hidden");
+  const float* grad = float_data(grad_out, batch * columns, "grad_out");
+  const bool normed = norm_weight.has_value();
+  std::vector<float> gain;
+  if (normed) gain = as_floats(*norm_weight, columns, "norm_weight");
+
+  Tensor grad_hidden = torch::stable::empty({rows, columns}, hidden.scalar_type());
+  Tensor grad_gain = torch::stable::empty({normed ? columns : 0}, ScalarType::Float);
+  char* result = (char*)grad_hidden.mutable_data_ptr();
+  const int64_t row_bytes = columns * (hidden.scalar_type() == ScalarType::Float ? 4 : 2);
+
+  // parts in row order; sample -1: rows that belong to no sample or to one without anything pooled
+  std::vector<Part> parts;
+  int64_t at = 0, pooled_parts = 0;
+  auto add = [&](int64_t sample, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r += CHUNK) parts.push_back({sample, r, std::min(r + CHUNK, last)});
+  };
+  for (int64_t b = 0; b < batch; ++b) {
+    if (start[b] >= end[b] || !(denominator[b] > 0)) continue;
+    STD_TORCH_CHECK(start[b] >= at && end[b] <= rows, "row_start, row_end: sample ", b, " has rows [", start[b], ", ", end[b],
+                    "), accepted are ranges in order that do not overlap, within ", rows, " rows");
+    add(-1, at, start[b]);
+    add(b, start[b], end[b]);
+    at = end[b];
+  }
+  add(-1, at, rows);
+
+  std::vector<float> scaled((size_t)(batch * columns));
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t c = 0; c < columns; ++c)
+      scaled[b * columns + c] = denominator[b] > 0 ? grad[b * columns + c] / denominator[b] : 0.0f;
+  std::vector<int64_t> slot(parts.size(), 0);
+  for (size_t i = 0; i < parts.size(); ++i) slot[i] = parts[i].sample < 0 ? 0 : pooled_parts++;
+  std::vector<float> partial(normed ? (size_t)(pooled_parts * columns) : 0, 0.0f);
+
+  const auto& backward_rows = kernels().pool_backward_rows;
+  torch::stable::parallel_for(0, (int64_t)parts.size(), 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const Part& part = parts[i];
+      if (part.sample < 0) {
+        std::memset(result + part.first * row_bytes, 0, (size_t)((part.last - part.first) * row_bytes));
+        continue;
+      }
+      PoolBackwardRows call = {};
+      call.rows.hidden = hidden.const_data_ptr();
+      call.rows.dtype = dtype_of(hidden, "hidden");
+      call.rows.row_stride = hidden.stride(0);
+      call.rows.weights = weights.const_data_ptr<float>();
+      call.rows.first = part.first;
+      call.rows.last = part.last;
+      call.rows.columns = columns;
+      call.rows.normed = normed;
+      call.rows.eps = (float)norm_eps;
+      call.grad = scaled.data() + part.sample * columns;
+      call.gain = gain.data();
+      call.grad_hidden = result;
+      call.grad_gain = partial.data() + slot[i] * columns;
+      backward_rows(call);
+    }
+  });
+  if (normed) {
+    float* sum = (float*)grad_gain.mutable_data_ptr();
+    std::fill(sum, sum + columns, 0.0f);
+    for (int64_t i = 0; i < pooled_parts; ++i)
+      for (int64_t c = 0; c < columns; ++c) sum[c] += partial[i * columns + c];
+  }
+  return {grad_hidden, grad_gain};
 }
 
 }  // namespace grit

@@ -6,6 +6,7 @@
 namespace grit::GRIT_ISA {
 
 std::remove_pointer_t<decltype(Kernels::pool_rows)> pool_rows;
+std::remove_pointer_t<decltype(Kernels::pool_backward_rows)> pool_backward_rows;
 std::remove_pointer_t<decltype(Kernels::layout)> layout;
 std::remove_pointer_t<decltype(Kernels::pack_keys)> pack_keys;
 std::remove_pointer_t<decltype(Kernels::forward_scratch)> forward_scratch;
@@ -23,7 +24,7 @@ std::remove_pointer_t<decltype(Kernels::backward_store_dq)> backward_store_dq;
 
 extern const Kernels table;
 const Kernels table = {
-    GRIT_STRING(GRIT_ISA), pool_rows,   layout,        pack_keys,          forward_scratch,
+    GRIT_STRING(GRIT_ISA), pool_rows, pool_backward_rows, layout,        pack_keys,          forward_scratch,
     forward_tile,          decode_part, decode_join,   backward_pack_keys, backward_pack_queries,
     backward_scratch,      backward_keys, backward_store_dq,
 };

@@ -206,4 +206,4 @@ Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor
 
 }  // namespace grit
 
-STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CUDA, m) { m.impl("pool_forward", TORCH_BOX(&grit::pool_forward_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CUDA, m) { m.impl("pool_forward_cuda", TORCH_BOX(&grit::pool_forward_cuda)); }

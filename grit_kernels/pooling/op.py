@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_kernels.backend import define_op
+from grit_kernels.backend import declare_op, define_op
 from grit_kernels.pooling import reference
 
 _NUMBERS = (
@@ -17,7 +17,14 @@ _NUMBERS = (
 
 _TRITON = "grit_kernels.pooling.triton_pooling"
 
-define_op(f"pool_forward({_NUMBERS}) -> Tensor", reference=reference.pool_forward, triton=f"{_TRITON}:pool_forward")
+# the CUDA C++ kernel has a name of its own: Triton serves CUDA tensors wherever it is installed
+declare_op(f"pool_forward_cuda({_NUMBERS}) -> Tensor")
+define_op(
+    f"pool_forward({_NUMBERS}) -> Tensor",
+    reference=reference.pool_forward,
+    triton=f"{_TRITON}:pool_forward",
+    cuda="pool_forward_cuda",
+)
 define_op(
     f"pool_backward(Tensor grad_out, {_NUMBERS}) -> (Tensor grad_hidden, Tensor grad_norm_weight)",
     reference=reference.pool_backward,
@@ -26,6 +33,7 @@ define_op(
 
 
 @torch.library.register_fake("grit_kernels::pool_forward")
+@torch.library.register_fake("grit_kernels::pool_forward_cuda")
 def _forward_fake(
     hidden: Tensor, weights: Tensor, row_start: Tensor, row_end: Tensor, denominators: Tensor, *norm: Any
 ) -> Tensor:
