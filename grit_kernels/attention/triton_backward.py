@@ -1,0 +1,393 @@
+"""Switch attention backward on the GPU, in Triton: deterministic, without atomics.
+
+With p = exp(score - lse) on visible pairs and delta_r = sum_d grad_out_rd out_rd - grad_lse_r:
+
+    dv_j = sum_r p_rj grad_out_r          ds_rj = p_rj (grad_out_r . v_j - delta_r) cap'(score_rj)
+    dk_j = softmax_scale sum_r ds_rj q_r  dq_r = softmax_scale sum_j ds_rj k_j
+
+Three kernels: delta; dK and dV (a tile of keys walks over the rows of all query heads of its group); dQ (a tile of rows
+walks over keys). Both walks visit blocks that need no mask first, then the edges, as in the forward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grit_kernels.attention.triton_common import (
+    addressable,
+    dot,
+    edge_block,
+    key_range,
+    load_part,
+    on_device,
+    positive_scale,
+    softmax_constants,
+    split_head_dim,
+    store_part,
+    tanh,
+    tile_keys,
+    tile_rows,
+    upcast_operands,
+)
+from grit_kernels.attention.triton_configs import choose_config
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile
+from grit_kernels.visibility import transpose_hi
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def delta_kernel(
+    p_do, p_out, p_dlse, p_delta, stride_dot, stride_doh, pairs,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta (Tq, Hq) over blocks of BM (row, head) pairs."""
+    pair = tl.cast(tl.program_id(0), tl.int64) * BM + tl.arange(0, BM)
+    m_pair = pair < pairs
+    o_d = tl.arange(0, DP)
+    mask = m_pair[:, None] & (o_d[None, :] < D)
+    o_do = (pair // HEADS) * stride_dot + (pair % HEADS) * stride_doh
+    b_do = tl.load(p_do + o_do[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_out = tl.load(p_out + pair[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_delta = tl.sum(b_do * b_out, 1)
+    if HAS_DLSE:
+        b_delta -= tl.load(p_dlse + pair, mask=m_pair, other=0.0)
+    tl.store(p_delta + pair, b_delta, mask=m_pair)
+
+
+@triton.jit
+def probabilities(b_qk, b_lse, scale, cap, HAS_CAP: tl.constexpr):
+    """p and cap'(score) of raw products; ``b_lse`` is in units of log2 and already broadcast."""
+    if HAS_CAP:
+        b_tanh = tanh(b_qk * scale)
+        b_p = tl.exp2(cap * b_tanh - b_lse)
+        b_slope = 1.0 - b_tanh * b_tanh
+    else:
+        b_p = tl.exp2(b_qk * scale - b_lse)
+        b_slope = b_p
+    return b_p, b_slope
+
+
+@triton.jit
+def gather_rows(
+    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_lse, p_delta, p_hi, stride_qt, stride_qh,
+    stride_dot, stride_doh, head_in_group, block, key, len_q, len_k, left, right, scale, cap,
+    HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
+    EDGE: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add the rows of one block of one query head to dK and dV; all products are transposed, [BN, BM]."""
+    o_m = tl.arange(0, BM)
+    row = block * BM + o_m
+    b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
+    # rows that see nothing may hold anything
+    m_row = (row < len_q) & (b_lo < b_hi)
+    first_row = tl.cast(block * BM, tl.int64)
+    head_offset = tl.cast(head_in_group, tl.int64)
+    p_q += first_row * stride_qt + head_offset * stride_qh
+    p_do += first_row * stride_dot + head_offset * stride_doh
+    o_row = (first_row + o_m) * HEADS + head_offset
+    if EDGE:
+        b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)
+        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+    else:
+        b_lse = tl.load(p_lse + o_row)
+        b_delta = tl.load(p_delta + o_row)
+    b_q1 = load_part(p_q, o_m, stride_qt, m_row, 0, D1, D, EDGE)
+    b_do1 = load_part(p_do, o_m, stride_dot, m_row, 0, D1, D, EDGE)
+    b_zero = tl.zeros([b_k1.shape[0], BM], dtype=tl.float32)
+    b_qk = dot(b_k1, tl.trans(b_q1), b_zero, UPCAST)  # [BN, BM]
+    b_dp = dot(b_v1, tl.trans(b_do1), b_zero, UPCAST)
+    if D2 > 0:
+        b_q2 = load_part(p_q, o_m, stride_qt, m_row, D1, D2, D, EDGE)
+        b_do2 = load_part(p_do, o_m, stride_dot, m_row, D1, D2, D, EDGE)
+        b_qk = dot(b_k2, tl.trans(b_q2), b_qk, UPCAST)
+        b_dp = dot(b_v2, tl.trans(b_do2), b_dp, UPCAST)
+    b_p, b_slope = probabilities(b_qk, (b_lse * 1.4426950408889634)[None, :], scale, cap, HAS_CAP)
+    if EDGE:
+        # key_range by distances: they cost no registers per row. What else it clamps needs no mask here: rows that see nothing
+        # were loaded as 0, and slots that hold no key of the sample are cleared when the tile is stored
+        distance = key[:, None] - (row + len_k - len_q)[None, :]
+        visible = distance >= -left
+        if HAS_HI:
+            visible = visible & (key[:, None] < b_hi[None, :])
+        else:
+            visible = visible & (distance <= right)
+        b_p = tl.where(visible, b_p, 0.0)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    if HAS_CAP:
+        b_ds = b_ds * b_slope
+    b_p = b_p.to(b_do1.dtype)
+    b_ds = b_ds.to(b_q1.dtype)
+    b_dv1 = dot(b_p, b_do1, b_dv1, UPCAST)
+    b_dk1 = dot(b_ds, b_q1, b_dk1, UPCAST)
+    if D2 > 0:
+        b_dv2 = dot(b_p, b_do2, b_dv2, UPCAST)
+        b_dk2 = dot(b_ds, b_q2, b_dk2, UPCAST)
+    return b_dk1, b_dk2, b_dv1, b_dv2
+
+
+@triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "k_rows"])
+def backward_keys_kernel(
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right,
+    p_hi, p_first_row, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    tiles, heads_side_by_side, k_rows, scale, cap, softmax_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    head_kv, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
+    if block < 0:
+        return
+    len_q = tl.load(p_q_len + sample)
+    len_k = tl.load(p_k_len + sample)
+    left = tl.load(p_left + sample)
+    right = tl.load(p_right + sample)
+    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
+    k_start_32 = tl.load(p_k_start + sample)
+    k_start = tl.cast(k_start_32, tl.int64)
+    head_first = tl.cast(head_kv, tl.int64) * GROUP
+    p_q += q_start * stride_qt + head_first * stride_qh
+    p_do += q_start * stride_dot + head_first * stride_doh
+    p_lse += q_start * HEADS + head_first
+    p_delta += q_start * HEADS + head_first
+    p_hi += q_start
+    p_first_row += k_start
+
+    # a padded sample owns all its slots, also those before its first key: keys count from -shift there
+    shift = tl.where(k_rows > 0, k_start_32 - sample * k_rows, 0)
+    owned = tl.where(k_rows > 0, k_rows - shift, len_k)
+    first_key = block * BN - shift
+    o_n = tl.arange(0, BN)
+    key = first_key + o_n
+    m_key = (key >= 0) & (key < len_k)
+    tile_start = k_start + first_key
+    p_k += tile_start * stride_kt + tl.cast(head_kv, tl.int64) * stride_kh
+    p_v += tile_start * stride_vt + tl.cast(head_kv, tl.int64) * stride_vh
+    b_k1 = load_part(p_k, o_n, stride_kt, m_key, 0, D1, D, True)  # [BN, D1]
+    b_v1 = load_part(p_v, o_n, stride_vt, m_key, 0, D1, D, True)
+    b_k2 = b_k1
+    b_v2 = b_v1
+    if D2 > 0:
+        b_k2 = load_part(p_k, o_n, stride_kt, m_key, D1, D2, D, True)
+        b_v2 = load_part(p_v, o_n, stride_vt, m_key, D1, D2, D, True)
+
+    last_key = tl.minimum(first_key + BN, len_k)
+    real = (first_key < len_k) & (last_key > 0)
+    first, full_first, full_last, last = tile_rows(
+        tl.where(real, tl.maximum(first_key, 0), 0), tl.where(real, last_key, 1), p_first_row, len_q, len_k, left, right,
+        BM, HAS_HI,
+    )  # fmt: skip
+    b_dk1 = tl.zeros([BN, D1], dtype=tl.float32)
+    b_dv1 = tl.zeros([BN, D1], dtype=tl.float32)
+    b_dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], dtype=tl.float32)
+    b_dv2 = tl.zeros([BN, D2 if D2 > 0 else 16], dtype=tl.float32)
+    full = tl.where(real, full_last - full_first, 0)
+    edges = tl.where(real, (full_first - first) + (last - full_last), 0)
+    # one loop over (query head, block), so that the pipeline of loads fills once and not once per head
+    for step in range(0, full * GROUP):
+        head_in_group = step // full
+        b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_lse, p_delta, p_hi, stride_qt, stride_qh,
+            stride_dot, stride_doh, head_in_group, full_first + step - head_in_group * full, key, len_q, len_k, left, right,
+            scale, cap, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST,
+        )  # fmt: skip
+    for step in range(0, edges * GROUP):
+        head_in_group = step // edges
+        row_block = edge_block(step - head_in_group * edges, first, full_first, full_last)
+        b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_lse, p_delta, p_hi, stride_qt, stride_qh,
+            stride_dot, stride_doh, head_in_group, row_block, key, len_q, len_k, left, right,
+            scale, cap, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST,
+        )  # fmt: skip
+    # slots of padding get 0; unmasked blocks have summed up anything there
+    b_dk1 = tl.where(m_key[:, None], b_dk1 * softmax_scale, 0.0)
+    b_dk2 = tl.where(m_key[:, None], b_dk2 * softmax_scale, 0.0)
+    b_dv1 = tl.where(m_key[:, None], b_dv1, 0.0)
+    b_dv2 = tl.where(m_key[:, None], b_dv2, 0.0)
+    m_store = (key >= -shift) & (key < owned)
+    p_dk += (tile_start * (HEADS // GROUP) + head_kv) * D
+    p_dv += (tile_start * (HEADS // GROUP) + head_kv) * D
+    stride_dk: tl.constexpr = (HEADS // GROUP) * D
+    store_part(p_dk, o_n, stride_dk, m_store, b_dk1, 0, D1, D)
+    store_part(p_dv, o_n, stride_dk, m_store, b_dv1, 0, D1, D)
+    if D2 > 0:
+        store_part(p_dk, o_n, stride_dk, m_store, b_dk2, D1, D2, D)
+        store_part(p_dv, o_n, stride_dk, m_store, b_dv2, D1, D2, D)
+
+
+@triton.jit
+def gather_keys(
+    b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_lse, b_delta, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k,
+    scale, cap, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EDGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add one block of keys to dQ; all products are [BM, BN]."""
+    o_n = tl.arange(0, BN)
+    key = block * BN + o_n
+    m_key = key < len_k
+    p_k += tl.cast(block * BN, tl.int64) * stride_k
+    p_v += tl.cast(block * BN, tl.int64) * stride_v
+    b_k1 = load_part(p_k, o_n, stride_k, m_key, 0, D1, D, EDGE)
+    b_v1 = load_part(p_v, o_n, stride_v, m_key, 0, D1, D, EDGE)
+    b_zero = tl.zeros([BM, BN], dtype=tl.float32)
+    b_qk = dot(b_q1, tl.trans(b_k1), b_zero, UPCAST)
+    b_dp = dot(b_do1, tl.trans(b_v1), b_zero, UPCAST)
+    if D2 > 0:
+        b_k2 = load_part(p_k, o_n, stride_k, m_key, D1, D2, D, EDGE)
+        b_v2 = load_part(p_v, o_n, stride_v, m_key, D1, D2, D, EDGE)
+        b_qk = dot(b_q2, tl.trans(b_k2), b_qk, UPCAST)
+        b_dp = dot(b_do2, tl.trans(b_v2), b_dp, UPCAST)
+    b_p, b_slope = probabilities(b_qk, b_lse[:, None], scale, cap, HAS_CAP)
+    if EDGE:
+        visible = (key[None, :] >= b_lo[:, None]) & (key[None, :] < b_hi[:, None])
+        b_p = tl.where(visible, b_p, 0.0)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    if HAS_CAP:
+        b_ds = b_ds * b_slope
+    b_ds = b_ds.to(b_k1.dtype)
+    b_dq1 = dot(b_ds, b_k1, b_dq1, UPCAST)
+    if D2 > 0:
+        b_dq2 = dot(b_ds, b_k2, b_dq2, UPCAST)
+    return b_dq1, b_dq2
+
+
+@triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
+def backward_rows_kernel(
+    p_q, p_k, p_v, p_do, p_dq, p_lse, p_delta, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    tiles, heads_side_by_side, q_rows, scale, cap, softmax_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    head, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
+    if block < 0:
+        return
+    len_q = tl.load(p_q_len + sample)
+    len_k = tl.load(p_k_len + sample)
+    left = tl.load(p_left + sample)
+    right = tl.load(p_right + sample)
+    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
+    k_start = tl.cast(tl.load(p_k_start + sample), tl.int64)
+    p_hi += q_start
+    head_kv = tl.cast(head // GROUP, tl.int64)
+    p_k += k_start * stride_kt + head_kv * stride_kh
+    p_v += k_start * stride_vt + head_kv * stride_vh
+
+    first_row = block * BM
+    o_m = tl.arange(0, BM)
+    row = first_row + o_m
+    b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
+    m_row = (row < len_q) & (b_lo < b_hi)
+    tile_start = q_start + first_row
+    p_q += tile_start * stride_qt + tl.cast(head, tl.int64) * stride_qh
+    p_do += tile_start * stride_dot + tl.cast(head, tl.int64) * stride_doh
+    b_q1 = load_part(p_q, o_m, stride_qt, m_row, 0, D1, D, True)  # [BM, D1]
+    b_do1 = load_part(p_do, o_m, stride_dot, m_row, 0, D1, D, True)
+    b_q2 = b_q1
+    b_do2 = b_do1
+    if D2 > 0:
+        b_q2 = load_part(p_q, o_m, stride_qt, m_row, D1, D2, D, True)
+        b_do2 = load_part(p_do, o_m, stride_dot, m_row, D1, D2, D, True)
+    o_row = (tile_start + o_m) * HEADS + head
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0) * 1.4426950408889634
+    b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+
+    last_row = tl.minimum(first_row + BM, len_q)
+    first, full_first, full_last, last = tile_keys(
+        tl.minimum(first_row, last_row - 1), last_row, p_hi, len_q, len_k, left, right, BN, HAS_HI
+    )
+    b_dq1 = tl.zeros([BM, D1], dtype=tl.float32)
+    b_dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], dtype=tl.float32)
+    for key_block in range(full_first, full_last):
+        b_dq1, b_dq2 = gather_keys(
+            b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, key_block, b_lo, b_hi,
+            len_k, scale, cap, D, D1, D2, BM, BN, False, HAS_CAP, UPCAST,
+        )  # fmt: skip
+    for step in range(0, (full_first - first) + (last - full_last)):
+        key_block = edge_block(step, first, full_first, full_last)
+        b_dq1, b_dq2 = gather_keys(
+            b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, key_block, b_lo, b_hi,
+            len_k, scale, cap, D, D1, D2, BM, BN, True, HAS_CAP, UPCAST,
+        )  # fmt: skip
+    m_store = row < tl.maximum(len_q, q_rows)
+    p_dq += (tile_start * HEADS + head) * D
+    store_part(p_dq, o_m, HEADS * D, m_store, tl.where(m_row[:, None], b_dq1 * softmax_scale, 0.0), 0, D1, D)
+    if D2 > 0:
+        store_part(p_dq, o_m, HEADS * D, m_store, tl.where(m_row[:, None], b_dq2 * softmax_scale, 0.0), D1, D2, D)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_start: Tensor,
+    q_len: Tensor,
+    k_start: Tensor,
+    k_len: Tensor,
+    left: Tensor,
+    right: Tensor,
+    hi: Tensor | None,
+    q_rows: int,
+    k_rows: int,
+    max_q: int,
+    max_k: int,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``grit_kernels::attention_backward``; arguments as in ``op.py``. The same inputs give the same bits."""
+    rows, heads, dim = q.shape
+    keys, heads_kv, _ = k.shape
+    group = heads // heads_kv
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if not rows or not keys:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    sign = -1.0 if softmax_scale < 0 else 1.0
+    q, softmax_scale = positive_scale(q, softmax_scale)
+    q, k, v, grad_out, out = (addressable(x) for x in (q, k, v, grad_out.to(q.dtype), out))
+    out, lse = out.contiguous(), lse.contiguous()
+    bounds = (q_start, q_len, k_start, k_len, left, right)
+    scale, cap = softmax_constants(softmax_scale, softcap)
+    first_row = None if hi is None else transpose_hi(hi, q_start, q_len, k_start, k_len, keys)
+    d1, d2 = split_head_dim(dim)
+    delta = torch.empty_like(lse)
+    strides = (
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
+        *(v.stride(0), v.stride(1), grad_out.stride(0), grad_out.stride(1)),
+    )
+    shared = {
+        **{"HEADS": heads, "GROUP": group, "D": dim, "D1": d1, "D2": d2},
+        **{"HAS_HI": hi is not None, "HAS_CAP": softcap > 0, "UPCAST": upcast_operands()},
+    }
+    with on_device(q):
+        block = max(1, 4096 // triton.next_power_of_2(dim))
+        delta_kernel[(triton.cdiv(rows * heads, block),)](
+            grad_out, out, lse if grad_lse is None else grad_lse.float().contiguous(), delta,
+            grad_out.stride(0), grad_out.stride(1), rows * heads,
+            HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
+        )  # fmt: skip
+        config = choose_config("backward_keys", dim, q.dtype, q.device)
+        plan = plan_tiles(
+            bounds, first_row, over_keys=False, total=keys, rows=k_rows, block_rows=config.rows, block_keys=config.keys,
+            heads=heads_kv, group=1, bytes_per_head=2 * rows * group * dim * q.element_size(),
+        )  # fmt: skip
+        backward_keys_kernel[(plan.tiles * heads_kv,)](
+            q, k, v, grad_out, dk, dv, lse, delta, plan.table, *bounds,
+            q_start if hi is None else hi, q_start if first_row is None else first_row,
+            *strides, plan.tiles, plan.heads, k_rows, scale, cap, softmax_scale,
+            BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, **shared,
+        )  # fmt: skip
+        config = choose_config("backward_rows", dim, q.dtype, q.device)
+        plan = plan_tiles(
+            bounds, hi, over_keys=True, total=rows, rows=q_rows, block_rows=config.rows, block_keys=config.keys,
+            heads=heads, group=group, bytes_per_head=2 * keys * dim * k.element_size(),
+        )  # fmt: skip
+        backward_rows_kernel[(plan.tiles * heads,)](
+            q, k, v, grad_out, dq, lse, delta, plan.table, *bounds, q_start if hi is None else hi,
+            *strides, plan.tiles, plan.heads, q_rows, scale, cap, softmax_scale * sign,
+            BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, **shared,
+        )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,258 @@
+"""What the attention kernels share: the visibility rule per tile, the softmax step, loads of a split head dimension.
+
+Naming: ``p_`` pointer, ``o_`` offsets, ``m_`` mask, ``b_`` block value; capitals are compile-time constants.
+
+A head dimension that is no power of two is split into D1 (the largest power of two below it) and D2 (the rest, rounded up
+to a power of two of at least 16 and masked): 96 = 64 + 32, 80 = 64 + 16, 72 = 64 + 8 of 16. So 96 costs 96 and not 128.
+For a power of two D2 is 0 and every value named ``..2`` is a constant that the compiler removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grit_kernels.backend import interpreting
+
+LOG2E = 1.4426950408889634
+LARGEST_TILE = 256
+
+
+def split_head_dim(dim: int) -> tuple[int, int]:
+    """``dim`` (a multiple of 8, at least 32) as D1 + D2, see the top of the file."""
+    first = 1 << (dim.bit_length() - 1)
+    rest = dim - first
+    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def softmax_constants(softmax_scale: float, softcap: float) -> tuple[float, float]:
+    """``(scale, cap)`` such that a score in units of log2 is ``q.k * scale``, or ``cap * tanh(q.k * scale)`` with a cap."""
+    if softcap > 0:
+        return softmax_scale / softcap, softcap * LOG2E
+    return softmax_scale * LOG2E, 0.0
+
+
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale, which lets a kernel take the row maximum before it scales."""
+    if softmax_scale > 0:
+        return q, softmax_scale
+    # -inf * 0 is NaN, so a scale of 0 becomes one that rounds every score to 0
+    return (-q, -softmax_scale) if softmax_scale < 0 else (q, 1e-30)
+
+
+def addressable(x: Tensor) -> Tensor:
+    """``x`` (rows, H, D) with a contiguous last dimension and row offsets inside one tile that fit 32 bits."""
+    if x.stride(-1) != 1 or x.stride(0) * LARGEST_TILE >= 2**31:
+        return x.contiguous()
+    return x
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on the device of ``x``, whatever the current one is."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def processor_count(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units); a small number in the interpreter, so that tests split, too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def upcast_operands() -> bool:
+    """Triton's interpreter multiplies bfloat16 wrongly; there, dot operands become float32 first."""
+    return interpreting()
+
+
+@triton.jit
+def dot(a, b, c, UPCAST: tl.constexpr):
+    """a @ b + c in FP32; float32 operands are multiplied in full precision, never in TF32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+@triton.jit
+def clamp(value, low, high):
+    return tl.minimum(tl.maximum(value, low), high)
+
+
+@triton.jit
+def tanh(x):
+    """tanh without libdevice (the interpreter has none): a polynomial where the quotient would cancel."""
+    square = x * x
+    small = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315))))
+    large = 2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0
+    return tl.where(tl.abs(x) < 0.15, small, large)
+
+
+@triton.jit
+def load_part(p_x, o_row, stride, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Columns [FIRST, FIRST + WIDTH) of the rows ``o_row`` of p_x: [rows, WIDTH]; 0 outside of D and where m_row is False."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    p = p_x + o_row[:, None] * stride + o_d[None, :]
+    if FIRST + WIDTH > D:
+        mask = o_d[None, :] < D
+        if MASKED:
+            mask = mask & m_row[:, None]
+        b_x = tl.load(p, mask=mask, other=0.0)
+    elif MASKED:
+        b_x = tl.load(p, mask=m_row[:, None], other=0.0)
+    else:
+        b_x = tl.load(p)
+    return b_x
+
+
+@triton.jit
+def store_part(p_x, o_row, stride, m_row, b_x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    o_d = FIRST + tl.arange(0, WIDTH)
+    p = p_x + o_row[:, None] * stride + o_d[None, :]
+    mask = m_row[:, None]
+    if FIRST + WIDTH > D:
+        mask = mask & (o_d[None, :] < D)
+    tl.store(p, b_x.to(p_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_range(row, p_hi, len_q, len_k, left, right, HAS_HI: tl.constexpr):
+    """visibility.key_range of ``row`` (scalar or block): keys [lo, hi). ``p_hi`` points at the sample's first row."""
+    position = row + len_k - len_q
+    lo = clamp(position - left, 0, len_k)
+    if HAS_HI:
+        hi = clamp(tl.load(p_hi + row, mask=row < len_q, other=0), 0, len_k)
+    else:
+        hi = clamp(position + right + 1, 0, len_k)
+    return lo, hi
+
+
+@triton.jit
+def in_blocks(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
+    """visibility.in_blocks: (begin, full_begin, full_end, end) counted in blocks."""
+    first = begin // BLOCK
+    last = tl.where(begin < end, tl.cdiv(end, BLOCK), first)
+    full_first = tl.maximum(first, tl.cdiv(full_begin, BLOCK))
+    full_last = tl.minimum(last, full_end // BLOCK)
+    empty = full_first >= full_last
+    return first, tl.where(empty, last, full_first), tl.where(empty, last, full_last), last
+
+
+@triton.jit
+def tile_keys(first_row, last_row, p_hi, len_q, len_k, left, right, BLOCK: tl.constexpr, HAS_HI: tl.constexpr):
+    """visibility.tile_keys of rows [first_row, last_row), in blocks of BLOCK keys."""
+    lo_first, hi_first = key_range(first_row, p_hi, len_q, len_k, left, right, HAS_HI)
+    lo_last, hi_last = key_range(last_row - 1, p_hi, len_q, len_k, left, right, HAS_HI)
+    return in_blocks(lo_first, lo_last, hi_first, hi_last, BLOCK)
+
+
+@triton.jit
+def row_range(key, p_first_row, len_q, len_k, left, right, HAS_HI: tl.constexpr):
+    """visibility.row_range of a key: rows [first, last) that see it. ``p_first_row``: transpose_hi at the sample's first key."""
+    shift = len_q - len_k
+    if HAS_HI:
+        first = clamp(tl.load(p_first_row + key, mask=key < len_k, other=0), 0, len_q)
+    else:
+        first = clamp(key - right + shift, 0, len_q)
+    return first, clamp(key + left + 1 + shift, 0, len_q)
+
+
+@triton.jit
+def tile_rows(first_key, last_key, p_first_row, len_q, len_k, left, right, BLOCK: tl.constexpr, HAS_HI: tl.constexpr):
+    """visibility.tile_rows of keys [first_key, last_key), in blocks of BLOCK rows."""
+    begin, full_end = row_range(first_key, p_first_row, len_q, len_k, left, right, HAS_HI)
+    full_begin, end = row_range(last_key - 1, p_first_row, len_q, len_k, left, right, HAS_HI)
+    return in_blocks(begin, full_begin, full_end, end, BLOCK)
+
+
+@triton.jit
+def edge_block(step, first, full_first, full_last):
+    """The step-th block that needs a mask: those of the left edge, then those of the right edge."""
+    left_edge = full_first - first
+    return tl.where(step < left_edge, first + step, full_last + step - left_edge)
+
+
+@triton.jit
+def attend(
+    b_acc1, b_acc2, b_total, b_top, b_q1, b_q2, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr,
+    EDGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over key block ``block``; scores are in units of log2.
+
+    b_acc1 [BM, D1], b_acc2 [BM, D2]: sum of p v;  b_total [BM]: sum of p;  b_top [BM]: running maximum. Only a block on an
+    EDGE compares positions and guards its loads: rows after the last key belong to another sample or to padding and may
+    hold NaN, and 0 * NaN is NaN.
+    """
+    o_n = tl.arange(0, BN)
+    key = block * BN + o_n
+    p_k += tl.cast(block * BN, tl.int64) * stride_k
+    p_v += tl.cast(block * BN, tl.int64) * stride_v
+    m_key = key < len_k
+    b_k1 = load_part(p_k, o_n, stride_k, m_key, 0, D1, D, EDGE)
+    b_s = dot(b_q1, tl.trans(b_k1), tl.zeros([b_q1.shape[0], BN], dtype=tl.float32), UPCAST)  # [BM, BN]
+    if D2 > 0:
+        b_k2 = load_part(p_k, o_n, stride_k, m_key, D1, D2, D, EDGE)
+        b_s = dot(b_q2, tl.trans(b_k2), b_s, UPCAST)
+    if HAS_CAP:
+        b_s = cap * tanh(b_s * scale)
+    if EDGE:
+        visible = (key[None, :] >= b_lo[:, None]) & (key[None, :] < b_hi[:, None])
+        b_s = tl.where(visible, b_s, float("-inf"))
+    if HAS_CAP:
+        b_new = tl.maximum(b_top, tl.max(b_s, 1))
+    else:
+        b_new = tl.maximum(b_top, tl.max(b_s, 1) * scale)
+    b_shift = b_new
+    if EDGE:
+        # a row that has seen nothing yet subtracts 0: -inf - -inf is NaN
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    if HAS_CAP:
+        b_p = tl.exp2(b_s - b_shift[:, None])
+    else:
+        b_p = tl.exp2(b_s * scale - b_shift[:, None])
+    b_rescale = tl.exp2(b_top - b_shift)
+    b_total = b_total * b_rescale + tl.sum(b_p, 1)
+    b_v1 = load_part(p_v, o_n, stride_v, m_key, 0, D1, D, EDGE)
+    b_p = b_p.to(b_v1.dtype)
+    b_acc1 = dot(b_p, b_v1, b_acc1 * b_rescale[:, None], UPCAST)
+    if D2 > 0:
+        b_v2 = load_part(p_v, o_n, stride_v, m_key, D1, D2, D, EDGE)
+        b_acc2 = dot(b_p, b_v2, b_acc2 * b_rescale[:, None], UPCAST)
+    return b_acc1, b_acc2, b_total, b_new
+
+
+@triton.jit
+def attend_blocks(
+    b_q1, b_q2, p_k, p_v, stride_k, stride_v, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The rows of one tile over key blocks [first, last), of which [full_first, full_last) need no mask.
+
+    Returns ``out`` [BM, D1], [BM, D2] and ``lse`` [BM] in units of log2; 0 and -inf for a row that sees no key.
+    """
+    b_acc1 = tl.zeros([BM, D1], dtype=tl.float32)
+    b_acc2 = tl.zeros([BM, D2 if D2 > 0 else 16], dtype=tl.float32)
+    b_total = tl.zeros([BM], dtype=tl.float32)
+    b_top = tl.full([BM], float("-inf"), dtype=tl.float32)
+    for block in range(full_first, full_last):
+        b_acc1, b_acc2, b_total, b_top = attend(
+            b_acc1, b_acc2, b_total, b_top, b_q1, b_q2, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+            D, D1, D2, BN, False, HAS_CAP, UPCAST,
+        )  # fmt: skip
+    for step in range(0, (full_first - first) + (last - full_last)):
+        block = edge_block(step, first, full_first, full_last)
+        b_acc1, b_acc2, b_total, b_top = attend(
+            b_acc1, b_acc2, b_total, b_top, b_q1, b_q2, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+            D, D1, D2, BN, True, HAS_CAP, UPCAST,
+        )  # fmt: skip
+    dead = b_total == 0.0
+    b_inverse = 1.0 / tl.where(dead, 1.0, b_total)
+    b_out1 = tl.where(dead[:, None], 0.0, b_acc1 * b_inverse[:, None])
+    b_out2 = tl.where(dead[:, None], 0.0, b_acc2 * b_inverse[:, None])
+    b_lse = tl.where(dead, float("-inf"), b_top + tl.log2(tl.where(dead, 1.0, b_total)))
+    return b_out1, b_out2, b_lse

@@ -1,0 +1,126 @@
+"""Tile sizes of the attention kernels: a table by (kernel, head dimension, element size, architecture), and its override.
+
+Nothing is tuned on a user's first call. ``with override_config("forward", Config(...))`` or the environment variable
+GRIT_KERNELS_ATTENTION_CONFIG (``forward=128x64x8x3,backward_keys=...``: rows x keys x warps x stages) replace an entry;
+``python bench/attention.py --tune`` measures candidates on the GPU at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+KERNELS = ("forward", "decode", "backward_keys", "backward_rows")
+"""forward: one tile of rows walks over keys. decode: the same, keys split. backward_keys: a tile of keys walks over rows
+(dK, dV). backward_rows: a tile of rows walks over keys (dQ)."""
+
+VARIABLE = "GRIT_KERNELS_ATTENTION_CONFIG"
+
+
+class Config(NamedTuple):
+    """``rows`` x ``keys`` of one tile, warps of one program, depth of the software pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# (kernel, element bytes, head dimension up to) -> architecture -> Config; "" is any other architecture.
+# The rest of the tile's shared memory and registers follow from these; tests compile every entry and record the spills.
+_TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
+    ("forward", 2, 64): {"sm80": Config(128, 64, 4, 3), "gfx9": Config(128, 64, 4, 1), "": Config(128, 128, 8, 2)},
+    ("forward", 2, 128): {"sm80": Config(128, 64, 8, 3), "gfx9": Config(128, 64, 4, 1), "": Config(128, 128, 8, 2)},
+    ("forward", 2, 256): {"sm80": Config(64, 32, 4, 2), "gfx9": Config(64, 32, 4, 1), "": Config(128, 64, 8, 2)},
+    ("forward", 4, 64): {"": Config(64, 32, 4, 2)},
+    ("forward", 4, 128): {"": Config(32, 32, 4, 2)},
+    ("forward", 4, 256): {"": Config(16, 32, 4, 2)},
+    ("decode", 2, 128): {"gfx9": Config(16, 64, 4, 1), "": Config(16, 64, 4, 3)},
+    ("decode", 2, 256): {"gfx9": Config(16, 32, 4, 1), "": Config(16, 32, 4, 3)},
+    ("decode", 4, 128): {"": Config(16, 32, 4, 2)},
+    ("decode", 4, 256): {"": Config(16, 16, 4, 2)},
+    ("backward_keys", 2, 64): {"gfx9": Config(64, 64, 4, 1), "": Config(64, 128, 8, 2)},
+    ("backward_keys", 2, 128): {"sm80": Config(32, 128, 8, 2), "gfx9": Config(32, 64, 4, 1), "": Config(64, 128, 8, 2)},
+    ("backward_keys", 2, 256): {"gfx9": Config(32, 32, 4, 1), "": Config(32, 64, 8, 2)},
+    ("backward_keys", 4, 64): {"": Config(32, 32, 4, 2)},
+    ("backward_keys", 4, 128): {"": Config(16, 32, 4, 2)},
+    ("backward_keys", 4, 256): {"": Config(16, 16, 4, 2)},
+    ("backward_rows", 2, 64): {"gfx9": Config(64, 64, 4, 1), "": Config(128, 64, 8, 2)},
+    ("backward_rows", 2, 128): {"sm80": Config(128, 32, 8, 2), "gfx9": Config(64, 32, 4, 1), "": Config(128, 64, 8, 2)},
+    ("backward_rows", 2, 256): {"gfx9": Config(32, 32, 4, 1), "": Config(64, 32, 8, 2)},
+    ("backward_rows", 4, 64): {"": Config(32, 32, 4, 2)},
+    ("backward_rows", 4, 128): {"": Config(32, 16, 4, 2)},
+    ("backward_rows", 4, 256): {"": Config(16, 16, 4, 2)},
+}
+_INTERPRETED = Config(16, 16, 4, 1)
+
+_overrides: dict[str, Config] = {}
+
+
+def parse_configs(text: str) -> dict[str, Config]:
+    """``"forward=128x64x8x3,decode=16x64x4x3"`` as a dict; ValueError names what is wrong."""
+    configs = {}
+    for entry in filter(None, text.split(",")):
+        kernel, _, numbers = entry.partition("=")
+        values = numbers.split("x")
+        if kernel not in KERNELS or len(values) != 4 or not all(x.isdigit() for x in values):
+            raise ValueError(
+                f"{VARIABLE}: got {entry!r}, accepted is <kernel>=<rows>x<keys>x<warps>x<stages> with a kernel of {KERNELS}"
+            )
+        configs[kernel] = Config(*map(int, values))
+    return configs
+
+
+@functools.cache
+def _from_environment(text: str) -> dict[str, Config]:
+    return parse_configs(text)
+
+
+@contextlib.contextmanager
+def override_config(kernel: str, config: Config) -> Iterator[None]:
+    """Use ``config`` for ``kernel`` (one of KERNELS) inside, for every head dimension and dtype."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: got {kernel!r}, accepted are {KERNELS}")
+    previous = _overrides.get(kernel)
+    _overrides[kernel] = config
+    try:
+        yield
+    finally:
+        if previous is None:
+            del _overrides[kernel]
+        else:
+            _overrides[kernel] = previous
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``"sm80"``, ``"sm90"``, ``"sm100"``, ``"gfx9"``, ... of a device; ``"cpu"`` in the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return "gfx9" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "gfx"
+    major, _ = torch.cuda.get_device_capability(device)
+    return f"sm{major}0"
+
+
+def table_config(kernel: str, dim: int, element_bytes: int, arch: str) -> Config:
+    """The table's entry."""
+    for limit in (64, 128, 256):
+        if dim <= limit and (entry := _TABLE.get((kernel, element_bytes, limit))):
+            return entry.get(arch, entry[""])
+    raise ValueError(f"head dim {dim} with elements of {element_bytes} bytes has no entry for {kernel}")
+
+
+def choose_config(kernel: str, dim: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """What a launcher uses: an override, the environment's entry, or the table's."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    if (text := os.environ.get(VARIABLE)) and (config := _from_environment(text).get(kernel)):
+        return config
+    arch = architecture(device)
+    return _INTERPRETED if arch == "cpu" else table_config(kernel, dim, dtype.itemsize, arch)

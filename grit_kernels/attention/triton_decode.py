@@ -1,0 +1,194 @@
+"""Attention of few rows over many keys: decoding, and a short prompt after a long cache.
+
+Reading the keys and values once is all the work there is. So the rows of all query heads of a group form one tile (row
+``r * GROUP + g``), which reads each key once per group, and the blocks of keys that the tile sees are dealt out evenly to
+``splits`` programs. Each writes its own softmax (out, lse); a second kernel merges them in a fixed order:
+
+    lse = ln sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grit_kernels.attention.triton_common import (
+    attend_blocks,
+    clamp,
+    key_range,
+    load_part,
+    processor_count,
+    split_head_dim,
+    store_part,
+    tile_keys,
+    upcast_operands,
+)
+from grit_kernels.attention.triton_configs import choose_config
+
+SHORTEST_SPLIT = 256
+"""With fewer keys than this the plain kernel is used."""
+
+_LARGEST_SPLIT = 64
+_PROGRAMS_PER_PROCESSOR = 4
+_MERGED_ROWS = 16
+
+
+@triton.jit(do_not_specialize=["q_rows", "splits", "partial_rows"])
+def attention_decode_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_rows, splits, partial_rows, scale, cap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid: (splits * row tiles, kv heads, samples). With SPLIT, p_out and p_lse are FP32 (splits, partial_rows, Hq, ...)."""
+    part = tl.program_id(0) % splits
+    tile = tl.program_id(0) // splits
+    head_kv = tl.program_id(1)
+    sample = tl.program_id(2)
+    len_q = tl.load(p_q_len + sample)
+    len_k = tl.load(p_k_len + sample)
+    left = tl.load(p_left + sample)
+    right = tl.load(p_right + sample)
+    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
+    k_start = tl.cast(tl.load(p_k_start + sample), tl.int64)
+    p_hi += q_start
+    first_row = tile * BM // GROUP
+    if SPLIT:
+        owned = len_q
+    else:
+        owned = tl.maximum(len_q, q_rows)
+    if first_row >= owned:
+        return
+    p_k += k_start * stride_kt + tl.cast(head_kv, tl.int64) * stride_kh
+    p_v += k_start * stride_vt + tl.cast(head_kv, tl.int64) * stride_vh
+
+    o_m = tile * BM + tl.arange(0, BM)
+    row = o_m // GROUP
+    head = head_kv * GROUP + o_m % GROUP
+    m_row = row < len_q
+    p_q += q_start * stride_qt
+    o_q = tl.cast(row, tl.int64) * stride_qt + tl.cast(head, tl.int64) * stride_qh
+    b_q1 = load_part(p_q, o_q, 1, m_row, 0, D1, D, True)  # [BM, D1]
+    if D2 > 0:
+        b_q2 = load_part(p_q, o_q, 1, m_row, D1, D2, D, True)
+    else:
+        b_q2 = b_q1
+    b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
+    last_row = tl.minimum(tl.cdiv((tile + 1) * BM, GROUP), len_q)
+    first, full_first, full_last, last = tile_keys(
+        tl.minimum(first_row, last_row - 1), last_row, p_hi, len_q, len_k, left, right, BN, HAS_HI
+    )
+    if SPLIT:
+        share = tl.cdiv(last - first, splits)
+        first = tl.minimum(first + part * share, last)
+        last = tl.minimum(first + share, last)
+        full_first = clamp(full_first, first, last)
+        full_last = clamp(full_last, full_first, last)
+        empty = full_first >= full_last
+        full_first = tl.where(empty, last, full_first)
+        full_last = tl.where(empty, last, full_last)
+    b_out1, b_out2, b_lse = attend_blocks(
+        b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+        D, D1, D2, BM, BN, HAS_CAP, UPCAST,
+    )  # fmt: skip
+    b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
+    b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
+    b_lse = tl.where(m_row, b_lse * 0.6931471805599453, float("-inf"))
+    o_out = (q_start + row) * HEADS + head
+    if SPLIT:
+        o_out += tl.cast(part, tl.int64) * partial_rows * HEADS
+    m_store = row < owned
+    store_part(p_out, o_out, D, m_store, b_out1, 0, D1, D)
+    if D2 > 0:
+        store_part(p_out, o_out, D, m_store, b_out2, D1, D2, D)
+    tl.store(p_lse + o_out, b_lse, mask=m_store)
+
+
+@triton.jit(do_not_specialize=["q_rows", "splits", "partial_rows"])
+def merge_splits_kernel(
+    p_part, p_part_lse, p_out, p_lse, p_q_start, p_q_len, q_rows, splits, partial_rows,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of BM (row, head) pairs, samples)."""
+    sample = tl.program_id(1)
+    len_q = tl.load(p_q_len + sample)
+    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
+    pair = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_real = pair < len_q * HEADS
+    m_store = pair < tl.maximum(len_q, q_rows) * HEADS
+    o_pair = q_start * HEADS + pair
+    o_d = tl.arange(0, DP)
+    m_d = o_d[None, :] < D
+    b_top = tl.full([BM], float("-inf"), dtype=tl.float32)
+    b_total = tl.zeros([BM], dtype=tl.float32)
+    b_acc = tl.zeros([BM, DP], dtype=tl.float32)
+    for part in range(0, splits):
+        o_part = o_pair + tl.cast(part, tl.int64) * partial_rows * HEADS
+        b_lse = tl.load(p_part_lse + o_part, mask=m_real, other=float("-inf"))
+        b_out = tl.load(p_part + o_part[:, None] * D + o_d[None, :], mask=m_real[:, None] & m_d, other=0.0)
+        b_new = tl.maximum(b_top, b_lse)
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_keep = tl.exp2((b_top - b_shift) * 1.4426950408889634)
+        b_weight = tl.exp2((b_lse - b_shift) * 1.4426950408889634)
+        b_total = b_total * b_keep + b_weight
+        b_acc = b_acc * b_keep[:, None] + b_out * b_weight[:, None]
+        b_top = b_new
+    dead = b_total == 0.0
+    b_total = tl.where(dead, 1.0, b_total)
+    b_out = tl.where(dead[:, None], 0.0, b_acc / b_total[:, None])
+    b_lse = tl.where(dead, float("-inf"), b_top + tl.log2(b_total) * 0.6931471805599453)
+    tl.store(p_out + o_pair[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_store[:, None] & m_d)
+    tl.store(p_lse + o_pair, b_lse, mask=m_store)
+
+
+def choose_splits(programs: int, max_k: int, block_keys: int, processors: int) -> int:
+    """Enough programs to fill the GPU several times over, but at least two blocks of keys for each."""
+    wanted = triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, programs)
+    return max(1, min(wanted, _LARGEST_SPLIT, triton.cdiv(max_k, 2 * block_keys)))
+
+
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    hi: Tensor | None,
+    q_rows: int,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    cap: float,
+) -> None:
+    """Fill ``out`` and ``lse``; called by triton_forward.attention_forward with its prepared arguments."""
+    rows, heads, dim = q.shape
+    heads_kv = k.shape[1]
+    group = heads // heads_kv
+    batch = bounds[0].shape[0]
+    most_rows = max(q_rows, max_q)
+    config = choose_config("decode", dim, q.dtype, q.device)
+    block_rows = max(config.rows, min(64, triton.next_power_of_2(most_rows * group)))
+    row_tiles = triton.cdiv(most_rows * group, block_rows)
+    splits = choose_splits(row_tiles * heads_kv * batch, max_k, config.keys, processor_count(q.device))
+    if splits > 1:
+        part = torch.empty((splits, rows, heads, dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=q.device)
+    else:
+        part, part_lse = out, lse
+    d1, d2 = split_head_dim(dim)
+    attention_decode_kernel[(splits * row_tiles, heads_kv, batch)](
+        q, k, v, part, part_lse, *bounds, bounds[0] if hi is None else hi,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), q_rows, splits, rows, scale, cap,
+        HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=block_rows, BN=config.keys,
+        HAS_HI=hi is not None, HAS_CAP=cap > 0, SPLIT=splits > 1, UPCAST=upcast_operands(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge_splits_kernel[(triton.cdiv(most_rows * heads, _MERGED_ROWS), batch)](
+            part, part_lse, out, lse, bounds[0], bounds[1], q_rows, splits, rows,
+            HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=_MERGED_ROWS, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Switch attention forward on the GPU, in Triton: one kernel for packed and padded, causal and bidirectional samples.
+
+    score_rj = cap(softmax_scale * q_r . k_j),   out_r = sum_j softmax_j(score_rj) v_j,   lse_r = ln sum_j exp(score_rj)
+
+over the keys ``lo(r) <= j < hi(r)`` of visibility.py. q (Tq, Hq, D), k and v (Tk, Hkv, D) -> out (Tq, Hq, D), lse (Tq, Hq).
+A program owns BM rows of one sample and one query head and walks over its key blocks: those that every row sees first,
+without any mask, then the left and right edge, which compare positions. The flag of a sample is two integers that enter
+these ranges and the mask alike, so windows skip blocks in both modes. Few rows over long keys go to triton_decode.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grit_kernels.attention.triton_common import (
+    addressable,
+    attend_blocks,
+    key_range,
+    load_part,
+    on_device,
+    positive_scale,
+    processor_count,
+    softmax_constants,
+    split_head_dim,
+    store_part,
+    tile_keys,
+    upcast_operands,
+)
+from grit_kernels.attention.triton_configs import choose_config
+from grit_kernels.attention.triton_decode import SHORTEST_SPLIT, attention_decode
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile
+
+
+@triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
+def attention_forward_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tiles, heads_side_by_side, q_rows, scale, cap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    head, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
+    if block < 0:
+        return
+    len_q = tl.load(p_q_len + sample)
+    len_k = tl.load(p_k_len + sample)
+    left = tl.load(p_left + sample)
+    right = tl.load(p_right + sample)
+    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
+    k_start = tl.cast(tl.load(p_k_start + sample), tl.int64)
+    p_hi += q_start
+    head_kv = tl.cast(head // GROUP, tl.int64)
+    p_k += k_start * stride_kt + head_kv * stride_kh
+    p_v += k_start * stride_vt + head_kv * stride_vh
+
+    first_row = block * BM
+    o_m = tl.arange(0, BM)
+    row = first_row + o_m
+    m_row = row < len_q
+    p_q += (q_start + first_row) * stride_qt + tl.cast(head, tl.int64) * stride_qh
+    b_q1 = load_part(p_q, o_m, stride_qt, m_row, 0, D1, D, True)  # [BM, D1]
+    if D2 > 0:
+        b_q2 = load_part(p_q, o_m, stride_qt, m_row, D1, D2, D, True)
+    else:
+        b_q2 = b_q1
+    b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
+    # a tile of padding only sees nothing
+    last_row = tl.minimum(first_row + BM, len_q)
+    first, full_first, full_last, last = tile_keys(
+        tl.minimum(first_row, last_row - 1), last_row, p_hi, len_q, len_k, left, right, BN, HAS_HI
+    )
+    b_out1, b_out2, b_lse = attend_blocks(
+        b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+        D, D1, D2, BM, BN, HAS_CAP, UPCAST,
+    )  # fmt: skip
+    # rows of padding inside a rectangular sample are written, too
+    b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
+    b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
+    b_lse = tl.where(m_row, b_lse * 0.6931471805599453, float("-inf"))
+    m_store = row < tl.maximum(len_q, q_rows)
+    p_out += ((q_start + first_row) * HEADS + head) * D
+    store_part(p_out, o_m, HEADS * D, m_store, b_out1, 0, D1, D)
+    if D2 > 0:
+        store_part(p_out, o_m, HEADS * D, m_store, b_out2, D1, D2, D)
+    tl.store(p_lse + (q_start + row) * HEADS + head, b_lse, mask=m_store)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: Tensor,
+    q_len: Tensor,
+    k_start: Tensor,
+    k_len: Tensor,
+    left: Tensor,
+    right: Tensor,
+    hi: Tensor | None,
+    q_rows: int,
+    k_rows: int,
+    max_q: int,
+    max_k: int,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """The op ``grit_kernels::attention_forward``; arguments as in ``op.py``. No autotuning, no value read from the device."""
+    rows, heads, dim = q.shape
+    group = heads // k.shape[1]
+    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
+    if not rows:
+        return out, lse
+    q, softmax_scale = positive_scale(q, softmax_scale)
+    q, k, v = addressable(q), addressable(k), addressable(v)
+    bounds = (q_start, q_len, k_start, k_len, left, right)
+    scale, cap = softmax_constants(softmax_scale, softcap)
+    with on_device(q):
+        if _splits_keys(q, group, q_len.shape[0], max(q_rows, max_q), max_k):
+            attention_decode(q, k, v, out, lse, bounds, hi, q_rows, max_q, max_k, scale, cap)
+            return out, lse
+        config = choose_config("forward", dim, q.dtype, q.device)
+        plan = plan_tiles(
+            bounds, hi, over_keys=True, total=rows, rows=q_rows, block_rows=config.rows, block_keys=config.keys,
+            heads=heads, group=group, bytes_per_head=2 * k.shape[0] * dim * k.element_size(),
+        )  # fmt: skip
+        d1, d2 = split_head_dim(dim)
+        attention_forward_kernel[(plan.tiles * heads,)](
+            q, k, v, out, lse, plan.table, *bounds, q_start if hi is None else hi,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            plan.tiles, plan.heads, q_rows, scale, cap,
+            HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=config.rows, BN=config.keys,
+            HAS_HI=hi is not None, HAS_CAP=softcap > 0, UPCAST=upcast_operands(),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def _splits_keys(q: Tensor, group: int, batch: int, max_q: int, max_k: int) -> bool:
+    """Few rows over many keys: pack the heads of a group into one tile and share the keys among programs."""
+    if max_k < SHORTEST_SPLIT:
+        return False
+    if max_q * group <= 64:
+        return True
+    # a short prompt after a long cache: tiles of rows alone would leave most of the GPU idle
+    return batch * triton.cdiv(max_q, 128) * q.shape[1] * 2 <= processor_count(q.device)

@@ -1,0 +1,173 @@
+"""The order in which tiles run: a table [tiles] of (sample, block), longest first, computed on the device.
+
+A pack mixes samples of 20 and 2000 tokens, causal and bidirectional, so tiles differ a hundredfold in work. The GPU hands
+out programs in the order of their index; with the longest tiles first, no long tile is left alone at the end. Sizes come
+from the device tensors, the number of tiles from bounds that the host knows, so nothing is read back:
+
+* rectangular (``rows > 0`` rows per sample): slot t is block ``t % ceil(rows / BLOCK)`` of sample ``t // ceil(rows / BLOCK)``;
+* packed: sample b takes the slots from ``start[b] // BLOCK + b`` on. ``ceil(n / BLOCK)`` slots always fit before those of the
+  next sample, and all need ``total // BLOCK + B``; slots left over have block -1 and end at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grit_kernels.attention.triton_common import processor_count, tile_keys, tile_rows
+
+LARGEST_SORT = 16384
+"""Beyond this many tiles each runs many waves, and their order no longer matters; ranking is quadratic."""
+
+_SECTION_BYTES = 24 << 20
+
+
+class Plan(NamedTuple):
+    """``table``: int32 (tiles, 2) of (sample, block); ``heads``: heads that run side by side so their operands stay in L2."""
+
+    table: Tensor
+    tiles: int
+    heads: int
+
+
+@triton.jit(do_not_specialize=["batch", "tiles", "rows", "search_steps"])
+def list_tiles_kernel(
+    p_table, p_work, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi, batch, tiles, rows, search_steps,
+    OVER_KEYS: tl.constexpr, RECTANGULAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Fill the table in slot order, and the number of blocks that each tile walks over.
+
+    OVER_KEYS: tiles of BM rows walk over blocks of BN keys (p_hi = hi); otherwise tiles of BN keys walk over blocks of BM
+    rows (p_hi = transpose_hi).
+    """
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    m_slot = slot < tiles
+    p_start = p_q_start if OVER_KEYS else p_k_start
+    TILE: tl.constexpr = BM if OVER_KEYS else BN
+    if RECTANGULAR:
+        per_sample = tl.cdiv(rows, TILE)
+        sample = tl.minimum(slot // per_sample, batch - 1)
+        block = slot - sample * per_sample
+    else:
+        # the last sample whose first slot is not after this one
+        sample = tl.zeros([SLOTS], dtype=tl.int32)
+        above = tl.zeros([SLOTS], dtype=tl.int32) + batch
+        for _ in range(0, search_steps):
+            middle = (sample + above) // 2
+            inside = tl.load(p_start + middle) // TILE + middle <= slot
+            sample = tl.where(inside, middle, sample)
+            above = tl.where(inside, above, middle)
+        block = slot - (tl.load(p_start + sample) // TILE + sample)
+    len_q = tl.load(p_q_len + sample)
+    len_k = tl.load(p_k_len + sample)
+    left = tl.load(p_left + sample)
+    right = tl.load(p_right + sample)
+    q_start = tl.load(p_q_start + sample)
+    k_start = tl.load(p_k_start + sample)
+    if OVER_KEYS:
+        begin = block * TILE
+        owned = rows if RECTANGULAR else len_q
+        last = tl.minimum(begin + TILE, len_q)
+        real = begin < len_q
+        begin_safe = tl.where(real, begin, 0)
+        last_safe = tl.where(real, last, 1)
+        first_block, _a, _b, last_block = tile_keys(
+            begin_safe, last_safe, p_hi + q_start, len_q, len_k, left, right, BN, HAS_HI
+        )
+        used = begin < owned
+    else:
+        # a padded sample owns all its slots, also those before its first key
+        shift = k_start - sample * rows if RECTANGULAR else tl.zeros_like(k_start)
+        begin = block * TILE - shift
+        owned = rows - shift if RECTANGULAR else len_k
+        last = tl.minimum(begin + TILE, len_k)
+        real = (begin < len_k) & (last > 0)
+        begin_safe = tl.where(real, tl.maximum(begin, 0), 0)
+        last_safe = tl.where(real, last, 1)
+        first_block, _a, _b, last_block = tile_rows(
+            begin_safe, last_safe, p_hi + k_start, len_q, len_k, left, right, BM, HAS_HI
+        )
+        used = begin < owned
+    work = tl.where(real, last_block - first_block, 0)
+    used = used & m_slot
+    tl.store(p_table + slot * 2, sample, mask=m_slot)
+    tl.store(p_table + slot * 2 + 1, tl.where(used, block, -1), mask=m_slot)
+    tl.store(p_work + slot, tl.where(used, work, -1), mask=m_slot)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def sort_tiles_kernel(p_table, p_work, p_sorted, tiles, SLOTS: tl.constexpr, CHUNK: tl.constexpr):
+    """Write each tile at its rank: the number of tiles with more work, or as much and a smaller slot. Deterministic."""
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    m_slot = slot < tiles
+    work = tl.load(p_work + slot, mask=m_slot, other=0)
+    rank = tl.zeros([SLOTS], dtype=tl.int32)
+    for begin in range(0, tiles, CHUNK):
+        other = begin + tl.arange(0, CHUNK)
+        other_work = tl.load(p_work + other, mask=other < tiles, other=-2)
+        ahead = (other_work[None, :] > work[:, None]) | (
+            (other_work[None, :] == work[:, None]) & (other[None, :] < slot[:, None])
+        )
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    tl.store(p_sorted + rank * 2, tl.load(p_table + slot * 2, mask=m_slot, other=0), mask=m_slot)
+    tl.store(p_sorted + rank * 2 + 1, tl.load(p_table + slot * 2 + 1, mask=m_slot, other=0), mask=m_slot)
+
+
+def section_heads(heads: int, group: int, bytes_per_head: int) -> int:
+    """How many of ``heads`` run side by side: whole groups, a divisor, operands of at most about half an L2 cache."""
+    groups = heads // group
+    fitting = max(1, _SECTION_BYTES // max(bytes_per_head, 1))
+    return group * max(d for d in range(1, groups + 1) if groups % d == 0 and d <= fitting)
+
+
+def plan_tiles(
+    bounds: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    hi: Tensor | None,
+    *,
+    over_keys: bool,
+    total: int,
+    rows: int,
+    block_rows: int,
+    block_keys: int,
+    heads: int,
+    group: int,
+    bytes_per_head: int,
+) -> Plan:
+    """``bounds``: q_start, q_len, k_start, k_len, left, right. ``total``: rows of the tiled tensor; ``rows``: of one sample when
+    rectangular, else 0. ``hi``: the staircase for tiles over keys, its transpose for tiles over rows. ``heads``, ``group``,
+    ``bytes_per_head``: of the grid's head axis, heads that share an operand, bytes of the operand of such a group."""
+    batch = bounds[0].shape[0]
+    tile = block_rows if over_keys else block_keys
+    tiles = batch * triton.cdiv(rows, tile) if rows else total // tile + batch
+    device = bounds[0].device
+    table = torch.empty(tiles, 2, dtype=torch.int32, device=device)
+    work = torch.empty(tiles, dtype=torch.int32, device=device)
+    slots = 128
+    list_tiles_kernel[(triton.cdiv(tiles, slots),)](
+        table, work, *bounds, bounds[0] if hi is None else hi, batch, tiles, rows, batch.bit_length(),
+        OVER_KEYS=over_keys, RECTANGULAR=rows > 0, BM=block_rows, BN=block_keys, HAS_HI=hi is not None, SLOTS=slots,
+    )  # fmt: skip
+    # one wave runs in any order
+    if processor_count(device) < tiles * heads and tiles <= LARGEST_SORT:
+        unsorted, table = table, torch.empty_like(table)
+        slots = 32
+        sort_tiles_kernel[(triton.cdiv(tiles, slots),)](unsorted, work, table, tiles, SLOTS=slots, CHUNK=128)
+    return Plan(table, tiles, section_heads(heads, group, bytes_per_head))
+
+
+@triton.jit
+def program_tile(p_table, tiles, heads_side_by_side, order):
+    """(head, sample, block) of program ``order``: sections of heads one after another; inside, the longest tiles of all heads."""
+    per_section = tiles * heads_side_by_side
+    section = order // per_section
+    inside = order - section * per_section
+    tile = inside // heads_side_by_side
+    head = section * heads_side_by_side + inside - tile * heads_side_by_side
+    sample = tl.load(p_table + tile * 2)
+    block = tl.load(p_table + tile * 2 + 1)
+    return head, sample, block
