@@ -5,7 +5,7 @@ With p = exp(score - lse) on visible pairs and delta_r = sum_d grad_out_rd out_r
     dv_j = sum_r p_rj grad_out_r          ds_rj = p_rj (grad_out_r . v_j - delta_r) cap'(score_rj)
     dk_j = softmax_scale sum_r ds_rj q_r  dq_r = softmax_scale sum_j ds_rj k_j
 
-Three kernels: delta; dK and dV (a tile of keys walks over the rows of all query heads of its group); dQ (a tile of rows
+Three kernels: the statistics of each row; dK and dV (a tile of keys walks over the rows of all query heads of its group); dQ (a tile of rows
 walks over keys). Both walks visit blocks that need no mask first, then the edges, as in the forward pass.
 """
 
@@ -37,23 +37,29 @@ from grit_kernels.attention.triton_plan import plan_tiles, program_tile
 from grit_kernels.visibility import transpose_hi
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def delta_kernel(
-    p_do, p_out, p_dlse, p_delta, stride_dot, stride_doh, pairs,
+@triton.jit(do_not_specialize=["rows"])
+def row_statistics_kernel(
+    p_do, p_out, p_lse, p_dlse, p_stat, stride_dot, stride_doh, rows,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta (Tq, Hq) over blocks of BM (row, head) pairs."""
-    pair = tl.cast(tl.program_id(0), tl.int64) * BM + tl.arange(0, BM)
-    m_pair = pair < pairs
+    """p_stat (2, Hq, Tq): lse in units of log2, and delta; per head, so that a tile of rows reads them side by side."""
+    head = tl.cast(tl.program_id(1), tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_row = row < rows
     o_d = tl.arange(0, DP)
-    mask = m_pair[:, None] & (o_d[None, :] < D)
-    o_do = (pair // HEADS) * stride_dot + (pair % HEADS) * stride_doh
+    mask = m_row[:, None] & (o_d[None, :] < D)
+    o_row = tl.cast(row, tl.int64)
+    o_do = o_row * stride_dot + head * stride_doh
+    o_pair = o_row * HEADS + head
     b_do = tl.load(p_do + o_do[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_out = tl.load(p_out + pair[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_out = tl.load(p_out + o_pair[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_do * b_out, 1)
     if HAS_DLSE:
-        b_delta -= tl.load(p_dlse + pair, mask=m_pair, other=0.0)
-    tl.store(p_delta + pair, b_delta, mask=m_pair)
+        b_delta -= tl.load(p_dlse + o_pair, mask=m_row, other=0.0)
+    b_lse = tl.load(p_lse + o_pair, mask=m_row, other=0.0) * 1.4426950408889634
+    p_stat += head * rows + row
+    tl.store(p_stat, b_lse, mask=m_row)
+    tl.store(p_stat + tl.cast(rows, tl.int64) * HEADS, b_delta, mask=m_row)
 
 
 @triton.jit
@@ -71,8 +77,8 @@ def probabilities(b_qk, b_lse, scale, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def gather_rows(
-    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_lse, p_delta, p_hi, stride_qt, stride_qh,
-    stride_dot, stride_doh, head_in_group, block, key, len_q, len_k, left, right, scale, cap,
+    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_stat, p_hi, stride_qt, stride_qh,
+    stride_dot, stride_doh, rows, head_in_group, block, key, len_q, len_k, left, right, scale, cap,
     HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
     EDGE: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -86,13 +92,14 @@ def gather_rows(
     head_offset = tl.cast(head_in_group, tl.int64)
     p_q += first_row * stride_qt + head_offset * stride_qh
     p_do += first_row * stride_dot + head_offset * stride_doh
-    o_row = (first_row + o_m) * HEADS + head_offset
+    p_lse = p_stat + (head_offset * rows + first_row) + o_m
+    p_delta = p_lse + tl.cast(rows, tl.int64) * HEADS
     if EDGE:
-        b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)
-        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+        b_lse = tl.load(p_lse, mask=m_row, other=0.0)
+        b_delta = tl.load(p_delta, mask=m_row, other=0.0)
     else:
-        b_lse = tl.load(p_lse + o_row)
-        b_delta = tl.load(p_delta + o_row)
+        b_lse = tl.load(p_lse)
+        b_delta = tl.load(p_delta)
     b_q1 = load_part(p_q, o_m, stride_qt, m_row, 0, D1, D, EDGE)
     b_do1 = load_part(p_do, o_m, stride_dot, m_row, 0, D1, D, EDGE)
     b_zero = tl.zeros([b_k1.shape[0], BM], dtype=tl.float32)
@@ -103,7 +110,7 @@ def gather_rows(
         b_do2 = load_part(p_do, o_m, stride_dot, m_row, D1, D2, D, EDGE)
         b_qk = dot(b_k2, tl.trans(b_q2), b_qk, UPCAST)
         b_dp = dot(b_v2, tl.trans(b_do2), b_dp, UPCAST)
-    b_p, b_slope = probabilities(b_qk, (b_lse * 1.4426950408889634)[None, :], scale, cap, HAS_CAP)
+    b_p, b_slope = probabilities(b_qk, b_lse[None, :], scale, cap, HAS_CAP)
     if EDGE:
         # key_range by distances: they cost no registers per row. What else it clamps needs no mask here: rows that see nothing
         # were loaded as 0, and slots that hold no key of the sample are cleared when the tile is stored
@@ -127,11 +134,11 @@ def gather_rows(
     return b_dk1, b_dk2, b_dv1, b_dv2
 
 
-@triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "k_rows"])
+@triton.jit(do_not_specialize=["rows", "tiles", "heads_side_by_side", "k_rows"])
 def backward_keys_kernel(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right,
-    p_hi, p_first_row, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    tiles, heads_side_by_side, k_rows, scale, cap, softmax_scale,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_stat, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    p_first_row, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    rows, tiles, heads_side_by_side, k_rows, scale, cap, softmax_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -148,8 +155,7 @@ def backward_keys_kernel(
     head_first = tl.cast(head_kv, tl.int64) * GROUP
     p_q += q_start * stride_qt + head_first * stride_qh
     p_do += q_start * stride_dot + head_first * stride_doh
-    p_lse += q_start * HEADS + head_first
-    p_delta += q_start * HEADS + head_first
+    p_stat += head_first * rows + q_start
     p_hi += q_start
     p_first_row += k_start
 
@@ -187,16 +193,16 @@ def backward_keys_kernel(
     for step in range(0, full * GROUP):
         head_in_group = step // full
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_lse, p_delta, p_hi, stride_qt, stride_qh,
-            stride_dot, stride_doh, head_in_group, full_first + step - head_in_group * full, key, len_q, len_k, left, right,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_stat, p_hi, stride_qt, stride_qh,
+            stride_dot, stride_doh, rows, head_in_group, full_first + step - head_in_group * full, key, len_q, len_k, left, right,
             scale, cap, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST,
         )  # fmt: skip
     for step in range(0, edges * GROUP):
         head_in_group = step // edges
         row_block = edge_block(step - head_in_group * edges, first, full_first, full_last)
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_lse, p_delta, p_hi, stride_qt, stride_qh,
-            stride_dot, stride_doh, head_in_group, row_block, key, len_q, len_k, left, right,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_stat, p_hi, stride_qt, stride_qh,
+            stride_dot, stride_doh, rows, head_in_group, row_block, key, len_q, len_k, left, right,
             scale, cap, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST,
         )  # fmt: skip
     # slots of padding get 0; unmasked blocks have summed up anything there
@@ -251,11 +257,11 @@ def gather_keys(
     return b_dq1, b_dq2
 
 
-@triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
+@triton.jit(do_not_specialize=["rows", "tiles", "heads_side_by_side", "q_rows"])
 def backward_rows_kernel(
-    p_q, p_k, p_v, p_do, p_dq, p_lse, p_delta, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    p_q, p_k, p_v, p_do, p_dq, p_stat, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    tiles, heads_side_by_side, q_rows, scale, cap, softmax_scale,
+    rows, tiles, heads_side_by_side, q_rows, scale, cap, softmax_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -288,9 +294,9 @@ def backward_rows_kernel(
     if D2 > 0:
         b_q2 = load_part(p_q, o_m, stride_qt, m_row, D1, D2, D, True)
         b_do2 = load_part(p_do, o_m, stride_dot, m_row, D1, D2, D, True)
-    o_row = (tile_start + o_m) * HEADS + head
-    b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0) * 1.4426950408889634
-    b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+    p_lse = p_stat + (tl.cast(head, tl.int64) * rows + tile_start) + o_m
+    b_lse = tl.load(p_lse, mask=m_row, other=0.0)
+    b_delta = tl.load(p_lse + tl.cast(rows, tl.int64) * HEADS, mask=m_row, other=0.0)
 
     last_row = tl.minimum(first_row + BM, len_q)
     first, full_first, full_last, last = tile_keys(
@@ -353,7 +359,7 @@ def attention_backward(
     scale, cap = softmax_constants(softmax_scale, softcap)
     first_row = None if hi is None else transpose_hi(hi, q_start, q_len, k_start, k_len, keys)
     d1, d2 = split_head_dim(dim)
-    delta = torch.empty_like(lse)
+    statistics = torch.empty((2, heads, rows), dtype=torch.float32, device=q.device)
     strides = (
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
         *(v.stride(0), v.stride(1), grad_out.stride(0), grad_out.stride(1)),
@@ -363,10 +369,10 @@ def attention_backward(
         **{"HAS_HI": hi is not None, "HAS_CAP": softcap > 0, "UPCAST": upcast_operands()},
     }
     with on_device(q):
-        block = max(1, 4096 // triton.next_power_of_2(dim))
-        delta_kernel[(triton.cdiv(rows * heads, block),)](
-            grad_out, out, lse if grad_lse is None else grad_lse.float().contiguous(), delta,
-            grad_out.stride(0), grad_out.stride(1), rows * heads,
+        block = max(16, 4096 // triton.next_power_of_2(dim))
+        row_statistics_kernel[(triton.cdiv(rows, block), heads)](
+            grad_out, out, lse, lse if grad_lse is None else grad_lse.float().contiguous(), statistics,
+            grad_out.stride(0), grad_out.stride(1), rows,
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
         )  # fmt: skip
         config = choose_config("backward_keys", dim, q.dtype, q.device)
@@ -375,9 +381,9 @@ def attention_backward(
             heads=heads_kv, group=1, bytes_per_head=2 * rows * group * dim * q.element_size(),
         )  # fmt: skip
         backward_keys_kernel[(plan.tiles * heads_kv,)](
-            q, k, v, grad_out, dk, dv, lse, delta, plan.table, *bounds,
+            q, k, v, grad_out, dk, dv, statistics, plan.table, *bounds,
             q_start if hi is None else hi, q_start if first_row is None else first_row,
-            *strides, plan.tiles, plan.heads, k_rows, scale, cap, softmax_scale,
+            *strides, rows, plan.tiles, plan.heads, k_rows, scale, cap, softmax_scale,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, **shared,
         )  # fmt: skip
         config = choose_config("backward_rows", dim, q.dtype, q.device)
@@ -386,8 +392,8 @@ def attention_backward(
             heads=heads, group=group, bytes_per_head=2 * keys * dim * k.element_size(),
         )  # fmt: skip
         backward_rows_kernel[(plan.tiles * heads,)](
-            q, k, v, grad_out, dq, lse, delta, plan.table, *bounds, q_start if hi is None else hi,
-            *strides, plan.tiles, plan.heads, q_rows, scale, cap, softmax_scale * sign,
+            q, k, v, grad_out, dq, statistics, plan.table, *bounds, q_start if hi is None else hi,
+            *strides, rows, plan.tiles, plan.heads, q_rows, scale, cap, softmax_scale * sign,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, **shared,
         )  # fmt: skip
     return dq, dk, dv

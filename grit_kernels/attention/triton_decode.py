@@ -171,7 +171,8 @@ def attention_decode(
     batch = bounds[0].shape[0]
     most_rows = max(q_rows, max_q)
     config = choose_config("decode", dim, q.dtype, q.device)
-    block_rows = max(config.rows, min(64, triton.next_power_of_2(most_rows * group)))
+    most = 64 if q.element_size() == 2 else config.rows
+    block_rows = max(config.rows, min(most, triton.next_power_of_2(most_rows * group)))
     row_tiles = triton.cdiv(most_rows * group, block_rows)
     splits = choose_splits(row_tiles * heads_kv * batch, max_k, config.keys, processor_count(q.device))
     if splits > 1:
