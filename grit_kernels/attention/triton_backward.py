@@ -5,8 +5,8 @@ With p = exp(score - lse) on visible pairs and delta_r = sum_d grad_out_rd out_r
     dv_j = sum_r p_rj grad_out_r          ds_rj = p_rj (grad_out_r . v_j - delta_r) cap'(score_rj)
     dk_j = softmax_scale sum_r ds_rj q_r  dq_r = softmax_scale sum_j ds_rj k_j
 
-Three kernels: the statistics of each row; dK and dV (a tile of keys walks over the rows of all query heads of its group); dQ (a tile of rows
-walks over keys). Both walks visit blocks that need no mask first, then the edges, as in the forward pass.
+Three kernels: the statistics of each row; dK and dV (a tile of keys walks over the rows of all query heads of its group);
+dQ (a tile of rows walks over keys). Both walks visit blocks that need no mask first, then the edges, as in the forward pass.
 """
 
 from __future__ import annotations
@@ -384,7 +384,7 @@ def attention_backward(
             q, k, v, grad_out, dk, dv, statistics, plan.table, *bounds,
             q_start if hi is None else hi, q_start if first_row is None else first_row,
             *strides, rows, plan.tiles, plan.heads, k_rows, scale, cap, softmax_scale,
-            BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, **shared,
+            BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
         config = choose_config("backward_rows", dim, q.dtype, q.device)
         plan = plan_tiles(
@@ -394,6 +394,6 @@ def attention_backward(
         backward_rows_kernel[(plan.tiles * heads,)](
             q, k, v, grad_out, dq, statistics, plan.table, *bounds, q_start if hi is None else hi,
             *strides, rows, plan.tiles, plan.heads, q_rows, scale, cap, softmax_scale * sign,
-            BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, **shared,
+            BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
     return dq, dk, dv

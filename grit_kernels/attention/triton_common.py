@@ -92,7 +92,9 @@ def tanh(x):
 
 
 @triton.jit
-def load_part(p_x, o_row, stride, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+def load_part(
+    p_x, o_row, stride, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr
+):
     """Columns [FIRST, FIRST + WIDTH) of the rows ``o_row`` of p_x: [rows, WIDTH]; 0 outside of D and where m_row is False."""
     o_d = FIRST + tl.arange(0, WIDTH)
     p = p_x + o_row[:, None] * stride + o_d[None, :]

@@ -186,7 +186,7 @@ def attention_decode(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), q_rows, splits, rows, scale, cap,
         HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=block_rows, BN=config.keys,
         HAS_HI=hi is not None, HAS_CAP=cap > 0, SPLIT=splits > 1, UPCAST=upcast_operands(),
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         merge_splits_kernel[(triton.cdiv(most_rows * heads, _MERGED_ROWS), batch)](

@@ -132,7 +132,7 @@ def attention_forward(
             plan.tiles, plan.heads, q_rows, scale, cap,
             HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=config.rows, BN=config.keys,
             HAS_HI=hi is not None, HAS_CAP=softcap > 0, UPCAST=upcast_operands(),
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 

@@ -18,17 +18,28 @@ CAPABILITIES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Compiled:
-    """Per-thread bytes that live in memory for want of registers, shared memory of a block in bytes, the assembly."""
+    """Per-thread bytes that live in memory for want of registers, shared memory of a block in bytes, the assembly (PTX, or
+    AMD's), registers per thread."""
 
     spilled: int
     shared: int
     ptx: str
+    registers: int
 
 
 def compile_ahead_of_time(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, *, warps: int = 4, stages: int = 3
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    capability: int | str,
+    *,
+    warps: int = 4,
+    stages: int = 3,
+    **options: Any,
 ) -> Compiled:
-    """``types``: Triton type of each run-time argument ("*bf16", "i32"); every other argument is in ``constants``.
+    """``capability``: of an NVIDIA GPU, or the name of an AMD one ("gfx942"); ``options``: further ones of the compiler.
+
+    ``types``: Triton type of each run-time argument ("*bf16", "i32"); every other argument is in ``constants``.
 
     Pointers and strides are assumed divisible by 16, as they are in a launch with ordinary tensors.
     """
@@ -42,8 +53,13 @@ def compile_ahead_of_time(
         if signature[name].startswith("*") or "stride" in name or name == "hidden_size"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    target = GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages, **options})
+    if isinstance(capability, str):
+        text = compiled.asm["amdgcn"]
+        used, spilled = (re.search(rf"\.vgpr_{what}:\s+(\d+)", text) for what in ("count", "spill_count"))
+        assert used is not None and spilled is not None, text[-2000:]
+        return Compiled(4 * int(spilled[1]), compiled.metadata.shared, text, int(used[1]))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -51,6 +67,6 @@ def compile_ahead_of_time(
         usage = subprocess.run(
             [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"STACK:(\d+)", usage)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    return Compiled(int(found[1]), compiled.metadata.shared, compiled.asm["ptx"])
+    return Compiled(int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], int(found[1]))

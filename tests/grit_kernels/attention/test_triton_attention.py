@@ -1,0 +1,196 @@
+"""The Triton attention kernels in the interpreter (TRITON_INTERPRET=1): values, tile order, splits, determinism."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from grit_kernels.attention import triton_backward, triton_decode, triton_forward, triton_plan  # noqa: E402
+from grit_kernels.attention.reference import attention_forward as reference_forward  # noqa: E402
+from grit_kernels.attention.triton_common import split_head_dim  # noqa: E402
+from grit_kernels.attention.triton_configs import (  # noqa: E402
+    KERNELS,
+    VARIABLE,
+    Config,
+    choose_config,
+    override_config,
+    parse_configs,
+    table_config,
+)
+from grit_kernels.visibility import in_blocks, tile_keys, tile_rows, transpose_hi, window_bounds  # noqa: E402
+from tests.grit_kernels.attention.samples import (  # noqa: E402
+    assert_call_equals_the_reference,
+    draw_call,
+    results,
+)
+
+INTERPRET = pytest.mark.interpret
+SLOW_START = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def run_triton(call: Any) -> list[Tensor]:
+    inputs = [call.q, call.k, call.v, call.grad_out]
+    return results(call, triton_forward.attention_forward, triton_backward.attention_backward, inputs)
+
+
+@INTERPRET
+@SLOW_START
+@given(data=st.data())
+def test_any_call_equals_the_reference_forward_and_backward(data: st.DataObject) -> None:
+    call = draw_call(
+        lambda options: data.draw(st.sampled_from(list(options))), lengths=(0, 1, 5, 17, 33), dims=(32, 40, 64)
+    )
+    assert_call_equals_the_reference(call, run_triton(call), 2e-5)
+
+
+@INTERPRET
+@pytest.mark.parametrize("seed", range(4))
+def test_few_rows_over_long_keys_split_the_keys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "SHORTEST_SPLIT", 16)
+    monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 16)
+    call = draw_call(random.Random(seed).choice, lengths=(0, 1, 2, 70, 100), dims=(32, 48))
+    assert_call_equals_the_reference(call, run_triton(call), 2e-5)
+
+
+@INTERPRET
+def test_bf16_inputs_accumulate_in_fp32() -> None:
+    call = draw_call(random.Random(3).choice, lengths=(17, 40), dims=(64,), dtype=torch.bfloat16)
+    assert_call_equals_the_reference(call, run_triton(call), 2e-2)
+
+
+@INTERPRET
+def test_every_merge_of_splits_gives_the_unsplit_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(3, 4, 32), torch.randn(150, 2, 32), torch.randn(150, 2, 32)
+    zero, numbers = torch.zeros(1, dtype=torch.int32), torch.tensor([[3], [150]], dtype=torch.int32)
+    left, right = window_bounds(torch.tensor([True]), (-1, -1), 3, 150)
+    given_numbers = (zero, numbers[0], zero, numbers[1], left, right, None, 0, 0, 3, 150, 0.2, 0.0)
+    expected = reference_forward(q, k, v, *given_numbers)
+    monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 16)
+    for splits in (1, 2, 7, 40):
+        monkeypatch.setattr(triton_decode, "choose_splits", lambda *_, n=splits: n)
+        for a, b in zip(triton_forward.attention_forward(q, k, v, *given_numbers), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@INTERPRET
+def test_gradients_repeat_bit_by_bit() -> None:
+    call = draw_call(random.Random(5).choice, lengths=(20,), dims=(32,))
+    assert all(torch.equal(a, b) for a, b in zip(run_triton(call), run_triton(call), strict=True))
+
+
+@INTERPRET
+@pytest.mark.parametrize("tiles", [Config(16, 32, 4, 1), Config(64, 16, 4, 1)])
+def test_tile_sizes_do_not_change_results(tiles: Config) -> None:
+    call = draw_call(random.Random(11).choice, lengths=(20, 33), dims=(32,))
+    with override_config("forward", tiles), override_config("backward_keys", tiles):
+        with override_config("backward_rows", tiles):
+            assert_call_equals_the_reference(call, run_triton(call), 2e-5)
+
+
+def make_plan(
+    q_len: list[int], k_len: list[int], causal: list[bool], window: tuple[int, int], rows: int, over_keys: bool, hi: Any
+) -> tuple[list[tuple[int, int]], tuple[Tensor, Tensor]]:
+    lens = [torch.tensor(x, dtype=torch.int32) for x in (q_len, k_len)]
+    starts = [torch.cat((x.new_zeros(1), x.cumsum(0)[:-1].to(torch.int32))) for x in lens]
+    if rows:
+        starts = [torch.arange(len(q_len), dtype=torch.int32) * rows] * 2
+    bounds = window_bounds(torch.tensor(causal), window, max(*q_len, rows), max(*k_len, rows))
+    own = q_len if over_keys else k_len
+    plan = triton_plan.plan_tiles(
+        (starts[0], lens[0], starts[1], lens[1], *bounds), hi, over_keys=over_keys, total=rows * len(own) or sum(own), rows=rows,
+        block_rows=16, block_keys=32, heads=8, group=2, bytes_per_head=1 << 20,
+    )  # fmt: skip
+    return [tuple(x) for x in plan.table.tolist()], bounds
+
+
+@INTERPRET
+@pytest.mark.parametrize("rows", [0, 100])
+@pytest.mark.parametrize("window", [(-1, -1), (20, 7)])
+@pytest.mark.parametrize("over_keys", [True, False])
+def test_every_tile_runs_once_and_the_longest_first(rows: int, window: tuple[int, int], over_keys: bool) -> None:
+    q_len, k_len, causal = [0, 50, 1, 100, 64, 0], [0, 50, 40, 100, 90, 3], [True, False] * 3
+    table, bounds = make_plan(q_len, k_len, causal, window, rows, over_keys, None)
+    tile, own = (16, q_len) if over_keys else (32, k_len)
+    wanted = {(b, t) for b, n in enumerate(own) for t in range(-(-(rows or n) // tile))}
+    listed = [entry for entry in table if entry[1] >= 0]
+    assert set(listed) == wanted and len(listed) == len(wanted)
+    assert all(block == -1 for _, block in table[len(listed) :]), "slots left over come last"
+    work = []
+    for b, t in listed:
+        begin, end = t * tile, min((t + 1) * tile, own[b])
+        shape = (q_len[b], k_len[b], int(bounds[0][b]), int(bounds[1][b]))
+        span = (tile_keys if over_keys else tile_rows)(begin, end, *shape) if begin < end else None
+        blocks = in_blocks(span, 32 if over_keys else 16) if span else None
+        work.append(blocks.end - blocks.begin if blocks else 0)
+    assert work == sorted(work, reverse=True)
+
+
+@INTERPRET
+def test_a_staircase_orders_tiles_by_what_it_shows() -> None:
+    hi = torch.arange(1, 65, dtype=torch.int32)
+    table, _ = make_plan([64], [64], [False], (-1, -1), 0, True, hi)
+    assert [block for _, block in table if block >= 0] == [2, 3, 0, 1]
+    starts, lens = torch.zeros(1, dtype=torch.int32), torch.tensor([64], dtype=torch.int32)
+    first_row = transpose_hi(hi, starts, lens, starts, lens, 64)
+    table, _ = make_plan([64], [64], [False], (-1, -1), 0, False, first_row)
+    assert [block for _, block in table if block >= 0] == [0, 1]
+
+
+def test_heads_run_side_by_side_in_whole_groups_that_fit_half_an_l2_cache() -> None:
+    assert triton_plan.section_heads(32, 4, 1) == 32
+    assert triton_plan.section_heads(32, 4, 8 << 20) == 8  # 3 groups would fit, 2 divide 8
+    assert triton_plan.section_heads(32, 4, 1 << 30) == 4
+    assert triton_plan.section_heads(6, 1, 8 << 20) == 3
+
+
+@pytest.mark.parametrize("dim", range(32, 257, 8))
+def test_a_head_dim_splits_into_powers_of_two_that_cover_it(dim: int) -> None:
+    first, second = split_head_dim(dim)
+    assert first & (first - 1) == 0 and second & (second - 1) == 0
+    assert first <= dim <= first + second and (second == 0) == (first == dim)
+
+
+def test_splits_fill_the_gpu_but_keep_two_blocks_each() -> None:
+    assert triton_decode.choose_splits(8, 32768, 64, 132) == 64
+    assert triton_decode.choose_splits(8, 1024, 64, 132) == 8
+    assert triton_decode.choose_splits(512, 32768, 64, 132) == 2
+    assert triton_decode.choose_splits(10**4, 32768, 64, 132) == 1
+
+
+def test_configs_come_from_the_override_then_the_environment_then_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    table = choose_config("forward", 64, torch.bfloat16, device)
+    monkeypatch.setenv(VARIABLE, "forward=64x32x4x2,decode=16x16x4x1")
+    assert choose_config("forward", 64, torch.bfloat16, device) == Config(64, 32, 4, 2)
+    with override_config("forward", Config(32, 32, 4, 1)):
+        assert choose_config("forward", 64, torch.bfloat16, device) == Config(32, 32, 4, 1)
+    monkeypatch.delenv(VARIABLE)
+    assert choose_config("forward", 64, torch.bfloat16, device) == table
+    for text in ("forwards=64x32x4x2", "forward=64x32x4", "forward=64x32x4xa"):
+        with pytest.raises(ValueError, match=text.split("=")[0]):
+            parse_configs(text)
+    with pytest.raises(ValueError, match="prefill"):
+        with override_config("prefill", Config(16, 16, 4, 1)):
+            pass
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx9"])
+def test_the_table_has_a_config_for_every_head_dim_and_dtype(kernel: str, arch: str) -> None:
+    for dim in range(32, 257, 8):
+        for size in (2, 4):
+            config = table_config(kernel, dim, size, arch)
+            assert all(x & (x - 1) == 0 for x in config[:3]) and config.rows >= 16 and config.keys >= 16

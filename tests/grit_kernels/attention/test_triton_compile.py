@@ -1,0 +1,138 @@
+"""The attention kernels compiled for GPUs that this machine need not have: matrix instructions, spills, shared memory."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from grit_kernels.backend import interpreting
+
+if interpreting():
+    pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from grit_kernels.attention import triton_backward, triton_decode, triton_forward  # noqa: E402
+from grit_kernels.attention.triton_common import split_head_dim  # noqa: E402
+from grit_kernels.attention.triton_configs import KERNELS, Config, table_config  # noqa: E402
+from tests.grit_kernels.ahead_of_time import Compiled, compile_ahead_of_time  # noqa: E402
+
+FUNCTIONS = {
+    "forward": triton_forward.attention_forward_kernel,
+    "decode": triton_decode.attention_decode_kernel,
+    "backward_keys": triton_backward.backward_keys_kernel,
+    "backward_rows": triton_backward.backward_rows_kernel,
+}
+CAPABILITY: dict[str, int | str] = {"sm80": 80, "sm90": 90, "sm100": 100, "gfx9": "gfx942"}
+# bytes a program may have; 8.6 and 8.9 have 99 KiB where 8.0 has 163
+SHARED_LIMIT = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx9": 64 << 10}
+MATRIX_INSTRUCTION = {
+    "sm80": r"\bmma\.sync",
+    "sm90": r"\bwgmma\.mma_async",
+    "sm100": r"\btcgen05\.mma",
+    "gfx9": r"\bv_mfma_",
+}
+SMALL_TILE_INSTRUCTION = r"\bmma\.sync|\bv_mfma_"  # 16 rows are too few for a warpgroup's instruction
+FP32_POINTERS = {"p_lse", "p_stat"}
+DATA_POINTERS = {"p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"}
+
+# Bytes per thread that may be spilled, where it is more than 0: the larger of Triton 3.6 and 3.9, rounded up. The gradient
+# of the keys holds two FP32 tiles; what it spills are addresses, and the counts say so if that changes.
+SPILL_BUDGET: dict[tuple[str, str, str, int], int] = {
+    ("forward", "sm90", "bf16", 256): 160,
+    ("forward", "sm100", "bf16", 256): 160,
+    ("backward_keys", "sm90", "bf16", 80): 160,
+    ("backward_keys", "sm90", "bf16", 96): 160,
+    ("backward_keys", "sm90", "bf16", 128): 256,
+    ("backward_keys", "sm90", "fp16", 128): 256,
+    ("backward_keys", "sm90", "bf16", 256): 400,
+    ("backward_keys", "sm80", "bf16", 128): 64,
+    ("backward_keys", "sm100", "bf16", 128): 64,
+}
+
+
+def compile_kernel(
+    kernel: str, arch: str, dtype: str, dim: int, *, config: Config | None = None, hi: bool = False, cap: bool = False
+) -> Compiled:
+    """Compile ``kernel`` as its launcher would for 32 query heads over 8."""
+    config = config or table_config(kernel, dim, 4 if dtype == "fp32" else 2, arch)
+    d1, d2 = split_head_dim(dim)
+    function = FUNCTIONS[kernel]
+    given = {
+        **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
+        **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True},
+    }
+    types = {}
+    for name in function.arg_names:
+        if name in FP32_POINTERS or (kernel == "decode" and name == "p_out"):
+            types[name] = "*fp32"
+        elif name in DATA_POINTERS:
+            types[name] = f"*{dtype}"
+        elif name.startswith("p_"):
+            types[name] = "*i32"
+        elif name in ("scale", "cap", "softmax_scale"):
+            types[name] = "fp32"
+        elif name not in given:
+            types[name] = "i32"
+    return compile_ahead_of_time(
+        function,
+        types,
+        {name: value for name, value in given.items() if name in function.arg_names},
+        CAPABILITY[arch],
+        warps=config.warps,
+        stages=config.stages,
+        enable_fp_fusion=True,
+    )
+
+
+def check(kernel: str, arch: str, dtype: str, dim: int, hi: bool = False, cap: bool = False) -> None:
+    compiled = compile_kernel(kernel, arch, dtype, dim, hi=hi, cap=cap)
+    if dtype != "fp32":
+        wanted = SMALL_TILE_INSTRUCTION if kernel == "decode" else MATRIX_INSTRUCTION[arch]
+        assert re.search(wanted, compiled.ptx), "no matrix instruction"
+    else:
+        assert "tf32" not in compiled.ptx, "float32 must be multiplied in full precision"
+    assert compiled.shared <= SHARED_LIMIT[arch]
+    assert compiled.spilled <= SPILL_BUDGET.get((kernel, arch, dtype, dim), 0) + (400 if hi or cap else 0)
+
+
+@pytest.mark.parametrize(("dim", "arch"), [(64, "sm90"), (128, "sm90")])
+def test_bf16_forward_uses_hopper_matrix_instructions_and_spills_nothing(dim: int, arch: str) -> None:
+    check("forward", arch, "bf16", dim)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("kernel", "arch", "dtype", "dim", "hi", "cap"),
+    [
+        ("forward", "sm80", "bf16", 64, False, False),
+        ("forward", "sm80", "bf16", 128, False, False),
+        ("forward", "sm100", "bf16", 64, False, False),
+        ("forward", "sm100", "bf16", 128, False, False),
+        ("forward", "gfx9", "bf16", 128, False, False),
+        ("forward", "sm90", "fp16", 96, False, False),
+        ("forward", "sm90", "bf16", 128, True, True),
+        ("forward", "sm90", "fp32", 64, False, False),
+        ("decode", "sm90", "bf16", 128, False, False),
+        ("backward_keys", "sm90", "bf16", 128, False, False),
+        ("backward_rows", "sm90", "bf16", 128, False, False),
+        ("backward_keys", "sm80", "bf16", 64, False, False),
+        ("backward_keys", "gfx9", "bf16", 64, False, False),
+    ],
+)
+def test_representative_kernels_compile_within_their_budget(
+    kernel: str, arch: str, dtype: str, dim: int, hi: bool, cap: bool
+) -> None:
+    check(kernel, arch, dtype, dim, hi, cap)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", CAPABILITY)
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [("bf16", d) for d in (32, 64, 80, 96, 128, 256)] + [("fp16", 128)] + [("fp32", d) for d in (64, 128, 256)],
+)
+def test_every_entry_of_the_table_compiles_within_its_budget(kernel: str, arch: str, dtype: str, dim: int) -> None:
+    check(kernel, arch, dtype, dim)
