@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grit_kernels as gk
+from grit_kernels.backend import interpreting
 from tests.conftest import Backend, assert_within_rule
 from tests.grit_kernels.attention.oracle import Case, attention, gradients, make_case, padded
 
-FEW = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Triton's interpreter takes seconds per example
+FEW = settings(max_examples=2 if interpreting() else 12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def window_tensor(case: Case, device: str) -> Tensor:
