@@ -28,7 +28,9 @@ def test_python_block_on_the_small_model_runs(block: str) -> None:
 
 
 def test_files_the_readme_names_exist() -> None:
-    for name in re.findall(r"`((?:configs|python_model|csrc|bench|docs)/[\w./-]+|[A-Z]+\.md)`|(?<=--config )(\S+)", README):
+    for name in re.findall(
+        r"`((?:configs|python_model|csrc|bench|docs)/[\w./-]+|[A-Z]+\.md)`|(?<=--config )(\S+)", README
+    ):
         path = next(part for part in name if part)
         assert path == "FILE" or (ROOT / path).exists(), path
 

@@ -1,0 +1,66 @@
+"""An exported folder gives the same embeddings in sentence-transformers, padded and packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from python_model import GritLM
+from python_model.prompts import embed_instruction
+from python_model.sentence_transformers_export import export_sentence_transformers
+
+TEXTS = ["A river flows.", "def add(first, second):", "x", "The capital of France is a city with a river in it. " * 3]
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu", **options)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn": "bbcc", "pooling_method": "mean"},
+        {"attn": "cccc", "pooling_method": "lasttoken"},
+        {"attn": "bbcc", "pooling_method": "cls", "normalized": False},
+        {"attn": "bbcc", "pooling_method": "mean", "projection": 16},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_export_gives_the_same_embeddings(
+    checkpoint: Path, tmp_path: Path, settings: dict[str, Any], packed: bool
+) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32", **settings)
+    instructions = {"query": "Find the text", "document": ""}
+    folder = export_sentence_transformers(model, tmp_path / "st", instructions=instructions, packed=packed)
+    loaded = _load(folder, trust_remote_code=packed)
+    for name, instruction in instructions.items():
+        want = model.encode(TEXTS, instruction=embed_instruction(instruction))
+        got = loaded.encode(TEXTS, prompt_name=name)
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["st"]
+
+
+def test_the_packed_module_runs_the_patched_decoder(checkpoint: Path, tmp_path: Path) -> None:
+    import grit_kernels as gk
+
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    loaded = _load(export_sentence_transformers(model, tmp_path / "st", packed=True), trust_remote_code=True)
+    assert gk.is_patched(loaded[0].auto_model)
+    plain = _load(export_sentence_transformers(model, tmp_path / "plain"))
+    assert not gk.is_patched(plain[0].auto_model)
+
+
+def test_variants_without_a_counterpart_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attn 'cbcc'"):
+        export_sentence_transformers(GritLM(checkpoint, attn="cbcc", device="cpu"), tmp_path / "st")
+    with pytest.raises(ValueError, match="pooling_method 'weightedmean'"):
+        export_sentence_transformers(GritLM(checkpoint, pooling_method="weightedmean", device="cpu"), tmp_path / "st")
+    with pytest.raises(ValueError, match="embed_eos '</e>'"):
+        export_sentence_transformers(GritLM(checkpoint, embed_eos="</e>", device="cpu"), tmp_path / "st")
+    assert list(tmp_path.iterdir()) == []
