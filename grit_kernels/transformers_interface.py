@@ -156,6 +156,7 @@ def _flattened(
     cached = getattr(marker, "_grit_pass", None)
     if cached is not None and cached[0] == causal:
         return cached[1]
+    found: AttentionPass | None
     if cu_seq_lens_q is not None:
         pack = SamplePack.from_lengths(cu_seq_lens_q.to("cpu").diff(), causal, device=cu_seq_lens_q.device)
         found = AttentionPass(pack.causal, pack=pack)
