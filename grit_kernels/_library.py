@@ -97,6 +97,7 @@ def _handle() -> ctypes.CDLL:
     handle = ctypes.CDLL(str(library.path))
     handle.grit_kernels_cpu_isas.restype = ctypes.c_char_p
     handle.grit_kernels_set_cpu_isa.argtypes = [ctypes.c_char_p]
+    handle.grit_kernels_visited_key_blocks.restype = ctypes.c_int64
     return handle
 
 
@@ -115,3 +116,8 @@ def cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _handle().grit_kernels_set_cpu_isa(previous.encode() if previous else None)
+
+
+def visited_key_blocks() -> int:
+    """Pairs of a query tile and a key block that the CPU attention kernels visited since the last call of this function."""
+    return _handle().grit_kernels_visited_key_blocks()

@@ -20,14 +20,14 @@ struct Scratch {
   uint32_t *p, *ds;         // [KEYS][TILE / values]: operands of dV and dK
   uint32_t* ds_columns;     // [KEYS / values][TILE]: operand of dQ
   float *dk, *dv;           // [KEYS][padded_dim]
-  float* lanes;             // [PANEL][TILE]
+  float *lanes, *slope;     // [PANEL][TILE]
 };
 
 GRIT_INLINE Scratch split(void* memory, int64_t wide) {
   uint32_t* p = (uint32_t*)memory;
   uint32_t *ds = p + KEYS * TILE, *columns = ds + KEYS * TILE;
   float* dk = (float*)(columns + KEYS * TILE);
-  return {p, ds, columns, dk, dk + KEYS * wide, dk + 2 * KEYS * wide};
+  return {p, ds, columns, dk, dk + KEYS * wide, dk + 2 * KEYS * wide, dk + 2 * KEYS * wide + PANEL * TILE};
 }
 
 // out (KEYS rows) += a^T-style product: a [KEYS][TILE / values], rows [TILE / values][wide]
@@ -81,16 +81,13 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
   }
   const float scale = a.capped ? 1.0f : a.scale_log2;
   for (int64_t j = 0; j < keys; j += PANEL) {
-    vf p[PANEL][NV] = {};
+    vf p[PANEL][NV];
+    set_zero(p);
     multiply_panel<F, NV>(k.k_panels + (begin + j) * words, q.q, words, p);
-    vf slope[PANEL][NV];
     if (a.capped) [[unlikely]] {
-      for (int i = 0; i < PANEL; ++i)
-        for (int v = 0; v < NV; ++v) {
-          const vf t = tanh_of(p[i][v] * a.cap_in);
-          p[i][v] = t * a.cap_out;
-          slope[i][v] = 1.0f - t * t;
-        }
+      store_all(b.lanes, p);
+      cap_scores(b.lanes, a.cap_in, a.cap_out, b.slope);
+      load_all(b.lanes, p);
     }
     const bool unmasked = begin + j >= full_begin && begin + j + PANEL <= full_end;
     GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
@@ -104,12 +101,13 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
         store_row_operand<F>(b.p, j + i, v, p[i][v]);
       }
     }
-    vf ds[PANEL][NV] = {};
+    vf ds[PANEL][NV];
+    set_zero(ds);
     multiply_panel<F, NV>(k.v_panels + (begin + j) * words, q.grad_out, words, ds);
     GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
       GRIT_UNROLL for (int v = 0; v < NV; ++v) {
         ds[i][v] = load(b.lanes + i * TILE + v * W) * (ds[i][v] - delta[v]);
-        if (a.capped) [[unlikely]] ds[i][v] *= slope[i][v];
+        if (a.capped) [[unlikely]] ds[i][v] *= load(b.slope + i * TILE + v * W);
         store_row_operand<F>(b.ds, j + i, v, ds[i][v]);
       }
     GRIT_UNROLL for (int i = 0; i < PANEL; i += F::values)
@@ -124,11 +122,9 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
   const uint32_t* columns = k.k_columns + begin / F::values * PANEL;
   for (int64_t d = 0; d < wide; d += PANEL) {
     vf x[PANEL][NV];
-    GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-      GRIT_UNROLL for (int v = 0; v < NV; ++v) x[i][v] = load(dq + (d + i) * TILE + v * W);
+    load_all(dq + d * TILE, x);
     multiply_panel<F, NV>(columns + d / PANEL * (padded / F::values * PANEL), b.ds_columns, keys / F::values, x);
-    GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-      GRIT_UNROLL for (int v = 0; v < NV; ++v) store(dq + (d + i) * TILE + v * W, x[i][v]);
+    store_all(dq + d * TILE, x);
   }
 }
 
@@ -242,7 +238,7 @@ void backward_pack_queries(const Attention& a, const Gradients& g, const Sample&
 }
 
 int64_t backward_scratch(DType, int64_t dim) {
-  return (3 * KEYS * TILE + 2 * KEYS * padded_dim(dim) + PANEL * TILE) * (int64_t)sizeof(float);
+  return (3 * KEYS * TILE + 2 * KEYS * padded_dim(dim) + 2 * PANEL * TILE) * (int64_t)sizeof(float);
 }
 
 int64_t backward_keys(const Attention& a, const Gradients& g, const Sample& s, int64_t kv_head, int64_t begin, int64_t end,

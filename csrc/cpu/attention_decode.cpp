@@ -28,7 +28,8 @@ GRIT_INLINE void score_block(const Group& g, const T* k, int64_t stride, int64_t
   for (int64_t j = 0; j < count; j += KEYS) {
     const T* key[KEYS];
     GRIT_UNROLL for (int i = 0; i < KEYS; ++i) key[i] = k + smaller<int64_t>(j + i, count - 1) * stride;
-    vf sum[W] = {};
+    vf sum[W];
+    GRIT_UNROLL for (int i = 0; i < W; ++i) sum[i] = vf{};
     for (int64_t d = 0; d < words; d += W) {
       vu b[KEYS];
       GRIT_UNROLL for (int i = 0; i < KEYS; ++i) b[i] = row_words<F>(key[i], d, dim);

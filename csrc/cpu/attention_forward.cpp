@@ -21,32 +21,69 @@ GRIT_INLINE Scratch split(void* memory, int64_t words) {
   return {q, scores, scores + (FORWARD_KEYS + PANEL) * TILE};
 }
 
-template <class F, class T, int NV>
-int64_t run_tile(const Attention& a, const Sample& s, const Tile& tile, const uint32_t* k_panels, const uint32_t* v_columns,
-                 void* memory) {
-  const int64_t wide = padded_dim(a.dim), words = wide / F::values;
-  const int64_t padded = round_up(s.k_len, 16);
-  const Scratch b = split(memory, words);
+// What a tile's lanes know of their rows. The key ranges are those of visibility.tile_keys over all lanes.
+struct Lanes {
+  alignas(64) int32_t lo[TILE], hi[TILE];
+  alignas(64) float maximum[TILE], total[TILE];
+  int64_t begin, end, full_begin, full_end;
+};
 
-  vi lo[NV], hi[NV];
-  int64_t begin = s.k_len, end = 0, full_begin = 0, full_end = s.k_len;  // as visibility.tile_keys
-  GRIT_UNROLL for (int v = 0; v < NV; ++v) {
-    const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
-    const int64_t rows = smaller<int64_t>(W, s.q_len - row);
-    const T* q = (const T*)a.q.data + (s.q_start + row) * a.q.row + head * a.q.head;
-    pack_lanes<F>(q, a.q.row, rows, a.dim, sign_flip<F>(a.negate), b.q + v * W);
-    int32_t first[W], last[W];
-    for (int i = 0; i < W; ++i) {  // lanes without a row repeat the last row
-      const int64_t r = row + smaller<int64_t>(i, rows - 1);
-      first[i] = (int32_t)first_key(s, r);
-      last[i] = (int32_t)last_key(s, r);
+// rows [row, row + rows) of one slot
+struct Slot {
+  int64_t row, rows, head;
+};
+
+GRIT_INLINE Slot slot_of(const Attention& a, const Sample& s, const Tile& tile, int64_t v) {
+  const int64_t slot = tile.slot + v, row = slot / a.group * W;
+  return {row, smaller<int64_t>(W, s.q_len - row), tile.kv_head * a.group + slot % a.group};
+}
+
+template <class F, class T>
+void load_queries(const Attention& a, const Sample& s, const Tile& tile, const Scratch& b, Lanes& lanes) {
+  lanes.begin = lanes.full_end = s.k_len;
+  lanes.end = lanes.full_begin = 0;
+  for (int64_t v = 0; v < tile.count; ++v) {
+    const Slot slot = slot_of(a, s, tile, v);
+    const T* q = (const T*)a.q.data + (s.q_start + slot.row) * a.q.row + slot.head * a.q.head;
+    pack_lanes<F>(q, a.q.row, slot.rows, a.dim, sign_flip<F>(a.negate), b.q + v * W);
+    for (int64_t i = 0; i < W; ++i) {  // lanes without a row repeat the last row
+      const int64_t row = slot.row + smaller(i, slot.rows - 1);
+      lanes.lo[v * W + i] = (int32_t)first_key(s, row);
+      lanes.hi[v * W + i] = (int32_t)last_key(s, row);
     }
-    std::memcpy(&lo[v], first, sizeof(first));
-    std::memcpy(&hi[v], last, sizeof(last));
-    begin = smaller<int64_t>(begin, first[0]);
-    full_begin = larger<int64_t>(full_begin, first[W - 1]);
-    full_end = smaller<int64_t>(full_end, last[0]);
-    end = larger<int64_t>(end, last[W - 1]);
+    lanes.begin = smaller<int64_t>(lanes.begin, lanes.lo[v * W]);
+    lanes.full_begin = larger<int64_t>(lanes.full_begin, lanes.lo[v * W + W - 1]);
+    lanes.full_end = smaller<int64_t>(lanes.full_end, lanes.hi[v * W]);
+    lanes.end = larger<int64_t>(lanes.end, lanes.hi[v * W + W - 1]);
+  }
+}
+
+template <class T>
+void store_results(const Attention& a, const Sample& s, const Tile& tile, const Scratch& b, const Lanes& lanes) {
+  for (int64_t v = 0; v < tile.count; ++v) {
+    const Slot slot = slot_of(a, s, tile, v);
+    const vf total = load(lanes.total + v * W);
+    const vf factor = total == 0.0f ? vf{} : 1.0f / total;
+    const int64_t number = (s.q_start + slot.row) * a.heads_q + slot.head;
+    store_lanes(b.out + v * W, factor, slot.rows, a.dim, (T*)a.out + number * a.dim, a.heads_q * a.dim);
+    for (int64_t i = 0; i < slot.rows; ++i) {
+      const float sum = lanes.total[v * W + i];
+      a.lse[number + i * a.heads_q] =
+          sum == 0.0f ? MINUS_INFINITY : lanes.maximum[v * W + i] * LN_2 + __builtin_logf(sum);
+    }
+  }
+}
+
+// O^T (unnormalised), maximum and total of all lanes; returns the number of key blocks
+template <class F, int NV>
+int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, const uint32_t* v_columns, const Scratch& b,
+                 Lanes& lanes) {
+  const int64_t wide = padded_dim(a.dim), words = wide / F::values;
+  const int64_t begin = lanes.begin, end = lanes.end, full_begin = lanes.full_begin, full_end = lanes.full_end;
+  vi lo[NV], hi[NV];
+  GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+    std::memcpy(&lo[v], lanes.lo + v * W, sizeof(vi));
+    std::memcpy(&hi[v], lanes.hi + v * W, sizeof(vi));
   }
 
   vf maximum[NV], total[NV];
@@ -64,11 +101,13 @@ int64_t run_tile(const Attention& a, const Sample& s, const Tile& tile, const ui
     vf top[NV];
     GRIT_UNROLL for (int v = 0; v < NV; ++v) top[v] = splat(MINUS_INFINITY);
     for (int64_t j = 0; j < keys; j += PANEL) {
-      vf x[PANEL][NV] = {};
+      vf x[PANEL][NV];
+      set_zero(x);
       multiply_panel<F, NV>(k_panels + (j0 + j) * words, b.q, words, x);
       if (a.capped) [[unlikely]] {
-        for (int i = 0; i < PANEL; ++i)
-          for (int v = 0; v < NV; ++v) x[i][v] = tanh_of(x[i][v] * a.cap_in) * a.cap_out;
+        store_all(b.scores + j * TILE, x);
+        cap_scores(b.scores + j * TILE, a.cap_in, a.cap_out, nullptr);
+        load_all(b.scores + j * TILE, x);
       }
       if (!unmasked && !(j0 + j >= full_begin && j0 + j + PANEL <= full_end)) {
         GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
@@ -77,11 +116,9 @@ int64_t run_tile(const Attention& a, const Sample& s, const Tile& tile, const ui
             x[i][v] = ((key >= lo[v]) & (key < hi[v])) ? x[i][v] : splat(MINUS_INFINITY);
         }
       }
+      store_all(b.scores + j * TILE, x);
       GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-        GRIT_UNROLL for (int v = 0; v < NV; ++v) {
-          store(b.scores + (j + i) * TILE + v * W, x[i][v]);
-          top[v] = vmax(top[v], x[i][v]);
-        }
+        GRIT_UNROLL for (int v = 0; v < NV; ++v) top[v] = vmax(top[v], x[i][v]);
     }
 
     vf rescale[NV], offset[NV];
@@ -115,26 +152,23 @@ int64_t run_tile(const Attention& a, const Sample& s, const Tile& tile, const ui
     const uint32_t* columns = v_columns + j0 / F::values * PANEL;
     for (int64_t d = 0; d < wide; d += PANEL) {
       vf x[PANEL][NV];
-      GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-        GRIT_UNROLL for (int v = 0; v < NV; ++v)
-          x[i][v] = fresh ? vf{} : load(b.out + (d + i) * TILE + v * W) * rescale[v];
+      if (fresh) {
+        set_zero(x);
+      } else {
+        load_all(b.out + d * TILE, x);
+        GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+          GRIT_UNROLL for (int v = 0; v < NV; ++v) x[i][v] *= rescale[v];
+      }
       multiply_panel<F, NV>(columns + d / PANEL * (padded / F::values * PANEL), p_words, keys / F::values, x);
-      GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-        GRIT_UNROLL for (int v = 0; v < NV; ++v) store(b.out + (d + i) * TILE + v * W, x[i][v]);
+      store_all(b.out + d * TILE, x);
     }
     fresh = false;
   }
 
+  if (fresh) std::memset(b.out, 0, (size_t)(wide * TILE) * sizeof(float));
   GRIT_UNROLL for (int v = 0; v < NV; ++v) {
-    const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
-    const int64_t rows = smaller<int64_t>(W, s.q_len - row);
-    if (fresh) std::memset(b.out, 0, (size_t)(wide * TILE) * sizeof(float));
-    const vf factor = total[v] == 0.0f ? vf{} : 1.0f / total[v];
-    T* out = (T*)a.out + ((s.q_start + row) * a.heads_q + head) * a.dim;
-    store_lanes(b.out + v * W, factor, rows, a.dim, out, a.heads_q * a.dim);
-    for (int i = 0; i < rows; ++i)
-      a.lse[(s.q_start + row + i) * a.heads_q + head] =
-          total[v][i] == 0.0f ? MINUS_INFINITY : maximum[v][i] * LN_2 + __builtin_logf(total[v][i]);
+    store(lanes.maximum + v * W, maximum[v]);
+    store(lanes.total + v * W, total[v]);
   }
   return blocks;
 }
@@ -170,9 +204,15 @@ int64_t forward_tile(const Attention& a, const Sample& s, const Tile& tile, cons
   return with_format(a.dtype, [&](auto format, auto type) {
     using F = decltype(format);
     using T = decltype(type);
-    if (tile.count == 3) return run_tile<F, T, 3>(a, s, tile, k_panels, v_columns, scratch);
-    if (tile.count == 2) return run_tile<F, T, 2>(a, s, tile, k_panels, v_columns, scratch);
-    return run_tile<F, T, 1>(a, s, tile, k_panels, v_columns, scratch);
+    const int64_t padded = round_up(s.k_len, 16);
+    const Scratch b = split(scratch, padded_dim(a.dim) / F::values);
+    Lanes lanes;
+    load_queries<F, T>(a, s, tile, b, lanes);
+    const int64_t blocks = tile.count == 3   ? run_tile<F, 3>(a, padded, k_panels, v_columns, b, lanes)
+                           : tile.count == 2 ? run_tile<F, 2>(a, padded, k_panels, v_columns, b, lanes)
+                                             : run_tile<F, 1>(a, padded, k_panels, v_columns, b, lanes);
+    store_results<T>(a, s, tile, b, lanes);
+    return blocks;
   });
 }
 

@@ -190,6 +190,27 @@ GRIT_INLINE void store_lanes(const float* lanes, vf factor, int64_t rows, int64_
 }
 
 // ---- micro-kernels
+//
+// Their sums must stay in registers: every loop over them has constant bounds and is unrolled, and they are zeroed one by one (an
+// array initialiser goes through memory).
+
+template <int N, int NV>
+GRIT_INLINE void set_zero(vf (&x)[N][NV]) {
+  GRIT_UNROLL for (int i = 0; i < N; ++i)
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) x[i][v] = vf{};
+}
+
+// rows of TILE floats
+template <int N, int NV>
+GRIT_INLINE void load_all(const float* from, vf (&x)[N][NV]) {
+  GRIT_UNROLL for (int i = 0; i < N; ++i)
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) x[i][v] = load(from + i * TILE + v * W);
+}
+template <int N, int NV>
+GRIT_INLINE void store_all(float* to, const vf (&x)[N][NV]) {
+  GRIT_UNROLL for (int i = 0; i < N; ++i)
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) store(to + i * TILE + v * W, x[i][v]);
+}
 
 // sum[i][v] += sum over n of panel[n * PANEL + i] * vectors[n * TILE + v * W]
 template <class F, int NV>
@@ -254,6 +275,15 @@ GRIT_INLINE vf tanh_of(vf x) {
   const vf far = 1.0f - 2.0f / (e + 1.0f);
   const vf of_sign = (vf)((vu)far | ((vu)x & 0x80000000u));
   return size < 0.625f ? near_zero : of_sign;
+}
+
+// raw products [PANEL][TILE] to capped scores in place; slope, if given, gets the derivative of the cap
+inline void cap_scores(float* raw, float cap_in, float cap_out, float* slope) {
+  for (int64_t i = 0; i < PANEL * TILE; i += W) {
+    const vf t = tanh_of(load(raw + i) * cap_in);
+    store(raw + i, t * cap_out);
+    if (slope) store(slope + i, 1.0f - t * t);
+  }
 }
 
 }  // namespace grit::GRIT_ISA
