@@ -1,11 +1,14 @@
 // Registers the CPU implementations. Schemas, fakes and autograd stand in the op.py files of grit_kernels.
 #include "cpu/attention_op.h"
+#include "cpu/contrastive_op.h"
 #include "cpu/pooling_op.h"
 #include "torch_api.h"
 
 STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&grit::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&grit::attention_backward));
+  m.impl("contrastive_forward", TORCH_BOX(&grit::contrastive_forward));
+  m.impl("contrastive_backward", TORCH_BOX(&grit::contrastive_backward));
   m.impl("pool_forward", TORCH_BOX(&grit::pool_forward));
   m.impl("pool_backward", TORCH_BOX(&grit::pool_backward));
 }

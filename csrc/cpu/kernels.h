@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "contrastive.h"
 
 namespace grit {
 
@@ -47,6 +48,7 @@ struct Kernels {
   const char* name;
   void (*pool_rows)(const PoolRows&);
   void (*pool_backward_rows)(const PoolBackwardRows&);
+  const ContrastiveKernels* contrastive;
 
   Layout (*layout)(DType, int64_t dim);
   // K as row panels and V as column panels of one (sample, key head)

@@ -1,0 +1,333 @@
+// Contrastive loss: score tiles with an online softmax as epilogue, and the products of the backward.
+#include "contrastive.h"
+
+#include "products.h"
+
+namespace grit::GRIT_ISA {
+namespace {
+
+constexpr float MASKED = -1e30f, NO_CANDIDATE = -1e29f;
+constexpr float LOWEST = -87.0f;  // exp of anything below is 0 for a sum that holds a 1
+
+// Pairs need an even width; a row of odd width is multiplied in FP32.
+template <class Function>
+GRIT_INLINE auto with_words(DType dtype, int64_t width, Function f) {
+  if (dtype == DType::bfloat16 && width % 2) return f(Single{}, bf16{});
+  return with_format(dtype, f);
+}
+
+GRIT_INLINE bool any(vi mask) {
+#if defined(GRIT_ISA_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(GRIT_ISA_AVX2)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < W; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
+GRIT_INLINE vi load_int(const int32_t* p) {
+  vi x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+GRIT_INLINE void store_int(int32_t* p, vi x) { std::memcpy(p, &x, sizeof(x)); }
+
+GRIT_INLINE vf exp_of(vf x) { return exp2_of<5>(x * LOG2_E); }
+
+// What the lanes of a tile need to scale and mask scores.
+struct Lanes {
+  vf scale[VECTORS];
+  vi target[VECTORS];
+  int32_t first_target, last_target;  // of the tile: panels outside need no comparison
+  vi low[VECTORS], high[VECTORS];     // ids
+  vi own_begin[VECTORS], own_end[VECTORS];
+};
+
+GRIT_INLINE void load_lanes(const Contrastive& p, int64_t query, Lanes& l) {
+  GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+    const int64_t at = query + v * W;
+    l.scale[v] = load(p.query_scale + at);
+    l.target[v] = load_int(p.targets + at);
+    if (p.query_low) {
+      l.low[v] = load_int(p.query_low + at);
+      l.high[v] = load_int(p.query_high + at);
+    }
+    if (p.own) {
+      l.own_begin[v] = (lane_numbers() + (int32_t)at) * (int32_t)p.own;
+      l.own_end[v] = l.own_begin[v] + (int32_t)p.own;
+    }
+  }
+  l.first_target = 0x7fffffff;
+  l.last_target = -1;
+  for (int i = 0; i < TILE; ++i) {
+    const int32_t t = p.targets[query + i];
+    if (t < 0) continue;
+    l.first_target = smaller(l.first_target, t);
+    l.last_target = larger(l.last_target, t);
+  }
+}
+
+// Scores of passages [j, j + PANEL), MASKED where the passage is no candidate. Returns whether the panel may hold a target.
+template <class F>
+GRIT_INLINE bool score_panel(const Contrastive& p, const Lanes& l, const uint32_t* panels, const uint32_t* lanes, int64_t words,
+                             int64_t j, vf (&s)[PANEL][VECTORS]) {
+  GRIT_UNROLL for (int i = 0; i < PANEL; ++i) GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) s[i][v] = vf{};
+  multiply_panel<F, VECTORS>(panels + j * words, lanes, words, s);
+  const bool has_target = j <= l.last_target && j + PANEL > l.first_target;
+  const bool plain = j + PANEL <= p.passages && !p.query_low && !p.own && !p.passage_scale;
+  if (plain) {
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i) GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) s[i][v] *= l.scale[v];
+    return has_target;
+  }
+  GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+    const int64_t passage = j + i;
+    if (passage >= p.passages) {
+      GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) s[i][v] = splat(MASKED);
+      continue;
+    }
+    const float scale = p.passage_scale ? p.passage_scale[passage] : 1.0f;
+    const vi column = splat_int((int32_t)passage);
+    GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+      vf x = s[i][v] * l.scale[v] * scale;
+      if (p.query_low) {
+        const vi same = (vi)(l.low[v] == p.passage_low[passage]) & (vi)(l.high[v] == p.passage_high[passage]);
+        x = (same & (vi)(l.target[v] != column)) ? splat(MASKED) : x;
+      }
+      if (p.own) x = ((vi)(column >= l.own_begin[v]) & (vi)(column < l.own_end[v])) ? x : splat(MASKED);
+      s[i][v] = x;
+    }
+  }
+  return has_target;
+}
+
+template <class F>
+void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first,
+                   int64_t last, const ContrastiveState& state) {
+  const int64_t words = padded_dim(p.width) / F::values;
+  Lanes l;
+  load_lanes(p, query, l);
+  for (int64_t j = first; j < last; j += PANEL) {
+    vf s[PANEL][VECTORS];
+    if (score_panel<F>(p, l, panels, lanes, words, j, s)) {
+      GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+        vf positive = load(state.positive + v * W);
+        for (int i = 0; i < PANEL; ++i) {
+          const vi here = (vi)(l.target[v] == (int32_t)(j + i));
+          positive = here ? s[i][v] : positive;
+        }
+        store(state.positive + v * W, positive);
+      }
+    }
+    GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+      const vf top = load(state.top + v * W);
+      vf highest = s[0][v];
+      GRIT_UNROLL for (int i = 1; i < PANEL; ++i) highest = vmax(highest, s[i][v]);
+      vf total = load(state.total + v * W), below = load(state.below + v * W), safe = top;
+      if (any((vi)(highest > top))) {
+        vi best = load_int(state.best + v * W);
+        vf running = top;
+        GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+          const vi better = (vi)(s[i][v] > running);
+          best = better ? splat_int((int32_t)(j + i)) : best;
+          running = better ? s[i][v] : running;
+        }
+        store_int(state.best + v * W, best);
+        store(state.top + v * W, running);
+        const vf change = vmax(top - running, splat(LOWEST));
+        const vf decay = exp_of(change);
+        below = decay * fma(total, change, below);
+        total = total * decay;
+        safe = running;
+      }
+      safe = (vi)(safe > NO_CANDIDATE) ? safe : vf{};  // 0 as long as there was no candidate
+      GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+        const vf d = vmax(splat(LOWEST), s[i][v] - safe);
+        const vf e = exp_of(d);
+        total += e;
+        below = fma(e, d, below);
+      }
+      store(state.total + v * W, total);
+      store(state.below + v * W, below);
+    }
+  }
+}
+
+template <class F>
+void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first,
+                   int64_t last, const ContrastiveWeights& w) {
+  const int64_t words = padded_dim(p.width) / F::values;
+  Lanes l;
+  load_lanes(p, query, l);
+  vf positive[VECTORS], loss[VECTORS], a[VECTORS];
+  GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+    positive[v] = load(w.positive + v * W);
+    loss[v] = load(w.losses + v * W);
+    a[v] = load(w.a + v * W);
+  }
+  for (int64_t j = first; j < last; j += PANEL) {
+    vf s[PANEL][VECTORS];
+    const bool has_target = score_panel<F>(p, l, panels, lanes, words, j, s);
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+      const float scale = p.passage_scale && j + i < p.passages ? p.passage_scale[j + i] : 1.0f;
+      GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+        const vf e = exp_of(s[i][v] - positive[v] - loss[v]);
+        vf softmax = (vi)(s[i][v] < NO_CANDIDATE) ? vf{} : e;
+        if (has_target) softmax = (vi)(l.target[v] == (int32_t)(j + i)) ? softmax - 1.0f : softmax;
+        s[i][v] = softmax * a[v] * scale;
+      }
+    }
+    GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+      char* row = w.rows + (j - first + i) * w.row_stride;
+      GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+        if constexpr (F::values == 2) store((bf16*)row + v * W, s[i][v]);
+        else store((float*)row + v * W, s[i][v]);
+      }
+    }
+    GRIT_UNROLL for (int i = 0; i < PANEL; i += F::values) {
+      const int64_t word = (j - first + i) / F::values;
+      GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+        vu x;
+        if constexpr (F::values == 2) x = pair_words(s[i][v], s[i + 1][v]);
+        else x = (vu)s[i][v];
+        GRIT_UNROLL for (int b = 0; b < W; b += PANEL)
+          std::memcpy(w.columns + ((v * W + b) / PANEL * w.words + word) * PANEL, (const uint32_t*)&x + b, PANEL * sizeof(uint32_t));
+      }
+    }
+  }
+}
+
+template <class F>
+void product_typed(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, float* c,
+                   int64_t c_stride) {
+  vf sum[PANEL][VECTORS];
+  GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+    GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = add ? load(c + i * c_stride + v * W) : vf{};
+  if (a_stride) multiply_rows<F, VECTORS>(a, a_stride, lanes, TILE, count, sum);
+  else multiply_panel<F, VECTORS>(a, lanes, count, sum);
+  GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+    GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) store(c + i * c_stride + v * W, sum[i][v]);
+}
+
+template <class F, class T>
+void pack_columns_typed(const T* data, int64_t stride, int64_t real, int64_t first, int64_t last, int64_t padded, int64_t width,
+                        uint32_t* out) {
+  const int64_t words = padded / F::values;
+  for (int64_t j = first; j < last; j += F::values) {
+    for (int64_t d = 0; d < width; d += W) {
+      vu word = j < real ? row_words<Single>(data + j * stride, d, width) : vu{};
+      if constexpr (F::values == 2) {
+        const vu next = j + 1 < real ? row_words<Single>(data + (j + 1) * stride, d, width) : vu{};
+        word = word >> 16 | next;  // a bfloat16 widened to FP32 has zeros below its 16 bits
+      }
+      store_words(out + (d / TILE * words + j / F::values) * TILE + d % TILE, word);
+    }
+    // the last tile may be wider than the row
+    for (int64_t d = round_up(width, W); d < round_up(width, TILE); d += W)
+      store_words(out + (d / TILE * words + j / F::values) * TILE + d % TILE, vu{});
+  }
+}
+
+template <class T>
+GRIT_INLINE vf load_up_to(const T* p, int64_t n) {
+  return n >= W ? load(p) : load_first(p, n);
+}
+
+template <class T>
+void finish_typed(const float* grad, bool normalize, const T* row, int64_t width, T* out) {
+  float along = 0;
+  if (normalize) {
+    vf dot = {}, square = {};
+    for (int64_t c = 0; c < width; c += W) {
+      const vf x = load_up_to(row + c, width - c);
+      dot = fma(x, load_up_to(grad + c, width - c), dot);
+      square = fma(x, x, square);
+    }
+    const float length = sum_lanes(square);
+    along = length > 1e-24f ? sum_lanes(dot) / length : 0.0f;
+  }
+  for (int64_t c = 0; c < width; c += W) {
+    vf g = load_up_to(grad + c, width - c);
+    if (normalize) g -= load_up_to(row + c, width - c) * along;
+    if (width - c >= W) store(out + c, g);
+    else store_first(out + c, g, width - c);
+  }
+}
+
+// ---- by dtype
+
+void layout(DType dtype, int64_t width, int64_t* values, int64_t* panel, int64_t* tile, int64_t* lanes) {
+  with_words(dtype, width, [&](auto f, auto) { *values = decltype(f)::values; });
+  *panel = PANEL;
+  *tile = TILE;
+  *lanes = W;
+}
+
+void norms(DType dtype, const void* data, int64_t stride, int64_t rows, int64_t width, float* out) {
+  with_format(dtype, [&](auto, auto t) {
+    using T = decltype(t);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = (const T*)data + r * stride;
+      vf square = {};
+      for (int64_t c = 0; c < width; c += W) {
+        const vf x = load_up_to(row + c, width - c);
+        square = fma(x, x, square);
+      }
+      out[r] = __builtin_sqrtf(sum_lanes(square));
+    }
+  });
+}
+
+void pack_panels(DType dtype, const void* data, int64_t stride, int64_t real, int64_t rows, int64_t width, uint32_t* out) {
+  with_words(dtype, width, [&](auto f, auto t) {
+    pack_row_panels<decltype(f)>((const decltype(t)*)data, stride, real, rows, width, out);
+  });
+}
+
+void pack_tile(DType dtype, const void* data, int64_t stride, int64_t real, int64_t width, uint32_t* out) {
+  with_words(dtype, width, [&](auto f, auto t) {
+    using T = decltype(t);
+    for (int64_t r = 0; r < TILE; r += W)
+      pack_lanes<decltype(f)>((const T*)data + r * stride, stride, real - r, width, 0, out + r);
+  });
+}
+
+void pack_columns(DType dtype, const void* data, int64_t stride, int64_t real, int64_t first, int64_t last, int64_t padded,
+                  int64_t width, uint32_t* out) {
+  with_words(dtype, width, [&](auto f, auto t) {
+    pack_columns_typed<decltype(f)>((const decltype(t)*)data, stride, real, first, last, padded, width, out);
+  });
+}
+
+void forward(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first, int64_t last,
+             const ContrastiveState& state) {
+  with_words(p.dtype, p.width,
+             [&](auto f, auto) { forward_typed<decltype(f)>(p, panels, lanes, query, first, last, state); });
+}
+
+void weights(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first, int64_t last,
+             const ContrastiveWeights& w) {
+  with_words(p.dtype, p.width, [&](auto f, auto) { weights_typed<decltype(f)>(p, panels, lanes, query, first, last, w); });
+}
+
+void product(DType dtype, int64_t width, const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add,
+             float* c, int64_t c_stride) {
+  with_words(dtype, width, [&](auto f, auto) { product_typed<decltype(f)>(a, a_stride, lanes, count, add, c, c_stride); });
+}
+
+void finish(DType dtype, const float* grad, bool normalize, const void* row, int64_t width, void* out) {
+  with_format(dtype, [&](auto, auto t) {
+    using T = decltype(t);
+    finish_typed(grad, normalize, (const T*)row, width, (T*)out);
+  });
+}
+
+}  // namespace
+
+extern const ContrastiveKernels contrastive_table;
+const ContrastiveKernels contrastive_table = {layout,  norms,   pack_panels, pack_tile, pack_columns,
+                                              forward, weights, product,     finish};
+
+}  // namespace grit::GRIT_ISA

@@ -1,0 +1,65 @@
+// Plain arguments of the contrastive kernels.
+//
+// All three matrix products run on packed operands: a *panel* (`panel` rows side by side, the broadcast side) times *lanes*
+// (`tile` columns, the vector side). A word is one FP32 value or, where the CPU multiplies bfloat16, a pair of them.
+//   scores^T  [passages, queries]   passages as row panels    x queries as lanes               over the width
+//   grad_q    [queries, width]      weights as column panels  x passages as columns of words   over the passages
+//   grad_p    [passages, width]     weights as rows           x queries as columns of words    over the queries
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace grit {
+
+// score_ij = query_scale[i] * passage_scale[j] * q_i . p_j; passage_scale, the id arrays and `own` (0: all) may be absent
+struct Contrastive {
+  DType dtype;
+  int64_t queries, passages, width;
+  const float *query_scale, *passage_scale;   // query_scale is padded to whole tiles with 0
+  const int32_t* targets;                     // padded with -1
+  const int32_t *query_low, *query_high;      // halves of the 64-bit ids, padded
+  const int32_t *passage_low, *passage_high;  // padded to whole panels
+  int64_t own;                                // passages of a query's own group, the only candidates
+};
+
+// Online softmax of the queries of a tile: total = sum exp(score - top), below = sum exp(score - top) (score - top).
+struct ContrastiveState {
+  float *top, *total, *below, *positive;
+  int32_t* best;
+};
+
+// weight_ij = a_i (exp(score_ij - positive_i - loss_i) - [j = target_i]) * passage_scale_j, stored twice
+struct ContrastiveWeights {
+  const float *losses, *positive, *a;  // of the tile's queries
+  char* rows;                          // [passage - first][row_stride bytes], at the tile's first query
+  int64_t row_stride;
+  uint32_t* columns;  // [tile / panel][words][panel]: the passages' weights of `panel` queries
+  int64_t words;      // of a column panel
+};
+
+struct ContrastiveKernels {
+  // values per word, rows of a panel, columns of a tile, columns packed at a time
+  void (*layout)(DType, int64_t width, int64_t* values, int64_t* panel, int64_t* tile, int64_t* lanes);
+  void (*norms)(DType, const void* row, int64_t stride, int64_t rows, int64_t width, float* out);
+  // rows as row panels [rows / panel][words][panel]; `rows` of which `real` exist
+  void (*pack_panels)(DType, const void* data, int64_t stride, int64_t real, int64_t rows, int64_t width, uint32_t* out);
+  // up to `tile` rows as lanes [words][tile]
+  void (*pack_lanes)(DType, const void* data, int64_t stride, int64_t real, int64_t width, uint32_t* out);
+  // rows [first, last) of `padded` as columns [width / tile][padded / values][tile]
+  void (*pack_columns)(DType, const void* data, int64_t stride, int64_t real, int64_t first, int64_t last, int64_t padded,
+                       int64_t width, uint32_t* out);
+  // passages [first, last), first at a panel's start, against the tile that starts at `query`
+  void (*forward)(const Contrastive&, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first, int64_t last,
+                  const ContrastiveState&);
+  void (*weights)(const Contrastive&, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first, int64_t last,
+                  const ContrastiveWeights&);
+  // c [panel][c_stride] (+)= a panel of `count` words, [count][panel] or, with a row stride (words), [panel][a_stride], x lanes
+  void (*product)(DType, int64_t width, const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add,
+                  float* c, int64_t c_stride);
+  // out row = grad, less its part along the row when normalised
+  void (*finish)(DType, const float* grad, bool normalize, const void* row, int64_t width, void* out);
+};
+
+}  // namespace grit
