@@ -27,7 +27,7 @@ _NAMES = {
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's memory, row-major."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

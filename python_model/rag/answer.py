@@ -1,0 +1,284 @@
+"""RAG: answers a question from documents, in any mode of modes.py, with the states of texts that were read before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from python_model.decoding import Sampling, decode
+from python_model.generate import eos_token_ids, prompt_ids
+from python_model.modeling import GritLM
+from python_model.prompts import encode_text
+from python_model.rag.fingerprint import fingerprint
+from python_model.rag.kvstore import Format, KVStore
+from python_model.rag.modes import (
+    ANSWER_PREFIX,
+    DOCUMENT_PREFIX,
+    MODES,
+    QUERY_PREFIX,
+    Document,
+    cached_parts,
+    choose_mode,
+    prompt_text,
+)
+from python_model.rag.reading import read, recompute_first
+from python_model.rag.rope import join
+from python_model.rag.states import TextStates, from_cache
+
+if TYPE_CHECKING:
+    from python_model.rag.index import Index
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply and how it came about.
+
+    ``cached_tokens`` were taken from states, ``read_tokens`` were read to answer (the prompt, and texts whose states were not
+    stored). ``seconds``: of finding documents ("search"), obtaining states ("states"), and generating ("generate").
+    """
+
+    text: str
+    mode: str
+    documents: list[Document]
+    scores: list[float]
+    cached_tokens: int
+    read_tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class RAG:
+    """Retrieval-augmented generation with one model.
+
+    Args:
+        model: loaded in mode ``"unified"``.
+        index: where documents are searched; without one they are given with each question.
+        store: states of documents (see :func:`open_store`); without one they are read when a mode needs them.
+        causal_states: read documents and questions causally instead of with the model's embedding attention. Such states are
+            what the model would have computed had the text opened the conversation.
+        recompute: the first tokens of each cached text but the first to read again, now seeing what stands before.
+        reference_positions: as the public implementation: joined texts keep overlapping positions and their own BOS.
+        max_length: most tokens of one question with its documents and reply; default: the model's. More is an error, never cut.
+        query_prefix: the format before a question to embed (see :func:`python_model.prompts.embed_instruction`).
+    """
+
+    def __init__(
+        self,
+        model: GritLM,
+        *,
+        index: Index | None = None,
+        store: KVStore | None = None,
+        causal_states: bool = False,
+        recompute: int = 0,
+        reference_positions: bool = False,
+        max_length: int | None = None,
+        query_prefix: str = QUERY_PREFIX,
+    ) -> None:
+        if model.mode == "embedding":
+            raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to answer")
+        if recompute < 0:
+            raise ValueError(f"recompute: got {recompute}, accepted is an int >= 0")
+        self.model, self.index, self.store = model, index, store
+        self.causal = _states_attention(model, causal_states)
+        if store is not None:
+            expected = store_settings(model, causal_states)
+            if store.settings != expected or store.fingerprint != fingerprint(model):
+                raise ValueError(
+                    f"store: {store.path} was made by model {store.fingerprint} with {store.settings}, "
+                    f"this model is {fingerprint(model)} with {expected}"
+                )
+        self.recompute, self.reference_positions = recompute, reference_positions
+        self.max_length = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
+        self.query_prefix = query_prefix
+
+    def answer(
+        self,
+        question: str,
+        documents: Sequence[Document | str] | None = None,
+        *,
+        mode: str = "auto",
+        k: int = 1,
+        max_new_tokens: int = 16,
+        answer_prefix: str = ANSWER_PREFIX,
+        sampling: Sampling | None = None,
+    ) -> Answer:
+        """Answer ``question`` from ``documents``, or from the ``k`` best of the index.
+
+        ``mode``: one of modes.MODES, or ``"auto"`` (see :func:`python_model.rag.modes.choose_mode`).
+
+        Raises:
+            ValueError: an unknown mode, an empty question, a mode that needs documents where there are none, or more tokens
+                than ``max_length``.
+        """
+        if mode != "auto" and mode not in MODES:
+            raise ValueError(f"mode: got {mode!r}, accepted are 'auto', {', '.join(map(repr, MODES))}")
+        seconds: dict[str, float] = {}
+        start = time.perf_counter()
+        query_states: TextStates | None = None
+        scores: list[float] = []
+        if documents is not None:
+            given = [d if isinstance(d, Document) else Document(f"given-{i}", d) for i, d in enumerate(documents)]
+        elif mode == "none":
+            given = []
+        elif self.index is None:
+            raise ValueError("documents: got none, and there is no index to search; accepted are documents or mode='none'")
+        else:
+            vector, query_states = self._embed_question(question)
+            hits = self.index.search(vector, k)[0]
+            given, scores = [hit.document for hit in hits], [hit.score for hit in hits]
+        if not given and mode not in ("none", "auto"):
+            raise ValueError(f"documents: got none, accepted in mode {mode!r} is at least one")
+        if mode == "auto":
+            stored = self.store is not None and all(document.key in self.store for document in given)
+            tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in given]
+            mode = choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored)
+            given = given if mode != "none" else []
+        seconds["search"] = time.perf_counter() - start
+        return self._answer(
+            question, given, scores, mode, query_states, seconds, max_new_tokens, answer_prefix, sampling or Sampling()
+        )
+
+    def _answer(
+        self,
+        question: str,
+        documents: list[Document],
+        scores: list[float],
+        mode: str,
+        query_states: TextStates | None,
+        seconds: dict[str, float],
+        max_new_tokens: int,
+        answer_prefix: str,
+        sampling: Sampling,
+    ) -> Answer:
+        start = time.perf_counter()
+        text = prompt_text(mode, question, documents, answer_prefix)
+        prompt = prompt_ids(self.model, text, bos=not cached_parts(mode))
+        states, fresh = self._states(mode, question, documents, query_states)
+        cached = 0 if states is None else len(states)
+        total = cached + len(prompt) + max_new_tokens
+        if total > self.max_length:
+            raise ValueError(
+                f"max_length: got {self.max_length}, but question, documents and reply take {total} tokens "
+                f"({cached} cached, {len(prompt)} in the prompt, {max_new_tokens} new); nothing is cut silently: "
+                "use fewer or shorter documents"
+            )
+        seconds["states"] = time.perf_counter() - start
+        start = time.perf_counter()
+        (tokens,) = decode(
+            self.model.model,
+            [prompt],
+            states=[states],
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=1,
+            eos_token_ids=eos_token_ids(self.model),
+            sampling=sampling,
+        )
+        seconds["generate"] = time.perf_counter() - start
+        reply = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return Answer(reply, mode, documents, scores, cached - fresh, len(prompt) + fresh, seconds)
+
+    def add_to_store(self, documents: Sequence[Document], *, overwrite: bool = False) -> None:
+        """Read documents and keep their states; each is on the disk before the next is read."""
+        if self.store is None:
+            raise ValueError("store: this RAG has none")
+        for document in documents:
+            (states,) = read(self.model, [self._ids(DOCUMENT_PREFIX, document.content)], causal=self.causal)
+            self.store.append(document.key, states, {"title": document.title}, overwrite=overwrite)
+
+    def _states(
+        self, mode: str, question: str, documents: list[Document], query_states: TextStates | None
+    ) -> tuple[TextStates | None, int]:
+        """The joined states that stand before the prompt, and how many of their tokens were read just now."""
+        parts: list[TextStates] = []
+        fresh = 0
+        for part in cached_parts(mode):
+            if part == "query":
+                if query_states is None:
+                    ids = self._ids(self.query_prefix, question)
+                    (query_states,) = read(self.model, [ids], causal=self.causal)
+                    fresh += len(ids)
+                parts.append(query_states)
+                continue
+            for document in documents:
+                states = self._document_states(document, bos=mode != "query_document_cache")
+                if states is None:
+                    ids = self._document_ids(document, bos=mode != "query_document_cache")
+                    (states,) = read(self.model, [ids], causal=self.causal)
+                    fresh += len(ids)
+                parts.append(states)
+        if not parts:
+            return None, 0
+        parts = [part.to(device=self.model.device, dtype=self.model.model.dtype) for part in parts]
+        joined, starts = join(parts, self.model, reference_positions=self.reference_positions)
+        if self.recompute:
+            joined = recompute_first(self.model, joined, starts, self.recompute)
+        return joined, fresh
+
+    def _document_states(self, document: Document, bos: bool) -> TextStates | None:
+        """A document's stored states, or None."""
+        if self.store is None or document.key not in self.store or (self.reference_positions and not bos):
+            return None
+        states = self.store.load(document.key, dtype=self.model.model.dtype)
+        if states.input_ids.tolist() != self._ids(DOCUMENT_PREFIX, document.content):
+            raise ValueError(
+                f"store: the states of {document.key!r} in {self.store.path} are those of another text; store it again"
+            )
+        return states
+
+    def _document_ids(self, document: Document, bos: bool) -> list[int]:
+        if self.reference_positions and not bos:  # behind a question the reference opens a document on a new line, without BOS
+            return self._ids("\n" + DOCUMENT_PREFIX, document.content, bos=False)
+        return self._ids(DOCUMENT_PREFIX, document.content)
+
+    def _ids(self, prefix: str, text: str, *, bos: bool = True) -> list[int]:
+        sample = encode_text(self.model.tokenizer, prefix, text, self.max_length, add_special_tokens=bos)
+        if sample.truncated:
+            raise ValueError(
+                f"max_length: got {self.max_length}, but a text is longer ({text[:60]!r}..); nothing is cut silently: "
+                "split it into shorter documents"
+            )
+        return sample.input_ids
+
+    def _embed_question(self, question: str) -> tuple[torch.Tensor, TextStates | None]:
+        """The question's vector (1, size) and, where one pass gives both, its states."""
+        ids = self._ids(self.query_prefix, question)
+        options: dict[str, Any] = {"instruction": self.query_prefix, "max_length": self.max_length}
+        one_pass = self.causal == (self.model.attn[:2] == "cc") and not self.model.embed_eos
+        if not one_pass:
+            return self.model.encode([question], convert_to_tensor=True, **options), None
+        vector, cache = self.model.encode([question], convert_to_tensor=True, get_cache=True, **options)
+        (states,) = from_cache(cache, [torch.tensor(ids)], self.causal)
+        return vector, states
+
+
+def _states_attention(model: GritLM, causal_states: bool) -> bool:
+    """Whether states are read causally: as asked, or as the model embeds."""
+    if not causal_states and model.attn[:2] == "cb":
+        raise ValueError("attn: 'cb' fills no cache; accepted are 'bb' and 'cc', or causal_states=True")
+    return causal_states or model.attn[:2] == "cc"
+
+
+def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]:
+    """What a key-value store records about how its documents were read."""
+    return {"prefix": DOCUMENT_PREFIX, "causal": _states_attention(model, causal_states)}
+
+
+def open_store(
+    path: str,
+    model: GritLM,
+    *,
+    causal_states: bool = False,
+    format: Format | None = None,
+    max_bytes: int | None = None,
+) -> KVStore:
+    """The key-value store at ``path`` for this model, made when missing; another model's is refused."""
+    return KVStore(
+        path,
+        fingerprint=fingerprint(model),
+        settings=store_settings(model, causal_states),
+        format=format,
+        max_bytes=max_bytes,
+    )

@@ -1,0 +1,61 @@
+"""fingerprint(model): tells whether stored vectors and states were made by the model that is about to use them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from python_model.modeling import GritLM
+
+_SAMPLES = 512  # values per parameter: any training step changes most of them
+_CONFIG = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "vocab_size",
+    "rms_norm_eps",
+)
+
+
+def fingerprint(model: GritLM) -> str:
+    """Hex digest over the architecture, a sample of every weight and the tokenizer.
+
+    Weights are compared as bfloat16, so a model has one fingerprint in whatever dtype it was loaded.
+    """
+    digest = hashlib.sha256()
+    config = {name: getattr(model.model.config, name, None) for name in _CONFIG}
+    config["rope"] = str(getattr(model.model.config, "rope_parameters", None))
+    _add(digest, config)
+    for name, weight in sorted(model.decoder[0].named_parameters()):
+        flat = weight.detach().reshape(-1)
+        chosen = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).round().long()
+        values = flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    tokenizer = model.tokenizer
+    probe = "<|user|>\nWhat is 12 + 7?\n<|embed|>\n\u00c9t\u00e9, \u6771\u4eac."
+    _add(digest, [len(tokenizer), tokenizer.bos_token_id, tokenizer(probe, add_special_tokens=False)["input_ids"]])
+    return digest.hexdigest()[:32]
+
+
+def embedding_settings(model: GritLM) -> dict[str, Any]:
+    """What else an embedding depends on."""
+    projection = None if model.projection is None else model.projection.out_features
+    return {
+        "pooling_method": model.pooling_method,
+        "normalized": model.normalized,
+        "attn": model.attn[:2],
+        "embed_eos": model.embed_eos,
+        "projection": projection,
+    }
+
+
+def _add(digest: Any, value: Any) -> None:
+    digest.update(json.dumps(value, sort_keys=True).encode())

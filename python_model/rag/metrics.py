@@ -1,0 +1,102 @@
+"""Match, exact match and F1 of generated answers, and the file format of questions.
+
+Answers are compared after SQuAD's normalisation: lower case, no punctuation, no articles, single spaces. Each score is the
+best over a question's accepted answers; averages are in percent.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a file in the format of open Natural Questions: ``{"question": str, "answers": [str, ..]}``."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Means in percent: an accepted answer stands in the reply, equals it, shares its words."""
+
+    match: float
+    exact_match: float
+    f1: float
+    questions: int
+
+
+def normalize(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def match(reply: str, answers: Sequence[str]) -> float:
+    """1.0 if an accepted answer is part of the reply (an answer of articles and punctuation alone never is)."""
+    wanted = [normalize(answer) for answer in answers]
+    return float(any(answer and answer in normalize(reply) for answer in wanted))
+
+
+def exact_match(reply: str, answers: Sequence[str]) -> float:
+    """1.0 if the reply is an accepted answer."""
+    return float(any(normalize(answer) == normalize(reply) for answer in answers))
+
+
+def f1(reply: str, answers: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall of words, best over the accepted answers."""
+    return max(_word_f1(normalize(reply).split(), normalize(answer).split()) for answer in answers)
+
+
+def _word_f1(reply: list[str], answer: list[str]) -> float:
+    common = sum((collections.Counter(reply) & collections.Counter(answer)).values())
+    if common == 0:
+        return 0.0
+    return 2 * common / (len(reply) + len(answer))
+
+
+def score(replies: Sequence[str], questions: Sequence[Question]) -> AnswerScores:
+    """Scores of one reply per question."""
+    if len(replies) != len(questions) or not questions:
+        raise ValueError(f"replies: got {len(replies)} for {len(questions)} questions, accepted is one each")
+    sums = [
+        100 * sum(metric(reply, q.answers) for reply, q in zip(replies, questions, strict=True)) / len(questions)
+        for metric in (match, exact_match, f1)
+    ]
+    return AnswerScores(*sums, questions=len(questions))
+
+
+def read_questions(path: str | os.PathLike[str]) -> list[Question]:
+    """Rows of a jsonl file ``{"question": str, "answers": [str, ..]}`` (``"answer"`` is accepted, also as one string).
+
+    Raises:
+        ValueError: a row is broken; the message has file and line.
+    """
+    found = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                answers = row.get("answers", row.get("answer"))
+                answers = [answers] if isinstance(answers, str) else answers
+                text = row["question"]
+                if not isinstance(text, str) or not text.strip() or not answers:
+                    raise ValueError("question or answers are empty")
+                if not all(isinstance(answer, str) for answer in answers):
+                    raise ValueError("answers are not strings")
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: not a question row ({error!r})") from error
+            found.append(Question(text, tuple(answers)))
+    if not found:
+        raise ValueError(f"{path}: holds no questions")
+    return found

@@ -1,0 +1,63 @@
+"""Reading texts into states: one forward pass that fills a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from python_model.modeling import GritLM
+from python_model.rag.states import TextStates, concatenate, from_cache, to_cache
+
+
+@torch.no_grad()
+def read(model: GritLM, texts: Sequence[Sequence[int]], *, causal: bool, start: int = 0) -> list[TextStates]:
+    """States of each text (token ids, at least one each), keys at positions from ``start`` on; padding is left out."""
+    from transformers import DynamicCache
+
+    if not texts or not all(len(ids) for ids in texts):
+        raise ValueError("texts: got none or an empty one, accepted is at least one token per text")
+    longest = max(map(len, texts))
+    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask = torch.zeros(len(texts), longest, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = 1
+    # without a config the cache keeps every state; transformers' default would drop those beyond the sliding window
+    cache = DynamicCache()
+    model.decoder[0](
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device) if len(texts) > 1 else None,
+        position_ids=torch.arange(start, start + longest, device=model.device)[None],
+        is_causal=causal,
+        past_key_values=cache,
+    )
+    found = from_cache(cache, [torch.tensor(text) for text in texts], causal)
+    return [replace(states, positions=states.positions + start) for states in found]
+
+
+@torch.no_grad()
+def recompute_first(model: GritLM, states: TextStates, starts: Sequence[int], count: int) -> TextStates:
+    """Let the first ``count`` tokens of each joined text see everything before it.
+
+    ``starts``: where texts begin in the joined ``states``; the first text saw all there is to see and is left alone. The
+    recomputed tokens attend causally. Afterwards a text no longer opens with tokens that took themselves for the start of
+    everything, which is what later tokens attend to most (EPIC, arXiv 2410.15332).
+    """
+    ends = [*starts[1:], len(states)]
+    for start, end in zip(starts, ends, strict=True):
+        size = min(count, end - start)
+        if start == 0 or size <= 0:
+            continue
+        cache = to_cache(states.slice(0, start).to(device=model.device, dtype=model.model.dtype))
+        part = states.slice(start, start + size)
+        model.decoder[0](
+            input_ids=part.input_ids[None].to(model.device),
+            position_ids=part.positions[None].to(model.device),
+            past_key_values=cache,
+        )
+        fresh = torch.stack([torch.stack([layer.keys[0], layer.values[0]])[:, :, start:] for layer in cache.layers])
+        redone = replace(part, keys_values=fresh.to(states.keys_values))
+        states = concatenate([states.slice(0, start), redone, states.slice(start + size)])
+    return states
