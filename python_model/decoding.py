@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from python_model.rag.states import TextStates
+if TYPE_CHECKING:
+    from python_model.rag.states import TextStates
 
 OnToken = Callable[[int, int], bool]
 """Called with (row, token) for each new token that is not EOS; True ends the row."""
@@ -95,7 +96,8 @@ class StaticCache(Cache):
     """A transformers cache with ``slots`` slots per row for ``layers`` layers."""
 
     def __init__(self, layers: int, slots: int) -> None:
-        super().__init__(layers=[StaticLayer(slots) for _ in range(layers)])
+        self.static_layers = [StaticLayer(slots) for _ in range(layers)]
+        super().__init__(layers=list(self.static_layers))
 
     def fill(self, states: Sequence[TextStates | None], slots: int, device: torch.device, dtype: torch.dtype) -> None:
         """Put each row's states at the end of the first ``slots`` slots."""
@@ -104,9 +106,10 @@ class StaticCache(Cache):
             return
         _, heads, dim = given[0][1].geometry
         like = torch.empty(len(states), heads, 1, dim, device=device, dtype=dtype)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.static_layers):
             layer.lazy_initialization(like, like)
             layer.filled = slots
+            assert layer.keys is not None and layer.values is not None
             for row, part in given:
                 layer.keys[row, :, slots - len(part) : slots] = part.keys_values[index, 0]
                 layer.values[row, :, slots - len(part) : slots] = part.keys_values[index, 1]

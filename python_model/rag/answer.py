@@ -124,7 +124,9 @@ class RAG:
         elif mode == "none":
             given = []
         elif self.index is None:
-            raise ValueError("documents: got none, and there is no index to search; accepted are documents or mode='none'")
+            raise ValueError(
+                "documents: got none, and there is no index to search; accepted are documents or mode='none'"
+            )
         else:
             vector, query_states = self._embed_question(question)
             hits = self.index.search(vector, k)[0]
@@ -156,13 +158,13 @@ class RAG:
         start = time.perf_counter()
         text = prompt_text(mode, question, documents, answer_prefix)
         prompt = prompt_ids(self.model, text, bos=not cached_parts(mode))
-        states, fresh = self._states(mode, question, documents, query_states)
-        cached = 0 if states is None else len(states)
-        total = cached + len(prompt) + max_new_tokens
+        states, stored, fresh = self._states(mode, question, documents, query_states)
+        before = 0 if states is None else len(states)
+        total = before + len(prompt) + max_new_tokens
         if total > self.max_length:
             raise ValueError(
                 f"max_length: got {self.max_length}, but question, documents and reply take {total} tokens "
-                f"({cached} cached, {len(prompt)} in the prompt, {max_new_tokens} new); nothing is cut silently: "
+                f"({before} cached, {len(prompt)} in the prompt, {max_new_tokens} new); nothing is cut silently: "
                 "use fewer or shorter documents"
             )
         seconds["states"] = time.perf_counter() - start
@@ -178,7 +180,7 @@ class RAG:
         )
         seconds["generate"] = time.perf_counter() - start
         reply = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        return Answer(reply, mode, documents, scores, cached - fresh, len(prompt) + fresh, seconds)
+        return Answer(reply, mode, documents, scores, stored, len(prompt) + fresh, seconds)
 
     def add_to_store(self, documents: Sequence[Document], *, overwrite: bool = False) -> None:
         """Read documents and keep their states; each is on the disk before the next is read."""
@@ -190,8 +192,8 @@ class RAG:
 
     def _states(
         self, mode: str, question: str, documents: list[Document], query_states: TextStates | None
-    ) -> tuple[TextStates | None, int]:
-        """The joined states that stand before the prompt, and how many of their tokens were read just now."""
+    ) -> tuple[TextStates | None, int, int]:
+        """The joined states that stand before the prompt; the tokens that were there already, and those read just now."""
         parts: list[TextStates] = []
         fresh = 0
         for part in cached_parts(mode):
@@ -210,12 +212,13 @@ class RAG:
                     fresh += len(ids)
                 parts.append(states)
         if not parts:
-            return None, 0
+            return None, 0, 0
+        stored = sum(map(len, parts)) - fresh
         parts = [part.to(device=self.model.device, dtype=self.model.model.dtype) for part in parts]
         joined, starts = join(parts, self.model, reference_positions=self.reference_positions)
         if self.recompute:
             joined = recompute_first(self.model, joined, starts, self.recompute)
-        return joined, fresh
+        return joined, stored, fresh
 
     def _document_states(self, document: Document, bos: bool) -> TextStates | None:
         """A document's stored states, or None."""
@@ -229,7 +232,9 @@ class RAG:
         return states
 
     def _document_ids(self, document: Document, bos: bool) -> list[int]:
-        if self.reference_positions and not bos:  # behind a question the reference opens a document on a new line, without BOS
+        if (
+            self.reference_positions and not bos
+        ):  # behind a question the reference opens a document on a new line, without BOS
             return self._ids("\n" + DOCUMENT_PREFIX, document.content, bos=False)
         return self._ids(DOCUMENT_PREFIX, document.content)
 

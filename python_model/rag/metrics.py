@@ -11,7 +11,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -67,11 +67,11 @@ def score(replies: Sequence[str], questions: Sequence[Question]) -> AnswerScores
     """Scores of one reply per question."""
     if len(replies) != len(questions) or not questions:
         raise ValueError(f"replies: got {len(replies)} for {len(questions)} questions, accepted is one each")
-    sums = [
-        100 * sum(metric(reply, q.answers) for reply, q in zip(replies, questions, strict=True)) / len(questions)
-        for metric in (match, exact_match, f1)
-    ]
-    return AnswerScores(*sums, questions=len(questions))
+
+    def mean(metric: Callable[[str, Sequence[str]], float]) -> float:
+        return 100 * sum(metric(r, q.answers) for r, q in zip(replies, questions, strict=True)) / len(questions)
+
+    return AnswerScores(mean(match), mean(exact_match), mean(f1), len(questions))
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
