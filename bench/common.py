@@ -58,6 +58,33 @@ def interleave(
     return seconds
 
 
+def interleave_events(
+    variants: dict[str, Callable[[], Any]], repeats: int = 7, warmup: int = 2, round_seconds: float = 0.02
+) -> dict[str, list[float]]:
+    """:func:`interleave` for a GPU: seconds per call from device events around as many back-to-back calls as fill
+    ``round_seconds``, so that what the host needs to launch a kernel hides behind the kernel before it."""
+    calls = {}
+    for name, run in variants.items():
+        for _ in range(warmup):
+            run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        calls[name] = max(1, min(100, round(round_seconds / max(time.perf_counter() - start, 1e-6))))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(calls[name]):
+                run()
+            end.record()
+            end.synchronize()
+            seconds[name].append(begin.elapsed_time(end) / 1e3 / calls[name])
+    return seconds
+
+
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -20,6 +20,7 @@ from grit_kernels.attention.triton_common import (
     addressable,
     dot,
     edge_block,
+    int32_tables,
     key_range,
     load_part,
     on_device,
@@ -355,7 +356,7 @@ def attention_backward(
     q, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v, grad_out, out = (addressable(x) for x in (q, k, v, grad_out.to(q.dtype), out))
     out, lse = out.contiguous(), lse.contiguous()
-    bounds = (q_start, q_len, k_start, k_len, left, right)
+    q_start, q_len, k_start, k_len, left, right = bounds = int32_tables(q_start, q_len, k_start, k_len, left, right)
     scale, cap = softmax_constants(softmax_scale, softcap)
     first_row = None if hi is None else transpose_hi(hi, q_start, q_len, k_start, k_len, keys)
     d1, d2 = split_head_dim(dim)

@@ -52,6 +52,11 @@ def addressable(x: Tensor) -> Tensor:
     return x
 
 
+def int32_tables(*tables: Tensor) -> tuple[Tensor, ...]:
+    """The per-sample numbers as kernels read them: int32, side by side."""
+    return tuple(x.to(torch.int32).contiguous() for x in tables)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the device of ``x``, whatever the current one is."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

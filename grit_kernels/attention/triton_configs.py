@@ -2,7 +2,7 @@
 
 Nothing is tuned on a user's first call. ``with override_config("forward", Config(...))`` or the environment variable
 GRIT_KERNELS_ATTENTION_CONFIG (``forward=128x64x8x3,backward_keys=...``: rows x keys x warps x stages) replace an entry;
-``python bench/attention.py --tune`` measures candidates on the GPU at hand.
+``python -m bench.attention_tune`` measures candidates on the GPU at hand.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 from grit_kernels.attention.triton_common import (
     addressable,
     attend_blocks,
+    int32_tables,
     key_range,
     load_part,
     on_device,
@@ -114,7 +115,7 @@ def attention_forward(
         return out, lse
     q, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v = addressable(q), addressable(k), addressable(v)
-    bounds = (q_start, q_len, k_start, k_len, left, right)
+    q_start, q_len, k_start, k_len, left, right = bounds = int32_tables(q_start, q_len, k_start, k_len, left, right)
     scale, cap = softmax_constants(softmax_scale, softcap)
     with on_device(q):
         if _splits_keys(q, group, q_len.shape[0], max(q_rows, max_q), max_k):

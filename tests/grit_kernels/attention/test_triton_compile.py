@@ -12,7 +12,7 @@ if interpreting():
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from grit_kernels.attention import triton_backward, triton_decode, triton_forward  # noqa: E402
+from grit_kernels.attention import triton_backward, triton_decode, triton_forward, triton_plan  # noqa: E402
 from grit_kernels.attention.triton_common import split_head_dim  # noqa: E402
 from grit_kernels.attention.triton_configs import KERNELS, Config, table_config  # noqa: E402
 from tests.grit_kernels.ahead_of_time import Compiled, compile_ahead_of_time  # noqa: E402
@@ -124,6 +124,55 @@ def test_representative_kernels_compile_within_their_budget(
     kernel: str, arch: str, dtype: str, dim: int, hi: bool, cap: bool
 ) -> None:
     check(kernel, arch, dtype, dim, hi, cap)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm90", "gfx9"])
+def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
+    numbers = ["p_q_start", "p_q_len", "p_k_start", "p_k_len", "p_left", "p_right", "p_hi"]
+    for over_keys in (True, False):
+        for rectangular in (True, False):
+            compile_ahead_of_time(
+                triton_plan.list_tiles_kernel,
+                {x: "*i32" for x in ["p_table", "p_work", *numbers]}
+                | {x: "i32" for x in ("batch", "tiles", "rows", "search_steps")},
+                {
+                    "OVER_KEYS": over_keys,
+                    "RECTANGULAR": rectangular,
+                    "BM": 128,
+                    "BN": 64,
+                    "HAS_HI": over_keys,
+                    "SLOTS": 128,
+                },
+                CAPABILITY[arch],
+            )
+    pointers = {x: "*i32" for x in ("p_table", "p_work", "p_sorted")}
+    constants = {"SLOTS": 32, "CHUNK": 128}
+    compile_ahead_of_time(triton_plan.sort_tiles_kernel, pointers | {"tiles": "i32"}, constants, CAPABILITY[arch])
+    merged = compile_ahead_of_time(
+        triton_decode.merge_splits_kernel,
+        {
+            "p_part": "*fp32",
+            "p_part_lse": "*fp32",
+            "p_out": "*bf16",
+            "p_lse": "*fp32",
+            "p_q_start": "*i32",
+            "p_q_len": "*i32",
+        }
+        | {x: "i32" for x in ("q_rows", "splits", "partial_rows")},
+        {"HEADS": 32, "D": 128, "DP": 128, "BM": 16},
+        CAPABILITY[arch],
+    )
+    statistics = compile_ahead_of_time(
+        triton_backward.row_statistics_kernel,
+        {"p_do": "*bf16", "p_out": "*bf16", "p_lse": "*fp32", "p_dlse": "*fp32", "p_stat": "*fp32"}
+        | {x: "i32" for x in ("stride_dot", "stride_doh", "rows")},
+        {"HEADS": 32, "D": 128, "DP": 128, "BM": 32, "HAS_DLSE": True},
+        CAPABILITY[arch],
+    )
+    assert merged.spilled == statistics.spilled == 0
+    if arch == "sm90":
+        assert "ld.global.v4" in statistics.ptx, "rows are read 16 bytes at a time"
 
 
 @pytest.mark.aot

@@ -1,0 +1,223 @@
+"""Attention speed: dense, mixed causal and bidirectional packs, windows, decoding, backward, against the field.
+
+    python -m bench.attention [--device cpu|cuda] [--only mixed] [--peers grit,flex] [--record NAME.json] [--plot NAME.png]
+
+Variants run interleaved; a row keeps the median. Printed per variant: ms, TFLOP/s on visible pairs, its time over this package's
+time in the same rounds, its rate over that of a large matrix product in the same run; for decoding, GB/s of keys and values and
+their share of a large copy. Every variant's output is compared with this package's before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import common
+from bench.attention_peers import NOT_ATTENTION, PEERS, Problem, Regime
+
+COLUMNS = ["regime", "variant", "ms", "tflops", "times_grit", "of_gemm", "gbps", "of_copy", "prepare_ms"]
+
+
+def same(name: str, length: int, count: int, causal: bool, shape: tuple[int, int, int], **options: Any) -> Regime:
+    """``count`` samples of one length and mode; ``shape`` = heads, key heads, head dim."""
+    lens = (length,) * count
+    return Regime(name, lens, lens, (causal,) * count, *shape, **options)
+
+
+def mixed(
+    name: str, tokens: int, share: float, shape: tuple[int, int, int], scale: float = 1.0, **options: Any
+) -> Regime:
+    """A training step's pack: ``share`` of the tokens in causal samples of up to 2048, the rest in queries of up to 256 and
+    passages of up to 2048 (one query per passage); real lengths are spread over 40 to 100 % of those."""
+    generator = random.Random(0)
+
+    def length(most: int) -> int:
+        return round(most * scale * generator.uniform(0.4, 1.0))
+
+    lens: list[int] = []
+    causal: list[bool] = []
+    used = 0
+    while used < tokens * share:
+        lens.append(length(2048))
+        causal.append(True)
+        used += lens[-1]
+    while used < tokens:
+        for most in (256, 2048):
+            lens.append(length(most))
+            causal.append(False)
+            used += lens[-1]
+    order = list(range(len(lens)))
+    generator.shuffle(order)
+    lens, causal = [lens[i] for i in order], [causal[i] for i in order]
+    return Regime(name, tuple(lens), tuple(lens), tuple(causal), *shape, **options)
+
+
+def decode(name: str, batch: int, cache: int, shape: tuple[int, int, int]) -> Regime:
+    return Regime(name, (1,) * batch, (cache,) * batch, (True,) * batch, *shape)
+
+
+def gpu_regimes() -> list[Regime]:
+    large, small = (32, 8, 128), (32, 32, 64)
+    found = []
+    for shape in (large, small):
+        for length in (1024, 4096, 16384):
+            for causal in (True, False):
+                mode = "causal" if causal else "bidirectional"
+                found.append(same(f"dense {mode} N{length} D{shape[2]}", length, 16384 // length, causal, shape))
+    found += [mixed(f"mixed {share}% causal", 65536, share / 100, large) for share in (0, 25, 50, 75, 100)]
+    for window in (1024, 4096):
+        for causal in (True, False):
+            mode = "causal" if causal else "bidirectional"
+            found.append(same(f"window {window} {mode} N16384", 16384, 2, causal, large, window=(window, window)))
+    found += [decode(f"decode B{b} cache {n}", b, n, large) for b in (1, 8, 64) for n in (4096, 32768)]
+    for causal in (True, False):
+        mode = "causal" if causal else "bidirectional"
+        found.append(same(f"backward {mode} N8192 D128", 8192, 2, causal, large, backward=True))
+    found.append(mixed("backward mixed 50% causal", 32768, 0.5, large, backward=True))
+    return found
+
+
+def cpu_regimes() -> list[Regime]:
+    small, large = (9, 3, 64), (8, 2, 128)
+    found = []
+    for length, count, shape in ((1024, 4, small), (4096, 1, large), (256, 16, large)):
+        for causal in (True, False):
+            mode = "causal" if causal else "bidirectional"
+            found.append(same(f"dense {mode} N{length} D{shape[2]}", length, count, causal, shape))
+    found += [mixed(f"mixed {share}% causal", 4096, share / 100, small, scale=0.5) for share in (0, 25, 50, 75, 100)]
+    for causal in (True, False):
+        mode = "causal" if causal else "bidirectional"
+        found.append(same(f"window 1024 {mode} N4096", 4096, 1, causal, small, window=(1024, 1024)))
+    found.append(same("fp32 causal N1024 D64", 1024, 4, True, small, dtype=torch.float32))
+    found.append(decode("decode B8 cache 4096", 8, 4096, large))
+    for causal in (True, False):
+        mode = "causal" if causal else "bidirectional"
+        found.append(same(f"backward {mode} N1024 D64", 1024, 4, causal, small, backward=True))
+    found.append(mixed("backward mixed 50% causal", 2048, 0.5, small, scale=0.5, backward=True))
+    return found
+
+
+def variants(problem: Problem, peers: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """What can solve the problem, each checked against this package (in the backward pass: its gradients)."""
+    found: dict[str, Callable[[], Any]] = {}
+    expected: list[torch.Tensor] = []
+    leaves = (problem.q, problem.k, problem.v)
+    grad_out = torch.randn_like(problem.q)
+    for name in peers:
+        run = PEERS[name](problem)
+        if run is None:
+            continue
+        if problem.regime.backward:
+            out = run()
+
+            def run(out: torch.Tensor = out) -> Any:
+                return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+            results = list(run())
+        else:
+            results = [run()]
+        if name not in NOT_ATTENTION:
+            expected = expected or results
+            for result, wanted in zip(results, expected, strict=True):
+                error = (result.float() - wanted.float()).norm() / wanted.float().norm()
+                if not error < 0.02:
+                    raise RuntimeError(
+                        f"{name} on {problem.regime.name}: relative error {float(error):.3g} against {peers[0]}"
+                    )
+        found[name] = run
+    return found
+
+
+def measure(regime: Regime, device: str, peers: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    problem = Problem(regime, device)
+    with torch.set_grad_enabled(regime.backward):
+        runs = variants(problem, peers)
+    decoding = max(regime.q_lens) == 1
+    gemm, gemm_flops = common.gemm_ceiling(device, regime.dtype)
+    copy, copy_bytes = common.copy_ceiling(device)
+    ceiling = "copy" if decoding else "gemm"
+    runs[ceiling] = copy if decoding else gemm
+    with torch.set_grad_enabled(regime.backward):
+        if device == "cuda":
+            seconds = common.interleave_events(runs, repeats)
+        else:
+            seconds = common.interleave(runs, repeats)
+    middle, relative = common.medians(seconds), common.ratios(seconds, next(iter(runs)))
+    rows = []
+    for name in runs:
+        if name == ceiling:
+            continue
+        rate = regime.flops() / middle[name]
+        row: dict[str, Any] = {
+            "regime": regime.name, "variant": name, "ms": middle[name] * 1e3, "tflops": rate / 1e12,
+            "times_grit": relative[name], "dtype": str(regime.dtype), "heads": [regime.heads, regime.heads_kv, regime.dim],
+            "window": regime.window, "samples": len(regime.q_lens), "tokens": sum(regime.k_lens), "seconds": seconds[name],
+        }  # fmt: skip
+        if decoding:
+            row["gbps"] = regime.kv_bytes() / middle[name] / 1e9
+            row["of_copy"] = row["gbps"] * 1e9 / (copy_bytes / middle["copy"])
+        else:
+            row["of_gemm"] = rate / (gemm_flops / middle["gemm"])
+        if name in problem.prepare_seconds:
+            row["prepare_ms"] = problem.prepare_seconds[name] * 1e3
+        rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """One group of bars per regime: rate of each variant, decoding left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "of_gemm" in row]
+    regimes = list(dict.fromkeys(row["regime"] for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.14 * len(rows)))
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        own = {row["regime"]: row["tflops"] for row in rows if row["variant"] == name}
+        places = [regimes.index(regime) + (i - len(names) / 2) * height for regime in own]
+        axes.barh(places, list(own.values()), height, label=name)
+    axes.set_yticks(range(len(regimes)), regimes, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("TFLOP/s on visible pairs")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="regimes whose name contains this text")
+    parser.add_argument("--peers", default=";".join(PEERS), help="names separated by ';', this package first")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results")
+    parser.add_argument("--plot", help="PNG file")
+    arguments = parser.parse_args(argv)
+    peers = [name.strip() for name in arguments.peers.split(";")]
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"--peers: {sorted(unknown)} are not among {list(PEERS)}")
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for regime in gpu_regimes() if arguments.device == "cuda" else cpu_regimes():
+        if arguments.only in regime.name:
+            measured = measure(regime, arguments.device, peers, arguments.repeats)
+            print(common.table(measured, COLUMNS), flush=True)
+            rows += measured
+            if arguments.record:
+                common.write_records(arguments.record, rows)
+    if arguments.plot:
+        draw(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The attention benchmark counts what it says, and refuses a variant that computes something else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import grit_kernels as gk
+from bench import attention, attention_peers
+from bench.attention_peers import Problem, Regime
+from grit_kernels.visibility import dense_mask
+
+SMALL = Regime("small", (20, 7), (20, 7), (True, False), 4, 2, 32, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (5, 3)])
+def test_pairs_are_those_of_the_dense_mask(window: tuple[int, int]) -> None:
+    regime = Regime("x", (20, 7, 1), (20, 9, 30), (True, False, True), 1, 1, 32, window=window)
+    left, right = (10**6 if w < 0 else w for w in window)
+    masks = [
+        dense_mask(q, k, left, 0 if causal else right)
+        for q, k, causal in zip(regime.q_lens, regime.k_lens, regime.causal, strict=True)
+    ]
+    assert regime.pairs() == sum(int(mask.sum()) for mask in masks)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_mixed_pack_has_the_share_of_causal_tokens_it_names(share: float) -> None:
+    regime = attention.mixed("x", 65536, share, (1, 1, 32))
+    causal = sum(n for n, c in zip(regime.q_lens, regime.causal, strict=True) if c)
+    assert causal / sum(regime.q_lens) == pytest.approx(share, abs=0.04)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_cpu_variant_computes_the_same(backward: bool) -> None:
+    regime = Regime(
+        "x", (20, 7, 20), (20, 7, 20), (True, False, True), 4, 2, 32, dtype=torch.float32, backward=backward
+    )
+    peers = [name for name in attention_peers.PEERS if name != "flex"]  # compiling it takes a minute
+    with gk.backend("reference"):
+        rows = attention.measure(regime, "cpu", peers, repeats=1)
+    names = [row["variant"] for row in rows]
+    assert names == ["grit", "grit, two launches", "sdpa loop", "sdpa masked", "sdpa split"]
+    assert all(row["tflops"] > 0 and row["of_gemm"] > 0 for row in rows)
+
+
+def test_decoding_is_rated_against_a_copy() -> None:
+    regime = Regime("x", (1, 1), (40, 40), (True, True), 4, 2, 32, dtype=torch.float32)
+    with gk.backend("reference"):
+        rows = attention.measure(regime, "cpu", ["grit", "sdpa split", "matmul only"], repeats=1)
+    assert [row["gbps"] > 0 for row in rows] == [True] * 3
+
+
+def test_a_variant_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention_peers.PEERS, "sdpa loop", lambda p: lambda: 1.1 * attention_peers.grit(p)())
+    with gk.backend("reference"), pytest.raises(RuntimeError, match="sdpa loop on small"):
+        attention.variants(Problem(SMALL, "cpu"), ["grit", "sdpa loop"])
