@@ -58,5 +58,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the CPU kernels with the address and undefined-behaviour sanitizers; the package finds this build by GRIT_KERNELS_LIBRARY
+SANITIZED := build/asan
+asan: install
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DGRIT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DTORCH_INCLUDE=$$($(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent / 'include')")
+	$(BIN)/cmake --build $(SANITIZED)
+	GRIT_KERNELS_LIBRARY=$(SANITIZED)/_C.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest tests/grit_kernels/pooling tests/grit_kernels/attention
+
 clean:
 	rm -rf .oldest build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache

@@ -66,7 +66,8 @@ def status() -> LibraryStatus:
         if _interpreting():
             _cpu = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
         else:
-            _cpu = _load(FOLDER / "_C.so", "compiled library")
+            # GRIT_KERNELS_LIBRARY: another build of the CPU library, such as the one of `make asan`
+            _cpu = _load(Path(os.environ.get("GRIT_KERNELS_LIBRARY") or FOLDER / "_C.so"), "compiled library")
             cuda_status()
     return _cpu
 

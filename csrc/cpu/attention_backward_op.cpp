@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
 
   auto zero = [&](void* data, int64_t heads, int64_t first, int64_t last) {
     const int64_t row = heads * a.dim * size;
+    if (first == last) return;  // an empty tensor has no memory
     std::memset((char*)data + first * row, 0, (size_t)((last - first) * row));
   };
   for (const Gap& gap : gaps(call, false)) zero(g.dq, a.heads_q, gap.first, gap.last);

@@ -16,6 +16,7 @@ namespace {
 constexpr float DEAD = -std::numeric_limits<float>::infinity();
 
 void write_dead_rows(const Attention& a, int64_t size, int64_t first, int64_t last) {
+  if (first == last) return;  // an empty tensor has no memory
   std::memset((char*)a.out + first * a.heads_q * a.dim * size, 0, (size_t)((last - first) * a.heads_q * a.dim * size));
   std::fill(a.lse + first * a.heads_q, a.lse + last * a.heads_q, DEAD);
 }

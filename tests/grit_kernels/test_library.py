@@ -54,7 +54,7 @@ def test_libraries_use_torchs_c_interface_only(library: Path) -> None:
 def test_the_status_names_the_library_or_what_to_do() -> None:
     status = _library.status()
     if status.loaded:
-        assert status.path is not None and status.path.name == "_C.so" and status.reason == ""
+        assert status.path is not None and status.path.name.startswith("_C") and status.reason == ""
     else:
         assert ("TRITON_INTERPRET" in status.reason) if interpreting() else ("pip install" in status.reason)
 
