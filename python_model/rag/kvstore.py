@@ -11,15 +11,12 @@ which has just been merged away asks the index again.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -28,16 +25,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from python_model.rag import quantization, shards
+from python_model.rag.folder import StoreCorruptError, StoreFolder, StoreFullError, set_meta
 from python_model.rag.states import TextStates
 
-VERSION = 1
 Format = Literal["bfloat16", "float16", "float32", "int8"]
 FORMATS: tuple[str, ...] = get_args(Format)
 OPEN_SHARDS = 256
 """Mapped shards that one KVStore keeps open."""
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, bytes INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS documents (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE NOT NULL, shard INTEGER NOT NULL REFERENCES shards (id),
@@ -47,23 +43,7 @@ CREATE INDEX IF NOT EXISTS documents_of_shard ON documents (shard);
 """
 
 
-class StoreError(RuntimeError):
-    """A key-value store cannot do what was asked."""
-
-
-class StoreFullError(StoreError):
-    """No room: the disk is full, or the store has reached ``max_bytes``. Nothing was changed."""
-
-
-class StoreCorruptError(StoreError):
-    """What is on the disk is not what was written; the message names the file and the document."""
-
-
-class StoreBusyError(StoreError):
-    """Another process kept writing for longer than ``lock_timeout``."""
-
-
-class KVStore:
+class KVStore(StoreFolder):
     """States of documents by key, made by one model with one setting.
 
     Args:
@@ -81,6 +61,10 @@ class KVStore:
     An object may be shared by threads. Objects in several processes may read and write the same folder.
     """
 
+    kind = "key-value store"
+    schema = _SCHEMA
+    files = "shards"
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -97,20 +81,16 @@ class KVStore:
             raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
         if when_full not in ("error", "drop_oldest"):
             raise ValueError(f"when_full: got {when_full!r}, accepted are 'error', 'drop_oldest'")
-        self.path = Path(path)
-        self.max_bytes, self.when_full, self.lock_timeout = max_bytes, when_full, lock_timeout
-        if not create and not (self.path / "index.sqlite").exists():
-            raise FileNotFoundError(f"path: there is no key-value store in {self.path}")
-        self._local = threading.local()
+        self.max_bytes, self.when_full = max_bytes, when_full
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._handles_lock = threading.Lock()
         self._checked: set[int] = set()
-        self._cleaned = False
-        self._shard_folder.mkdir(parents=True, exist_ok=True)
-        recorded = self._agree({"fingerprint": fingerprint, "format": format, "settings": settings})
-        self.format: str = recorded["format"]
-        self.fingerprint: str | None = recorded["fingerprint"]
-        self.settings: dict[str, Any] = recorded["settings"] or {}
+        super().__init__(
+            path, {"fingerprint": fingerprint, "format": format, "settings": settings}, lock_timeout, create
+        )
+        self.format: str = self.recorded["format"]
+        self.fingerprint: str | None = self.recorded["fingerprint"]
+        self.settings: dict[str, Any] = self.recorded["settings"] or {}
 
     def append(
         self, key: str, states: TextStates, metadata: dict[str, Any] | None = None, *, overwrite: bool = False
@@ -142,7 +122,7 @@ class KVStore:
             for geometry in geometries:
                 known = meta.get("geometry")
                 if known is None:
-                    _set_meta(db, "geometry", list(geometry))
+                    set_meta(db, "geometry", list(geometry))
                     meta["geometry"] = list(geometry)
                 elif list(geometry) != known:
                     raise ValueError(
@@ -282,9 +262,7 @@ class KVStore:
 
     def close(self) -> None:
         """Close this thread's connection and all mapped shards; the object opens them again when it is used."""
-        if (db := getattr(self._local, "db", None)) is not None:
-            db.close()
-            del self._local.db
+        super().close()
         with self._handles_lock:
             self._handles.clear()
 
@@ -294,52 +272,8 @@ class KVStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # the index
-
-    @property
-    def _shard_folder(self) -> Path:
-        return self.path / "shards"
-
-    @property
-    def _db(self) -> sqlite3.Connection:
-        db = getattr(self._local, "db", None)
-        if db is None:
-            # autocommit mode: transactions are begun by hand, so that a writer takes its lock before it reads
-            db = sqlite3.connect(self.path / "index.sqlite", timeout=self.lock_timeout, isolation_level=None)
-            db.execute("PRAGMA synchronous = FULL")
-            self._local.db = db
-        return db
-
-    def _agree(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Record the settings of a new store, or compare them with the recorded ones."""
-        try:
-            known = self._meta()
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error):
-                raise
-            known = {}
-        except sqlite3.DatabaseError as error:
-            raise StoreCorruptError(f"{self.path / 'index.sqlite'}: {error}") from error
-        if not known:
-            with self._transaction() as db:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                known = self._meta(db)  # another process may have been faster
-                if not known:
-                    new = {**given, "format": given["format"] or "bfloat16", "version": VERSION}
-                    for name, value in new.items():
-                        _set_meta(db, name, value)
-                    known = new
-        if known["version"] != VERSION:
-            raise StoreError(f"{self.path}: has format version {known['version']}, this code reads {VERSION}")
-        for name, value in given.items():
-            if value is not None and known.get(name) != value:
-                raise ValueError(f"{name}: got {value!r}, the key-value store {self.path} has {known.get(name)!r}")
-        return known
-
-    def _meta(self, db: sqlite3.Connection | None = None) -> dict[str, Any]:
-        rows = (db or self._db).execute("SELECT name, value FROM meta")
-        return {name: json.loads(value) for name, value in rows}
+    def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {**given, "format": given["format"] or "bfloat16"}
 
     def _row(self, key: str, db: sqlite3.Connection | None = None) -> tuple[Any, ...] | None:
         query = (
@@ -348,61 +282,16 @@ class KVStore:
         )
         return (db or self._db).execute(query, (key,)).fetchone()
 
-    # writing
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """The only writer, from here to the commit; another one waits at BEGIN."""
-        db = self._db
-        try:
-            db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                message = f"{self.path}: another process has been writing for {self.lock_timeout:g} s"
-                raise StoreBusyError(message) from error
-            raise
-        try:
-            yield db
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[sqlite3.Connection, list[str], list[str]]]:
-        """A transaction, the files to remove if it fails, and those to remove once it is committed."""
-        undo: list[str] = []
-        after: list[str] = []
-        try:
-            with self._transaction() as db:
-                self._remove_leftovers(db)
-                yield db, undo, after
-        except BaseException as error:
-            self._remove_files(undo)
-            if _is_full(error):
-                raise StoreFullError(f"{self.path}: no room for the document ({error}); nothing changed") from error
-            raise
-        self._remove_files(after)
-
-    def _remove_leftovers(self, db: sqlite3.Connection) -> None:
-        """Files of writers that were killed. Only a writer may call this: its lock says that nobody else is writing."""
-        if not self._cleaned:
-            known = {row[0] for row in db.execute("SELECT file FROM shards")}
-            self._remove_files([file.name for file in self._shard_folder.iterdir() if file.name not in known])
-            self._cleaned = True
-
     def _remove_files(self, names: list[str]) -> None:
         with self._handles_lock:
             for name in names:
                 self._handles.pop(name, None)
-        for name in names:
-            (self._shard_folder / name).unlink(missing_ok=True)
+        super()._remove_files(names)
 
     def _write_shard(self, db: sqlite3.Connection, tensors: dict[str, Tensor], undo: list[str]) -> int:
         name = shards.new_name()
         undo.append(name)
-        size = shards.write_shard(self._shard_folder / name, tensors)
+        size = shards.write_shard(self._file_folder / name, tensors)
         row = db.execute("INSERT INTO shards (file, bytes) VALUES (?, ?)", (name, size))
         assert row.lastrowid is not None
         return row.lastrowid
@@ -444,23 +333,13 @@ class KVStore:
         with self._handles_lock:
             handle = self._handles.get(file)
             if handle is None:
-                handle = safe_open(str(self._shard_folder / file), framework="pt")
+                handle = safe_open(str(self._file_folder / file), framework="pt")
                 self._handles[file] = handle
                 if len(self._handles) > OPEN_SHARDS:
                     self._handles.popitem(last=False)
             self._handles.move_to_end(file)
             names = ("data", "key_scales", "value_scales") if self.format == "int8" else ("data",)
             return {name: handle.get_tensor(f"{tensor}.{name}") for name in names}
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
-
-
-def _set_meta(db: sqlite3.Connection, name: str, value: Any) -> None:
-    db.execute("INSERT INTO meta (name, value) VALUES (?, ?)", (name, json.dumps(value)))
 
 
 def _pack_ints(values: Tensor) -> bytes:

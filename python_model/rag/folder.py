@@ -1,0 +1,163 @@
+"""StoreFolder: a folder with an SQLite index beside larger files; what KVStore and Index share.
+
+SQLite's writer lock is the folder's: a writer holds it while it writes its large files, others wait; a killed process loses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+VERSION = 1
+
+
+class StoreError(RuntimeError):
+    """A store cannot do what was asked."""
+
+
+class StoreFullError(StoreError):
+    """No room: the disk is full, or the store has reached ``max_bytes``. Nothing was changed."""
+
+
+class StoreCorruptError(StoreError):
+    """What is on the disk is not what was written; the message names the file and the document."""
+
+
+class StoreBusyError(StoreError):
+    """Another process kept writing for longer than ``lock_timeout``."""
+
+
+class StoreFolder:
+    """See the top of the file. ``kind`` is for messages; ``schema`` are the tables, ``files`` the folder of the large files."""
+
+    kind: ClassVar[str]
+    schema: ClassVar[str]
+    files: ClassVar[str]
+
+    def __init__(self, path: str | os.PathLike[str], given: dict[str, Any], lock_timeout: float, create: bool) -> None:
+        self.path, self.lock_timeout = Path(path), lock_timeout
+        if not create and not (self.path / "index.sqlite").exists():
+            raise FileNotFoundError(f"path: there is no {self.kind} in {self.path}")
+        self._local = threading.local()
+        self._cleaned = False
+        self._file_folder.mkdir(parents=True, exist_ok=True)
+        self.recorded = self._agree(given)
+
+    def close(self) -> None:
+        """Close this thread's connection; the object opens it again when it is used."""
+        if (db := getattr(self._local, "db", None)) is not None:
+            db.close()
+            del self._local.db
+
+    @property
+    def _file_folder(self) -> Path:
+        return self.path / self.files
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        db = getattr(self._local, "db", None)
+        if db is None:
+            # autocommit mode: transactions are begun by hand, so that a writer takes its lock before it reads
+            db = sqlite3.connect(self.path / "index.sqlite", timeout=self.lock_timeout, isolation_level=None)
+            db.execute("PRAGMA synchronous = FULL")
+            self._local.db = db
+        return db
+
+    def _agree(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Record the settings of a new store, or compare them with the recorded ones; None agrees with anything."""
+        try:
+            known = self._meta()
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            known = {}
+        except sqlite3.DatabaseError as error:
+            raise StoreCorruptError(f"{self.path / 'index.sqlite'}: {error}") from error
+        if not known:
+            with self._transaction() as db:
+                db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+                for statement in self.schema.split(";"):
+                    db.execute(statement)
+                known = self._meta(db)  # another process may have been faster
+                if not known:
+                    known = {**self._new_settings(given), "version": VERSION}
+                    for name, value in known.items():
+                        set_meta(db, name, value)
+        if known["version"] != VERSION:
+            raise StoreError(f"{self.path}: has format version {known['version']}, this code reads {VERSION}")
+        for name, value in given.items():
+            if value is not None and known.get(name) != value:
+                raise ValueError(f"{name}: got {value!r}, the {self.kind} {self.path} has {known.get(name)!r}")
+        return known
+
+    def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What a new store records."""
+        return given
+
+    def _meta(self, db: sqlite3.Connection | None = None) -> dict[str, Any]:
+        rows = (db or self._db).execute("SELECT name, value FROM meta")
+        return {name: json.loads(value) for name, value in rows}
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """The only writer, from here to the commit; another one waits at BEGIN."""
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                message = f"{self.path}: another process has been writing for {self.lock_timeout:g} s"
+                raise StoreBusyError(message) from error
+            raise
+        try:
+            yield db
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[sqlite3.Connection, list[str], list[str]]]:
+        """A transaction, the files to remove if it fails, and those to remove once it is committed."""
+        undo: list[str] = []
+        after: list[str] = []
+        try:
+            with self._transaction() as db:
+                self._remove_leftovers(db)
+                yield db, undo, after
+        except BaseException as error:
+            self._remove_files(undo)
+            if _is_full(error):
+                raise StoreFullError(f"{self.path}: no room for the document ({error}); nothing changed") from error
+            raise
+        self._remove_files(after)
+
+    def _remove_leftovers(self, db: sqlite3.Connection) -> None:
+        """Files of writers that were killed. Only a writer may call this: its lock says that nobody else is writing."""
+        if not self._cleaned:
+            known = {row[0] for row in db.execute("SELECT file FROM shards")}
+            self._remove_files([file.name for file in self._file_folder.iterdir() if file.name not in known])
+            self._cleaned = True
+
+    def _remove_files(self, names: list[str]) -> None:
+        for name in names:
+            (self._file_folder / name).unlink(missing_ok=True)
+
+
+def set_meta(db: sqlite3.Connection, name: str, value: Any) -> None:
+    """Record a setting of the store."""
+    db.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, json.dumps(value)))
+
+
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
