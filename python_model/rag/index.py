@@ -1,0 +1,355 @@
+"""Index: documents and their embeddings in a folder, searched exactly.
+
+    folder/index.sqlite           documents (key, title, text), where their vectors stand; the index's settings
+    folder/vectors/*.safetensors  matrices (documents, size) in float32, float16 or int8 with a float32 scale per row
+
+Vectors are added as a new file and never changed; what KVStore says about kills, full disks and several writers holds here,
+too. Nothing is pickled. Scores are inner products: cosines for a model that normalises.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from python_model.modeling import GritLM
+from python_model.rag import shards
+from python_model.rag.fingerprint import embedding_settings, fingerprint
+from python_model.rag.folder import StoreCorruptError, StoreFolder, set_meta
+from python_model.rag.modes import DOCUMENT_PREFIX, Document
+
+VectorFormat = Literal["float32", "float16", "int8"]
+FORMATS: tuple[str, ...] = get_args(VectorFormat)
+ROWS_AT_ONCE = 1 << 16
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS documents (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
+    shard INTEGER NOT NULL REFERENCES shards (id), row INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS documents_of_shard ON documents (shard, row);
+"""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document found, and its inner product with the query."""
+
+    document: Document
+    score: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The vectors of one file that are still in use: rows of a matrix and the documents' ids."""
+
+    data: Tensor  # (rows, size)
+    scales: Tensor | None  # (rows, 1) float32, of int8
+    ids: Tensor  # int64 (rows)
+
+
+class Index(StoreFolder):
+    """Documents with vectors of one size, made by one model.
+
+    Args:
+        path: the index's folder; created when missing (unless ``create`` is False).
+        fingerprint: of the model (see fingerprint.py); must equal the recorded one.
+        settings: what else the vectors depend on (pooling, normalisation, prefix); must equal the recorded ones.
+        format: how vectors are stored: ``"float32"``, ``"float16"`` or ``"int8"`` (a scale per vector). Default: the index's own,
+            float32 for a new one.
+        lock_timeout: seconds that a writer waits for another one.
+
+    :func:`open_index` fills in fingerprint and settings from a model.
+    """
+
+    kind = "index"
+    schema = _SCHEMA
+    files = "vectors"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fingerprint: str | None = None,
+        settings: dict[str, Any] | None = None,
+        format: VectorFormat | None = None,
+        lock_timeout: float = 60.0,
+        create: bool = True,
+    ) -> None:
+        if format is not None and format not in FORMATS:
+            raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
+        given = {"fingerprint": fingerprint, "settings": settings, "format": format}
+        super().__init__(path, given, lock_timeout, create)
+        self.format: str = self.recorded["format"]
+        self._blocks: list[_Block] = []
+        self._state: int | None = None
+        self._faiss: dict[str, tuple[int, Any, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT COUNT(*) FROM documents").fetchone()[0])
+
+    def __contains__(self, key: str) -> bool:
+        return self._db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone() is not None
+
+    def keys(self) -> list[str]:
+        """All keys, oldest first."""
+        return [row[0] for row in self._db.execute("SELECT key FROM documents ORDER BY id")]
+
+    def document(self, key: str) -> Document:
+        """The document of a key."""
+        row = self._db.execute("SELECT key, text, title FROM documents WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise KeyError(f"{key!r} is not in the index {self.path}")
+        return Document(*row)
+
+    def add(self, documents: Sequence[Document], vectors: Tensor | np.ndarray, *, overwrite: bool = False) -> None:
+        """Add documents with their vectors (documents, size): all of them, or on an error none.
+
+        Raises:
+            ValueError: a key is there already (and ``overwrite`` is False) or comes twice, or the vectors have another size,
+                another number, or values that are not finite.
+        """
+        matrix = torch.as_tensor(vectors).detach().float().cpu()
+        if matrix.ndim != 2 or matrix.shape[0] != len(documents) or not len(documents):
+            raise ValueError(
+                f"vectors: got {tuple(matrix.shape)}, accepted is ({len(documents)}, size), at least one row"
+            )
+        if not bool(matrix.isfinite().all()):
+            raise ValueError("vectors: some values are not finite")
+        keys = [document.key for document in documents]
+        if len(set(keys)) < len(keys):
+            raise ValueError("documents: a key comes twice")
+        tensors = _pack(matrix, self.format)
+        with self._writing() as (db, undo, after):
+            size = self._meta(db).get("size")
+            if size is None:
+                set_meta(db, "size", matrix.shape[1])
+            elif size != matrix.shape[1]:
+                raise ValueError(f"vectors: got size {matrix.shape[1]}, this index has {size}")
+            present = [key for key in keys if db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone()]
+            if present and not overwrite:
+                raise ValueError(f"key: {present[0]!r} is in the index already; pass overwrite=True to replace it")
+            self._delete(db, present, after)
+            name = shards.new_name()
+            undo.append(name)
+            shards.write_shard(self._file_folder / name, tensors)
+            shard = db.execute(
+                "INSERT INTO shards (file, checksum) VALUES (?, ?)", (name, shards.checksum(tensors.values()))
+            ).lastrowid
+            db.executemany(
+                "INSERT INTO documents (key, title, text, shard, row) VALUES (?, ?, ?, ?, ?)",
+                [(d.key, d.title, d.text, shard, row) for row, d in enumerate(documents)],
+            )
+            _count_change(db)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove documents. The space of their vectors is freed with the last one of their file.
+
+        Raises:
+            KeyError: one of them is not there; then none is removed.
+        """
+        with self._writing() as (db, _, after):
+            for key in keys:
+                if db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone() is None:
+                    raise KeyError(f"{key!r} is not in the index {self.path}")
+            self._delete(db, list(keys), after)
+            _count_change(db)
+
+    def search(self, queries: Tensor | np.ndarray, k: int = 10, *, engine: str = "exact") -> list[list[Hit]]:
+        """The ``k`` documents with the largest inner products, best first, for each row of ``queries`` (Q, size).
+
+        ``engine``: ``"exact"`` compares with every vector in FP32 (ties: the older document first); ``"faiss"`` or
+        ``"faiss:FACTORY"`` (e.g. ``"faiss:HNSW32"``) builds a FAISS index in memory on first use. What another process has
+        added or deleted since is seen.
+
+        Raises:
+            ValueError: wrong shape, ``k`` < 1, an unknown engine. ImportError: FAISS is not installed.
+        """
+        matrix = torch.as_tensor(queries).detach().float().cpu()
+        size = self._meta().get("size")
+        if k < 1:
+            raise ValueError(f"k: got {k}, accepted is an int >= 1")
+        if size is None:
+            return [[] for _ in matrix]
+        if matrix.ndim != 2 or matrix.shape[1] != size:
+            raise ValueError(f"queries: got {tuple(matrix.shape)}, accepted is (queries, {size})")
+        self._refresh()
+        if engine == "exact":
+            scores, ids = self._search_exactly(matrix, k)
+        elif engine == "faiss" or engine.startswith("faiss:"):
+            scores, ids = self._search_faiss(matrix, k, engine.partition(":")[2] or "Flat")
+        else:
+            raise ValueError(f"engine: got {engine!r}, accepted are 'exact', 'faiss', 'faiss:FACTORY'")
+        return [
+            [Hit(self._by_id(identity), score) for identity, score in zip(row_ids, row, strict=True) if identity >= 0]
+            for row_ids, row in zip(ids.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def vectors(self) -> tuple[list[str], Tensor]:
+        """All keys and vectors, float32 (documents, size)."""
+        self._refresh()
+        keys = dict(self._db.execute("SELECT id, key FROM documents"))
+        ids = [identity for block in self._blocks for identity in block.ids.tolist()]
+        rows = [_unpack(block, slice(None)) for block in self._blocks]
+        return [keys[identity] for identity in ids], torch.cat(rows) if rows else torch.zeros(0, 0)
+
+    def _search_exactly(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        best = torch.full((len(queries), 0), 0.0)
+        found = torch.full((len(queries), 0), -1)
+        for block in self._blocks:
+            for start in range(0, len(block.ids), ROWS_AT_ONCE):
+                part = slice(start, start + ROWS_AT_ONCE)
+                scores = queries @ _unpack(block, part).T
+                best = torch.cat([best, scores], dim=1)
+                found = torch.cat([found, block.ids[part].expand(len(queries), -1)], dim=1)
+                # a stable sort instead of topk: equal scores keep the order of the documents
+                order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
+                best, found = best.gather(1, order), found.gather(1, order)
+        return best, found
+
+    def _search_faiss(self, queries: Tensor, k: int, factory: str) -> tuple[Tensor, Tensor]:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ImportError(
+                "engine: FAISS is not installed; pip install 'grit-kernels[rag]', or search exactly"
+            ) from error
+        assert self._state is not None
+        built = self._faiss.get(factory)
+        if built is None or built[0] != self._state:
+            matrix = torch.cat([_unpack(block, slice(None)) for block in self._blocks]).numpy()
+            index = faiss.index_factory(matrix.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            index.train(matrix)
+            index.add(matrix)
+            built = (self._state, index, torch.cat([block.ids for block in self._blocks]))
+            self._faiss[factory] = built
+        scores, rows = built[1].search(queries.numpy(), k)
+        rows = torch.from_numpy(rows)  # -1 where fewer than k were found
+        return torch.from_numpy(scores), torch.where(rows >= 0, built[2][rows.clamp(min=0)], -1)
+
+    def _by_id(self, identity: int) -> Document:
+        row = self._db.execute("SELECT key, text, title FROM documents WHERE id = ?", (identity,)).fetchone()
+        return Document(*row)
+
+    def _refresh(self) -> None:
+        """Map the vectors again if documents were added or deleted since, by this process or another."""
+        db = self._db
+        if self._state == self._meta(db).get("changes", 0):
+            return
+        db.execute("BEGIN")  # one state of the index, whatever others write meanwhile
+        try:
+            state = self._meta(db).get("changes", 0)
+            blocks = []
+            for shard, file, check in db.execute("SELECT id, file, checksum FROM shards ORDER BY id").fetchall():
+                rows = db.execute("SELECT id, row FROM documents WHERE shard = ? ORDER BY row", (shard,)).fetchall()
+                data, scales = self._read(file, check)
+                if len(rows) < data.shape[0]:
+                    used = torch.tensor([row for _, row in rows])
+                    data, scales = data[used], None if scales is None else scales[used]
+                blocks.append(_Block(data, scales, torch.tensor([identity for identity, _ in rows])))
+        finally:
+            db.execute("ROLLBACK")
+        self._blocks, self._state = blocks, state
+
+    def _read(self, file: str, check: int) -> tuple[Tensor, Tensor | None]:
+        path = self._file_folder / file
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise StoreCorruptError(f"{path}: the vectors cannot be read ({error})") from error
+        if shards.checksum(tensors.values()) != check:
+            raise StoreCorruptError(f"{path}: the vectors do not have the checksum they were written with")
+        return tensors["data"], tensors.get("scales")
+
+    def _delete(self, db: sqlite3.Connection, keys: list[str], after: list[str]) -> None:
+        if not keys:
+            return
+        db.executemany("DELETE FROM documents WHERE key = ?", [(key,) for key in keys])
+        unused = "SELECT id, file FROM shards s WHERE NOT EXISTS (SELECT 1 FROM documents d WHERE d.shard = s.id)"
+        empty = db.execute(unused).fetchall()
+        db.executemany("DELETE FROM shards WHERE id = ?", [(identity,) for identity, _ in empty])
+        after += [file for _, file in empty]
+
+    def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {**given, "format": given["format"] or "float32"}
+
+
+def open_index(
+    path: str | os.PathLike[str],
+    model: GritLM,
+    *,
+    prefix: str = DOCUMENT_PREFIX,
+    format: VectorFormat | None = None,
+    create: bool = True,
+) -> Index:
+    """The index at ``path`` for this model, made when missing; one made by another model, or with other settings, is refused.
+
+    ``prefix``: the format before each document (the paper's: no instruction).
+    """
+    settings = {**embedding_settings(model), "prefix": prefix}
+    return Index(path, fingerprint=fingerprint(model), settings=settings, format=format, create=create)
+
+
+def add_documents(
+    index: Index,
+    model: GritLM,
+    documents: Sequence[Document],
+    *,
+    max_length: int | None = None,
+    batch: int = 1024,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Embed documents and add them, ``batch`` at a time: an interruption keeps the batches that are done.
+
+    Raises:
+        ValueError: a document has more than ``max_length`` tokens (default: the model's positions); divide it with
+            :func:`python_model.rag.documents.chunk`. Nothing is cut silently.
+    """
+    from python_model.prompts import encode_text
+
+    prefix = index.recorded["settings"]["prefix"]
+    limit = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
+    for start in range(0, len(documents), batch):
+        part = documents[start : start + batch]
+        for document in part:
+            if encode_text(model.tokenizer, prefix, document.content, limit, suffix=model.embed_eos).truncated:
+                raise ValueError(f"documents: {document.key!r} has more than {limit} tokens; divide it into chunks")
+        vectors = model.encode(
+            [document.content for document in part],
+            instruction=prefix,
+            max_length=limit,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        index.add(part, vectors, overwrite=overwrite)
+        if progress is not None:
+            progress(start + len(part), len(documents))
+
+
+def _pack(matrix: Tensor, format: str) -> dict[str, Tensor]:
+    if format != "int8":
+        return {"data": matrix.to(getattr(torch, format))}
+    scales = matrix.abs().amax(dim=1, keepdim=True) / 127
+    data = (matrix / torch.where(scales > 0, scales, 1.0)).round().clamp(-127, 127).to(torch.int8)
+    return {"data": data, "scales": scales}
+
+
+def _unpack(block: _Block, rows: slice) -> Tensor:
+    data = block.data[rows].float()
+    return data if block.scales is None else data * block.scales[rows]
+
+
+def _count_change(db: sqlite3.Connection) -> None:
+    """Other processes, and this one, see by the count that what they have mapped is old."""
+    row = db.execute("SELECT value FROM meta WHERE name = 'changes'").fetchone()
+    set_meta(db, "changes", int(row[0]) + 1 if row else 1)

@@ -1,0 +1,215 @@
+"""An index finds what exact search finds, survives reopening and damage, and refuses another model's vectors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from python_model import GritLM
+from python_model.rag import StoreCorruptError
+from python_model.rag.answer import RAG
+from python_model.rag.documents import chunk, read_documents
+from python_model.rag.index import Index, add_documents, open_index
+from python_model.rag.modes import Document
+
+
+def make(count: int, size: int = 16, seed: int = 0) -> tuple[list[Document], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.nn.functional.normalize(torch.randn(count, size, generator=generator), dim=1)
+    return [Document(f"{seed}-{i}", f"text {i}", f"title {i}" if i % 2 else "") for i in range(count)], vectors
+
+
+def keys(found: Any) -> list[list[str]]:
+    return [[hit.document.key for hit in hits] for hits in found]
+
+
+def test_search_equals_sorting_all_inner_products(tmp_path: Path) -> None:
+    index = Index(tmp_path / "i")
+    (a, va), (b, vb) = make(30, seed=0), make(25, seed=1)
+    index.add(a, va)
+    index.add(b, vb)
+    queries = make(4, seed=2)[1]
+    scores = queries @ torch.cat([va, vb]).T
+    want = scores.argsort(dim=1, descending=True)[:, :7]
+    names = [d.key for d in a + b]
+    for opened in (index, Index(tmp_path / "i")):
+        found = opened.search(queries, 7)
+        assert keys(found) == [[names[i] for i in row] for row in want.tolist()]
+        np.testing.assert_allclose([[h.score for h in hits] for hits in found], scores.gather(1, want), atol=1e-6)
+    assert found[0][0].document in a + b and len(index) == 55 and "0-3" in index
+    assert [len(hits) for hits in index.search(queries, 100)] == [55] * 4
+    got_keys, got = index.vectors()
+    assert got_keys == names and torch.equal(got, torch.cat([va, vb]))
+
+
+@pytest.mark.parametrize(("name", "error"), [("float16", 1e-3), ("int8", 1e-2)])
+def test_smaller_vectors_change_scores_by_their_rounding_only(tmp_path: Path, name: Any, error: float) -> None:
+    documents, vectors = make(50, 64)
+    index = Index(tmp_path / "i", format=name)
+    index.add(documents, vectors)
+    for hits, query in zip(index.search(vectors[:5], 50), vectors[:5], strict=True):
+        exact = {d.key: float(query @ v) for d, v in zip(documents, vectors, strict=True)}
+        assert max(abs(hit.score - exact[hit.document.key]) for hit in hits) < error
+        assert hits[0].score == pytest.approx(1, abs=error)
+
+
+def test_adding_deleting_and_overwriting_is_seen_by_every_opened_index(tmp_path: Path) -> None:
+    index, other = Index(tmp_path / "i"), Index(tmp_path / "i")
+    documents, vectors = make(10)
+    assert other.search(vectors[:1], 3) == [[]]
+    index.add(documents, vectors)
+    assert keys(other.search(vectors[3:4], 1)) == [["0-3"]]
+    index.delete(["0-3", "0-4"])
+    assert keys(other.search(vectors[3:4], 10))[0] == keys(index.search(vectors[3:4], 10))[0]
+    assert "0-3" not in keys(other.search(vectors[3:4], 10))[0] and len(other) == 8
+    with pytest.raises(KeyError, match="'0-3' is not in the index"):
+        index.delete(["0-1", "0-3"])
+    assert "0-1" in index
+    with pytest.raises(ValueError, match="'0-1' is in the index already"):
+        index.add(documents[1:2], vectors[3:4])
+    index.add([Document("0-1", "new")], vectors[3:4], overwrite=True)
+    assert keys(other.search(vectors[3:4], 1)) == [["0-1"]] and other.document("0-1").text == "new"
+    index.delete(index.keys())
+    assert other.search(vectors[:2], 3) == [[], []] and list((tmp_path / "i" / "vectors").iterdir()) == []
+
+
+def test_equal_scores_keep_the_order_of_the_documents(tmp_path: Path) -> None:
+    index = Index(tmp_path / "i")
+    for i in range(3):
+        index.add([Document(f"{i}{j}", "x") for j in range(3)], torch.ones(3, 4))
+    assert keys(index.search(torch.ones(1, 4), 5)) == [["00", "01", "02", "10", "11"]]
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    index = Index(tmp_path / "i", fingerprint="one")
+    documents, vectors = make(2)
+    index.add(documents, vectors)
+    for bad, message in (
+        (lambda: index.add(documents, vectors[:1]), r"vectors: got \(1, 16\), accepted is \(2, size\)"),
+        (lambda: index.add([Document("n", "x")], torch.full((1, 16), float("nan"))), "not finite"),
+        (lambda: index.add([Document("n", "x")], torch.ones(1, 8)), "got size 8, this index has 16"),
+        (lambda: index.add([Document("n", "x")] * 2, vectors), "a key comes twice"),
+        (lambda: index.search(torch.ones(1, 8)), r"queries: got \(1, 8\), accepted is \(queries, 16\)"),
+        (lambda: index.search(vectors, 0), "k: got 0"),
+        (lambda: index.search(vectors, engine="annoy"), "engine: got 'annoy'"),
+        (lambda: Index(tmp_path / "i", fingerprint="two"), "fingerprint: got 'two', the index .* has 'one'"),
+        (lambda: Index(tmp_path / "i", format="int8"), "format: got 'int8', the index .* has 'float32'"),
+        (lambda: Index(tmp_path / "j", format="pickle"), "format: got 'pickle'"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
+    with pytest.raises(FileNotFoundError, match="no index in"):
+        Index(tmp_path / "nowhere", create=False)
+    assert len(index) == 2
+
+
+def test_damaged_vectors_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    Index(tmp_path / "i").add(*make(3))
+    (file,) = (tmp_path / "i" / "vectors").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StoreCorruptError, match=f"{file.name}.*checksum"):
+        Index(tmp_path / "i").search(torch.ones(1, 16))
+    file.write_bytes(content[:-4])
+    with pytest.raises(StoreCorruptError, match=f"{file.name}.*cannot be read"):
+        Index(tmp_path / "i").search(torch.ones(1, 16))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is an extra")
+def test_faiss_flat_finds_the_same(tmp_path: Path) -> None:
+    index = Index(tmp_path / "i")
+    documents, vectors = make(60)
+    index.add(documents, vectors)
+    for engine in ("faiss", "faiss:HNSW32"):
+        assert keys(index.search(vectors[:5], 3, engine=engine)) == keys(index.search(vectors[:5], 3))
+    index.delete(["0-0"])
+    found = index.search(vectors[:1], 80, engine="faiss")
+    assert keys(found) == keys(index.search(vectors[:1], 80)) and len(found[0]) == 59
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is not None, reason="tells what to do without FAISS")
+def test_without_faiss_the_message_says_how_to_get_it(tmp_path: Path) -> None:
+    index = Index(tmp_path / "i")
+    index.add(*make(3))
+    with pytest.raises(ImportError, match=r"grit-kernels\[rag\]"):
+        index.search(torch.ones(1, 16), engine="faiss")
+
+
+def test_documents_come_from_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "note.md").write_text("# A note\n")
+    rows = [{"text": "one", "title": "T", "id": 7}, {"text": "two", "_id": "x"}, {"text": "three"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89")
+    assert list(read_documents(tmp_path)) == [
+        Document("7", "one", "T"),
+        Document("x", "two"),
+        Document("a.jsonl:3", "three"),
+        Document("b/note.md", "# A note", "note"),
+    ]
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "tw')
+    with pytest.raises(ValueError, match="a.jsonl:2: not a document row"):
+        list(read_documents(tmp_path / "a.jsonl"))
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    for path, message in (("picture.png", "no known kind"), ("bad.txt", "not UTF-8")):
+        with pytest.raises(ValueError, match=message):
+            list(read_documents(tmp_path / path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no .jsonl"):
+        list(read_documents(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        list(read_documents(tmp_path / "nowhere"))
+
+
+@given(st.text(alphabet="ab \n\u00e9\u6771-", max_size=200), st.integers(1, 9))
+def test_chunks_hold_the_text_and_stay_within_their_tokens(tokenizer: Any, text: str, size: int) -> None:
+    pieces = chunk(Document("k", text, "T"), tokenizer, size)
+    assert "".join("".join(piece.text for piece in pieces).split()) == "".join(text.split())
+    for piece in pieces:
+        # one character may take several tokens and is not divided
+        assert len(tokenizer(piece.text, add_special_tokens=False)["input_ids"]) <= size or len(piece.text) == 1
+        assert piece.title == "T" and piece.text == piece.text.strip()
+    assert [p.key for p in pieces] == (["k"] if len(pieces) == 1 else [f"k#{i}" for i in range(len(pieces))])
+
+
+def test_chunks_are_cut_at_white_space_and_may_overlap(tokenizer: Any) -> None:
+    text = "A river flows through the city. " * 20
+    for piece in chunk(Document("k", text), tokenizer, 20):
+        assert set(piece.text.split()) <= set(text.split())
+    pieces = chunk(Document("k", text), tokenizer, 20, overlap=5)
+    assert all(len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) <= 20 for p in pieces)
+    assert sum(len(p.text) for p in pieces) > len(text)
+    for bad in ((0, 0), (4, 2), (4, -1)):
+        with pytest.raises(ValueError, match="max_tokens, overlap: got"):
+            chunk(Document("k", text), tokenizer, *bad)
+
+
+def test_a_model_fills_an_index_that_another_model_cannot_open(checkpoint: Path, tmp_path: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    documents = [Document(str(i), text) for i, text in enumerate(["A river flows.", "def add(first):", "Paris is it."])]
+    index = open_index(tmp_path / "i", model)
+    add_documents(index, model, documents, batch=2)
+    want = model.encode([d.content for d in documents], instruction="<|embed|>\n")
+    np.testing.assert_allclose(index.vectors()[1], want, atol=2e-6)
+    answer = RAG(model, index=open_index(tmp_path / "i", model)).answer("A river flows.", k=2, max_new_tokens=2)
+    assert answer.documents[0] == documents[0] and len(answer.scores) == 2 and answer.scores[0] > 0.99
+    cached = RAG(model, index=index).answer("A river flows.", mode="query_cache", max_new_tokens=2)
+    assert cached.cached_tokens > 0  # the states of the pass that embedded the question
+    with pytest.raises(ValueError, match="settings: got"):
+        open_index(tmp_path / "i", GritLM(checkpoint, pooling_method="cls", device="cpu", dtype="float32"))
+    other = GritLM(checkpoint, device="cpu", dtype="float32")
+    with torch.no_grad():
+        other.decoder[0].norm.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="fingerprint: got"):
+        open_index(tmp_path / "i", other)
+    with pytest.raises(ValueError, match="'long' has more than 512 tokens"):
+        add_documents(index, model, [Document("long", "a river " * 600)])
