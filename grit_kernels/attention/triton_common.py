@@ -22,6 +22,9 @@ from grit_kernels.backend import interpreting
 LOG2E = 1.4426950408889634
 LARGEST_TILE = 256
 
+SampleTables = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q_start, q_len, k_start, k_len, left, right."""
+
 
 def split_head_dim(dim: int) -> tuple[int, int]:
     """``dim`` (a multiple of 8, at least 32) as D1 + D2, see the top of the file."""
@@ -52,9 +55,18 @@ def addressable(x: Tensor) -> Tensor:
     return x
 
 
-def int32_tables(*tables: Tensor) -> tuple[Tensor, ...]:
+def int32_tables(
+    q_start: Tensor, q_len: Tensor, k_start: Tensor, k_len: Tensor, left: Tensor, right: Tensor
+) -> SampleTables:
     """The per-sample numbers as kernels read them: int32, side by side."""
-    return tuple(x.to(torch.int32).contiguous() for x in tables)
+    return (
+        *(_int32(q_start), _int32(q_len), _int32(k_start)),
+        *(_int32(k_len), _int32(left), _int32(right)),
+    )
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x.to(torch.int32).contiguous()
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

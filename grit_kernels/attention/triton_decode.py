@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grit_kernels.attention.triton_common import (
+    SampleTables,
     attend_blocks,
     clamp,
     key_range,
@@ -156,7 +157,7 @@ def attention_decode(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    bounds: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    bounds: SampleTables,
     hi: Tensor | None,
     q_rows: int,
     max_q: int,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grit_kernels.attention.triton_common import processor_count, tile_keys, tile_rows
+from grit_kernels.attention.triton_common import SampleTables, processor_count, tile_keys, tile_rows
 
 LARGEST_SORT = 16384
 """Beyond this many tiles each runs many waves, and their order no longer matters; ranking is quadratic."""
@@ -126,7 +126,7 @@ def section_heads(heads: int, group: int, bytes_per_head: int) -> int:
 
 
 def plan_tiles(
-    bounds: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    bounds: SampleTables,
     hi: Tensor | None,
     *,
     over_keys: bool,
@@ -138,7 +138,7 @@ def plan_tiles(
     group: int,
     bytes_per_head: int,
 ) -> Plan:
-    """``bounds``: q_start, q_len, k_start, k_len, left, right. ``total``: rows of the tiled tensor; ``rows``: of one sample when
+    """``total``: rows of the tiled tensor; ``rows``: of one sample when
     rectangular, else 0. ``hi``: the staircase for tiles over keys, its transpose for tiles over rows. ``heads``, ``group``,
     ``bytes_per_head``: of the grid's head axis, heads that share an operand, bytes of the operand of such a group."""
     batch = bounds[0].shape[0]

@@ -36,19 +36,20 @@ SMALL_TILE_INSTRUCTION = r"\bmma\.sync|\bv_mfma_"  # 16 rows are too few for a w
 FP32_POINTERS = {"p_lse", "p_stat"}
 DATA_POINTERS = {"p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"}
 
-# Bytes per thread that may be spilled, where it is more than 0: the larger of Triton 3.6 and 3.9, rounded up. The gradient
-# of the keys holds two FP32 tiles; what it spills are addresses, and the counts say so if that changes.
-SPILL_BUDGET: dict[tuple[str, str, str, int], int] = {
-    ("forward", "sm90", "bf16", 256): 160,
-    ("forward", "sm100", "bf16", 256): 160,
-    ("backward_keys", "sm90", "bf16", 80): 160,
-    ("backward_keys", "sm90", "bf16", 96): 160,
-    ("backward_keys", "sm90", "bf16", 128): 256,
-    ("backward_keys", "sm90", "fp16", 128): 256,
-    ("backward_keys", "sm90", "bf16", 256): 400,
-    ("backward_keys", "sm80", "bf16", 128): 64,
-    ("backward_keys", "sm100", "bf16", 128): 64,
+# Bytes per thread that may be spilled in bfloat16 and float16, where it is more than 0: the larger of Triton 3.6 and 3.9, rounded
+# up. The gradient of the keys holds two FP32 tiles; what it spills are mostly addresses, which the counts bound.
+SPILL_BUDGET: dict[tuple[str, str, int], int] = {
+    ("forward", "sm90", 256): 160,
+    ("forward", "sm100", 256): 160,
+    ("backward_keys", "sm90", 80): 160,
+    ("backward_keys", "sm90", 96): 160,
+    ("backward_keys", "sm90", 128): 256,
+    ("backward_keys", "sm90", 256): 400,
+    ("backward_keys", "sm80", 128): 96,
+    ("backward_keys", "sm100", 128): 64,
 }
+FP32_BUDGET = 24
+FLAGS_BUDGET = 400  # more, with a staircase or a softcap
 
 
 def compile_kernel(
@@ -93,7 +94,8 @@ def check(kernel: str, arch: str, dtype: str, dim: int, hi: bool = False, cap: b
     else:
         assert "tf32" not in compiled.ptx, "float32 must be multiplied in full precision"
     assert compiled.shared <= SHARED_LIMIT[arch]
-    assert compiled.spilled <= SPILL_BUDGET.get((kernel, arch, dtype, dim), 0) + (400 if hi or cap else 0)
+    budget = FP32_BUDGET if dtype == "fp32" else SPILL_BUDGET.get((kernel, arch, dim), 0)
+    assert compiled.spilled <= budget + (FLAGS_BUDGET if hi or cap else 0)
 
 
 @pytest.mark.parametrize(("dim", "arch"), [(64, "sm90"), (128, "sm90")])
