@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from python_model.data import sample_dir
 from python_model.data.jsonl import read_corpus, read_embedding, read_generative, read_rows
-from python_model.evaluation import evaluate_retrieval, next_token_loss
+from python_model.evaluation import embed_documents, evaluate_retrieval, next_token_loss
 from python_model.files import write_json
 from python_model.generate import rag_prompt, reply
 from python_model.modeling import GritLM
 from python_model.plot import plot_losses
-from python_model.prompts import EMBED, embed_instruction
+from python_model.prompts import embed_instruction
 from python_model.small_model import fetch_small_model
 from python_model.train.config import TrainConfig
 from python_model.train.trainer import Trainer
@@ -48,23 +49,25 @@ class Sample:
         self.conversations = read_generative(folder / "test" / "generative.jsonl")
 
 
-def evaluate(model: GritLM, sample: Sample) -> dict[str, Any]:
-    """Retrieval metrics and next-token loss on the held-out rows."""
+def evaluate(model: GritLM, sample: Sample) -> tuple[dict[str, Any], Tensor]:
+    """Retrieval metrics and next-token loss on the held-out rows; and the embeddings of the documents."""
     with torch.autocast(model.device.type, torch.bfloat16):
-        retrieval = evaluate_retrieval(model, sample.queries, sample.documents, sample.relevant, max_length=MAX_LENGTH)
+        corpus = embed_documents(model, sample.documents, max_length=MAX_LENGTH)
+        retrieval = evaluate_retrieval(model, sample.queries, corpus, sample.relevant, max_length=MAX_LENGTH)
         loss = next_token_loss(model, sample.conversations, max_length=MAX_LENGTH)
-    return {**asdict(retrieval), "next_token_loss": loss}
+    return {**asdict(retrieval), "next_token_loss": loss}, corpus
 
 
-def answer_questions(model: GritLM, sample: Sample, count: int) -> list[dict[str, Any]]:
+def answer_questions(model: GritLM, sample: Sample, corpus: Tensor, count: int) -> list[dict[str, Any]]:
     """The first ``count`` held-out words: embed the query, take the best passage, let the same weights answer with it."""
     chosen = [row for row in sample.rows if row.dataset == "wordnet_definition"][:count]
     found = []
     with torch.autocast(model.device.type, torch.bfloat16):
-        corpus = model.encode(sample.documents, instruction=EMBED, max_length=MAX_LENGTH)
         for row in chosen:
             instruction, text = row.query
-            query = model.encode(text, instruction=embed_instruction(instruction), max_length=MAX_LENGTH)
+            query = model.encode(
+                text, instruction=embed_instruction(instruction), max_length=MAX_LENGTH, convert_to_tensor=True
+            )
             best = int((corpus @ query).argmax())
             question = f'What does the word "{re.split(r", | [(]", text)[0]}" mean?'
             found.append(
@@ -86,13 +89,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
     sample = Sample()
     model = GritLM(fetch_small_model(), attn=config.attn, is_inference=True, device="cpu", dtype="float32")
     print("measuring the untrained model on held-out rows ...", flush=True)
-    before = evaluate(model, sample)
+    before, _ = evaluate(model, sample)
     print(f"  nDCG@10 {before['ndcg_at_10']:.3f}   next-token loss {before['next_token_loss']:.3f}", flush=True)
     trainer = Trainer(model, config, *read_rows(config.train_data))
     records = trainer.train()
-    after = evaluate(model, sample)
+    after, corpus = evaluate(model, sample)
     print(f"  nDCG@10 {after['ndcg_at_10']:.3f}   next-token loss {after['next_token_loss']:.3f}", flush=True)
-    answers = answer_questions(model, sample, QUESTIONS)
+    answers = answer_questions(model, sample, corpus, QUESTIONS)
     checkpoint = trainer.save()
     output = Path(config.output_dir)
     plot_losses(records, output / "loss.png")

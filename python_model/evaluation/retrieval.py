@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from python_model.modeling import GritLM
+from python_model.prompts import EMBED, embed_instruction
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,29 @@ def scores_from_ranks(ranks: Tensor, documents: int) -> RetrievalScores:
     )
 
 
+def embed_documents(model: GritLM, documents: Sequence[str], *, max_length: int = 512) -> Tensor:
+    """Embeddings (N, size) of documents, which carry no instruction."""
+    vectors: Tensor = model.encode(documents, instruction=EMBED, max_length=max_length, convert_to_tensor=True)
+    return vectors
+
+
 def evaluate_retrieval(
     model: GritLM,
     queries: Sequence[tuple[str, str]],
-    documents: Sequence[str],
+    documents: Sequence[str] | Tensor,
     relevant: Sequence[int],
     *,
     max_length: int = 512,
 ) -> RetrievalScores:
     """Embed (instruction, text) queries and documents (without instruction), search exactly, score.
 
-    ``relevant[i]`` is the index of the document that answers query i.
+    ``documents`` are texts, or their embeddings (N, size) from :func:`embed_documents`. ``relevant[i]`` is the index of the
+    document that answers query i.
     """
-    from python_model.prompts import EMBED, embed_instruction
-
     by_instruction: dict[str, list[int]] = {}
     for index, (instruction, _) in enumerate(queries):
         by_instruction.setdefault(instruction, []).append(index)
-    corpus = model.encode(documents, instruction=EMBED, max_length=max_length, convert_to_tensor=True)
+    corpus = documents if isinstance(documents, Tensor) else embed_documents(model, documents, max_length=max_length)
     vectors = corpus.new_zeros(len(queries), corpus.shape[1])
     for instruction, members in by_instruction.items():
         vectors[members] = model.encode(
@@ -68,4 +74,4 @@ def evaluate_retrieval(
             convert_to_tensor=True,
         )
     target = torch.as_tensor(relevant, device=corpus.device)
-    return scores_from_ranks(ranks_of_relevant(vectors @ corpus.T, target), len(documents))
+    return scores_from_ranks(ranks_of_relevant(vectors @ corpus.T, target), corpus.shape[0])
