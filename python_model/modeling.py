@@ -15,11 +15,14 @@ from tqdm.auto import tqdm
 
 import grit_kernels as gk
 from python_model.files import write_json
+from python_model.parallel import run_on_devices
 from python_model.prompts import EncodedSample, encode_text
 
 MODES = ("unified", "embedding", "generative")
 PoolingMethod = Literal["mean", "weightedmean", "lasttoken", "cls"]
 POOLING_METHODS: tuple[str, ...] = get_args(PoolingMethod)
+InstructionCount = Literal["offsets", "reference"]
+INSTRUCTION_COUNTS: tuple[str, ...] = get_args(InstructionCount)
 EMBEDDING_ATTENTION = ("bb", "cc", "cb")
 SETTINGS_FILE = "grit.json"
 TOKENS_PER_PACK = 16384
@@ -41,6 +44,8 @@ class GritLM(nn.Module):
         embed_eos: text appended to each text to embed (``lasttoken`` models).
         device: where to put the model; default CUDA if there is one, else the CPU.
         is_inference: eval mode, and encode() without gradients.
+        instruction_count: which leading tokens are not pooled. ``"offsets"``: those that end inside of the instruction.
+            ``"reference"``: as many as the instruction has when it is tokenised alone, as the public implementation counts.
         from_pretrained_kwargs: passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
 
     Settings saved with a checkpoint (``grit.json``) are the defaults of arguments that are not given.
@@ -57,6 +62,7 @@ class GritLM(nn.Module):
         embed_eos: str | None = None,
         device: str | torch.device | None = None,
         is_inference: bool = True,
+        instruction_count: InstructionCount | None = None,
         **from_pretrained_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -69,6 +75,8 @@ class GritLM(nn.Module):
         self.pooling_method = cast(PoolingMethod, method)
         self.normalized = bool(_first(normalized, saved, True, "normalized"))
         self.embed_eos = str(_first(embed_eos, saved, "", "embed_eos"))
+        count = _first(instruction_count, saved, "offsets", "instruction_count")
+        self.instruction_count = cast(InstructionCount, _choice("instruction_count", count, INSTRUCTION_COUNTS))
         self.attn = _check_attn(_first(attn, saved, "bbcc", "attn"))
         projection = _first(projection, saved, None, "projection")
         window = saved.get("bidirectional_window", "transformers")
@@ -141,6 +149,7 @@ class GritLM(nn.Module):
         add_special_tokens: bool = True,
         *,
         show_progress_bar: bool | None = None,
+        devices: Sequence[str | torch.device] | None = None,
     ) -> Any:
         """Embed texts: a float32 array (texts, size), one-dimensional for a single string.
 
@@ -156,6 +165,8 @@ class GritLM(nn.Module):
             recast: round the embedding to the model's dtype (the paper's "BF16 embedding").
             add_special_tokens: start with BOS.
             show_progress_bar: default: when there is more than one batch.
+            devices: share the batches among copies of the model on these devices (with gradients: not accepted); the copies
+                live as long as the call.
         """
         single = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
@@ -169,29 +180,49 @@ class GritLM(nn.Module):
         if get_cache:
             batches = [sorted(batches[0])]  # the rows of the cache follow the texts
         cache = None
-        found: list[Tensor | None] = [None] * len(texts)
-        bar = len(batches) > 1 if show_progress_bar is None else show_progress_bar
-        with (
-            torch.set_grad_enabled(not self.is_inference),
-            tqdm(total=len(texts), disable=not bar, unit="text") as progress,
-        ):
-            for batch in batches:
-                chosen = [samples[i] for i in batch]
-                pack = self.embedding_pack([len(s) for s in chosen], [skips[i] for i in batch])
-                if get_cache:
-                    hidden, cache = self._cached_states(chosen, pack)
-                else:
-                    ids = torch.tensor([t for s in chosen for t in s.input_ids], device=self.device)
-                    hidden = self.hidden_states(ids, pack)
-                pooled = self.pool(hidden, pack.cu_seqlens, pack.instruction_lens)
-                pooled = pooled.to(hidden.dtype) if recast else pooled
-                for index, row in zip(batch, pooled, strict=True):
-                    found[index] = row
-                progress.update(len(batch))
-        embeddings = torch.stack([row for row in found if row is not None])
+        if get_cache:
+            chosen = [samples[i] for i in batches[0]]
+            pack = self.embedding_pack([len(s) for s in chosen], [skips[i] for i in batches[0]])
+            with torch.set_grad_enabled(not self.is_inference):
+                hidden, cache = self._cached_states(chosen, pack)
+                rows = list(self._pool_batch(hidden, pack, recast))
+        else:
+            bar = len(batches) > 1 if show_progress_bar is None else show_progress_bar
+            with tqdm(total=len(texts), disable=not bar, unit="text") as progress:
+                rows = self._embed_batches(samples, skips, batches, recast, progress, devices)
+        embeddings = torch.stack(rows)
         embeddings = embeddings[0] if single else embeddings
         result: Any = embeddings if convert_to_tensor else embeddings.detach().float().cpu().numpy().astype(np.float32)
         return (result, cache) if get_cache else result
+
+    def _pool_batch(self, hidden: Tensor, pack: gk.SamplePack, recast: bool) -> Tensor:
+        pooled = self.pool(hidden, pack.cu_seqlens, pack.instruction_lens)
+        return pooled.to(hidden.dtype) if recast else pooled
+
+    def _embed_batches(
+        self,
+        samples: list[EncodedSample],
+        skips: list[int],
+        batches: list[list[int]],
+        recast: bool,
+        progress: Any,
+        devices: Sequence[str | torch.device] | None,
+    ) -> list[Tensor]:
+        """One row per sample, on this model's device; batches run where a device is free."""
+
+        def embed(model: GritLM, batch: list[int]) -> Tensor:
+            chosen = [samples[i] for i in batch]
+            pack = model.embedding_pack([len(s) for s in chosen], [skips[i] for i in batch])
+            ids = torch.tensor([t for s in chosen for t in s.input_ids], device=model.device)
+            # grad mode belongs to a thread, so each call sets it
+            with torch.set_grad_enabled(not self.is_inference):
+                return model._pool_batch(model.hidden_states(ids, pack), pack, recast).to(self.device)
+
+        rows: dict[int, Tensor] = {}
+        for batch, pooled in run_on_devices(self, batches, embed, devices):
+            rows |= zip(batch, pooled, strict=True)
+            progress.update(len(batch))
+        return [rows[index] for index in range(len(samples))]
 
     def encode_queries(self, queries: str | Sequence[str], **kwargs: Any) -> Any:
         """:meth:`encode`, under the name retrieval benchmarks call for queries."""
@@ -219,6 +250,7 @@ class GritLM(nn.Module):
             "normalized": self.normalized,
             "attn": self.attn,
             "embed_eos": self.embed_eos,
+            "instruction_count": self.instruction_count,
             "projection": None if self.projection is None else self.projection.out_features,
         }
         write_json(folder / SETTINGS_FILE, settings)
@@ -239,6 +271,7 @@ class GritLM(nn.Module):
                         max_length,
                         suffix=self.embed_eos,
                         add_special_tokens=add_special_tokens,
+                        instruction_count=self.instruction_count,
                     )
                 )
             except ValueError as error:

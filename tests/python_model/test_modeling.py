@@ -184,3 +184,35 @@ def test_errors_name_the_argument(checkpoint: Path, model: GritLM) -> None:
 def test_corpus_without_a_title_has_no_leading_space(model: GritLM) -> None:
     got = model.encode_corpus([{"title": "", "text": "A river flows."}, {"title": "A", "text": "river flows."}])
     np.testing.assert_allclose(got[0], got[1], atol=2e-6)
+
+
+def test_several_devices_give_the_same_embeddings(model: GritLM) -> None:
+    alone = model.encode(TEXTS, batch_size=1, instruction=INSTRUCTION)
+    shared = model.encode(TEXTS, batch_size=1, instruction=INSTRUCTION, devices=["cpu", "cpu", "cpu"])
+    np.testing.assert_array_equal(shared, alone)
+    with pytest.raises(ValueError, match="devices: got an empty list"):
+        model.encode(TEXTS, devices=[])
+
+
+def test_an_error_on_one_device_reaches_the_caller(model: GritLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(GritLM, "hidden_states", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.encode(TEXTS, batch_size=1, devices=["cpu", "cpu"])
+
+
+def test_the_reference_count_skips_as_many_tokens_as_the_instruction_has_alone(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, instruction_count="reference", normalized=False, device="cpu", dtype="float32")
+    default = GritLM(checkpoint, normalized=False, device="cpu", dtype="float32")
+    text = "  Leading spaces"  # they merge with the newline that ends the instruction
+    ours, theirs = (
+        encode_text(model.tokenizer, INSTRUCTION, text, 512, instruction_count=count)
+        for count in ("offsets", "reference")
+    )
+    assert (ours.instruction_len != theirs.instruction_len) == bool(
+        np.abs(default.encode(text, instruction=INSTRUCTION) - model.encode(text, instruction=INSTRUCTION)).max() > 1e-6
+    )
+    with pytest.raises(ValueError, match="instruction_count: got 'guess'"):
+        GritLM(checkpoint, instruction_count="guess")  # type: ignore[arg-type]

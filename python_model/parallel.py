@@ -1,0 +1,62 @@
+"""run_on_devices: batches shared among copies of a model, one thread per device."""
+
+from __future__ import annotations
+
+import copy
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+import torch
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+def run_on_devices(
+    model: Any,
+    batches: Sequence[Batch],
+    work: Callable[[Any, Batch], Result],
+    devices: Sequence[str | torch.device] | None = None,
+) -> Iterator[tuple[Batch, Result]]:
+    """``(batch, work(copy of model, batch))`` for each batch, as they are finished; without ``devices`` in order, on ``model``.
+
+    The first device that is the model's own uses the model itself. An error in one batch is raised here, and no further batch
+    is begun.
+
+    Raises:
+        ValueError: ``devices`` is empty, or the model is there to be trained (copies would take the gradients).
+    """
+    if devices is None:
+        for batch in batches:
+            yield batch, work(model, batch)
+        return
+    if not devices:
+        raise ValueError("devices: got an empty list, accepted is at least one device")
+    if not model.is_inference:
+        raise ValueError("devices: a model with is_inference=False runs on its own device only")
+    idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    own_is_free = True
+    for device in devices:
+        if own_is_free and torch.empty(0, device=device).device == model.device:
+            idle.put(model)
+            own_is_free = False
+        else:
+            idle.put(copy.deepcopy(model).to(device))
+
+    def run(batch: Batch) -> Result:
+        chosen = idle.get()
+        try:
+            return work(chosen, batch)
+        finally:
+            idle.put(chosen)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = {pool.submit(run, batch): batch for batch in batches}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
