@@ -9,8 +9,8 @@
 namespace grit::GRIT_ISA {
 namespace {
 
-constexpr int BLOCK = 64;         // keys per softmax step: one horizontal maximum per row and step
-constexpr int ROWS = 4;           // (row, head) pairs that share the K and V vectors in registers
+constexpr int BLOCK = 16;  // keys per step: all heads of so many keys fit the first cache with what is prefetched
+constexpr int ROWS = 4;    // (row, head) pairs that share the K and V vectors in registers
 
 // ROWS or fewer query rows of one key head
 struct Group {
@@ -20,14 +20,25 @@ struct Group {
   int64_t slot[ROWS];  // row * heads_q + head
 };
 
+// Rows of one head lie far apart, where hardware prefetching fails: while one block is computed, the next is asked for.
+template <class T>
+GRIT_INLINE void prefetch(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + d);
+}
+
 // scores[r][j] = q_r . k_j for `count` keys; the last keys repeat when `count` is no whole number of steps
 template <class F, class T, int R>
-GRIT_INLINE void score_block(const Group& g, const T* k, int64_t stride, int64_t count, int64_t dim, float (*scores)[BLOCK + W]) {
+GRIT_INLINE void score_block(const Group& g, const T* k, int64_t stride, int64_t count, int64_t dim, const T* next,
+                             int64_t next_stride, float (*scores)[BLOCK + W]) {
   constexpr int KEYS = W / R;
   const int64_t words = dim / F::values;
   for (int64_t j = 0; j < count; j += KEYS) {
     const T* key[KEYS];
-    GRIT_UNROLL for (int i = 0; i < KEYS; ++i) key[i] = k + smaller<int64_t>(j + i, count - 1) * stride;
+    GRIT_UNROLL for (int i = 0; i < KEYS; ++i) {
+      const int64_t number = smaller<int64_t>(j + i, count - 1);
+      key[i] = k + number * stride;
+      prefetch(next + number * next_stride, dim);
+    }
     vf sum[W];
     GRIT_UNROLL for (int i = 0; i < W; ++i) sum[i] = vf{};
     for (int64_t d = 0; d < words; d += W) {
@@ -46,8 +57,8 @@ GRIT_INLINE void score_block(const Group& g, const T* k, int64_t stride, int64_t
 
 // sums[r] += sum over j of p[r][j] * v_j
 template <class T, int R>
-GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const T* v, int64_t stride, int64_t count, int64_t dim,
-                             float* const* sums) {
+GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const T* v, int64_t stride, int64_t count, int64_t dim, const T* next,
+                             int64_t next_count, int64_t next_stride, float* const* sums) {
   constexpr int VALUES = 4;
   for (int64_t d = 0; d < padded_dim(dim); d += VALUES * W) {
     const int64_t vectors = smaller<int64_t>(VALUES, (padded_dim(dim) - d) / W);
@@ -57,6 +68,7 @@ GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const T* v, int64_t st
     if (d + VALUES * W <= dim) {
       for (int64_t j = 0; j < count; ++j) {
         vf row[VALUES];
+        if (d == 0 && j < next_count) prefetch(next + j * next_stride, dim);
         GRIT_UNROLL for (int n = 0; n < VALUES; ++n) row[n] = load(v + j * stride + d + n * W);
         GRIT_UNROLL for (int r = 0; r < R; ++r) {
           const vf w = splat(p[r][j]);
@@ -79,13 +91,13 @@ GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const T* v, int64_t st
 }
 
 template <class F, class T, int R>
-void add_keys(const Attention& a, const Sample& s, const Group& g, int64_t kv_head, int64_t begin, int64_t end, float* maximum,
-              float* total, float* const* sums) {
+void add_keys(const Attention& a, const Sample& s, const Group& g, int64_t kv_head, int64_t begin, int64_t end, const T* next,
+              int64_t next_count, float* maximum, float* total, float* const* sums) {
   const int64_t count = end - begin;
   const T* k = (const T*)a.k.data + (s.k_start + begin) * a.k.row + kv_head * a.k.head;
   const T* v = (const T*)a.v.data + (s.k_start + begin) * a.v.row + kv_head * a.v.head;
   alignas(64) float p[R][BLOCK + W];  // a step may write past the block
-  score_block<F, T, R>(g, k, a.k.row, count, a.dim, p);
+  score_block<F, T, R>(g, k, a.k.row, count, a.dim, v, a.v.row, p);
   const vi iota = lane_numbers();
   const float sign = a.negate ? -1.0f : 1.0f;
   GRIT_UNROLL for (int r = 0; r < R; ++r) {
@@ -117,7 +129,7 @@ void add_keys(const Attention& a, const Sample& s, const Group& g, int64_t kv_he
     }
     total[slot] += sum_lanes(added);
   }
-  value_block<T, R>(p, v, a.v.row, count, a.dim, sums);
+  value_block<T, R>(p, v, a.v.row, count, a.dim, next, next_count, a.k.row, sums);
 }
 
 template <class F, class T>
@@ -131,6 +143,10 @@ void part(const Attention& a, const Sample& s, int64_t begin, int64_t end, float
   for (int64_t j = begin; j < end; j += BLOCK) {
     const int64_t until = smaller(end, j + BLOCK);
     for (int64_t kv_head = 0; kv_head < a.heads_kv; ++kv_head) {
+      // what comes after this block: the next head's keys, or those of the next block
+      const bool wraps = kv_head + 1 == a.heads_kv;
+      const int64_t next_first = wraps ? until : j, next_count = wraps ? smaller<int64_t>(end - until, BLOCK) : until - j;
+      const T* next = (const T*)a.k.data + (s.k_start + next_first) * a.k.row + (wraps ? 0 : kv_head + 1) * a.k.head;
       for (int64_t first = 0; first < per_head; first += ROWS) {
         Group g;
         g.count = smaller<int64_t>(ROWS, per_head - first);
@@ -145,16 +161,16 @@ void part(const Attention& a, const Sample& s, int64_t begin, int64_t end, float
         }
         switch (g.count) {
           case 1:
-            add_keys<F, T, 1>(a, s, g, kv_head, j, until, maximum, total, out);
+            add_keys<F, T, 1>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
             break;
           case 2:
-            add_keys<F, T, 2>(a, s, g, kv_head, j, until, maximum, total, out);
+            add_keys<F, T, 2>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
             break;
           case 3:
-            add_keys<F, T, 3>(a, s, g, kv_head, j, until, maximum, total, out);
+            add_keys<F, T, 3>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
             break;
           default:
-            add_keys<F, T, 4>(a, s, g, kv_head, j, until, maximum, total, out);
+            add_keys<F, T, 4>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
         }
       }
     }
