@@ -279,11 +279,12 @@ def _rectangular(
     slots = k.shape[1]
     q_len, first, end = lengths
     index = torch.arange(batch, device=q.device, dtype=torch.int32)
+    keys, values, step = _key_rows(q, k, v)
     out, lse = _call(
         q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        (index * max_q, q_len, index * slots + first, (end - first).clamp(min=0)),
+        keys,
+        values,
+        (index * max_q, q_len, index * step + first, (end - first).clamp(min=0)),
         bounds,
         hi,
         (max_q, slots, max_q, slots),
@@ -291,6 +292,24 @@ def _rectangular(
         softcap,
     )
     return out.view(batch, max_q, heads_q, dim), lse.view(batch, max_q, heads_q)
+
+
+def _key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+    """k and v (B, S, H, D) as (rows, H, D), and how many rows lie between the first keys of two samples.
+
+    A cache stored as (B, H, S, D) cannot be flattened without copying it, once per layer and token. Sample b's keys are rows of
+    it all the same, ``stride(0) / stride(1)`` rows apart. Such a view overlaps itself, so gradients and casts take the copy.
+    """
+    slots = k.shape[1]
+    k_batch, k_row = k.stride()[:2]
+    step = k_batch // k_row if k_row > 0 and k_batch % k_row == 0 else 0
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    cast = torch.is_autocast_enabled(q.device.type)
+    rows = (k.shape[0] - 1) * step + slots
+    if step <= slots or v.stride()[:2] != (k_batch, k_row) or differentiable or cast or rows >= 2**31:
+        return k.flatten(0, 1), v.flatten(0, 1), slots
+    keys, values = (x.as_strided((rows, *x.shape[2:]), (k_row, *x.stride()[2:])) for x in (k, v))
+    return keys, values, step
 
 
 def _append(cache: Tensor, new: Tensor, used: Tensor, fresh: Tensor, sample: Tensor | None, row: Tensor | None) -> None:

@@ -355,3 +355,16 @@ def test_new_states_are_written_behind_each_samples_own_length(backend: Backend)
     assert torch.equal(v_cache[1, 3:], -new[1])
     assert bool((k_cache[0, 3:] == 7).all()) and bool((k_cache[1, :3] == 7).all())
     assert bool((out[0, 2] == 0).all())
+
+
+def test_a_cache_stored_with_heads_first_is_read_in_place(backend: Backend) -> None:
+    q = torch.randn(3, 2, 4, 32, device=backend.device)
+    k_cache, v_cache = (torch.randn(3, 40, 2, 32, device=backend.device) for _ in range(2))
+    used = torch.tensor([40, 2, 33], dtype=torch.int32, device=backend.device)
+    leftpad = torch.tensor([3, 0, 0], dtype=torch.int32, device=backend.device)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k_cache, v_cache)]
+    keys, values, _ = gk.attention._key_rows(q, *heads_first)
+    assert keys.data_ptr() == heads_first[0].data_ptr() and values.data_ptr() == heads_first[1].data_ptr()
+    with backend():
+        plain = gk.switch_attention_with_kvcache(q, k_cache, v_cache, used, cache_leftpad=leftpad)
+        assert torch.equal(gk.switch_attention_with_kvcache(q, *heads_first, used, cache_leftpad=leftpad), plain)
