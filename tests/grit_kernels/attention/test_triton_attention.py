@@ -34,7 +34,7 @@ from tests.grit_kernels.attention.samples import (  # noqa: E402
 
 INTERPRET = pytest.mark.interpret
 SLOW_START = settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -57,11 +57,11 @@ def test_any_call_equals_the_reference_forward_and_backward(data: st.DataObject)
 
 
 @INTERPRET
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_few_rows_over_long_keys_split_the_keys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_decode, "SHORTEST_SPLIT", 16)
     monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 16)
-    call = draw_call(random.Random(seed).choice, lengths=(0, 1, 2, 70, 100), dims=(32, 48))
+    call = draw_call(random.Random(seed).choice, lengths=(0, 1, 2, 50, 70), dims=(32, 48))
     assert_call_equals_the_reference(call, run_triton(call), 2e-5)
 
 
@@ -79,7 +79,7 @@ def test_every_merge_of_splits_gives_the_unsplit_result(monkeypatch: pytest.Monk
     given_numbers = (zero, numbers[0], zero, numbers[1], left, right, None, 0, 0, 3, 150, 0.2, 0.0)
     expected = reference_forward(q, k, v, *given_numbers)
     monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 16)
-    for splits in (1, 2, 7, 40):
+    for splits in (1, 2, 12):
         monkeypatch.setattr(triton_decode, "choose_splits", lambda *_, n=splits: n)
         for a, b in zip(triton_forward.attention_forward(q, k, v, *given_numbers), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

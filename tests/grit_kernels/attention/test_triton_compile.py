@@ -36,8 +36,8 @@ SMALL_TILE_INSTRUCTION = r"\bmma\.sync|\bv_mfma_"  # 16 rows are too few for a w
 FP32_POINTERS = {"p_lse", "p_stat"}
 DATA_POINTERS = {"p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"}
 
-# Bytes per thread that may be spilled in bfloat16 and float16, where it is more than 0: the larger of Triton 3.6 and 3.9, rounded
-# up. The gradient of the keys holds two FP32 tiles; what it spills are mostly addresses, which the counts bound.
+# Bytes per thread that may be spilled in bfloat16 and float16, where it is more than SMALL_BUDGET: the larger of Triton 3.6 and
+# 3.9, rounded up. The gradient of the keys holds two FP32 tiles; what it spills are mostly addresses, which the counts bound.
 SPILL_BUDGET: dict[tuple[str, str, int], int] = {
     ("forward", "sm90", 256): 160,
     ("forward", "sm100", 256): 160,
@@ -48,7 +48,7 @@ SPILL_BUDGET: dict[tuple[str, str, int], int] = {
     ("backward_keys", "sm80", 128): 96,
     ("backward_keys", "sm100", 128): 64,
 }
-FP32_BUDGET = 24
+SMALL_BUDGET = 24  # a few scalars, outside of the loops
 FLAGS_BUDGET = 400  # more, with a staircase or a softcap
 
 
@@ -94,7 +94,9 @@ def check(kernel: str, arch: str, dtype: str, dim: int, hi: bool = False, cap: b
     else:
         assert "tf32" not in compiled.ptx, "float32 must be multiplied in full precision"
     assert compiled.shared <= SHARED_LIMIT[arch]
-    budget = FP32_BUDGET if dtype == "fp32" else SPILL_BUDGET.get((kernel, arch, dim), 0)
+    budget = SMALL_BUDGET
+    if dtype != "fp32":
+        budget = 0 if kernel == "forward" and dim in (64, 128) else SPILL_BUDGET.get((kernel, arch, dim), SMALL_BUDGET)
     assert compiled.spilled <= budget + (FLAGS_BUDGET if hi or cap else 0)
 
 
