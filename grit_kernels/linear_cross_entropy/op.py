@@ -1,7 +1,11 @@
 """Per-token loss in chunks of rows: the logits of one chunk exist at a time, forward and backward.
 
-The forward keeps only the log-sum-exp of each row (FP32); the backward recomputes a chunk's logits. Matrix products run in
-the input dtype (FP32 accumulation inside), everything after them in FP32, the weight gradient is summed in FP32.
+The forward keeps only the log-sum-exp of each row (FP32); the backward recomputes a chunk's logits. Matrix products take the
+input dtype, everything after them is FP32, the weight gradient is summed in FP32. Logits of 16-bit inputs leave the product in
+FP32 on a GPU; plain torch on the CPU rounds them to the inputs' dtype first.
+
+With the compiled library the CPU runs the contrastive kernels instead: without a cap this loss is the contrastive one of
+queries ``hidden`` and passages ``weight`` at temperature 1, so its logits are FP32 and never reach memory.
 """
 
 from __future__ import annotations
@@ -9,12 +13,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grit_kernels import _library
+
 CHUNK_BYTES = 64 << 20
 """Upper bound of the FP32 logits held at once; at a vocabulary of 49152 that is 341 rows."""
 
 
 def _chunk_rows(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in FP32, not rounded to a 16-bit dtype on the way where torch can."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _use_contrastive(hidden: Tensor, softcap: float | None) -> bool:
+    return softcap is None and hidden.device.type == "cpu" and hidden.shape[0] > 0 and _library.status().loaded
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -27,12 +48,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Losses (T) and log-sum-exp (T), both float32."""
     rows = hidden.shape[0]
+    if _use_contrastive(hidden, softcap):
+        used = labels != ignore_index
+        each, positive, *_ = torch.ops.grit_kernels.contrastive_forward(
+            _rows(hidden), _rows(weight), torch.ones(()), torch.where(used, labels, 0), None, None, True, False
+        )
+        return torch.where(used, each, 0.0), each + positive
     losses = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
     lse = torch.zeros_like(losses)
     step = _chunk_rows(weight.shape[0])
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
-        logits = _cap((hidden[chunk] @ weight.T).float(), softcap)
+        logits = _cap(_product(hidden[chunk], weight.T), softcap)
         lse[chunk] = torch.logsumexp(logits, dim=1)
         used = labels[chunk] != ignore_index
         picked = logits.gather(1, torch.where(used, labels[chunk], 0)[:, None])[:, 0]
@@ -55,12 +82,16 @@ def backward(
     """Gradients of hidden and weight (empty where not needed): (softmax - onehot) * grad, through the cap."""
     used = labels != ignore_index
     scale = torch.where(used, grad.float(), 0.0)
+    if need_hidden and need_weight and _use_contrastive(hidden, softcap):
+        # exp(logit - lse) is the softmax: lse stands for the positive score, 0 for the loss relative to it
+        arguments = (torch.ones(()), torch.where(used, labels, 0), None, None, torch.zeros_like(lse), lse, True, False)
+        return torch.ops.grit_kernels.contrastive_backward(scale, _rows(hidden), _rows(weight), *arguments)
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32, device=weight.device)
     step = _chunk_rows(weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         chunk = slice(start, start + step)
-        logits = _cap((hidden[chunk] @ weight.T).float(), softcap)
+        logits = _cap(_product(hidden[chunk], weight.T), softcap)
         slope = None if softcap is None else 1 - (logits / softcap).square()
         p = logits.sub_(lse[chunk, None]).exp_()
         target = torch.where(used[chunk], labels[chunk], 0)[:, None]
@@ -72,7 +103,7 @@ def backward(
         if need_hidden:
             grad_hidden[chunk] = p @ weight
         if need_weight:
-            grad_weight += p.T @ hidden[chunk]
+            grad_weight += _product(p.T, hidden[chunk])
     return grad_hidden, grad_weight.to(weight.dtype)
 
 

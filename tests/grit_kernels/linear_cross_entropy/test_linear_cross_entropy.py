@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import grit_kernels as gk
+from grit_kernels import _library
 from grit_kernels.linear_cross_entropy import op
 from tests.conftest import assert_within_rule
 
@@ -98,6 +99,15 @@ def test_autocast_lowers_the_product_but_not_the_loss() -> None:
     assert torch.equal(losses, gk.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels))
     losses.sum().backward()
     assert h.grad is not None and h.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
+def test_the_compiled_library_does_not_round_logits_of_16_bit_inputs() -> None:
+    hidden, weight, labels = problem(torch.bfloat16, tokens=70, vocabulary=333)
+    found = gk.linear_cross_entropy(hidden, weight, labels)
+    truth = plain(hidden, weight, labels, None, torch.float64)
+    # logits of order 10 rounded to bfloat16 would be wrong by 0.03
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-5)
 
 
 def test_opcheck_and_fullgraph_compile() -> None:
