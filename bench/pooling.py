@@ -1,0 +1,105 @@
+"""Pooling: gk.pool against a mean per slice, a masked FP32 mean and torch.compile; rates next to the machine's read rate.
+
+python -m bench.pooling [--device cuda] [--repeats 11] [--threads 1] [--record pooling_cpu.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grit_kernels as gk
+from bench.common import copy_ceiling, interleave, medians, ratios, read_ceiling, synchronizer, table, write_records
+
+COLUMNS = [
+    "variant",
+    "dtype",
+    "tokens",
+    "hidden",
+    "samples",
+    "milliseconds",
+    "gigabytes_per_second",
+    "of_ceiling",
+    "speedup",
+]
+
+
+def slice_mean(hidden: Tensor, starts: list[int], skips: list[int]) -> Tensor:
+    """What one writes first: a mean per sample in a Python loop, in FP32."""
+    rows = [hidden[a + s : b].float().mean(0) for a, b, s in zip(starts, starts[1:], skips, strict=False)]
+    return torch.stack(rows)
+
+
+def masked_mean(padded: Tensor, mask: Tensor) -> Tensor:
+    """The public implementation's formula on a padded batch: an FP32 product of the size of the input."""
+    weights = mask.unsqueeze(-1).float()
+    return (padded * weights).sum(1) / weights.sum(1)
+
+
+def measure(
+    device: str, tokens: int, hidden: int, samples: int, dtype: torch.dtype, repeats: int
+) -> list[dict[str, Any]]:
+    length = tokens // samples
+    starts = [i * length for i in range(samples + 1)]
+    skips = [length // 8] * samples
+    x = torch.randn(tokens, hidden, device=device).to(dtype)
+    cu = torch.tensor(starts, dtype=torch.int32, device=device)
+    skip = torch.tensor(skips, device=device)
+    mask = torch.arange(length, device=device)[None].expand(samples, -1) >= skip[:, None]
+    weight = torch.rand(hidden, device=device)
+    leaf = x.clone().requires_grad_()
+    loss = gk.pool(leaf, cu_seqlens=cu, instruction_lens=skip, norm_weight=weight).sum()
+    compiled = torch.compile(masked_mean)
+    ceiling, moved = (copy_ceiling if device == "cuda" else read_ceiling)(device)
+    variants = {
+        "ceiling": ceiling,
+        "grit_kernels": lambda: gk.pool(x, cu_seqlens=cu, instruction_lens=skip),
+        "grit_kernels, fused norm": lambda: gk.pool(x, cu_seqlens=cu, instruction_lens=skip, norm_weight=weight),
+        "slice mean": lambda: slice_mean(x, starts, skips),
+        "masked mean": lambda: masked_mean(x.view(samples, length, hidden), mask),
+        "masked mean, torch.compile": lambda: compiled(x.view(samples, length, hidden), mask),
+        "grit_kernels, fused norm, backward": lambda: torch.autograd.grad(loss, leaf, retain_graph=True),
+    }
+    seconds = interleave(variants, repeats, synchronizer(device))
+    middle, relative = medians(seconds), ratios(seconds, "grit_kernels")
+    pooled = (tokens - sum(skips)) * hidden * x.element_size()
+    rows = []
+    for name, time in middle.items():
+        bytes_moved = moved if name == "ceiling" else pooled * (2 if name.endswith("backward") else 1)
+        rows.append(
+            {
+                "variant": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "hidden": hidden,
+                "samples": samples, "milliseconds": time * 1e3, "gigabytes_per_second": bytes_moved / time / 1e9,
+                "of_ceiling": bytes_moved / time / (moved / middle["ceiling"]), "speedup": relative[name],
+                "seconds": seconds[name],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--record", help="file below bench/results")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shapes = [(8192, 4096, 32), (8192, 4096, 4), (16384, 576, 64)]
+    if options.device == "cuda":
+        shapes += [(131072, 4096, 64)]
+    rows = []
+    for shape in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            rows += measure(options.device, *shape, dtype, options.repeats)
+    print(table(rows, COLUMNS))
+    if options.record:
+        write_records(options.record, rows)
+
+
+if __name__ == "__main__":
+    main()
