@@ -66,7 +66,7 @@ asan: install
 	$(BIN)/cmake --build $(SANITIZED)
 	GRIT_KERNELS_LIBRARY=$(SANITIZED)/_C.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest tests/grit_kernels/pooling tests/grit_kernels/attention
+		$(BIN)/python -m pytest tests/grit_kernels/pooling tests/grit_kernels/attention tests/grit_kernels/contrastive/test_cpu_contrastive.py
 
 clean:
 	rm -rf .oldest build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache
