@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
 TORCH ?= torch==2.13.0
 
-.PHONY: demo install test test-oldest test-model test-slow gpu lint format clean
+.PHONY: demo install test families test-oldest test-model test-slow gpu lint format clean
 
 install: $(VENV)/.installed
 
@@ -26,9 +26,14 @@ test: install
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
+# docs/families.md: what patch() does for each family, from a run of its tests
+families: install
+	$(BIN)/python -m tests.families_table
+
 # the oldest supported transformers and Triton, in a folder that goes before .venv's packages
 test-oldest: install .oldest/.installed
-	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/grit_kernels/test_patch.py tests/grit_kernels/test_families.py tests/python_model
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/grit_kernels/test_patch.py tests/grit_kernels/test_families.py \
+		tests/grit_kernels/test_integrations.py tests/python_model
 	PYTHONPATH=.oldest TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/grit_kernels/attention/test_triton_attention.py
 
 .oldest/.installed: pyproject.toml
