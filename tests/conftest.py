@@ -52,6 +52,7 @@ def available_backends() -> list[Backend]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpret: runs Triton kernels in the interpreter (TRITON_INTERPRET=1)")
+    config.addinivalue_line("markers", "feature(*names): what the test shows of its family, a row of docs/families.md")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,9 +1,13 @@
-"""patch() on a tiny random model of every supported family: the same properties for all of them."""
+"""patch() on a tiny random model of every supported family: the same properties for all of them.
+
+The marker ``feature`` names what a test shows of its family; docs/families.md is the table of it (tests/families_table.py).
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +17,10 @@ from torch import Tensor
 
 import grit_kernels as gk
 from grit_kernels.patch import FAMILIES
+from grit_kernels.transformers_interface import BIDIRECTIONAL_WINDOWS
+from tests import families_table
 
+feature = pytest.mark.feature
 WINDOW = 5
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -61,8 +68,8 @@ def patched(family: str, **options: Any) -> Any:
     return gk.patch(copy.deepcopy(stock(family)), **options)
 
 
-def run_stock(family: str, is_causal: bool, **arguments: Any) -> Any:
-    model = stock(family)
+def run_stock(family: str, is_causal: bool, model: Any = None, **arguments: Any) -> Any:
+    model = stock(family) if model is None else model
     if family != "gptj":
         return model(**arguments, is_causal=is_causal, use_cache=False)
     model.config.is_causal = is_causal  # GPT-J swallows the argument, but its mask follows the config
@@ -77,8 +84,15 @@ FLAGS = torch.tensor([True, False, False])
 RIGHT, LEFT = torch.ones_like(IDS), torch.ones_like(IDS)
 RIGHT[0, 9:], RIGHT[1, 4:] = 0, 0
 LEFT[1, :5], LEFT[2, :2] = 0, 0
-PADDING = pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
+PADDING = pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(RIGHT, id="right", marks=feature("right padding")),
+        pytest.param(LEFT, id="left", marks=feature("left padding")),
+    ],
+)
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
+WINDOWED = [family for family in FAMILIES if "sliding_window" in SPECIAL[family]]
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -90,8 +104,14 @@ def test_every_supported_family_is_tested() -> None:
     assert set(FAMILIES) == set(SPECIAL)
 
 
+def test_the_committed_table_lists_exactly_what_is_tested_here() -> None:
+    pairs = families_table.declared_pairs(sys.modules[__name__])
+    assert families_table.committed_pairs() == pairs, "run `python -m tests.families_table` and commit docs/families.md"
+
+
 @FAMILY
 @PADDING
+@feature("causal = unpatched", "bidirectional = unpatched", "mixed rows", "packed = padded")
 @torch.no_grad()
 def test_causal_bidirectional_and_mixed_equal_the_unpatched_model(family: str, mask: Tensor) -> None:
     real = mask.bool()
@@ -106,6 +126,7 @@ def test_causal_bidirectional_and_mixed_equal_the_unpatched_model(family: str, m
 
 
 @FAMILY
+@feature("packed input")
 @torch.no_grad()
 def test_packed_input_in_every_form_equals_padded_input(family: str) -> None:
     model, real = patched(family), RIGHT.bool()
@@ -120,13 +141,20 @@ def test_packed_input_in_every_form_equals_padded_input(family: str) -> None:
 
 
 @FAMILY
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param("dynamic", id="dynamic", marks=feature("generate, dynamic cache")),
+        pytest.param("static", id="static", marks=feature("generate, static cache")),
+    ],
+)
 def test_generate_equals_the_unpatched_model_beyond_the_window(family: str, cache: str) -> None:
     options = {"max_new_tokens": 7, "do_sample": False, "attention_mask": LEFT, "cache_implementation": cache}
     assert torch.equal(stock(family).generate(IDS, **options), patched(family).generate(IDS, **options))
 
 
 @FAMILY
+@feature("bidirectional prefill, then causal")
 @torch.no_grad()
 def test_a_bidirectional_prefill_is_continued_causally(family: str) -> None:
     outputs = []
@@ -141,7 +169,30 @@ def test_a_bidirectional_prefill_is_continued_causally(family: str) -> None:
     close(outputs[1], outputs[0])
 
 
+@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("convention", BIDIRECTIONAL_WINDOWS)
+@feature("window conventions beyond W")
+@torch.no_grad()
+def test_each_window_convention_beyond_the_window(family: str, convention: str) -> None:
+    unlimited = copy.deepcopy(stock(family))
+    unlimited.config.sliding_window = 10**6  # eager attention reads the window off the mask alone
+    real, every = RIGHT.bool(), {"input_ids": IDS, "attention_mask": RIGHT}
+    assert int(RIGHT.sum(1).max()) > 2 * WINDOW, "beyond the window on both sides"
+    windowed, full = (run_stock(family, False, m, **every).logits for m in (stock(family), unlimited))
+    assert not torch.allclose(windowed[2], full[2], atol=1e-2), "the convention must matter"
+    mixed = torch.where(FLAGS[:, None, None], run_stock(family, True, **every).logits, full)
+    if convention == "transformers":
+        mixed[1:] = windowed[1:]
+    packing, padding = (patched(family, bidirectional_window=convention, packing=p) for p in (True, False))
+    for model, options in ((packing, {}), (packing, {"use_cache": True}), (padding, {})):
+        close(model(**every, is_causal=FLAGS, **options).logits[real], mixed[real])
+    short = {name: x[:, :WINDOW] for name, x in every.items()}
+    expected = run_stock(family, False, unlimited, **short).logits  # up to W tokens the conventions agree
+    close(packing(**short, is_causal=False).logits[real[:, :WINDOW]], expected[real[:, :WINDOW]])
+
+
 @FAMILY
+@feature("gradients")
 def test_gradients_with_and_without_checkpointing_equal_separate_runs(family: str) -> None:
     real, target = RIGHT.bool(), torch.randn(*IDS.shape, 97)
 
@@ -165,6 +216,7 @@ def test_gradients_with_and_without_checkpointing_equal_separate_runs(family: st
 
 
 @FAMILY
+@feature("unpatch")
 @torch.no_grad()
 def test_unpatch_restores_the_model_and_state_dict_never_changes(family: str) -> None:
     model, reference = patched(family), stock(family)

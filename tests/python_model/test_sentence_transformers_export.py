@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from python_model import GritLM
 from python_model.prompts import embed_instruction
@@ -54,6 +55,39 @@ def test_the_packed_module_runs_the_patched_decoder(checkpoint: Path, tmp_path: 
     assert gk.is_patched(loaded[0].auto_model)
     plain = _load(export_sentence_transformers(model, tmp_path / "plain"))
     assert not gk.is_patched(plain[0].auto_model)
+
+
+def test_the_ranking_loss_trains_the_packed_module_like_the_padded_one(checkpoint: Path, tmp_path: Path) -> None:
+    # the loss and the optimizer's steps as sentence-transformers' trainer takes them; its Trainer class itself would need the
+    # `datasets` package
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    queries, documents = ["river", "sum of two", "capital of France"], [TEXTS[0], TEXTS[1], TEXTS[3]]
+    losses: dict[str, list[float]] = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for name, packed in (("padded", False), ("packed", True)):
+        folder = export_sentence_transformers(model, tmp_path / name, instructions={"query": "Find"}, packed=packed)
+        trained = _load(folder, trust_remote_code=packed).train()
+        loss_function = MultipleNegativesRankingLoss(trained, scale=50.0)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+        losses[name] = []
+        for step in range(3):
+            features = [
+                trained.preprocess(queries, prompt=trained.prompts["query"]),
+                trained.preprocess(documents),
+            ]
+            loss = loss_function(features, torch.arange(len(queries)))
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                gradients[name] = [p.grad.clone() for p in trained.parameters()]
+            optimizer.step()
+            losses[name].append(float(loss.detach()))
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-3)
+    assert losses["packed"][-1] < losses["packed"][0]
+    for a, b in zip(gradients["packed"], gradients["padded"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
 
 
 def test_variants_without_a_counterpart_are_refused(checkpoint: Path, tmp_path: Path) -> None:
