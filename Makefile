@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
 TORCH ?= torch==2.13.0
 
-.PHONY: demo install test families test-oldest test-model test-slow gpu lint format clean
+.PHONY: demo install test families test-oldest test-model test-slow bench gpu lint format clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +53,13 @@ GPU_PYTHON ?= python3
 gpu:
 	$(GPU_PYTHON) -m pip install --no-deps --no-build-isolation --quiet -e .
 	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m bench.attention --device cuda --record attention_cuda.json --plot bench/results/attention_cuda.png
+
+# records land in bench/results; run it on a quiet machine
+bench: install
+	$(BIN)/python -m bench.attention --device cpu --record attention_cpu.json --plot bench/results/attention_cpu.png
+	$(BIN)/python -m bench.pooling --record pooling_cpu.json
+	$(BIN)/python -m bench.model
 
 lint: install
 	$(BIN)/ruff check .
