@@ -158,8 +158,8 @@ def test_lora_on_every_linear_trains_the_same_before_and_after_patch(stock: Any,
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_packed_pass_compiles_into_one_graph_with_its_gradients(model: Any, backend: str) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_packed_pass_compiles_into_one_graph_with_its_gradients(model: Any, compiler: str) -> None:
     pack = gk.SamplePack.from_mask(RIGHT, FLAGS)
     ids = pack.pack(IDS)[None]
 
@@ -167,7 +167,7 @@ def test_a_packed_pass_compiles_into_one_graph_with_its_gradients(model: Any, ba
         return model.model(x, sample_pack=pack).last_hidden_state
 
     parameters = list(model.model.parameters())
-    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
     a, b = compiled(ids), run(ids)
     close(a, b)
     grads = [torch.autograd.grad(x.square().mean(), parameters) for x in (a, b)]
