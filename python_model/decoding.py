@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from python_model.decoding_step import Step, supports
+
 if TYPE_CHECKING:
     from python_model.rag.states import TextStates
 
@@ -68,6 +70,7 @@ class StaticLayer(CacheLayerMixin):
         batch, heads, _, dim = key_states.shape
         # zeros: the attention skips unused slots, but a kernel may load what it then ignores
         data = key_states.new_zeros(2, batch, self.slots, heads, dim)
+        self.slots_of_keys, self.slots_of_values = data[0], data[1]
         self.keys, self.values = data[0].transpose(1, 2), data[1].transpose(1, 2)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -169,16 +172,25 @@ def decode(
     ends = torch.tensor(sorted(eos_token_ids), device=device)
     alive = [True] * batch
     found: list[list[int]] = [[] for _ in prompts]
+    # a row whose states and prompt leave a gap between them goes on in the general way
+    gaps = any(n and len(prompt) < longest for n, prompt in zip(read, prompts, strict=True))
+    short_step: Step | None = None
     for step in range(max_new_tokens):
         filled = past + longest + step
-        logits = model(
-            input_ids=ids,
-            attention_mask=None if whole else used[:, :filled],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        if short_step is not None:
+            logits = short_step(ids, positions)
+        else:
+            logits = model(
+                input_ids=ids,
+                attention_mask=None if whole else used[:, :filled],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            if not gaps and supports(model):
+                first = torch.tensor([past + longest - len(p) - n for n, p in zip(read, prompts, strict=True)])
+                short_step = Step(model, cache, first.to(device=device, dtype=torch.int32))
         if step < min_new_tokens and len(ends):
             logits[:, ends] = float("-inf")
         chosen = sampling.choose(logits, generator)
