@@ -14,7 +14,11 @@ COMMANDS = {
     ),
     "demo": ("python_model.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
     "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss in one packed pass"),
-    "generate": ("python_model.generate", "ask a model"),
+    "generate": ("python_model.generate", "ask a model: one question, a chat, or a file of them"),
+    "embed": ("python_model.embed", "embed texts"),
+    "index": ("python_model.rag.index_command", "make, extend and search an index of documents"),
+    "rag": ("python_model.rag.rag_command", "answer questions from an index, with cached states of its documents"),
+    "rerank": ("python_model.rerank", "order passages by their relevance to a query"),
 }
 
 
