@@ -1,0 +1,32 @@
+"""lm-eval on a GritLM.
+
+    import lm_eval
+    from python_model.evaluation.lm_eval_adapter import lm_eval_model
+
+    lm_eval.simple_evaluate(model=lm_eval_model(model), tasks=["gsm8k"])
+
+lm-eval (the extra ``eval``) is imported when the function is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from python_model.modeling import GritLM
+
+
+def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
+    """lm-eval's ``HFLM`` around the patched model; ``options`` go to it (``add_bos_token``, ``max_length``, ...).
+
+    Raises:
+        ValueError: the model has no language-model head.
+    """
+    if model.mode == "embedding":
+        raise ValueError(
+            "mode: 'embedding' loads no language-model head; load with mode='unified' to evaluate generation"
+        )
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, device=str(model.device), **options
+    )

@@ -1,0 +1,132 @@
+"""mteb on a GritLM: an encoder for its tasks, and a search that reranks what it finds with the generative side.
+
+    import mteb
+    from python_model.evaluation.mteb_adapter import mteb_encoder
+
+    mteb.evaluate(mteb_encoder(model), mteb.get_tasks(tasks=["SciFact"]))
+
+mteb (the extra ``eval``) is imported when these functions are called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from python_model.modeling import GritLM
+from python_model.prompts import embed_instruction
+from python_model.rerank import Method, rerank
+
+
+def _meta(name: str, revision: str) -> Any:
+    from mteb.models.model_meta import ModelMeta
+
+    return ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
+
+
+def prefix_for(encoder: Any, task_metadata: Any, prompt_type: Any) -> str:
+    """The text format of one side of a task: its instruction, and none for the documents of retrieval, as in the paper.
+
+    mteb hands the same instruction to both sides when a task has only one; for retrieval that is the queries'.
+    """
+    side = getattr(prompt_type, "value", prompt_type)
+    if task_metadata.type == "Retrieval" and side == "document":
+        return embed_instruction("")
+    return embed_instruction(encoder.get_instruction(task_metadata, prompt_type) or "")
+
+
+def mteb_encoder(
+    model: GritLM,
+    *,
+    name: str = "local/grit",
+    revision: str = "0",
+    max_length: int = 512,
+    batch_size: int = 256,
+) -> Any:
+    """An mteb encoder. ``name`` (with one slash) and ``revision`` say under what its results are filed."""
+    from mteb.models.abs_encoder import AbsEncoder
+
+    class Encoder(AbsEncoder):
+        def __init__(self) -> None:
+            self.model = model
+            self.mteb_model_meta = _meta(name, revision)
+
+        def encode(
+            self,
+            inputs: Any,
+            *,
+            task_metadata: Any,
+            hf_split: str,
+            hf_subset: str,
+            prompt_type: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            texts = [text for batch in inputs for text in batch["text"]]
+            return model.encode(
+                texts,
+                instruction=prefix_for(self, task_metadata, prompt_type),
+                max_length=max_length,
+                batch_size=kwargs.get("batch_size", batch_size),
+            )
+
+    return Encoder()
+
+
+def mteb_search(
+    model: GritLM,
+    *,
+    method: Method = "listwise",
+    rerank_top: int = 10,
+    name: str = "local/grit-rerank",
+    revision: str = "0",
+    max_length: int = 512,
+) -> Any:
+    """An mteb search model: exact search with embeddings, whose ``rerank_top`` best are put in the order of :func:`rerank`.
+
+    The reranked documents share out the scores that were theirs, so they stay in front of the others.
+    """
+
+    class Search:
+        def __init__(self) -> None:
+            self.mteb_model_meta = _meta(name, revision)
+            self._encoder = mteb_encoder(model, max_length=max_length)
+            self._keys: list[str] = []
+            self._texts: list[str] = []
+            self._vectors = torch.zeros(0, 0)
+
+        def index(self, corpus: Any, *, task_metadata: Any, **kwargs: Any) -> None:
+            self._keys = [str(row["id"]) for row in corpus]
+            titles = [row.get("title") or "" for row in corpus]
+            texts = [row["text"] for row in corpus]
+            self._texts = [f"{title} {text}" if title else text for title, text in zip(titles, texts, strict=True)]
+            self._vectors = self._embed(self._texts, task_metadata, "document")
+
+        def search(
+            self, queries: Any, *, task_metadata: Any, top_k: int, top_ranked: Any = None, **kwargs: Any
+        ) -> dict[str, dict[str, float]]:
+            texts = [row["text"] for row in queries]
+            scores = self._embed(texts, task_metadata, "query") @ self._vectors.T
+            places = {key: place for place, key in enumerate(self._keys)}
+            results = {}
+            for row, query, text in zip(scores, queries, texts, strict=True):
+                wanted = None if top_ranked is None else [places[key] for key in top_ranked[query["id"]]]
+                allowed = torch.arange(len(self._keys)) if wanted is None else torch.tensor(wanted)
+                best = row[allowed].topk(min(top_k, len(allowed)))
+                found = allowed[best.indices].tolist()
+                head = [self._texts[place] for place in found[:rerank_top]]
+                order = [ranked.index for ranked in rerank(model, text, head, method=method)]
+                found = [found[i] for i in order] + found[len(order) :]
+                results[str(query["id"])] = {
+                    self._keys[place]: float(score) for place, score in zip(found, best.values, strict=True)
+                }
+            return results
+
+        def _embed(self, texts: list[str], task_metadata: Any, side: str) -> torch.Tensor:
+            from mteb.types import PromptType
+
+            prefix = prefix_for(self._encoder, task_metadata, PromptType(side))
+            vectors = model.encode(texts, instruction=prefix, max_length=max_length, convert_to_tensor=True)
+            return vectors.float().cpu()
+
+    return Search()
