@@ -304,7 +304,7 @@ def _key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     k_batch, k_row = k.stride()[:2]
     step = k_batch // k_row if k_row > 0 and k_batch % k_row == 0 else 0
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    cast = torch.is_autocast_enabled(q.device.type)
+    cast = autocast_dtype(q.device) is not None
     rows = (k.shape[0] - 1) * step + slots
     if step <= slots or v.stride()[:2] != (k_batch, k_row) or differentiable or cast or rows >= 2**31:
         return k.flatten(0, 1), v.flatten(0, 1), slots
