@@ -102,6 +102,7 @@ class RAG:
         mode: str = "auto",
         k: int = 1,
         max_new_tokens: int = 16,
+        min_new_tokens: int = 1,
         answer_prefix: str = ANSWER_PREFIX,
         sampling: Sampling | None = None,
     ) -> Answer:
@@ -140,7 +141,15 @@ class RAG:
             given = given if mode != "none" else []
         seconds["search"] = time.perf_counter() - start
         return self._answer(
-            question, given, scores, mode, query_states, seconds, max_new_tokens, answer_prefix, sampling or Sampling()
+            question,
+            given,
+            scores,
+            mode,
+            query_states,
+            seconds,
+            (min_new_tokens, max_new_tokens),
+            answer_prefix,
+            sampling or Sampling(),
         )
 
     def _answer(
@@ -151,10 +160,11 @@ class RAG:
         mode: str,
         query_states: TextStates | None,
         seconds: dict[str, float],
-        max_new_tokens: int,
+        new_tokens: tuple[int, int],
         answer_prefix: str,
         sampling: Sampling,
     ) -> Answer:
+        min_new_tokens, max_new_tokens = new_tokens
         start = time.perf_counter()
         text = prompt_text(mode, question, documents, answer_prefix)
         prompt = prompt_ids(self.model, text, bos=not cached_parts(mode))
@@ -174,7 +184,7 @@ class RAG:
             [prompt],
             states=[states],
             max_new_tokens=max_new_tokens,
-            min_new_tokens=1,
+            min_new_tokens=min_new_tokens,
             eos_token_ids=eos_token_ids(self.model),
             sampling=sampling,
         )
