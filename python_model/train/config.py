@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from python_model.losses import GENERATIVE_LOSSES
 
 MODES = ("unified", "embedding", "generative")
+CHUNKINGS = ("tokens", "triplet")
+PARALLEL = ("ddp", "fsdp")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+GRADIENT_SCALES = ("exact", "reference")
+QUANTIZATIONS = ("", "nf4")
 
 
 @dataclass
@@ -17,25 +23,55 @@ class TrainConfig:
 
     Attributes:
         model: checkpoint to start from (folder or name), or ``smollm2-135m`` for the small model that ``grit fetch-model`` gets.
-        train_data: jsonl file or folder of files; rows with ``query`` are embedding rows, rows with ``text`` generative ones.
-        output_dir: receives ``checkpoint/``, ``log.jsonl`` and ``loss.png``.
+        architecture: folder with a ``config.json`` that ``dry_run`` builds when the model itself is not at hand.
+        train_data: jsonl file or folder of files, one data set per file; rows with ``query`` are embedding rows, rows with
+            ``text`` generative ones.
+        output_dir: receives ``checkpoint/``, ``states/``, ``log.jsonl`` and ``loss.png``.
         mode: ``unified``, ``embedding`` or ``generative``.
         steps: optimiser steps.
-        embedding_batch_size: queries per step.
-        generative_batch_size: conversations per step.
+        embedding_batch_size: queries per step, over all ranks.
+        generative_batch_size: conversations per step, over all ranks.
         train_group_size: passages per query, the positive included.
         query_max_len, passage_max_len, generative_max_len: tokens; longer texts lose their end.
+        chunk_tokens: tokens of one forward and backward pass; 0 puts the whole step into one. The gradients are those of the
+            whole step either way (gradient caching), and memory depends on this number, not on the batch size.
+        chunking: ``tokens`` fills chunks of ``chunk_tokens``; ``triplet`` is the paper's split: one pass each for positives,
+            negatives, and queries with the conversations.
         learning_rate, warmup_ratio, weight_decay, max_grad_norm: AdamW with a linear schedule.
         temperature: of the contrastive loss.
+        learn_temperature: train it too (its logarithm, with the same learning rate).
         contrastive_weight, generative_weight: factors of the two losses.
+        router_loss_weight: factor of a mixture's load-balancing loss; default: the model config's ``router_aux_loss_coef``.
+        in_batch_negatives: every passage is a negative of every other query; False: only the query's own hard negatives.
+        cross_device_negatives: contrast with the passages of all ranks, not only with this rank's.
+        symmetric: also contrast each positive with the queries.
+        mask_duplicates: a passage with the text of a query's positive is no negative of that query.
+        gradient_scale: ``exact``, or ``reference`` for the public implementation's 1/world_size on the contrastive gradient.
         generative_loss: ``mixed``, ``token`` or ``sample`` (see python_model.losses).
-        pooling_method, normalized, attn: as in GritLM.
-        bf16: autocast to bfloat16 over FP32 weights.
+        generative_group: with ``mixed``, conversations per token mean (the paper's "mix 32 -> 8" has 32 in each of 8 means);
+            0: one mean over all conversations of the step.
+        pooling_method, normalized, projection, attn, embed_eos, instruction_count: as in GritLM.
+        bf16: compute in bfloat16 over FP32 weights.
         gradient_checkpointing: recompute activations in the backward pass.
+        lora_rank: train low-rank adapters on every linear layer instead of all weights; 0: all weights.
+        lora_alpha, lora_dropout: of the adapters.
+        lora_targets: names of the linear layers with an adapter, separated by commas, or ``all-linear``.
+        quantization: ``nf4`` loads the frozen weights in 4 bits (QLoRA; needs bitsandbytes and a GPU).
+        parallel: with several ranks (torchrun): ``fsdp`` shards weights, gradients and optimiser, ``ddp`` copies them.
+        shard_size: ranks that share one set of weights (hybrid sharding: copies between such groups); 0: all of them.
+        cpu_offload: keep sharded weights and optimiser in host memory.
+        save_steps: steps between saved states; 0: only when interrupted.
+        save_total: states that are kept.
+        resume: continue from the newest state in ``output_dir``.
+        trackers: any of ``tensorboard``, ``wandb``, ``trackio``, beside ``log.jsonl``.
+        exploding_loss: stop when the loss is this much above its mean over the last 50 steps; 0: only when not finite.
+        deterministic: ask torch for deterministic algorithms.
+        dry_run: print memory per rank and tokens per step, and stop; no weights are loaded.
         seed: orders the data and picks positives and negatives.
     """
 
     model: str = "smollm2-135m"
+    architecture: str = ""
     train_data: str = ""
     output_dir: str = "grit_output"
     mode: str = "unified"
@@ -46,38 +82,99 @@ class TrainConfig:
     query_max_len: int = 256
     passage_max_len: int = 2048
     generative_max_len: int = 2048
+    chunk_tokens: int = 0
+    chunking: str = "tokens"
     learning_rate: float = 2e-5
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     temperature: float = 0.02
+    learn_temperature: bool = False
     contrastive_weight: float = 1.0
     generative_weight: float = 1.0
+    router_loss_weight: float | None = None
+    in_batch_negatives: bool = True
+    cross_device_negatives: bool = True
+    symmetric: bool = False
+    mask_duplicates: bool = True
+    gradient_scale: str = "exact"
     generative_loss: str = "mixed"
+    generative_group: int = 0
     pooling_method: str = "mean"
     normalized: bool = True
+    projection: int | None = None
     attn: str = "bbcc"
+    embed_eos: str = ""
+    instruction_count: str = "offsets"
     bf16: bool = True
     gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 64.0
+    lora_dropout: float = 0.1
+    lora_targets: str = "all-linear"
+    quantization: str = ""
+    parallel: str = "fsdp"
+    shard_size: int = 0
+    cpu_offload: bool = False
+    save_steps: int = 0
+    save_total: int = 2
+    resume: bool = True
+    trackers: list[str] = field(default_factory=list)
+    exploding_loss: float = 20.0
+    deterministic: bool = False
+    dry_run: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode: got {self.mode!r}, accepted are {', '.join(map(repr, MODES))}")
-        if self.generative_loss not in GENERATIVE_LOSSES:
-            accepted = ", ".join(map(repr, GENERATIVE_LOSSES))
-            raise ValueError(f"generative_loss: got {self.generative_loss!r}, accepted are {accepted}")
-        for name in ("steps", "embedding_batch_size", "generative_batch_size", "train_group_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, accepted is an int >= 1")
+        for name, accepted in (
+            ("mode", MODES),
+            ("generative_loss", GENERATIVE_LOSSES),
+            ("chunking", CHUNKINGS),
+            ("gradient_scale", GRADIENT_SCALES),
+            ("parallel", PARALLEL),
+            ("quantization", QUANTIZATIONS),
+        ):
+            check_choice(name, getattr(self, name), accepted)
+        for tracker in self.trackers:
+            check_choice("trackers", tracker, TRACKERS)
+        for name in ("steps", "embedding_batch_size", "generative_batch_size", "train_group_size", "save_total"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("chunk_tokens", "generative_group", "lora_rank", "shard_size", "save_steps"):
+            check_at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: got {value}, accepted is a finite number > 0")
+        self._check_combinations()
+        if self.dry_run:
+            return
         if not self.train_data:
             raise ValueError("train_data: got nothing, accepted is a jsonl file or a folder of them")
         if not Path(self.train_data).exists():
             raise FileNotFoundError(f"train_data: there is no file or folder {self.train_data}")
+
+    def _check_combinations(self) -> None:
+        if self.generative_group and (
+            self.generative_loss != "mixed" or self.generative_batch_size % self.generative_group
+        ):
+            raise ValueError(
+                f"generative_group: got {self.generative_group}, accepted with generative_loss 'mixed' is a divisor of "
+                f"generative_batch_size ({self.generative_batch_size})"
+            )
+        if self.chunking == "triplet" and self.chunk_tokens:
+            raise ValueError(f"chunk_tokens: got {self.chunk_tokens}, accepted with chunking 'triplet' is 0")
+        longest = max(
+            (max(self.query_max_len, self.passage_max_len) if self.embeds else 0),
+            (self.generative_max_len if self.generates else 0),
+        )
+        if self.chunk_tokens and self.chunk_tokens < longest:
+            raise ValueError(
+                f"chunk_tokens: got {self.chunk_tokens}, accepted is 0 or at least the longest sample ({longest} tokens)"
+            )
+        if self.quantization and not self.lora_rank:
+            raise ValueError(f"quantization: got {self.quantization!r}, which needs lora_rank > 0")
+        if not self.in_batch_negatives and self.train_group_size < 2:
+            raise ValueError("in_batch_negatives: False needs hard negatives, so train_group_size >= 2")
 
     @property
     def embeds(self) -> bool:
@@ -86,3 +183,15 @@ class TrainConfig:
     @property
     def generates(self) -> bool:
         return self.mode in ("unified", "generative")
+
+
+def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
+    """ValueError unless ``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """ValueError unless ``value`` >= ``least``."""
+    if value < least:
+        raise ValueError(f"{name}: got {value}, accepted is an int >= {least}")
