@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from python_model.data import sample_dir
-from python_model.data.jsonl import read_corpus, read_embedding, read_generative, read_rows
+from python_model.data.jsonl import read_corpus, read_embedding, read_generative
+from python_model.data.stream import open_stream
 from python_model.evaluation import embed_documents, evaluate_retrieval, next_token_loss
 from python_model.files import write_json
 from python_model.generate import rag_prompt, reply
@@ -91,7 +92,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     print("measuring the untrained model on held-out rows ...", flush=True)
     before, _ = evaluate(model, sample)
     print(f"  nDCG@10 {before['ndcg_at_10']:.3f}   next-token loss {before['next_token_loss']:.3f}", flush=True)
-    trainer = Trainer(model, config, *read_rows(config.train_data))
+    trainer = Trainer(model, config, open_stream(config, model.tokenizer))
     records = trainer.train()
     after, corpus = evaluate(model, sample)
     print(f"  nDCG@10 {after['ndcg_at_10']:.3f}   next-token loss {after['next_token_loss']:.3f}", flush=True)
@@ -125,6 +126,7 @@ def demo_config(output_dir: str, steps: int = 40, seed: int = 0) -> TrainConfig:
         query_max_len=MAX_LENGTH,
         passage_max_len=MAX_LENGTH,
         generative_max_len=MAX_LENGTH,
+        resume=False,
     )
 
 

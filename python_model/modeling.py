@@ -24,6 +24,7 @@ POOLING_METHODS: tuple[str, ...] = get_args(PoolingMethod)
 InstructionCount = Literal["offsets", "reference"]
 INSTRUCTION_COUNTS: tuple[str, ...] = get_args(InstructionCount)
 EMBEDDING_ATTENTION = ("bb", "cc", "cb")
+GENERATIVE_ATTENTION = ("cc", "bc", "il")
 SETTINGS_FILE = "grit.json"
 TOKENS_PER_PACK = 16384
 """encode() fills one forward pass up to this many tokens."""
@@ -40,7 +41,8 @@ class GritLM(nn.Module):
         projection: output size of a linear embedding head (with bias), read from ``embedding_head.safetensors`` where the
             checkpoint has one.
         attn: attention of embedding instruction, embedding sample, then generative instruction and sample. ``bb``, ``cc``, ``cb``
-            for embedding; generation is ``cc``. May be given as two letters.
+            for embedding; ``cc``, ``bc`` (prefix-LM: the prompt before the last reply is bidirectional) or ``il`` (interleaved:
+            each user turn is bidirectional within itself) for generation. Two letters mean ``cc`` for generation.
         embed_eos: text appended to each text to embed (``lasttoken`` models).
         device: where to put the model; default CUDA if there is one, else the CPU.
         is_inference: eval mode, and encode() without gradients.
@@ -78,12 +80,14 @@ class GritLM(nn.Module):
         count = _first(instruction_count, saved, "offsets", "instruction_count")
         self.instruction_count = cast(InstructionCount, _choice("instruction_count", count, INSTRUCTION_COUNTS))
         self.attn = _check_attn(_first(attn, saved, "bbcc", "attn"))
+        self.bidirectional_window: str = saved.get("bidirectional_window", "transformers")
         projection = _first(projection, saved, None, "projection")
-        window = saved.get("bidirectional_window", "transformers")
         if not Path(path).exists() and path.startswith((".", "/", "~")):
             raise FileNotFoundError(f"model_name_or_path: there is no folder {path}")
         loader = AutoModel if mode == "embedding" else AutoModelForCausalLM
-        self.model = gk.patch(loader.from_pretrained(path, **from_pretrained_kwargs), bidirectional_window=window)
+        self.model = gk.patch(
+            loader.from_pretrained(path, **from_pretrained_kwargs), bidirectional_window=self.bidirectional_window
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -332,7 +336,8 @@ def _choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
 
 
 def _check_attn(attn: str) -> str:
-    if not isinstance(attn, str) or attn[:2] not in EMBEDDING_ATTENTION or attn[2:] not in ("", "cc"):
-        accepted = ", ".join(repr(e + g) for e in EMBEDDING_ATTENTION for g in ("cc", ""))
-        raise ValueError(f"attn: got {attn!r}, accepted are {accepted}")
+    """Four letters, or two for the embedding side alone."""
+    accepted = [e + g for e in EMBEDDING_ATTENTION for g in ("", *GENERATIVE_ATTENTION)]
+    if attn not in accepted:
+        raise ValueError(f"attn: got {attn!r}, accepted are {', '.join(map(repr, accepted))}")
     return attn

@@ -38,13 +38,15 @@ class EncodedSample:
 
     ``instruction_len``: leading tokens that attend but are not pooled. ``labels``: for a generative sample the token each
     position predicts (already shifted: ``labels[t]`` is ``input_ids[t + 1]`` or IGNORE_INDEX), None for a text to embed.
-    ``truncated``: the sample was cut to its maximum length.
+    ``truncated``: the sample was cut to its maximum length. ``bidirectional``: one bool per token of a conversation, True in
+    runs that see each other (prefix-LM, interleaved turns), None where all of it is causal.
     """
 
     input_ids: list[int]
     instruction_len: int = 0
     labels: list[int] | None = None
     truncated: bool = False
+    bidirectional: list[bool] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)

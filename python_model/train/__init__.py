@@ -1,7 +1,18 @@
-"""GRIT training: ``python -m python_model.train --config FILE [--key value ...]``."""
+"""GRIT training: ``python -m python_model.train --config FILE [--key value ...]``.
 
-from python_model.train.batch import UnifiedBatch, build_batch, pack_samples
+config.py       every setting
+setup.py        settings -> model (adapters.py: LoRA), memory plan (memory.py)
+trainer.py      the loop: samples -> plan -> gradients -> update -> log -> state
+chunks.py       samples -> packs
+model.py        the module whose forward takes a chunk
+step.py         gradients of a step, exact over chunks and ranks
+learner.py      optimiser, schedule, temperature
+distributed.py  ranks, FSDP2, DDP
+states.py       saving and resuming
+trackers.py     where the figures go
+"""
+
 from python_model.train.config import TrainConfig
-from python_model.train.trainer import Trainer, compute_losses
+from python_model.train.trainer import Interrupted, Trainer
 
-__all__ = ["TrainConfig", "Trainer", "UnifiedBatch", "build_batch", "compute_losses", "pack_samples"]
+__all__ = ["Interrupted", "TrainConfig", "Trainer"]

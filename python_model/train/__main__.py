@@ -1,7 +1,8 @@
-"""``python -m python_model.train --config FILE [--key value ...]``."""
+"""``python -m python_model.train --config FILE [--key value ...]``; under torchrun for several ranks."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,36 +26,50 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def run(config: TrainConfig) -> Path:
-    """Train and save; returns the checkpoint's folder."""
-    from python_model.data.jsonl import read_rows
-    from python_model.modeling import GritLM
+    """Train (or go on where an interrupted run stopped) and save; returns the checkpoint's folder."""
+    from python_model.data.stream import open_stream
     from python_model.plot import plot_losses
-    from python_model.small_model import resolve_model
+    from python_model.train.distributed import ranks
+    from python_model.train.setup import load_model
     from python_model.train.trainer import Trainer
 
-    embedding, generative = read_rows(Path(config.train_data))
-    model = GritLM(
-        resolve_model(config.model),
-        mode=config.mode,
-        pooling_method=config.pooling_method,
-        normalized=config.normalized,
-        attn=config.attn,
-        is_inference=False,
-        dtype="float32",
-    )
-    trainer = Trainer(model, config, embedding, generative)
-    records = trainer.train()
-    plot_losses(records, Path(config.output_dir) / "loss.png")
-    return trainer.save()
+    with ranks() as here:
+        # with FSDP only rank 0 reads the weights; the others get their shards from it
+        sharded = here.group is not None and config.parallel == "fsdp"
+        model = load_model(config, here.device, weights=here.first or not sharded)
+        stream = open_stream(config, model.tokenizer, here.rank, here.world)
+        trainer = Trainer(model, config, stream, here)
+        records = trainer.train()
+        if here.first:
+            plot_losses(records, Path(config.output_dir) / "loss.png")
+        return trainer.save()
+
+
+def dry_run(config: TrainConfig) -> str:
+    """Memory per rank and tokens per step for WORLD_SIZE ranks, without weights or data."""
+    from python_model.train.setup import plan_dry_run
+
+    plan, limit = plan_dry_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    return "\n".join(plan.lines(limit))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``grit train``."""
+    from python_model.train.trainer import Interrupted
+
     try:
-        checkpoint = run(parse(argv))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        config = parse(argv)
+        if config.dry_run:
+            print(dry_run(config))
+            return
+        checkpoint = run(config)
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
         raise SystemExit(f"grit train: {error}") from error
-    print(f"saved {checkpoint}")
+    except Interrupted as reason:
+        print(f"grit train: {reason}", file=sys.stderr)
+        raise SystemExit(143) from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"saved {checkpoint}")
 
 
 if __name__ == "__main__":

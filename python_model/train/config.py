@@ -59,6 +59,8 @@ class TrainConfig:
         quantization: ``nf4`` loads the frozen weights in 4 bits (QLoRA; needs bitsandbytes and a GPU).
         parallel: with several ranks (torchrun): ``fsdp`` shards weights, gradients and optimiser, ``ddp`` copies them.
         shard_size: ranks that share one set of weights (hybrid sharding: copies between such groups); 0: all of them.
+        reduce_each_chunk: sum gradients over the ranks after each chunk instead of once per step: more traffic, but FSDP then
+            holds no whole gradient on any rank.
         cpu_offload: keep sharded weights and optimiser in host memory.
         save_steps: steps between saved states; 0: only when interrupted.
         save_total: states that are kept.
@@ -67,6 +69,7 @@ class TrainConfig:
         exploding_loss: stop when the loss is this much above its mean over the last 50 steps; 0: only when not finite.
         deterministic: ask torch for deterministic algorithms.
         dry_run: print memory per rank and tokens per step, and stop; no weights are loaded.
+        device_memory: GiB per rank that ``dry_run`` compares with where no GPU can be asked.
         seed: orders the data and picks positives and negatives.
     """
 
@@ -109,13 +112,15 @@ class TrainConfig:
     bf16: bool = True
     gradient_checkpointing: bool = False
     lora_rank: int = 0
-    lora_alpha: float = 64.0
+    lora_alpha: int = 64
     lora_dropout: float = 0.1
     lora_targets: str = "all-linear"
     quantization: str = ""
     parallel: str = "fsdp"
     shard_size: int = 0
+    reduce_each_chunk: bool = False
     cpu_offload: bool = False
+    device_memory: float = 80.0
     save_steps: int = 0
     save_total: int = 2
     resume: bool = True

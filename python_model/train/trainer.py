@@ -1,183 +1,306 @@
-"""The training loop: one packed forward per step serves both losses."""
+"""The training loop: plan the step, add up its gradients, update, log, save; resumable at every step."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import random
+import math
+import signal
+import statistics
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-import grit_kernels as gk
-from python_model.data.jsonl import EmbeddingRow, GenerativeRow
 from python_model.files import new_folder, write_json
-from python_model.losses import generative_loss, joint_loss
 from python_model.modeling import GritLM
-from python_model.prompts import IGNORE_INDEX
-from python_model.train.batch import UnifiedBatch, build_batch, shuffled_epochs
+from python_model.prompts import EncodedSample
+from python_model.train.adapters import merge_adapters
 from python_model.train.config import TrainConfig
+from python_model.train.distributed import Ranks, wrap
+from python_model.train.learner import Learner
+from python_model.train.memory import device_limit, plan_memory
+from python_model.train.model import TrainingModel
+from python_model.train.states import States
+from python_model.train.step import Share, StepGradients, StepLosses, plan_step
+from python_model.train.trackers import JsonLines, Tracker, open_trackers
+
+WINDOW = 50
+"""Steps over which a loss counts as usual."""
 
 
-@dataclass(frozen=True)
-class StepLosses:
-    """Losses of one batch; ``None`` where the batch has no such samples."""
+class Samples(Protocol):
+    """The samples of one step, of one rank or all (python_model.data.stream.StepSamples)."""
 
-    total: Tensor
-    contrastive: Tensor | None
-    generative: Tensor | None
-
-
-def compute_losses(model: GritLM, batch: UnifiedBatch, config: TrainConfig) -> StepLosses:
-    """Both losses of a batch from one packed forward pass."""
-    hidden = model.hidden_states(batch.input_ids, batch.pack)
-    contrastive: Tensor | None = None
-    generative: Tensor | None = None
-    if batch.queries:
-        samples = batch.queries + batch.passages
-        vectors = model.pool(
-            hidden[: batch.embedding_tokens],
-            batch.pack.cu_seqlens[: samples + 1],
-            batch.pack.instruction_lens[:samples],
-        )
-        queries, passages = vectors.split([batch.queries, batch.passages])
-        contrastive = cast(
-            Tensor,
-            gk.contrastive_loss(queries, passages, temperature=config.temperature, mask_ids=batch.mask_ids),
-        )
-    if batch.labels.numel():
-        token_losses = next_token_losses(model, hidden[batch.embedding_tokens :], batch.labels)
-        generative = generative_loss(
-            token_losses, batch.labels, batch.generative_cu_seqlens, kind=config.generative_loss
-        )
-    total = joint_loss(
-        contrastive,
-        generative,
-        contrastive_weight=config.contrastive_weight,
-        generative_weight=config.generative_weight,
-    )
-    return StepLosses(total, contrastive, generative)
+    queries: list[EncodedSample]
+    passages: list[EncodedSample]
+    conversations: list[EncodedSample]
+    query_ids: list[int]
+    passage_ids: list[int]
+    query_origins: list[str]
+    conversation_origins: list[str]
 
 
-def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
-    used = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    losses = gk.linear_cross_entropy(hidden[used], model.model.get_output_embeddings().weight, labels[used])
-    return losses.new_zeros(labels.shape[0]).index_copy(0, used, losses)
+class Stream(Protocol):
+    """Gives the samples of any step."""
+
+    def steps(self, start: int, stop: int) -> Iterator[Samples]: ...
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT) and saved its state."""
 
 
 class Trainer:
-    """Trains ``model`` on rows; see :class:`TrainConfig`. Same seed, data and machine: same run."""
+    """Trains ``model`` on a stream of samples; see :class:`TrainConfig`. Same seed, data and machine: same run.
 
-    def __init__(
-        self,
-        model: GritLM,
-        config: TrainConfig,
-        embedding_rows: list[EmbeddingRow],
-        generative_rows: list[GenerativeRow],
-    ) -> None:
-        if config.embeds and not embedding_rows:
-            raise ValueError(f"train_data: {config.train_data} has no embedding rows, which mode {config.mode!r} needs")
-        if config.generates and not generative_rows:
-            raise ValueError(
-                f"train_data: {config.train_data} has no generative rows, which mode {config.mode!r} needs"
-            )
-        self.model, self.config = model, config
-        self.generator = random.Random(config.seed)
-        orders = (random.Random(config.seed + 1), random.Random(config.seed + 2))
-        self.embedding = (
-            shuffled_epochs(embedding_rows, config.embedding_batch_size, orders[0]) if config.embeds else None
-        )
-        self.generative = (
-            shuffled_epochs(generative_rows, config.generative_batch_size, orders[1]) if config.generates else None
-        )
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.999)
-        )
-        warmup = max(1, round(config.steps * config.warmup_ratio))
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) / warmup, max(0.0, (config.steps - step) / config.steps))
-        )
+    With several ranks each is given its own share of every step (``Ranks.share``).
+    """
+
+    def __init__(self, model: GritLM, config: TrainConfig, stream: Stream, ranks: Ranks | None = None) -> None:
+        self.grit, self.config, self.stream = model, config, stream
+        self.ranks = ranks or Ranks(0, 1, model.device)
+        _check_batches(config, self.ranks)
         if config.gradient_checkpointing:
-            model.model.gradient_checkpointing_enable()
+            # transformers renamed it; the old name is deprecated
+            (
+                getattr(model.model, "activation_checkpointing_enable", None)
+                or model.model.gradient_checkpointing_enable
+            )()
+        router = router_loss_weight(model, config)
+        training_model = TrainingModel(model, router_loss=router > 0)
+        training_model.touch_all = self.ranks.group is not None
+        self.memory = plan_memory(training_model, model.model.config, config, self.ranks.world)
+        self.model = wrap(training_model, config, self.ranks)
+        self.learner = Learner(self.model, config, self.ranks)
+        self.gradients = StepGradients(self.model, config, self.ranks, self.learner.log_temperature, router)
+        self.folder = Path(config.output_dir)
+        self.states = States(self.folder / "states", config, self.ranks)
+        self._stop = False
 
-    def next_batch(self) -> UnifiedBatch:
-        """The next step's rows, tokenised and packed."""
-        rows = next(self.embedding) if self.embedding is not None else []
-        conversations = next(self.generative) if self.generative is not None else []
-        return build_batch(self.model.tokenizer, rows, conversations, self.config, self.generator)
-
-    def step(self, batch: UnifiedBatch) -> dict[str, Any]:
-        """One optimiser step; returns what the log records."""
-        batch = batch.to(self.model.device)
-        autocast = (
-            torch.autocast(self.model.device.type, torch.bfloat16) if self.config.bf16 else contextlib.nullcontext()
+    def step(self, samples: Samples, index: int) -> dict[str, Any]:
+        """One optimiser step on this rank's samples; returns what the log records."""
+        share = plan_step(
+            samples.queries,
+            samples.passages,
+            samples.conversations,
+            (samples.query_ids, samples.passage_ids) if self.config.mask_duplicates else None,
+            self.config,
+            self.ranks,
+            right=_reach(self.grit),
         )
-        with autocast:
-            losses = compute_losses(self.model, batch, self.config)
-        if not bool(torch.isfinite(losses.total)):
-            self._save_bad_batch(batch, losses)
-        losses.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.gradients(share, self.config.seed * 2**20 + index)
+        if not math.isfinite(losses.total):
+            self._stop_at_bad_batch(share, samples, losses, "it is not finite")
+        temperature = self.learner.temperature
+        norm = self.learner.update(index)
         return {
-            "loss": float(losses.total.detach()),
-            "contrastive_loss": None if losses.contrastive is None else float(losses.contrastive.detach()),
-            "generative_loss": None if losses.generative is None else float(losses.generative.detach()),
-            "gradient_norm": float(norm),
-            "learning_rate": rate,
-            "tokens": batch.pack.tokens,
+            "loss": losses.total,
+            "contrastive_loss": losses.contrastive,
+            "generative_loss": losses.generative,
+            **({} if losses.router is None else {"router_loss": losses.router}),
+            **({"temperature": temperature} if self.config.learn_temperature else {}),
+            "gradient_norm": norm,
+            "learning_rate": self.learner.rate(index),
+            "tokens": share.tokens,
+            "chunks": len(share.chunks),
         }
 
     def train(self) -> list[dict[str, Any]]:
-        """Run all steps with a progress bar; the log is appended to ``output_dir/log.jsonl`` as it grows."""
-        folder = Path(self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", asdict(self.config))
-        torch.manual_seed(self.config.seed)
+        """Run the steps that are left, with a progress bar; returns the records of ``output_dir/log.jsonl``.
+
+        Raises:
+            FloatingPointError: the loss is not finite, or exploded; ``bad_batch.json`` holds the step's samples.
+            Interrupted: after SIGTERM or SIGINT, once the state is saved.
+        """
+        start = self._resume()
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", asdict(self.config))
+            for line in self.memory.lines(device_limit(self.ranks.device)):
+                tqdm.write(line)
+        log = JsonLines(self.folder / "log.jsonl", start) if self.ranks.first else None
+        trackers: list[Tracker] = [log, *open_trackers(self.config)] if log else []
+        recent = [record["loss"] for record in log.records[-WINDOW:]] if log else []
         self.model.train()
-        records: list[dict[str, Any]] = []
-        with (
-            open(folder / "log.jsonl", "w", encoding="utf-8") as log,
-            tqdm(total=self.config.steps, desc="train", unit="step") as bar,
-        ):
-            for index in range(self.config.steps):
-                start = time.perf_counter()
-                record = {"step": index + 1, **self.step(self.next_batch())}
-                record["seconds"] = time.perf_counter() - start
-                records.append(record)
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                shown = {
-                    "rep": record["contrastive_loss"],
-                    "gen": record["generative_loss"],
-                    "tok/s": record["tokens"] / record["seconds"],
-                }
-                bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if v is not None})
-                bar.update()
+        bar = tqdm(total=self.config.steps, initial=start, desc="train", unit="step", disable=not self.ranks.first)
+        torch.use_deterministic_algorithms(self.config.deterministic)
+        try:
+            with bar, self._stoppable():
+                begin = time.perf_counter()
+                for index, samples in enumerate(self.stream.steps(start, self.config.steps), start):
+                    record = self.step(samples, index)
+                    seconds = time.perf_counter() - begin
+                    record |= {
+                        "seconds": seconds,
+                        "tokens_per_second": record["tokens"] / seconds,
+                        "memory_gib": _memory(self.ranks.device) / 2**30,
+                    }
+                    for tracker in trackers:
+                        tracker.log(index + 1, record)
+                    _show(bar, record)
+                    recent = self._check_explosion([*recent, record["loss"]][-WINDOW - 1 :], samples)
+                    self._save_state(index + 1)
+                    begin = time.perf_counter()
+        finally:
+            torch.use_deterministic_algorithms(False)
+            for tracker in trackers:
+                tracker.close()
         self.model.eval()
-        return records
+        return log.records if log else []
 
     def save(self) -> Path:
-        """Write the trained checkpoint to ``output_dir/checkpoint``, whole or not at all; returns the folder."""
-        target = Path(self.config.output_dir) / "checkpoint"
-        with new_folder(target) as folder:
-            self.model.save_pretrained(folder)
+        """Write the trained model to ``output_dir/checkpoint``, whole or not at all: a plain transformers checkpoint
+        (adapters merged) with the tokenizer and the GRIT settings. Returns the folder; every rank must call it."""
+        target = self.folder / "checkpoint"
+        grit = self._whole_model()
+        if self.ranks.first:
+            assert grit is not None
+            merge_adapters(grit)
+            with new_folder(target) as folder:
+                grit.save_pretrained(folder)
+        self.ranks.barrier()
         return target
 
-    def _save_bad_batch(self, batch: UnifiedBatch, losses: StepLosses) -> None:
-        file = Path(self.config.output_dir) / "bad_batch.json"
-        lengths = batch.pack.lengths.tolist()
-        write_json(file, {"input_ids": batch.input_ids.tolist(), "lengths": lengths, "queries": batch.queries})
+    def _whole_model(self) -> GritLM | None:
+        """The model with whole weights on rank 0 (None on the others)."""
+        if not hasattr(self.model, "set_requires_gradient_sync"):
+            return self.grit
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        from python_model.train.setup import load_model
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)
+        if not self.ranks.first:
+            return None
+        fresh = TrainingModel(load_model(self.config, torch.device("cpu")))
+        missing = fresh.load_state_dict(weights, strict=False).missing_keys
+        if missing:
+            raise RuntimeError(f"the gathered weights lack {missing[:3]}")
+        return fresh.grit
+
+    def _resume(self) -> int:
+        state = self.states.newest() if self.config.resume else None
+        if state is None:
+            return 0
+        done = self.states.load(state, self.learner)
+        if self.ranks.first:
+            tqdm.write(f"resuming after step {done} ({state})")
+        return done
+
+    def _save_state(self, done: int) -> None:
+        stop = bool(self.ranks.all_values([self._stop])[:, 0].any())
+        due = self.config.save_steps and (done % self.config.save_steps == 0 or done == self.config.steps)
+        if due or (stop and done < self.config.steps):
+            saved = self.states.save(done, self.learner)
+            if stop and done < self.config.steps:
+                raise Interrupted(f"stopped after step {done}; the same command continues from {saved}")
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for a stop after the current step; a second one acts as always."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _check_explosion(self, losses: list[float], samples: Samples) -> list[float]:
+        limit = self.config.exploding_loss
+        if limit and len(losses) > 5 and losses[-1] > statistics.fmean(losses[:-1]) + limit:
+            mean = statistics.fmean(losses[:-1])
+            raise FloatingPointError(
+                f"loss: got {losses[-1]:.4g}, which is more than exploding_loss={limit} above the mean of the last "
+                f"{len(losses) - 1} steps ({mean:.4g}); its samples are in {self._save_bad_batch(samples)}"
+            )
+        return losses
+
+    def _stop_at_bad_batch(self, share: Share, samples: Samples, losses: StepLosses, why: str) -> None:
+        file = self._save_bad_batch(samples)
         raise FloatingPointError(
-            f"loss: got {float(losses.total.detach())} (contrastive {losses.contrastive}, generative {losses.generative}); "
-            f"the batch is saved in {file}"
+            f"loss: got {losses.total} (contrastive {losses.contrastive}, generative {losses.generative}), {why}; "
+            f"the samples of rank {self.ranks.rank} ({len(share.chunks)} chunks) are in {file}"
         )
+
+    def _save_bad_batch(self, samples: Samples) -> Path:
+        name = "bad_batch.json" if self.ranks.world == 1 else f"bad_batch.rank{self.ranks.rank}.json"
+        file = self.folder / name
+        write_json(
+            file,
+            {
+                kind: [{"input_ids": s.input_ids, "instruction_len": s.instruction_len} for s in chosen]
+                for kind, chosen in (
+                    ("queries", samples.queries),
+                    ("passages", samples.passages),
+                    ("conversations", samples.conversations),
+                )
+            }
+            | {"query_origins": samples.query_origins, "conversation_origins": samples.conversation_origins},
+        )
+        return file
+
+
+def router_loss_weight(model: GritLM, config: TrainConfig) -> float:
+    """Factor of the load-balancing loss: 0 for a model without experts."""
+    settings = model.model.config
+    if not getattr(settings, "num_local_experts", 0):
+        if config.router_loss_weight:
+            raise ValueError(f"router_loss_weight: got {config.router_loss_weight}, but the model has no experts")
+        return 0.0
+    if config.router_loss_weight is not None:
+        return config.router_loss_weight
+    return float(getattr(settings, "router_aux_loss_coef", 0.0))
+
+
+def _check_batches(config: TrainConfig, ranks: Ranks) -> None:
+    if config.embeds and config.embedding_batch_size < ranks.world:
+        raise ValueError(
+            f"embedding_batch_size: got {config.embedding_batch_size}, accepted is at least one query for each of "
+            f"{ranks.world} ranks"
+        )
+
+
+def _reach(model: GritLM) -> int:
+    """How far ahead a bidirectional token sees: the sliding window, or -1."""
+    window = getattr(model.model.config, "sliding_window", None)
+    return -1 if window is None or model.bidirectional_window == "full" else int(window)
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes in use at the most (GPU), or now (host)."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import psutil
+    except ImportError:
+        return math.nan
+    return float(psutil.Process().memory_info().rss)
+
+
+def _show(bar: Any, record: dict[str, Any]) -> None:
+    shown = {
+        "rep": record["contrastive_loss"],
+        "gen": record["generative_loss"],
+        "lr": record["learning_rate"],
+        "tok/s": record["tokens_per_second"],
+        "GiB": record["memory_gib"],
+    }
+    bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items() if value is not None})
+    bar.update()

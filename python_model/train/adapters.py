@@ -1,0 +1,65 @@
+"""LoRA: adapters on the linear layers of a patched model, and merging them for the export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from python_model.modeling import GritLM
+from python_model.train.config import TrainConfig
+
+
+def quantization_arguments(config: TrainConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to load the frozen weights as QLoRA does (nf4, double quantisation)."""
+    if not config.quantization:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError("quantization: 'nf4' needs the package bitsandbytes (pip install bitsandbytes)") from error
+    if not torch.cuda.is_available():
+        raise ValueError("quantization: 'nf4' needs a CUDA device")
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    }
+
+
+def add_adapters(grit: GritLM, config: TrainConfig) -> None:
+    """Freeze ``grit``'s weights and put an adapter on each linear layer (in place); an embedding head stays trained."""
+    if not config.lora_rank:
+        return
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("lora_rank: adapters need the package peft (pip install peft)") from error
+    targets: Any = config.lora_targets
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+    if config.quantization:
+        from peft import prepare_model_for_kbit_training
+
+        grit.model = prepare_model_for_kbit_training(
+            grit.model, use_gradient_checkpointing=config.gradient_checkpointing
+        )
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="FEATURE_EXTRACTION" if config.mode == "embedding" else "CAUSAL_LM",
+    )
+    grit.model = get_peft_model(grit.model, settings)
+
+
+def merge_adapters(grit: GritLM) -> None:
+    """Add the adapters into the weights and leave a plain model (in place)."""
+    if hasattr(grit.model, "merge_and_unload"):
+        grit.model = grit.model.merge_and_unload()

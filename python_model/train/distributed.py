@@ -1,0 +1,144 @@
+"""Ranks: starting them, wrapping the model for them, and the few numbers they must agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from python_model.train.config import TrainConfig
+from python_model.train.model import TrainingModel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. ``group`` is None in a process of its own."""
+
+    rank: int
+    world: int
+    device: torch.device
+    group: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """The rows of a step that are this rank's: contiguous, as even as possible."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def all_values(self, values: Sequence[float]) -> Tensor:
+        """float64 (world, len(values)): every rank's values, the same on all ranks."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.group is None:
+            return mine[None].cpu()
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine, group=self.group)
+        return torch.stack(parts).cpu()
+
+    def all_lists(self, values: Sequence[int]) -> list[int]:
+        """The concatenation of every rank's list, in rank order."""
+        counts = self.all_values([len(values)])[:, 0].long().tolist()
+        padded = [*values, *[0] * (max(counts) - len(values))]
+        if max(counts) == 0:
+            return []
+        return [int(x) for row, n in zip(self.all_values(padded), counts, strict=True) for x in row[:n]]
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[Ranks]:
+    """This process's rank as torchrun set it up, or a single one; the process group lives as long as the block."""
+    cuda = torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "RANK" not in os.environ:
+        yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    mine = not dist.is_initialized()
+    if mine:
+        # a slow first compilation or a large checkpoint must not look like a dead rank
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def wrap(model: TrainingModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The model as the ranks train it: itself, DDP or FSDP2. Weights of rank 0 become everyone's."""
+    if ranks.group is None:
+        return model
+    if config.parallel == "ddp":
+        # a tied or frozen weight is one parameter for DDP; touch_all gives each weight a gradient on each rank
+        devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return _shard(model, config, ranks)
+
+
+def _shard(model: TrainingModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    size = config.shard_size or ranks.world
+    if ranks.world % size:
+        raise ValueError(f"shard_size: got {size}, accepted is a divisor of the {ranks.world} ranks")
+    shape, names = (
+        ((ranks.world,), ("shard",)) if size == ranks.world else ((ranks.world // size, size), ("replicate", "shard"))
+    )
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    options: dict[str, Any] = {"mesh": mesh}
+    if config.bf16:
+        # float inputs of a layer are hidden states; rotary tables stay as the model made them
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    if config.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+    full = model.state_dict() if ranks.first else {}
+    buffers = dict(model.named_buffers())
+    for layer in layers(model):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device="cpu" if config.cpu_offload else ranks.device)
+        buffers = dict(model.named_buffers())
+    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in buffers.values():
+        dist.broadcast(buffer.data, 0, group=ranks.group)
+    return model
+
+
+def layers(model: TrainingModel) -> list[nn.Module]:
+    """The decoder's layers, in order."""
+    decoder = model.grit.decoder[0]
+    found = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
+    if found is None:
+        raise TypeError(f"model: {type(decoder).__name__} has neither 'layers' nor 'h'")
+    return list(found)
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, reduce: bool) -> Iterator[None]:
+    """The forward and backward inside sum gradients over the ranks, or (not ``reduce``) only add to this rank's."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        with contextlib.nullcontext() if reduce else model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):
+        cast(Any, model).set_requires_gradient_sync(reduce)
+    yield

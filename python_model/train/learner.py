@@ -1,0 +1,105 @@
+"""What a step changes: the trained weights and their optimiser, and the temperature with its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from python_model.train.config import TrainConfig
+from python_model.train.distributed import Ranks
+
+BETAS = (0.9, 0.999)
+# frozen weights (of a model with adapters) come from the checkpoint the run started from
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+class Learner:
+    """AdamW over the trainable weights of ``model`` (alone or wrapped for the ranks), linear warm-up and decay."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+        self.model, self.config, self.ranks = model, config, ranks
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("model: it has no weight that is trained")
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS, fused=True
+        )
+        self.log_temperature: nn.Parameter | None = None
+        self.temperature_optimizer: torch.optim.Optimizer | None = None
+        if config.learn_temperature and config.embeds:
+            start = torch.tensor([math.log(config.temperature)], device=ranks.device)
+            self.log_temperature = nn.Parameter(start)
+            self.temperature_optimizer = torch.optim.AdamW(
+                [self.log_temperature], lr=config.learning_rate, weight_decay=0.0, betas=BETAS
+            )
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step with this index: up to its full height over the warm-up, then down to 0 at the end."""
+        warmup = max(1, round(self.config.steps * self.config.warmup_ratio))
+        if step < warmup:
+            return self.config.learning_rate * (step + 1) / warmup
+        return self.config.learning_rate * (self.config.steps - step) / max(1, self.config.steps - warmup + 1)
+
+    def update(self, step: int) -> float:
+        """Clip the gradients, take one optimiser step, drop the gradients; returns their norm before clipping."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm: Any = torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        if self.log_temperature is not None and self.temperature_optimizer is not None:
+            optimizers.append(self.temperature_optimizer)
+            if self.ranks.group is not None and self.log_temperature.grad is not None:
+                dist.all_reduce(self.log_temperature.grad, group=self.ranks.group)
+                self.log_temperature.grad /= self.ranks.world
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    @property
+    def temperature(self) -> float:
+        if self.log_temperature is None:
+            return self.config.temperature
+        return float(self.log_temperature.detach().exp())
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything that changes, as nested dicts of tensors (sharded ones stay sharded); what :meth:`restore` takes."""
+        found: dict[str, Any] = {
+            "model": get_model_state_dict(self.model, options=_OPTIONS),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)["state"],
+        }
+        if self.log_temperature is not None and self.temperature_optimizer is not None:
+            state = self.temperature_optimizer.state[self.log_temperature]
+            zero = torch.zeros_like(self.log_temperature)
+            found["temperature"] = {
+                "log_temperature": self.log_temperature.detach(),
+                "step": state.get("step", torch.zeros(())),
+                "exp_avg": state.get("exp_avg", zero),
+                "exp_avg_sq": state.get("exp_avg_sq", zero.clone()),
+            }
+        return found
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """Set everything that changes."""
+        set_model_state_dict(self.model, tensors["model"], options=_OPTIONS)
+        groups = get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)["param_groups"]
+        state: Any = {"state": tensors["optimizer"], "param_groups": groups}
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=_OPTIONS)
+        if self.log_temperature is not None and self.temperature_optimizer is not None:
+            saved: dict[str, Tensor] = dict(tensors["temperature"])
+            with torch.no_grad():
+                self.log_temperature.copy_(saved.pop("log_temperature"))
+            self.temperature_optimizer.state[self.log_temperature] = saved

@@ -1,0 +1,165 @@
+"""How much memory a run takes per rank, and how many tokens a step has; printed at the start and by ``--dry_run``.
+
+    weights      4 bytes each, over the ranks that share them
+    gradients    4 bytes per trained weight; FSDP keeps them whole between chunks unless ``reduce_each_chunk``
+    optimiser    8 bytes per trained weight (two moments)
+    working copy bfloat16 weights in use: all of them (autocast), or with FSDP two layers, embedding and head
+    activations  what the backward of one chunk keeps (below), or with gradient checkpointing one state per layer and token,
+                 and one layer in full
+
+Per token and layer, with hidden size h, inner size i, Hq/Hkv heads of size D, s bytes per computed and r per residual element:
+two norms (4 + 2 s) h each (their FP32 input, their output, its cast), s D (2 Hq + 2 Hkv) + 4 Hq for attention (q, k, v, out,
+LSE), r h for the residual and 4 s i for the gated product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from python_model.train.config import TrainConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per rank, and tokens per step at the longest."""
+
+    parameters: int
+    trained: int
+    weights: float
+    gradients: float
+    optimizer: float
+    working_copy: float
+    activations: float
+    step_tokens: int
+    chunk_tokens: int
+    world: int
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.working_copy + self.activations
+
+    def lines(self, limit: float | None) -> list[str]:
+        """Readable, and whether it fits into ``limit`` bytes."""
+        parts = [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimiser", self.optimizer),
+            ("working copy", self.working_copy),
+            (f"activations of {self.chunk_tokens} tokens", self.activations),
+        ]
+        found = [
+            f"{self.parameters / 1e6:,.1f} M weights, {self.trained / 1e6:,.1f} M trained, {self.world} rank(s)",
+            f"up to {self.step_tokens:,} tokens per step, {self.chunk_tokens:,} per chunk and rank",
+            "memory per rank (estimate): " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts) + " GiB",
+        ]
+        total = f"together {self.total / GIB:.2f} GiB"
+        if limit is not None:
+            fits = self.total <= limit
+            total += f" of {limit / GIB:.1f} GiB: {'fits' if fits else 'DOES NOT FIT'}"
+            if not fits:
+                total += (
+                    "; try a smaller chunk_tokens, gradient_checkpointing, more ranks, reduce_each_chunk or cpu_offload"
+                )
+        return [*found, total]
+
+
+def plan_memory(model: nn.Module, model_config: Any, config: TrainConfig, world: int) -> MemoryPlan:
+    """The plan of training ``model`` (on any device, meta included) on ``world`` ranks."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sharded = world > 1 and config.parallel == "fsdp"
+    shards = (config.shard_size or world) if sharded else 1
+    chunk = chunk_size(config, world)
+    layers = model_config.num_hidden_layers
+    per_layer = max(0, parameters - 2 * model_config.vocab_size * model_config.hidden_size) / layers
+    working = 0.0
+    if sharded:
+        outside = parameters - per_layer * layers
+        working = (2 * per_layer + outside) * (2 if config.bf16 else 4)
+    elif config.bf16:
+        working = 2.0 * parameters
+    whole_gradient = not sharded or not (config.reduce_each_chunk or rounds(config, world) == 1)
+    state = activation_bytes(model_config, config.bf16, residual_fp32=not sharded)
+    residual = (2 if sharded and config.bf16 else 4) * model_config.hidden_size
+    if config.gradient_checkpointing:
+        activations = chunk * (layers * residual + state)
+    else:
+        activations = chunk * layers * state
+    offloaded = 0.0 if config.cpu_offload and sharded else 1.0
+    return MemoryPlan(
+        parameters,
+        trained,
+        4.0 * parameters / shards * offloaded,
+        4.0 * trained / (1 if whole_gradient else shards),
+        8.0 * trained / shards * offloaded,
+        working,
+        float(activations),
+        step_tokens(config),
+        chunk,
+        world,
+    )
+
+
+def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) -> float:
+    """Bytes that one layer keeps per token for its backward; see the top of the file."""
+    hidden = model_config.hidden_size
+    heads = model_config.num_attention_heads
+    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
+    size = getattr(model_config, "head_dim", None) or hidden // heads
+    inner = getattr(model_config, "intermediate_size", None) or 4 * hidden
+    active = getattr(model_config, "num_experts_per_tok", 1) or 1
+    s = 2 if bf16 else 4
+    norms = 2 * (4 + (2 * s if bf16 else s)) * hidden
+    attention = s * size * (2 * heads + 2 * kv_heads) + 4 * heads
+    residual = (4 if residual_fp32 or not bf16 else 2) * hidden if bf16 else 0
+    return norms + attention + residual + 4 * s * inner * active
+
+
+def step_tokens(config: TrainConfig) -> int:
+    """Tokens of a step, over all ranks, when every text is as long as it may be."""
+    tokens = 0
+    if config.embeds:
+        tokens += config.embedding_batch_size * (
+            config.query_max_len + config.train_group_size * config.passage_max_len
+        )
+    if config.generates:
+        tokens += config.generative_batch_size * config.generative_max_len
+    return tokens
+
+
+def chunk_size(config: TrainConfig, world: int) -> int:
+    """Tokens of a rank's largest chunk."""
+    share = math.ceil(step_tokens(config) / world)
+    if config.chunking == "triplet" and config.embeds:
+        queries = math.ceil(config.embedding_batch_size / world)
+        negatives = queries * (config.train_group_size - 1) * config.passage_max_len
+        rest = queries * config.query_max_len
+        if config.generates:
+            rest += math.ceil(config.generative_batch_size / world) * config.generative_max_len
+        return max(queries * config.passage_max_len, negatives, rest)
+    return min(share, config.chunk_tokens) if config.chunk_tokens else share
+
+
+def rounds(config: TrainConfig, world: int) -> int:
+    """Chunks per rank and step, at the longest."""
+    if config.chunking == "triplet":
+        return 3
+    return math.ceil(math.ceil(step_tokens(config) / world) / chunk_size(config, world))
+
+
+def device_limit(device: torch.device) -> float | None:
+    """Bytes of the device's memory, None where it cannot be asked."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return float(psutil.virtual_memory().available)

@@ -1,0 +1,99 @@
+"""The module that is trained: one forward serves both objectives, so FSDP and DDP may wrap it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import grit_kernels as gk
+from python_model.modeling import GritLM
+from python_model.prompts import IGNORE_INDEX
+from python_model.train.chunks import Chunk
+
+
+class TrainingModel(nn.Module):
+    """A GritLM whose forward takes a :class:`Chunk`.
+
+    FSDP gathers weights around a module's forward, so everything that touches a weight (head and projection included) happens
+    inside of this one.
+    """
+
+    def __init__(self, grit: GritLM, router_loss: bool = False) -> None:
+        super().__init__()
+        self.grit = grit
+        self.router_loss = router_loss
+        self.touch_all = False
+        """Give every weight a (zero) gradient, also those this rank's chunk does not use: ranks must agree on who has one."""
+
+    def forward(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """One pass over a chunk.
+
+        Returns:
+            float32 (E, size) embeddings of the texts, float32 (C) sums of the conversations' token losses (either is None when
+            the chunk has no such sample), and the float32 router loss (0 without one).
+        """
+        hidden, router = self._states(chunk)
+        vectors = sums = None
+        texts = chunk.embedded.shape[0]
+        if texts:
+            vectors = self.grit.pool(
+                hidden[: chunk.embedding_tokens],
+                chunk.pack.cu_seqlens[: texts + 1],
+                chunk.pack.instruction_lens[:texts],
+            )
+        if chunk.conversations.shape[0]:
+            losses = next_token_losses(self.grit, hidden[chunk.embedding_tokens :], chunk.labels)
+            sums = sums_per_sample(losses, chunk.generative_cu_seqlens)
+        if self.touch_all and torch.is_grad_enabled():
+            router = router + hidden.reshape(-1)[0].float() * 0
+            for weight in self.unused(vectors is None, sums is None):
+                router = router + weight.reshape(-1)[:1].sum().float() * 0
+        return vectors, sums, router
+
+    def unused(self, no_texts: bool, no_conversations: bool) -> Iterable[nn.Parameter]:
+        """Weights that such a chunk does not reach."""
+        if no_texts and self.grit.projection is not None:
+            yield from self.grit.projection.parameters()
+        head = None if self.grit.mode == "embedding" else self.grit.model.get_output_embeddings()
+        if no_conversations and head is not None:
+            yield from head.parameters()
+
+    def _states(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        if not self.router_loss:
+            states = self.grit.hidden_states(chunk.input_ids, chunk.pack)
+            return states, states.new_zeros((), dtype=torch.float32)
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        decoder = self.grit.decoder[0]
+        output = decoder(input_ids=chunk.input_ids[None], sample_pack=chunk.pack, output_router_logits=True)
+        # a pack has no padding, so no token needs to be left out of the balance
+        loss: Any = load_balancing_loss_func(
+            output.router_logits, decoder.config.num_local_experts, decoder.config.num_experts_per_tok
+        )
+        return output.last_hidden_state[0], loss.float()
+
+
+def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
+    used = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    head: Any = model.model.get_output_embeddings()
+    weight, rows = head.weight, hidden[used]
+    if getattr(head, "bias", None) is not None:
+        # GPT-J's head has a bias: one more column that meets a constant 1
+        weight = torch.cat([weight, head.bias[:, None].to(weight.dtype)], dim=1)
+        rows = nn.functional.pad(rows, (0, 1), value=1.0)
+    softcap = getattr(model.model.config, "final_logit_softcapping", None)
+    losses = gk.linear_cross_entropy(rows, weight, labels[used], softcap=softcap)
+    return losses.new_zeros(labels.shape[0]).index_copy(0, used, losses)
+
+
+def sums_per_sample(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(samples): the sum of each sample's (tokens) values."""
+    samples = cu_seqlens.shape[0] - 1
+    sample = torch.repeat_interleave(
+        torch.arange(samples, device=values.device), cu_seqlens.diff(), output_size=values.shape[0]
+    )
+    return values.new_zeros(samples).index_add(0, sample, values)

@@ -1,0 +1,95 @@
+"""Where a run's figures go: always ``log.jsonl``, and any tracker with one method."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from python_model.train.config import TrainConfig
+
+
+class Tracker(Protocol):
+    """Takes one step's figures."""
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``log.jsonl``: one object per step. Opening keeps the lines up to ``step`` and drops later (or half-written) ones."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.records: list[dict[str, Any]] = []
+        end = 0
+        if step and path.exists():
+            content = path.read_bytes()
+            for line in content.splitlines(keepends=True):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n") or record["step"] > step:
+                    break
+                self.records.append(record)
+                end += len(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "r+b" if end else "wb")  # noqa: SIM115  (closed by close)
+        self._file.seek(end)
+        self._file.truncate()
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        record = {"step": step, **figures}
+        self.records.append(record)
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        self._writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """wandb, and trackio, which has wandb's interface."""
+
+    def __init__(self, package: str, config: TrainConfig) -> None:
+        from dataclasses import asdict
+
+        self._module = _need(package, package)
+        self._module.init(project="grit_kernels", name=Path(config.output_dir).name, config=asdict(config))
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        self._module.log({name: value for name, value in figures.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def open_trackers(config: TrainConfig) -> list[Tracker]:
+    """The trackers a run asks for; ValueError names a package that is missing."""
+    made: list[Tracker] = []
+    for name in config.trackers:
+        made.append(_TensorBoard(Path(config.output_dir)) if name == "tensorboard" else _Run(name, config))
+    return made
+
+
+def _need(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"trackers: {package!r} needs the package {package} (pip install {package})") from error
