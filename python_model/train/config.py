@@ -15,6 +15,8 @@ PARALLEL = ("ddp", "fsdp")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 GRADIENT_SCALES = ("exact", "reference")
 QUANTIZATIONS = ("", "nf4")
+FORMATS = ("grit", "zephyr")
+FEW_SHOT_STYLES = ("retrieval", "match", "medi2")
 
 
 @dataclass
@@ -33,6 +35,17 @@ class TrainConfig:
         generative_batch_size: conversations per step, over all ranks.
         train_group_size: passages per query, the positive included.
         query_max_len, passage_max_len, generative_max_len: tokens; longer texts lose their end.
+        format: text format, ``grit`` (Tulu's markers) or ``zephyr`` (a user turn ends in EOS).
+        plain_text: rows that are bare strings get no BOS, no marker and no EOS, as in the public implementation.
+        reference_masking: labels of later turns drift as in the public implementation; default: exactly the replies.
+        same_dataset: batches of texts to embed hold rows of one data set; left-overs make mixed ones.
+        dataset_weights: rows of a data set per epoch as a multiple of its size, by name (the file's name up to its first dot);
+            1 for those not named, 0 leaves a data set out.
+        max_rows_per_dataset: a random choice of that many rows of each larger data set; 0: all rows.
+        few_shot: share of the queries whose instructions get one example from another row of the data set.
+        few_shot_style: its wording, ``retrieval``, ``match`` or ``medi2``.
+        data_workers: processes that read and tokenise ahead; 0: none. The samples are the same for any number.
+        token_cache: SQLite file that keeps tokenised texts between runs; empty: none.
         chunk_tokens: tokens of one forward and backward pass; 0 puts the whole step into one. The gradients are those of the
             whole step either way (gradient caching), and memory depends on this number, not on the batch size.
         chunking: ``tokens`` fills chunks of ``chunk_tokens``; ``triplet`` is the paper's split: one pass each for positives,
@@ -85,6 +98,16 @@ class TrainConfig:
     query_max_len: int = 256
     passage_max_len: int = 2048
     generative_max_len: int = 2048
+    format: str = "grit"
+    plain_text: bool = False
+    reference_masking: bool = False
+    same_dataset: bool = True
+    dataset_weights: dict[str, float] = field(default_factory=dict)
+    max_rows_per_dataset: int = 0
+    few_shot: float = 0.0
+    few_shot_style: str = "retrieval"
+    data_workers: int = 0
+    token_cache: str = ""
     chunk_tokens: int = 0
     chunking: str = "tokens"
     learning_rate: float = 2e-5
@@ -138,14 +161,24 @@ class TrainConfig:
             ("gradient_scale", GRADIENT_SCALES),
             ("parallel", PARALLEL),
             ("quantization", QUANTIZATIONS),
+            ("format", FORMATS),
+            ("few_shot_style", FEW_SHOT_STYLES),
         ):
             check_choice(name, getattr(self, name), accepted)
         for tracker in self.trackers:
             check_choice("trackers", tracker, TRACKERS)
         for name in ("steps", "embedding_batch_size", "generative_batch_size", "train_group_size", "save_total"):
             check_at_least(name, getattr(self, name), 1)
-        for name in ("chunk_tokens", "generative_group", "lora_rank", "shard_size", "save_steps"):
+        for name in ("chunk_tokens", "generative_group", "lora_rank", "shard_size", "save_steps") + (
+            "max_rows_per_dataset",
+            "data_workers",
+        ):
             check_at_least(name, getattr(self, name), 0)
+        if not 0 <= self.few_shot <= 1:
+            raise ValueError(f"few_shot: got {self.few_shot}, accepted is a share from 0 to 1")
+        for dataset, weight in self.dataset_weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"dataset_weights: got {weight} for {dataset!r}, accepted is a finite number >= 0")
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
