@@ -1,14 +1,17 @@
 """End-to-end forward of the 135M model on mixed-length batches: one packed pass against what people run today.
 
-    python -m bench.model [--texts 32] [--repeats 7] [--record NAME.json]
+    python -m bench.model [--texts 24] [--repeats 3] [--record NAME.json] [--plot NAME.png] [--no-profile]
 
-Lengths are log-uniform in 8..512 tokens, half of the samples causal (chats), half bidirectional (texts to embed), random token
-ids. Variants, interleaved in one run, in bfloat16:
+Lengths are log-uniform in 8..512 tokens of the bundled corpus; half of the samples are causal (chats), half bidirectional (texts
+to embed). Every repeat is a batch of its own lengths. Variants, interleaved in one run, in bfloat16:
 
-* ``packed``: the patched model, all samples in one pass
-* ``sdpa, two padded passes``: unpatched transformers, causal rows and bidirectional rows apart, each padded to its longest
-* ``encode``: python_model.GritLM.encode on texts, against the class of the package gritlm 1.0.2 where it is importable
+* forward: ``packed``, the patched model, all samples in one pass; ``sdpa, two padded passes``, unpatched transformers, causal
+  rows and bidirectional rows apart, each padded to its longest
+* encode: python_model.GritLM.encode on the texts, against the class of the package gritlm 1.0.2 where it is importable
   (``pip install --no-deps gritlm==1.0.2``)
+
+Speeds are reported only after both variants of a group gave the same result, within what bfloat16 allows. The profile says
+where a pass spends its time, per group of modules (model_profile.py).
 """
 
 from __future__ import annotations
@@ -16,20 +19,41 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import json
 import math
 import random
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import grit_kernels as gk
 from bench import common
+from bench.model_profile import seconds_by_group
 from python_model import GritLM
+from python_model.data import sample_dir
 from python_model.prompts import EMBED
 from python_model.small_model import fetch_small_model
 
 SHORTEST, LONGEST = 8, 512
+PACKED, TWO_PASSES = "packed", "sdpa, two padded passes"
+ENCODE, REFERENCE = "encode", "encode, gritlm 1.0.2"
+
+
+class Batch(NamedTuple):
+    """Token ids of each sample, its text, and its flag."""
+
+    samples: list[Tensor]
+    texts: list[str]
+    causal: Tensor
+
+
+Variant = Callable[[Batch], Tensor]
+"""Runs a batch and returns one row per sample, to compare the variants by."""
 
 
 def log_uniform_lengths(count: int, generator: random.Random) -> list[int]:
@@ -38,91 +62,186 @@ def log_uniform_lengths(count: int, generator: random.Random) -> list[int]:
     return [round(math.exp(generator.uniform(low, high))) for _ in range(count)]
 
 
-def padded(samples: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_batch(corpus: Tensor, tokenizer: Any, count: int, generator: random.Random) -> Batch:
+    """Slices of the corpus (token ids) of log-uniform lengths, every second one causal."""
+    samples = []
+    for length in log_uniform_lengths(count, generator):
+        start = generator.randrange(len(corpus) - length)
+        samples.append(corpus[start : start + length])
+    return Batch(samples, [str(tokenizer.decode(ids)) for ids in samples], torch.arange(count) % 2 == 0)
+
+
+def corpus_ids(tokenizer: Any) -> Tensor:
+    """All texts of the bundled corpus as one row of token ids."""
+    lines = (sample_dir() / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    ids = tokenizer([json.loads(line)["text"] for line in lines])["input_ids"]
+    return torch.tensor([token for row in ids for token in row])
+
+
+def padded(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Right-padded ids and attention mask."""
     ids = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in samples], batch_first=True)
     return ids, mask
 
 
-def forward_variants(model: Any, samples: list[torch.Tensor], causal: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """The packed pass and the two padded passes over the same samples."""
-    stock = copy.deepcopy(model).eval()
-    patched = gk.patch(model).eval()
-    everything = padded(samples)
-    chats = padded([s for s, c in zip(samples, causal, strict=True) if c])
-    texts = padded([s for s, c in zip(samples, causal, strict=True) if not c])
-
-    def packed() -> Any:
-        return patched.model(everything[0], attention_mask=everything[1], is_causal=causal, use_cache=False)
-
-    def two_passes() -> Any:
-        stock.model(chats[0], attention_mask=chats[1], use_cache=False)
-        return stock.model(texts[0], attention_mask=texts[1], is_causal=False, use_cache=False)
-
-    return {"packed": packed, "sdpa, two padded passes": two_passes}
+def last_states(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, hidden) state of each sample's last token."""
+    return hidden[torch.arange(len(mask)), mask.sum(1) - 1]
 
 
-def encode_variants(path: str, texts: list[str]) -> dict[str, Callable[[], Any]]:
+def packed_forward(patched: Any) -> Variant:
+    def run(batch: Batch) -> Tensor:
+        ids, mask = padded(batch.samples)
+        hidden = patched(ids, attention_mask=mask, is_causal=batch.causal, use_cache=False).last_hidden_state
+        return last_states(hidden, mask)
+
+    return run
+
+
+def two_padded_passes(stock: Any) -> Variant:
+    def run(batch: Batch) -> Tensor:
+        states = torch.empty(len(batch.samples), stock.config.hidden_size, dtype=stock.dtype)
+        for flag in (True, False):
+            rows = (batch.causal == flag).nonzero()[:, 0]
+            ids, mask = padded([batch.samples[i] for i in rows.tolist()])
+            hidden = stock(ids, attention_mask=mask, is_causal=flag, use_cache=False).last_hidden_state
+            states[rows] = last_states(hidden, mask)
+        return states
+
+    return run
+
+
+def encode_variants(path: str) -> dict[str, Variant]:
     """GritLM.encode of this package, and of gritlm 1.0.2 where it is installed."""
-    mine = GritLM(path, device="cpu", dtype="bfloat16")
-    variants: dict[str, Callable[[], Any]] = {
-        "encode": lambda: mine.encode(texts, instruction=EMBED, max_length=LONGEST)
-    }
+
+    def encoder(model: Any) -> Variant:
+        # the model's tokenizer puts no BOS in front; GritLM here would, unless told not to
+        options = {"instruction": EMBED, "max_length": LONGEST, "add_special_tokens": False}
+        return lambda batch: torch.as_tensor(model.encode(batch.texts, batch_size=len(batch.texts), **options))
+
+    variants = {ENCODE: encoder(GritLM(path, device="cpu", dtype="bfloat16"))}
     if importlib.util.find_spec("gritlm") is not None:
         from gritlm import GritLM as Reference
 
-        theirs = Reference(path, torch_dtype=torch.bfloat16, attn="bbcc", device="cpu")
-        variants["encode, gritlm 1.0.2"] = lambda: theirs.encode(
-            texts, instruction=EMBED, max_length=LONGEST, batch_size=len(texts)
-        )
+        variants[REFERENCE] = encoder(Reference(path, torch_dtype=torch.bfloat16, attn="bbcc", device="cpu"))
     return variants
+
+
+def check_agreement(variants: dict[str, Variant], batch: Batch) -> None:
+    """All variants give the same rows, as far as bfloat16 carries through 30 layers (on the shortest texts, a few per cent);
+    the tests compare them in FP32. Warms them up as well."""
+    results = {name: run(batch).float() for name, run in variants.items()}
+    (base, want), *others = results.items()
+    for name, got in others:
+        cosines = torch.nn.functional.cosine_similarity(got, want)
+        if cosines.median() < 0.99 or cosines.min() < 0.9:
+            raise AssertionError(f"{name!r} differs from {base!r}, cosines {cosines.tolist()}; no speed is reported")
+
+
+def measure(group: str, variants: dict[str, Variant], batches: list[Batch], counts: list[int]) -> list[dict[str, Any]]:
+    """One row per variant; every repeat runs all variants on one batch, in turn."""
+    check_agreement(variants, batches[0])
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for batch in batches:
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run(batch)
+            seconds[name].append(time.perf_counter() - start)
+    base = next(iter(variants))
+    return [
+        {
+            "group": group,
+            "variant": name,
+            "tokens_per_second": sum(counts) / sum(own),
+            "time_over_first": statistics.median(a / b for a, b in zip(own, seconds[base], strict=True)),
+            "seconds": own,
+            "tokens": counts,
+        }
+        for name, own in seconds.items()
+    ]
+
+
+def profile_rows(variants: dict[str, Variant], decoders: dict[str, Any], batch: Batch) -> list[dict[str, Any]]:
+    """Seconds and share of each group of modules, per variant."""
+    rows = []
+    for name, run in variants.items():
+        seconds = seconds_by_group(decoders[name], lambda run=run: run(batch))
+        total = sum(seconds.values())
+        rows += [
+            {"group": "profile", "variant": name, "part": part, "seconds": own, "share": own / total}
+            for part, own in seconds.items()
+        ]
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: tokens/s of each variant. Right: the profile's seconds, stacked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    speeds = [row for row in rows if "tokens_per_second" in row]
+    parts = [row for row in rows if "part" in row]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.2), constrained_layout=True)
+    names = [row["variant"] for row in speeds]
+    bars = left.barh(names, [row["tokens_per_second"] for row in speeds], color=["tab:blue", "0.7"] * len(names))
+    left.bar_label(bars, [f"{row['tokens_per_second']:.0f}" for row in speeds], padding=3, fontsize=8)
+    left.set(xlabel="real tokens/s", title="135M model, lengths 8..512")
+    left.margins(x=0.15)
+    left.invert_yaxis()
+    passes = list(dict.fromkeys(row["variant"] for row in parts))
+    begins = dict.fromkeys(passes, 0.0)
+    for part in dict.fromkeys(row["part"] for row in parts):
+        own = {row["variant"]: row["seconds"] for row in parts if row["part"] == part}
+        right.barh(passes, [own[name] for name in passes], left=list(begins.values()), label=part)
+        begins = {name: begins[name] + own[name] for name in passes}
+    right.set(xlabel="seconds of one batch", title="where a pass spends its time")
+    right.invert_yaxis()
+    if parts:
+        right.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--texts", type=int, default=24, help="samples of a batch")
+    parser.add_argument("--repeats", type=int, default=3, help="batches, each of its own lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", default="model_cpu.json", help="file in bench/results")
+    parser.add_argument("--plot", default="model_cpu.png", help="file in bench/results")
+    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = str(fetch_small_model())
-    generator = random.Random(arguments.seed)
-    torch.manual_seed(arguments.seed)
-    lengths = log_uniform_lengths(arguments.texts, generator)
-    samples = [torch.randint(3, 49152, (n,)) for n in lengths]
-    causal = torch.arange(arguments.texts) % 2 == 0
-    tokens = sum(lengths)
-    rows = []
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    groups = {
-        "forward, 50 % causal": lambda: forward_variants(model, samples, causal),
-        "encode": lambda: encode_variants(path, [str(tokenizer.decode(s)) for s in samples]),
-    }
-    for group, make in groups.items():
-        variants = make()
-        seconds = common.interleave(variants, arguments.repeats)
-        base = next(iter(variants))
-        speedups = common.ratios(seconds, base)
-        for name, median in common.medians(seconds).items():
-            rows.append(
-                {
-                    "group": group,
-                    "variant": name,
-                    "tokens_per_second": tokens / median,
-                    "time_over_first": speedups[name],
-                    "seconds": median,
-                    "all_seconds": seconds[name],
-                    "tokens": tokens,
-                    "lengths": lengths,
-                }
-            )
-    print(common.table(rows, ["group", "variant", "tokens_per_second", "time_over_first", "seconds"]))
-    print(f"record: {common.write_records(arguments.record, rows)}")
+    corpus, generator = corpus_ids(tokenizer), random.Random(arguments.seed)
+    batches = [draw_batch(corpus, tokenizer, arguments.texts, generator) for _ in range(arguments.repeats)]
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa").eval().model
+    decoders = {PACKED: gk.patch(copy.deepcopy(stock)), TWO_PASSES: stock}
+    forwards = {PACKED: packed_forward(decoders[PACKED]), TWO_PASSES: two_padded_passes(stock)}
+    rows = measure("forward, 50 % causal", forwards, batches, [sum(map(len, batch.samples)) for batch in batches])
+    if arguments.profile:
+        rows += profile_rows(forwards, decoders, batches[0])
+    encoded = [
+        tokenizer([EMBED + text for text in batch.texts], truncation=True, max_length=LONGEST)["input_ids"]
+        for batch in batches
+    ]
+    rows += measure("encode", encode_variants(path), batches, [sum(map(len, ids)) for ids in encoded])
+    gemm, flops = common.gemm_ceiling("cpu", torch.bfloat16)
+    ceiling = flops / statistics.median(common.interleave({"gemm": gemm}, 5)["gemm"])
+    rows.append({"group": "ceiling", "variant": "bfloat16 matrix product 1024^3", "tflops": ceiling / 1e12})
+    speeds = [row for row in rows if "tokens_per_second" in row]
+    print(common.table(speeds, ["group", "variant", "tokens_per_second", "time_over_first"]))
+    print(common.table([row for row in rows if "part" in row], ["variant", "part", "seconds", "share"]))
+    record = common.write_records(arguments.record, rows)
+    plot = record.parent / arguments.plot
+    draw(rows, plot)
+    print(f"record: {record}\nplot: {plot}")
 
 
 if __name__ == "__main__":
