@@ -65,20 +65,21 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
     After it, ``model(...)`` and the bare decoder accept
 
     * ``is_causal``: bool or bool tensor (B). True (default) is the model as it was; False lets a sample see both sides.
-      Padding may stand anywhere (2-D ``attention_mask``); padded places of the output are 0. A window counts real tokens
-      (transformers counts places, which differs only where padding stands between tokens).
+      Padding may stand anywhere (2-D ``attention_mask``); padded places of a packed pass's output are 0. A window counts real
+      tokens (transformers counts places, which differs only where padding stands between tokens).
     * ``sample_pack``: a :class:`SamplePack` for input that is packed already, ``input_ids`` of shape (1, tokens); the output
       stays packed. transformers' ``cu_seq_lens_q`` and ``max_length_q`` are understood the same way, and so are
       ``position_ids`` without a mask that start over inside a row (flattened input).
 
     A pass builds a KV cache only when it is asked to (``use_cache=True`` or ``past_key_values``, as ``generate`` does); it then
-    keeps the padded layout, because a transformers cache holds padded rows.
+    keeps the padded layout, because a transformers cache holds padded rows. So does a padded batch inside ``torch.compile``,
+    because its number of real tokens is data and no shape; compile a packed pass by giving it a ``sample_pack``.
 
     Args:
         model: a supported transformers decoder, with or without its language-model head.
         bidirectional_window: what a bidirectional sample sees under ``sliding_window=W``: ``"transformers"`` (``|i - j| <= W``,
             as the unpatched model) or ``"full"`` (everything, as the published GritLM models' sdpa path). Equal up to W tokens.
-        packing: compute only real tokens when no cache is involved. False keeps the padded layout.
+        packing: compute only real tokens when no cache is involved and nothing is compiled. False keeps the padded layout.
 
     Raises:
         TypeError: the model's class is not supported; the message lists what is.
@@ -212,7 +213,10 @@ def _forward(
             mask = torch.zeros(_NO_MASK_SHAPE, dtype=torch.int32, device=inputs.device)
         return original(attention_mask=mask, grit_pass=grit_pass, **arguments, **kwargs)
 
+    compiling = torch.compiler.is_compiling()
     if sample_pack is None and cu_seq_lens_q is not None:
+        if compiling:
+            raise ValueError("cu_seq_lens_q: a compiled pass cannot read its values; give it a sample_pack")
         flags = default if is_causal is None else is_causal
         lengths = cu_seq_lens_q.to("cpu").diff()
         sample_pack = SamplePack.from_lengths(
@@ -234,10 +238,15 @@ def _forward(
     pack = None
     if not caching and inputs.shape[1]:
         if attention_mask is None and position_ids is not None:
+            if compiling:
+                raise ValueError(
+                    "position_ids: a compiled pass cannot look for samples that start over in them; "
+                    "give it an attention_mask or a sample_pack too"
+                )
             pack = SamplePack.from_position_ids(position_ids.expand(batch, length), causal)
             # several samples in a row cannot be told apart in the padded layout
             pack = pack if record.packing or len(pack) > batch else None
-        elif record.packing and (attention_mask is None or attention_mask.ndim == 2):
+        elif record.packing and not compiling and (attention_mask is None or attention_mask.ndim == 2):
             real = inputs.new_ones((batch, length), dtype=torch.int64) if attention_mask is None else attention_mask
             pack = SamplePack.from_mask(real, causal)
     if pack is None:

@@ -235,20 +235,38 @@ def test_generate_equals_the_unpatched_model_beyond_the_window(
     assert torch.equal(*outputs)
 
 
-def test_prompt_lookup_decoding_equals_the_unpatched_model(stock: Any) -> None:
-    # transformers refuses to crop a sliding-window cache, so assisted decoding needs a model without window
-    stock = tiny_model(sliding_window=None)
+@pytest.mark.parametrize("chunk", [3, WINDOW + 2])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("mask_name", ["none", "left"])
+def test_chunked_prefill_through_a_sliding_cache_equals_the_unpatched_model(
+    stock: Any, model: Any, cache: str, chunk: int, mask_name: str
+) -> None:
+    assert IDS.shape[1] > 2 * WINDOW
+    options: dict[str, Any] = {"prefill_chunk_size": chunk, "cache_implementation": cache}
+    arguments = {"attention_mask": MASKS[mask_name], "max_new_tokens": WINDOW + 4, "do_sample": False}
+    outputs = [m.generate(IDS, **arguments, **options) for m in (stock, model)]
+    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0], stock.generate(IDS, **arguments))
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_prompt_lookup_decoding_equals_the_unpatched_model(window: int | None) -> None:
+    stock = tiny_model(sliding_window=window)
     model = gk.patch(copy.deepcopy(stock))
     ids = IDS[:1].repeat(1, 2)
-    options = {"max_new_tokens": 10, "do_sample": False, "prompt_lookup_num_tokens": 3}
-    assert torch.equal(stock.generate(ids, **options), model.generate(ids, **options))
+    options = {"max_new_tokens": 14, "do_sample": False}
+    found = model.generate(ids, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(found, stock.generate(ids, prompt_lookup_num_tokens=3, **options))
+    assert torch.equal(found, stock.generate(ids, **options))
 
 
-def test_assisted_decoding_equals_plain_decoding() -> None:
-    stock = tiny_model(sliding_window=None)
-    model, assistant = gk.patch(copy.deepcopy(stock)), gk.patch(tiny_model(sliding_window=None, num_hidden_layers=1))
-    expected = stock.generate(IDS[:1], max_new_tokens=10, do_sample=False)
-    assert torch.equal(model.generate(IDS[:1], max_new_tokens=10, do_sample=False, assistant_model=assistant), expected)
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_assisted_decoding_equals_plain_decoding(window: int | None) -> None:
+    stock = tiny_model(sliding_window=window)
+    model = gk.patch(copy.deepcopy(stock))
+    assistant = gk.patch(tiny_model(sliding_window=window, num_hidden_layers=1))
+    expected = stock.generate(IDS[:1], max_new_tokens=14, do_sample=False)
+    assert torch.equal(model.generate(IDS[:1], max_new_tokens=14, do_sample=False, assistant_model=assistant), expected)
 
 
 @torch.no_grad()
