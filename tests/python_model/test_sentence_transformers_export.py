@@ -58,8 +58,6 @@ def test_the_packed_module_runs_the_patched_decoder(checkpoint: Path, tmp_path: 
 
 
 def test_the_ranking_loss_trains_the_packed_module_like_the_padded_one(checkpoint: Path, tmp_path: Path) -> None:
-    # the loss and the optimizer's steps as sentence-transformers' trainer takes them; its Trainer class itself would need the
-    # `datasets` package
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     model = GritLM(checkpoint, device="cpu", dtype="float32")
@@ -88,6 +86,48 @@ def test_the_ranking_loss_trains_the_packed_module_like_the_padded_one(checkpoin
     assert losses["packed"][-1] < losses["packed"][0]
     for a, b in zip(gradients["packed"], gradients["padded"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
+
+
+def test_the_trainer_trains_the_packed_module_like_the_padded_one(checkpoint: Path, tmp_path: Path) -> None:
+    import datasets
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    columns = {"query": ["river", "sum of two", "capital of France"], "document": [TEXTS[0], TEXTS[1], TEXTS[3]]}
+    instructions = {"query": "Find the text", "document": ""}
+    losses: dict[str, list[float]] = {}
+    trained: dict[str, Any] = {}
+    for name, packed in (("padded", False), ("packed", True)):
+        folder = export_sentence_transformers(model, tmp_path / name, instructions=instructions, packed=packed)
+        trained[name] = _load(folder, trust_remote_code=packed)
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / f"{name} run"),
+            max_steps=4,
+            per_device_train_batch_size=3,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            prompts=trained[name].prompts,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = SentenceTransformerTrainer(
+            model=trained[name],
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict(columns),
+            loss=MultipleNegativesRankingLoss(trained[name], scale=50.0),
+        )
+        trainer.train()
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses["packed"]) == 4 and losses["packed"] == pytest.approx(losses["padded"], rel=1e-3)
+    assert losses["packed"][-1] < losses["packed"][0]
+    trained["packed"].save(str(tmp_path / "saved"))
+    again = _load(tmp_path / "saved", trust_remote_code=True)
+    got, want = (m.encode(TEXTS, prompt_name="query") for m in (again, trained["packed"]))
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_variants_without_a_counterpart_are_refused(checkpoint: Path, tmp_path: Path) -> None:
