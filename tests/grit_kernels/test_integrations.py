@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,55 @@ def test_a_dispatched_model_keeps_its_device_map_hooks(stock: Any, expected: Ten
     close(model(IDS, attention_mask=RIGHT, is_causal=FLAGS).logits[REAL], expected[REAL])
 
 
+@pytest.mark.parametrize("patch_first", [True, False])
+@torch.no_grad()
+def test_layers_offloaded_by_a_device_map_run_patched(
+    stock: Any, expected: Tensor, tmp_path: Path, patch_first: bool
+) -> None:
+    device_map = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"], "cpu")
+    device_map |= {"model.layers.1": "disk", "lm_head": "disk"}
+    if patch_first:
+        model = gk.patch(copy.deepcopy(stock))
+        model = accelerate.dispatch_model(
+            model, device_map, offload_dir=str(tmp_path), main_device="cpu", force_hooks=True
+        )
+    else:
+        stock.save_pretrained(tmp_path / "model")
+        options = {"device_map": device_map, "offload_folder": str(tmp_path / "offload"), "dtype": torch.float32}
+        model = gk.patch(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options))
+    assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    close(model(IDS, attention_mask=RIGHT, is_causal=FLAGS).logits[REAL], expected[REAL])
+
+
+def test_accelerate_prepares_and_trains_a_patched_model(stock: Any, expected: Tensor) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = gk.patch(copy.deepcopy(stock))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))
+    assert gk.is_patched(model)
+    losses = []
+    for _ in range(3):
+        logits = model(IDS, attention_mask=RIGHT, is_causal=FLAGS).logits[REAL]
+        losses.append(logits.square().mean())
+        if len(losses) == 1:
+            assert (logits - expected[REAL]).abs().max() < 0.05 * expected[REAL].abs().max()  # bf16 inside
+        optimizer.zero_grad()
+        accelerator.backward(losses[-1])
+        optimizer.step()
+    assert losses[2] < losses[1] < losses[0]
+    plain = gk.unpatch(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+    assert not gk.is_patched(plain) and plain.config._attn_implementation == stock.config._attn_implementation
+
+
+def test_the_config_alone_is_pickled_and_copied_as_that_of_the_unpatched_model(stock: Any, model: Any) -> None:
+    for twin in (pickle.loads(pickle.dumps(model.config)), copy.deepcopy(model.config)):
+        assert twin.to_json_string() == stock.config.to_json_string()
+        assert twin._attn_implementation == "grit"
+        rebuilt = transformers.MistralForCausalLM(twin).eval()  # the name alone: attention without packing and flags
+        rebuilt.load_state_dict(stock.state_dict())
+        with torch.no_grad():
+            close(rebuilt(IDS, attention_mask=RIGHT).logits[REAL], stock(IDS, attention_mask=RIGHT).logits[REAL])
+
+
 def test_a_forward_replaced_after_patch_makes_unpatch_an_error(model: Any) -> None:
     ours = model.model.forward
     model.model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
@@ -159,20 +209,48 @@ def test_lora_on_every_linear_trains_the_same_before_and_after_patch(stock: Any,
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_packed_pass_compiles_into_one_graph_with_its_gradients(model: Any, compiler: str) -> None:
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_pass_compiles_into_one_graph_with_its_gradients(model: Any, layout: str, compiler: str) -> None:
     pack = gk.SamplePack.from_mask(RIGHT, FLAGS)
-    ids = pack.pack(IDS)[None]
 
-    def run(x: Tensor) -> Tensor:
-        return model.model(x, sample_pack=pack).last_hidden_state
+    def packed() -> Tensor:
+        return model.model(pack.pack(IDS)[None], sample_pack=pack).last_hidden_state[0]
 
+    def padded() -> Tensor:
+        return model.model(IDS, attention_mask=RIGHT, is_causal=FLAGS).last_hidden_state
+
+    torch._dynamo.reset()
     parameters = list(model.model.parameters())
-    compiled = torch.compile(run, backend=compiler, fullgraph=True)
-    a, b = compiled(ids), run(ids)
+    compiled = torch.compile(packed if layout == "packed" else padded, backend=compiler, fullgraph=True)
+    a, b = compiled(), packed()
+    a = a if layout == "packed" else a[REAL]
     close(a, b)
     grads = [torch.autograd.grad(x.square().mean(), parameters) for x in (a, b)]
     for x, y in zip(*grads, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_compiled_model_itself_takes_flags_and_any_padding(model: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for name in ("left", "holes"):
+        real, arguments = MASKS[name].bool(), {"attention_mask": MASKS[name], "is_causal": FLAGS}
+        close(compiled(IDS, **arguments).logits[real], model(IDS, **arguments).logits[real])
+
+
+@torch.no_grad()
+def test_what_a_compiled_pass_would_have_to_read_back_is_refused(model: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    pack = gk.SamplePack.from_mask(RIGHT, FLAGS)
+    ids, positions = pack.pack(IDS)[None], pack.position_ids[None]
+    for name, arguments in (
+        ("position_ids", {"position_ids": positions}),
+        ("cu_seq_lens_q", {"position_ids": positions, "cu_seq_lens_q": pack.cu_seqlens}),
+    ):
+        with pytest.raises(Exception, match=f"{name}: a compiled pass cannot"):
+            compiled(ids, **arguments)
 
 
 # ---- Trainer

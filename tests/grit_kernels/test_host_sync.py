@@ -1,0 +1,89 @@
+"""A pass reads values back from the device a fixed number of times, however many layers it has.
+
+Every read goes through ``aten::_local_scalar_dense`` or an operator whose output's shape is data; a dispatch mode counts them.
+On the meta device there is nothing to read at all, so a pass that runs there reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import grit_kernels as gk
+from grit_kernels.patch import FAMILIES
+from tests.grit_kernels.test_families import patched
+from tests.grit_kernels.test_patch import FLAGS, IDS, MASKS, tiny_model
+
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique_dim"}
+PACK = gk.SamplePack.from_mask(MASKS["right"], FLAGS)
+
+
+class CountReads(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.name() in READS:
+            self.reads[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def forward(mask: str, **options: Any) -> Callable[[Any], Any]:
+    return lambda model: model(IDS, attention_mask=MASKS[mask], is_causal=FLAGS, **options)
+
+
+def generate(model: Any) -> None:
+    model.generate(IDS, attention_mask=MASKS["left"], max_new_tokens=4, do_sample=False)
+
+
+def train(use_reentrant: bool) -> Callable[[Any], None]:
+    def run(model: Any) -> None:
+        model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        model(IDS, attention_mask=MASKS["left"], is_causal=FLAGS).logits.sum().backward()
+
+    return run
+
+
+PASSES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "packed": (forward("right"), {}),
+    "packed already": (lambda model: model(PACK.pack(IDS)[None], sample_pack=PACK), {}),
+    "padded": (forward("both"), {"packing": False}),
+    "holes, filling a cache": (forward("holes", use_cache=True), {}),
+    "generate": (generate, {}),
+    "packed, checkpointing": (train(False), {}),
+    "padded, reentrant checkpointing": (train(True), {"packing": False}),
+}
+
+
+@pytest.mark.parametrize("run, options", PASSES.values(), ids=PASSES.keys())
+def test_the_number_of_reads_does_not_grow_with_the_layers(run: Callable[[Any], Any], options: dict[str, Any]) -> None:
+    reads = []
+    for layers in (1, 3):
+        model = gk.patch(tiny_model(num_hidden_layers=layers), **options)
+        with CountReads() as counted:
+            run(model)
+        reads.append(counted.reads)
+    assert reads[0] == reads[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_pass_over_a_sample_pack_reads_nothing_in_any_family(family: str) -> None:
+    model = patched(family).to("meta", torch.bfloat16)  # transformers' experts know no other dtype there
+    pack = gk.SamplePack.from_lengths([5, 9], [True, False], device="meta")
+    ids = torch.zeros(1, 14, dtype=torch.int64, device="meta")
+    assert model(ids, sample_pack=pack).logits.shape == (1, 14, 97)
+
+
+def test_the_counter_counts() -> None:
+    with CountReads() as counted:
+        torch.ones(2).sum().item()
+        torch.ones(2).nonzero()
+    assert sum(counted.reads.values()) == 2
