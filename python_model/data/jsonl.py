@@ -1,7 +1,7 @@
 """Rows of training data: reading ``.jsonl`` files and checking every row before anything is trained on it.
 
     embedding    {"query": TEXT, "pos": [TEXT, ...], "neg": [TEXT, ...]}     TEXT = "text" or ["instruction", "text"]
-    generative   {"text": ["user", "assistant", "user", "assistant", ...]}
+    generative   {"text": ["user", "assistant", "user", "assistant", ...]}   for training also {"text": "a text without roles"}
     passage      {"key": "...", "text": "..."}                               only in a corpus file
 
 The kind of a file shows in its column ``query`` or ``text``; one file holds one kind. The optional column ``key`` names the
@@ -20,7 +20,11 @@ from typing import Any, NamedTuple
 
 
 class DataError(ValueError):
-    """A data file cannot be used; the message names the file and the line."""
+    """A data file cannot be used; the message names the file and the line. ``reason``: ``"broken"`` or ``"empty"``."""
+
+    def __init__(self, message: str, reason: str = "broken") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class InstructedText(NamedTuple):
@@ -28,6 +32,12 @@ class InstructedText(NamedTuple):
 
     instruction: str
     text: str
+
+
+class PlainText(InstructedText):
+    """A text that its row holds as a bare string, not as ``[instruction, text]``."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class EmbeddingRow:
 
 @dataclass(frozen=True)
 class GenerativeRow:
-    """One conversation: user, assistant, user, assistant, ... ``origin`` is ``file:line``."""
+    """One conversation: user, assistant, user, assistant, ...; a single turn is a text without roles. ``origin`` is
+    ``file:line``."""
 
     turns: tuple[str, ...]
     key: str | None = None
@@ -70,7 +81,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[EmbeddingRow], list[Ge
     """
     embedding: list[EmbeddingRow] = []
     generative: list[GenerativeRow] = []
-    for file in _files(path):
+    for file in data_files(path):
         rows = _read_file(file)
         if not rows:
             raise DataError(f"{file}: no rows")
@@ -113,7 +124,13 @@ def read_corpus(path: str | os.PathLike[str]) -> list[Passage]:
     return list(passages.values())
 
 
-def _files(path: str | os.PathLike[str]) -> list[Path]:
+def dataset_name(file: Path) -> str:
+    """The name of a file's data set: the file's name up to its first dot."""
+    return file.name.split(".")[0]
+
+
+def data_files(path: str | os.PathLike[str]) -> list[Path]:
+    """A file itself, or the ``*.jsonl`` files directly in a folder, by name; errors as :func:`read_rows`."""
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.glob("*.jsonl") if file.is_file())
@@ -128,7 +145,7 @@ def _files(path: str | os.PathLike[str]) -> list[Path]:
 def _read_file(file: Path) -> list[EmbeddingRow | GenerativeRow]:
     rows: list[EmbeddingRow | GenerativeRow] = []
     for origin, row in _objects(file):
-        parsed = _parse_row(row, origin, file.name.split(".")[0])
+        parsed = parse_row(row, origin, dataset_name(file))
         if rows and type(parsed) is not type(rows[0]):
             raise DataError(f"{origin}: another kind of row than at {rows[0].origin}; a file holds one kind")
         rows.append(parsed)
@@ -140,29 +157,49 @@ def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             origin = f"{file}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
-            except UnicodeDecodeError as error:
-                raise DataError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
-            except RecursionError as error:
-                raise DataError(f"{origin}: nested too deeply") from error
-            if not text:
-                continue
-            if not isinstance(row, dict):
-                raise DataError(f"{origin}: got {_name(row)}, accepted is an object with the column 'query' or 'text'")
-            yield origin, row
+            row = parse_line(line, origin, first=number == 1)
+            if row is not None:
+                yield origin, row
 
 
-def _parse_row(row: dict[str, Any], origin: str, dataset: str) -> EmbeddingRow | GenerativeRow:
+def parse_line(line: bytes, origin: str, *, first: bool = False) -> dict[str, Any] | None:
+    """The object on a line, None for an empty line; ``first``: a byte order mark may lead it.
+
+    Raises:
+        DataError: not UTF-8, not JSON, not an object.
+    """
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8").strip()
+        row = json.loads(text) if text else None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise DataError(f"{origin}: nested too deeply") from error
+    except ValueError as error:  # a number with more digits than Python converts
+        raise DataError(f"{origin}: not valid JSON ({error})") from error
+    if text and not isinstance(row, dict):
+        raise DataError(f"{origin}: got {_name(row)}, accepted is an object with the column 'query' or 'text'")
+    return row
+
+
+def parse_row(
+    row: dict[str, Any], origin: str, dataset: str, *, bare_text: bool = False
+) -> EmbeddingRow | GenerativeRow:
+    """The checked row of a line's object; ``dataset`` is its name unless it has one. ``bare_text``: accept text without roles.
+
+    Raises:
+        DataError: see :func:`read_rows`.
+    """
     if ("query" in row) == ("text" in row):
         has = "both 'query' and 'text'" if "query" in row else f"the columns {sorted(row)}"
         raise DataError(f"{origin}: got {has}, accepted is either 'query', 'pos', 'neg' or 'text'")
     key = _string(row["key"], "key", origin) if row.get("key") is not None else None
     dataset = _string(row["dataset"], "dataset", origin) if row.get("dataset") is not None else dataset
     if "text" in row:
+        if bare_text and isinstance(row["text"], str):
+            return GenerativeRow((_string(row["text"], "text", origin),), key, dataset, origin)
         return GenerativeRow(_turns(row["text"], origin), key, dataset, origin)
     _require(row, ("query", "pos", "neg"), origin)
     query = _instructed(row["query"], "query", origin)
@@ -193,7 +230,7 @@ def _texts(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
 
 def _instructed(value: Any, name: str, origin: str) -> InstructedText:
     if not isinstance(value, list):
-        return InstructedText("", _string(value, name, origin))
+        return PlainText("", _string(value, name, origin))
     if len(value) != 2:
         raise DataError(f"{origin}: {name}: got a list of {len(value)}, accepted is a text or [instruction, text]")
     return InstructedText(
@@ -205,7 +242,7 @@ def _string(value: Any, name: str, origin: str, *, may_be_empty: bool = False) -
     if not isinstance(value, str):
         raise DataError(f"{origin}: {name}: got {_name(value)}, accepted is a string")
     if not may_be_empty and not value.strip():
-        raise DataError(f"{origin}: {name}: got an empty text")
+        raise DataError(f"{origin}: {name}: got an empty text", "empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair; no tokenizer takes it
