@@ -97,6 +97,18 @@ def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
     }
 
 
+def peak_resident_bytes() -> int:
+    """The process's largest resident set so far. ``ru_maxrss`` would start at that of the process that started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def gemm_ceiling(
     device: str | torch.device, dtype: torch.dtype, size: int | None = None
 ) -> tuple[Callable[[], Any], float]:
