@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -471,3 +472,45 @@ def test_planned_activations_are_near_those_that_autograd_keeps(tmp_path: Path) 
         measured = sum(seen.values()) / 256 / 4
         assert states.requires_grad
         assert measured == pytest.approx(activation_bytes(settings, bf16), rel=0.2), bf16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_torchrun_trains_resumes_and_exports_what_one_process_does(
+    checkpoint: Path, tmp_path: Path, parallel: str
+) -> None:
+    """Two ranks, stopped after two steps and started again, against one process that was never stopped."""
+    data = _data_folder(tmp_path / "data")
+    common = [
+        *("--model", str(checkpoint), "--train_data", str(data), "--embedding_batch_size", "4", "--bf16", "false"),
+        *("--generative_batch_size", "3", "--learning_rate", "1e-3", "--passage_max_len", "64"),
+        *("--generative_max_len", "64", "--query_max_len", "64", "--chunk_tokens", "128", "--save_steps", "2"),
+    ]
+    main([*common, "--steps", "4", "--output_dir", str(tmp_path / "one")])
+
+    def ranks(*more: str) -> str:
+        run = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+            + ["-m", "python_model.train", *common, "--parallel", parallel, "--output_dir", str(tmp_path / "two"), *more],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run.stdout + run.stderr
+
+    ranks("--steps", "4")
+    whole = (tmp_path / "two" / "log.jsonl").read_text()
+    # as if it had been killed after step 2
+    states = tmp_path / "two" / "states"
+    shutil.rmtree(states / "step-00000004")
+    assert "resuming after step 2" in ranks("--steps", "4")
+    logs = [[json.loads(line) for line in text.splitlines()] for text in (whole, (tmp_path / "two" / "log.jsonl").read_text())]
+    assert figures(logs[0]) == figures(logs[1])
+    single = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    for mine, theirs in zip(logs[1], single, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+    one, two = (GritLM(tmp_path / name / "checkpoint", device="cpu").encode("a river") for name in ("one", "two"))
+    assert abs(one - two).max() < 1e-4
