@@ -490,8 +490,17 @@ def test_torchrun_trains_resumes_and_exports_what_one_process_does(
 
     def ranks(*more: str) -> str:
         run = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-            + ["-m", "python_model.train", *common, "--parallel", parallel, "--output_dir", str(tmp_path / "two"), *more],
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            + [
+                "-m",
+                "python_model.train",
+                *common,
+                "--parallel",
+                parallel,
+                "--output_dir",
+                str(tmp_path / "two"),
+                *more,
+            ],
             capture_output=True,
             text=True,
             timeout=300,
@@ -506,7 +515,10 @@ def test_torchrun_trains_resumes_and_exports_what_one_process_does(
     states = tmp_path / "two" / "states"
     shutil.rmtree(states / "step-00000004")
     assert "resuming after step 2" in ranks("--steps", "4")
-    logs = [[json.loads(line) for line in text.splitlines()] for text in (whole, (tmp_path / "two" / "log.jsonl").read_text())]
+    logs = [
+        [json.loads(line) for line in text.splitlines()]
+        for text in (whole, (tmp_path / "two" / "log.jsonl").read_text())
+    ]
     assert figures(logs[0]) == figures(logs[1])
     single = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
     for mine, theirs in zip(logs[1], single, strict=True):
