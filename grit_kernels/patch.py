@@ -72,8 +72,9 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
       ``position_ids`` without a mask that start over inside a row (flattened input).
 
     A pass builds a KV cache only when it is asked to (``use_cache=True`` or ``past_key_values``, as ``generate`` does); it then
-    keeps the padded layout, because a transformers cache holds padded rows. So does a padded batch inside ``torch.compile``,
-    because its number of real tokens is data and no shape; compile a packed pass by giving it a ``sample_pack``.
+    keeps the padded layout, because a transformers cache holds padded rows. A sliding one keeps the last places of the batch, so
+    pad its prompts on the left, as ``generate`` expects. A padded batch inside ``torch.compile`` stays padded as well, because
+    its number of real tokens is data and no shape; compile a packed pass by giving it a ``sample_pack``.
 
     Args:
         model: a supported transformers decoder, with or without its language-model head.

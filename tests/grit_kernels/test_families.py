@@ -154,6 +154,22 @@ def test_generate_equals_the_unpatched_model_beyond_the_window(family: str, cach
 
 
 @FAMILY
+@feature("generate, chunked prefill")
+def test_chunked_prefill_equals_generation_in_one_piece(family: str) -> None:
+    options = {"max_new_tokens": 7, "do_sample": False, "attention_mask": LEFT}
+    found = patched(family).generate(IDS, **options, prefill_chunk_size=WINDOW - 1)
+    assert torch.equal(found, stock(family).generate(IDS, **options))
+
+
+@FAMILY
+@feature("assisted decoding")
+def test_prompt_lookup_decoding_equals_plain_decoding(family: str) -> None:
+    ids, options = IDS[:1].repeat(1, 2), {"max_new_tokens": 7, "do_sample": False}
+    found = patched(family).generate(ids, **options, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, stock(family).generate(ids, **options))
+
+
+@FAMILY
 @feature("bidirectional prefill, then causal")
 @torch.no_grad()
 def test_a_bidirectional_prefill_is_continued_causally(family: str) -> None:
@@ -213,6 +229,32 @@ def test_gradients_with_and_without_checkpointing_equal_separate_runs(family: st
         loss = (model(IDS, attention_mask=RIGHT, is_causal=FLAGS).logits * target)[real].sum()
         for a, b in zip(gradients(model, loss), expected, strict=True):
             assert (a - b).abs().max() <= 1e-4 * max(1.0, float(b.abs().max()))
+
+
+@FAMILY
+@feature("nothing read back")
+@torch.no_grad()
+def test_a_pass_over_a_sample_pack_reads_nothing_back(family: str) -> None:
+    # the meta device holds no values; in bfloat16 because transformers' experts know no other dtype there
+    model = patched(family).to("meta", torch.bfloat16)
+    pack = gk.SamplePack.from_lengths([5, 9], [True, False], device="meta")
+    ids = torch.zeros(1, 14, dtype=torch.int64, device="meta")
+    assert model(ids, sample_pack=pack).logits.shape == (1, 14, 97)
+
+
+@FAMILY
+@pytest.mark.slow
+@feature("one compiled graph")
+@torch.no_grad()
+def test_padded_and_packed_passes_compile_into_one_graph(family: str) -> None:
+    model, pack = patched(family), gk.SamplePack.from_mask(RIGHT, FLAGS)
+    for arguments, real in (
+        ({"input_ids": IDS, "attention_mask": RIGHT, "is_causal": FLAGS}, RIGHT.bool()),
+        ({"input_ids": pack.pack(IDS)[None], "sample_pack": pack}, torch.ones(1, pack.tokens, dtype=torch.bool)),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        close(compiled(**arguments).logits[real], model(**arguments).logits[real])
 
 
 @FAMILY
