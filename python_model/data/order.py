@@ -80,19 +80,19 @@ class BatchOrder:
         rows = [self._taken(dataset, epoch) for dataset in range(len(self.sizes))]
         if not self.same_dataset or len(rows) == 1:
             order = np.concatenate(rows)
-            return order[_permutation(len(order), self.seed, 0, epoch)]
+            return order[permutation(len(order), self.seed, 0, epoch)]
         # the epoch starts inside of a batch if those before it did not fill their last one
         head = min(-epoch * self.rows % size, self.rows)
         tail = (self.rows - head) % size
         whole = np.concatenate([taken[: len(taken) - len(taken) % size].reshape(-1, size) for taken in rows])
         rest = np.concatenate([taken[len(taken) - len(taken) % size :] for taken in rows])
-        whole = whole[_permutation(len(whole), self.seed, 1, epoch)]
+        whole = whole[permutation(len(whole), self.seed, 1, epoch)]
         if len(rest) < head + tail:  # they differ by one batch
             whole, rest = whole[1:], np.concatenate([rest, whole[0]])
-        rest = rest[_permutation(len(rest), self.seed, 2, epoch)]
+        rest = rest[permutation(len(rest), self.seed, 2, epoch)]
         mixed = rest[head : len(rest) - tail].reshape(-1, size)
         batches = np.concatenate([whole, mixed])
-        batches = batches[_permutation(len(batches), self.seed, 3, epoch)]
+        batches = batches[permutation(len(batches), self.seed, 3, epoch)]
         return np.concatenate([rest[:head], batches.reshape(-1), rest[len(rest) - tail :]])
 
     def _taken(self, dataset: int, epoch: int) -> np.ndarray:
@@ -102,12 +102,12 @@ class BatchOrder:
         place, end = epoch * wanted, (epoch + 1) * wanted
         while place < end:
             number, start = divmod(place, size)
-            order = _permutation(size, self.seed, 4 + dataset, number)
+            order = permutation(size, self.seed, 4 + dataset, number)
             parts.append(order[start : start + end - place])
             place += len(parts[-1])
         return np.concatenate(parts) + self._starts[dataset]
 
 
-def _permutation(count: int, *key: int) -> np.ndarray:
+def permutation(count: int, *key: int) -> np.ndarray:
     """A permutation of ``count`` rows that is a function of ``key``."""
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")

@@ -1,0 +1,141 @@
+"""Rows as token ids, under the settings of a run; whether a row can be used at all."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+from python_model.data.datasets import Problem, Row
+from python_model.data.jsonl import GenerativeRow, InstructedText, PlainText
+from python_model.data.token_cache import TokenCache, tokenizer_fingerprint
+from python_model.few_shot import few_shot_instruction
+from python_model.prompts import (
+    EncodedSample,
+    GenerativeAttention,
+    TooLong,
+    embed_instruction,
+    encode_conversation,
+    encode_plain,
+    encode_text,
+)
+
+_FORMAT = 48
+"""Tokens that markers and special tokens take at the most, and a merge over a border may add."""
+
+
+class RowEncoder:
+    """Tokenises the texts of rows; ``config`` is a :class:`python_model.train.config.TrainConfig`."""
+
+    def __init__(self, tokenizer: Any, config: Any) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self._attention: GenerativeAttention = config.attn[2:] or "cc"
+        settings = [config.embed_eos, config.instruction_count, config.format, config.plain_text]
+        settings += [config.reference_masking, self._attention, tokenizer_fingerprint(tokenizer)]
+        self.key = json.dumps(settings)
+        self.cache = TokenCache(config.token_cache, self.key) if config.token_cache else None
+        self._lengths: dict[str, int] = {}
+
+    def text(self, text: InstructedText, max_length: int, example: tuple[str, str] | None = None) -> EncodedSample:
+        """A text to embed; ``example`` is the query and positive that a few-shot instruction shows."""
+        instruction = text.instruction
+        if example is not None:
+            instruction = few_shot_instruction(instruction, *example, style=self.config.few_shot_style)
+        return self._cached(
+            lambda: self._text(text, instruction, max_length),
+            ("text", isinstance(text, PlainText), instruction, text.text, max_length),
+        )
+
+    def conversation(self, row: GenerativeRow) -> EncodedSample:
+        """A conversation, or a text without roles, to learn."""
+        return self._cached(
+            lambda: self._conversation(row), ("conversation", row.turns, self.config.generative_max_len)
+        )
+
+    def problem(self, row: Row) -> Problem | None:
+        """Why a row cannot be trained on, or None: too long an instruction or first user turn, no negatives where they are
+        needed. Texts are tokenised only where their length in bytes leaves a doubt."""
+        if isinstance(row, GenerativeRow):
+            if len(row.turns) == 1 or _fewer_tokens(row.turns[0], self.config.generative_max_len):
+                return None
+            return _too_long(lambda: self._conversation(row))
+        if self.config.train_group_size > 1 and not row.neg:
+            return "no negatives", "neg: got an empty list, which train_group_size > 1 needs"
+        limits = [(row.query, self.config.query_max_len)]
+        limits += [(passage, self.config.passage_max_len) for passage in (*row.pos, *row.neg)]
+        for text, limit in limits:
+            if not self._has_room(text, limit):
+                if problem := _too_long(functools.partial(self._text, text, text.instruction, limit)):
+                    return problem
+        return None
+
+    def flush(self) -> None:
+        """Write newly tokenised texts to the cache."""
+        if self.cache is not None:
+            self.cache.flush()
+
+    def _has_room(self, text: InstructedText, max_length: int) -> bool:
+        """False: perhaps the instruction fills ``max_length``."""
+        room = max_length - len(self.config.embed_eos)
+        if _fewer_tokens(text.instruction, room):
+            return True
+        if text.instruction not in self._lengths:
+            if len(self._lengths) > 100_000:
+                self._lengths.clear()
+            ids = self.tokenizer(text.instruction, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            self._lengths[text.instruction] = len(ids)
+        return self._lengths[text.instruction] + _FORMAT < room
+
+    def _text(self, text: InstructedText, instruction: str, max_length: int) -> EncodedSample:
+        bare = self.config.plain_text and isinstance(text, PlainText)
+        return encode_text(
+            self.tokenizer,
+            "" if bare else embed_instruction(instruction, format=self.config.format),
+            text.text,
+            max_length,
+            suffix="" if bare else self.config.embed_eos,
+            add_special_tokens=not bare,
+            instruction_count=self.config.instruction_count,
+        )
+
+    def _conversation(self, row: GenerativeRow) -> EncodedSample:
+        if len(row.turns) == 1:
+            return encode_plain(
+                self.tokenizer,
+                row.turns[0],
+                self.config.generative_max_len,
+                add_special_tokens=not self.config.plain_text,
+            )
+        return encode_conversation(
+            self.tokenizer,
+            row.turns,
+            self.config.generative_max_len,
+            format=self.config.format,
+            attention=self._attention,
+            reference_masking=self.config.reference_masking,
+        )
+
+    def _cached(self, encode: Callable[[], EncodedSample], parts: tuple[Any, ...]) -> EncodedSample:
+        if self.cache is None:
+            return encode()
+        digest = self.cache.digest(*parts)
+        sample = self.cache.get(digest)
+        if sample is None:
+            sample = encode()
+            self.cache.put(digest, sample)
+        return sample
+
+
+def _fewer_tokens(text: str, room: int) -> bool:
+    """Whether ``text`` in its format surely takes fewer than ``room`` tokens: none is shorter than a byte, and breaking up
+    markers adds less than a quarter."""
+    return 5 * len(text.encode()) // 4 + _FORMAT < room
+
+
+def _too_long(encode: Callable[[], EncodedSample]) -> Problem | None:
+    try:
+        encode()
+    except TooLong as error:
+        return "too long", str(error)
+    return None
