@@ -6,8 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from python_model.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from python_model.train.distributed import Ranks
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -27,22 +31,28 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 def run(config: TrainConfig) -> Path:
     """Train (or go on where an interrupted run stopped) and save; returns the checkpoint's folder."""
+    from python_model.train.distributed import ranks
+
+    with ranks() as here:
+        return _run_rank(config, here)
+
+
+def _run_rank(config: TrainConfig, here: Ranks) -> Path:
+    """A function of its own, so that model and shards are gone before the process group is."""
     from python_model.data.stream import open_stream
     from python_model.plot import plot_losses
-    from python_model.train.distributed import ranks
     from python_model.train.setup import load_model
     from python_model.train.trainer import Trainer
 
-    with ranks() as here:
-        # with FSDP only rank 0 reads the weights; the others get their shards from it
-        sharded = here.group is not None and config.parallel == "fsdp"
-        model = load_model(config, here.device, weights=here.first or not sharded)
-        stream = open_stream(config, model.tokenizer, here.rank, here.world)
-        trainer = Trainer(model, config, stream, here)
-        records = trainer.train()
-        if here.first:
-            plot_losses(records, Path(config.output_dir) / "loss.png")
-        return trainer.save()
+    # with FSDP only rank 0 reads the weights; the others get their shards from it
+    sharded = here.group is not None and config.parallel == "fsdp"
+    model = load_model(config, here.device, weights=here.first or not sharded)
+    stream = open_stream(config, model.tokenizer, here.rank, here.world)
+    trainer = Trainer(model, config, stream, here)
+    records = trainer.train()
+    if here.first:
+        plot_losses(records, Path(config.output_dir) / "loss.png")
+    return trainer.save()
 
 
 def dry_run(config: TrainConfig) -> str:
