@@ -10,6 +10,8 @@ queries ``hidden`` and passages ``weight`` at temperature 1, so its logits are F
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -133,14 +135,14 @@ def _backward_fake(
     )
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden, weight, labels, ignore_index, softcap = inputs
     ctx.save_for_backward(hidden, weight, labels, output[1])
     ctx.options = (ignore_index, softcap)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_losses, grad_lse):
+def _backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, labels, lse = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     grad_hidden, grad_weight = torch.ops.grit_kernels.linear_cross_entropy_backward(
