@@ -1,0 +1,69 @@
+"""docs/: what code writes is what is committed, links lead somewhere, and every public name is explained."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import grit_kernels
+import python_model
+from tests import docs_pages
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_drawn_masks_are_those_of_the_rule() -> None:
+    page = (ROOT / "docs" / "visibility.md").read_text(encoding="utf-8")
+    assert docs_pages.visibility_page(page) == page, "run python -m tests.docs_pages"
+
+
+def test_the_api_reference_is_that_of_the_docstrings() -> None:
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == docs_pages.api_page(), "run python -m tests.docs_pages"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
+        assert not target or (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:bench|configs|docs|grit_kernels|python_model|tests|csrc)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def _public(package: Any) -> list[tuple[str, Any]]:
+    """(name, object) of the modules, functions, classes and methods without a leading underscore."""
+    found: list[tuple[str, Any]] = []
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if any(part.startswith("_") for part in info.name.split(".")):
+            continue
+        module = importlib.import_module(info.name)
+        found.append((info.name, module))
+        for name, thing in vars(module).items():
+            if name.startswith("_") or getattr(thing, "__module__", None) != info.name:
+                continue
+            if inspect.isfunction(thing) or inspect.isclass(thing):
+                found.append((f"{info.name}.{name}", thing))
+            if inspect.isclass(thing):
+                for method, value in vars(thing).items():
+                    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                    if not method.startswith("_") and inspect.isfunction(function):
+                        found.append((f"{info.name}.{name}.{method}", function))
+    return found
+
+
+@pytest.mark.parametrize("package", [grit_kernels, python_model], ids=lambda package: package.__name__)
+def test_every_public_name_is_explained(package: Any) -> None:
+    missing = [
+        name
+        for name, thing in _public(package)
+        # a dataclass without a docstring gets its signature as one
+        if not thing.__doc__ or thing.__doc__.startswith(f"{getattr(thing, '__name__', '')}(")
+    ]
+    assert not missing, f"{len(missing)} without a docstring: {missing}"
