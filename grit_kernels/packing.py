@@ -142,6 +142,7 @@ class SamplePack:
 
     @property
     def device(self) -> torch.device:
+        """Where the numbers are."""
         return self.cu_seqlens.device
 
     @property

@@ -67,6 +67,7 @@ class StaticLayer(CacheLayerMixin):
         self.filled = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room; transformers calls it with the first states."""
         batch, heads, _, dim = key_states.shape
         # zeros: the attention skips unused slots, but a kernel may load what it then ignores
         data = key_states.new_zeros(2, batch, self.slots, heads, dim)
@@ -76,6 +77,7 @@ class StaticLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new states behind those that are there; returns all slots, also empty ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -86,12 +88,15 @@ class StaticLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a mask covers, and where the first of them stands."""
         return self.slots, 0
 
     def get_seq_length(self) -> int:
+        """Slots in use."""
         return self.filled
 
     def get_max_length(self) -> int:
+        """Slots."""
         return self.slots
 
 

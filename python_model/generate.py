@@ -18,6 +18,7 @@ import torch
 from python_model.decoding import Sampling, decode
 from python_model.modeling import GritLM
 from python_model.prompts import chat_prompt
+from python_model.rag.states import TextStates, from_cache
 
 ChatFormat = Literal["grit", "template"]
 FORMATS: tuple[str, ...] = get_args(ChatFormat)
@@ -58,6 +59,10 @@ def conversation_ids(
     """
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
+    if model.attn[2:] == "il" and len(turns) > 1:
+        raise ValueError(
+            f"turns: got {len(turns)}, accepted with attn {model.attn!r} is one (earlier replies are causal)"
+        )
     if format == "grit":
         opened = [f"{system}\n\n{turns[0]}", *turns[1:]] if system and turns else list(turns)
         return prompt_ids(model, chat_prompt(opened) + prefix)
@@ -155,6 +160,8 @@ def complete(
     if model.mode == "embedding":
         raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to generate")
     if num_beams > 1:
+        if model.attn[2:] in ("bc", "il"):
+            raise ValueError(f"num_beams: a model with attn {model.attn!r} generates without beams")
         if (sampling is not None and sampling.temperature > 0) or stop or on_text is not None:
             raise ValueError("num_beams: beam search excludes sampling, stop strings and streaming")
         return _beams(model, prompts, max_new_tokens, min_new_tokens, num_beams)
@@ -165,9 +172,14 @@ def complete(
         TextStream(model.tokenizer, stop, None if on_text is None else _for_row(on_text, row))
         for row in range(len(prompts))
     ]
+    states = None
+    if model.attn[2:] in ("bc", "il"):
+        states = _bidirectional_states(model, prompts)
+        prompts = [prompt[-1:] for prompt in prompts]
     decode(
         model.model,
         prompts,
+        states=states,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         eos_token_ids=eos_token_ids(model),
@@ -176,6 +188,24 @@ def complete(
         on_token=lambda row, token: streams[row].push(token),
     )
     return [stream.finish() for stream in streams]
+
+
+@torch.no_grad()
+def _bidirectional_states(model: GritLM, prompts: Sequence[Sequence[int]]) -> list[TextStates | None]:
+    """States of all tokens but the last of each prompt, read as one bidirectional run (prefix-LM).
+
+    The last token of the run sees all of it either way, so decoding computes it again, causally, and goes on from there.
+    """
+    from transformers import DynamicCache
+
+    found: list[TextStates | None] = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        cache: Any = DynamicCache()
+        model.decoder[0](input_ids=ids, past_key_values=cache, is_causal=False)
+        states = from_cache(cache, [ids[0]], causal=False)[0]
+        found.append(states.slice(0, len(prompt) - 1) if len(prompt) > 1 else None)
+    return found
 
 
 def _for_row(on_text: Callable[[int, str], None], row: int) -> Callable[[str], None]:

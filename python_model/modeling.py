@@ -109,6 +109,7 @@ class GritLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.device
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

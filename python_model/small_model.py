@@ -54,6 +54,7 @@ class Source:
 
     @property
     def requirement(self) -> str:
+        """What pip is asked for."""
         return f"{self.package}=={self.version}"
 
 

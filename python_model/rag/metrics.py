@@ -37,6 +37,7 @@ class AnswerScores:
 
 
 def normalize(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 

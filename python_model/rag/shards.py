@@ -39,6 +39,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def size_in_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -216,10 +216,12 @@ class TrainConfig:
 
     @property
     def embeds(self) -> bool:
+        """Whether the run trains embeddings."""
         return self.mode in ("unified", "embedding")
 
     @property
     def generates(self) -> bool:
+        """Whether the run trains the next token."""
         return self.mode in ("unified", "generative")
 
 

@@ -29,6 +29,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this rank prints and writes."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
@@ -53,6 +54,7 @@ class Ranks:
         return [int(x) for row, n in zip(self.all_values(padded), counts, strict=True) for x in row[:n]]
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.group is not None:
             dist.barrier(group=self.group)
 

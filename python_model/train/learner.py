@@ -71,6 +71,7 @@ class Learner:
 
     @property
     def temperature(self) -> float:
+        """Of the contrastive loss, now."""
         if self.log_temperature is None:
             return self.config.temperature
         return float(self.log_temperature.detach().exp())

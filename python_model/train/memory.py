@@ -43,6 +43,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
+        """Bytes per rank, everything together."""
         return self.weights + self.gradients + self.optimizer + self.working_copy + self.activations
 
     def lines(self, limit: float | None) -> list[str]:

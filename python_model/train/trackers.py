@@ -14,9 +14,11 @@ from python_model.train.config import TrainConfig
 class Tracker(Protocol):
     """Takes one step's figures."""
 
-    def log(self, step: int, figures: Mapping[str, Any]) -> None: ...
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Take the figures of ``step`` (counted from 1)."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run has ended."""
 
 
 class JsonLines:
@@ -42,12 +44,14 @@ class JsonLines:
         self._file.truncate()
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Append a line; when this returns it is in the file."""
         record = {"step": step, **figures}
         self.records.append(record)
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

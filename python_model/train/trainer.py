@@ -49,7 +49,9 @@ class Samples(Protocol):
 class Stream(Protocol):
     """Gives the samples of any step."""
 
-    def steps(self, start: int, stop: int) -> Iterator[Samples]: ...
+    def steps(self, start: int, stop: int) -> Iterator[Samples]:
+        """The samples of steps ``start`` .. ``stop - 1``."""
+        ...
 
 
 class Interrupted(Exception):

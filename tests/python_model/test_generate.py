@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -209,3 +210,31 @@ def test_the_command_chats_answers_files_and_prints_json(
         main([*base, "--input", "x"])
     with pytest.raises(SystemExit, match="top_p"):
         main([*base, "--prompt", "x", "--top-p", "2"])
+
+
+@pytest.mark.parametrize("attn", ["bbbc", "bbil"])
+def test_a_prefix_lm_reads_its_prompt_as_training_showed_it(checkpoint: Path, attn: str) -> None:
+    """Each new token is the likeliest one under the training pass of prompt and reply so far; not so under causal reading."""
+    from python_model.prompts import encode_conversation
+    from python_model.train.chunks import build_chunk
+
+    model = GritLM(checkpoint, attn=attn, device="cpu", dtype="float32")
+    causal = GritLM(checkpoint, device="cpu", dtype="float32")
+    turns = ["What is the capital of France?"]
+    prompt = conversation_ids(model, turns)
+    sample = encode_conversation(model.tokenizer, [*turns, "x"], 256, attention=attn[2:])
+    assert sample.bidirectional is not None and sample.bidirectional[: len(prompt) + 1] == [True] * len(prompt) + [
+        False
+    ]
+    text = complete(model, [prompt, prompt[:5]], max_new_tokens=6)[0]
+    new: list[int] = []
+    for _ in range(6):
+        ids = [*prompt, *new]
+        run = [t < len(prompt) for t in range(len(ids))]
+        chunk = build_chunk([], [dataclasses.replace(sample, input_ids=ids, labels=None, bidirectional=run)], attn=attn)
+        hidden = model.hidden_states(chunk.input_ids, chunk.pack)
+        new.append(int((hidden[-1] @ model.model.get_output_embeddings().weight.T).argmax()))
+    assert text == model.tokenizer.decode(new, skip_special_tokens=True)
+    assert text != complete(causal, [prompt], max_new_tokens=6)[0]
+    with pytest.raises(ValueError, match="num_beams"):
+        complete(model, [prompt], num_beams=2)
