@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import uuid
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -173,7 +174,7 @@ def _index(
     path: Path, place: _Place, check: Callable[[Row], Problem | None] | None, wanted: Callable[[bool], bool]
 ) -> tuple[list[DataSet], DataReport]:
     report = DataReport()
-    found: dict[str, list[int]] = {}  # per data set: offset, size, line, offset, ...
+    found: dict[str, array[int]] = {}  # per data set: offset, size, line, offset, ...
     generative: bool | None = None
     default, empty = dataset_name(path), True
     for number, offset, line in _lines(path):
@@ -199,12 +200,12 @@ def _index(
         elif problem is not None:
             report.leave_out(problem[0], f"{origin}: {problem[1]}")
         else:
-            found.setdefault(row.dataset, []).extend((offset, len(line), number))
+            found.setdefault(row.dataset, array("q")).extend((offset, len(line), number))
     if empty:
         raise DataError(f"{path}: no rows")
     datasets = []
     for name, numbers in found.items():
-        offsets, sizes, lines = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
+        offsets, sizes, lines = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 3).T
         datasets.append(
             DataSet(place, name, bool(generative), offsets.copy(), sizes.astype(np.uint32), lines.astype(np.uint32))
         )

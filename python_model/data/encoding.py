@@ -60,10 +60,11 @@ class RowEncoder:
             if len(row.turns) == 1 or _fewer_tokens(row.turns[0], self.config.generative_max_len):
                 return None
             return _too_long(lambda: self._conversation(row))
-        if self.config.train_group_size > 1 and not row.neg:
+        negatives = row.neg if self.config.train_group_size > 1 else ()
+        if self.config.train_group_size > 1 and not negatives:
             return "no negatives", "neg: got an empty list, which train_group_size > 1 needs"
         limits = [(row.query, self.config.query_max_len)]
-        limits += [(passage, self.config.passage_max_len) for passage in (*row.pos, *row.neg)]
+        limits += [(passage, self.config.passage_max_len) for passage in (*row.pos, *negatives)]
         for text, limit in limits:
             if not self._has_room(text, limit):
                 if problem := _too_long(functools.partial(self._text, text, text.instruction, limit)):
