@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
 TORCH ?= torch==2.13.0
 
-.PHONY: demo install test families test-oldest test-model test-slow bench gpu lint format clean
+.PHONY: demo install test families test-oldest test-model test-slow bench bench-full docs gpu asan lint format clean
 
 install: $(VENV)/.installed
 
@@ -49,18 +49,27 @@ test-model: install
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# on a machine with a CUDA device, with its own Python and torch; nothing is downloaded
+# on a machine with a CUDA device, with its own Python and torch; nothing is downloaded. Tests first, then the most valuable
+# benchmarks; run again, it goes on where it stopped
 GPU_PYTHON ?= python3
 gpu:
 	$(GPU_PYTHON) -m pip install --no-deps --no-build-isolation --quiet -e .
-	$(GPU_PYTHON) -m pytest -m gpu
-	$(GPU_PYTHON) -m bench.attention --device cuda --record attention_cuda.json --plot bench/results/attention_cuda.png
+	$(GPU_PYTHON) -m bench --device cuda --keep --minutes 7
 
-# records land in bench/results; run it on a quiet machine
+# about 15 minutes on 2 quiet cores: compares with the committed records and says what moved
 bench: install
-	$(BIN)/python -m bench.attention --device cpu --record attention_cpu.json --plot bench/results/attention_cpu.png
-	$(BIN)/python -m bench.pooling --record pooling_cpu.json
-	$(BIN)/python -m bench.model
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m bench
+
+# every size and peer; the records become the committed ones
+bench-full: install
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m bench --full --keep
+
+# the pages of docs/ that are written by code
+docs: install
+	$(BIN)/python -m tests.docs_pages
+	$(BIN)/python -m bench.report
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,0 +1,210 @@
+"""Every benchmark in one command.
+
+    python -m bench                  about 15 minutes on 2 cores; compares with the committed records (make bench)
+    python -m bench --full --keep    everything, and the records become the committed ones (make bench-full)
+    python -m bench --device cuda    on a GPU, the most valuable first, within --minutes (make gpu)
+
+The kernel tests run first: a benchmark of wrong results is worth nothing, so red tests end it. Then the machine's ceilings are
+measured, then each benchmark in a process of its own; each interleaves its variants. Records go to bench/results/latest, with
+``--keep`` to bench/results, and docs/benchmarks.md is written from those. Run again after an interruption, it goes on with
+the benchmarks that have not finished on this commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import common, records, report
+
+LATEST = common.RESULTS / "latest"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A module of this package with its arguments; ``{record}`` and ``{plot}`` become paths."""
+
+    name: str
+    module: str
+    quick: str
+    full: str
+    limit: int = 240
+    """Seconds of the quick run."""
+
+    def command(self, folder: Path, full: bool) -> list[str]:
+        text = self.full if full else self.quick
+        paths = {
+            kind: shlex.quote(str(folder / f"{self.name}.{end}")) for kind, end in (("record", "json"), ("plot", "png"))
+        }
+        return [sys.executable, "-m", self.module, *shlex.split(text.format(**paths))]
+
+
+CPU = (
+    Benchmark(
+        "attention_cpu",
+        "bench.attention",
+        "--device cpu --repeats 3 --peers 'grit;sdpa loop;sdpa masked;matmul only' --record {record} --plot {plot}",
+        "--device cpu --record {record} --plot {plot}",
+    ),
+    Benchmark("model_cpu", "bench.model", "--record {record} --plot {plot}", "--record {record} --plot {plot}", 300),
+    Benchmark(
+        "train_cpu",
+        "bench.train",
+        "--repeats 3 --record {record} --plot {plot}",
+        "--repeats 7 --record {record} --plot {plot}",
+    ),
+    Benchmark("pooling_cpu", "bench.pooling", "--repeats 5 --record {record}", "--record {record}"),
+    Benchmark("contrastive_cpu", "bench.contrastive", "--repeats 3 --record {record}", "--record {record}"),
+    Benchmark("generative_loss_cpu", "bench.generative_loss", "--repeats 3 --record {record}", "--record {record}"),
+    Benchmark(
+        "generate_cpu",
+        "bench.generate",
+        "--repeats 3 --dtype bfloat16 --record {record}",
+        "--dtype bfloat16 --record {record}",
+    ),
+    Benchmark(
+        "rag_cpu",
+        "bench.rag",
+        "--repeats 3 --lengths 250 1000 --record {record} --plot {plot}",
+        "--record {record} --plot {plot}",
+    ),
+)
+CUDA = (
+    Benchmark(
+        "attention_cuda",
+        "bench.attention",
+        "--device cuda --record {record} --plot {plot}",
+        "--device cuda --record {record} --plot {plot}",
+        300,
+    ),
+    Benchmark(
+        "pooling_cuda", "bench.pooling", "--device cuda --record {record}", "--device cuda --record {record}", 60
+    ),
+    Benchmark(
+        "contrastive_cuda",
+        "bench.contrastive",
+        "--device cuda --record {record}",
+        "--device cuda --record {record}",
+        90,
+    ),
+    Benchmark(
+        "generative_loss_cuda",
+        "bench.generative_loss",
+        "--device cuda --record {record}",
+        "--device cuda --record {record}",
+        60,
+    ),
+)
+
+
+def tests_pass(device: str) -> bool:
+    """Run the tests of the kernels that are about to be timed."""
+    selection = ["-m", "gpu"] if device == "cuda" else ["-m", "not gpu and not model and not slow and not aot"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *selection, "tests/grit_kernels"]
+    return subprocess.run(command, cwd=common.ROOT, check=False).returncode == 0
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """The machine's own rates: a large matrix product in bfloat16 and FP32 (TFLOP/s), a copy and a read (GB/s)."""
+    runs: dict[str, Any] = {}
+    work: dict[str, float] = {}
+    for name, (run, amount) in (
+        ("matmul bf16, TFLOP/s", common.gemm_ceiling(device, torch.bfloat16)),
+        ("matmul fp32, TFLOP/s", common.gemm_ceiling(device, torch.float32)),
+        ("copy, GB/s", common.copy_ceiling(device)),
+        ("read, GB/s", common.read_ceiling(device)),
+    ):
+        runs[name], work[name] = run, amount / (1e12 if "TFLOP" in name else 1e9)
+    middle = common.medians(common.interleave(runs, 7, common.synchronizer(device)))
+    return {name: work[name] / seconds for name, seconds in middle.items()}
+
+
+def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool, minutes: float | None) -> dict[str, str]:
+    """Run what has not finished on this commit; returns what became of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    commit = common.machine()["commit"]
+    progress = folder / PROGRESS
+    saved = json.loads(progress.read_text()) if progress.exists() else {}
+    finished = set(saved.get("finished", [])) if saved.get("run") == [commit, full] else set()
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    outcome = {}
+    for benchmark in benchmarks:
+        if benchmark.name in finished:
+            outcome[benchmark.name] = "done before"
+            continue
+        limit = None if full else float(benchmark.limit)
+        if end is not None:
+            limit = min(limit or 1e9, end - time.monotonic())
+        if limit is not None and limit <= 0:
+            outcome[benchmark.name] = "no time left"
+            continue
+        print(f"\n== {benchmark.name}", flush=True)
+        start = time.monotonic()
+        try:
+            code = subprocess.run(
+                benchmark.command(folder, full), cwd=common.ROOT, timeout=limit, check=False
+            ).returncode
+            outcome[benchmark.name] = "ok" if code == 0 else f"failed with code {code}"
+        except subprocess.TimeoutExpired:
+            outcome[benchmark.name] = f"stopped after {limit:.0f} s"
+        if outcome[benchmark.name] == "ok":
+            outcome[benchmark.name] = f"ok, {time.monotonic() - start:.0f} s"
+            finished.add(benchmark.name)
+            progress.write_text(json.dumps({"run": [commit, full], "finished": sorted(finished)}))
+    return outcome
+
+
+def compare(folder: Path) -> list[str]:
+    """What moved between the committed records and those in ``folder``."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        old = common.RESULTS / path.name
+        if path.name == PROGRESS or not old.exists() or "rows" not in records.read(path):
+            continue
+        count, moves = records.moved(records.read(old)["rows"], records.read(path)["rows"])
+        lines.append(f"{path.stem}: {len(moves)} of {count} ratios moved beyond noise")
+        lines += [f"    {m.variant} ({m.setting[:90]}): {m.before:.2f}x -> {m.after:.2f}x" for m in moves[:8]]
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--full", action="store_true", help="every size and peer")
+    parser.add_argument("--keep", action="store_true", help="write to bench/results and renew docs/benchmarks.md")
+    parser.add_argument("--minutes", type=float, help="start no benchmark after so many")
+    parser.add_argument("--only", default="", help="benchmarks whose name contains this text")
+    parser.add_argument("--skip-tests", action="store_true", help="when they have just passed")
+    arguments = parser.parse_args(argv)
+    if not arguments.skip_tests and not tests_pass(arguments.device):
+        raise SystemExit("bench: the kernel tests are red; nothing is measured")
+    folder = common.RESULTS if arguments.keep else LATEST
+    chosen = [b for b in (CUDA if arguments.device == "cuda" else CPU) if arguments.only in b.name]
+    rates = ceilings(arguments.device)
+    print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()), flush=True)
+    outcome = run_all(chosen, folder, full=arguments.full, minutes=arguments.minutes)
+    common.write_records(
+        folder / f"ceilings_{arguments.device}.json", [{"ceiling": name, "rate": rate} for name, rate in rates.items()]
+    )
+    if arguments.keep:
+        report.write()
+    else:
+        print("\n".join(compare(folder)))
+    print(common.table([{"benchmark": k, "result": v} for k, v in outcome.items()], ["benchmark", "result"]))
+    if any("failed" in result for result in outcome.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

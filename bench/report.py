@@ -1,0 +1,108 @@
+"""docs/benchmarks.md: every committed record as a table with its machine and command.
+
+    python -m bench.report
+
+tests/bench/test_records.py compares the committed page with what this writes, so no figure can go stale or be typed by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import records
+from bench.common import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+HEADER = """# Benchmarks
+
+Written by `python -m bench.report` from the records in `bench/results`. Variants of a table ran interleaved in one process on one
+machine; figures are medians. Compare ratios within a table, not figures between tables. `make bench` repeats the CPU ones in
+about 15 minutes and says what moved.
+"""
+
+TITLES: dict[str, tuple[str, str]] = {
+    "attention_cpu": (
+        "Attention on a CPU",
+        "`times_grit`: the variant's time over this package's. `of_gemm`: share of a matrix product's rate, on visible pairs.",
+    ),
+    "pooling_cpu": ("Pooling on a CPU", "`of_ceiling`: share of the rate at which the machine reads memory."),
+    "contrastive_cpu": (
+        "Contrastive loss on a CPU",
+        "Memory is the growth of the peak resident set in a process of its own.",
+    ),
+    "generative_loss_cpu": ("Next-token loss on a CPU", "Memory is the growth of the peak resident set."),
+    "model_cpu": ("The 135M model end to end on a CPU", "`time_over_first`: the variant's time over the first one's."),
+    "train_cpu": (
+        "One unified training step of the 135M model on a CPU",
+        "`speedup` over three padded passes of unpatched transformers; memory of one step beyond weights and gradients.",
+    ),
+    "generate_cpu": ("Decoding with the 135M model on a CPU", ""),
+    "rag_cpu": ("Answering from documents with the 135M model on a CPU", ""),
+}
+HIDDEN = (
+    *("seconds", "all_seconds", "lengths", "ms", "tflops", "dtype", "heads", "window", "prepare_ms", "loss", "share"),
+    *("batch", "texts"),
+)
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a table shows: every scalar but what only serves comparing records."""
+    found: list[str] = []
+    for row in rows:
+        for name, value in row.items():
+            if name not in found and name not in HIDDEN and isinstance(value, str | int | float):
+                found.append(name)
+    return found
+
+
+def cell(value: Any) -> str:
+    """Three significant digits."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def section(path: Path) -> str:
+    """One record."""
+    record = records.read(path)
+    rows: list[dict[str, Any]] = record["rows"]
+    title, note = TITLES.get(path.stem, (path.stem.replace("_", " "), ""))
+    machine = record["machine"]
+    gpu = f", {machine['gpu']['name']}" if "gpu" in machine else ""
+    columns = columns_of(rows)
+    lines = [
+        f"## {title}",
+        "",
+        *([note, ""] if note else []),
+        f"{machine['processor']}{gpu}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['time'][:10]}, commit "
+        f"{machine['commit'][:10]}. `{record['command']}`",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows),
+        "",
+    ]
+    if path.with_suffix(".png").exists():
+        lines += [f"![{title}](../bench/results/{path.stem}.png)", ""]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole page."""
+    order = list(TITLES)
+    paths = [p for p in RESULTS.glob("*.json") if p.stem != "progress" and "rows" in records.read(p)]
+    paths.sort(key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
+    return HEADER + "\n" + "\n".join(section(path) for path in paths)
+
+
+def write() -> None:
+    """Renew docs/benchmarks.md."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,107 @@
+"""Records: the same measurement is found again, drift is told from noise, and the page shows what is committed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bench.__main__ as everything
+from bench import common, records, report
+
+
+def _rows(slow: float, scatter: float = 0.01) -> list[dict[str, Any]]:
+    def times(base: float) -> list[float]:
+        return [base * (1 + scatter * k) for k in (-1, 0, 1)]
+
+    return [
+        {"variant": "ours", "tokens": 100, "dtype": "bf16", "rate": 3.3, "seconds": times(1.0)},
+        {"variant": "theirs", "tokens": 100, "dtype": "bf16", "rate": 1.1, "seconds": times(slow)},
+        {"variant": "ours", "tokens": 200, "dtype": "bf16", "rate": 3.3, "seconds": times(5.0)},
+        {"variant": "theirs", "tokens": 200, "dtype": "bf16", "rate": 1.1, "seconds": times(10.0)},
+    ]
+
+
+def test_a_ratio_that_moves_beyond_the_scatter_is_reported_by_setting_and_variant() -> None:
+    count, moves = records.moved(_rows(3.0), _rows(2.0))
+    assert count == 2
+    assert [(m.variant, m.before, m.after) for m in moves] == [("theirs", pytest.approx(3.0), pytest.approx(2.0))]
+    assert "tokens 100" in moves[0].setting
+
+
+@pytest.mark.parametrize(("after", "scatter"), [(3.2, 0.01), (2.0, 0.3)])
+def test_small_changes_and_noisy_ones_are_not(after: float, scatter: float) -> None:
+    assert records.moved(_rows(3.0, scatter), _rows(after, scatter)) == (2, [])
+
+
+def test_a_slower_machine_moves_nothing() -> None:
+    slower = [{**row, "seconds": [7 * t for t in row["seconds"]], "rate": row["rate"] / 7} for row in _rows(3.0)]
+    assert records.moved(_rows(3.0), slower) == (2, [])
+
+
+@pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_committed_records_name_their_machine_commit_and_command(path: Path) -> None:
+    record = records.read(path)
+    assert record["rows"] and record["command"].startswith("python -m bench.")
+    assert {"processor", "torch", "commit", "time", "threads"} <= record["machine"].keys()
+    assert records.moved(record["rows"], record["rows"])[1] == []
+
+
+def test_the_page_shows_the_committed_records() -> None:
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(), "run python -m bench.report"
+
+
+def test_red_tests_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "tests_pass", lambda device: False)
+    monkeypatch.setattr(everything, "ceilings", lambda device: pytest.fail("measured all the same"))
+    with pytest.raises(SystemExit, match="tests are red"):
+        everything.main([])
+
+
+def test_an_interrupted_run_goes_on_with_what_has_not_finished(tmp_path: Path) -> None:
+    script = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text('x'); sys.exit(int(sys.argv[2]))"
+    (tmp_path / "job.py").write_text(script)
+
+    class Job(everything.Benchmark):
+        def command(self, folder: Path, full: bool) -> list[str]:
+            return [sys.executable, str(tmp_path / "job.py"), str(folder / self.name), self.quick]
+
+    jobs = [Job("first", "", "0", ""), Job("second", "", "3", ""), Job("third", "", "0", "", limit=0)]
+    first = everything.run_all(jobs, tmp_path / "out", full=False, minutes=None)
+    assert first["first"].startswith("ok") and first["second"] == "failed with code 3"
+    assert first["third"] == "no time left"
+    (tmp_path / "out" / "first").unlink()
+    again = everything.run_all(jobs, tmp_path / "out", full=False, minutes=None)
+    assert again["first"] == "done before" and not (tmp_path / "out" / "first").exists()
+    assert json.loads((tmp_path / "out" / "progress.json").read_text())["finished"] == ["first"]
+
+
+@pytest.mark.parametrize("job", [*everything.CPU, *everything.CUDA], ids=lambda b: b.name)
+@pytest.mark.parametrize("full", [False, True])
+def test_every_benchmark_is_a_module_that_takes_its_arguments(
+    job: everything.Benchmark, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser is built, checked and left."""
+    import argparse
+    import importlib
+
+    parsed: list[argparse.Namespace] = []
+
+    class Stop(Exception):
+        pass
+
+    real = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        parsed.append(real(self, args, namespace))
+        raise Stop
+
+    command = job.command(tmp_path, full)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", command[2:])
+    with pytest.raises(Stop):
+        importlib.import_module(job.module).main()
+    assert Path(parsed[0].record).name.startswith(job.name)
