@@ -92,7 +92,7 @@ def cell(model: GritLM, sample: str, length: int, modes: list[str], new: int, re
         {
             "sample": sample,
             "length": length,
-            "mode": mode,
+            "variant": mode,
             "median_s": middle[mode],
             "spread_s": statistics.stdev(seconds[mode]) if repeats > 1 else 0.0,
             "of_plain_rag": ratio[mode],
@@ -114,8 +114,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     samples = list(dict.fromkeys(row["sample"] for row in rows))
     figure, axes = pyplot.subplots(1, len(samples), figsize=(5.5 * len(samples), 4), sharey=True, squeeze=False)
     for panel, sample in zip(axes[0], samples, strict=True):
-        for mode in dict.fromkeys(row["mode"] for row in rows):
-            line = [r for r in rows if r["sample"] == sample and r["mode"] == mode]
+        for mode in dict.fromkeys(row["variant"] for row in rows):
+            line = [r for r in rows if r["sample"] == sample and r["variant"] == mode]
             x, y, spread = ([r[name] for r in line] for name in ("length", "median_s", "spread_s"))
             panel.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=mode)
         panel.set_title(sample)
@@ -150,10 +150,10 @@ def main() -> None:
                 rows += [
                     {**row, "dtype": arguments.dtype, "shape": arguments.shape or arguments.model} for row in found
                 ]
-                columns = ["sample", "length", "mode", "median_s", "spread_s", "of_plain_rag", "cached", "read"]
+                columns = ["sample", "length", "variant", "median_s", "spread_s", "of_plain_rag", "cached", "read"]
                 print(table(found, columns), flush=True)
-    if arguments.record:
-        print(write_records(arguments.record, rows))
+                if arguments.record:  # after each cell: an interrupted run keeps what it has
+                    write_records(arguments.record, rows)
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -17,6 +17,9 @@ from typing import Any
 NOISE = 0.10
 """Ratios closer than this never count as moved."""
 
+NOT_IDENTITY = ("variant", "cached", "read", "same_tokens")
+"""Whole numbers and flags that are measured, or differ by variant."""
+
 Key = tuple[tuple[str, str], ...]
 
 
@@ -47,7 +50,7 @@ def setting(row: Mapping[str, Any]) -> Key:
     """What a row measures, without the variant."""
     found = []
     for name, value in row.items():
-        if name in ("variant", "chunks") or isinstance(value, float) or value is None:
+        if name in NOT_IDENTITY or isinstance(value, float) or value is None:
             continue
         if isinstance(value, list) and any(isinstance(x, float) for x in value):
             continue

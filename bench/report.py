@@ -38,8 +38,15 @@ TITLES: dict[str, tuple[str, str]] = {
         "One unified training step of the 135M model on a CPU",
         "`speedup` over three padded passes of unpatched transformers; memory of one step beyond weights and gradients.",
     ),
-    "generate_cpu": ("Decoding with the 135M model on a CPU", ""),
-    "rag_cpu": ("Answering from documents with the 135M model on a CPU", ""),
+    "generate_cpu": (
+        "Decoding with the 135M model on a CPU",
+        "16 greedy tokens after a filled cache; in bfloat16 two ways of computing may choose other tokens.",
+    ),
+    "rag_cpu": (
+        "Answering from documents with the 135M model on a CPU",
+        "16 new tokens. `of_plain_rag`: time over plain retrieval with the document first; `cached`, `read`: tokens from stored "
+        "states, tokens read now.",
+    ),
 }
 HIDDEN = (
     *("seconds", "all_seconds", "lengths", "ms", "tflops", "dtype", "heads", "window", "prepare_ms", "loss", "share"),
