@@ -47,6 +47,10 @@ TITLES: dict[str, tuple[str, str]] = {
         "16 new tokens. `of_plain_rag`: time over plain retrieval with the document first; `cached`, `read`: tokens from stored "
         "states, tokens read now.",
     ),
+    "rag_1b_cpu": (
+        "The same with random weights of a 1.1B shape on a CPU",
+        "22 layers of size 2048, 32 query and 4 key heads, bfloat16; 3 repeats.",
+    ),
 }
 HIDDEN = (
     *("seconds", "all_seconds", "lengths", "ms", "tflops", "dtype", "heads", "window", "prepare_ms", "loss", "share"),

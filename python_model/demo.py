@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from python_model.data import sample_dir
-from python_model.data.jsonl import read_corpus, read_embedding, read_generative
 from python_model.data.stream import open_stream
-from python_model.evaluation import embed_documents, evaluate_retrieval, next_token_loss
+from python_model.evaluation.held_out import HeldOut, evaluate
 from python_model.files import write_json
 from python_model.generate import rag_prompt, reply
 from python_model.modeling import GritLM
@@ -36,30 +35,7 @@ ALLOWED_LOSS_INCREASE = 1.05
 QUESTIONS = 3
 
 
-class Sample:
-    """The held-out part of the bundled sample: queries with the index of their document, documents, conversations."""
-
-    def __init__(self) -> None:
-        folder = sample_dir()
-        corpus = read_corpus(folder / "corpus.jsonl")
-        self.documents = [row.text for row in corpus]
-        self.place = {row.key: index for index, row in enumerate(corpus)}
-        self.rows = read_embedding(folder / "test" / "embedding.jsonl")
-        self.queries = [row.query for row in self.rows]
-        self.relevant = [self.place[str(row.key)] for row in self.rows]
-        self.conversations = read_generative(folder / "test" / "generative.jsonl")
-
-
-def evaluate(model: GritLM, sample: Sample) -> tuple[dict[str, Any], Tensor]:
-    """Retrieval metrics and next-token loss on the held-out rows; and the embeddings of the documents."""
-    with torch.autocast(model.device.type, torch.bfloat16):
-        corpus = embed_documents(model, sample.documents, max_length=MAX_LENGTH)
-        retrieval = evaluate_retrieval(model, sample.queries, corpus, sample.relevant, max_length=MAX_LENGTH)
-        loss = next_token_loss(model, sample.conversations, max_length=MAX_LENGTH)
-    return {**asdict(retrieval), "next_token_loss": loss}, corpus
-
-
-def answer_questions(model: GritLM, sample: Sample, corpus: Tensor, count: int) -> list[dict[str, Any]]:
+def answer_questions(model: GritLM, sample: HeldOut, corpus: Tensor, count: int) -> list[dict[str, Any]]:
     """The first ``count`` held-out words: embed the query, take the best passage, let the same weights answer with it."""
     chosen = [row for row in sample.rows if row.dataset == "wordnet_definition"][:count]
     found = []
@@ -87,14 +63,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """The whole demo; returns what results.json holds."""
     start = time.perf_counter()
     torch.manual_seed(config.seed)
-    sample = Sample()
+    sample = HeldOut(sample_dir())
     model = GritLM(fetch_small_model(), attn=config.attn, is_inference=True, device="cpu", dtype="float32")
     print("measuring the untrained model on held-out rows ...", flush=True)
-    before, _ = evaluate(model, sample)
+    before, _ = evaluate(model, sample, max_length=MAX_LENGTH)
     print(f"  nDCG@10 {before['ndcg_at_10']:.3f}   next-token loss {before['next_token_loss']:.3f}", flush=True)
     trainer = Trainer(model, config, open_stream(config, model.tokenizer))
     records = trainer.train()
-    after, corpus = evaluate(model, sample)
+    after, corpus = evaluate(model, sample, max_length=MAX_LENGTH)
     print(f"  nDCG@10 {after['ndcg_at_10']:.3f}   next-token loss {after['next_token_loss']:.3f}", flush=True)
     answers = answer_questions(model, sample, corpus, QUESTIONS)
     checkpoint = trainer.save()
