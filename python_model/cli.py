@@ -19,15 +19,25 @@ COMMANDS = {
     "embed": ("python_model.embed", "embed texts"),
     "index": ("python_model.rag.index_command", "make, extend and search an index of documents"),
     "rag": ("python_model.rag.rag_command", "answer questions from an index, with cached states of its documents"),
+    "completion": ("python_model.completion", "print a completion script for bash or zsh"),
     "rerank": ("python_model.rerank", "order passages by their relevance to a query"),
 }
+
+FIRST_STEPS = """first steps:
+  grit doctor                                                what runs here, and why
+  grit demo                                                  train, embed, retrieve and generate on a small model
+  grit train --train_data rows.jsonl --output_dir my_run     train on your rows (docs/training.md)
+  grit embed --model my_run/checkpoint --text "a text" --json
+  grit index INDEX --model my_run/checkpoint --add docs/ && grit rag INDEX --model my_run/checkpoint --question "..."
+
+`grit COMMAND --help` explains one; `eval "$(grit completion bash)"` completes them."""
 
 
 def usage() -> str:
     """The list of subcommands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "usage: grit COMMAND [options]\n\ncommands:\n" + "\n".join(lines) + "\n\n`grit COMMAND --help` explains one."
+    return "usage: grit COMMAND [options]\n\ncommands:\n" + "\n".join(lines) + f"\n\n{FIRST_STEPS}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from python_model import completion
 from python_model.cli import COMMANDS, main
 from python_model.doctor import report
 from python_model.files import new_folder, write_json
@@ -65,3 +67,21 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
     assert [p.name for p in (tmp_path / "f").iterdir()] == ["one"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "f"]
+
+
+def test_completion_knows_commands_options_and_files(tmp_path: Path) -> None:
+    """In a real bash: what it offers for a prefix."""
+    script = tmp_path / "completion.bash"
+    script.write_text(completion.script("bash"))
+    (tmp_path / "corpus.jsonl").touch()
+
+    def offers(*words: str) -> list[str]:
+        line = " ".join(f"'{word}'" for word in ("grit", *words))
+        code = f"source '{script}'; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _grit; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        run = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        return run.stdout.split()
+
+    assert offers("re") == ["rerank"]
+    assert offers("train", "--chunk") == ["--chunk_tokens", "--chunking"]
+    assert "corpus.jsonl" in offers("embed", "corp")
+    assert "bashcompinit" in completion.script("zsh")
