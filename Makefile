@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
 TORCH ?= torch==2.13.0
 
-.PHONY: demo install test families test-oldest test-model test-slow bench bench-full docs gpu asan lint format clean
+.PHONY: demo install test families test-oldest test-model test-slow bench bench-full proof docs gpu asan lint format clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,11 @@ bench: install
 bench-full: install
 	$(BIN)/grit fetch-model
 	$(BIN)/python -m bench --full --keep
+
+# unified training against two specialists of the same length and the base model; an interrupted run goes on
+proof: install
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m bench.proof
 
 # the pages of docs/ that are written by code
 docs: install

@@ -47,6 +47,12 @@ TITLES: dict[str, tuple[str, str]] = {
         "16 new tokens. `of_plain_rag`: time over plain retrieval with the document first; `cached`, `read`: tokens from stored "
         "states, tokens read now.",
     ),
+    "proof_cpu": (
+        "One model against two specialists",
+        "SmolLM2-135M after the same number of steps on the bundled sample with both losses, or one of them; retrieval and "
+        "next-token loss on rows held out by entity. A short CPU run shows that both are learned at once, not what a "
+        "full training reaches.",
+    ),
     "rag_1b_cpu": (
         "The same with random weights of a 1.1B shape on a CPU",
         "22 layers of size 2048, 32 query and 4 key heads, bfloat16; 3 repeats.",

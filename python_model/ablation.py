@@ -7,6 +7,7 @@
     variants:
       - {group: attention and pooling, name: BBCC mean, changes: {attn: bbcc}}
       - {group: attention and pooling, name: CCCC wmean, changes: {attn: cccc, pooling_method: weightedmean}}
+      - {group: attention and pooling, name: base model, untrained: true}
 
 A variant that has finished under the same settings is not run again, one that was interrupted goes on where it stopped.
 ``table.md`` and ``table.json`` are renewed after each variant.
@@ -18,7 +19,7 @@ import argparse
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss")
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: ``changes`` are settings of python_model.train over the shared ones."""
+    """One row of the table: ``changes`` are settings of python_model.train over the shared ones; ``untrained`` measures the model
+    that the others start from."""
 
     name: str
-    changes: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)
     group: str = ""
+    untrained: bool = False
 
     @property
     def folder(self) -> str:
@@ -70,11 +73,11 @@ def read_ablation(path: Path, **changes: Any) -> Ablation:
     import yaml
 
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    accepted = {field.name for field in fields(Ablation)}
+    accepted = {entry.name for entry in fields(Ablation)}
     if not isinstance(content, dict) or (unknown := set(content) - accepted):
         given = sorted(unknown) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: got {given}, accepted are {sorted(accepted)}")
-    settings = {field.name for field in fields(TrainConfig)}
+    settings = {entry.name for entry in fields(TrainConfig)}
     variants = [Variant(**entry) for entry in content.get("variants") or []]
     base = {**(content.get("base") or {}), **changes}
     for where, settings_given in (("base", base), *((f"variant {v.name!r}", v.changes) for v in variants)):
@@ -112,7 +115,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if row["group"] == group:
                 scores = [row["scores"][name] for name in COLUMNS]
                 cells = ["-" if score is None else f"{score:.3f}" for score in scores]
-                lines.append(f"| {row['variant']} | " + " | ".join(cells) + f" | {row['config']['steps']} |")
+                lines.append(f"| {row['variant']} | " + " | ".join(cells) + f" | {row['steps']} |")
         lines.append("")
     return "\n".join(lines).strip() + "\n"
 
@@ -124,7 +127,7 @@ def _finished(config: TrainConfig, variant: Variant) -> dict[str, Any] | None:
     if not file.exists():
         return None
     row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    same = row["config"] == asdict(config)
+    same = row["config"] == asdict(config) and row["steps"] == (0 if variant.untrained else config.steps)
     return {**row, "variant": variant.name, "group": variant.group} if same else None
 
 
@@ -132,16 +135,29 @@ def _measure(
     config: TrainConfig, variant: Variant, held_out: HeldOut, ablation: Ablation, keep_checkpoints: bool
 ) -> dict[str, Any]:
     from python_model.modeling import GritLM
+    from python_model.small_model import resolve_model
     from python_model.train.__main__ import run as train
 
     tqdm.write(f"{variant.group}: {variant.name}")
-    checkpoint = train(config)
-    scores, _ = evaluate(
-        GritLM(checkpoint, mode=config.mode), held_out, max_length=ablation.max_length, bf16=config.bf16
-    )
-    row = {"variant": variant.name, "group": variant.group, "scores": scores, "config": asdict(config)}
+    options: dict[str, Any] = {
+        "pooling_method": config.pooling_method,
+        "normalized": config.normalized,
+        "attn": config.attn,
+    }
+    checkpoint = resolve_model(config.model) if variant.untrained else train(config)
+    if not variant.untrained:  # a trained checkpoint brings its own
+        options = {}
+    model = GritLM(checkpoint, mode=config.mode, **options)
+    scores, _ = evaluate(model, held_out, max_length=ablation.max_length, bf16=config.bf16)
+    row = {
+        "variant": variant.name,
+        "group": variant.group,
+        "scores": scores,
+        "steps": 0 if variant.untrained else config.steps,
+        "config": asdict(config),
+    }
     write_json(Path(config.output_dir) / "result.json", row)
-    if not keep_checkpoints:
+    if not keep_checkpoints and not variant.untrained:
         shutil.rmtree(checkpoint)
         shutil.rmtree(Path(config.output_dir) / "states", ignore_errors=True)
     return row

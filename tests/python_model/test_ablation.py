@@ -44,6 +44,7 @@ def _file(tmp_path: Path, checkpoint: Path, **changes: Any) -> Path:
             {"group": "unified", "name": "CCCC wmean", "changes": {"attn": "cccc", "pooling_method": "weightedmean"}},
             {"group": "alone", "name": "embedding", "changes": {"mode": "embedding"}},
             {"group": "alone", "name": "prefix-LM", "changes": {"mode": "generative", "attn": "bbbc"}},
+            {"group": "alone", "name": "base", "untrained": True},
         ],
         **changes,
     }
@@ -59,12 +60,13 @@ def test_variants_are_trained_measured_and_tabled_once(
     main(["--config", str(file)])
     printed = capsys.readouterr().out
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table in printed and table.count("\n| ") == 2 * 1 + 4 and "## unified" in table
+    assert table in printed and table.count("\n| ") == 2 * 1 + 5 and "## unified" in table
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [row["variant"] for row in rows] == ["BBCC mean", "CCCC wmean", "embedding", "prefix-LM"]
+    assert [row["variant"] for row in rows] == ["BBCC mean", "CCCC wmean", "embedding", "prefix-LM", "base"]
     assert all(0 <= row["scores"]["ndcg_at_10"] <= 1 for row in rows)
-    assert [row["scores"]["next_token_loss"] is None for row in rows] == [False, False, True, False]
-    assert rows[0]["scores"] != rows[1]["scores"]
+    assert [row["scores"]["next_token_loss"] is None for row in rows] == [False, False, True, False, False]
+    assert rows[0]["scores"] != rows[1]["scores"] and [row["steps"] for row in rows] == [2, 2, 2, 2, 0]
+    assert (checkpoint / "model.safetensors").exists()
     assert not list((tmp_path / "out").glob("*/checkpoint"))
 
     # a second run finds everything done; a variant under other settings is run again, the others are kept
@@ -92,9 +94,9 @@ def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> Non
         read_ablation(file)
 
 
-@pytest.mark.parametrize("name", ["paper", "small"])
+@pytest.mark.parametrize("name", ["paper", "small", "proof"])
 def test_shipped_files_have_settings_that_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     shipped = read_ablation(ROOT / "configs" / "ablations" / f"{name}.yaml")
     configs = [shipped.config(variant) for variant in shipped.variants]
-    assert len(configs) == (25 if name == "paper" else 4)
+    assert len(configs) == {"paper": 25, "small": 4, "proof": 4}[name]
