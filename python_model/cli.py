@@ -15,6 +15,10 @@ COMMANDS = {
     "demo": ("python_model.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
     "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss in one packed pass"),
     "ablation": ("python_model.ablation", "train variants one after another, measure each, write one table"),
+    "eval": (
+        "python_model.evaluation.command",
+        "measure checkpoints on held-out data: retrieval, next-token loss, answers",
+    ),
     "generate": ("python_model.generate", "ask a model: one question, a chat, or a file of them"),
     "embed": ("python_model.embed", "embed texts"),
     "index": ("python_model.rag.index_command", "make, extend and search an index of documents"),

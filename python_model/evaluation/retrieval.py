@@ -14,11 +14,13 @@ from python_model.prompts import EMBED, embed_instruction
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """nDCG@10, MRR@10 and recall@10 over ``queries`` queries against ``documents`` documents; shares in 0..1."""
+    """nDCG@10, MRR@10 and recall at 1, 10 and 100 over ``queries`` queries against ``documents`` documents; shares in 0..1."""
 
     ndcg_at_10: float
     mrr_at_10: float
+    recall_at_1: float
     recall_at_10: float
+    recall_at_100: float
     queries: int
     documents: int
 
@@ -36,7 +38,9 @@ def scores_from_ranks(ranks: Tensor, documents: int) -> RetrievalScores:
     return RetrievalScores(
         ndcg_at_10=float(torch.where(hit, 1 / torch.log2(1 + rank), 0.0).mean()),
         mrr_at_10=float(torch.where(hit, 1 / rank, 0.0).mean()),
+        recall_at_1=float((ranks <= 1).double().mean()),
         recall_at_10=float(hit.double().mean()),
+        recall_at_100=float((ranks <= 100).double().mean()),
         queries=ranks.shape[0],
         documents=documents,
     )
@@ -56,15 +60,27 @@ def evaluate_retrieval(
     *,
     max_length: int = 512,
 ) -> RetrievalScores:
-    """Embed (instruction, text) queries and documents (without instruction), search exactly, score.
+    """:func:`retrieval_ranks`, scored."""
+    corpus = documents if isinstance(documents, Tensor) else embed_documents(model, documents, max_length=max_length)
+    return scores_from_ranks(retrieval_ranks(model, queries, corpus, relevant, max_length=max_length), corpus.shape[0])
 
-    ``documents`` are texts, or their embeddings (N, size) from :func:`embed_documents`. ``relevant[i]`` is the index of the
-    document that answers query i.
+
+def retrieval_ranks(
+    model: GritLM,
+    queries: Sequence[tuple[str, str]],
+    corpus: Tensor,
+    relevant: Sequence[int],
+    *,
+    max_length: int = 512,
+) -> Tensor:
+    """Rank (1 = best) of each query's document when (instruction, text) queries search ``corpus`` exactly.
+
+    ``corpus``: embeddings (N, size) from :func:`embed_documents`. ``relevant[i]`` is the index of the document that answers
+    query i.
     """
     by_instruction: dict[str, list[int]] = {}
     for index, (instruction, _) in enumerate(queries):
         by_instruction.setdefault(instruction, []).append(index)
-    corpus = documents if isinstance(documents, Tensor) else embed_documents(model, documents, max_length=max_length)
     vectors = corpus.new_zeros(len(queries), corpus.shape[1])
     for instruction, members in by_instruction.items():
         vectors[members] = model.encode(
@@ -74,4 +90,4 @@ def evaluate_retrieval(
             convert_to_tensor=True,
         )
     target = torch.as_tensor(relevant, device=corpus.device)
-    return scores_from_ranks(ranks_of_relevant(vectors @ corpus.T, target), corpus.shape[0])
+    return ranks_of_relevant(vectors @ corpus.T, target)

@@ -1,0 +1,79 @@
+"""grit eval: per data set and overall, several checkpoints, once each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from python_model import GritLM
+from python_model.evaluation import command, next_token_loss
+from python_model.evaluation.command import main
+from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.retrieval import scores_from_ranks
+
+WORDS = ("river", "city", "code", "word")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "test").mkdir(parents=True)
+    rows = [
+        {
+            "query": ["Find", f"where is {w}"],
+            "pos": [["", f"{w} is here"]],
+            "neg": [],
+            "key": w,
+            "dataset": f"set{i % 2}",
+        }
+        for i, w in enumerate(WORDS)
+    ]
+    talks = [{"text": [f"say {w}", f"{w} it is"], "dataset": f"talk{i % 2}"} for i, w in enumerate(WORDS)]
+    corpus = [{"key": w, "text": f"{w} is here"} for w in WORDS]
+    for name, lines in (("test/embedding", rows), ("test/generative", talks), ("corpus", corpus)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "questions.jsonl").write_text(json.dumps({"question": "say river", "answers": ["e"]}) + "\n")
+    return folder
+
+
+def test_recall_counts_ranks_within_the_cut() -> None:
+    scores = scores_from_ranks(torch.tensor([1, 2, 10, 11, 100, 101]), 500)
+    assert (scores.recall_at_1, scores.recall_at_10, scores.recall_at_100) == (1 / 6, 3 / 6, 5 / 6)
+
+
+def test_checkpoints_are_measured_per_data_set_and_once(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "results.json"
+    arguments = ["--model", str(checkpoint), "--data", str(data), "--output", str(output), "--no-bf16"]
+    arguments += ["--questions", str(data / "questions.jsonl"), "--max-new-tokens", "4"]
+    main(arguments)
+    printed = capsys.readouterr().out
+    result = json.loads(output.read_text())[0]
+    assert list(result["scores"]) == ["set0", "set1", "all", "talk0", "talk1"]
+    assert all(name in printed for name in ("set0", "talk1", "answers to 1 questions: match"))
+    every, parts = result["scores"]["all"], [result["scores"][f"set{i}"] for i in (0, 1)]
+    assert every["queries"] == 4 and every["mrr_at_10"] == pytest.approx(sum(p["mrr_at_10"] for p in parts) / 2)
+    model = GritLM(checkpoint, device="cpu")
+    expected = next_token_loss(model, HeldOut(data).conversations, max_length=512)
+    assert every["next_token_loss"] == pytest.approx(expected, rel=1e-5) and every["conversations"] == 4
+
+    monkeypatch.setattr(command, "measure", lambda *a, **k: pytest.fail("measured again"))
+    main([*arguments, "--json"])
+    assert json.loads(capsys.readouterr().out)[0] == result
+
+
+def test_mistakes_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="corpus.jsonl"):
+        main(["--model", str(checkpoint), "--data", str(tmp_path)])
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds something else"):
+        main(["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "other.json")])
+    with (data / "test" / "embedding.jsonl").open("a") as file:
+        file.write(json.dumps({"query": "q", "pos": ["p"], "neg": [], "key": "nowhere"}) + "\n")
+    with pytest.raises(SystemExit, match=r"embedding.jsonl:5: no passage of the corpus has the key 'nowhere'"):
+        main(["--model", str(checkpoint), "--data", str(data)])
