@@ -59,7 +59,7 @@ TITLES: dict[str, tuple[str, str]] = {
     ),
 }
 HIDDEN = (
-    *("seconds", "all_seconds", "lengths", "ms", "tflops", "dtype", "heads", "window", "prepare_ms", "loss", "share"),
+    *("seconds", "all_seconds", "lengths", "ms", "tflops", "dtype", "heads", "window", "prepare_ms", "loss"),
     *("batch", "texts"),
 )
 
