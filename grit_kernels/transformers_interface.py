@@ -234,12 +234,17 @@ def _padded_attention(
         layout = _key_layout(relative, q_length)
         first, end, rows, holes = layout.first, layout.end, layout.rows, layout.holes
         if holes is not None:
-            q = torch.take_along_dim(q, holes.rows[:, :, None, None], dim=1)
-            k, v = (torch.take_along_dim(x, holes.keys[:, :, None, None], dim=1) for x in (k, v))
+            q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
         if first.shape[0] != batch:  # a mask of one row serves the whole batch
             first, end, rows = (x.expand(batch) for x in (first, end, rows))
     out = rectangular_attention(q, k, v, causal, window, rows, first, end, softmax_scale=scaling, softcap=softcap)
-    return out if holes is None else torch.take_along_dim(out, holes.rows_back[:, :, None, None], dim=1)
+    return out if holes is None else _reorder(out, holes.rows_back)
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """(B, T, H, D) with the rows of each sample in ``order`` (int64 (B, T), or (1, T) for all samples)."""
+    # not take_along_dim: its broadcasting fixes the sizes of a compiled graph
+    return x.gather(1, order[:, :, None, None].expand(x.shape[0], -1, *x.shape[2:]))
 
 
 def register() -> None:

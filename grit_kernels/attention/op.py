@@ -19,7 +19,7 @@ from grit_kernels.backend import define_op
 
 _NUMBERS = (
     "Tensor q_start, Tensor q_len, Tensor k_start, Tensor k_len, Tensor left, Tensor right, Tensor? hi, "
-    "int q_rows, int k_rows, int max_q, int max_k, float softmax_scale, float softcap"
+    "SymInt q_rows, SymInt k_rows, SymInt max_q, SymInt max_k, float softmax_scale, float softcap"
 )
 
 define_op(
