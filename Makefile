@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -ty
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja "cmake>=3.22"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,bench,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[data,train,bench,dev]"
 	touch $@
 
 demo: install

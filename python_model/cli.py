@@ -13,6 +13,7 @@ COMMANDS = {
         "get the small model (SmolLM2-135M as a Mistral checkpoint) into the cache",
     ),
     "demo": ("python_model.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
+    "data": ("python_model.data.build", "build training and held-out data of real text from packages"),
     "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss in one packed pass"),
     "ablation": ("python_model.ablation", "train variants one after another, measure each, write one table"),
     "eval": (

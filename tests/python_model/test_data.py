@@ -15,13 +15,8 @@ from python_model.data import sample_dir
 from python_model.data.build_sample import (
     CORPUS_PASSAGES,
     COUNTS,
+    HELD_OUT_PERCENT,
     NEGATIVES,
-    UNSUITABLE,
-    WHEEL_SHA256,
-    WORDNET_SHA256,
-    held_out,
-    read_functions,
-    read_wordnet,
 )
 from python_model.data.jsonl import (
     DataError,
@@ -34,6 +29,10 @@ from python_model.data.jsonl import (
     read_generative,
     read_rows,
 )
+from python_model.data.sources.packages import SourceError
+from python_model.data.sources.python_functions import WHEELS, read_functions
+from python_model.data.sources.wordnet import UNSUITABLE, WORDNET_SHA256, read_wordnet
+from python_model.data.split import held_out
 
 EMBEDDING = {"query": ["find it", "a question"], "pos": [["", "its answer"]], "neg": [["", "another"]]}
 GENERATIVE = {"text": ["a question", "a reply"]}
@@ -182,7 +181,9 @@ def test_no_key_and_no_text_of_the_sample_is_on_both_sides() -> None:
     test_keys, test_texts = sample_texts("test")
     assert not train_keys & test_keys
     assert not train_texts & test_texts
-    assert all(held_out(key) for key in test_keys) and not any(held_out(key) for key in train_keys)
+    assert all(held_out(key, HELD_OUT_PERCENT) for key in test_keys) and not any(
+        held_out(key, HELD_OUT_PERCENT) for key in train_keys
+    )
 
 
 def test_every_test_query_of_the_sample_finds_its_positive_and_negatives_in_the_corpus_once() -> None:
@@ -210,7 +211,7 @@ def test_the_sample_is_free_of_unsuitable_words_and_comes_with_its_notices() -> 
     notice = (sample_dir() / "ATTRIBUTION.md").read_text(encoding="utf-8")
     for needed in (
         "WordNet 3.0 Copyright 2006 by Princeton University",
-        *(name.split("==")[0] for name in WHEEL_SHA256),
+        *(wheel.requirement.split("==")[0] for wheel in WHEELS),
     ):
         assert needed in notice
 
@@ -240,7 +241,7 @@ def test_wordnet_files_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert pluto.examples == ("Pluto and a friend slept",) and not pluto.common  # an instance; the quotation is dropped
     assert beast.words == ("beast",) and not beast.common
     (tmp_path / "data.verb").write_text("changed")
-    with pytest.raises(SystemExit, match=r"data\.verb: SHA-256"):
+    with pytest.raises(SourceError, match=r"data\.verb: SHA-256"):
         read_wordnet(tmp_path)
 
 

