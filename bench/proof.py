@@ -2,8 +2,8 @@
 
     python -m bench.proof [--config configs/ablations/proof.yaml] [--steps N] [--data DATA] [--record proof_cpu.json]
 
-DATA is a folder that `grit data` built (default: the bundled sample). Trains what has not been trained (an interrupted run goes on), measures retrieval and next-token loss, writes the record that
-docs/benchmarks.md shows.
+DATA is a folder that `grit data` built (default: the bundled sample). Trains what has not been trained (an interrupted run goes
+on), measures retrieval and next-token loss, writes the record that docs/benchmarks.md shows.
 """
 
 from __future__ import annotations
