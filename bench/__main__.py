@@ -86,7 +86,14 @@ CUDA = (
         "bench.attention",
         "--device cuda --record {record} --plot {plot}",
         "--device cuda --record {record} --plot {plot}",
-        300,
+        240,
+    ),
+    Benchmark(
+        "unified_cuda",
+        "bench.unified",
+        "--device cuda --shape mistral-7b --record {record}",
+        "--device cuda --shape mistral-7b --queries 8 --conversations 8 --repeats 7 --record {record}",
+        120,
     ),
     Benchmark(
         "pooling_cuda", "bench.pooling", "--device cuda --record {record}", "--device cuda --record {record}", 60

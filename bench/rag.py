@@ -20,28 +20,13 @@ from typing import Any
 import torch
 
 from bench.common import interleave, medians, ratios, table, write_records
+from bench.random_model import SHAPES, set_shape
 from python_model.modeling import GritLM
 from python_model.rag.answer import RAG, open_store
 from python_model.rag.index import add_documents, open_index
 from python_model.rag.modes import MODES, Document
 from python_model.small_model import resolve_model
 
-SHAPES = {
-    "mistral-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-}
 BASE = "document_first"
 """What the others are compared with: plain retrieval."""
 
@@ -62,9 +47,7 @@ def load(model: str, shape: str | None, dtype: str, folder: str) -> GritLM:
     from transformers import AutoConfig, AutoTokenizer, MistralForCausalLM
 
     config = AutoConfig.from_pretrained(path)
-    for name, value in SHAPES[shape].items():
-        setattr(config, name, value)
-    config.head_dim = config.hidden_size // config.num_attention_heads
+    set_shape(config, shape)
     torch.set_default_dtype(getattr(torch, dtype))
     MistralForCausalLM(config).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
