@@ -66,7 +66,7 @@ CPU = (
     ),
     Benchmark("pooling_cpu", "bench.pooling", "--repeats 5 --record {record}", "--record {record}"),
     Benchmark("contrastive_cpu", "bench.contrastive", "--repeats 3 --record {record}", "--record {record}"),
-    Benchmark("generative_loss_cpu", "bench.generative_loss", "--repeats 3 --record {record}", "--record {record}"),
+    Benchmark("generative_loss_cpu", "bench.generative_loss", "--repeats 2 --record {record}", "--record {record}"),
     Benchmark(
         "generate_cpu",
         "bench.generate",
@@ -76,7 +76,7 @@ CPU = (
     Benchmark(
         "rag_cpu",
         "bench.rag",
-        "--repeats 3 --lengths 250 1000 --record {record} --plot {plot}",
+        "--repeats 3 --lengths 1000 --modes document_first query_cache document_cache --record {record} --plot {plot}",
         "--record {record} --plot {plot}",
     ),
 )

@@ -70,10 +70,10 @@ def seconds_of(row: Mapping[str, Any]) -> list[float]:
 
 
 def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Key, str], Ratio]:
-    """Per (setting, variant); settings with one variant and rows without times are left out."""
+    """Per (setting, variant); settings with one variant and rows without repeats are left out."""
     groups: dict[Key, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if "variant" in row and seconds_of(row):
+        if "variant" in row and len(seconds_of(row)) > 1:
             groups.setdefault(setting(row), []).append(row)
     found = {}
     for key, members in groups.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ from grit_kernels.backend import interpreting
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
+
+
+ROOT = Path(__file__).parent.parent
+needs_source_tree = pytest.mark.skipif(
+    not (ROOT / "grit_kernels").is_dir() or not (ROOT / "python_model").is_dir(),
+    reason="the tests of an installed package run without the sources beside them",
+)
 
 
 @dataclass(frozen=True)

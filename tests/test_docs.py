@@ -14,6 +14,7 @@ import pytest
 import grit_kernels
 import python_model
 from tests import docs_pages
+from tests.conftest import needs_source_tree
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +31,7 @@ def test_the_api_reference_is_that_of_the_docstrings() -> None:
     )
 
 
+@needs_source_tree
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

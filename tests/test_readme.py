@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import needs_source_tree
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -27,6 +29,7 @@ def test_python_block_on_the_small_model_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
 
 
+@needs_source_tree
 def test_files_the_readme_names_exist() -> None:
     for name in re.findall(
         r"`((?:configs|python_model|csrc|bench|docs)/[\w./-]+|[A-Z]+\.md)`|(?<=--config )(\S+)", README

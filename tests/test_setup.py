@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import needs_source_tree
+
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is built on Linux only")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is built on Linux only"),
+    needs_source_tree,
+]
 
 
 def _build(tmp_path: Path, **environment: str) -> str:

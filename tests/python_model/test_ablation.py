@@ -11,6 +11,7 @@ import yaml
 
 from python_model import ablation
 from python_model.ablation import main, read_ablation, run
+from tests.conftest import needs_source_tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +95,7 @@ def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> Non
         read_ablation(file)
 
 
+@needs_source_tree
 @pytest.mark.parametrize("name", ["paper", "small", "proof"])
 def test_shipped_files_have_settings_that_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
