@@ -23,6 +23,7 @@ from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.files import write_json
 from python_model.modeling import GritLM
+from python_model.prompts import TooLong
 
 COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "recall_at_100", "next_token_loss")
 EVERYTHING = "all"
@@ -41,7 +42,10 @@ def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) ->
         if model.mode != "embedding":
             for name in dict.fromkeys([*(row.dataset for row in held_out.conversations), EVERYTHING]):
                 rows = [row for row in held_out.conversations if name in (row.dataset, EVERYTHING)]
-                loss = next_token_loss(model, rows, max_length=max_length)
+                try:
+                    loss: float | None = next_token_loss(model, rows, max_length=max_length)
+                except TooLong:
+                    loss = None  # a data set whose every first turn is longer
                 found.setdefault(name, {})["next_token_loss"] = loss
                 found[name]["conversations"] = len(rows)
     return found

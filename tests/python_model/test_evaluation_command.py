@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.data.jsonl import GenerativeRow
 from python_model.evaluation import command, next_token_loss
 from python_model.evaluation.command import main
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.retrieval import scores_from_ranks
+from python_model.prompts import TooLong
 
 WORDS = ("river", "city", "code", "word")
 
@@ -65,6 +67,25 @@ def test_checkpoints_are_measured_per_data_set_and_once(
     monkeypatch.setattr(command, "measure", lambda *a, **k: pytest.fail("measured again"))
     main([*arguments, "--json"])
     assert json.loads(capsys.readouterr().out)[0] == result
+
+
+def test_conversations_without_a_reply_within_the_limit_are_left_out(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = GritLM(checkpoint, device="cpu")
+    short = GenerativeRow(("say river", "river it is"))
+    long = GenerativeRow(("say river " * 40, "river it is"))
+    assert next_token_loss(model, [long, short], max_length=24) == next_token_loss(model, [short], max_length=24)
+    assert "1 of 2 conversations have no reply within 24 tokens" in caplog.text
+    with pytest.raises(TooLong, match="max_length: got 24, which the first turn of each of 1"):
+        next_token_loss(model, [long], max_length=24)
+
+
+def test_a_data_set_of_long_questions_has_no_loss(checkpoint: Path, data: Path) -> None:
+    with (data / "test" / "generative.jsonl").open("a") as file:
+        file.write(json.dumps({"text": ["say river " * 40, "river it is"], "dataset": "long"}) + "\n")
+    scores = command.measure(GritLM(checkpoint, device="cpu"), HeldOut(data), max_length=24, bf16=False)
+    assert scores["long"] == {"next_token_loss": None, "conversations": 1} and scores["all"]["next_token_loss"] > 0
 
 
 def test_mistakes_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
