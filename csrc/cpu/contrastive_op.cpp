@@ -298,6 +298,7 @@ std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queri
   Tensor out_p = torch::stable::empty({problem.passages, width}, passages.scalar_type());
   auto finish = [&](const float* sums, const char* data, int64_t stride, int64_t total, Tensor& out) {
     char* result = (char*)out.mutable_data_ptr();
+    use_large_pages(result, total * width * call.item);
     run_items((total + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       for (int64_t r = i * PACK_ROWS; r < std::min(total, (i + 1) * PACK_ROWS); ++r)
         kernels.finish(problem.dtype, sums + r * wide, normalize, data + r * stride * call.item, width,

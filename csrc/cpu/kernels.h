@@ -16,6 +16,7 @@ struct PoolRows {
   int64_t row_stride;  // elements
   const float* weights;
   int64_t first, last, columns;
+  int64_t next;  // first row that the caller reads after these, -1 when there is none: fetched ahead
   bool normed;
   float eps;
   float* out;

@@ -7,12 +7,14 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace grit {
 namespace {
 
 // Rows per partial sum: fixed, so that the result depends neither on the number of threads nor on the rest of the batch.
 constexpr int64_t CHUNK = 64;
+constexpr int64_t ITEMS_PER_THREAD = 4, LEAST_COLUMNS = 1024;
 
 struct Part {
   int64_t sample, first, last;
@@ -52,27 +54,53 @@ Tensor pool_forward(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_
 
   Tensor out = torch::stable::empty({batch, columns}, ScalarType::Float);
   float* result = (float*)out.mutable_data_ptr();
-  // every part sums into its own row, then each sample adds its parts in order; a sample of one part needs no detour
-  std::vector<float> partial;
-  partial.resize(parts.size() * (size_t)columns);
+  auto finish = [&](int64_t b, int64_t from, int64_t to) {
+    float* row = result + b * columns;
+    for (int64_t c = from; c < to; ++c) row[c] = (gain.empty() ? row[c] : row[c] * gain[c]) / denominator[b];
+  };
+  // A sample is the sum of its parts in order. An item is a run of parts: where it holds a sample's first part it sums into the
+  // result, and leaves the parts of a sample that began before it for the end.
+  const int64_t count = (int64_t)parts.size();
+  const int64_t items = std::min<int64_t>(count, ITEMS_PER_THREAD * torch::stable::get_num_threads());
+  auto first_of = [&](int64_t item) { return count * item / items; };
+  std::vector<int64_t> slot(items + 1, 0);  // of the first part that an item leaves
+  auto left_by = [&](int64_t item) {
+    const int64_t sample = parts[first_of(item)].sample;
+    if (first_part[sample] >= first_of(item)) return (int64_t)0;
+    return std::min(first_part[sample + 1], first_of(item + 1)) - first_of(item);
+  };
+  for (int64_t i = 0; i < items; ++i) slot[i + 1] = slot[i] + left_by(i);
+  Memory left = allocate(slot[items] * columns * 4);
   const auto& pool_rows = kernels().pool_rows;
-  torch::stable::parallel_for(0, (int64_t)parts.size(), 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
+  run_items(items, columns * 4, [&](int64_t item, void* scratch) {
+    const int64_t first = first_of(item), end = first_of(item + 1), leave = left_by(item);
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t sample = parts[i].sample;
+      float* row = result + sample * columns;
+      const bool begins = i == first_part[sample], leaves = i - first < leave;
       PoolRows one = call;
       one.first = parts[i].first;
       one.last = parts[i].last;
-      one.out = partial.data() + i * columns;
+      one.next = i + 1 < end ? parts[i + 1].first : -1;
+      one.out = begins ? row : leaves ? (float*)left.get() + (slot[item] + i - first) * columns : (float*)scratch;
       pool_rows(one);
+      if (!begins && !leaves)
+        for (int64_t c = 0; c < columns; ++c) row[c] += one.out[c];
+      if (!leaves && i + 1 == first_part[sample + 1]) finish(sample, 0, columns);
     }
   });
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b) {
-      float* row = result + b * columns;
-      std::fill(row, row + columns, 0.0f);
-      if (first_part[b] == first_part[b + 1]) continue;
-      for (int64_t i = first_part[b]; i < first_part[b + 1]; ++i)
-        for (int64_t c = 0; c < columns; ++c) row[c] += partial[i * columns + c];
-      for (int64_t c = 0; c < columns; ++c) row[c] = (gain.empty() ? row[c] : row[c] * gain[c]) / denominator[b];
+  for (int64_t b = 0; b < batch; ++b)
+    if (first_part[b] == first_part[b + 1]) std::fill_n(result + b * columns, columns, 0.0f);
+  if (slot[items] == 0) return out;
+  torch::stable::parallel_for(0, columns, LEAST_COLUMNS, [&](int64_t from, int64_t to) {
+    for (int64_t item = 1; item < items; ++item) {
+      const int64_t leave = left_by(item), sample = parts[first_of(item)].sample;
+      float* row = result + sample * columns;
+      for (int64_t i = 0; i < leave; ++i) {
+        const float* part = (const float*)left.get() + (slot[item] + i) * columns;
+        for (int64_t c = from; c < to; ++c) row[c] += part[c];
+      }
+      if (leave && first_of(item) + leave == first_part[sample + 1]) finish(sample, from, to);
     }
   });
   return out;
@@ -99,6 +127,7 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_out, Tensor hidden, Tensor 
   Tensor grad_gain = torch::stable::empty({normed ? columns : 0}, ScalarType::Float);
   char* result = (char*)grad_hidden.mutable_data_ptr();
   const int64_t row_bytes = columns * (hidden.scalar_type() == ScalarType::Float ? 4 : 2);
+  use_large_pages(result, rows * row_bytes);
 
   // parts in row order; sample -1: rows that belong to no sample or to one without anything pooled
   std::vector<Part> parts;
@@ -139,6 +168,7 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_out, Tensor hidden, Tensor 
       call.rows.weights = weights.const_data_ptr<float>();
       call.rows.first = part.first;
       call.rows.last = part.last;
+      call.rows.next = i + 1 < to && parts[i + 1].sample >= 0 ? parts[i + 1].first : -1;
       call.rows.columns = columns;
       call.rows.normed = normed;
       call.rows.eps = (float)norm_eps;

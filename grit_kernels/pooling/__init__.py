@@ -147,11 +147,13 @@ def _pooling_weights(
     starts: Tensor, real: Tensor | None, skip: Tensor, method: str, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight per token, range of rows that may have weight, and divisor per sample; a few (tokens)-sized torch ops."""
-    index = torch.arange(tokens, device=starts.device)
     begin, end = starts[:-1], starts[1:]
     if tokens == 0:
         zero = torch.zeros_like(begin)
         return torch.zeros(0, device=starts.device), zero.int(), zero.int(), zero.float()
+    if real is None and method != "weightedmean":
+        return _range_weights(begin, end, skip, method, tokens)
+    index = torch.arange(tokens, device=starts.device)
     sample = sample_ids(starts, tokens)
     if real is None:
         rank = index - begin[sample] + 1  # 1 for the first real token of the sample
@@ -175,11 +177,21 @@ def _pooling_weights(
         weights = chosen.to(torch.float32)
         pooled = left if method != "cls" else count
         denominators = (pooled if method == "mean" else pooled.clamp(max=1)).to(torch.float32)
-    row_start, row_end = begin, end
+    row_start = begin
     if real is None:  # without holes the pooled rows are known: nothing else is read
-        row_start = torch.minimum(begin + (0 if method == "cls" else skip), end)
-        if method == "cls":
-            row_end = torch.minimum(begin + 1, end)
-        elif method == "lasttoken":
+        row_start = torch.minimum(begin + skip, end)
+    return weights, row_start.to(torch.int32), end.to(torch.int32), denominators
+
+
+def _range_weights(
+    begin: Tensor, end: Tensor, skip: Tensor, method: str, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same without holes and with equal weights: the ranges alone say what is pooled."""
+    if method == "cls":
+        row_start, row_end = begin, torch.minimum(begin + 1, end)
+    else:
+        row_start, row_end = torch.minimum(begin + skip, end), end
+        if method == "lasttoken":
             row_start = torch.maximum(row_start, end - 1)
-    return weights, row_start.to(torch.int32), row_end.to(torch.int32), denominators
+    denominators = (row_end - row_start).to(torch.float32)
+    return torch.ones(tokens, device=begin.device), row_start.to(torch.int32), row_end.to(torch.int32), denominators
