@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&grit::attention_backward));
   m.impl("contrastive_forward", TORCH_BOX(&grit::contrastive_forward));
   m.impl("contrastive_backward", TORCH_BOX(&grit::contrastive_backward));
+  m.impl("contrastive_step", TORCH_BOX(&grit::contrastive_step));
+  m.impl("contrastive_scale", TORCH_BOX(&grit::contrastive_scale));
   m.impl("pool_forward", TORCH_BOX(&grit::pool_forward));
   m.impl("pool_backward", TORCH_BOX(&grit::pool_backward));
 }

@@ -111,7 +111,9 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
   load_lanes(p, query, l);
   for (int64_t j = first; j < last; j += PANEL) {
     vf s[PANEL][VECTORS];
-    if (score_panel<F>(p, l, panels, lanes, words, j, s)) {
+    const bool has_target = score_panel<F>(p, l, panels, lanes, words, j, s);
+    if (state.scores) store_all(state.scores + (j - first) * TILE, s);
+    if (has_target) {
       GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
         vf positive = load(state.positive + v * W);
         for (int i = 0; i < PANEL; ++i) {
@@ -169,7 +171,9 @@ void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
   }
   for (int64_t j = first; j < last; j += PANEL) {
     vf s[PANEL][VECTORS];
-    const bool has_target = score_panel<F>(p, l, panels, lanes, words, j, s);
+    bool has_target = j <= l.last_target && j + PANEL > l.first_target;
+    if (w.scores) load_all(w.scores + (j - first) * TILE, s);
+    else has_target = score_panel<F>(p, l, panels, lanes, words, j, s);
     GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
       const float scale = p.passage_scale && j + i < p.passages ? p.passage_scale[j + i] : 1.0f;
       GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
@@ -199,16 +203,32 @@ void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
   }
 }
 
+template <class F, int NV>
+void product_typed(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, const ContrastiveBlock& c) {
+  // what is added to comes from memory: it is on its way while the product runs
+  if (add)
+    for (int64_t i = 0; i < c.rows; ++i)
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(c.data + i * c.stride + v * W, 1);
+  vf sum[PANEL][NV];
+  GRIT_UNROLL for (int i = 0; i < PANEL; ++i) GRIT_UNROLL for (int v = 0; v < NV; ++v) sum[i][v] = vf{};
+  if (a_stride) multiply_rows<F, NV>(a, a_stride, lanes, TILE, count, sum);
+  else multiply_panel<F, NV>(a, lanes, count, sum);
+  GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
+    if (i >= c.rows) break;
+    float* row = c.data + i * c.stride;
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t here = c.columns - v * W;
+      if (here >= W) store(row + v * W, add ? load(row + v * W) + sum[i][v] : sum[i][v]);
+      else store_first(row + v * W, add ? load_first(row + v * W, here) + sum[i][v] : sum[i][v], here);
+    }
+  }
+}
+
 template <class F>
-void product_typed(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, float* c,
-                   int64_t c_stride) {
-  vf sum[PANEL][VECTORS];
-  GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-    GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = add ? load(c + i * c_stride + v * W) : vf{};
-  if (a_stride) multiply_rows<F, VECTORS>(a, a_stride, lanes, TILE, count, sum);
-  else multiply_panel<F, VECTORS>(a, lanes, count, sum);
-  GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-    GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) store(c + i * c_stride + v * W, sum[i][v]);
+void product_of(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, const ContrastiveBlock& c) {
+  if (c.columns > 2 * W) product_typed<F, VECTORS>(a, a_stride, lanes, count, add, c);
+  else if (c.columns > W) product_typed<F, 2>(a, a_stride, lanes, count, add, c);
+  else product_typed<F, 1>(a, a_stride, lanes, count, add, c);
 }
 
 template <class F, class T>
@@ -236,23 +256,29 @@ GRIT_INLINE vf load_up_to(const T* p, int64_t n) {
 }
 
 template <class T>
-void finish_typed(const float* grad, bool normalize, const T* row, int64_t width, T* out) {
-  float along = 0;
-  if (normalize) {
-    vf dot = {}, square = {};
-    for (int64_t c = 0; c < width; c += W) {
-      const vf x = load_up_to(row + c, width - c);
-      dot = fma(x, load_up_to(grad + c, width - c), dot);
-      square = fma(x, x, square);
-    }
-    const float length = sum_lanes(square);
-    along = length > 1e-24f ? sum_lanes(dot) / length : 0.0f;
-  }
+void project_typed(const T* row, int64_t width, float* grad) {
+  vf dot = {}, square = {};
   for (int64_t c = 0; c < width; c += W) {
-    vf g = load_up_to(grad + c, width - c);
-    if (normalize) g -= load_up_to(row + c, width - c) * along;
-    if (width - c >= W) store(out + c, g);
-    else store_first(out + c, g, width - c);
+    const vf x = load_up_to(row + c, width - c);
+    dot = fma(x, load_up_to(grad + c, width - c), dot);
+    square = fma(x, x, square);
+  }
+  const float length = sum_lanes(square);
+  if (!(length > 1e-24f)) return;  // a shorter row was divided by a constant
+  const float along = sum_lanes(dot) / length;
+  for (int64_t c = 0; c < width; c += W) {
+    const vf g = load_up_to(grad + c, width - c) - load_up_to(row + c, width - c) * along;
+    if (width - c >= W) store(grad + c, g);
+    else store_first(grad + c, g, width - c);
+  }
+}
+
+template <class T>
+void scale_typed(const float* grad, float scale, int64_t count, T* out) {
+  for (int64_t c = 0; c < count; c += W) {
+    const vf g = load_up_to(grad + c, count - c) * scale;
+    if (count - c >= W) store(out + c, g);
+    else store_first(out + c, g, count - c);
   }
 }
 
@@ -313,21 +339,22 @@ void weights(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes
 }
 
 void product(DType dtype, int64_t width, const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add,
-             float* c, int64_t c_stride) {
-  with_words(dtype, width, [&](auto f, auto) { product_typed<decltype(f)>(a, a_stride, lanes, count, add, c, c_stride); });
+             const ContrastiveBlock& c) {
+  with_words(dtype, width, [&](auto f, auto) { product_of<decltype(f)>(a, a_stride, lanes, count, add, c); });
 }
 
-void finish(DType dtype, const float* grad, bool normalize, const void* row, int64_t width, void* out) {
-  with_format(dtype, [&](auto, auto t) {
-    using T = decltype(t);
-    finish_typed(grad, normalize, (const T*)row, width, (T*)out);
-  });
+void project(DType dtype, const void* row, int64_t width, float* grad) {
+  with_format(dtype, [&](auto, auto t) { project_typed((const decltype(t)*)row, width, grad); });
+}
+
+void scale(DType dtype, const float* grad, float factor, int64_t count, void* out) {
+  with_format(dtype, [&](auto, auto t) { scale_typed(grad, factor, count, (decltype(t)*)out); });
 }
 
 }  // namespace
 
 extern const ContrastiveKernels contrastive_table;
 const ContrastiveKernels contrastive_table = {layout,  norms,   pack_panels, pack_tile, pack_columns,
-                                              forward, weights, product,     finish};
+                                              forward, weights, product,     project,   scale};
 
 }  // namespace grit::GRIT_ISA

@@ -28,15 +28,23 @@ struct Contrastive {
 struct ContrastiveState {
   float *top, *total, *below, *positive;
   int32_t* best;
+  float* scores;  // [passage - first][tile] gets the scores, or null
 };
 
 // weight_ij = a_i (exp(score_ij - positive_i - loss_i) - [j = target_i]) * passage_scale_j, stored twice
 struct ContrastiveWeights {
   const float *losses, *positive, *a;  // of the tile's queries
+  const float* scores;                 // [passage - first][tile] as the forward left them; null: computed once more
   char* rows;                          // [passage - first][row_stride bytes], at the tile's first query
   int64_t row_stride;
   uint32_t* columns;  // [tile / panel][words][panel]: the passages' weights of `panel` queries
   int64_t words;      // of a column panel
+};
+
+// Up to panel x tile values of an FP32 matrix.
+struct ContrastiveBlock {
+  float* data;
+  int64_t stride, rows, columns;
 };
 
 struct ContrastiveKernels {
@@ -55,11 +63,13 @@ struct ContrastiveKernels {
                   const ContrastiveState&);
   void (*weights)(const Contrastive&, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first, int64_t last,
                   const ContrastiveWeights&);
-  // c [panel][c_stride] (+)= a panel of `count` words, [count][panel] or, with a row stride (words), [panel][a_stride], x lanes
+  // c (+)= a panel of `count` words, [count][panel] or, with a row stride (words), [panel][a_stride], x lanes
   void (*product)(DType, int64_t width, const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add,
-                  float* c, int64_t c_stride);
-  // out row = grad, less its part along the row when normalised
-  void (*finish)(DType, const float* grad, bool normalize, const void* row, int64_t width, void* out);
+                  const ContrastiveBlock& c);
+  // grad row, less its part along the row, in place
+  void (*project)(DType, const void* row, int64_t width, float* grad);
+  // out = scale * grad, `count` values in the dtype
+  void (*scale)(DType, const float* grad, float scale, int64_t count, void* out);
 };
 
 }  // namespace grit

@@ -1,5 +1,5 @@
-// contrastive_forward and contrastive_backward, see contrastive/chunked.py. Extra memory: packed copies of the inputs, and in
-// the backward FP32 gradients and the weights of one chunk of queries. Nothing depends on the number of threads.
+// The contrastive ops, see contrastive/chunked.py. Extra memory: packed copies of the inputs, and for gradients these in FP32
+// and the weights (and scores) of one chunk of queries. Nothing depends on the number of threads.
 #include "contrastive_op.h"
 
 #include <algorithm>
@@ -15,8 +15,9 @@ namespace grit {
 namespace {
 
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of packed passages (or weights) that stay in the second-level cache
-constexpr int64_t CHUNK_BYTES = 64 << 20;   // of weights in the backward
+constexpr int64_t CHUNK_BYTES = 32 << 20;   // of weights and scores of a chunk of queries
 constexpr int64_t LEAST_CHUNK_TILES = 4;    // grad_p is read and written once per chunk: a chunk must not be too short
+constexpr int64_t KEEP_WORDS = 96;          // scores of shorter rows are as quickly computed again as kept
 constexpr int64_t TILES_PER_ITEM = 11;
 constexpr int64_t LEAST_ITEMS = 32;
 constexpr int64_t PACK_ROWS = 256;
@@ -142,20 +143,29 @@ struct Call {
   int64_t block() const { return std::max<int64_t>(16, BLOCK_BYTES / (words * 4) / 16 * 16); }
 };
 
-Tensor empty_floats(int64_t n) { return torch::stable::empty({n}, ScalarType::Float); }
+Tensor empty_floats(std::initializer_list<int64_t> sizes) {
+  Tensor t = torch::stable::empty(sizes, ScalarType::Float);
+  use_large_pages(t.mutable_data_ptr(), t.numel() * 4);
+  return t;
+}
 
-}  // namespace
+// Per query; `best` may be null.
+struct Losses {
+  float *losses, *positive, *excess;
+  int64_t* best;
+};
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor queries, Tensor passages, Tensor temperature, Tensor targets,
-                                                               std::optional<Tensor> query_ids, std::optional<Tensor> passage_ids,
-                                                               bool in_batch_negatives, bool normalize) {
-  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
-  const int64_t tile = call.tile, count = call.problem.queries, padded = call.tiles * tile;
+// The numbers of the queries of tiles [first, last). The scores, if asked for, lie as [tile - first][score_rows][tile]; the
+// first row is the first passage that any of the tiles sees.
+void compute_losses(const Call& call, int64_t first, int64_t last, float* scores, int64_t score_rows, const Losses& out) {
+  const int64_t tile = call.tile, tiles = last - first, padded = tiles * tile;
+  const int64_t count = std::min(padded, call.problem.queries - first * tile), block = call.block();
+  const auto [seen_begin, seen_end] = call.seen(first, last);
   // an item: some tiles against one share of the passages. Few tiles: more shares, joined in order below
-  const int64_t step = call.problem.own ? 1 : TILES_PER_ITEM;
-  const int64_t groups = (call.tiles + step - 1) / step, block = call.block();
-  const int64_t blocks = call.problem.own ? 1 : (call.padded_passages + block - 1) / block;
-  const int64_t shares = std::min(blocks, (LEAST_ITEMS + groups - 1) / groups);
+  const int64_t most = call.problem.own ? 1 : TILES_PER_ITEM, groups = (tiles + most - 1) / most;
+  const int64_t step = (tiles + groups - 1) / groups;
+  const int64_t blocks = call.problem.own ? 1 : (seen_end - seen_begin + block - 1) / block;
+  const int64_t shares = std::min(blocks, (LEAST_ITEMS + groups - 1) / groups), origin = seen_begin;
   std::vector<float> numbers((size_t)(4 * shares * padded), 0.0f);
   std::vector<int32_t> best((size_t)(shares * padded), 0);
   float* const all_top = numbers.data();
@@ -164,32 +174,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor queries, T
   float* const all_positive = all_below + shares * padded;
   std::fill(all_top, all_total, -1e30f);
   run_items(groups * shares, 0, [&](int64_t index, void*) {
-    const int64_t share = index % shares, first_tile = index / shares * step, last_tile = std::min(first_tile + step, call.tiles);
+    const int64_t share = index % shares, first_tile = first + index / shares * step, last_tile = std::min(first_tile + step, last);
     const auto [begin, end] = call.seen(first_tile, last_tile);
     const int64_t here = (end - begin + block - 1) / block;
     const int64_t from = begin + here * share / shares * block, to = std::min(end, begin + here * (share + 1) / shares * block);
     for (int64_t j = from; j < to; j += block)
       for (int64_t t = first_tile; t < last_tile; ++t) {
-        const int64_t at = share * padded + t * tile;
+        const int64_t at = share * padded + (t - first) * tile;
+        float* kept = scores ? scores + ((t - first) * score_rows + j - origin) * tile : nullptr;
         call.kernels.forward(call.problem, call.panels(), call.lanes_of(t), t * tile, j, std::min(j + block, to),
-                             {all_top + at, all_total + at, all_below + at, all_positive + at, best.data() + at});
+                             {all_top + at, all_total + at, all_below + at, all_positive + at, best.data() + at, kept});
       }
   });
-  Tensor out_losses = empty_floats(count), out_positive = empty_floats(count), out_excess = empty_floats(count);
-  Tensor out_best = torch::stable::empty({count}, ScalarType::Long);
-  float* losses = (float*)out_losses.mutable_data_ptr();
-  float* positives = (float*)out_positive.mutable_data_ptr();
-  float* excess = (float*)out_excess.mutable_data_ptr();
-  int64_t* bests = (int64_t*)out_best.mutable_data_ptr();
   for (int64_t i = 0; i < count; ++i) {
     float top = all_top[i], positive = all_positive[i];
-    bests[i] = best[i];
+    int64_t highest = best[i];
     for (int64_t s = 1; s < shares; ++s) {
       const int64_t at = s * padded + i;
       positive += all_positive[at];  // one share holds the target, the others 0
       if (all_top[at] > top) {
         top = all_top[at];
-        bests[i] = best[at];
+        highest = best[at];
       }
     }
     float total = 0, below = 0;
@@ -200,29 +205,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor queries, T
       total += decay * all_total[at];
       below += decay * (all_below[at] + all_total[at] * change);
     }
-    losses[i] = (top - positive) + std::log(total);
-    positives[i] = positive;
-    excess[i] = (top - positive) + below / total;
+    const int64_t query = first * tile + i;
+    out.losses[query] = (top - positive) + std::log(total);
+    out.positive[query] = positive;
+    out.excess[query] = (top - positive) + below / total;
+    if (out.best) out.best[query] = highest;
   }
-  return {out_losses, out_positive, out_excess, out_best};
 }
 
-std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queries, Tensor passages, Tensor temperature,
-                                                Tensor targets, std::optional<Tensor> query_ids,
-                                                std::optional<Tensor> passage_ids, Tensor losses, Tensor positive,
-                                                bool in_batch_negatives, bool normalize) {
-  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
+// dq [queries, width] and dp [passages, width] of sum_i coefficient_i loss_i. `numbers` hold whole tiles; unless they are known
+// they are computed on the way, and the scores of a chunk then serve both the losses and the gradients.
+void compute_gradients(const Call& call, const float* coefficients, bool known, const Losses& numbers, bool normalize, float* dq,
+                       float* dp) {
   const ContrastiveKernels& kernels = call.kernels;
   const Contrastive& problem = call.problem;
   const int64_t tile = call.tile, panel = call.panel, values = call.values, width = problem.width, count = problem.queries;
   const int64_t padded_queries = call.tiles * tile, padded = call.padded_passages;
   const int64_t dim_tiles = (width + tile - 1) / tile, wide = dim_tiles * tile;
-
-  std::vector<float> a(padded_queries, 0.0f), loss(padded_queries, 0.0f), score(padded_queries, 0.0f);
-  const float* grad = float_data(grad_losses, count, "grad_losses");
-  std::copy_n(float_data(losses, count, "losses"), count, loss.begin());
-  std::copy_n(float_data(positive, count, "positive"), count, score.begin());
-  for (int64_t i = 0; i < count; ++i) a[i] = grad[i] * call.query_scale[i];
+  std::vector<float> a(padded_queries, 0.0f);
+  for (int64_t i = 0; i < count; ++i) a[i] = coefficients[i] * call.query_scale[i];
 
   // both inputs once more, as columns of words: the vector side of the two gradient products
   Memory query_columns = allocate(padded_queries / values * wide * 4), passage_columns = allocate(padded / values * wide * 4);
@@ -234,23 +235,25 @@ std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queri
   };
   pack(call.queries, call.stride_q, count, padded_queries, query_columns);
   pack(call.passages, call.stride_p, problem.passages, padded, passage_columns);
+  // a query's own passages: the chunks' panels may overlap at their ends, so every chunk adds
+  if (problem.own) std::fill(dp, dp + problem.passages * width, 0.0f);
 
-  Memory grad_q = allocate(padded_queries * wide * 4), grad_p = allocate(padded * wide * 4);
-  float *const dq = (float*)grad_q.get(), *const dp = (float*)grad_p.get();
-  std::fill(dp, dp + padded * wide, 0.0f);
-
-  // chunks of whole tiles; a weight takes 2 x 4 / values bytes
+  // chunks of whole tiles; a weight is stored twice, in 4 / values bytes each
   const int64_t weight_bytes = 4 / values;
-  int64_t chunk_tiles = std::max(LEAST_CHUNK_TILES, CHUNK_BYTES / (2 * weight_bytes * padded) / tile);
+  const bool keep = !known && !problem.own && call.words >= KEEP_WORDS;
+  int64_t chunk_tiles = std::max(LEAST_CHUNK_TILES, CHUNK_BYTES / ((2 * weight_bytes + (keep ? 4 : 0)) * padded) / tile);
   if (problem.own) chunk_tiles = LEAST_CHUNK_TILES;
-  chunk_tiles = std::min(chunk_tiles, call.tiles);
+  const int64_t chunks = (call.tiles + chunk_tiles - 1) / chunk_tiles;
+  chunk_tiles = (call.tiles + chunks - 1) / chunks;
   const auto [first_begin, first_end] = call.seen(0, chunk_tiles);
   const int64_t most = std::min(padded, first_end - first_begin + 32);
   // rows of weights end off a power of two, so that the rows of a panel do not share cache sets
   const int64_t row_stride = chunk_tiles * tile * weight_bytes + 64;
   Memory row_memory = allocate(most * row_stride), column_memory = allocate(most / values * chunk_tiles * tile * 4);
+  Memory score_memory = keep ? allocate(most * chunk_tiles * tile * 4) : Memory();
   char* const rows = (char*)row_memory.get();
   uint32_t* const columns = (uint32_t*)column_memory.get();
+  float* const scores = (float*)score_memory.get();
   const int64_t block = call.block();
   const int64_t inner = std::max<int64_t>(16, BLOCK_BYTES / 4 / (tile * 4) / 16 * 16);  // words per pass of a product
   const int64_t group = std::max<int64_t>(1, BLOCK_BYTES / (inner * panel * 4));        // panels that share the lanes
@@ -259,11 +262,13 @@ std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queri
     const int64_t last_tile = std::min(first_tile + chunk_tiles, call.tiles), here = last_tile - first_tile;
     const int64_t begin = call.seen(first_tile, last_tile).first, end = call.seen(first_tile, last_tile).second;
     const int64_t seen = end - begin, seen_words = seen / values, blocks = (seen + block - 1) / block;
+    if (!known) compute_losses(call, first_tile, last_tile, scores, seen, numbers);
 
     run_items(here * blocks, 0, [&](int64_t index, void*) {
       const int64_t t = first_tile + index % here, from = index / here * block, to = std::min(from + block, seen);
       kernels.weights(problem, call.panels(), call.lanes_of(t), t * tile, begin + from, begin + to,
-                      {loss.data() + t * tile, score.data() + t * tile, a.data() + t * tile,
+                      {numbers.losses + t * tile, numbers.positive + t * tile, a.data() + t * tile,
+                       scores ? scores + ((t - first_tile) * seen + from) * tile : nullptr,
                        rows + from * row_stride + (t - first_tile) * tile * weight_bytes, row_stride,
                        columns + ((t - first_tile) * tile * seen_words) + from / values * panel, seen_words});
     });
@@ -274,9 +279,13 @@ std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queri
       const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, query_panels);
       const uint32_t* vectors = (uint32_t*)passage_columns.get() + (d * (padded / values) + begin / values) * tile;
       for (int64_t n = 0; n < seen_words; n += inner)
-        for (int64_t i = first; i < last; ++i)
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t row = first_tile * tile + i * panel;
+          if (row >= count) break;
           kernels.product(problem.dtype, width, columns + (i * seen_words + n) * panel, 0, vectors + n * tile,
-                          std::min(inner, seen_words - n), n > 0, dq + (first_tile * tile + i * panel) * wide + d * tile, wide);
+                          std::min(inner, seen_words - n), n > 0,
+                          {dq + row * width + d * tile, width, std::min(panel, count - row), width - d * tile});
+        }
     });
 
     // grad_p: what the chunk's queries add
@@ -287,27 +296,104 @@ std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queri
       const uint32_t* vectors =
           (uint32_t*)query_columns.get() + (d * (padded_queries / values) + first_tile * tile / values) * tile;
       for (int64_t n = 0; n < chunk_words; n += inner)
-        for (int64_t i = first; i < last; ++i)
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t row = begin + i * panel;
+          if (row >= problem.passages) break;
           kernels.product(problem.dtype, width, (const uint32_t*)(rows + i * panel * row_stride) + n, row_stride / 4,
-                          vectors + n * tile, std::min(inner, chunk_words - n), true, dp + (begin + i * panel) * wide + d * tile,
-                          wide);
+                          vectors + n * tile, std::min(inner, chunk_words - n), problem.own || first_tile > 0 || n > 0,
+                          {dp + row * width + d * tile, width, std::min(panel, problem.passages - row), width - d * tile});
+        }
     });
   }
-
-  Tensor out_q = torch::stable::empty({count, width}, queries.scalar_type());
-  Tensor out_p = torch::stable::empty({problem.passages, width}, passages.scalar_type());
-  auto finish = [&](const float* sums, const char* data, int64_t stride, int64_t total, Tensor& out) {
-    char* result = (char*)out.mutable_data_ptr();
-    use_large_pages(result, total * width * call.item);
+  if (!normalize) return;
+  auto project = [&](float* grad, const char* data, int64_t stride, int64_t total) {
     run_items((total + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       for (int64_t r = i * PACK_ROWS; r < std::min(total, (i + 1) * PACK_ROWS); ++r)
-        kernels.finish(problem.dtype, sums + r * wide, normalize, data + r * stride * call.item, width,
-                       result + r * width * call.item);
+        kernels.project(problem.dtype, data + r * stride * call.item, width, grad + r * width);
     });
   };
-  finish(dq, call.queries, call.stride_q, count, out_q);
-  finish(dp, call.passages, call.stride_p, problem.passages, out_p);
-  return {out_q, out_p};
+  project(dq, call.queries, call.stride_q, count);
+  project(dp, call.passages, call.stride_p, problem.passages);
+}
+
+// scale * grad in the dtype of `like`
+Tensor scaled(const Tensor& grad, float scale, const Tensor& like) {
+  constexpr int64_t PART = 1 << 16;
+  const int64_t item = like.scalar_type() == ScalarType::Float ? 4 : 2, total = grad.numel();
+  Tensor out = torch::stable::empty({grad.size(0), grad.size(1)}, like.scalar_type());
+  use_large_pages(out.mutable_data_ptr(), total * item);
+  const float* from = (const float*)grad.const_data_ptr();
+  char* to = (char*)out.mutable_data_ptr();
+  const DType dtype = dtype_of(like, "queries");
+  const ContrastiveKernels& kernels = *grit::kernels().contrastive;
+  run_items((total + PART - 1) / PART, 0, [&](int64_t i, void*) {
+    kernels.scale(dtype, from + i * PART, scale, std::min(PART, total - i * PART), to + i * PART * item);
+  });
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor queries, Tensor passages, Tensor temperature, Tensor targets,
+                                                               std::optional<Tensor> query_ids, std::optional<Tensor> passage_ids,
+                                                               bool in_batch_negatives, bool normalize) {
+  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
+  const int64_t count = call.problem.queries;
+  Tensor losses = empty_floats({count}), positive = empty_floats({count}), excess = empty_floats({count});
+  Tensor best = torch::stable::empty({count}, ScalarType::Long);
+  compute_losses(call, 0, call.tiles, nullptr, 0,
+                 {(float*)losses.mutable_data_ptr(), (float*)positive.mutable_data_ptr(), (float*)excess.mutable_data_ptr(),
+                  (int64_t*)best.mutable_data_ptr()});
+  return {losses, positive, excess, best};
+}
+
+std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queries, Tensor passages, Tensor temperature,
+                                                Tensor targets, std::optional<Tensor> query_ids,
+                                                std::optional<Tensor> passage_ids, Tensor losses, Tensor positive,
+                                                bool in_batch_negatives, bool normalize) {
+  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
+  const int64_t count = call.problem.queries, width = call.problem.width;
+  std::vector<float> loss(call.tiles * call.tile, 0.0f), score(call.tiles * call.tile, 0.0f);
+  std::copy_n(float_data(losses, count, "losses"), count, loss.begin());
+  std::copy_n(float_data(positive, count, "positive"), count, score.begin());
+  Tensor dq = empty_floats({count, width}), dp = empty_floats({call.problem.passages, width});
+  compute_gradients(call, float_data(grad_losses, count, "grad_losses"), true, {loss.data(), score.data(), nullptr, nullptr},
+                    normalize, (float*)dq.mutable_data_ptr(), (float*)dp.mutable_data_ptr());
+  if (call.problem.dtype == DType::float32) return {dq, dp};
+  return {scaled(dq, 1.0f, queries), scaled(dp, 1.0f, passages)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(Tensor queries, Tensor passages, Tensor temperature,
+                                                                    Tensor targets, std::optional<Tensor> query_ids,
+                                                                    std::optional<Tensor> passage_ids, Tensor coefficients,
+                                                                    bool in_batch_negatives, bool normalize) {
+  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
+  const int64_t count = call.problem.queries, width = call.problem.width, padded = call.tiles * call.tile;
+  const float* coefficient = float_data(coefficients, count, "coefficients");
+  std::vector<float> loss(padded, 0.0f), score(padded, 0.0f), excess(padded, 0.0f);
+  Tensor best = torch::stable::empty({count}, ScalarType::Long);
+  Tensor dq = empty_floats({count, width}), dp = empty_floats({call.problem.passages, width});
+  compute_gradients(call, coefficient, false, {loss.data(), score.data(), excess.data(), (int64_t*)best.mutable_data_ptr()},
+                    normalize, (float*)dq.mutable_data_ptr(), (float*)dp.mutable_data_ptr());
+  double sum = 0, above = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += (double)coefficient[i] * loss[i];
+    above += (double)coefficient[i] * excess[i];
+  }
+  Tensor out_loss = empty_floats({}), out_temperature = empty_floats({});
+  *(float*)out_loss.mutable_data_ptr() = (float)sum;
+  *(float*)out_temperature.mutable_data_ptr() = (float)(-above / *float_data(temperature, 1, "temperature"));
+  return {out_loss, best, dq, dp, out_temperature};
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrastive_scale(Tensor grad_loss, Tensor queries, Tensor passages, Tensor grad_queries,
+                                                     Tensor grad_passages, Tensor grad_temperature) {
+  const float scale = *float_data(grad_loss, 1, "grad_loss");
+  float_data(grad_queries, queries.numel(), "grad_queries");
+  float_data(grad_passages, passages.numel(), "grad_passages");
+  Tensor out_temperature = empty_floats({});
+  *(float*)out_temperature.mutable_data_ptr() = scale * *float_data(grad_temperature, 1, "grad_temperature");
+  return {scaled(grad_queries, scale, queries), scaled(grad_passages, scale, passages), out_temperature};
 }
 
 }  // namespace grit

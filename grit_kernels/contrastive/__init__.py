@@ -49,6 +49,9 @@ def contrastive_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (per-query losses).
         return_accuracy: also return the share of queries whose target scores highest.
 
+    On a CPU a mean or sum that needs gradients computes them together with the loss (three matrix products, not four) and holds
+    them in FP32 until the backward, which only scales them; under ``torch.no_grad()`` nothing of this happens.
+
     Returns:
         float32 scalar (or (Q) for ``"none"``), and with ``return_accuracy`` a float32 scalar.
 
@@ -87,14 +90,40 @@ def contrastive_loss(
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, accepted is ({count},)")
     ids = None if mask_ids is None else _comparable(*mask_ids)
     targets = targets.to(device=queries.device, dtype=torch.int64)
-    losses, hits = _losses(queries, passages, temperature, targets, in_batch_negatives, ids, normalize)
+    # with known coefficients the gradients are computed on the way, without them by a backward pass of its own
+    coefficients = None
+    if reduction != "none" and _computes_gradients_early(queries, passages, weights):
+        coefficients = _coefficients(weights, count, reduction) / (2 if symmetric else 1)
+    losses, hits = _losses(queries, passages, temperature, targets, in_batch_negatives, ids, normalize, coefficients)
     if symmetric:
         reverse_ids = None if ids is None else (ids[1][targets], ids[0])
         diagonal = torch.arange(count, device=queries.device)
-        reverse, _ = _losses(passages[targets], queries, temperature, diagonal, True, reverse_ids, normalize)
-        losses = (losses + reverse) / 2
-    loss = _reduce(losses, weights, reduction)
+        directions = (passages[targets], queries, temperature, diagonal, True, reverse_ids, normalize)
+        reverse, _ = _losses(*directions, coefficients)
+        losses = losses + reverse if coefficients is not None else (losses + reverse) / 2
+    loss = losses if coefficients is not None else _reduce(losses, weights, reduction)
     return (loss, hits.float().mean()) if return_accuracy else loss
+
+
+def _computes_gradients_early(queries: Tensor, passages: Tensor, weights: Tensor | None) -> bool:
+    """Whether ``contrastive_step`` serves this call: C++ kernels, and gradients of queries or passages are wanted."""
+    return (
+        _op.STEP_IS_COMPILED
+        and queries.device.type == "cpu"
+        and queries.dtype != torch.float64
+        and not use_reference(queries.device)
+        and torch.is_grad_enabled()
+        and (queries.requires_grad or passages.requires_grad)
+        and not (weights is not None and weights.requires_grad)
+    )
+
+
+def _coefficients(weights: Tensor | None, count: int, reduction: str) -> Tensor:
+    """float32 (Q) on the CPU: what each query's loss is multiplied with."""
+    if weights is None:
+        return torch.full((count,), 1.0 if reduction == "sum" else 1.0 / count)
+    weights = weights.float()
+    return weights if reduction == "sum" else weights / weights.sum()
 
 
 def _losses(
@@ -105,8 +134,9 @@ def _losses(
     in_batch_negatives: bool,
     mask_ids: tuple[Tensor, Tensor] | None,
     normalize: bool,
+    coefficients: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-query losses (Q) and whether the target scores highest (bool (Q))."""
+    """Per-query losses (Q), or with coefficients their sum, and whether the target scores highest (bool (Q))."""
     device = queries.device
     # float64 has no compiled kernel; asking for one of them is an error that the kernel reports
     if use_reference(device) or (queries.dtype == torch.float64 and forced_backend() is None):
@@ -118,9 +148,11 @@ def _losses(
         divisor = temperature.to(device=device, dtype=torch.float32)
     else:
         divisor = torch.full((), temperature, dtype=torch.float32, device=device)
-    losses, _, _, best = torch.ops.grit_kernels.contrastive_forward(
-        queries, passages, divisor, targets, *(mask_ids or (None, None)), in_batch_negatives, normalize
-    )
+    given = (queries, passages, divisor, targets, *(mask_ids or (None, None)))
+    if coefficients is not None:
+        loss, best, *_ = torch.ops.grit_kernels.contrastive_step(*given, coefficients, in_batch_negatives, normalize)
+        return loss, best == targets
+    losses, _, _, best = torch.ops.grit_kernels.contrastive_forward(*given, in_batch_negatives, normalize)
     return losses, best == targets
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import grit_kernels as gk
 from grit_kernels import _library
 from grit_kernels.contrastive import chunked
 from tests.conftest import assert_within_rule
@@ -42,10 +43,17 @@ def test_both_directions_equal_chunked_torch(
         expected = both(arguments, grad, chunked)
         with _library.cpu_isa(isa):
             found = both(arguments, grad, OPS)
+            step = OPS.contrastive_step(*arguments[:-2], grad, *arguments[-2:])
+            scaled = OPS.contrastive_scale(torch.tensor(1.0), *arguments[:2], *step[2:])
         for a, b in zip(found[:3], expected[:3], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
         assert torch.equal(found[3], expected[3])
-        for name, a, b in zip(("grad_queries", "grad_passages"), found[4:], expected[4:], strict=True):
+        torch.testing.assert_close(step[0], (grad * expected[0]).sum(), rtol=2e-5, atol=2e-4)
+        assert torch.equal(step[1], expected[3])
+        above = -(grad * expected[2]).sum() / arguments[2]
+        torch.testing.assert_close(scaled[2], above, rtol=1e-4, atol=1e-3 * float(grad.abs().sum()))
+        names = ("grad_queries", "grad_passages", "grad_queries of a step", "grad_passages of a step")
+        for name, a, b in zip(names, found[4:] + scaled[:2], expected[4:] * 2, strict=True):
             assert a.dtype == dtype
             assert_within_rule(
                 a / 10, b.double() / 10, (b / 10).to(dtype), name
@@ -60,6 +68,56 @@ def test_results_do_not_depend_on_the_number_of_threads(restore_threads: None) -
         torch.set_num_threads(threads)
         results.append(both(arguments, torch.ones(200), OPS))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not ISAS, reason="needs the compiled library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_over_several_chunks_equals_forward_and_backward(dtype: torch.dtype, restore_threads: None) -> None:
+    arguments = problem(1100, 4, 200, dtype, ids=False)  # wide and large enough to keep scores, of a chunk at a time
+    coefficients, results = torch.rand(1100), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(OPS.contrastive_step(*arguments, coefficients, True, False))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    losses, _, excess, best, *grads = both((*arguments, True, False), coefficients, OPS)
+    loss, best_of_step, *grads_of_step, grad_temperature = results[0]
+    torch.testing.assert_close(loss, (coefficients * losses).sum())
+    torch.testing.assert_close(grad_temperature, -(coefficients * excess).sum() / 0.1)
+    assert torch.equal(best_of_step, best)
+    for a, b in zip(grads_of_step, grads, strict=True):
+        torch.testing.assert_close(a.to(dtype), b, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not ISAS, reason="needs the compiled library")
+def test_the_loss_is_the_same_with_and_without_gradients() -> None:
+    q, p = torch.randn(60, 32), torch.randn(120, 32)
+    cases: list[dict[str, Any]] = [
+        {},
+        {"reduction": "sum", "symmetric": True},
+        {"weights": torch.rand(60), "return_accuracy": True},
+    ]
+    for options in cases:
+        plain = gk.contrastive_loss(q, p, normalize=True, **options)
+        leaf = q.clone().requires_grad_()
+        wanted = gk.contrastive_loss(leaf, p, normalize=True, **options)
+        torch.testing.assert_close(wanted, plain)
+        # per-query losses take the way of two passes
+        per_query = gk.contrastive_loss(leaf, p, normalize=True, **(options | {"reduction": "none"}))
+        per_query = per_query[0] if isinstance(per_query, tuple) else per_query
+        total = per_query.sum()
+        if options.get("reduction") != "sum":
+            total = total / (options["weights"].sum() if "weights" in options else 60)
+        loss = wanted[0] if isinstance(wanted, tuple) else wanted
+        torch.testing.assert_close(*(torch.autograd.grad(3 * x, leaf)[0] for x in (loss, total)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not ISAS, reason="needs the compiled library")
+def test_opcheck_accepts_a_step_and_its_scaling() -> None:
+    q, p, temperature, *rest = problem(4, 2, 16, torch.float32, ids=True)
+    leaves = [x.requires_grad_() for x in (q, p, temperature)]
+    torch.library.opcheck(OPS.contrastive_step.default, (*leaves, *rest, torch.rand(4), True, True))
+    plain = [x.detach() for x in leaves]
+    torch.library.opcheck(OPS.contrastive_scale.default, (torch.tensor(2.0), *plain[:2], *plain))
 
 
 @pytest.mark.skipif(not ISAS, reason="needs the compiled library")
