@@ -64,9 +64,24 @@ CPU = (
         "--repeats 3 --record {record} --plot {plot}",
         "--repeats 7 --record {record} --plot {plot}",
     ),
-    Benchmark("pooling_cpu", "bench.pooling", "--repeats 5 --record {record}", "--record {record}"),
-    Benchmark("contrastive_cpu", "bench.contrastive", "--repeats 3 --record {record}", "--record {record}"),
-    Benchmark("generative_loss_cpu", "bench.generative_loss", "--repeats 2 --record {record}", "--record {record}"),
+    Benchmark(
+        "pooling_cpu",
+        "bench.pooling",
+        "--repeats 5 --record {record} --plot {plot}",
+        "--record {record} --plot {plot}",
+    ),
+    Benchmark(
+        "contrastive_cpu",
+        "bench.contrastive",
+        "--repeats 3 --record {record} --plot {plot}",
+        "--large --record {record} --plot {plot}",
+    ),
+    Benchmark(
+        "generative_loss_cpu",
+        "bench.generative_loss",
+        "--repeats 2 --record {record} --plot {plot}",
+        "--record {record} --plot {plot}",
+    ),
     Benchmark(
         "generate_cpu",
         "bench.generate",

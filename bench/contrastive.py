@@ -1,16 +1,19 @@
 """Contrastive loss: time and memory of gk.contrastive_loss against eager PyTorch, torch.compile and, where installed, inf-cl.
 
-"eager" multiplies in the inputs' dtype, "eager, FP32 scores" as precisely as gk.contrastive_loss does. Memory is the growth of
-the peak in a process of its own: resident set on the CPU, allocated bytes on a GPU.
+"eager" multiplies in the inputs' dtype, "eager, FP32 scores" as precisely as gk.contrastive_loss does. `forward` runs without
+gradients, `step` is forward and backward, `backward` the difference; rates count one product for the forward and three for the
+step. Loss and memory come from a step in a process of its own: the loss beside that of a chunked float64 oracle of the same
+inputs, and the growth of the peak, resident set on the CPU and allocated bytes on a GPU.
 
-    python -m bench.contrastive [--device cuda] [--repeats 7] [--threads 1] [--record contrastive_cpu.json] [--large]
+    python -m bench.contrastive [--device cuda] [--repeats 7] [--threads 1] [--record contrastive_cpu.json]
+                                [--plot contrastive_cpu.png] [--large]
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
+import json
 import subprocess
 import sys
 import time
@@ -22,12 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import grit_kernels as gk
+from bench.bars import draw
 from bench.common import gemm_ceiling, interleave, medians, ratios, synchronizer, table, write_records
+from bench.memory import growth
 
 COLUMNS = [
-    "variant", "dtype", "queries", "passages", "width", "forward_ms", "backward_ms", "forward_tflops", "backward_tflops",
-    "forward_speedup", "backward_speedup", "total_speedup", "memory_mb",
+    "variant", "dtype", "queries", "passages", "width", "forward_ms", "backward_ms", "step_ms", "forward_tflops",
+    "step_tflops", "forward_speedup", "backward_speedup", "step_speedup", "memory_mb", "mean_loss", "relative_difference",
 ]  # fmt: skip
+LARGE = (65536, 131072, 64)
 TEMPERATURE = 0.02
 
 
@@ -68,36 +74,55 @@ def inputs(device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tupl
     return q, p, torch.arange(count, device=device) * (candidates // count)
 
 
-def peak(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def oracle(q: Tensor, p: Tensor, targets: Tensor) -> float:
+    """The loss in float64 from the same inputs, some queries at a time."""
+    wide, total = p.detach().double(), 0.0
+    for rows, wanted in zip(q.detach().split(512), targets.split(512), strict=True):
+        scores = rows.double() @ wide.T / TEMPERATURE
+        total += F.cross_entropy(scores, wanted, reduction="sum").item()
+    return total / q.shape[0]
 
 
-def memory(name: str, device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
-    """Growth of the peak and seconds of one forward and backward, run in a fresh process; empty when it failed."""
-    code = f"from bench.contrastive import once; once({name!r}, {device!r}, {shape!r}, {str(dtype)!r})"
+def once(name: str, device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
+    """A step in a fresh process: its loss and the oracle's, growth of the peak, milliseconds; empty when it failed."""
+    code = f"from bench.contrastive import _once; _once({name!r}, {device!r}, {shape!r}, {str(dtype)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if run.returncode:
-        return {}
-    megabytes, forward, backward = map(float, run.stdout.split()[-3:])
-    return {"memory_mb": megabytes, "once_forward_ms": forward * 1e3, "once_backward_ms": backward * 1e3}
+    return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
 
 
-def once(name: str, device: str, shape: tuple[int, int, int], dtype: str) -> None:
+def _once(name: str, device: str, shape: tuple[int, int, int], dtype: str) -> None:
     kind = getattr(torch, dtype.removeprefix("torch."))
+    torch.manual_seed(0)
     run = variants(device)[name]
     small = inputs(device, (64, 64, shape[2]), kind)
     torch.autograd.grad(run(*small), small[:2])  # loads libraries and compiles before the first reading
-    given = inputs(device, shape, kind)
-    before, wait = peak(device), synchronizer(device)
+    given, wait = inputs(device, shape, kind), synchronizer(device)
+    peak = growth(device)
     start = time.perf_counter()
-    loss = run(*given)
+    with torch.no_grad():
+        run(*given)
     wait()
     middle = time.perf_counter()
+    loss = run(*given)
     torch.autograd.grad(loss, given[:2])
     wait()
-    print((peak(device) - before) / 2**20, middle - start, time.perf_counter() - middle)
+    end = time.perf_counter()
+    memory, truth = peak(), oracle(*given)
+    found = {"memory_mb": memory, "mean_loss": loss.item(), "oracle_loss": truth}
+    found["relative_difference"] = abs(loss.item() - truth) / truth
+    print(json.dumps(found | {"once_forward_ms": (middle - start) * 1e3, "once_step_ms": (end - middle) * 1e3}))
+
+
+def large(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """One step at a size whose scores do not fit (34 GB in FP32)."""
+    found: dict[str, Any] = once("grit_kernels", device, LARGE, dtype)
+    row: dict[str, Any] = {"variant": "grit_kernels", "dtype": str(dtype).removeprefix("torch.")}
+    row |= dict(zip(("queries", "passages", "width"), LARGE, strict=True))
+    forward, step = found.pop("once_forward_ms"), found.pop("once_step_ms")
+    work = 2.0 * LARGE[0] * LARGE[1] * LARGE[2]
+    times = {"forward_ms": forward, "backward_ms": step - forward, "step_ms": step}
+    rates = {"forward_tflops": work / forward / 1e9, "step_tflops": 3 * work / step / 1e9}
+    return row | times | rates | found
 
 
 def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
@@ -106,35 +131,35 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
     calls: dict[str, Callable[[], Any]] = {"gemm": gemm}
     names = list(variants(device))
     for name, run in variants(device).items():
-        loss = run(*given)
-        calls[f"{name} forward"] = lambda run=run: run(*given)
-        calls[f"{name} backward"] = lambda loss=loss: torch.autograd.grad(loss, given[:2], retain_graph=True)
+        calls[f"{name} forward"] = torch.no_grad()(lambda run=run: run(*given))
+        calls[f"{name} step"] = lambda run=run: torch.autograd.grad(run(*given), given[:2])
     seconds = interleave(calls, repeats, synchronizer(device), warmup=1)
+    for name in names:
+        parts = zip(seconds[f"{name} step"], seconds[f"{name} forward"], strict=True)
+        seconds[f"{name} backward"] = [step - forward for step, forward in parts]
     middle = medians(seconds)
-    totals = {n: [a + b for a, b in zip(seconds[f"{n} forward"], seconds[f"{n} backward"], strict=True)] for n in names}
     work = 2.0 * shape[0] * shape[1] * shape[2]
     rows: list[dict[str, Any]] = [
         {"variant": "gemm", "dtype": str(dtype).removeprefix("torch."), "forward_ms": middle["gemm"] * 1e3,
          "forward_tflops": flops / middle["gemm"] / 1e12, "seconds": seconds["gemm"]}
     ]  # fmt: skip
-    forward, backward = (
-        ratios({n: seconds[f"{n} {part}"] for n in names}, "grit_kernels") for part in ("forward", "backward")
-    )
-    total = ratios(totals, "grit_kernels")
+    speedups = {
+        part: ratios({n: seconds[f"{n} {part}"] for n in names}, "grit_kernels")
+        for part in ("forward", "backward", "step")
+    }
     for name in names:
-        # the backward's rate counts its two products, not a recomputed score
-        rows.append(
-            {
-                "variant": name, "dtype": str(dtype).removeprefix("torch."), "queries": shape[0], "passages": shape[1],
-                "width": shape[2], "forward_ms": middle[f"{name} forward"] * 1e3,
-                "backward_ms": middle[f"{name} backward"] * 1e3,
-                "forward_tflops": work / middle[f"{name} forward"] / 1e12,
-                "backward_tflops": 2 * work / middle[f"{name} backward"] / 1e12,
-                "forward_speedup": forward[name], "backward_speedup": backward[name], "total_speedup": total[name],
-                "seconds": {part: seconds[f"{name} {part}"] for part in ("forward", "backward")},
-                **memory(name, device, shape, dtype),
-            }
-        )  # fmt: skip
+        row: dict[str, Any] = {"variant": name, "dtype": str(dtype).removeprefix("torch.")}
+        row |= dict(zip(("queries", "passages", "width"), shape, strict=True))
+        row |= {f"{part}_ms": middle[f"{name} {part}"] * 1e3 for part in speedups}
+        row |= {
+            "forward_tflops": work / middle[f"{name} forward"] / 1e12,
+            "step_tflops": 3 * work / middle[f"{name} step"] / 1e12,
+            **{f"{part}_speedup": speedup[name] for part, speedup in speedups.items()},
+        }
+        row |= {k: v for k, v in once(name, device, shape, dtype).items() if not k.startswith("once")}
+        row["seconds"] = seconds[f"{name} step"]
+        row["forward_seconds"] = seconds[f"{name} forward"]
+        rows.append(row)
     return rows
 
 
@@ -143,26 +168,27 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--record", help="file below bench/results")
-    parser.add_argument("--large", action="store_true", help="one pass at sizes whose scores do not fit")
+    parser.add_argument("--large", action="store_true", help="also a step at a size whose scores do not fit")
+    parser.add_argument("--plot", help="file below bench/results")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     rows = []
     shapes = [(4096, 4096, 1024)] if options.device == "cpu" else [(2048, 4096, 4096), (32768, 65536, 4096)]
-    if options.large:
-        large = (65536, 131072, 64)
-        found = memory("grit_kernels", options.device, large, torch.bfloat16)
-        found |= {"forward_ms": found.get("once_forward_ms", 0.0), "backward_ms": found.get("once_backward_ms", 0.0)}
-        names = dict(zip(("queries", "passages", "width"), large, strict=True))
-        rows.append({"variant": "grit_kernels", "dtype": "bfloat16", **names, **found})
-        shapes = []
     for shape in shapes:
         for dtype in (torch.bfloat16, torch.float32):
             rows += measure(options.device, shape, dtype, options.repeats)
+    if options.large:
+        rows.append(large(options.device, torch.bfloat16))
     print(table(rows, COLUMNS))
     if options.record:
         write_records(options.record, rows)
+    if options.plot:
+        bars = [row for row in rows if row["variant"] != "gemm"]
+        draw(
+            bars, options.plot, ("dtype", "queries", "passages"), (("step_ms", "step, ms"), ("memory_mb", "memory, MB"))
+        )
 
 
 if __name__ == "__main__":

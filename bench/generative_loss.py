@@ -3,6 +3,7 @@
 Forward and backward of hidden and weight; memory is the growth of the peak in a process of its own.
 
     python -m bench.generative_loss [--device cuda] [--repeats 7] [--threads 1] [--record generative_loss_cpu.json]
+                                    [--plot generative_loss_cpu.png]
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import grit_kernels as gk
+from bench.bars import draw
 from bench.common import gemm_ceiling, interleave, medians, ratios, synchronizer, table, write_records
-from bench.contrastive import peak
+from bench.memory import growth
 
 COLUMNS = ["variant", "dtype", "tokens", "hidden", "vocabulary", "milliseconds", "speedup", "error", "memory_mb"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,7 +48,9 @@ def variants(device: str) -> dict[str, Loss]:
     if importlib.util.find_spec("cut_cross_entropy") is not None:
         from cut_cross_entropy import linear_cross_entropy as cut
 
-        found["cut-cross-entropy"] = lambda h, w, t: cut(h, w, t, reduction="none")
+        # its own kernels are Triton's; on the CPU it offers a compiled product with all logits
+        impl = "cce" if device == "cuda" else "torch_compile"
+        found["cut-cross-entropy"] = lambda h, w, t: cut(h, w, t, reduction="none", impl=impl)
     return found
 
 
@@ -73,9 +77,9 @@ def once(name: str, device: str, shape: tuple[int, int, int], dtype: str) -> Non
     kind = getattr(torch, dtype.removeprefix("torch."))
     step(variants(device)[name], inputs(device, (16, shape[1], 64), kind))
     given = inputs(device, shape, kind)
-    before = peak(device)
+    peak = growth(device)
     step(variants(device)[name], given)
-    print((peak(device) - before) / 2**20)
+    print(peak())
 
 
 def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
@@ -106,6 +110,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--record", help="file below bench/results")
+    parser.add_argument("--plot", help="file below bench/results")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
     if options.threads:
@@ -118,6 +123,14 @@ def main() -> None:
     print(table(rows, COLUMNS))
     if options.record:
         write_records(options.record, rows)
+    if options.plot:
+        bars = [row for row in rows if row["variant"] != "gemm"]
+        draw(
+            bars,
+            options.plot,
+            ("dtype", "vocabulary"),
+            (("milliseconds", "forward and backward, ms"), ("memory_mb", "memory, MB")),
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Pooling: gk.pool against a mean per slice, a masked FP32 mean and torch.compile; rates next to the machine's read rate.
 
 Every variant runs with the same threads on inputs that are not in the cache. The read rate is that of a sum over 256 MB (on a
-GPU: of a copy).
+GPU: of a copy). Memory is how far a call raises the peak: its intermediate values and its result.
 
-python -m bench.pooling [--device cuda] [--repeats 11] [--threads 1] [--record pooling_cpu.json]
+    python -m bench.pooling [--device cuda] [--repeats 11] [--threads 1] [--record pooling_cpu.json] [--plot pooling_cpu.png]
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import grit_kernels as gk
+from bench.bars import draw
 from bench.common import copy_ceiling, interleave, medians, ratios, read_ceiling, synchronizer, table, write_records
+from bench.memory import growth
 
 COLUMNS = [
     "variant",
@@ -27,6 +29,7 @@ COLUMNS = [
     "gigabytes_per_second",
     "of_ceiling",
     "speedup",
+    "memory_mb",
 ]
 
 
@@ -70,6 +73,11 @@ def measure(
     evict, _ = read_ceiling(device, 256)
     seconds = interleave(variants, repeats, synchronizer(device), before=evict)
     middle, relative = medians(seconds), ratios(seconds, "grit_kernels")
+    memory = {}
+    for name, run in variants.items():
+        peak = growth(device)
+        run()
+        memory[name] = peak()
     pooled = (tokens - sum(skips)) * hidden * x.element_size()
     rows = []
     for name, time in middle.items():
@@ -79,7 +87,7 @@ def measure(
                 "variant": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "hidden": hidden,
                 "samples": samples, "milliseconds": time * 1e3, "gigabytes_per_second": bytes_moved / time / 1e9,
                 "of_ceiling": bytes_moved / time / (moved / middle["ceiling"]), "speedup": relative[name],
-                "seconds": seconds[name],
+                "memory_mb": memory[name], "seconds": seconds[name],
             }
         )  # fmt: skip
     return rows
@@ -90,6 +98,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--record", help="file below bench/results")
+    parser.add_argument("--plot", help="file below bench/results")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
     if options.threads:
@@ -104,6 +113,14 @@ def main() -> None:
     print(table(rows, COLUMNS))
     if options.record:
         write_records(options.record, rows)
+    if options.plot:
+        bars = [row for row in rows if row["variant"] != "ceiling"]
+        draw(
+            bars,
+            options.plot,
+            ("dtype", "tokens", "hidden", "samples"),
+            (("milliseconds", "ms"), ("memory_mb", "memory, MB")),
+        )
 
 
 if __name__ == "__main__":
