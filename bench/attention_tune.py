@@ -33,6 +33,8 @@ def candidates(kernel: str, dim: int) -> Iterator[Config]:
         if operands > 227 << 10 or sums > 200 * 32 * warps or (kernel != "decode" and fixed < 64):
             continue
         yield Config(rows, keys, warps, stages)
+        if kernel == "forward":
+            yield Config(rows, keys, warps, stages, persistent=True)
 
 
 def problems(kernel: str, dim: int) -> Iterator[tuple[str, Problem]]:
@@ -58,7 +60,8 @@ def measure(kernel: str, dim: int) -> Iterator[dict[str, Any]]:
         expected = run()
         table = choose_config(kernel, dim, torch.bfloat16, problem.q.device)
         for config in [table, *(c for c in candidates(kernel, dim) if c != table)]:
-            row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": "x".join(map(str, config))}
+            name = "x".join(map(str, config[:4])) + "p" * config.persistent
+            row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": name}
             if config == table:
                 row["note"] = "table"
             with override_config(kernel, config):

@@ -21,7 +21,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 @functools.cache
 def processor_count(device: torch.device) -> int:
     """Streaming multiprocessors (compute units); a small number in the interpreter, so that tests split work, too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache

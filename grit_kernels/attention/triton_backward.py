@@ -18,12 +18,10 @@ from torch import Tensor
 
 from grit_kernels.attention.triton_common import (
     addressable,
-    dot,
     edge_block,
     int32_tables,
     key_range,
     load_part,
-    on_device,
     positive_scale,
     softmax_constants,
     split_head_dim,
@@ -31,10 +29,10 @@ from grit_kernels.attention.triton_common import (
     tanh,
     tile_keys,
     tile_rows,
-    upcast_operands,
 )
 from grit_kernels.attention.triton_configs import choose_config
 from grit_kernels.attention.triton_plan import plan_tiles, program_tile
+from grit_kernels.triton_launch import dot, on_device, upcast_operands
 from grit_kernels.visibility import transpose_hi
 
 

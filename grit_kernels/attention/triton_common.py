@@ -9,15 +9,12 @@ For a power of two D2 is 0 and every value named ``..2`` is a constant that the 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grit_kernels.backend import interpreting
+from grit_kernels.triton_launch import dot
 
 LOG2E = 1.4426950408889634
 LARGEST_TILE = 256
@@ -67,31 +64,6 @@ def int32_tables(
 
 def _int32(x: Tensor) -> Tensor:
     return x.to(torch.int32).contiguous()
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launch on the device of ``x``, whatever the current one is."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-@functools.cache
-def processor_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units); a small number in the interpreter, so that tests split, too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def upcast_operands() -> bool:
-    """Triton's interpreter multiplies bfloat16 wrongly; there, dot operands become float32 first."""
-    return interpreting()
-
-
-@triton.jit
-def dot(a, b, c, UPCAST: tl.constexpr):
-    """a @ b + c in FP32; float32 operands are multiplied in full precision, never in TF32."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, c, input_precision="ieee")
 
 
 @triton.jit

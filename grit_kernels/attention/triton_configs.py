@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels: a table by (kernel, head dimension, element size, architecture), and its override.
 
 Nothing is tuned on a user's first call. ``with override_config("forward", Config(...))`` or the environment variable
-GRIT_KERNELS_ATTENTION_CONFIG (``forward=128x64x8x3,backward_keys=...``: rows x keys x warps x stages) replace an entry;
-``python -m bench.attention_tune`` measures candidates on the GPU at hand.
+GRIT_KERNELS_ATTENTION_CONFIG (``forward=128x64x8x3p,backward_keys=...``: rows x keys x warps x stages, ``p`` for a persistent
+grid) replace an entry; ``python -m bench.attention_tune`` measures candidates on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -23,19 +23,29 @@ VARIABLE = "GRIT_KERNELS_ATTENTION_CONFIG"
 
 
 class Config(NamedTuple):
-    """``rows`` x ``keys`` of one tile, warps of one program, depth of the software pipeline."""
+    """``rows`` x ``keys`` of one tile, warps of one program, depth of the software pipeline.
+
+    ``persistent`` (forward only): as many programs as fit take tiles off a list, longest first; else one program per tile in
+    that order. On where the loop around the tile costs no spilled register.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    persistent: bool = False
 
 
 # (kernel, element bytes, head dimension up to) -> architecture -> Config; "" is any other architecture. Every entry fits the
 # shared memory of its architecture; tests compile them all and hold each to a recorded number of spilled bytes.
 _TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
-    ("forward", 2, 64): {"gfx9": Config(128, 64, 4, 1), "": Config(128, 64, 4, 3)},
-    ("forward", 2, 128): {"gfx9": Config(128, 64, 4, 1), "": Config(128, 64, 8, 3)},
+    ("forward", 2, 64): {"gfx9": Config(128, 64, 4, 1, True), "": Config(128, 64, 8, 3, True)},
+    ("forward", 2, 128): {
+        "sm80": Config(128, 32, 8, 3, True),
+        "sm90": Config(128, 64, 8, 3, True),
+        "gfx9": Config(128, 64, 4, 1, True),
+        "": Config(128, 64, 8, 3),
+    },
     ("forward", 2, 256): {"sm80": Config(64, 32, 8, 2), "gfx9": Config(64, 32, 4, 1), "": Config(128, 64, 8, 2)},
     ("forward", 4, 64): {"gfx9": Config(64, 32, 4, 1), "": Config(64, 32, 8, 2)},
     ("forward", 4, 128): {"gfx9": Config(32, 32, 4, 1), "": Config(32, 32, 8, 2)},
@@ -57,7 +67,7 @@ _TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
     ("backward_rows", 4, 128): {"gfx9": Config(32, 16, 4, 1), "": Config(32, 16, 4, 2)},
     ("backward_rows", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
 }
-_INTERPRETED = Config(16, 16, 4, 1)
+_INTERPRETED = Config(16, 16, 4, 1, True)
 
 _overrides: dict[str, Config] = {}
 
@@ -67,12 +77,15 @@ def parse_configs(text: str) -> dict[str, Config]:
     configs = {}
     for entry in filter(None, text.split(",")):
         kernel, _, numbers = entry.partition("=")
-        values = numbers.split("x")
+        persistent = numbers.endswith("p")
+        values = numbers.removesuffix("p").split("x")
         if kernel not in KERNELS or len(values) != 4 or not all(x.isdigit() for x in values):
             raise ValueError(
-                f"{VARIABLE}: got {entry!r}, accepted is <kernel>=<rows>x<keys>x<warps>x<stages> with a kernel of {KERNELS}"
+                f"{VARIABLE}: got {entry!r}, accepted is <kernel>=<rows>x<keys>x<warps>x<stages>[p] with a kernel of "
+                f"{KERNELS}"
             )
-        configs[kernel] = Config(*map(int, values))
+        rows, keys, warps, stages = map(int, values)
+        configs[kernel] = Config(rows, keys, warps, stages, persistent)
     return configs
 
 

@@ -20,13 +20,12 @@ from grit_kernels.attention.triton_common import (
     clamp,
     key_range,
     load_part,
-    processor_count,
     split_head_dim,
     store_part,
     tile_keys,
-    upcast_operands,
 )
 from grit_kernels.attention.triton_configs import choose_config
+from grit_kernels.triton_launch import processor_count, upcast_operands
 
 SHORTEST_SPLIT = 256
 """With fewer keys than this the plain kernel is used."""

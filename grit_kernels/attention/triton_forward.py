@@ -21,30 +21,29 @@ from grit_kernels.attention.triton_common import (
     int32_tables,
     key_range,
     load_part,
-    on_device,
     positive_scale,
-    processor_count,
     softmax_constants,
     split_head_dim,
     store_part,
     tile_keys,
-    upcast_operands,
 )
 from grit_kernels.attention.triton_configs import choose_config
 from grit_kernels.attention.triton_decode import SHORTEST_SPLIT, attention_decode
 from grit_kernels.attention.triton_plan import plan_tiles, program_tile
+from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
+
+WARPS_PER_PROCESSOR = 16
+"""Of a persistent grid: as many as can be resident, or a few more, which find the list empty and end."""
 
 
-@triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
-def attention_forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tiles, heads_side_by_side, q_rows, scale, cap,
+@triton.jit
+def forward_tile(
+    p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    head, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
-    if block < 0:
-        return
+    """Rows [block * BM, block * BM + BM) of a sample, for one query head."""
     len_q = tl.load(p_q_len + sample)
     len_k = tl.load(p_k_len + sample)
     left = tl.load(p_left + sample)
@@ -60,10 +59,12 @@ def attention_forward_kernel(
     o_m = tl.arange(0, BM)
     row = first_row + o_m
     m_row = row < len_q
-    p_q += (q_start + first_row) * stride_qt + tl.cast(head, tl.int64) * stride_qh
-    b_q1 = load_part(p_q, o_m, stride_qt, m_row, 0, D1, D, True)  # [BM, D1]
+    # offsets that depend on the tile are made anew for each, and take no registers while it walks over its keys
+    o_row = q_start + row
+    p_q += tl.cast(head, tl.int64) * stride_qh
+    b_q1 = load_part(p_q, o_row, stride_qt, m_row, 0, D1, D, True)  # [BM, D1]
     if D2 > 0:
-        b_q2 = load_part(p_q, o_m, stride_qt, m_row, D1, D2, D, True)
+        b_q2 = load_part(p_q, o_row, stride_qt, m_row, D1, D2, D, True)
     else:
         b_q2 = b_q1
     b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
@@ -81,11 +82,42 @@ def attention_forward_kernel(
     b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
     b_lse = tl.where(m_row, b_lse * 0.6931471805599453, float("-inf"))
     m_store = row < tl.maximum(len_q, q_rows)
-    p_out += ((q_start + first_row) * HEADS + head) * D
-    store_part(p_out, o_m, HEADS * D, m_store, b_out1, 0, D1, D)
+    p_out += tl.cast(head, tl.int64) * D
+    store_part(p_out, o_row, HEADS * D, m_store, b_out1, 0, D1, D)
     if D2 > 0:
-        store_part(p_out, o_m, HEADS * D, m_store, b_out2, D1, D2, D)
-    tl.store(p_lse + (q_start + row) * HEADS + head, b_lse, mask=m_store)
+        store_part(p_out, o_row, HEADS * D, m_store, b_out2, D1, D2, D)
+    tl.store(p_lse + o_row * HEADS + head, b_lse, mask=m_store)
+
+
+@triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
+def attention_forward_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_table, p_counter, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tiles, heads_side_by_side, q_rows, scale, cap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """PERSISTENT: take tiles off the list until it is empty (which program takes one changes no bit of it). Else: one tile."""
+    order = tl.program_id(0)
+    if PERSISTENT:
+        while order < tiles * HEADS:
+            head, sample, block = program_tile(p_table, tiles, heads_side_by_side, order)
+            if block >= 0:
+                forward_tile(
+                    p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+                    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
+                    HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST,
+                )  # fmt: skip
+            # the first tiles are given by the programs' own numbers
+            order = tl.num_programs(0) + tl.atomic_add(p_counter, 1, sem="relaxed")
+    else:
+        head, sample, block = program_tile(p_table, tiles, heads_side_by_side, order)
+        if block >= 0:
+            forward_tile(
+                p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+                stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
+                HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST,
+            )  # fmt: skip
 
 
 def attention_forward(
@@ -127,12 +159,16 @@ def attention_forward(
             heads=heads, group=group, bytes_per_head=2 * k.shape[0] * dim * k.element_size(),
         )  # fmt: skip
         d1, d2 = split_head_dim(dim)
-        attention_forward_kernel[(plan.tiles * heads,)](
-            q, k, v, out, lse, plan.table, *bounds, q_start if hi is None else hi,
+        programs, counter = plan.tiles * heads, plan.table
+        if config.persistent:
+            programs = min(programs, processor_count(q.device) * WARPS_PER_PROCESSOR // config.warps)
+            counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+        attention_forward_kernel[(programs,)](
+            q, k, v, out, lse, plan.table, counter, *bounds, q_start if hi is None else hi,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             plan.tiles, plan.heads, q_rows, scale, cap,
             HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=config.rows, BN=config.keys,
-            HAS_HI=hi is not None, HAS_CAP=softcap > 0, UPCAST=upcast_operands(),
+            HAS_HI=hi is not None, HAS_CAP=softcap > 0, UPCAST=upcast_operands(), PERSISTENT=config.persistent,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

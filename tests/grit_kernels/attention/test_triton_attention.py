@@ -100,6 +100,18 @@ def test_tile_sizes_do_not_change_results(tiles: Config) -> None:
             assert_call_equals_the_reference(call, run_triton(call), 2e-5)
 
 
+@INTERPRET
+def test_which_program_computes_a_tile_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = draw_call(random.Random(3).choice, lengths=(40, 17, 0, 65), dims=(32,))
+    tiles = Config(16, 16, 4, 1, persistent=False)
+    with override_config("forward", tiles):
+        want = run_triton(call)
+    for warps in (1, 4, 64):  # one program for all tiles, a few tiles each, more programs than tiles
+        monkeypatch.setattr(triton_forward, "WARPS_PER_PROCESSOR", warps)
+        with override_config("forward", tiles._replace(persistent=True)):
+            assert all(torch.equal(a, b) for a, b in zip(run_triton(call), want, strict=True))
+
+
 def make_plan(
     q_len: list[int], k_len: list[int], causal: list[bool], window: tuple[int, int], rows: int, over_keys: bool, hi: Any
 ) -> tuple[list[tuple[int, int]], tuple[Tensor, Tensor]]:
@@ -175,6 +187,8 @@ def test_configs_come_from_the_override_then_the_environment_then_the_table(monk
     table = choose_config("forward", 64, torch.bfloat16, device)
     monkeypatch.setenv(VARIABLE, "forward=64x32x4x2,decode=16x16x4x1")
     assert choose_config("forward", 64, torch.bfloat16, device) == Config(64, 32, 4, 2)
+    monkeypatch.setenv(VARIABLE, "forward=64x32x4x2p")
+    assert choose_config("forward", 64, torch.bfloat16, device) == Config(64, 32, 4, 2, persistent=True)
     with override_config("forward", Config(32, 32, 4, 1)):
         assert choose_config("forward", 64, torch.bfloat16, device) == Config(32, 32, 4, 1)
     monkeypatch.delenv(VARIABLE)

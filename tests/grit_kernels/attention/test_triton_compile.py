@@ -61,7 +61,7 @@ def compile_kernel(
     function = FUNCTIONS[kernel]
     given = {
         **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
-        **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True},
+        **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True, "PERSISTENT": config.persistent},
     }
     types = {}
     for name in function.arg_names:
