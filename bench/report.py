@@ -27,14 +27,24 @@ TITLES: dict[str, tuple[str, str]] = {
         "Attention on a CPU",
         "`times_grit`: the variant's time over this package's. `of_gemm`: share of a matrix product's rate, on visible pairs.",
     ),
-    "pooling_cpu": ("Pooling on a CPU", "`of_ceiling`: share of the rate at which the machine reads memory."),
+    "pooling_cpu": (
+        "Pooling on a CPU",
+        "`of_ceiling`: share of the rate at which the machine reads memory; `speedup`: the variant's time over grit_kernels'. "
+        "No input is in the cache. The backward writes a gradient as large as its input to fresh memory, whose page faults cost "
+        "more than the writing. Memory: how far a call raises the peak resident set.",
+    ),
     "contrastive_cpu": (
         "Contrastive loss on a CPU",
-        "`forward` without gradients, `step` forward and backward, `backward` the difference; the scores of the last row would "
+        "`forward` without gradients, `step` forward and backward, `backward` the difference; speedups are the variant's "
+        "time over grit_kernels'. The scores of the last row would "
         "take 34 GB. Loss and memory (growth of the peak resident set) from a step in a process of its own; the oracle is a "
         "chunked float64 loss of the same inputs.",
     ),
-    "generative_loss_cpu": ("Next-token loss on a CPU", "Memory is the growth of the peak resident set."),
+    "generative_loss_cpu": (
+        "Next-token loss on a CPU",
+        "`speedup`: the variant's time over grit_kernels', forward and backward. `error`: the largest difference of a token's "
+        "loss from float64. Memory is the growth of the peak resident set in a process of its own.",
+    ),
     "model_cpu": ("The 135M model end to end on a CPU", "`time_over_first`: the variant's time over the first one's."),
     "train_cpu": (
         "One unified training step of the 135M model on a CPU",
