@@ -42,6 +42,7 @@ def forward_tile(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Rows [block * BM, block * BM + BM) of a sample, for one query head."""
     len_q = tl.load(p_q_len + sample)
@@ -59,9 +60,15 @@ def forward_tile(
     o_m = tl.arange(0, BM)
     row = first_row + o_m
     m_row = row < len_q
-    # offsets that depend on the tile are made anew for each, and take no registers while it walks over its keys
-    o_row = q_start + row
     p_q += tl.cast(head, tl.int64) * stride_qh
+    p_out += tl.cast(head, tl.int64) * D
+    if PERSISTENT:
+        # made anew for each tile; what is the same for all tiles would stay in registers
+        o_row = q_start + row
+    else:
+        p_q += (q_start + first_row) * stride_qt
+        p_out += (q_start + first_row) * (HEADS * D)
+        o_row = o_m
     b_q1 = load_part(p_q, o_row, stride_qt, m_row, 0, D1, D, True)  # [BM, D1]
     if D2 > 0:
         b_q2 = load_part(p_q, o_row, stride_qt, m_row, D1, D2, D, True)
@@ -82,11 +89,10 @@ def forward_tile(
     b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
     b_lse = tl.where(m_row, b_lse * 0.6931471805599453, float("-inf"))
     m_store = row < tl.maximum(len_q, q_rows)
-    p_out += tl.cast(head, tl.int64) * D
     store_part(p_out, o_row, HEADS * D, m_store, b_out1, 0, D1, D)
     if D2 > 0:
         store_part(p_out, o_row, HEADS * D, m_store, b_out2, D1, D2, D)
-    tl.store(p_lse + o_row * HEADS + head, b_lse, mask=m_store)
+    tl.store(p_lse + (q_start + row) * HEADS + head, b_lse, mask=m_store)
 
 
 @triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
@@ -106,7 +112,7 @@ def attention_forward_kernel(
                 forward_tile(
                     p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
                     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
-                    HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST,
+                    HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, True,
                 )  # fmt: skip
             # the first tiles are given by the programs' own numbers
             order = tl.num_programs(0) + tl.atomic_add(p_counter, 1, sem="relaxed")
@@ -116,7 +122,7 @@ def attention_forward_kernel(
             forward_tile(
                 p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
                 stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
-                HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST,
+                HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, False,
             )  # fmt: skip
 
 
