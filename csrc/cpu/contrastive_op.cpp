@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of packed passages (or weights) that stay in the second-level cache
 constexpr int64_t CHUNK_BYTES = 32 << 20;   // of weights and scores of a chunk of queries
-constexpr int64_t LEAST_CHUNK_TILES = 4;    // grad_p is read and written once per chunk: a chunk must not be too short
+constexpr int64_t LEAST_CHUNK_TILES = 4;    // grad_p is read and written once per chunk of queries: it must not be too short
 constexpr int64_t KEEP_WORDS = 96;          // scores of shorter rows are as quickly computed again as kept
 constexpr int64_t TILES_PER_ITEM = 11;
 constexpr int64_t LEAST_ITEMS = 32;
@@ -238,15 +238,24 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   // a query's own passages: the chunks' panels may overlap at their ends, so every chunk adds
   if (problem.own) std::fill(dp, dp + problem.passages * width, 0.0f);
 
-  // chunks of whole tiles; a weight is stored twice, in 4 / values bytes each
-  const int64_t weight_bytes = 4 / values;
+  const int64_t weight_bytes = 4 / values;  // a weight is stored twice
   const bool keep = !known && !problem.own && call.words >= KEEP_WORDS;
-  int64_t chunk_tiles = std::max(LEAST_CHUNK_TILES, CHUNK_BYTES / ((2 * weight_bytes + (keep ? 4 : 0)) * padded) / tile);
-  if (problem.own) chunk_tiles = LEAST_CHUNK_TILES;
+  if (!known && !keep) compute_losses(call, 0, call.tiles, nullptr, 0, numbers);
+  // Chunks of whole tiles. Kept scores are those of all passages; else a chunk takes some of them, about as many as queries, since
+  // dq is read and written once per chunk of passages and dp once per chunk of queries.
+  const int64_t pairs = CHUNK_BYTES / (2 * weight_bytes + (keep ? 4 : 0));
+  int64_t chunk_rows = pairs / padded;
+  if (!keep) chunk_rows = std::max(chunk_rows, (int64_t)std::sqrt((double)pairs));
+  int64_t chunk_tiles = problem.own ? LEAST_CHUNK_TILES : std::max(LEAST_CHUNK_TILES, chunk_rows / tile);
   const int64_t chunks = (call.tiles + chunk_tiles - 1) / chunk_tiles;
   chunk_tiles = (call.tiles + chunks - 1) / chunks;
   const auto [first_begin, first_end] = call.seen(0, chunk_tiles);
-  const int64_t most = std::min(padded, first_end - first_begin + 32);
+  int64_t most = std::min(padded, first_end - first_begin + 32);
+  if (!keep && !problem.own) {
+    const int64_t wanted = std::max<int64_t>(16, pairs / (chunk_tiles * tile));
+    const int64_t shares = std::max<int64_t>(1, (padded + wanted / 2) / wanted);
+    most = up((padded + shares - 1) / shares, 16);
+  }
   // rows of weights end off a power of two, so that the rows of a panel do not share cache sets
   const int64_t row_stride = chunk_tiles * tile * weight_bytes + 64;
   Memory row_memory = allocate(most * row_stride), column_memory = allocate(most / values * chunk_tiles * tile * 4);
@@ -260,50 +269,53 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
 
   for (int64_t first_tile = 0; first_tile < call.tiles; first_tile += chunk_tiles) {
     const int64_t last_tile = std::min(first_tile + chunk_tiles, call.tiles), here = last_tile - first_tile;
-    const int64_t begin = call.seen(first_tile, last_tile).first, end = call.seen(first_tile, last_tile).second;
-    const int64_t seen = end - begin, seen_words = seen / values, blocks = (seen + block - 1) / block;
-    if (!known) compute_losses(call, first_tile, last_tile, scores, seen, numbers);
+    const auto [seen_begin, seen_end] = call.seen(first_tile, last_tile);
+    if (keep) compute_losses(call, first_tile, last_tile, scores, seen_end - seen_begin, numbers);
+    for (int64_t begin = seen_begin; begin < seen_end; begin += most) {
+      const bool first_passages = begin == seen_begin;
+      const int64_t seen = std::min(most, seen_end - begin), seen_words = seen / values, blocks = (seen + block - 1) / block;
 
-    run_items(here * blocks, 0, [&](int64_t index, void*) {
-      const int64_t t = first_tile + index % here, from = index / here * block, to = std::min(from + block, seen);
-      kernels.weights(problem, call.panels(), call.lanes_of(t), t * tile, begin + from, begin + to,
-                      {numbers.losses + t * tile, numbers.positive + t * tile, a.data() + t * tile,
-                       scores ? scores + ((t - first_tile) * seen + from) * tile : nullptr,
-                       rows + from * row_stride + (t - first_tile) * tile * weight_bytes, row_stride,
-                       columns + ((t - first_tile) * tile * seen_words) + from / values * panel, seen_words});
-    });
+      run_items(here * blocks, 0, [&](int64_t index, void*) {
+        const int64_t t = first_tile + index % here, from = index / here * block, to = std::min(from + block, seen);
+        kernels.weights(problem, call.panels(), call.lanes_of(t), t * tile, begin + from, begin + to,
+                        {numbers.losses + t * tile, numbers.positive + t * tile, a.data() + t * tile,
+                         scores ? scores + ((t - first_tile) * seen + from) * tile : nullptr,
+                         rows + from * row_stride + (t - first_tile) * tile * weight_bytes, row_stride,
+                         columns + ((t - first_tile) * tile * seen_words) + from / values * panel, seen_words});
+      });
 
-    // grad_q of the chunk: the sum over the passages is complete
-    const int64_t query_panels = here * tile / panel, query_groups = (query_panels + group - 1) / group;
-    run_items(query_groups * dim_tiles, 0, [&](int64_t index, void*) {
-      const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, query_panels);
-      const uint32_t* vectors = (uint32_t*)passage_columns.get() + (d * (padded / values) + begin / values) * tile;
-      for (int64_t n = 0; n < seen_words; n += inner)
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t row = first_tile * tile + i * panel;
-          if (row >= count) break;
-          kernels.product(problem.dtype, width, columns + (i * seen_words + n) * panel, 0, vectors + n * tile,
-                          std::min(inner, seen_words - n), n > 0,
-                          {dq + row * width + d * tile, width, std::min(panel, count - row), width - d * tile});
-        }
-    });
+      // grad_q: what the chunk's passages add
+      const int64_t query_panels = here * tile / panel, query_groups = (query_panels + group - 1) / group;
+      run_items(query_groups * dim_tiles, 0, [&](int64_t index, void*) {
+        const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, query_panels);
+        const uint32_t* vectors = (uint32_t*)passage_columns.get() + (d * (padded / values) + begin / values) * tile;
+        for (int64_t n = 0; n < seen_words; n += inner)
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t row = first_tile * tile + i * panel;
+            if (row >= count) break;
+            kernels.product(problem.dtype, width, columns + (i * seen_words + n) * panel, 0, vectors + n * tile,
+                            std::min(inner, seen_words - n), !first_passages || n > 0,
+                            {dq + row * width + d * tile, width, std::min(panel, count - row), width - d * tile});
+          }
+      });
 
-    // grad_p: what the chunk's queries add
-    const int64_t passage_panels = seen / panel, passage_groups = (passage_panels + group - 1) / group;
-    const int64_t chunk_words = here * tile / values;
-    run_items(passage_groups * dim_tiles, 0, [&](int64_t index, void*) {
-      const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, passage_panels);
-      const uint32_t* vectors =
-          (uint32_t*)query_columns.get() + (d * (padded_queries / values) + first_tile * tile / values) * tile;
-      for (int64_t n = 0; n < chunk_words; n += inner)
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t row = begin + i * panel;
-          if (row >= problem.passages) break;
-          kernels.product(problem.dtype, width, (const uint32_t*)(rows + i * panel * row_stride) + n, row_stride / 4,
-                          vectors + n * tile, std::min(inner, chunk_words - n), problem.own || first_tile > 0 || n > 0,
-                          {dp + row * width + d * tile, width, std::min(panel, problem.passages - row), width - d * tile});
-        }
-    });
+      // grad_p: what the chunk's queries add
+      const int64_t passage_panels = seen / panel, passage_groups = (passage_panels + group - 1) / group;
+      const int64_t chunk_words = here * tile / values;
+      run_items(passage_groups * dim_tiles, 0, [&](int64_t index, void*) {
+        const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, passage_panels);
+        const uint32_t* vectors =
+            (uint32_t*)query_columns.get() + (d * (padded_queries / values) + first_tile * tile / values) * tile;
+        for (int64_t n = 0; n < chunk_words; n += inner)
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t row = begin + i * panel;
+            if (row >= problem.passages) break;
+            kernels.product(problem.dtype, width, (const uint32_t*)(rows + i * panel * row_stride) + n, row_stride / 4,
+                            vectors + n * tile, std::min(inner, chunk_words - n), problem.own || first_tile > 0 || n > 0,
+                            {dp + row * width + d * tile, width, std::min(panel, problem.passages - row), width - d * tile});
+          }
+      });
+    }
   }
   if (!normalize) return;
   auto project = [&](float* grad, const char* data, int64_t stride, int64_t total) {

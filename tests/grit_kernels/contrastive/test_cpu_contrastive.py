@@ -89,6 +89,19 @@ def test_a_step_over_several_chunks_equals_forward_and_backward(dtype: torch.dty
 
 
 @pytest.mark.skipif(not ISAS, reason="needs the compiled library")
+def test_chunks_of_both_sides_add_up() -> None:
+    q, p, temperature, *rest = problem(2100, 1, 24, torch.float32, ids=False)
+    arguments = (q, torch.cat([p, torch.randn(6900, 24) / 5]), temperature, *rest)
+    coefficients = torch.rand(2100)
+    step = OPS.contrastive_step(*arguments, coefficients, True, True)
+    found = both((*arguments, True, True), coefficients, OPS)
+    expected = chunked.contrastive_backward(coefficients, *arguments, *found[:2], True, True)
+    for early, late, truth in zip(step[2:4], found[4:], expected, strict=True):
+        assert torch.equal(early, late)
+        torch.testing.assert_close(early, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not ISAS, reason="needs the compiled library")
 def test_the_loss_is_the_same_with_and_without_gradients() -> None:
     q, p = torch.randn(60, 32), torch.randn(120, 32)
     cases: list[dict[str, Any]] = [
