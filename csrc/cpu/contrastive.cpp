@@ -109,6 +109,15 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
   const int64_t words = padded_dim(p.width) / F::values;
   Lanes l;
   load_lanes(p, query, l);
+  // These passages get sums of their own: over very many, what one adds would be lost in the rounding of the whole sum.
+  vf top_before[VECTORS], total_before[VECTORS], below_before[VECTORS];
+  GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+    top_before[v] = load(state.top + v * W);
+    total_before[v] = load(state.total + v * W);
+    below_before[v] = load(state.below + v * W);
+    store(state.total + v * W, vf{});
+    store(state.below + v * W, vf{});
+  }
   for (int64_t j = first; j < last; j += PANEL) {
     vf s[PANEL][VECTORS];
     const bool has_target = score_panel<F>(p, l, panels, lanes, words, j, s);
@@ -154,6 +163,11 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
       store(state.total + v * W, total);
       store(state.below + v * W, below);
     }
+  }
+  GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
+    const vf change = vmax(top_before[v] - load(state.top + v * W), splat(LOWEST)), decay = exp_of(change);
+    store(state.total + v * W, fma(decay, total_before[v], load(state.total + v * W)));
+    store(state.below + v * W, fma(decay, fma(total_before[v], change, below_before[v]), load(state.below + v * W)));
   }
 }
 
