@@ -72,6 +72,8 @@ def read_ablation(path: Path, **changes: Any) -> Ablation:
     """
     import yaml
 
+    if not path.is_file():
+        raise FileNotFoundError(f"config: there is no file {path}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     accepted = {entry.name for entry in fields(Ablation)}
     if not isinstance(content, dict) or (unknown := set(content) - accepted):

@@ -116,8 +116,19 @@ def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = Fa
 
 
 def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
-    """What ``from_pretrained`` takes: the small model's folder for ``"smollm2-135m"`` (fetched if need be), else unchanged."""
-    return str(fetch_small_model()) if str(name_or_path) == NAME else str(name_or_path)
+    """What ``from_pretrained`` takes: the small model's folder for ``"smollm2-135m"`` (fetched if need be), else unchanged.
+
+    Raises:
+        FileNotFoundError: it can only be a folder, and there is none (a hub would be asked for minutes).
+    """
+    name = os.fspath(name_or_path)
+    if name == NAME:
+        return str(fetch_small_model())
+    parts = Path(name).parts
+    only_a_path = name.startswith((".", "~")) or Path(name).is_absolute() or len(parts) > 2 or name.endswith(os.sep)
+    if (only_a_path or (len(parts) == 2 and Path(parts[0]).is_dir())) and not Path(name).is_dir():
+        raise FileNotFoundError(f"model: there is no folder {name}")
+    return name
 
 
 def _is_on(name: str) -> bool:

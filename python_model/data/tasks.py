@@ -33,7 +33,7 @@ class Dialogue:
 
 
 @dataclass(frozen=True)
-class Question:
+class QuestionRow:
     """A question, and the answers any of which is right."""
 
     key: str
@@ -51,7 +51,7 @@ class Material:
 
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     dialogues: dict[str, list[Dialogue]] = field(default_factory=dict)
-    questions: list[Question] = field(default_factory=list)
+    questions: list[QuestionRow] = field(default_factory=list)
     packages: dict[str, str] = field(default_factory=dict)
     neighbours: Neighbours | None = None
 
@@ -68,7 +68,7 @@ def load_wordnet(cache: Path) -> Material:
     queries = Counter(synset.query for synset in synsets.values())
     pairs: dict[str, list[Pair]] = {"wordnet_sense": [], "wordnet_definition": []}
     sentences: list[Dialogue] = []
-    questions: list[Question] = []
+    questions: list[QuestionRow] = []
     for s in synsets.values():
         if queries[s.query] == 1:  # else the query would not say which sense
             pairs["wordnet_definition"].append(Pair(s.key, s.query, s.gloss))
@@ -79,7 +79,7 @@ def load_wordnet(cache: Path) -> Material:
             request = f'Use the {wordnet.NAMES[s.part]} "{word}" in a sentence, in the sense of "{s.gloss}".'
             sentences.append(Dialogue(s.key, (request, sentence(example))))
         if s.common:
-            questions.append(Question(s.key, f'Which {wordnet.NAMES[s.part]} means "{s.gloss}"?', s.words))
+            questions.append(QuestionRow(s.key, f'Which {wordnet.NAMES[s.part]} means "{s.gloss}"?', s.words))
 
     def neighbours(keys: set[str]) -> Callable[[Pair], list[str]]:
         senses: dict[str, list[wordnet.Synset]] = defaultdict(list)
@@ -135,7 +135,7 @@ def load_wikipedia(cache: Path) -> Material:
             query = f"{a.title}: {a.description}" if digest(f"title:{a.key}") % 2 else a.description
             pairs.append(Pair(a.key, query, a.extract, a.description.lower()))
             if descriptions[a.description.lower()] == 1:
-                questions.append(Question(a.key, f'Who or what is it: "{a.description}"?', (a.title,)))
+                questions.append(QuestionRow(a.key, f'Who or what is it: "{a.description}"?', (a.title,)))
         choice = digest(f"template:{a.key}")
         template = "Who is or was {}?" if a.about_people and choice % 2 else templates[choice % 4]
         dialogues.append(Dialogue(a.key, (template.format(a.title), a.extract)))
@@ -171,7 +171,7 @@ def load_debian(cache: Path) -> Material:
     return Material(
         {"debian": [Pair(p.key, p.summary, p.description, p.homepage) for p in found]},
         {"debian_summary": [Dialogue(p.key, (request + p.description, p.summary)) for p in found]},
-        [Question(p.key, f'Which software package is this: "{p.summary}"?', (p.name,)) for p in found],
+        [QuestionRow(p.key, f'Which software package is this: "{p.summary}"?', (p.name,)) for p in found],
         hashes,
     )
 

@@ -25,6 +25,9 @@ class HeldOut:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         root = Path(folder)
+        for name in ("corpus.jsonl", "test/embedding.jsonl", "test/generative.jsonl"):
+            if not (root / name).is_file():
+                raise FileNotFoundError(f"data: there is no {name} in {root}")
         corpus = read_corpus(root / "corpus.jsonl")
         self.documents = [row.text for row in corpus]
         self.place = {row.key: index for index, row in enumerate(corpus)}

@@ -23,7 +23,7 @@ from python_model.data.datasets import open_file
 from python_model.data.hard_negatives import SCORE_CAP, mine_negatives
 from python_model.data.sources import debian, foldoc, packages, python_functions, recipes, wikipedia
 from python_model.data.split import held_out
-from python_model.data.tasks import Dialogue, Material, Pair, Question, Source
+from python_model.data.tasks import Dialogue, Material, Pair, QuestionRow, Source
 from python_model.evaluation.held_out import HeldOut
 
 SIZES = {"negatives": 3, "percent": 20, "max_rows": 1000, "test_rows": 10, "corpus_rows": 30}
@@ -220,7 +220,7 @@ def material(neighbours: tasks.Neighbours | None = None) -> Material:
     pairs = [Pair(f"thing:{i}", f"query {i} word{i % 9}", f"passage {i} word{i % 9} text") for i in range(150)]
     pairs += [Pair("thing:0", "QUERY 0 word0", "another passage"), Pair("thing:1", "other", "PASSAGE 1 word1 text")]
     dialogues = [Dialogue(f"thing:{i}", (f"what is {i}?", f"answer {i}")) for i in range(150)]
-    questions = [Question(f"thing:{i}", f"which {i}?", (f"answer {i}",)) for i in range(150)]
+    questions = [QuestionRow(f"thing:{i}", f"which {i}?", (f"answer {i}",)) for i in range(150)]
     return Material({"foldoc": pairs}, {"answers": dialogues}, questions, {"kit": "0" * 64}, neighbours)
 
 

@@ -390,3 +390,15 @@ def test_the_real_model_answers() -> None:
     assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == (
         "The capital of France is Paris."
     )
+
+
+def test_a_model_that_can_only_be_a_folder_is_not_asked_for_on_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    for name in ("gpt2", "org/name", "run/checkpoint", str(tmp_path)):
+        assert resolve_model(name) == name
+    for name in ("./gpt2", "~/model", "run/other", str(tmp_path / "other"), "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"model: there is no folder {name}"):
+            resolve_model(name)
