@@ -23,6 +23,8 @@ import grit_kernels as gk
 from grit_kernels.visibility import key_range
 
 Run = Callable[[], Tensor]
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""What SDPA says where the one kernel it may use does not support the problem."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,25 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
 
-def sdpa_loop(p: Problem) -> Run | None:
+def _on_backend(run: Run, backend: SDPBackend | None) -> Run | None:
+    """``run`` with one of SDPA's kernels (None: SDPA's choice); None where this torch has no such kernel for the problem."""
+    if backend is None:
+        return run
+
+    def run_on_backend() -> Tensor:
+        with sdpa_kernel(backend):
+            return run()
+
+    try:
+        run_on_backend()
+    except RuntimeError as error:
+        if not any(text in str(error) for text in NO_KERNEL):
+            raise
+        return None
+    return run_on_backend
+
+
+def sdpa_loop(p: Problem, backend: SDPBackend | None = None) -> Run | None:
     """One call per sample; bottom-right causal needs square samples or one query."""
     r = p.regime
     if r.window != (-1, -1) or any(c and q not in (1, k) for q, k, c in zip(r.q_lens, r.k_lens, r.causal, strict=True)):
@@ -161,7 +181,7 @@ def sdpa_loop(p: Problem) -> Run | None:
             outs.append(_sdpa(q, k, v, causal and len_q == len_k)[0])
         return torch.cat(outs)
 
-    return run
+    return _on_backend(run, backend)
 
 
 def _padded(p: Problem, samples: list[int], cu: Tensor, lens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -227,14 +247,7 @@ def sdpa_split(p: Problem, backend: SDPBackend | None = None) -> Run | None:
             out = out.index_copy(0, index_q[real], part[real])
         return out
 
-    if backend is None:
-        return run
-
-    def run_on_backend() -> Tensor:
-        with sdpa_kernel(backend):
-            return run()
-
-    return run_on_backend
+    return _on_backend(run, backend)
 
 
 def torch_varlen(p: Problem) -> Run | None:
@@ -344,6 +357,8 @@ PEERS: dict[str, Callable[[Problem], Run | None]] = {
     "sdpa loop": sdpa_loop,
     "sdpa masked": sdpa_masked,
     "sdpa split": sdpa_split,
+    # the mixed regimes' bidirectional half needs a mask, which cuDNN and flash do without only sample by sample
+    "sdpa loop cudnn": lambda p: sdpa_loop(p, SDPBackend.CUDNN_ATTENTION) if p.device == "cuda" else None,
     "sdpa split cudnn": lambda p: sdpa_split(p, SDPBackend.CUDNN_ATTENTION) if p.device == "cuda" else None,
     "sdpa split flash": lambda p: sdpa_split(p, SDPBackend.FLASH_ATTENTION) if p.device == "cuda" else None,
     "torch varlen": torch_varlen,

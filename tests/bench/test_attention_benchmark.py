@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 import grit_kernels as gk
 from bench import attention, attention_peers
@@ -55,3 +56,19 @@ def test_a_variant_that_computes_something_else_is_not_timed(monkeypatch: pytest
     monkeypatch.setitem(attention_peers.PEERS, "sdpa loop", lambda p: lambda: 1.1 * attention_peers.grit(p)())
     with gk.backend("reference"), pytest.raises(RuntimeError, match="sdpa loop on small"):
         attention.variants(Problem(SMALL, "cpu"), ["grit", "sdpa loop"])
+
+
+def test_a_kernel_that_this_torch_lacks_is_left_out_and_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, cudnn = Problem(SMALL, "cpu"), SDPBackend.CUDNN_ATTENTION
+    assert attention_peers.sdpa_loop(problem, cudnn) is None
+    run = attention_peers.sdpa_loop(problem, SDPBackend.MATH)
+    assert run is not None
+    with gk.backend("reference"):
+        torch.testing.assert_close(run(), attention_peers.grit(problem)())
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(attention_peers, "_sdpa", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attention_peers.sdpa_loop(problem, cudnn)
