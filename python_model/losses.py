@@ -1,4 +1,4 @@
-"""Aggregation of the two GRIT losses. The per-token and contrastive losses themselves are grit_kernels'.
+"""Aggregation of the next-token loss. The per-token and contrastive losses themselves are grit_kernels'.
 
 Source: GRIT, arXiv 2402.09906 equations 1-3 and the loss ablation (appendix).
 """
@@ -79,21 +79,3 @@ def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Te
 def _check_kind(kind: str) -> None:
     if kind not in GENERATIVE_LOSSES:
         raise ValueError(f"kind: got {kind!r}, accepted are {', '.join(map(repr, GENERATIVE_LOSSES))}")
-
-
-def joint_loss(
-    contrastive: Tensor | None,
-    generative: Tensor | None,
-    *,
-    contrastive_weight: float = 1.0,
-    generative_weight: float = 1.0,
-) -> Tensor:
-    """``contrastive_weight * L_Rep + generative_weight * L_Gen`` of whichever objectives the batch has."""
-    parts = [
-        weight * loss
-        for weight, loss in ((contrastive_weight, contrastive), (generative_weight, generative))
-        if loss is not None
-    ]
-    if not parts:
-        raise ValueError("contrastive, generative: got neither, accepted is at least one loss")
-    return torch.stack(parts).sum()

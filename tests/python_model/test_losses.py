@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from python_model.losses import generative_loss, joint_loss
+from python_model.losses import generative_loss
 from python_model.prompts import IGNORE_INDEX
 
 
@@ -56,14 +56,6 @@ def test_a_batch_without_labels_gives_zero(kind: str) -> None:
     losses = torch.zeros(4)
     labels = torch.full((4,), IGNORE_INDEX)
     assert float(generative_loss(losses, labels, torch.tensor([0, 4]), kind=kind)) == 0.0
-
-
-def test_joint_loss_weighs_what_is_there() -> None:
-    a, b = torch.tensor(2.0), torch.tensor(3.0)
-    assert float(joint_loss(a, b, contrastive_weight=0.5, generative_weight=2.0)) == 7.0
-    assert float(joint_loss(None, b)) == 3.0
-    with pytest.raises(ValueError, match="contrastive, generative"):
-        joint_loss(None, None)
 
 
 def test_unknown_kind_is_refused() -> None:

@@ -14,6 +14,33 @@ ISAS = _library.cpu_isas() if _library.status().loaded else []
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [7, 96, 133])
+def test_any_instruction_set_keeps_the_accuracy_rule(isa: str, dtype: torch.dtype, columns: int) -> None:
+    rows = 300
+    hidden = torch.randn(rows, columns).to(dtype)
+    weights = torch.rand(rows) * (torch.rand(rows) > 0.3)
+    hidden[weights == 0] = float("nan")  # rows without weight must not be read into the sum
+    start, end = torch.tensor([0, 3, 130, 140], dtype=torch.int32), torch.tensor([3, 130, 130, 300], dtype=torch.int32)
+    denominators = torch.tensor([2.0, 5.0, 1.0, 0.0])
+    for gain in (None, torch.rand(columns).to(dtype)):
+        numbers = (weights, start, end, denominators, gain, 1e-6)
+        with _library.cpu_isa(isa):
+            found = torch.ops.grit_kernels.pool_forward(hidden, *numbers)
+        exact = reference.pool_forward(hidden.double(), weights, start, end, denominators, gain, 1e-6)
+        used = torch.where(weights[:, None] != 0, hidden, 0)
+        eager = torch.zeros(4, columns, dtype=dtype)
+        for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+            if first < last and denominators[b] > 0:
+                x = used[first:last]
+                if gain is not None:
+                    x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * gain
+                eager[b] = (weights[first:last, None].to(dtype) * x).sum(0) / denominators[b].to(dtype)
+        assert_within_rule(found, exact, eager)
+        assert bool((found[2:] == 0).all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_both_directions_keep_the_accuracy_rule(isa: str, dtype: torch.dtype, has_norm: bool) -> None:
