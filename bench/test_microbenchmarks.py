@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import grit_kernels as gk
 from bench import attention, contrastive, generative_loss, pooling
@@ -87,7 +88,11 @@ def test_generative_loss(benchmark: Any, name: str) -> None:
     torch.manual_seed(0)
     given = generative_loss.inputs(DEVICE, GENERATIVE, torch.bfloat16)
     run = generative_loss.variants(DEVICE)[name]
-    timed(benchmark, "next-token loss, forward and backward", lambda: generative_loss.step(run, given))
+    losses = generative_loss.step(run, given)
+    torch.testing.assert_close(losses.float(), gk.linear_cross_entropy(*given).detach(), rtol=0.05, atol=0.05)
+    flops = 6.0 * GENERATIVE[0] * GENERATIVE[1] * GENERATIVE[2]
+    group = "next-token loss, forward and backward"
+    timed(benchmark, group, lambda: generative_loss.step(run, given), flops=flops, tokens=GENERATIVE[0])
 
 
 @pytest.mark.parametrize("name", ["grit_kernels", "grit_kernels, fused norm", "slice mean"])
@@ -108,7 +113,10 @@ def test_pooling(benchmark: Any, samples: int, name: str) -> None:
         return pooling.slice_mean(states, cu_seqlens.tolist(), [8] * samples)
 
     run = slices if name == "slice mean" else ours
-    if norm is None:
-        torch.testing.assert_close(run().float(), ours(), rtol=0.05, atol=0.01)
+    if norm is not None:
+        wanted = pooling.slice_mean(F.rms_norm(states.float(), (hidden,), eps=1e-6), cu_seqlens.tolist(), [8] * samples)
+    else:
+        wanted = slices() if run is ours else ours()
+    torch.testing.assert_close(run().float(), wanted, rtol=0.05, atol=0.01)
     read = states.numel() * states.element_size() * (length - 8) // length
     timed(benchmark, f"pooling, {samples} samples", run, bytes=read)
