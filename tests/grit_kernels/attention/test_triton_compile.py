@@ -39,14 +39,12 @@ DATA_POINTERS = {"p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"}
 # Bytes per thread that may be spilled in bfloat16 and float16, where it is more than SMALL_BUDGET: the larger of Triton 3.6 and
 # 3.9, rounded up. The gradient of the keys holds two FP32 tiles; what it spills are mostly addresses, which the counts bound.
 SPILL_BUDGET: dict[tuple[str, str, int], int] = {
-    ("forward", "sm90", 256): 160,
+    ("forward", "sm90", 256): 112,
     ("forward", "sm100", 256): 160,
-    ("backward_keys", "sm90", 80): 160,
-    ("backward_keys", "sm90", 96): 160,
-    ("backward_keys", "sm90", 128): 256,
-    ("backward_keys", "sm90", 256): 400,
-    ("backward_keys", "sm80", 128): 96,
-    ("backward_keys", "sm100", 128): 64,
+    ("backward_keys", "sm90", 96): 64,
+    ("backward_keys", "sm90", 128): 160,
+    ("backward_keys", "sm90", 256): 240,
+    ("backward_keys", "sm80", 128): 64,
 }
 SMALL_BUDGET = 24  # a few scalars, outside of the loops
 FLAGS_BUDGET = 400  # more, with a staircase or a softcap
