@@ -4,7 +4,8 @@
 
 Variants run interleaved; a row keeps the median. Printed per variant: ms, TFLOP/s on visible pairs, its time over this package's
 time in the same rounds, its rate over that of a large matrix product in the same run; for decoding, GB/s of keys and values and
-their share of a large copy. Every variant's output is compared with this package's before it is timed.
+their share of a read of as many bytes of memory (on a GPU: of a large copy). Every variant's output is compared with this
+package's before it is timed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 
 from bench import common
-from bench.attention_peers import NOT_ATTENTION, PEERS, Problem, Regime
+from bench.attention_peers import NOT_ATTENTION, PEERS, Problem, Regime, unwindowed
 
-COLUMNS = ["regime", "variant", "ms", "tflops", "times_grit", "of_gemm", "gbps", "of_copy", "prepare_ms"]
+COLUMNS = ["regime", "variant", "ms", "tflops", "times_grit", "of_gemm", "gbps", "of_read", "of_copy", "prepare_ms"]
 
 
 def same(name: str, length: int, count: int, causal: bool, shape: tuple[int, int, int], **options: Any) -> Regime:
@@ -139,9 +140,11 @@ def measure(regime: Regime, device: str, peers: Sequence[str], repeats: int) -> 
         runs = variants(problem, peers)
     decoding = max(regime.q_lens) == 1
     gemm, gemm_flops = common.gemm_ceiling(device, regime.dtype)
-    copy, copy_bytes = common.copy_ceiling(device)
-    ceiling = "copy" if decoding else "gemm"
-    runs[ceiling] = copy if decoding else gemm
+    ceiling = "gemm"
+    if decoding:
+        ceiling = "copy" if device == "cuda" else "read"
+        moved = common.copy_ceiling(device) if device == "cuda" else common.fresh_read_ceiling(regime.kv_bytes())
+    runs[ceiling] = moved[0] if decoding else gemm
     with torch.set_grad_enabled(regime.backward):
         if device == "cuda":
             seconds = common.interleave_events(runs, repeats)
@@ -152,7 +155,7 @@ def measure(regime: Regime, device: str, peers: Sequence[str], repeats: int) -> 
     for name in runs:
         if name == ceiling:
             continue
-        rate = regime.flops() / middle[name]
+        rate = (unwindowed(regime) if name == "grit, no window" else regime).flops() / middle[name]
         row: dict[str, Any] = {
             "regime": regime.name, "variant": name, "ms": middle[name] * 1e3, "tflops": rate / 1e12,
             "times_grit": relative[name], "dtype": str(regime.dtype), "heads": [regime.heads, regime.heads_kv, regime.dim],
@@ -160,7 +163,7 @@ def measure(regime: Regime, device: str, peers: Sequence[str], repeats: int) -> 
         }  # fmt: skip
         if decoding:
             row["gbps"] = regime.kv_bytes() / middle[name] / 1e9
-            row["of_copy"] = row["gbps"] * 1e9 / (copy_bytes / middle["copy"])
+            row[f"of_{ceiling}"] = row["gbps"] * 1e9 / (moved[1] / middle[ceiling])
         else:
             row["of_gemm"] = rate / (gemm_flops / middle["gemm"])
         if name in problem.prepare_seconds:

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,11 @@ class Regime:
     @property
     def mode(self) -> str:
         return "causal" if all(self.causal) else "mixed" if any(self.causal) else "bidirectional"
+
+
+def unwindowed(regime: Regime) -> Regime:
+    """The regime without its window."""
+    return replace(regime, window=(-1, -1))
 
 
 @dataclass
@@ -351,8 +356,18 @@ def matmul(p: Problem) -> Run | None:
     return run
 
 
+def no_window(p: Problem) -> Run | None:
+    """This package on the same causal samples without the window: what skipping blocks saves. Another result."""
+    whole = unwindowed(p.regime)
+    if whole == p.regime or p.regime.mode != "causal" or p.device != "cpu":
+        return None
+    longest = (max(whole.q_lens), max(whole.k_lens))
+    return lambda: gk.switch_attention_varlen(p.q, p.k, p.v, p.flags, p.cu_q, p.cu_k, *longest)
+
+
 PEERS: dict[str, Callable[[Problem], Run | None]] = {
     "grit": grit,
+    "grit, no window": no_window,
     "grit, two launches": grit_split,
     "sdpa loop": sdpa_loop,
     "sdpa masked": sdpa_masked,
@@ -366,4 +381,4 @@ PEERS: dict[str, Callable[[Problem], Run | None]] = {
     "flex": flex,
     "matmul only": matmul,
 }
-NOT_ATTENTION = ("matmul only",)
+NOT_ATTENTION = ("matmul only", "grit, no window")

@@ -10,6 +10,7 @@ shape, the median and all repeats in seconds.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -130,6 +131,13 @@ def read_ceiling(device: str | torch.device, megabytes: int = 256) -> tuple[Call
     """A sum over a large tensor ``(run, bytes read)``."""
     source = torch.randn(megabytes * 2**18, device=device)
     return (lambda: source.sum()), float(source.numel() * 4)
+
+
+def fresh_read_ceiling(size: float, pool_megabytes: int = 512) -> tuple[Callable[[], Any], float]:
+    """A sum over ``size`` bytes of CPU memory ``(run, bytes read)``; every call reads other ones, so that no cache holds them."""
+    count = int(size) // 4
+    parts = itertools.cycle(torch.randn(max(pool_megabytes * 2**18, 3 * count)).split(count)[:-1])
+    return (lambda: next(parts).sum()), float(count * 4)
 
 
 def _command(*arguments: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import grit_kernels as gk
-from bench import attention, attention_peers
+from bench import attention, attention_peers, common
 from bench.attention_peers import Problem, Regime
 from grit_kernels.visibility import dense_mask
 
@@ -45,11 +45,26 @@ def test_every_cpu_variant_computes_the_same(backward: bool) -> None:
     assert all(row["tflops"] > 0 and row["of_gemm"] > 0 for row in rows)
 
 
-def test_decoding_is_rated_against_a_copy() -> None:
+def test_decoding_is_rated_against_a_read_of_memory() -> None:
     regime = Regime("x", (1, 1), (40, 40), (True, True), 4, 2, 32, dtype=torch.float32)
     with gk.backend("reference"):
         rows = attention.measure(regime, "cpu", ["grit", "sdpa split", "matmul only"], repeats=1)
-    assert [row["gbps"] > 0 for row in rows] == [True] * 3
+    assert all(row["gbps"] > 0 and row["of_read"] > 0 for row in rows) and len(rows) == 3
+
+
+def test_a_causal_window_stands_beside_the_same_samples_without_it() -> None:
+    windowed = Regime("x", (40,), (40,), (True,), 2, 1, 32, window=(4, 4), dtype=torch.float32)
+    with gk.backend("reference"):
+        rows = {r["variant"]: r for r in attention.measure(windowed, "cpu", ["grit", "grit, no window"], repeats=1)}
+    whole = rows["grit, no window"]
+    assert whole["tflops"] * whole["ms"] * 1e9 == pytest.approx(4 * 32 * 2 * 40 * 41 / 2)
+    assert rows["grit"]["tflops"] * rows["grit"]["ms"] * 1e9 == pytest.approx(windowed.flops())
+    assert attention_peers.no_window(Problem(SMALL, "cpu")) is None
+
+
+def test_a_fresh_read_covers_other_memory_each_time() -> None:
+    run, size = common.fresh_read_ceiling(4096, pool_megabytes=1)
+    assert size == 4096 and len({float(run()) for _ in range(16)}) == 16
 
 
 def test_a_variant_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
