@@ -91,8 +91,9 @@ CPU = (
     Benchmark(
         "rag_cpu",
         "bench.rag",
-        "--repeats 3 --lengths 1000 --modes document_first query_cache document_cache --record {record} --plot {plot}",
-        "--record {record} --plot {plot}",
+        "--dtype bfloat16 --repeats 3 --lengths 1000 --modes document_first query_cache document_cache"
+        " --record {record} --plot {plot}",
+        "--dtype bfloat16 --record {record} --plot {plot}",
     ),
 )
 CUDA = (

@@ -170,7 +170,9 @@ def machine() -> dict[str, Any]:
         "grit_kernels": grit_kernels.__version__,
         "instruction_sets": _library.cpu_isas() if _library.status().loaded else [],
         "commit": _command("git", "rev-parse", "HEAD"),
-        "modified": bool(_command("git", "status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(
+            _command("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        ),
     }
     try:
         import triton
