@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -15,7 +16,8 @@ from bench.common import ROOT
 
 def test_every_problem_and_variant_is_collected() -> None:
     command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "--benchmark-only"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     for name in ("test_attention[dense causal N1024 D64-grit]", "test_contrastive[eager-backward]", "slice mean"):
         assert name in run.stdout
@@ -33,7 +35,7 @@ def test_a_problem_is_checked_and_timed(benchmark: Any, name: str) -> None:
     benchmark._max_time, benchmark._min_rounds = 0.01, 1
     micro.time_attention(benchmark, regime, name)
     assert benchmark.group == "tiny" and benchmark.extra_info["pairs"] == regime.pairs()
-    assert benchmark.extra_info["tflops"] > 0
+    assert benchmark.disabled or benchmark.extra_info["tflops"] > 0  # disabled where tests run side by side
 
 
 def test_a_wrong_variant_is_not_timed(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
