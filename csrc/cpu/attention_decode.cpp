@@ -9,8 +9,9 @@
 namespace grit::GRIT_ISA {
 namespace {
 
-constexpr int BLOCK = 16;  // keys per step: all heads of so many keys fit the first cache with what is prefetched
-constexpr int ROWS = 4;    // (row, head) pairs that share the K and V vectors in registers
+constexpr int BLOCK = 16;                // keys per step: all heads of so many keys fit the first cache
+constexpr int ROWS = 4;                  // (row, head) pairs that share the K and V vectors in registers
+constexpr int64_t FETCH_BYTES = 1 << 15;  // K and V asked for ahead of their use, all heads together
 
 // ROWS or fewer query rows of one key head
 struct Group {
@@ -20,32 +21,45 @@ struct Group {
   int64_t slot[ROWS];  // row * heads_q + head
 };
 
-// Rows of one head lie far apart, where hardware prefetching fails: while one block is computed, the next is asked for.
-template <class T>
-GRIT_INLINE void prefetch(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + d);
-}
+// Partial result of a part: maximum [slots], total [slots][W] whose lanes add up, sums [slots][decode_dim]
+struct State {
+  float *maximum, *total, *sums;
+};
 
-// scores[r][j] = q_r . k_j for `count` keys; the last keys repeat when `count` is no whole number of steps
-template <class F, class T, int R>
-GRIT_INLINE void score_block(const Group& g, const T* k, int64_t stride, int64_t count, int64_t dim, const T* next,
-                             int64_t next_stride, float (*scores)[BLOCK + W]) {
+// Rows of one head lie apart, where hardware prefetching fails: a line is asked for in the second cache long before it is used.
+GRIT_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// rows of K or V of one key head: row j at data + j * stride, row j + ahead is fetched, up to row `last`
+template <class T>
+struct KeyRows {
+  const T* data;
+  int64_t stride, count, ahead, last;
+  GRIT_MEMBER const T* row(int64_t j) const { return data + j * stride; }
+  GRIT_MEMBER const T* coming(int64_t j) const { return data + smaller(j + ahead, last) * stride; }
+};
+
+// scores[r][j] = q_r . k_j for all keys; the last key repeats when their number is no whole number of steps.
+// WHOLE: a row is a whole number of vectors.
+template <class F, class T, int R, bool WHOLE>
+GRIT_INLINE void score_block(const Group& g, const KeyRows<T>& k, int64_t dim, float (*scores)[BLOCK + W]) {
   constexpr int KEYS = W / R;
   const int64_t words = dim / F::values;
-  for (int64_t j = 0; j < count; j += KEYS) {
-    const T* key[KEYS];
+  for (int64_t j = 0; j < k.count; j += KEYS) {
+    const T *key[KEYS], *coming[KEYS];
     GRIT_UNROLL for (int i = 0; i < KEYS; ++i) {
-      const int64_t number = smaller<int64_t>(j + i, count - 1);
-      key[i] = k + number * stride;
-      prefetch(next + number * next_stride, dim);
+      key[i] = k.row(smaller<int64_t>(j + i, k.count - 1));
+      coming[i] = k.coming(j + i);
     }
     vf sum[W];
     GRIT_UNROLL for (int i = 0; i < W; ++i) sum[i] = vf{};
-    for (int64_t d = 0; d < words; d += W) {
+    _Pragma("GCC unroll 2") for (int64_t d = 0; d < words; d += W) {
       vu b[KEYS];
-      GRIT_UNROLL for (int i = 0; i < KEYS; ++i) b[i] = row_words<F>(key[i], d, dim);
+      GRIT_UNROLL for (int i = 0; i < KEYS; ++i) {
+        b[i] = some_words<F, T, WHOLE>(key[i], d, dim);
+        fetch(coming[i] + d * F::values);
+      }
       GRIT_UNROLL for (int r = 0; r < R; ++r) {
-        const vu q = row_words<F>((const T*)g.q[r], d, dim);
+        const vu q = some_words<F, T, WHOLE>((const T*)g.q[r], d, dim);
         GRIT_UNROLL for (int i = 0; i < KEYS; ++i) sum[r * KEYS + i] = F::multiply_add(sum[r * KEYS + i], q, b[i]);
       }
     }
@@ -55,144 +69,202 @@ GRIT_INLINE void score_block(const Group& g, const T* k, int64_t stride, int64_t
   }
 }
 
-// sums[r] += sum over j of p[r][j] * v_j
-template <class T, int R>
-GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const T* v, int64_t stride, int64_t count, int64_t dim, const T* next,
-                             int64_t next_count, int64_t next_stride, float* const* sums) {
-  constexpr int VALUES = 4;
-  for (int64_t d = 0; d < padded_dim(dim); d += VALUES * W) {
-    const int64_t vectors = smaller<int64_t>(VALUES, (padded_dim(dim) - d) / W);
-    vf x[R][VALUES];
-    GRIT_UNROLL for (int r = 0; r < R; ++r)
-      GRIT_UNROLL for (int n = 0; n < VALUES; ++n) x[r][n] = n < vectors ? load(sums[r] + d + n * W) : vf{};
-    if (d + VALUES * W <= dim) {
-      for (int64_t j = 0; j < count; ++j) {
-        vf row[VALUES];
-        if (d == 0 && j < next_count) prefetch(next + j * next_stride, dim);
-        GRIT_UNROLL for (int n = 0; n < VALUES; ++n) row[n] = load(v + j * stride + d + n * W);
-        GRIT_UNROLL for (int r = 0; r < R; ++r) {
-          const vf w = splat(p[r][j]);
-          GRIT_UNROLL for (int n = 0; n < VALUES; ++n) x[r][n] = fma(w, row[n], x[r][n]);
-        }
-      }
-    } else {
-      for (int64_t j = 0; j < count; ++j) {
-        vf row[VALUES];
-        GRIT_UNROLL for (int n = 0; n < VALUES; ++n) row[n] = (vf)row_words<Single>(v + j * stride, d + n * W, dim);
-        GRIT_UNROLL for (int r = 0; r < R; ++r) {
-          const vf w = splat(p[r][j]);
-          GRIT_UNROLL for (int n = 0; n < VALUES; ++n) x[r][n] = fma(w, row[n], x[r][n]);
-        }
-      }
+// sums[r] += sum over j of p[r][j] * v_j, columns from d on, N vectors of them
+template <class T, int R, int N, bool WHOLE>
+GRIT_INLINE void value_columns(const float (*p)[BLOCK + W], const KeyRows<T>& v, int64_t dim, int64_t d, float* const* sums) {
+  vf x[R][N];
+  GRIT_UNROLL for (int r = 0; r < R; ++r)
+    GRIT_UNROLL for (int n = 0; n < N; ++n) x[r][n] = load(sums[r] + d + n * W);
+  for (int64_t j = 0; j < v.count; ++j) {
+    vf row[N];
+    const T* coming = v.coming(j) + d;
+    GRIT_UNROLL for (int n = 0; n < N; ++n) {
+      row[n] = (vf)some_words<Single, T, WHOLE>(v.row(j), d + n * W, dim);
+      if (n * W * sizeof(T) % 64 == 0) fetch(coming + n * W);
     }
-    GRIT_UNROLL for (int r = 0; r < R; ++r)
-      for (int n = 0; n < vectors; ++n) store(sums[r] + d + n * W, x[r][n]);
+    GRIT_UNROLL for (int r = 0; r < R; ++r) {
+      const vf w = splat(p[r][j]);
+      GRIT_UNROLL for (int n = 0; n < N; ++n) x[r][n] = fma(w, row[n], x[r][n]);
+    }
   }
+  GRIT_UNROLL for (int r = 0; r < R; ++r)
+    GRIT_UNROLL for (int n = 0; n < N; ++n) store(sums[r] + d + n * W, x[r][n]);
 }
 
+template <class T, int R>
+GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const KeyRows<T>& v, int64_t dim, float* const* sums) {
+  int64_t d = 0;
+  for (; d + 4 * W <= dim; d += 4 * W) value_columns<T, R, 4, true>(p, v, dim, d, sums);
+  for (; d + W <= dim; d += W) value_columns<T, R, 1, true>(p, v, dim, d, sums);
+  if (d < dim) value_columns<T, R, 1, false>(p, v, dim, d, sums);
+}
+
+#if defined(GRIT_ISA_AVX512_BF16)
+// The same from pairs of rows, N times 32 columns at a time: p_words[r][j / 2] holds the probabilities of keys j and j + 1 as
+// bfloat16. The sums of 32 columns stay in the order in which the rows interleave (ordered_sums undoes it once per part).
+template <int R, int N, bool WHOLE>
+GRIT_INLINE void value_pair_columns(const uint32_t (*p_words)[BLOCK / 2], const KeyRows<bf16>& v, int64_t dim, int64_t d,
+                                    float* const* sums) {
+  vf x[R][2 * N];
+  GRIT_UNROLL for (int r = 0; r < R; ++r)
+    GRIT_UNROLL for (int n = 0; n < 2 * N; ++n) x[r][n] = load(sums[r] + d + n * W);
+  for (int64_t j = 0; j < v.count; j += 2) {
+    __m512i pairs[2 * N];
+    const bf16 *coming = v.coming(j) + d, *coming_next = v.coming(j + 1) + d;
+    GRIT_UNROLL for (int n = 0; n < N; ++n) {
+      fetch(coming + n * 2 * W);
+      fetch(coming_next + n * 2 * W);
+      const __m512i first = (__m512i)some_words<Pair, bf16, WHOLE>(v.row(j), d / 2 + n * W, dim);
+      const __m512i second = j + 1 < v.count ? (__m512i)some_words<Pair, bf16, WHOLE>(v.row(j + 1), d / 2 + n * W, dim) : __m512i{};
+      pairs[2 * n] = _mm512_unpacklo_epi16(first, second);
+      pairs[2 * n + 1] = _mm512_unpackhi_epi16(first, second);
+    }
+    GRIT_UNROLL for (int r = 0; r < R; ++r) {
+      const uint32_t w = p_words[r][j / 2];
+      GRIT_UNROLL for (int n = 0; n < 2 * N; ++n) x[r][n] = Pair::multiply_add(x[r][n], w, (vu)pairs[n]);
+    }
+  }
+  GRIT_UNROLL for (int r = 0; r < R; ++r)
+    GRIT_UNROLL for (int n = 0; n < 2 * N; ++n) store(sums[r] + d + n * W, x[r][n]);
+}
+
+template <int R>
+GRIT_INLINE void value_pairs_block(const float (*p)[BLOCK + W], const KeyRows<bf16>& v, int64_t dim, float* const* sums) {
+  uint32_t p_words[R][BLOCK / 2];
+  GRIT_UNROLL for (int r = 0; r < R; ++r) {
+    const vh h = to_bf16(load(p[r]));
+    std::memcpy(p_words[r], &h, sizeof(h));
+  }
+  int64_t d = 0;
+  for (; d + 64 <= dim; d += 64) value_pair_columns<R, 2, true>(p_words, v, dim, d, sums);
+  for (; d + 32 <= dim; d += 32) value_pair_columns<R, 1, true>(p_words, v, dim, d, sums);
+  if (d < dim) value_pair_columns<R, 1, false>(p_words, v, dim, d, sums);
+}
+
+GRIT_INLINE void ordered_sums(float* sums, int64_t wide) {
+  for (int64_t d = 0; d < wide; d += 32) {
+    const vf a = load(sums + d), b = load(sums + d + W);
+    store(sums + d, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+    store(sums + d + W, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+  }
+}
+#endif
+
 template <class F, class T, int R>
-void add_keys(const Attention& a, const Sample& s, const Group& g, int64_t kv_head, int64_t begin, int64_t end, const T* next,
-              int64_t next_count, float* maximum, float* total, float* const* sums) {
-  const int64_t count = end - begin;
-  const T* k = (const T*)a.k.data + (s.k_start + begin) * a.k.row + kv_head * a.k.head;
-  const T* v = (const T*)a.v.data + (s.k_start + begin) * a.v.row + kv_head * a.v.head;
+void add_keys(const Attention& a, const Group& g, int64_t begin, const KeyRows<T>& k, const KeyRows<T>& v, const State& state,
+              int64_t wide) {
   alignas(64) float p[R][BLOCK + W];  // a step may write past the block
-  score_block<F, T, R>(g, k, a.k.row, count, a.dim, v, a.v.row, p);
+  if (a.dim % (W * F::values) == 0) score_block<F, T, R, true>(g, k, a.dim, p);
+  else score_block<F, T, R, false>(g, k, a.dim, p);
   const vi iota = lane_numbers();
   const float sign = a.negate ? -1.0f : 1.0f;
+  vf top[R];
   GRIT_UNROLL for (int r = 0; r < R; ++r) {
-    const int64_t slot = g.slot[r];
-    const vi lo = splat_int((int32_t)(g.lo[r] - begin)), hi = splat_int((int32_t)smaller(g.hi[r] - begin, count));
-    vf top = splat(MINUS_INFINITY);
-    for (int64_t j = 0; j < BLOCK; j += W) {
+    const vi lo = splat_int((int32_t)(g.lo[r] - begin)), hi = splat_int((int32_t)smaller(g.hi[r] - begin, k.count));
+    top[r] = splat(MINUS_INFINITY);
+    GRIT_UNROLL for (int j = 0; j < BLOCK; j += W) {
       vf x = load(p[r] + j);
       x = a.capped ? tanh_of(x * (sign * a.cap_in)) * a.cap_out : x * (sign * a.scale_log2);
       const vi key = iota + (int32_t)j;
       x = ((key >= lo) & (key < hi)) ? x : splat(MINUS_INFINITY);
       store(p[r] + j, x);
-      top = vmax(top, x);
+      top[r] = vmax(top[r], x);
     }
-    const float higher = larger(maximum[slot], max_lanes(top));
-    const float base = higher == MINUS_INFINITY ? 0.0f : higher;
-    if (higher > maximum[slot]) {
-      const float rescale = maximum[slot] == MINUS_INFINITY ? 0.0f : exp2_of<5>(splat(maximum[slot] - base))[0];
-      total[slot] *= rescale;
-      for (int64_t d = 0; d < padded_dim(a.dim); d += W) store(sums[r] + d, load(sums[r] + d) * rescale);
+  }
+  float base[R], *sums[R];
+  GRIT_UNROLL for (int r = 0; r < R; ++r) {
+    float& maximum = state.maximum[g.slot[r]];
+    float* total = state.total + g.slot[r] * W;
+    sums[r] = state.sums + g.slot[r] * wide;
+    const float higher = larger(maximum, max_lanes(top[r]));
+    base[r] = higher == MINUS_INFINITY ? 0.0f : higher;
+    if (higher > maximum) {
+      const float rescale = maximum == MINUS_INFINITY ? 0.0f : exp2_of<5>(splat(maximum - base[r]))[0];
+      store(total, load(total) * rescale);
+      for (int64_t d = 0; d < wide; d += W) store(sums[r] + d, load(sums[r] + d) * rescale);
+      maximum = higher;
     }
-    maximum[slot] = higher;
-    vf added = {};
-    for (int64_t j = 0; j < BLOCK; j += W) {
+  }
+  GRIT_UNROLL for (int r = 0; r < R; ++r) {
+    float* total = state.total + g.slot[r] * W;
+    vf added = load(total);
+    GRIT_UNROLL for (int j = 0; j < BLOCK; j += W) {
       const vf x = load(p[r] + j);
-      const vf e = x == MINUS_INFINITY ? vf{} : exp2_of<F::exp_degree>(x - base);
+      const vf e = x == MINUS_INFINITY ? vf{} : exp2_of<F::exp_degree>(x - base[r]);
       store(p[r] + j, e);
       added += e;
     }
-    total[slot] += sum_lanes(added);
+    store(total, added);
   }
-  value_block<T, R>(p, v, a.v.row, count, a.dim, next, next_count, a.k.row, sums);
+#if defined(GRIT_ISA_AVX512_BF16)
+  if constexpr (F::values == 2) {
+    value_pairs_block<R>(p, v, a.dim, sums);
+    return;
+  }
+#endif
+  value_block<T, R>(p, v, a.dim, sums);
 }
 
 template <class F, class T>
-void part(const Attention& a, const Sample& s, int64_t begin, int64_t end, float* maximum, float* total, float* sums) {
-  const int64_t wide = padded_dim(a.dim), rows = s.q_len * a.heads_q, per_head = s.q_len * a.group;
-  for (int64_t i = 0; i < rows; ++i) {
-    maximum[i] = MINUS_INFINITY;
-    total[i] = 0;
-  }
-  std::memset(sums, 0, (size_t)(rows * wide) * sizeof(float));
+void part(const Attention& a, const Sample& s, int64_t begin, int64_t end, int64_t fetch_end, const State& state) {
+  const int64_t wide = decode_dim(a.dim), rows = s.q_len * a.heads_q, per_head = s.q_len * a.group;
+  for (int64_t i = 0; i < rows; ++i) state.maximum[i] = MINUS_INFINITY;
+  std::memset(state.total, 0, (size_t)(rows * W) * sizeof(float));
+  std::memset(state.sums, 0, (size_t)(rows * wide) * sizeof(float));
+  const int64_t ahead = larger<int64_t>(BLOCK, FETCH_BYTES / (2 * a.heads_kv * a.dim * (int64_t)sizeof(T)));
   for (int64_t j = begin; j < end; j += BLOCK) {
-    const int64_t until = smaller(end, j + BLOCK);
+    const int64_t count = smaller<int64_t>(BLOCK, end - j), last = fetch_end - j - 1;
     for (int64_t kv_head = 0; kv_head < a.heads_kv; ++kv_head) {
-      // what comes after this block: the next head's keys, or those of the next block
-      const bool wraps = kv_head + 1 == a.heads_kv;
-      const int64_t next_first = wraps ? until : j, next_count = wraps ? smaller<int64_t>(end - until, BLOCK) : until - j;
-      const T* next = (const T*)a.k.data + (s.k_start + next_first) * a.k.row + (wraps ? 0 : kv_head + 1) * a.k.head;
+      const T* k = (const T*)a.k.data + (s.k_start + j) * a.k.row + kv_head * a.k.head;
+      const T* v = (const T*)a.v.data + (s.k_start + j) * a.v.row + kv_head * a.v.head;
+      const KeyRows<T> k_rows{k, a.k.row, count, ahead, last}, v_rows{v, a.v.row, count, ahead, last};
       for (int64_t first = 0; first < per_head; first += ROWS) {
         Group g;
         g.count = smaller<int64_t>(ROWS, per_head - first);
-        float* out[ROWS];
         for (int64_t r = 0; r < g.count; ++r) {
           const int64_t row = (first + r) / a.group, head = kv_head * a.group + (first + r) % a.group;
           g.q[r] = (const T*)a.q.data + (s.q_start + row) * a.q.row + head * a.q.head;
           g.lo[r] = first_key(s, row);
           g.hi[r] = last_key(s, row);
           g.slot[r] = row * a.heads_q + head;
-          out[r] = sums + g.slot[r] * wide;
         }
         switch (g.count) {
           case 1:
-            add_keys<F, T, 1>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
+            add_keys<F, T, 1>(a, g, j, k_rows, v_rows, state, wide);
             break;
           case 2:
-            add_keys<F, T, 2>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
+            add_keys<F, T, 2>(a, g, j, k_rows, v_rows, state, wide);
             break;
           case 3:
-            add_keys<F, T, 3>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
+            add_keys<F, T, 3>(a, g, j, k_rows, v_rows, state, wide);
             break;
           default:
-            add_keys<F, T, 4>(a, s, g, kv_head, j, until, next, next_count, maximum, total, out);
+            add_keys<F, T, 4>(a, g, j, k_rows, v_rows, state, wide);
         }
       }
     }
   }
+#if defined(GRIT_ISA_AVX512_BF16)
+  if constexpr (F::values == 2) ordered_sums(state.sums, rows * wide);
+#endif
 }
 
 template <class T>
 void join(const Attention& a, int64_t row, int64_t head, int64_t parts, int64_t stride, const float* maximum,
           const float* total, const float* sums) {
-  const int64_t wide = padded_dim(a.dim);
+  const int64_t wide = decode_dim(a.dim);
   float highest = MINUS_INFINITY;
   for (int64_t p = 0; p < parts; ++p) highest = larger(highest, maximum[p * stride]);
   T* out = (T*)a.out + (row * a.heads_q + head) * a.dim;
-  float all = 0;
+  vf totals = {};
   alignas(64) float x[256 + W] = {};
   for (int64_t p = 0; p < parts; ++p) {
     if (maximum[p * stride] == MINUS_INFINITY) continue;
-    const float weight = exp2_of<5>(splat(maximum[p * stride] - highest))[0];
-    all += weight * total[p * stride];
-    for (int64_t d = 0; d < wide; d += W) store(x + d, fma(splat(weight), load(sums + p * stride * wide + d), load(x + d)));
+    const vf weight = splat(exp2_of<5>(splat(maximum[p * stride] - highest))[0]);
+    totals = fma(weight, load(total + p * stride * W), totals);
+    for (int64_t d = 0; d < wide; d += W) store(x + d, fma(weight, load(sums + p * stride * wide + d), load(x + d)));
   }
-  const float factor = all == 0 ? 0.0f : 1.0f / all;
+  const float all = sum_lanes(totals), factor = all == 0 ? 0.0f : 1.0f / all;
   for (int64_t d = 0; d < a.dim; d += W) {
     const vf value = load(x + d) * factor;
     if (a.dim - d >= W) store(out + d, value);
@@ -203,9 +275,10 @@ void join(const Attention& a, int64_t row, int64_t head, int64_t parts, int64_t 
 
 }  // namespace
 
-void decode_part(const Attention& a, const Sample& s, int64_t begin, int64_t end, float* maximum, float* total, float* sums) {
+void decode_part(const Attention& a, const Sample& s, int64_t begin, int64_t end, int64_t fetch_end, float* maximum,
+                 float* total, float* sums) {
   with_format(a.dtype, [&](auto format, auto type) {
-    part<decltype(format), decltype(type)>(a, s, begin, end, maximum, total, sums);
+    part<decltype(format), decltype(type)>(a, s, begin, end, fetch_end, {maximum, total, sums});
   });
 }
 

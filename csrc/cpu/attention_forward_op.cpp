@@ -75,7 +75,7 @@ void run_tiles(const AttentionCall& call, const Kernels& isa, const std::vector<
 
 void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector<int64_t>& chosen) {
   const Attention& a = call.attention;
-  const int64_t wide = isa.layout(a.dtype, a.dim).padded_dim;
+  const int64_t wide = decode_dim(a.dim), lanes = isa.layout(a.dtype, a.dim).lanes;
   struct PartItem {
     int64_t sample, begin, end, state;
   };
@@ -100,12 +100,20 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
       for (int64_t head = 0; head < a.heads_q; ++head) joins.push_back({(int64_t)items.size(), row, head});
     items.push_back(item);
   }
-  Memory memory = allocate(states * (2 + wide) * 4);
-  float *maximum = (float*)memory.get(), *total = maximum + states, *sums = total + states;
-  run_items((int64_t)parts.size(), 0, [&](int64_t i, void*) {
-    const PartItem& p = parts[i];
-    isa.decode_part(a, call.samples[p.sample], p.begin, p.end, maximum + p.state, total + p.state, sums + p.state * wide);
-    count_visited_blocks(1);
+  Memory memory = allocate(states * (1 + lanes + wide) * 4);
+  float *sums = (float*)memory.get(), *total = sums + states * wide, *maximum = total + states * lanes;
+  // parts that follow each other stay together, so that what is fetched ahead is used by the thread that asked for it
+  const int64_t count = (int64_t)parts.size(), run = std::clamp<int64_t>(count / (8 * torch::stable::get_num_threads()), 1, 8);
+  run_items((count + run - 1) / run, 0, [&](int64_t i, void*) {
+    const int64_t last = std::min(count, (i + 1) * run);
+    for (int64_t n = i * run; n < last; ++n) {
+      const PartItem& p = parts[n];
+      int64_t fetch_end = p.end;
+      for (int64_t next = n + 1; next < last && parts[next].sample == p.sample; ++next) fetch_end = parts[next].end;
+      isa.decode_part(a, call.samples[p.sample], p.begin, p.end, fetch_end, maximum + p.state, total + p.state * lanes,
+                      sums + p.state * wide);
+      count_visited_blocks(1);
+    }
   });
   const int64_t grain = 64;
   run_items(((int64_t)joins.size() + grain - 1) / grain, 0, [&](int64_t i, void*) {
@@ -113,8 +121,8 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
       const DecodeItem& item = items[joins[n].item];
       const Sample& s = call.samples[item.sample];
       const int64_t state = item.first_state + joins[n].row * a.heads_q + joins[n].head;
-      isa.decode_join(a, s.q_start + joins[n].row, joins[n].head, item.parts, s.q_len * a.heads_q, maximum + state, total + state,
-                      sums + state * wide);
+      isa.decode_join(a, s.q_start + joins[n].row, joins[n].head, item.parts, s.q_len * a.heads_q, maximum + state,
+                      total + state * lanes, sums + state * wide);
     }
   });
 }

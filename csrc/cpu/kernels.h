@@ -59,10 +59,12 @@ struct Kernels {
   int64_t (*forward_tile)(const Attention&, const Sample&, const Tile&, const uint32_t* k_panels, const uint32_t* v_columns,
                           void* scratch);
 
-  // Few queries against many keys, read in place: partial result of keys [begin, end) for all rows and heads of the sample.
-  // maximum, total: [q_len * heads_q]; sums: [q_len * heads_q][padded_dim], unnormalised
-  void (*decode_part)(const Attention&, const Sample&, int64_t begin, int64_t end, float* maximum, float* total, float* sums);
-  // joins `parts` partial results of one (row, head); part p of it lies at maximum[p * stride], sums[p * stride * padded_dim]
+  // Few queries against many keys, read in place: partial result of keys [begin, end) for all rows and heads of the sample, while
+  // the keys up to fetch_end are fetched ahead. maximum: [q_len * heads_q]; total: [q_len * heads_q][lanes], lanes to be added up;
+  // sums: [q_len * heads_q][decode_dim], unnormalised
+  void (*decode_part)(const Attention&, const Sample&, int64_t begin, int64_t end, int64_t fetch_end, float* maximum, float* total,
+                      float* sums);
+  // joins `parts` partial results of one (row, head); part p of it lies at maximum[p * stride], sums[p * stride * decode_dim]
   void (*decode_join)(const Attention&, int64_t row, int64_t head, int64_t parts, int64_t stride, const float* maximum,
                       const float* total, const float* sums);
 

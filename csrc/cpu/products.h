@@ -74,6 +74,14 @@ GRIT_INLINE vu row_words(const T* row, int64_t d, int64_t dim) {
   }
 }
 
+// the same; WHOLE: the row is known to hold all W words
+template <class F, class T, bool WHOLE>
+GRIT_INLINE vu some_words(const T* row, int64_t d, int64_t dim) {
+  if constexpr (!WHOLE) return row_words<F>(row, d, dim);
+  else if constexpr (F::values == 2) return load_words((const uint32_t*)row + d);
+  else return (vu)load(row + d);
+}
+
 // ---- transposition of W x W words by log2(W) perfect shuffles
 
 GRIT_INLINE vu interleave_low(vu a, vu b) {
