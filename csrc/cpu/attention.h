@@ -63,7 +63,7 @@ struct Layout {
 };
 
 constexpr int64_t FORWARD_KEYS = 128;   // keys per block of the forward pass
-constexpr int64_t BACKWARD_KEYS = 64;   // keys per block of the backward pass
+constexpr int64_t BACKWARD_KEYS = 128;  // keys per block of the backward pass
 constexpr int64_t DECODE_KEYS = 256;    // keys per partial result of the few-queries path
 constexpr int64_t DECODE_ROWS = 4;      // samples with at most this many rows take it
 constexpr int64_t decode_dim(int64_t dim) { return (dim + 31) / 32 * 32; }  // columns of its partial sums

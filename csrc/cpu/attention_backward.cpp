@@ -70,7 +70,7 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
   const int64_t words = wide / F::values;
   vi lo[NV], hi[NV];
   vf lse[NV], delta[NV];
-  int64_t full_begin = 0, full_end = padded;
+  int64_t full_begin = 0, full_end = padded, first = padded, last = 0;
   GRIT_UNROLL for (int v = 0; v < NV; ++v) {
     std::memcpy(&lo[v], q.lo + v * W, sizeof(vi));
     std::memcpy(&hi[v], q.hi + v * W, sizeof(vi));
@@ -78,7 +78,14 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
     delta[v] = load(q.delta + v * W);
     full_begin = larger<int64_t>(full_begin, q.lo[v * W + W - 1]);
     full_end = smaller<int64_t>(full_end, q.hi[v * W]);
+    first = smaller<int64_t>(first, q.lo[v * W]);
+    last = larger<int64_t>(last, q.hi[v * W + W - 1]);
   }
+  // only the panels that some lane sees
+  const int64_t skipped = larger<int64_t>(0, first - begin) / PANEL * PANEL;
+  begin += skipped;
+  keys = smaller(keys - skipped, round_up(last - begin, PANEL));
+  float *dk = b.dk + skipped * wide, *dv = b.dv + skipped * wide;
   const float scale = a.capped ? 1.0f : a.scale_log2;
   for (int64_t j = 0; j < keys; j += PANEL) {
     vf p[PANEL][NV];
@@ -117,8 +124,8 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
         else store_words(out, (vu)ds[i][v]);
       }
   }
-  add_rows<F>(b.p, q.grad_out_rows, wide, keys, NV * W, b.dv);
-  add_rows<F>(b.ds, q.q_rows, wide, keys, NV * W, b.dk);
+  add_rows<F>(b.p, q.grad_out_rows, wide, keys, NV * W, dv);
+  add_rows<F>(b.ds, q.q_rows, wide, keys, NV * W, dk);
   const uint32_t* columns = k.k_columns + begin / F::values * PANEL;
   for (int64_t d = 0; d < wide; d += PANEL) {
     vf x[PANEL][NV];

@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
   g.out = rows_of(out, "out", a.dtype, call.rows_q, a.heads_q, a.dim);
   g.lse = float_data(lse, call.rows_q * a.heads_q, "lse");
   g.grad_lse = grad_lse ? float_data(*grad_lse, call.rows_q * a.heads_q, "grad_lse") : nullptr;
+  use_large_pages(dq.mutable_data_ptr(), dq.numel() * size);
   g.dq = dq.mutable_data_ptr();
   g.dk = dk.mutable_data_ptr();
   g.dv = dv.mutable_data_ptr();
@@ -128,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
     }
   }
   pack_items.insert(pack_items.end(), tile_items.begin(), tile_items.end());
-  Memory memory = allocate(words * 4), dq_memory = allocate(dq_words * 4);
+  Memory memory = allocate((words + dq_words) * 4);
   uint32_t* packed = (uint32_t*)memory.get();
-  float* dq_partial = (float*)dq_memory.get();
+  float* dq_partial = (float*)packed + words;
   std::vector<QueryPack> query_packs(packs);
   for (int64_t b = 0; b < (int64_t)plans.size(); ++b)
     for (int64_t i = 0; i < plans[b].tiles * a.heads_kv; ++i)

@@ -139,6 +139,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Tenso
   a.out = out.mutable_data_ptr();
   a.lse = (float*)lse.mutable_data_ptr();
   const int64_t size = a.dtype == DType::float32 ? 4 : 2;
+  use_large_pages(a.out, out.numel() * size);
   for (const Gap& gap : gaps(call, false)) write_dead_rows(a, size, gap.first, gap.last);
   std::vector<int64_t> tiled, decoded;
   for (int64_t b = 0; b < (int64_t)call.samples.size(); ++b) {

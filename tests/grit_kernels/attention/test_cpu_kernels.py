@@ -337,3 +337,22 @@ def test_tables_and_tensors_that_do_not_fit_are_named(change: dict[str, Any], me
     call = replace(make_call([4, 8], [4, 8]), **change)
     with pytest.raises(RuntimeError, match=message):
         call.forward()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_kept_from_a_call_full_of_nan_changes_nothing(isa: str, dtype: torch.dtype) -> None:
+    call = make_call(
+        [21, 5, 3], [6001, 2999, 3001], left=[70, NONE, 3], right=[0, NONE, 0], heads=(3, 3), dim=72, dtype=dtype
+    )
+    poison = replace(call, **{name: torch.full_like(getattr(call, name), float("nan")) for name in "qkv"})
+    grad = torch.randn_like(call.q)
+    with _library.cpu_isa(isa):
+        before = call.forward()
+        before += call.backward(grad, None, *before)
+        ruined = poison.forward()
+        assert ruined[0].isnan().any() and poison.backward(grad, None, *ruined)[1].isnan().any()
+        after = call.forward()
+        after += call.backward(grad, None, *after)
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x, y)
