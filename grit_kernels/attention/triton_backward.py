@@ -297,9 +297,8 @@ def backward_rows_kernel(
     b_lse = tl.load(p_lse, mask=m_row, other=0.0)
     b_delta = tl.load(p_lse + tl.cast(rows, tl.int64) * HEADS, mask=m_row, other=0.0)
 
-    last_row = tl.minimum(first_row + BM, len_q)
     first, full_first, full_last, last = tile_keys(
-        tl.minimum(first_row, last_row - 1), last_row, p_hi, len_q, len_k, left, right, BN, HAS_HI
+        first_row, first_row + BM, p_hi, len_q, len_k, left, right, BN, HAS_HI
     )
     b_dq1 = tl.zeros([BM, D1], dtype=tl.float32)
     b_dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], dtype=tl.float32)

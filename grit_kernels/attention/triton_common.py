@@ -134,9 +134,12 @@ def in_blocks(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_keys(first_row, last_row, p_hi, len_q, len_k, left, right, BLOCK: tl.constexpr, HAS_HI: tl.constexpr):
-    """visibility.tile_keys of rows [first_row, last_row), in blocks of BLOCK keys."""
+    """visibility.tile_keys of rows [first_row, min(last_row, len_q)), in blocks of BLOCK keys; none for padding only."""
+    # a sample without rows has no last one: row 0 stands for it, before which nothing may be loaded
+    final_row = tl.maximum(tl.minimum(last_row, len_q) - 1, 0)
     lo_first, hi_first = key_range(first_row, p_hi, len_q, len_k, left, right, HAS_HI)
-    lo_last, hi_last = key_range(last_row - 1, p_hi, len_q, len_k, left, right, HAS_HI)
+    lo_last, hi_last = key_range(final_row, p_hi, len_q, len_k, left, right, HAS_HI)
+    hi_last = tl.where(first_row < len_q, hi_last, 0)
     return in_blocks(lo_first, lo_last, hi_first, hi_last, BLOCK)
 
 

@@ -30,6 +30,9 @@ from grit_kernels.triton_launch import processor_count, upcast_operands
 SHORTEST_SPLIT = 256
 """With fewer keys than this the plain kernel is used."""
 
+LARGEST_GRID_AXIS = 65535
+"""CUDA's limit of a grid's second and third axis; the third holds the samples."""
+
 _LARGEST_SPLIT = 64
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGED_ROWS = 16
@@ -77,9 +80,8 @@ def attention_decode_kernel(
     else:
         b_q2 = b_q1
     b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
-    last_row = tl.minimum(tl.cdiv((tile + 1) * BM, GROUP), len_q)
     first, full_first, full_last, last = tile_keys(
-        tl.minimum(first_row, last_row - 1), last_row, p_hi, len_q, len_k, left, right, BN, HAS_HI
+        first_row, tl.cdiv((tile + 1) * BM, GROUP), p_hi, len_q, len_k, left, right, BN, HAS_HI
     )
     if SPLIT:
         share = tl.cdiv(last - first, splits)

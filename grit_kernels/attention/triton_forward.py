@@ -28,7 +28,7 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
 )
 from grit_kernels.attention.triton_configs import choose_config
-from grit_kernels.attention.triton_decode import SHORTEST_SPLIT, attention_decode
+from grit_kernels.attention.triton_decode import LARGEST_GRID_AXIS, SHORTEST_SPLIT, attention_decode
 from grit_kernels.attention.triton_plan import plan_tiles, program_tile
 from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
 
@@ -75,10 +75,8 @@ def forward_tile(
     else:
         b_q2 = b_q1
     b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
-    # a tile of padding only sees nothing
-    last_row = tl.minimum(first_row + BM, len_q)
     first, full_first, full_last, last = tile_keys(
-        tl.minimum(first_row, last_row - 1), last_row, p_hi, len_q, len_k, left, right, BN, HAS_HI
+        first_row, first_row + BM, p_hi, len_q, len_k, left, right, BN, HAS_HI
     )
     b_out1, b_out2, b_lse = attend_blocks(
         b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
@@ -182,7 +180,7 @@ def attention_forward(
 
 def _splits_keys(q: Tensor, group: int, batch: int, max_q: int, max_k: int) -> bool:
     """Few rows over many keys: pack the heads of a group into one tile and share the keys among programs."""
-    if max_k < SHORTEST_SPLIT:
+    if max_k < SHORTEST_SPLIT or batch > LARGEST_GRID_AXIS:
         return False
     if max_q * group <= 64:
         return True

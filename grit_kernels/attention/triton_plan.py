@@ -73,12 +73,9 @@ def list_tiles_kernel(
     if OVER_KEYS:
         begin = block * TILE
         owned = rows if RECTANGULAR else len_q
-        last = tl.minimum(begin + TILE, len_q)
         real = begin < len_q
-        begin_safe = tl.where(real, begin, 0)
-        last_safe = tl.where(real, last, 1)
         first_block, _a, _b, last_block = tile_keys(
-            begin_safe, last_safe, p_hi + q_start, len_q, len_k, left, right, BN, HAS_HI
+            begin, begin + TILE, p_hi + q_start, len_q, len_k, left, right, BN, HAS_HI
         )
         used = begin < owned
     else:
