@@ -25,12 +25,15 @@ def processor_count(device: torch.device) -> int:
 
 
 @functools.cache
-def device_capability(device: torch.device) -> int:
-    """90 for Hopper; 0 in the interpreter."""
+def architecture(device: torch.device) -> str:
+    """What tiles are chosen by: ``"sm80"``, ``"sm90"``, ``"sm100"``, ``"gfx9"``; ``"cpu"`` in the interpreter."""
     if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return "cpu"
+    if torch.version.hip:
+        return "gfx9"
+    major, _ = torch.cuda.get_device_capability(device)
+    # consumer Blackwell (12.x) has the matrix instructions and the shared memory of the 8.x generation
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
 def upcast_operands() -> bool:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from grit_kernels.triton_launch import architecture
+
 KERNELS = ("forward", "decode", "backward_keys", "backward_rows")
 """forward: one tile of rows walks over keys. decode: the same, keys split. backward_keys: a tile of keys walks over rows
 (dK, dV). backward_rows: a tile of rows walks over keys (dQ)."""
@@ -108,18 +110,6 @@ def override_config(kernel: str, config: Config) -> Iterator[None]:
             del _overrides[kernel]
         else:
             _overrides[kernel] = previous
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The table's name for a device: ``"sm80"``, ``"sm90"``, ``"sm100"``, ``"gfx9"``; ``"cpu"`` in the interpreter."""
-    if device.type != "cuda":
-        return "cpu"
-    if torch.version.hip:
-        return "gfx9"
-    major, _ = torch.cuda.get_device_capability(device)
-    # consumer Blackwell (12.x) has the matrix instructions and the shared memory of the 8.x generation
-    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
 def table_config(kernel: str, dim: int, element_bytes: int, arch: str) -> Config:

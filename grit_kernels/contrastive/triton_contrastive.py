@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grit_kernels.contrastive.chunked import chunks, row_scales, unscaled_gradient
-from grit_kernels.triton_launch import device_capability, dot, on_device, processor_count, upcast_operands
+from grit_kernels.triton_launch import architecture, dot, on_device, processor_count, upcast_operands
 
 CHUNK_BYTES = 256 << 20
 
@@ -73,7 +73,7 @@ def _candidates(b_scores, o_q, o_p, b_target, b_query_id, p_passage_ids, passage
     return tl.where(m, b_scores, -1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "group", "splits"])
 def contrastive_fwd_kernel(
     p_queries, p_passages, p_query_scale, p_passage_scale, p_targets, p_query_ids, p_passage_ids,
     p_top, p_total, p_below, p_positive, p_best,
@@ -132,7 +132,7 @@ def contrastive_fwd_kernel(
     tl.store(p_best + o_out, b_best, mask=m_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_query", "last_query", "group"])
 def contrastive_weights_kernel(
     p_queries, p_passages, p_query_scale, p_passage_scale, p_targets, p_query_ids, p_passage_ids,
     p_losses, p_positive, p_a, p_factor, p_weights,
@@ -167,7 +167,7 @@ def contrastive_weights_kernel(
     tl.store(p_out, b_w.to(p_weights.dtype.element_ty), mask=m_q[:, None] & m_p[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product_kernel(
     p_a, p_b, p_c, rows, columns, inner, stride_am, stride_ak, stride_bk, stride_cm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -198,14 +198,14 @@ def product_kernel(
     tl.store(p_out, b_c, mask=m_c)
 
 
-def _product_tile(dtype: torch.dtype, capability: int) -> tuple[int, int, int, int, int]:
+def _product_tile(dtype: torch.dtype, arch: str) -> tuple[int, int, int, int, int]:
     if dtype == torch.float32:
         return PRODUCT_32_BIT
-    return PRODUCT_HOPPER if capability >= 90 else PRODUCT_16_BIT
+    return PRODUCT_HOPPER if arch in ("sm90", "sm100") else PRODUCT_16_BIT
 
 
 def _product(a: Tensor, b: Tensor, c: Tensor, accumulate: bool) -> None:
-    block_m, block_n, block_k, warps, stages = _product_tile(a.dtype, device_capability(a.device))
+    block_m, block_n, block_k, warps, stages = _product_tile(a.dtype, architecture(a.device))
     grid = triton.cdiv(c.shape[0], block_m) * triton.cdiv(c.shape[1], block_n)
     product_kernel[(grid,)](
         a, b, c, c.shape[0], c.shape[1], a.shape[1], a.stride(0), a.stride(1), b.stride(0), c.stride(0),

@@ -29,7 +29,7 @@ FORWARD_VALUES, BACKWARD_VALUES = 8192, 4096
 """Values of a tile: enough loads in flight for the memory, few enough for the registers (the backward holds two tiles)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def pool_fwd_kernel(
     p_hidden, p_weights, p_row_start, p_row_end, p_denominators, p_norm_weight, p_partial,
     stride, hidden_size, splits, norm_eps,
@@ -62,7 +62,7 @@ def pool_fwd_kernel(
     tl.store(p_partial + o_out, b_out, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "samples", "bisections", "rows_per_program"])
 def pool_bwd_kernel(
     p_grad_out, p_hidden, p_weights, p_row_start, p_row_end, p_denominators, p_norm_weight, p_grad_hidden, p_partial,
     stride, rows, hidden_size, samples, bisections, rows_per_program, norm_eps,

@@ -88,7 +88,7 @@ def test_kernels_compile_to_tensor_cores_or_full_fp32(capability: int, dtype: st
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     absent = dict.fromkeys(("p_passage_scale", "p_query_ids", "p_passage_ids"), None)
     vectors = {**SCORES, "p_queries": f"*{dtype}", "p_passages": f"*{dtype}"}
-    block_m, block_n, block_k, *product_launch = triton_contrastive._product_tile(q.dtype, capability)
+    block_m, block_n, block_k, *product_launch = triton_contrastive._product_tile(q.dtype, f"sm{capability}")
     product = {"p_a": f"*{dtype}", "p_b": f"*{dtype}", "p_c": "*fp32"}
     product |= dict.fromkeys(("rows", "columns", "inner", "stride_am", "stride_bk", "stride_cm"), "i32")
     blocks = {
