@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from grit_kernels.checks import described, is_integer
 from grit_kernels.visibility import positions_and_samples
 
 
@@ -69,9 +70,7 @@ class SamplePack:
             raise ValueError(f"lengths: got {sizes.tolist()}, accepted are values >= 0")
         flags = torch.as_tensor(causal, device="cpu")
         if flags.dtype != torch.bool or flags.shape not in ((), (batch,)):
-            raise ValueError(
-                f"causal: got {flags.dtype} {tuple(flags.shape)}, accepted are a bool and bools ({batch},)"
-            )
+            raise ValueError(f"causal: got {described(flags)}, accepted are a bool and bools ({batch},)")
         if instruction_lens is None:
             skip = torch.zeros(batch, dtype=torch.int64)
         else:
@@ -188,8 +187,8 @@ class SamplePack:
 
 def _check_staircase(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:
     tokens = int(cu_seqlens[-1])
-    if hi.shape != (tokens,) or hi.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"hi: got {hi.dtype} {tuple(hi.shape)}, accepted is int32 ({tokens},)")
+    if not is_integer(hi, tokens):
+        raise ValueError(f"hi: got {described(hi)}, accepted is int32 ({tokens},)")
     values = hi.to("cpu")
     for b, part in enumerate(values.split(sizes.tolist())):
         if part.numel() and (bool((part.diff() < 0).any()) or int(part[0]) < 0 or int(part[-1]) > part.numel()):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_kernels import gptj
+from grit_kernels.checks import described
 from grit_kernels.packing import SamplePack
 from grit_kernels.transformers_interface import BIDIRECTIONAL_WINDOWS, NAME, AttentionPass, register
 
@@ -292,6 +293,6 @@ def _flags(is_causal: bool | Tensor | None, default: bool, batch: int, device: t
     if isinstance(is_causal, bool):
         return torch.full((batch,), is_causal, dtype=torch.bool, device=device)
     if not isinstance(is_causal, Tensor) or is_causal.dtype != torch.bool or is_causal.shape != (batch,):
-        given = f"{is_causal.dtype} {tuple(is_causal.shape)}" if isinstance(is_causal, Tensor) else repr(is_causal)
+        given = described(is_causal) if isinstance(is_causal, Tensor) else repr(is_causal)
         raise ValueError(f"is_causal: got {given}, accepted are a bool and a bool tensor ({batch},)")
     return is_causal.to(device)

@@ -182,7 +182,6 @@ def transpose_hi(hi: Tensor, q_start: Tensor, q_len: Tensor, k_start: Tensor, k_
     belong to no sample get 0. No host sync: one searchsorted over ``sample * stride + value`` keys.
     """
     device = hi.device
-    batch = q_len.shape[0]
     row_index = torch.arange(hi.shape[0], device=device)
     key_index = torch.arange(keys, device=device)
     starts_q, starts_k = q_start.to(torch.int64), k_start.to(torch.int64)
@@ -200,5 +199,4 @@ def transpose_hi(hi: Tensor, q_start: Tensor, q_len: Tensor, k_start: Tensor, k_
     found = torch.searchsorted(values, key_sample * stride + key_in, right=True)
     first = (found - starts_q[key_sample]).clamp(min=0)
     first = torch.minimum(first, q_len.to(torch.int64)[key_sample])
-    assert batch > 0
     return torch.where(key_used, first, 0).to(torch.int32)

@@ -21,6 +21,7 @@ from grit_kernels.attention.checks import (
     window_argument,
 )
 from grit_kernels.backend import use_reference
+from grit_kernels.checks import readable
 from grit_kernels.packing import SamplePack
 from grit_kernels.precision import autocast_dtype
 from grit_kernels.visibility import window_bounds
@@ -187,34 +188,24 @@ def switch_attention_with_kvcache(
     used = length_tensor("cache_seqlens", cache_seqlens, batch, slots, device)
     if (k is None) != (v is None):
         raise ValueError("k, v: give both or none of them")
-    if k is not None and v is not None:
-        check_qkv(q, k, v, ndim=4)
-        if k.shape[1] != max_q:
-            raise ValueError(f"k: got {k.shape[1]} rows, accepted is q's {max_q}")
-        if device.type == "cpu" and bool((used + q_len > slots).any()):
-            raise ValueError(
-                f"cache_seqlens: a sample has no room for its new states in {slots} slots: {used.tolist()} + {q_len.tolist()}"
-            )
-        rows = torch.arange(max_q, device=device)
-        fresh = rows < q_len[:, None]  # [B, T_q]
-        sample, row = torch.nonzero(fresh, as_tuple=True) if device.type == "cpu" else (None, None)
-        _append(k_cache, k, used, fresh, sample, row)
-        _append(v_cache, v, used, fresh, sample, row)
-        used = used + q_len
     leftpad = length_tensor("cache_leftpad", cache_leftpad, batch, slots, device, default=0)
-    flags = causal_flags(causal, batch, device)
-    scale, cap = check_softmax_options(softmax_scale, softcap, dim)
+    bounds = window_bounds(causal_flags(causal, batch, device), window_argument(window_size, batch), max_q, slots)
+    steps = staircase(hi, (batch, max_q), device)
+    options = check_softmax_options(softmax_scale, softcap, dim)
+    # nothing is written before everything is checked
     with torch.no_grad():
-        out, lse = _rectangular(
-            q,
-            k_cache,
-            v_cache,
-            (q_len, leftpad, used),
-            window_bounds(flags, window_argument(window_size, batch), max_q, slots),
-            staircase(hi, (batch, max_q), device),
-            scale,
-            cap,
-        )
+        if k is not None and v is not None:
+            check_qkv(q, k, v, ndim=4)
+            if k.shape != (batch, max_q, *k_cache.shape[2:]):
+                raise ValueError(f"k, v: got {tuple(k.shape)}, accepted is {(batch, max_q, *k_cache.shape[2:])}")
+            if readable(used) and bool((used + q_len > slots).any()):
+                raise ValueError(
+                    f"cache_seqlens: a sample has no room for its new states in {slots} slots: {used.tolist()} + {q_len.tolist()}"
+                )
+            _append(k_cache, k, used, q_len)
+            _append(v_cache, v, used, q_len)
+            used = used + q_len
+        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, used), bounds, steps, *options)
     return (out, lse) if return_lse else out
 
 
@@ -312,15 +303,17 @@ def _key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     return keys, values, step
 
 
-def _append(cache: Tensor, new: Tensor, used: Tensor, fresh: Tensor, sample: Tensor | None, row: Tensor | None) -> None:
-    """Write the real rows of ``new`` (B, T, H, D) behind the used slots of ``cache`` (B, S, H, D)."""
-    if sample is not None and row is not None:
-        cache[sample, used[sample] + row] = new[sample, row].to(cache.dtype)
-        return
-    # on a GPU no index list can be made without a sync: padded rows rewrite the slot they would take with what it holds
-    slot = (used[:, None] + torch.arange(new.shape[1], device=new.device)).clamp(max=cache.shape[1] - 1)
+def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
+    """Write the ``q_len[b]`` real rows of ``new`` (B, T, H, D) behind the used slots of ``cache`` (B, S, H, D).
+
+    No list of the real rows is made, which would read the lengths back: a padded row repeats the sample's last real one, slot
+    and value alike (the order of writes does not matter then); a sample without real rows writes what is there already.
+    """
     batch = torch.arange(new.shape[0], device=new.device)[:, None]
-    cache[batch, slot] = torch.where(fresh[..., None, None], new.to(cache.dtype), cache[batch, slot])
+    row = torch.arange(new.shape[1], device=new.device).minimum((q_len[:, None] - 1).clamp(min=0))  # [B, T]
+    slot = (used[:, None] + row).clamp(max=cache.shape[1] - 1)
+    real = (q_len > 0)[:, None, None, None]
+    cache[batch, slot] = torch.where(real, new[batch, row].to(cache.dtype), cache[batch, slot])
 
 
 def _call(

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from grit_kernels.checks import described, is_integer, readable
 from grit_kernels.precision import autocast_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,19 +56,18 @@ def causal_flags(causal: bool | Tensor, batch: int, device: torch.device) -> Ten
     if not isinstance(causal, Tensor):
         raise TypeError(f"causal: got {type(causal).__name__}, accepted are a bool and a bool tensor ({batch},)")
     if causal.dtype != torch.bool or causal.shape != (batch,):
-        raise ValueError(f"causal: got {causal.dtype} {tuple(causal.shape)}, accepted is torch.bool ({batch},)")
+        raise ValueError(f"causal: got {described(causal)}, accepted is torch.bool ({batch},)")
     return causal.to(device)
 
 
 def window_argument(window_size: tuple[int, int] | Tensor, batch: int) -> tuple[int, int] | Tensor:
     """Check ``window_size``: a pair of ints >= -1 or an integer tensor (B, 2)."""
     if isinstance(window_size, Tensor):
-        if window_size.dtype not in (torch.int32, torch.int64) or window_size.shape != (batch, 2):
+        if not is_integer(window_size, batch, 2):
             raise ValueError(
-                f"window_size: got {window_size.dtype} {tuple(window_size.shape)}, accepted are a pair of ints and an "
-                f"int32 tensor ({batch}, 2)"
+                f"window_size: got {described(window_size)}, accepted are a pair of ints and an int32 tensor ({batch}, 2)"
             )
-        if window_size.device.type == "cpu" and bool((window_size < -1).any()):
+        if readable(window_size) and bool((window_size < -1).any()):
             raise ValueError(f"window_size: got an entry below -1: {window_size.tolist()}")
         return window_size
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
@@ -87,9 +87,8 @@ def staircase(hi: Tensor | None, shape: tuple[int, ...], device: torch.device) -
     """Check ``hi`` and flatten it to int32 (rows)."""
     if hi is None:
         return None
-    if not isinstance(hi, Tensor) or hi.dtype not in (torch.int32, torch.int64) or tuple(hi.shape) != shape:
-        given = f"{hi.dtype} {tuple(hi.shape)}" if isinstance(hi, Tensor) else type(hi).__name__
-        raise ValueError(f"hi: got {given}, accepted is int32 {shape}")
+    if not is_integer(hi, *shape):
+        raise ValueError(f"hi: got {described(hi)}, accepted is int32 {shape}")
     if hi.device != device:
         raise ValueError(f"hi: is on {hi.device}, q is on {device}")
     return hi.reshape(-1).to(torch.int32).contiguous()
@@ -101,10 +100,9 @@ def length_tensor(
     """``lengths`` as int32 (B) on ``device``; values within 0..limit are checked where they lie on the CPU."""
     if lengths is None:
         return torch.full((batch,), limit if default is None else default, dtype=torch.int32, device=device)
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (batch,):
-        given = f"{lengths.dtype} {tuple(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise ValueError(f"{name}: got {given}, accepted is int32 ({batch},)")
-    if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > limit)).any()):
+    if not is_integer(lengths, batch):
+        raise ValueError(f"{name}: got {described(lengths)}, accepted is int32 ({batch},)")
+    if readable(lengths) and bool(((lengths < 0) | (lengths > limit)).any()):
         raise ValueError(f"{name}: got {lengths.tolist()}, accepted are values in 0..{limit}")
     return lengths.to(device=device, dtype=torch.int32)
 
@@ -113,18 +111,13 @@ def check_lengths(
     name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Check a ``cu_seqlens`` (int32 (B + 1)); returns starts and lengths, int32 (B)."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
-        given = (
-            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-            if isinstance(cu_seqlens, Tensor)
-            else type(cu_seqlens).__name__
-        )
-        raise ValueError(f"{name}: got {given}, accepted is int32 (B + 1,)")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):
+        raise ValueError(f"{name}: got {described(cu_seqlens)}, accepted is int32 (B + 1,)")
     if cu_seqlens.shape[0] < 2:
         raise ValueError(f"{name}: got an empty batch, accepted is int32 (B + 1,) with B >= 1")
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"{max_name}: got {type(max_seqlen).__name__}, accepted is an int")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         table = cu_seqlens.tolist()  # in Python: for a batch of samples quicker than a handful of tensor operations
         steps = [end - start for start, end in pairwise(table)]
         if table[0] != 0 or table[-1] != tokens or min(steps) < 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import forced_backend, use_reference
+from grit_kernels.checks import described, is_integer, readable
 from grit_kernels.contrastive import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.contrastive import reference
 
@@ -71,6 +72,9 @@ def contrastive_loss(
             f"passages: got {passages.shape[0]} rows for {queries.shape[0]} queries, accepted is a whole multiple of the "
             "queries, or explicit targets"
         )
+    for name, x in (("weights", weights), *(("mask_ids", ids) for ids in mask_ids or ())):
+        if x is not None and x.device != queries.device:
+            raise ValueError(f"{name}: is on {x.device}, queries are on {queries.device}")
     if process_group is not None:
         from grit_kernels.contrastive.distributed import gather
 
@@ -177,14 +181,12 @@ def _reduce(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
 def _check(queries: Tensor, passages: Tensor) -> None:
     for name, x in (("queries", queries), ("passages", passages)):
         if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-            given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: got {given}, accepted is a float tensor (rows, hidden)")
+            raise ValueError(f"{name}: got {described(x)}, accepted is a float tensor (rows, hidden)")
         if x.shape[0] == 0:
             raise ValueError(f"{name}: got an empty batch")
     if passages.shape[1] != queries.shape[1] or passages.dtype != queries.dtype or passages.device != queries.device:
         raise ValueError(
-            f"passages: got {passages.dtype} {tuple(passages.shape)} on {passages.device}, "
-            f"queries are {queries.dtype} {tuple(queries.shape)} on {queries.device}"
+            f"passages: got {described(passages)} on {passages.device}, queries are {described(queries)} on {queries.device}"
         )
 
 
@@ -192,7 +194,7 @@ def _check_temperature(temperature: float | Tensor) -> None:
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, accepted is a scalar")
-        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+        if not readable(temperature):
             return
         temperature = temperature.detach()
     value = float(temperature)
@@ -201,13 +203,13 @@ def _check_temperature(temperature: float | Tensor) -> None:
 
 
 def _check_targets(targets: Tensor, count: int, candidates: int, in_batch_negatives: bool) -> None:
-    if targets.shape != (count,) or targets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"targets: got {targets.dtype} {tuple(targets.shape)}, accepted is int64 ({count},)")
+    if not is_integer(targets, count):
+        raise ValueError(f"targets: got {described(targets)}, accepted is int64 ({count},)")
     if candidates < count or (not in_batch_negatives and candidates % count):
         raise ValueError(
             f"passages: got {candidates} rows for {count} queries, accepted is a whole multiple of the queries"
         )
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(targets):
         if bool(((targets < 0) | (targets >= candidates)).any()):
             raise ValueError(f"targets: got values outside 0..{candidates - 1}: {targets.tolist()}")
         if not in_batch_negatives:

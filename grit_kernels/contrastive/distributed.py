@@ -60,7 +60,7 @@ def gather(
     def rows(x: Tensor, counts: list[int], factor: float = 1.0) -> Tensor:
         return _Gather.apply(x, counts, rank, group, factor)
 
-    shifted = rows(targets + sum(passage_counts[:rank]), query_counts)
+    shifted = rows(targets.to(queries.device) + sum(passage_counts[:rank]), query_counts)
     ids = None if mask_ids is None else (rows(mask_ids[0], query_counts), rows(mask_ids[1], passage_counts))
     return (
         rows(queries, query_counts, scale),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import use_reference
+from grit_kernels.checks import described, readable
 from grit_kernels.linear_cross_entropy import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.linear_cross_entropy import reference
 from grit_kernels.precision import autocast_dtype
@@ -39,19 +40,24 @@ def linear_cross_entropy(
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
     if not isinstance(hidden, Tensor) or hidden.ndim != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden: got {_given(hidden)}, accepted is a float tensor (tokens, hidden)")
+        raise ValueError(f"hidden: got {described(hidden)}, accepted is a float tensor (tokens, hidden)")
     if not isinstance(lm_head_weight, Tensor) or lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"lm_head_weight: got {_given(lm_head_weight)}, accepted is (vocabulary, {hidden.shape[1]})")
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels: got {_given(labels)}, accepted is torch.int64 ({hidden.shape[0]},)")
+        raise ValueError(
+            f"lm_head_weight: got {described(lm_head_weight)}, accepted is (vocabulary, {hidden.shape[1]})"
+        )
+    if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels: got {described(labels)}, accepted is torch.int64 ({hidden.shape[0]},)")
+    for name, x in (("lm_head_weight", lm_head_weight), ("labels", labels)):
+        if x.device != hidden.device:
+            raise ValueError(f"{name}: is on {x.device}, hidden is on {hidden.device}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: got {softcap}, accepted are None and a finite number > 0")
     dtype = autocast_dtype(hidden.device)
-    if dtype is not None:
+    if dtype is not None and hidden.dtype != torch.float64:
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
     if lm_head_weight.dtype != hidden.dtype:
         raise TypeError(f"lm_head_weight: got {lm_head_weight.dtype}, hidden has {hidden.dtype}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(labels):
         used = labels[labels != ignore_index]
         if used.numel() and (int(used.min()) < 0 or int(used.max()) >= lm_head_weight.shape[0]):
             raise ValueError(
@@ -61,7 +67,3 @@ def linear_cross_entropy(
     if use_reference(hidden.device) or hidden.dtype == torch.float64:
         return reference.linear_cross_entropy(hidden, lm_head_weight, labels, ignore_index, softcap)
     return torch.ops.grit_kernels.linear_cross_entropy_forward(hidden, lm_head_weight, labels, ignore_index, softcap)[0]
-
-
-def _given(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import use_reference
+from grit_kernels.checks import described, is_integer, readable
 from grit_kernels.pooling import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.pooling import reference
 from grit_kernels.visibility import sample_ids
@@ -73,7 +74,7 @@ def pool(
         )
     skip = _instruction_lens(instruction_lens, starts.shape[0] - 1, hidden.device)
     weights, row_start, row_end, denominators = _pooling_weights(starts, real, skip, method, hidden.shape[0])
-    if empty == "error" and denominators.device.type == "cpu" and not torch.compiler.is_compiling():
+    if empty == "error" and readable(denominators):
         bad = (denominators <= 0).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
@@ -100,19 +101,20 @@ def _flatten(
         torch.float16,
         torch.float64,
     ):
-        given = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
-        raise TypeError(f"hidden_states: got {given}, accepted is a float32, bfloat16 or float16 tensor")
+        raise TypeError(
+            f"hidden_states: got {described(hidden_states)}, accepted is a float32, bfloat16 or float16 tensor"
+        )
     shape = tuple(hidden_states.shape)
     if cu_seqlens is not None:
         if hidden_states.ndim != 2:
             raise ValueError(f"hidden_states: got shape {shape}, with cu_seqlens accepted is (tokens, hidden)")
         if attention_mask is not None:
             raise ValueError("attention_mask: a pack (cu_seqlens) has no padding to mask")
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, accepted is int32 (B + 1,)"
-            )
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):
+            raise ValueError(f"cu_seqlens: got {described(cu_seqlens)}, accepted is int32 (B + 1,)")
+        if cu_seqlens.shape[0] < 2:
+            raise ValueError("cu_seqlens: got an empty batch, accepted is int32 (B + 1,) with B >= 1")
+        if readable(cu_seqlens):
             if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != shape[0] or bool((cu_seqlens.diff() < 0).any()):
                 raise ValueError(
                     f"cu_seqlens: got {cu_seqlens.tolist()}, accepted is a non-decreasing table from 0 to {shape[0]}"
@@ -135,10 +137,9 @@ def _flatten(
 def _instruction_lens(lens: Tensor | None, batch: int, device: torch.device) -> Tensor:
     if lens is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
-    if not isinstance(lens, Tensor) or lens.shape != (batch,) or lens.dtype not in (torch.int32, torch.int64):
-        given = f"{lens.dtype} {tuple(lens.shape)}" if isinstance(lens, Tensor) else type(lens).__name__
-        raise ValueError(f"instruction_lens: got {given}, accepted is int32 ({batch},)")
-    if lens.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lens < 0).any()):
+    if not is_integer(lens, batch):
+        raise ValueError(f"instruction_lens: got {described(lens)}, accepted is int32 ({batch},)")
+    if readable(lens) and bool((lens < 0).any()):
         raise ValueError(f"instruction_lens: got {lens.tolist()}, accepted are values >= 0")
     return lens.to(device=device, dtype=torch.int64)
 

@@ -100,7 +100,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "cache longer than its slots": (ValueError, "cache_seqlens: got", cached(cache_seqlens=ints(6, 2))),
     "no room in the cache": (ValueError, "cache_seqlens: a sample has no room", cached(k=t(2, 3, 2, 32), v=t(2, 3, 2, 32))),
     "k without v": (ValueError, "k, v: give both", cached(k=t(2, 3, 2, 32))),
-    "k of another length": (ValueError, "k: got 1 rows", cached(k=t(2, 1, 2, 32), v=t(2, 1, 2, 32))),
+    "k of another length": (ValueError, "k, v: got", cached(k=t(2, 1, 2, 32), v=t(2, 1, 2, 32))),
+    "k of other heads than its cache": (ValueError, "k, v: got", cached(k=t(2, 3, 1, 32), v=t(2, 3, 1, 32))),
     "leftpad too large": (ValueError, "cache_leftpad: got", cached(cache_leftpad=ints(0, 9))),
 }  # fmt: skip
 

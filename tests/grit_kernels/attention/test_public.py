@@ -357,6 +357,22 @@ def test_new_states_are_written_behind_each_samples_own_length(backend: Backend)
     assert bool((out[0, 2] == 0).all())
 
 
+def test_a_full_cache_holds_the_new_states_whatever_rows_of_padding_come_with_them(backend: Backend) -> None:
+    new = torch.randn(3, 4, 2, 32, device=backend.device, requires_grad=True)
+    with torch.no_grad():
+        new[0, 2:], new[1] = float("nan"), float("nan")
+    k_cache, v_cache = (torch.full((3, 6, 2, 32), 7.0, device=backend.device) for _ in range(2))
+    used, rows = (torch.tensor(x, dtype=torch.int32, device=backend.device) for x in ([4, 6, 1], [2, 0, 4]))
+    with backend():
+        gk.switch_attention_with_kvcache(new, k_cache, v_cache, used, k=new, v=-new, seqlens_q=rows)
+    for b, (first, count) in enumerate(((4, 2), (6, 0), (1, 4))):
+        kept = torch.ones(6, dtype=torch.bool, device=backend.device)
+        kept[first : first + count] = False
+        assert torch.equal(k_cache[b, ~kept], new[b, :count]) and torch.equal(v_cache[b, ~kept], -new[b, :count])
+        assert bool((k_cache[b, kept] == 7).all()) and bool((v_cache[b, kept] == 7).all())
+    assert not k_cache.requires_grad, "the cache keeps no graph of all steps"
+
+
 def test_a_cache_stored_with_heads_first_is_read_in_place(backend: Backend) -> None:
     q = torch.randn(3, 2, 4, 32, device=backend.device)
     k_cache, v_cache = (torch.randn(3, 40, 2, 32, device=backend.device) for _ in range(2))

@@ -1,0 +1,21 @@
+"""What every argument check shares: how a message names what was given, and which values may be looked at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def described(x: object) -> str:
+    """A wrong argument as a message shows it: dtype and shape of a tensor, else the type."""
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def is_integer(x: object, *shape: int) -> bool:
+    """Whether ``x`` is an int32 or int64 tensor of this shape."""
+    return isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64) and tuple(x.shape) == shape
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be checked: reading them back would make a GPU wait and would break a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
