@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -98,11 +100,7 @@ CPU = (
 )
 CUDA = (
     Benchmark(
-        "attention_cuda",
-        "bench.attention",
-        "--device cuda --record {record} --plot {plot}",
-        "--device cuda --record {record} --plot {plot}",
-        240,
+        "attention_cuda", "bench.attention", "--device cuda --record {record}", "--device cuda --record {record}", 240
     ),
     Benchmark(
         "unified_cuda",
@@ -153,6 +151,20 @@ def ceilings(device: str) -> dict[str, float]:
     return {name: work[name] / seconds for name, seconds in middle.items()}
 
 
+def run_within(command: Sequence[str], limit: float | None) -> int | None:
+    """The command's exit code, None where it was stopped after ``limit`` seconds. What it has started is stopped with it: a
+    measurement of memory runs in a process of its own, and would disturb the next benchmark."""
+    process = subprocess.Popen(command, cwd=common.ROOT, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool, minutes: float | None) -> dict[str, str]:
     """Run what has not finished on this commit; returns what became of each."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,14 +186,12 @@ def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool, minute
             continue
         print(f"\n== {benchmark.name}", flush=True)
         start = time.monotonic()
-        try:
-            code = subprocess.run(
-                benchmark.command(folder, full), cwd=common.ROOT, timeout=limit, check=False
-            ).returncode
-            outcome[benchmark.name] = "ok" if code == 0 else f"failed with code {code}"
-        except subprocess.TimeoutExpired:
+        code = run_within(benchmark.command(folder, full), limit)
+        if code is None:
             outcome[benchmark.name] = f"stopped after {limit:.0f} s"
-        if outcome[benchmark.name] == "ok":
+        elif code:
+            outcome[benchmark.name] = f"failed with code {code}"
+        else:
             outcome[benchmark.name] = f"ok, {time.monotonic() - start:.0f} s"
             finished.add(benchmark.name)
             progress.write_text(json.dumps({"run": [commit, full], "finished": sorted(finished)}))

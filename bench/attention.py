@@ -21,7 +21,19 @@ import torch
 from bench import common
 from bench.attention_peers import NOT_ATTENTION, PEERS, Problem, Regime, unwindowed
 
-COLUMNS = ["regime", "variant", "ms", "tflops", "times_grit", "of_gemm", "gbps", "of_read", "of_copy", "prepare_ms"]
+COLUMNS = [
+    "regime",
+    "variant",
+    "ms",
+    "tflops",
+    "times_grit",
+    "of_gemm",
+    "gbps",
+    "of_read",
+    "of_copy",
+    "prepare_ms",
+    "note",
+]
 
 
 def same(name: str, length: int, count: int, causal: bool, shape: tuple[int, int, int], **options: Any) -> Regime:
@@ -64,13 +76,14 @@ def decode(name: str, batch: int, cache: int, shape: tuple[int, int, int]) -> Re
 
 def gpu_regimes() -> list[Regime]:
     large, small = (32, 8, 128), (32, 32, 64)
-    found = []
+    # the most valuable first: the time may not suffice for all
+    found = [mixed(f"mixed {share}% causal", 65536, share / 100, large) for share in (50, 0, 25, 75, 100)]
+    found.append(mixed("backward mixed 50% causal", 32768, 0.5, large, backward=True))
     for shape in (large, small):
         for length in (1024, 4096, 16384):
             for causal in (True, False):
                 mode = "causal" if causal else "bidirectional"
                 found.append(same(f"dense {mode} N{length} D{shape[2]}", length, 16384 // length, causal, shape))
-    found += [mixed(f"mixed {share}% causal", 65536, share / 100, large) for share in (0, 25, 50, 75, 100)]
     for window in (1024, 4096):
         for causal in (True, False):
             mode = "causal" if causal else "bidirectional"
@@ -79,7 +92,6 @@ def gpu_regimes() -> list[Regime]:
     for causal in (True, False):
         mode = "causal" if causal else "bidirectional"
         found.append(same(f"backward {mode} N8192 D128", 8192, 2, causal, large, backward=True))
-    found.append(mixed("backward mixed 50% causal", 32768, 0.5, large, backward=True))
     return found
 
 
@@ -104,24 +116,31 @@ def cpu_regimes() -> list[Regime]:
 
 
 def variants(problem: Problem, peers: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """What can solve the problem, each checked against this package (in the backward pass: its gradients)."""
+    """What can solve the problem, each checked against this package (in the backward pass: its gradients). A peer that fails,
+    for want of memory or of a kernel, is left out, and why is kept in ``problem.failures``."""
     found: dict[str, Callable[[], Any]] = {}
     expected: list[torch.Tensor] = []
     leaves = (problem.q, problem.k, problem.v)
     grad_out = torch.randn_like(problem.q)
     for name in peers:
-        run = PEERS[name](problem)
-        if run is None:
+        try:
+            run = PEERS[name](problem)
+            if run is None:
+                continue
+            if problem.regime.backward:
+                out = run()
+
+                def run(out: torch.Tensor = out) -> Any:
+                    return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+                results = list(run())
+            else:
+                results = [run()]
+        except RuntimeError as error:
+            if name == peers[0]:
+                raise
+            problem.failures[name] = f"{type(error).__name__}: {str(error)[:80]}".splitlines()[0]
             continue
-        if problem.regime.backward:
-            out = run()
-
-            def run(out: torch.Tensor = out) -> Any:
-                return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
-
-            results = list(run())
-        else:
-            results = [run()]
         if name not in NOT_ATTENTION:
             expected = expected or results
             for result, wanted in zip(results, expected, strict=True):
@@ -169,7 +188,10 @@ def measure(regime: Regime, device: str, peers: Sequence[str], repeats: int) -> 
         if name in problem.prepare_seconds:
             row["prepare_ms"] = problem.prepare_seconds[name] * 1e3
         rows.append(row)
-    return rows
+    return rows + [
+        {"regime": regime.name, "variant": name, "note": why, "dtype": str(regime.dtype)}
+        for name, why in problem.failures.items()
+    ]
 
 
 def draw(rows: list[dict[str, Any]], path: str | Path) -> None:

@@ -79,6 +79,8 @@ class Problem:
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
     prepare_seconds: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Error of each peer that could not solve the problem."""
 
     def __post_init__(self) -> None:
         r = self.regime
@@ -298,7 +300,9 @@ def flash_attn(p: Problem) -> Run | None:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # one graph per kind of problem; beyond the limit torch would run FlexAttention without compiling it, and say so only once
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def flex(p: Problem) -> Run | None:

@@ -9,16 +9,18 @@ shape, the median and all repeats in seconds.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,9 @@ def fresh_read_ceiling(size: float, pool_megabytes: int = 512) -> tuple[Callable
 
 
 def _command(*arguments: str) -> str:
+    """What a command prints; nothing where it fails or is not installed."""
+    if shutil.which(arguments[0]) is None:
+        return ""
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     return run.stdout.strip() if run.returncode == 0 else ""
 
@@ -203,6 +208,33 @@ def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(target)
     return target
+
+
+def kernel_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """The options of a benchmark of one kernel."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--record", help="file below bench/results")
+    parser.add_argument("--plot", help="file below bench/results")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    return parser
+
+
+def measure_shapes(
+    options: argparse.Namespace, shapes: Sequence[tuple[int, int, int]], measure: Callable[..., list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """``measure(device, shape, dtype, repeats)`` for every shape, first in bfloat16, then in float32. The record is written after
+    each, so an interrupted run keeps what it has."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in shapes:
+            rows += measure(options.device, shape, dtype, options.repeats)
+            if options.record:
+                write_records(options.record, rows)
+    return rows
 
 
 def _module_arguments() -> list[str]:

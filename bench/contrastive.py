@@ -11,7 +11,6 @@ inputs, and the growth of the peak, resident set on the CPU and allocated bytes 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import subprocess
@@ -26,7 +25,17 @@ from torch import Tensor
 
 import grit_kernels as gk
 from bench.bars import draw
-from bench.common import gemm_ceiling, interleave, medians, ratios, synchronizer, table, write_records
+from bench.common import (
+    gemm_ceiling,
+    interleave,
+    kernel_parser,
+    measure_shapes,
+    medians,
+    ratios,
+    synchronizer,
+    table,
+    write_records,
+)
 from bench.memory import growth
 
 COLUMNS = [
@@ -164,26 +173,16 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--record", help="file below bench/results")
+    parser = kernel_parser(__doc__, repeats=7)
     parser.add_argument("--large", action="store_true", help="also a step at a size whose scores do not fit")
-    parser.add_argument("--plot", help="file below bench/results")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    rows = []
     shapes = [(4096, 4096, 1024)] if options.device == "cpu" else [(2048, 4096, 4096), (32768, 65536, 4096)]
-    for shape in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
-            rows += measure(options.device, shape, dtype, options.repeats)
+    rows = measure_shapes(options, shapes, measure)
     if options.large:
         rows.append(large(options.device, torch.bfloat16))
+        if options.record:
+            write_records(options.record, rows)
     print(table(rows, COLUMNS))
-    if options.record:
-        write_records(options.record, rows)
     if options.plot:
         bars = [row for row in rows if row["variant"] != "gemm"]
         draw(

@@ -8,7 +8,6 @@ Forward and backward of hidden and weight; memory is the growth of the peak in a
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import grit_kernels as gk
 from bench.bars import draw
-from bench.common import gemm_ceiling, interleave, medians, ratios, synchronizer, table, write_records
+from bench.common import gemm_ceiling, interleave, kernel_parser, measure_shapes, medians, ratios, synchronizer, table
 from bench.memory import growth
 
 COLUMNS = ["variant", "dtype", "tokens", "hidden", "vocabulary", "milliseconds", "speedup", "error", "memory_mb"]
@@ -106,23 +105,10 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--record", help="file below bench/results")
-    parser.add_argument("--plot", help="file below bench/results")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = kernel_parser(__doc__, repeats=7).parse_args()
     shapes = [(1024, 576, 49152)] if options.device == "cpu" else [(8192, 4096, 32000), (8192, 4096, 128256)]
-    rows = []
-    for shape in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
-            rows += measure(options.device, shape, dtype, options.repeats)
+    rows = measure_shapes(options, shapes, measure)
     print(table(rows, COLUMNS))
-    if options.record:
-        write_records(options.record, rows)
     if options.plot:
         bars = [row for row in rows if row["variant"] != "gemm"]
         draw(

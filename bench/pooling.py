@@ -8,7 +8,6 @@ GPU: of a copy). Memory is how far a call raises the peak: its intermediate valu
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -16,7 +15,17 @@ from torch import Tensor
 
 import grit_kernels as gk
 from bench.bars import draw
-from bench.common import copy_ceiling, interleave, medians, ratios, read_ceiling, synchronizer, table, write_records
+from bench.common import (
+    copy_ceiling,
+    interleave,
+    kernel_parser,
+    measure_shapes,
+    medians,
+    ratios,
+    read_ceiling,
+    synchronizer,
+    table,
+)
 from bench.memory import growth
 
 COLUMNS = [
@@ -45,9 +54,8 @@ def masked_mean(padded: Tensor, mask: Tensor) -> Tensor:
     return (padded * weights).sum(1) / weights.sum(1)
 
 
-def measure(
-    device: str, tokens: int, hidden: int, samples: int, dtype: torch.dtype, repeats: int
-) -> list[dict[str, Any]]:
+def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    tokens, hidden, samples = shape
     length = tokens // samples
     starts = [i * length for i in range(samples + 1)]
     skips = [length // 8] * samples
@@ -94,25 +102,12 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--record", help="file below bench/results")
-    parser.add_argument("--plot", help="file below bench/results")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = kernel_parser(__doc__, repeats=11).parse_args()
     shapes = [(8192, 4096, 32), (8192, 4096, 4), (16384, 576, 64)]
     if options.device == "cuda":
         shapes += [(131072, 4096, 64)]
-    rows = []
-    for shape in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
-            rows += measure(options.device, *shape, dtype, options.repeats)
+    rows = measure_shapes(options, shapes, measure)
     print(table(rows, COLUMNS))
-    if options.record:
-        write_records(options.record, rows)
     if options.plot:
         bars = [row for row in rows if row["variant"] != "ceiling"]
         draw(

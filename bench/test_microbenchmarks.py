@@ -52,7 +52,7 @@ def time_attention(benchmark: Any, regime: Regime, name: str) -> None:
     with torch.set_grad_enabled(regime.backward):
         runs = attention.variants(problem, list(dict.fromkeys([ours, name])))
         if name not in runs:
-            pytest.skip(f"{name} does not support this problem here")
+            pytest.skip(f"{name} does not support this problem here {problem.failures.get(name, '')}")
         facts = {"flops": regime.flops(), "pairs": regime.pairs(), "tokens": sum(regime.k_lens)}
         timed(benchmark, regime.name, runs[name], **({} if name in NOT_ATTENTION else facts))
 

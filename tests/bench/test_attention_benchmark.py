@@ -73,6 +73,23 @@ def test_a_variant_that_computes_something_else_is_not_timed(monkeypatch: pytest
         attention.variants(Problem(SMALL, "cpu"), ["grit", "sdpa loop"])
 
 
+def test_a_peer_that_fails_is_a_row_that_says_why_and_this_package_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Problem) -> attention_peers.Run:
+        raise torch.OutOfMemoryError("out of memory\nmore about it")
+
+    monkeypatch.setitem(attention_peers.PEERS, "sdpa loop", broken)
+    with gk.backend("reference"):
+        rows = attention.measure(SMALL, "cpu", ["grit", "sdpa loop", "sdpa masked"], repeats=1)
+        assert {row["variant"]: row.get("note") for row in rows} == {
+            "grit": None,
+            "sdpa masked": None,
+            "sdpa loop": "OutOfMemoryError: out of memory",
+        }
+        monkeypatch.setitem(attention_peers.PEERS, "grit", broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            attention.measure(SMALL, "cpu", ["grit"], repeats=1)
+
+
 def test_a_kernel_that_this_torch_lacks_is_left_out_and_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, cudnn = Problem(SMALL, "cpu"), SDPBackend.CUDNN_ATTENTION
     assert attention_peers.sdpa_loop(problem, cudnn) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def test_an_interrupted_run_goes_on_with_what_has_not_finished(tmp_path: Path) -
     again = everything.run_all(jobs, tmp_path / "out", full=False, minutes=None)
     assert again["first"] == "done before" and not (tmp_path / "out" / "first").exists()
     assert json.loads((tmp_path / "out" / "progress.json").read_text())["finished"] == ["first"]
+
+
+def test_a_stopped_benchmark_takes_with_it_what_it_has_started(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    assert everything.run_within(["sh", "-c", f"(sleep 0.5; touch {late}) & sleep 30"], 0.1) is None
+    time.sleep(0.7)
+    assert not late.exists()
+    assert everything.run_within(["sh", "-c", "exit 3"], None) == 3
 
 
 @pytest.mark.parametrize("job", [*everything.CPU, *everything.CUDA], ids=lambda b: b.name)
