@@ -12,7 +12,7 @@ from torch import Tensor
 
 import grit_kernels as gk
 from tests.conftest import Backend
-from tests.grit_kernels.test_patch import IDS, MASKS, WINDOW, positions, tiny_model
+from tests.grit_kernels.tiny_mistral import IDS, MASKS, WINDOW, positions, tiny_model
 
 STEPS = 9
 # 14, 9, 3 and 13 real tokens: shorter and longer than the window of 6

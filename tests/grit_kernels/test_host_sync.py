@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grit_kernels as gk
-from tests.grit_kernels.test_patch import FLAGS, IDS, MASKS, tiny_model
+from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, tiny_model
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique_dim"}
 PACK = gk.SamplePack.from_mask(MASKS["right"], FLAGS)
