@@ -54,7 +54,8 @@ def _load(path: Path, what: str) -> LibraryStatus:
     return LibraryStatus(True, "", path)
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """True in a process started with TRITON_INTERPRET=1, where the Triton kernels run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -63,7 +64,7 @@ def status() -> LibraryStatus:
     global _cpu
     # a plain global and no functools.cache: torch.compile traces through this function
     if _cpu is None:
-        if _interpreting():
+        if interpreting():
             _cpu = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
         else:
             # GRIT_KERNELS_LIBRARY: another build of the CPU library, such as the one of `make asan`
@@ -77,7 +78,7 @@ def cuda_status() -> LibraryStatus:
     global _cuda
     if _cuda is None:
         path = FOLDER / "_C_cuda.so"
-        if _interpreting():
+        if interpreting():
             _cuda = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
         elif not torch.cuda.is_available():
             _cuda = LibraryStatus(False, "torch sees no CUDA device")

@@ -20,17 +20,13 @@ from typing import Any
 import torch
 
 from grit_kernels import _library
+from grit_kernels._library import interpreting
 
 BACKENDS = ("reference", "cpu", "triton")
 
 _forced: str | None = None
 _choices: dict[str, dict[str, str]] = {}
 _library_handle = torch.library.Library("grit_kernels", "FRAGMENT")
-
-
-def interpreting() -> bool:
-    """True in a process started with TRITON_INTERPRET=1, where the Triton kernels run on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @functools.cache
@@ -154,6 +150,18 @@ def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None,
         use("CUDA", "cuda (C++)", getattr(torch.ops.grit_kernels, cuda))
     else:
         fall_back("CUDA", "it has no Triton kernel" if triton is None else "the package triton is not installed")
+
+
+def refuse_double_backward(op: str, what: str) -> None:
+    """Make a second derivative through the backward op an error that says what to do."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{what} has no second derivative on the compiled backends; "
+            "use `with grit_kernels.backend('reference')` for double backward"
+        )
+
+    torch.library.register_autograd(f"grit_kernels::{op}", refuse)
 
 
 def _has_kernel(name: str, key: str) -> bool:

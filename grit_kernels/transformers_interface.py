@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.attention import packed_attention, rectangular_attention
+from grit_kernels.checks import described
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import UNLIMITED, window_bounds
 
@@ -227,6 +228,11 @@ def _padded_attention(
     batch, q_length = q.shape[:2]
     slots = k.shape[1]
     holes = None
+    if relative is not None and (relative.dtype != torch.int32 or relative.shape[2] != 1):
+        raise ValueError(
+            f"attention_mask: got {described(relative)}, accepted is a 2-D mask of padding: which keys a sample sees is "
+            "said by is_causal, or by a sample_pack with hi"
+        )
     if relative is None:
         first = torch.zeros(batch, dtype=torch.int32, device=q.device)
         end, rows = torch.full_like(first, slots), torch.full_like(first, q_length)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.attention import reference
-from grit_kernels.backend import define_op
+from grit_kernels.backend import define_op, refuse_double_backward
 
 _NUMBERS = (
     "Tensor q_start, Tensor q_len, Tensor k_start, Tensor k_len, Tensor left, Tensor right, Tensor? hi, "
@@ -63,12 +63,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return dq, dk, dv, *([None] * 13)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "switch attention has no second derivative on the compiled backends; "
-        "use `with grit_kernels.backend('reference')` for double backward"
-    )
-
-
 torch.library.register_autograd("grit_kernels::attention_forward", _backward, setup_context=_save)
-torch.library.register_autograd("grit_kernels::attention_backward", _refuse_double_backward)
+refuse_double_backward("attention_backward", "switch attention")

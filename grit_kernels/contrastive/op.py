@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels import _library
-from grit_kernels.backend import define_op, interpreting
+from grit_kernels.backend import define_op, interpreting, refuse_double_backward
 from grit_kernels.contrastive import chunked
 
 _INPUTS = "Tensor queries, Tensor passages, Tensor temperature, Tensor targets, Tensor? query_ids, Tensor? passage_ids"
@@ -105,14 +105,7 @@ def _step_backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]
     return found[0], found[1], found[2].reshape(temperature.shape), *[None] * 6
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "the contrastive loss has no second derivative on the compiled backends; "
-        "use `with grit_kernels.backend('reference')` for double backward"
-    )
-
-
 torch.library.register_autograd("grit_kernels::contrastive_forward", _backward, setup_context=_save)
-torch.library.register_autograd("grit_kernels::contrastive_backward", _refuse_double_backward)
 torch.library.register_autograd("grit_kernels::contrastive_step", _step_backward, setup_context=_save_step)
-torch.library.register_autograd("grit_kernels::contrastive_scale", _refuse_double_backward)
+refuse_double_backward("contrastive_backward", "the contrastive loss")
+refuse_double_backward("contrastive_scale", "the contrastive loss")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels import _library
+from grit_kernels.backend import refuse_double_backward
 
 CHUNK_BYTES = 64 << 20
 """Upper bound of the FP32 logits held at once; at a vocabulary of 49152 that is 341 rows."""
@@ -152,3 +153,4 @@ def _backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor) -> tuple[Tensor |
 
 
 forward.register_autograd(_backward, setup_context=_save)
+refuse_double_backward("linear_cross_entropy_backward", "linear_cross_entropy")

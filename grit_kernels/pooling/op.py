@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_kernels.backend import declare_op, define_op
+from grit_kernels.backend import declare_op, define_op, refuse_double_backward
 from grit_kernels.pooling import reference
 
 _NUMBERS = (
@@ -71,12 +71,5 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     return grad_hidden, None, None, None, None, grad_norm_weight.to(norm_weight.dtype), None
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "pooling has no second derivative on the compiled backends; "
-        "use `with grit_kernels.backend('reference')` for double backward"
-    )
-
-
 torch.library.register_autograd("grit_kernels::pool_forward", _backward, setup_context=_save)
-torch.library.register_autograd("grit_kernels::pool_backward", _refuse_double_backward)
+refuse_double_backward("pool_backward", "pooling")

@@ -308,6 +308,11 @@ def test_bad_arguments_are_refused_by_name(stock: Any, model: Any) -> None:
         ({"is_causal": torch.tensor([True])}, r"is_causal: got torch.bool \(1,\)"),
         ({"is_causal": torch.tensor([1, 0, 1, 0])}, "is_causal: got torch.int64"),
         ({"is_causal": "yes"}, "is_causal: got 'yes'"),
+        (
+            {"attention_mask": torch.ones(4, 1, 14, 14, dtype=torch.bool)},
+            r"attention_mask: got torch.bool \(4, 1, 14, 14\)",
+        ),
+        ({"attention_mask": torch.zeros(4, 1, 14, 14)}, r"attention_mask: got torch.float32"),
         ({"sample_pack": pack}, r"input_ids: got shape \(4, 14\), the sample_pack wants \(1, 14\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -219,6 +219,8 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "target of another group": ("targets: with in_batch", call(targets=torch.tensor([0, 1]), in_batch_negatives=False)),
     "weights shape": ("weights: got shape", call(weights=torch.ones(3))),
     "ids shape": ("mask_ids: got shapes", call(mask_ids=(torch.ones(2), torch.ones(3)))),
+    "weights on another device": ("weights: is on meta", call(weights=torch.ones(2, device="meta"))),
+    "ids on another device": ("mask_ids: is on meta", call(mask_ids=(torch.ones(2), torch.ones(4, device="meta")))),
     "reduction": ("reduction: got 'max'", call(reduction="max")),
     "gradient scale": ("gradient_scale: got 'half'", call(gradient_scale="half")),
 }

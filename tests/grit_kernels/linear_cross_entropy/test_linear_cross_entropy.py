@@ -65,6 +65,21 @@ def test_losses_and_gradients_equal_cross_entropy(
     assert bool((found[0][ignored] == 0).all()) and bool((found[1][ignored] == 0).all())
 
 
+def test_a_second_derivative_is_refused_with_what_to_do() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    losses = gk.linear_cross_entropy(hidden.requires_grad_(), weight, labels)
+    (grad,) = torch.autograd.grad(losses.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*reference"):
+        grad.sum().backward()
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    hidden, weight, labels = problem(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = gk.linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(losses, gk.linear_cross_entropy(hidden, weight, labels)) and losses.dtype == torch.float64
+
+
 def test_float64_passes_gradcheck() -> None:
     hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))
     labels = torch.tensor([0, 6, -100, 3, 3])
@@ -132,6 +147,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "weight dtype": (TypeError, "lm_head_weight: got torch.bfloat16", lambda: gk.linear_cross_entropy(H, W.bfloat16(), L)),
     "labels shape": (ValueError, "labels: got", lambda: gk.linear_cross_entropy(H, W, L[:2])),
     "labels dtype": (ValueError, "labels: got torch.int32", lambda: gk.linear_cross_entropy(H, W, L.int())),
+    "labels no tensor": (ValueError, "labels: got list", lambda: gk.linear_cross_entropy(H, W, [0, 1, 2])),  # type: ignore[arg-type]
+    "labels on another device": (ValueError, "labels: is on meta", lambda: gk.linear_cross_entropy(H, W, L.to("meta"))),
     "label outside": (ValueError, r"labels: got values in 0\.\.5", lambda: gk.linear_cross_entropy(H, W, OUTSIDE)),
     "negative softcap": (ValueError, "softcap: got -1", lambda: gk.linear_cross_entropy(H, W, L, softcap=-1.0)),
 }  # fmt: skip
