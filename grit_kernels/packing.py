@@ -105,7 +105,7 @@ class SamplePack:
     ) -> SamplePack:
         """The pack of a padded batch: ``attention_mask`` (B, T) is non-zero at real tokens; left padding and holes are fine.
 
-        One host sync (the number of tokens is read). ``causal``: bool or bool (B).
+        Lengths and flags are read back from the device, once for all layers. ``causal``: bool or bool (B).
         """
         if attention_mask.ndim != 2:
             raise ValueError(f"attention_mask: got {tuple(attention_mask.shape)}, accepted is (B, T)")
@@ -120,7 +120,7 @@ class SamplePack:
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, causal: bool | Tensor = True) -> SamplePack:
         """The pack behind flattened input without a mask: ``position_ids`` (B, T), where a sample starts wherever a position
-        does not follow its left neighbour (transformers' convention). One host sync.
+        does not follow its left neighbour (transformers' convention). They are read back from the device.
 
         ``causal``: bool, or bool (B), the flag of each row's samples.
         """

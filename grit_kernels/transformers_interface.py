@@ -242,7 +242,7 @@ def _padded_attention(
         if holes is not None:
             q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
         if first.shape[0] != batch:  # a mask of one row serves the whole batch
-            first, end, rows = (x.expand(batch) for x in (first, end, rows))
+            first, end, rows = (x.expand(batch).contiguous() for x in (first, end, rows))
     out = rectangular_attention(q, k, v, causal, window, rows, first, end, softmax_scale=scaling, softcap=softcap)
     return out if holes is None else _reorder(out, holes.rows_back)
 

@@ -97,14 +97,14 @@ def staircase(hi: Tensor | None, shape: tuple[int, ...], device: torch.device) -
 def length_tensor(
     name: str, lengths: Tensor | None, batch: int, limit: int, device: torch.device, default: int | None = None
 ) -> Tensor:
-    """``lengths`` as int32 (B) on ``device``; values within 0..limit are checked where they lie on the CPU."""
+    """``lengths`` as contiguous int32 (B) on ``device``; values within 0..limit are checked where they lie on the CPU."""
     if lengths is None:
         return torch.full((batch,), limit if default is None else default, dtype=torch.int32, device=device)
     if not is_integer(lengths, batch):
         raise ValueError(f"{name}: got {described(lengths)}, accepted is int32 ({batch},)")
     if readable(lengths) and bool(((lengths < 0) | (lengths > limit)).any()):
         raise ValueError(f"{name}: got {lengths.tolist()}, accepted are values in 0..{limit}")
-    return lengths.to(device=device, dtype=torch.int32)
+    return lengths.to(device=device, dtype=torch.int32).contiguous()
 
 
 def check_lengths(

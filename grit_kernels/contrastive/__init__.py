@@ -93,7 +93,7 @@ def contrastive_loss(
     if weights is not None and weights.shape != (count,):
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, accepted is ({count},)")
     ids = None if mask_ids is None else _comparable(*mask_ids)
-    targets = targets.to(device=queries.device, dtype=torch.int64)
+    targets = targets.to(device=queries.device, dtype=torch.int64).contiguous()
     # with known coefficients the gradients are computed on the way, without them by a backward pass of its own
     coefficients = None
     if reduction != "none" and _computes_gradients_early(queries, passages, weights):
@@ -123,10 +123,10 @@ def _computes_gradients_early(queries: Tensor, passages: Tensor, weights: Tensor
 
 
 def _coefficients(weights: Tensor | None, count: int, reduction: str) -> Tensor:
-    """float32 (Q) on the CPU: what each query's loss is multiplied with."""
+    """float32 (Q), contiguous: what each query's loss is multiplied with."""
     if weights is None:
         return torch.full((count,), 1.0 if reduction == "sum" else 1.0 / count)
-    weights = weights.float()
+    weights = weights.float().contiguous()
     return weights if reduction == "sum" else weights / weights.sum()
 
 
@@ -161,7 +161,8 @@ def _losses(
 
 
 def _comparable(query_ids: Tensor, passage_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids as int64: equal exactly where the given ones are."""
+    """The ids as int64, contiguous: equal exactly where the given ones are."""
+    query_ids, passage_ids = query_ids.contiguous(), passage_ids.contiguous()
     if query_ids.is_floating_point() or passage_ids.is_floating_point():
         # adding 0 makes one zero of both; equal floats have equal bits then
         return (query_ids.double() + 0.0).view(torch.int64), (passage_ids.double() + 0.0).view(torch.int64)

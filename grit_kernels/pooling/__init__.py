@@ -67,11 +67,13 @@ def pool(
         raise ValueError(f"empty: got {empty!r}, accepted are 'error' and 'zeros'")
     if not (math.isfinite(norm_eps) and norm_eps >= 0):
         raise ValueError(f"norm_eps: got {norm_eps}, accepted is a finite number >= 0")
-    if norm_weight is not None and (norm_weight.shape != hidden.shape[1:] or norm_weight.device != hidden.device):
-        raise ValueError(
-            f"norm_weight: got {tuple(norm_weight.shape)} on {norm_weight.device}, "
-            f"accepted is ({hidden.shape[1]},) on {hidden.device}"
-        )
+    if norm_weight is not None:
+        if norm_weight.shape != hidden.shape[1:] or norm_weight.device != hidden.device:
+            raise ValueError(
+                f"norm_weight: got {tuple(norm_weight.shape)} on {norm_weight.device}, "
+                f"accepted is ({hidden.shape[1]},) on {hidden.device}"
+            )
+        norm_weight = norm_weight.contiguous()
     skip = _instruction_lens(instruction_lens, starts.shape[0] - 1, hidden.device)
     weights, row_start, row_end, denominators = _pooling_weights(starts, real, skip, method, hidden.shape[0])
     if empty == "error" and readable(denominators):
@@ -119,7 +121,8 @@ def _flatten(
                 raise ValueError(
                     f"cu_seqlens: got {cu_seqlens.tolist()}, accepted is a non-decreasing table from 0 to {shape[0]}"
                 )
-        return hidden_states.contiguous(), cu_seqlens.to(hidden_states.device, torch.int64), None
+        rows = hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()
+        return rows, cu_seqlens.to(hidden_states.device, torch.int64), None
     if hidden_states.ndim != 3 or shape[0] == 0:
         raise ValueError(
             f"hidden_states: got shape {shape}, accepted are (B, T, hidden), or (tokens, hidden) with cu_seqlens"

@@ -218,6 +218,15 @@ def test_an_upper_bound_of_the_lengths_changes_nothing(backend: Backend) -> None
     torch.testing.assert_close(a, b)
 
 
+def test_lengths_of_any_stride_are_accepted(backend: Backend) -> None:
+    q, k, v = (torch.randn(2, 9, 2, 32, device=backend.device) for _ in range(3))
+    lengths = torch.tensor([[9, 4], [5, 7]], dtype=torch.int32, device=backend.device)
+    plain = {"seqlens_q": lengths[:, 0].contiguous(), "seqlens_k": lengths[:, 1].contiguous()}
+    with backend():
+        found = gk.switch_attention(q, k, v, False, seqlens_q=lengths[:, 0], seqlens_k=lengths[:, 1])
+        assert torch.equal(found, gk.switch_attention(q, k, v, False, **plain))
+
+
 def test_strided_views_of_a_fused_projection_equal_contiguous_tensors(backend: Backend) -> None:
     fused = torch.randn(2, 9, 6, 32, device=backend.device)
     q, k, v = fused[:, :, :2], fused[:, :, 2:4], fused[:, :, 4:]

@@ -108,6 +108,27 @@ def test_rows_of_any_stride_are_accepted_and_padding_between_them_is_not_read(ba
         assert torch.equal(gk.contrastive_loss(q, p), gk.contrastive_loss(q.contiguous(), p.contiguous()))
 
 
+def test_targets_ids_and_weights_of_any_stride_are_accepted(backend: Backend) -> None:
+    q, p = (torch.randn(n, 16, device=backend.device, requires_grad=True) for n in (6, 12))
+    table = torch.stack([torch.arange(6) * 2 + 1, torch.arange(6) % 3], dim=1).to(backend.device)
+    passage_ids = torch.randint(0, 3, (12, 2), device=backend.device)[:, 1]
+    weights = torch.rand(6, 2, device=backend.device)[:, 0]
+    assert not table[:, 0].is_contiguous()
+    with backend():
+        strided, plain = (
+            gk.contrastive_loss(
+                *(q, p),
+                temperature=4.0,
+                targets=take(table[:, 0]),
+                mask_ids=(take(table[:, 1]), take(passage_ids)),
+                weights=take(weights),
+                reduction="sum",
+            )
+            for take in (lambda x: x, torch.Tensor.contiguous)
+        )
+        assert torch.equal(strided, plain)
+
+
 def test_opcheck_accepts_both_ops_and_a_second_derivative_is_refused(backend: Backend) -> None:
     if not backend.is_op:
         return

@@ -130,6 +130,15 @@ def test_fusing_the_norm_equals_norming_first(backend: Backend) -> None:
         torch.testing.assert_close(gk.pool(hidden, norm_weight=weight, norm_eps=1e-5), gk.pool(normed))
 
 
+def test_a_norm_weight_and_hidden_states_of_any_stride_are_accepted(backend: Backend) -> None:
+    wide = torch.randn(7, 48, device=backend.device)
+    hidden, weight = wide[:, 8:24], torch.randn(16, 2, device=backend.device)[:, 0]
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32, device=backend.device)
+    with backend():
+        expected = gk.pool(hidden.contiguous(), cu_seqlens=cu, norm_weight=weight.contiguous())
+        assert torch.equal(gk.pool(hidden, cu_seqlens=cu, norm_weight=weight), expected)
+
+
 def test_permuting_samples_permutes_vectors_and_normalised_ones_have_length_one(backend: Backend) -> None:
     hidden = torch.randn(4, 6, 32, device=backend.device)
     mask = (torch.arange(6)[None] < torch.tensor([[6], [1], [3], [5]])).to(backend.device)
