@@ -89,7 +89,7 @@ def switch_attention(
         v,
         (q_len, torch.zeros_like(k_len), k_len),
         window_bounds(flags, window_argument(window_size, batch), max_q, max_k),
-        staircase(hi, (batch, max_q), device),
+        staircase(hi, (batch, max_q), device, q_len),
         scale,
         cap,
     )
@@ -141,7 +141,7 @@ def switch_attention_varlen(
         v,
         (starts_q, q_len, starts_k, k_len),
         window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k),
-        staircase(hi, (tokens_q,), device),
+        staircase(hi, (tokens_q,), device, q_len, starts_q),
         (0, 0, max_seqlen_q, max_seqlen_k),
         *check_softmax_options(softmax_scale, softcap, dim),
     )
@@ -190,7 +190,7 @@ def switch_attention_with_kvcache(
         raise ValueError("k, v: give both or none of them")
     leftpad = length_tensor("cache_leftpad", cache_leftpad, batch, slots, device, default=0)
     bounds = window_bounds(causal_flags(causal, batch, device), window_argument(window_size, batch), max_q, slots)
-    steps = staircase(hi, (batch, max_q), device)
+    steps = staircase(hi, (batch, max_q), device, q_len)
     options = check_softmax_options(softmax_scale, softcap, dim)
     # nothing is written before everything is checked
     with torch.no_grad():

@@ -83,15 +83,36 @@ def window_argument(window_size: tuple[int, int] | Tensor, batch: int) -> tuple[
     return left, right
 
 
-def staircase(hi: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Check ``hi`` and flatten it to int32 (rows)."""
+def staircase(
+    hi: Tensor | None, shape: tuple[int, ...], device: torch.device, q_len: Tensor, q_start: Tensor | None = None
+) -> Tensor | None:
+    """Check ``hi`` and flatten it to int32 (rows). ``q_start``: first row of each sample, None for ``shape`` (B, T).
+
+    That it never falls inside a sample is checked where it lies on the CPU: kernels bisect it.
+    """
     if hi is None:
         return None
     if not is_integer(hi, *shape):
         raise ValueError(f"hi: got {described(hi)}, accepted is int32 {shape}")
     if hi.device != device:
         raise ValueError(f"hi: is on {hi.device}, q is on {device}")
-    return hi.reshape(-1).to(torch.int32).contiguous()
+    flat = hi.reshape(-1).to(torch.int32).contiguous()
+    if readable(flat) and flat.numel():
+        if q_start is None:
+            q_start = torch.arange(shape[0]) * shape[1]
+        lower = (flat[1:] < flat[:-1]).nonzero()[
+            :, 0
+        ] + 1  # rows that see less than the row before, often of another sample
+        sample = torch.searchsorted(q_start, lower.to(q_start.dtype), right=True) - 1
+        row = lower - q_start[sample]
+        inside = (row > 0) & (row < q_len[sample])
+        if bool(inside.any()):
+            first = int(inside.nonzero()[0])
+            raise ValueError(
+                f"hi: got a value at row {int(row[first])} of sample {int(sample[first])} below the one before it, "
+                "accepted are values that never decrease"
+            )
+    return flat
 
 
 def length_tensor(

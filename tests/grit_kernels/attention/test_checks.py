@@ -79,6 +79,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "window tensor below -1": (ValueError, "window_size: got an entry", dense(window_size=torch.tensor([[0, -2], [0, 0]]))),
     "hi of another shape": (ValueError, "hi: got", dense(hi=ints(1, 2))),
     "hi of floats": (ValueError, "hi: got", dense(hi=t(2, 3))),
+    "hi that falls": (ValueError, "hi: got a value at row 1 of sample 1", dense(hi=torch.tensor([[4, 5, 5], [3, 2, 3]]))),
+    "packed hi that falls": (ValueError, "hi: got a value at row 1 of sample 0", varlen(hi=ints(2, 1, 1))),
     "hi on another device": (ValueError, "hi: is on meta", dense(hi=torch.zeros(2, 3, dtype=torch.int32, device="meta"))),
     "seqlens_q too long": (ValueError, "seqlens_q: got", dense(seqlens_q=ints(3, 4))),
     "seqlens_k negative": (ValueError, "seqlens_k: got", dense(seqlens_k=ints(-1, 4))),
@@ -118,6 +120,12 @@ def test_float64_is_refused_outside_the_reference_backend() -> None:
         assert gk.switch_attention(q, q, q, True).dtype == torch.float64
     with pytest.raises(TypeError, match="^q: got torch.float64.*reference"):
         gk.switch_attention(q, q, q, True)
+
+
+def test_a_staircase_may_fall_between_samples_and_in_padding() -> None:
+    with gk.backend("reference"):
+        varlen(hi=ints(1, 3, 1))()
+        dense(hi=torch.tensor([[4, 5, 0], [3, 3, 3]]), seqlens_q=ints(2, 3))()
 
 
 def test_good_input_of_these_cases_is_accepted() -> None:

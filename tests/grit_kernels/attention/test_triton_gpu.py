@@ -18,7 +18,9 @@ TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_call_equals_the_reference_forward_and_backward(seed: int) -> None:
-    dtype = list(TOLERANCE)[seed % len(TOLERANCE)]  # every seed compiles kernels of its own, so no seed takes all dtypes
+    dtype = list(TOLERANCE)[
+        seed % len(TOLERANCE)
+    ]  # every seed compiles kernels of its own, so no seed takes all dtypes
     call = draw_call(
         random.Random(seed).choice,
         lengths=(0, 1, 5, 64, 129, 300, 700),
