@@ -136,7 +136,7 @@ def variants(problem: Problem, peers: Sequence[str]) -> dict[str, Callable[[], A
                 results = list(run())
             else:
                 results = [run()]
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             if name == peers[0]:
                 raise
             problem.failures[name] = f"{type(error).__name__}: {str(error)[:80]}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""What every argument check shares: how a message names what was given, and which values may be looked at."""
+"""What the public functions share to check arguments: how a message names them, which values may be looked at, their layout."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def is_integer(x: object, *shape: int) -> bool:
 def readable(x: Tensor) -> bool:
     """Whether values may be checked: reading them back would make a GPU wait and would break a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x`` with a contiguous last dimension, which every kernel wants; other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()

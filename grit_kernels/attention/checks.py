@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from grit_kernels.checks import described, is_integer, readable
+from grit_kernels.checks import dense_rows, described, is_integer, readable
 from grit_kernels.precision import autocast_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -45,8 +45,7 @@ def check_qkv(
             raise ValueError(f"{names[1]}: got batch {k.shape[0]}, q has {q.shape[0]}")
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q: got {q.shape[-2]} heads, accepted are multiples of {names[1]}'s {k.shape[-2]}")
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    return q, k, v
+    return dense_rows(q), dense_rows(k), dense_rows(v)
 
 
 def causal_flags(causal: bool | Tensor, batch: int, device: torch.device) -> Tensor:
@@ -100,9 +99,8 @@ def staircase(
     if readable(flat) and flat.numel():
         if q_start is None:
             q_start = torch.arange(shape[0]) * shape[1]
-        lower = (flat[1:] < flat[:-1]).nonzero()[
-            :, 0
-        ] + 1  # rows that see less than the row before, often of another sample
+        # rows that see less than the row before; most of them are first rows
+        lower = (flat[1:] < flat[:-1]).nonzero()[:, 0] + 1
         sample = torch.searchsorted(q_start, lower.to(q_start.dtype), right=True) - 1
         row = lower - q_start[sample]
         inside = (row > 0) & (row < q_len[sample])

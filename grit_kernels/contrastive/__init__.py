@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import forced_backend, use_reference
-from grit_kernels.checks import described, is_integer, readable
+from grit_kernels.checks import dense_rows, described, is_integer, readable
 from grit_kernels.contrastive import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.contrastive import reference
 
@@ -152,7 +152,7 @@ def _losses(
         divisor = temperature.to(device=device, dtype=torch.float32)
     else:
         divisor = torch.full((), temperature, dtype=torch.float32, device=device)
-    given = (queries, passages, divisor, targets, *(mask_ids or (None, None)))
+    given = (dense_rows(queries), dense_rows(passages), divisor, targets, *(mask_ids or (None, None)))
     if coefficients is not None:
         loss, best, *_ = torch.ops.grit_kernels.contrastive_step(*given, coefficients, in_batch_negatives, normalize)
         return loss, best == targets

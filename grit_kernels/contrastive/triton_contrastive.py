@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.checks import dense_rows
 from grit_kernels.contrastive.chunked import chunks, row_scales, unscaled_gradient
 from grit_kernels.triton_launch import architecture, dot, on_device, processor_count, upcast_operands
 
@@ -226,7 +227,7 @@ def _tile(queries: Tensor, passage_ids: Tensor | None, passage_scale: Tensor | N
 def _rows(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"queries, passages: got {x.dtype}, accepted are float32, bfloat16 and float16")
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return dense_rows(x)
 
 
 def contrastive_forward(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grit_kernels import _library
 from grit_kernels.backend import refuse_double_backward
+from grit_kernels.checks import dense_rows
 
 CHUNK_BYTES = 64 << 20
 """Upper bound of the FP32 logits held at once; at a vocabulary of 49152 that is 341 rows."""
@@ -37,10 +38,6 @@ def _use_contrastive(hidden: Tensor, softcap: float | None) -> bool:
     return softcap is None and hidden.device.type == "cpu" and hidden.shape[0] > 0 and _library.status().loaded
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
@@ -54,7 +51,14 @@ def forward(
     if _use_contrastive(hidden, softcap):
         used = labels != ignore_index
         each, positive, *_ = torch.ops.grit_kernels.contrastive_forward(
-            _rows(hidden), _rows(weight), torch.ones(()), torch.where(used, labels, 0), None, None, True, False
+            dense_rows(hidden),
+            dense_rows(weight),
+            torch.ones(()),
+            torch.where(used, labels, 0),
+            None,
+            None,
+            True,
+            False,
         )
         return torch.where(used, each, 0.0), each + positive
     losses = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
@@ -88,7 +92,7 @@ def backward(
     if need_hidden and need_weight and _use_contrastive(hidden, softcap):
         # exp(logit - lse) is the softmax: lse stands for the positive score, 0 for the loss relative to it
         arguments = (torch.ones(()), torch.where(used, labels, 0), None, None, torch.zeros_like(lse), lse, True, False)
-        return torch.ops.grit_kernels.contrastive_backward(scale, _rows(hidden), _rows(weight), *arguments)
+        return torch.ops.grit_kernels.contrastive_backward(scale, dense_rows(hidden), dense_rows(weight), *arguments)
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32, device=weight.device)
     step = _chunk_rows(weight.shape[0])

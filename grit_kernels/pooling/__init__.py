@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import use_reference
-from grit_kernels.checks import described, is_integer, readable
+from grit_kernels.checks import dense_rows, described, is_integer, readable
 from grit_kernels.pooling import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.pooling import reference
 from grit_kernels.visibility import sample_ids
@@ -121,8 +121,7 @@ def _flatten(
                 raise ValueError(
                     f"cu_seqlens: got {cu_seqlens.tolist()}, accepted is a non-decreasing table from 0 to {shape[0]}"
                 )
-        rows = hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()
-        return rows, cu_seqlens.to(hidden_states.device, torch.int64), None
+        return dense_rows(hidden_states), cu_seqlens.to(hidden_states.device, torch.int64), None
     if hidden_states.ndim != 3 or shape[0] == 0:
         raise ValueError(
             f"hidden_states: got shape {shape}, accepted are (B, T, hidden), or (tokens, hidden) with cu_seqlens"
@@ -134,7 +133,7 @@ def _flatten(
             raise ValueError(f"attention_mask: got {tuple(attention_mask.shape)}, accepted is {(batch, length)}")
         real = attention_mask.to(hidden_states.device).reshape(-1) != 0
     starts = torch.arange(batch + 1, device=hidden_states.device) * length
-    return hidden_states.reshape(batch * length, shape[2]), starts, real
+    return dense_rows(hidden_states.reshape(batch * length, shape[2])), starts, real
 
 
 def _instruction_lens(lens: Tensor | None, batch: int, device: torch.device) -> Tensor:

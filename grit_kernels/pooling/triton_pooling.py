@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.checks import dense_rows
 from grit_kernels.triton_launch import on_device, processor_count
 
 MAX_HIDDEN_WITH_NORM = 32768
@@ -135,7 +136,7 @@ def pool_forward(
     norm_eps: float,
 ) -> Tensor:
     """Arguments as in reference.pool_forward; out float32 (B, C)."""
-    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    hidden = dense_rows(hidden)
     rows, hidden_size = hidden.shape
     samples = row_start.shape[0]
     tile_rows, block, warps = _tile(hidden_size, norm_weight is not None, FORWARD_VALUES)
@@ -164,7 +165,7 @@ def pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in reference.pool_backward; the samples' row ranges must be in order and must not overlap."""
     grad_out = grad_out.contiguous()
-    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    hidden = dense_rows(hidden)
     rows, hidden_size = hidden.shape
     samples = row_start.shape[0]
     has_norm = norm_weight is not None

@@ -137,6 +137,11 @@ def test_a_norm_weight_and_hidden_states_of_any_stride_are_accepted(backend: Bac
     with backend():
         expected = gk.pool(hidden.contiguous(), cu_seqlens=cu, norm_weight=weight.contiguous())
         assert torch.equal(gk.pool(hidden, cu_seqlens=cu, norm_weight=weight), expected)
+        columns = hidden.T.contiguous().T
+        assert torch.equal(gk.pool(columns, cu_seqlens=cu, norm_weight=weight), expected)
+        assert torch.equal(
+            gk.pool(columns[None], norm_weight=weight), gk.pool(hidden[None].contiguous(), norm_weight=weight)
+        )
 
 
 def test_permuting_samples_permutes_vectors_and_normalised_ones_have_length_one(backend: Backend) -> None:
