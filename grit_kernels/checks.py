@@ -16,6 +16,12 @@ def is_integer(x: object, *shape: int) -> bool:
     return isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64) and tuple(x.shape) == shape
 
 
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """ValueError unless ``x`` is on ``device``."""
+    if x.device != device:
+        raise ValueError(f"{name}: is on {x.device}, accepted is {device}, where the first argument is")
+
+
 def readable(x: Tensor) -> bool:
     """Whether values may be checked: reading them back would make a GPU wait and would break a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

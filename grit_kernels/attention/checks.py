@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from grit_kernels.checks import dense_rows, described, is_integer, readable
+from grit_kernels.checks import check_device, dense_rows, described, is_integer, readable
 from grit_kernels.precision import autocast_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,8 +29,7 @@ def check_qkv(
             raise TypeError(f"{name}: got {x.dtype}, accepted are float32, bfloat16, float16")
         if x.dtype != q.dtype and autocast_dtype(q.device) is None:
             raise TypeError(f"{name}: got {x.dtype}, q has {q.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: is on {x.device}, q is on {q.device}")
+        check_device(name, x, q.device)
     dim = q.shape[-1]
     if dim % 8 or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: got head dim {dim}, accepted are multiples of 8 in {MIN_HEAD_DIM}..{MAX_HEAD_DIM}")
@@ -93,8 +92,7 @@ def staircase(
         return None
     if not is_integer(hi, *shape):
         raise ValueError(f"hi: got {described(hi)}, accepted is int32 {shape}")
-    if hi.device != device:
-        raise ValueError(f"hi: is on {hi.device}, q is on {device}")
+    check_device("hi", hi, device)
     flat = hi.reshape(-1).to(torch.int32).contiguous()
     if readable(flat) and flat.numel():
         if q_start is None:

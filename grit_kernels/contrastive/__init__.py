@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import forced_backend, use_reference
-from grit_kernels.checks import dense_rows, described, is_integer, readable
+from grit_kernels.checks import check_device, dense_rows, described, is_integer, readable
 from grit_kernels.contrastive import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.contrastive import reference
 
@@ -72,9 +72,10 @@ def contrastive_loss(
             f"passages: got {passages.shape[0]} rows for {queries.shape[0]} queries, accepted is a whole multiple of the "
             "queries, or explicit targets"
         )
-    for name, x in (("weights", weights), *(("mask_ids", ids) for ids in mask_ids or ())):
-        if x is not None and x.device != queries.device:
-            raise ValueError(f"{name}: is on {x.device}, queries are on {queries.device}")
+    if weights is not None:
+        check_device("weights", weights, queries.device)
+    for ids_of_rows in mask_ids or ():
+        check_device("mask_ids", ids_of_rows, queries.device)
     if process_group is not None:
         from grit_kernels.contrastive.distributed import gather
 

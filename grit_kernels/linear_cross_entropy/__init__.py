@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import use_reference
-from grit_kernels.checks import described, readable
+from grit_kernels.checks import check_device, described, readable
 from grit_kernels.linear_cross_entropy import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.linear_cross_entropy import reference
 from grit_kernels.precision import autocast_dtype
@@ -47,9 +47,8 @@ def linear_cross_entropy(
         )
     if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels: got {described(labels)}, accepted is torch.int64 ({hidden.shape[0]},)")
-    for name, x in (("lm_head_weight", lm_head_weight), ("labels", labels)):
-        if x.device != hidden.device:
-            raise ValueError(f"{name}: is on {x.device}, hidden is on {hidden.device}")
+    check_device("lm_head_weight", lm_head_weight, hidden.device)
+    check_device("labels", labels, hidden.device)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: got {softcap}, accepted are None and a finite number > 0")
     dtype = autocast_dtype(hidden.device)
