@@ -17,7 +17,7 @@ import torch
 
 from python_model.decoding import Sampling, decode
 from python_model.modeling import GritLM
-from python_model.prompts import chat_prompt
+from python_model.prompts import chat_prompt, encode_prompt
 from python_model.rag.states import TextStates, from_cache
 
 ChatFormat = Literal["grit", "template"]
@@ -38,9 +38,8 @@ def eos_token_ids(model: GritLM) -> list[int]:
 
 
 def prompt_ids(model: GritLM, text: str, *, bos: bool = True) -> list[int]:
-    """Token ids of a formatted prompt; special tokens spelled out in it stay plain text."""
-    ids = list(model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    return [model.tokenizer.bos_token_id, *ids] if bos and model.tokenizer.bos_token_id is not None else ids
+    """:func:`python_model.prompts.encode_prompt` with the model's tokenizer."""
+    return encode_prompt(model.tokenizer, text, bos=bos)
 
 
 def conversation_ids(

@@ -76,14 +76,25 @@ def embed_instruction(instruction: str, *, format: Format = "grit") -> str:
 
 
 def chat_prompt(turns: Sequence[str]) -> str:
-    """The prompt that asks for the next assistant reply: ``turns`` alternates user, assistant, .., user. Without BOS."""
+    """The prompt that asks for the next assistant reply: ``turns`` alternates user, assistant, .., user. Without BOS.
+
+    Earlier replies are stripped and end in TURN_END, which :func:`encode_prompt` turns into the EOS they were learned with.
+    """
     if len(turns) % 2 == 0:
         raise ValueError(f"turns: got {len(turns)}, accepted is an odd number that ends with a user turn")
     parts = []
     for index, turn in enumerate(turns):
-        role = USER if index % 2 == 0 else ASSISTANT
-        parts.append(f"{role}{escape(turn)}")
+        parts.append(f"{ASSISTANT}{escape(turn.strip())}{TURN_END}" if index % 2 else f"{USER}{escape(turn)}")
     return TURN_SEPARATOR.join(parts) + TURN_SEPARATOR + ASSISTANT
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, bos: bool = True) -> list[int]:
+    """Token ids of a formatted prompt: TURN_END is the tokenizer's EOS, special tokens spelled out stay plain text."""
+    ids = _bos(tokenizer) if bos else []
+    *closed, last = prompt.split(TURN_END)
+    for part in closed:
+        ids += [*_tokenize(tokenizer, part)[0], _eos(tokenizer)]
+    return ids + _tokenize(tokenizer, last)[0]
 
 
 def encode_text(

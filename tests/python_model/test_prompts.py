@@ -12,10 +12,12 @@ from python_model.prompts import (
     ASSISTANT,
     EMBED,
     IGNORE_INDEX,
+    TURN_END,
     USER,
     chat_prompt,
     embed_instruction,
     encode_conversation,
+    encode_prompt,
     encode_text,
     escape,
 )
@@ -32,9 +34,32 @@ def test_embedding_format_is_the_papers() -> None:
 
 
 def test_chat_format_is_the_papers() -> None:
-    assert chat_prompt(["a", "b", "c"]) == "<|user|>\na\n<|assistant|>\nb\n<|user|>\nc\n<|assistant|>\n"
+    chat = "<|user|>\na\n<|assistant|>\nb{end}\n<|user|>\nc\n<|assistant|>\n"
+    assert chat_prompt(["a", " b\n", "c"]) == chat.format(end=TURN_END)
     with pytest.raises(ValueError, match="turns"):
         chat_prompt(["a", "b"])
+
+
+@RELAXED
+@given(turns=st.lists(TEXTS, min_size=4, max_size=4))
+def test_a_chat_is_asked_for_in_the_tokens_it_is_learned_in(tokenizer: Any, turns: list[str]) -> None:
+    """The prompt before each reply ends where the reply's tokens begin; earlier replies end in EOS."""
+    learned = encode_conversation(tokenizer, turns, 4096).input_ids
+    for count in (1, 3):
+        prompt = encode_prompt(tokenizer, chat_prompt(turns[:count]))
+        assert prompt.count(tokenizer.eos_token_id) == count // 2
+        # the newline behind the last marker may merge with the reply
+        assert learned[: len(prompt) - 1] == prompt[:-1]
+
+
+def test_a_prompt_cannot_reach_a_special_token_by_merges() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<s>": 0, "</s>": 1, "<": 2, "/": 3, "s": 4, ">": 5, " ": 6, "</": 7, "s>": 8}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("<", "/"), ("s", ">"), ("</", "s>")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    assert encode_prompt(tokenizer, f"ss</s>{TURN_END}s") == [0, 4, 4, 2, 6, 3, 8, 1, 4]
 
 
 @RELAXED
