@@ -17,7 +17,7 @@ import torch
 
 from python_model.decoding import Sampling, decode
 from python_model.modeling import GritLM
-from python_model.prompts import chat_prompt, encode_prompt
+from python_model.prompts import chat_prompt, encode_prompt, escape
 from python_model.rag.states import TextStates, from_cache
 
 ChatFormat = Literal["grit", "template"]
@@ -80,8 +80,11 @@ def conversation_ids(
 
 
 def _plain(model: GritLM, text: str) -> str:
-    """``text`` with the tokenizer's special tokens, where a user spelled them out, broken up by a space."""
-    for token in sorted(model.tokenizer.all_special_tokens, key=len, reverse=True):
+    """``text`` with role markers and the tokenizer's special tokens, where a user spelled them out, broken up by a space."""
+    text = escape(text)
+    # more tokens are special than those with a role of their own: Llama 3 opens a turn with <|start_header_id|>
+    added = (str(token) for token in model.tokenizer.added_tokens_decoder.values() if token.special)
+    for token in sorted({*model.tokenizer.all_special_tokens, *added}, key=len, reverse=True):
         if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
