@@ -256,6 +256,7 @@ class GritLM(nn.Module):
             "attn": self.attn,
             "embed_eos": self.embed_eos,
             "instruction_count": self.instruction_count,
+            "bidirectional_window": self.bidirectional_window,
             "projection": None if self.projection is None else self.projection.out_features,
         }
         write_json(folder / SETTINGS_FILE, settings)

@@ -146,6 +146,19 @@ def test_save_and_load_keep_weights_settings_and_projection(checkpoint: Path, tm
     assert settings["projection"] == 16
 
 
+def test_a_window_convention_survives_saving(model: GritLM, tmp_path: Path) -> None:
+    """A checkpoint that asks for full attention beyond the window, as the published models' sdpa path, goes on asking for it."""
+    model.save_pretrained(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "grit.json").read_text())
+    (tmp_path / "a" / "grit.json").write_text(json.dumps({**settings, "bidirectional_window": "full"}))
+    full = GritLM(tmp_path / "a", device="cpu", dtype="float32")
+    full.save_pretrained(tmp_path / "b")
+    again = GritLM(tmp_path / "b", device="cpu", dtype="float32")
+    longer = TEXTS[3]  # than the window
+    np.testing.assert_array_equal(again.encode(longer), full.encode(longer))
+    assert np.abs(again.encode(longer) - model.encode(longer)).max() > 1e-4
+
+
 def test_saved_checkpoint_loads_in_plain_transformers(model: GritLM, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
