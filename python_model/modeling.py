@@ -233,8 +233,10 @@ class GritLM(nn.Module):
         """:meth:`encode`, under the name retrieval benchmarks call for queries."""
         return self.encode(queries, **kwargs)
 
-    def encode_corpus(self, corpus: dict[str, str] | Sequence[str | dict[str, str]], **kwargs: Any) -> Any:
+    def encode_corpus(self, corpus: str | dict[str, str] | Sequence[str | dict[str, str]], **kwargs: Any) -> Any:
         """:meth:`encode` of documents; a dict gives ``title + " " + text``, without the space when the title is empty."""
+        if isinstance(corpus, str):
+            return self.encode(corpus, **kwargs)
         documents = [corpus] if isinstance(corpus, dict) else list(corpus)
         texts = [
             d if isinstance(d, str) else f"{d['title']} {d['text']}" if d.get("title") else d["text"] for d in documents

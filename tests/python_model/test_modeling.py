@@ -197,6 +197,7 @@ def test_errors_name_the_argument(checkpoint: Path, model: GritLM) -> None:
 def test_corpus_without_a_title_has_no_leading_space(model: GritLM) -> None:
     got = model.encode_corpus([{"title": "", "text": "A river flows."}, {"title": "A", "text": "river flows."}])
     np.testing.assert_allclose(got[0], got[1], atol=2e-6)
+    np.testing.assert_allclose(model.encode_corpus("A river flows."), got[0], atol=2e-6)  # one text, not its letters
 
 
 def test_several_devices_give_the_same_embeddings(model: GritLM) -> None:
