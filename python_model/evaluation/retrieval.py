@@ -26,9 +26,9 @@ class RetrievalScores:
 
 
 def ranks_of_relevant(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Rank (1 = best) of each query's relevant document; ties count against it. scores (Q, N), relevant int64 (Q)."""
+    """Rank (1 = best) of each query's relevant document; ties and NaN count against it. scores (Q, N), relevant int64 (Q)."""
     own = scores.gather(1, relevant[:, None])
-    return (scores >= own).sum(dim=1)
+    return (~(scores < own)).sum(dim=1)
 
 
 def scores_from_ranks(ranks: Tensor, documents: int) -> RetrievalScores:

@@ -14,7 +14,7 @@ from python_model.data.jsonl import GenerativeRow
 from python_model.evaluation import command, next_token_loss
 from python_model.evaluation.command import main
 from python_model.evaluation.held_out import HeldOut
-from python_model.evaluation.retrieval import scores_from_ranks
+from python_model.evaluation.retrieval import ranks_of_relevant, scores_from_ranks
 from python_model.prompts import TooLong
 
 WORDS = ("river", "city", "code", "word")
@@ -45,6 +45,12 @@ def data(tmp_path: Path) -> Path:
 def test_recall_counts_ranks_within_the_cut() -> None:
     scores = scores_from_ranks(torch.tensor([1, 2, 10, 11, 100, 101]), 500)
     assert (scores.recall_at_1, scores.recall_at_10, scores.recall_at_100) == (1 / 6, 3 / 6, 5 / 6)
+
+
+def test_ties_and_vectors_that_are_not_finite_count_against_the_relevant_document() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[0.5, 0.5, 0.1], [nan, nan, nan], [0.3, nan, 0.2]])
+    assert ranks_of_relevant(scores, torch.tensor([0, 1, 0])).tolist() == [2, 3, 2]
 
 
 def test_checkpoints_are_measured_per_data_set_and_once(
