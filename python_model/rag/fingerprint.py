@@ -33,12 +33,7 @@ def fingerprint(model: GritLM) -> str:
     config = {name: getattr(model.model.config, name, None) for name in _CONFIG}
     config["rope"] = str(getattr(model.model.config, "rope_parameters", None))
     _add(digest, config)
-    for name, weight in sorted(model.decoder[0].named_parameters()):
-        flat = weight.detach().reshape(-1)
-        chosen = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).round().long()
-        values = flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
-        digest.update(name.encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
+    _add_weights(digest, model.decoder[0])
     tokenizer = model.tokenizer
     probe = "<|user|>\nWhat is 12 + 7?\n<|embed|>\n\u00c9t\u00e9, \u6771\u4eac."
     _add(digest, [len(tokenizer), tokenizer.bos_token_id, tokenizer(probe, add_special_tokens=False)["input_ids"]])
@@ -46,8 +41,12 @@ def fingerprint(model: GritLM) -> str:
 
 
 def embedding_settings(model: GritLM) -> dict[str, Any]:
-    """What else an embedding depends on."""
-    projection = None if model.projection is None else model.projection.out_features
+    """What else an embedding depends on; an embedding head by a digest of its weights."""
+    projection = None
+    if model.projection is not None:
+        digest = hashlib.sha256()
+        _add_weights(digest, model.projection)
+        projection = digest.hexdigest()[:32]
     return {
         "pooling_method": model.pooling_method,
         "normalized": model.normalized,
@@ -55,6 +54,15 @@ def embedding_settings(model: GritLM) -> dict[str, Any]:
         "embed_eos": model.embed_eos,
         "projection": projection,
     }
+
+
+def _add_weights(digest: Any, module: torch.nn.Module) -> None:
+    for name, weight in sorted(module.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        chosen = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).round().long()
+        values = flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
 
 
 def _add(digest: Any, value: Any) -> None:

@@ -213,3 +213,12 @@ def test_a_model_fills_an_index_that_another_model_cannot_open(checkpoint: Path,
         open_index(tmp_path / "i", other)
     with pytest.raises(ValueError, match="'long' has more than 512 tokens"):
         add_documents(index, model, [Document("long", "a river " * 600)])
+
+
+def test_an_embedding_head_with_other_weights_is_another_model(checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = (GritLM(checkpoint, projection=8, device="cpu", dtype="float32") for _ in range(2))
+    open_index(tmp_path / "i", first)
+    open_index(tmp_path / "i", first)
+    with pytest.raises(ValueError, match="settings: got"):
+        open_index(tmp_path / "i", second)
