@@ -83,7 +83,7 @@ class TrainConfig:
         deterministic: ask torch for deterministic algorithms.
         dry_run: print memory per rank and tokens per step, and stop; no weights are loaded.
         device_memory: GiB per rank that ``dry_run`` compares with where no GPU can be asked.
-        seed: orders the data and picks positives and negatives.
+        seed: orders the data, picks positives and negatives, and draws dropout and new weights.
     """
 
     model: str = "smollm2-135m"
@@ -172,6 +172,7 @@ class TrainConfig:
         for name in ("chunk_tokens", "generative_group", "lora_rank", "shard_size", "save_steps") + (
             "max_rows_per_dataset",
             "data_workers",
+            "seed",
         ):
             check_at_least(name, getattr(self, name), 0)
         if not 0 <= self.few_shot <= 1:

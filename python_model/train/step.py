@@ -256,7 +256,8 @@ class StepGradients:
     @contextlib.contextmanager
     def _computing(self, seed: int, index: int) -> Iterator[None]:
         """The precision of a forward, and a random state that depends on step, rank and chunk only: both passes draw alike."""
-        torch.manual_seed((seed * 1_000_003 + index) * 4096 + self.ranks.rank)
+        # torch takes 64 bits
+        torch.manual_seed(((seed * 1_000_003 + index) * 4096 + self.ranks.rank) % 2**63)
         autocast: Any = contextlib.nullcontext()
         if self.config.bf16:
             autocast = torch.autocast(self.ranks.device.type, torch.bfloat16)

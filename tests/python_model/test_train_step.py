@@ -50,6 +50,18 @@ def load(checkpoint: Path, config: TrainConfig) -> GritLM:
     )
 
 
+def test_any_seed_that_is_not_negative_is_accepted(checkpoint: Path) -> None:
+    """A date is one: 20251231 * 2^20 steps * chunks * ranks is more than the 64 bits that torch takes."""
+    config = config_of(mode="generative", seed=20251231)
+    samples = ToyStream(load(checkpoint, config).tokenizer, 0, CONVERSATIONS)[0]
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    share = plan_step([], [], samples.conversations, None, config, ranks)
+    runner = StepGradients(TrainingModel(load(checkpoint, config)), config, ranks)
+    assert runner(share, config.seed * 2**20 + 5).total > 0
+    with pytest.raises(ValueError, match="seed: got -1, accepted is an int >= 0"):
+        config_of(seed=-1)
+
+
 def gradients_of(
     checkpoint: Path, config: TrainConfig, samples: ToySamples, ranks: Ranks | None = None
 ) -> tuple[StepLosses, dict[str, torch.Tensor]]:
