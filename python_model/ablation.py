@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -174,12 +175,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps of all variants that name none")
     parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete trained weights after measuring")
     arguments = parser.parse_args(argv)
+    from python_model.small_model import SmallModelError
+    from python_model.train.trainer import Interrupted
+
     given = {"model": arguments.model, "train_data": arguments.train_data, "steps": arguments.steps}
     try:
         ablation = read_ablation(arguments.config, **{k: v for k, v in given.items() if v is not None})
         rows = run(ablation, keep_checkpoints=arguments.keep_checkpoints)
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, SmallModelError) as error:
         raise SystemExit(f"grit ablation: {error}") from error
+    except Interrupted as reason:
+        print(f"grit ablation: {reason}", file=sys.stderr)
+        raise SystemExit(143) from None
     print(table(rows))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective."""
+    """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective; nothing where there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,6 +19,8 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
         for key, title in (("contrastive_loss", "contrastive loss"), ("generative_loss", "next-token loss"))
         if any(record[key] is not None for record in records)
     ]
+    if not kinds:
+        return
     figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.4), squeeze=False, constrained_layout=True)
     for panel, (key, title) in zip(panels[0], kinds, strict=True):
         points = [(record["step"], record[key]) for record in records if record[key] is not None]

@@ -50,9 +50,10 @@ def _run_rank(config: TrainConfig, here: Ranks) -> Path:
     stream = open_stream(config, model.tokenizer, here.rank, here.world)
     trainer = Trainer(model, config, stream, here)
     records = trainer.train()
-    if here.first:
+    checkpoint = trainer.save()
+    if here.first:  # last: a plot that fails costs no weights
         plot_losses(records, Path(config.output_dir) / "loss.png")
-    return trainer.save()
+    return checkpoint
 
 
 def dry_run(config: TrainConfig) -> str:
@@ -65,6 +66,7 @@ def dry_run(config: TrainConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``grit train``."""
+    from python_model.small_model import SmallModelError
     from python_model.train.trainer import Interrupted
 
     try:
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(dry_run(config))
             return
         checkpoint = run(config)
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, SmallModelError) as error:
         raise SystemExit(f"grit train: {error}") from error
     except Interrupted as reason:
         print(f"grit train: {reason}", file=sys.stderr)

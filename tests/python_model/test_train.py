@@ -412,6 +412,22 @@ def test_command_line_trains_and_the_checkpoint_loads(checkpoint: Path, tmp_path
     assert GritLM(folder, device="cpu").encode("a text").shape == (64,)
 
 
+def test_a_plot_that_fails_or_has_nothing_to_show_costs_no_weights(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = _data_folder(tmp_path / "data"), tmp_path / "out"
+    arguments = ["--model", str(checkpoint), "--train_data", str(data), "--output_dir", str(out), "--steps", "1"]
+    arguments += ["--embedding_batch_size", "2", "--bf16", "false", "--save_steps", "1"]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ImportError):
+            main(arguments)
+    assert GritLM(out / "checkpoint", device="cpu").encode("a text").shape == (64,)
+    (out / "log.jsonl").unlink()
+    main(arguments)  # resumes a run that has nothing left to do, and no log
+    assert not (out / "loss.png").exists()
+
+
 def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="no file or folder nowhere"):
         main(["--train_data", "nowhere"])
