@@ -51,11 +51,14 @@ class Learner:
             return self.config.learning_rate * (step + 1) / warmup
         return self.config.learning_rate * (self.config.steps - step) / max(1, self.config.steps - warmup + 1)
 
-    def update(self, step: int) -> float:
-        """Clip the gradients, take one optimiser step, drop the gradients; returns their norm before clipping."""
+    def clip(self) -> float:
+        """Clip the gradients; returns their norm before, the same on all ranks."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm: Any = torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def update(self, step: int) -> None:
+        """Take one optimiser step and drop the gradients."""
         optimizers: list[torch.optim.Optimizer] = [self.optimizer]
         if self.log_temperature is not None and self.temperature_optimizer is not None:
             optimizers.append(self.temperature_optimizer)
@@ -67,7 +70,6 @@ class Learner:
                 group["lr"] = self.rate(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return float(norm)
 
     @property
     def temperature(self) -> float:

@@ -100,7 +100,10 @@ class Trainer:
         if not math.isfinite(losses.total):
             self._stop_at_bad_batch(share, samples, losses, "it is not finite")
         temperature = self.learner.temperature
-        norm = self.learner.update(index)
+        norm = self.learner.clip()
+        if not math.isfinite(norm):  # before it is in the weights, and in a saved state
+            self._stop_at_bad_batch(share, samples, losses, f"its gradient has norm {norm}")
+        self.learner.update(index)
         return {
             "loss": losses.total,
             "contrastive_loss": losses.contrastive,
@@ -117,7 +120,8 @@ class Trainer:
         """Run the steps that are left, with a progress bar; returns the records of ``output_dir/log.jsonl``.
 
         Raises:
-            FloatingPointError: the loss is not finite, or exploded; ``bad_batch.json`` holds the step's samples.
+            FloatingPointError: the loss or its gradient is not finite, or the loss exploded; ``bad_batch.json`` holds the
+                step's samples.
             Interrupted: after SIGTERM or SIGINT, once the state is saved.
         """
         start = self._resume()

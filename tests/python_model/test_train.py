@@ -332,6 +332,15 @@ def test_a_non_finite_loss_stops_and_saves_the_batch(checkpoint: Path, tmp_path:
     assert saved["query_origins"][0] == "toy:0"
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(checkpoint, tmp_path, steps=1))
+    trainer.grit.decoder[0].norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = [weight.clone() for weight in trainer.grit.parameters()]
+    with pytest.raises(FloatingPointError, match=r"its gradient has norm nan.*bad_batch\.json"):
+        trainer.train()
+    assert all(map(torch.equal, before, trainer.grit.parameters()))
+
+
 def test_an_exploding_loss_stops_and_saves_the_batch(checkpoint: Path, tmp_path: Path) -> None:
     config = config_of(checkpoint, tmp_path, steps=40, learning_rate=50.0, warmup_ratio=0.5, exploding_loss=3.0)
     with pytest.raises(FloatingPointError, match=r"exploding_loss=3\.0|loss: got (nan|inf)"):
