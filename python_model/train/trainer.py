@@ -24,7 +24,7 @@ from python_model.train.adapters import merge_adapters
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.learner import Learner
-from python_model.train.memory import device_limit, plan_memory
+from python_model.train.memory import GIB, device_limit, plan_memory
 from python_model.train.model import TrainingModel
 from python_model.train.states import States
 from python_model.train.step import Share, StepGradients, StepLosses, plan_step
@@ -145,7 +145,7 @@ class Trainer:
                     record |= {
                         "seconds": seconds,
                         "tokens_per_second": record["tokens"] / seconds,
-                        "memory_gib": _memory(self.ranks.device) / 2**30,
+                        "memory_gib": _memory_gib(self.ranks.device),
                     }
                     for tracker in trackers:
                         tracker.log(index + 1, record)
@@ -289,15 +289,15 @@ def _reach(model: GritLM) -> int:
     return -1 if window is None or model.bidirectional_window == "full" else int(window)
 
 
-def _memory(device: torch.device) -> float:
-    """Bytes in use at the most (GPU), or now (host)."""
+def _memory_gib(device: torch.device) -> float | None:
+    """GiB in use at the most (GPU), or now (host); None where psutil is not there to ask."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
+        return torch.cuda.max_memory_allocated(device) / GIB
     try:
         import psutil
     except ImportError:
-        return math.nan
-    return float(psutil.Process().memory_info().rss)
+        return None
+    return float(psutil.Process().memory_info().rss / GIB)
 
 
 def _show(bar: Any, record: dict[str, Any]) -> None:

@@ -348,6 +348,16 @@ def test_an_exploding_loss_stops_and_saves_the_batch(checkpoint: Path, tmp_path:
     assert (tmp_path / "out" / "bad_batch.json").exists()
 
 
+def test_a_log_without_psutil_is_json_all_the_same(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    records = trainer_of(config_of(checkpoint, tmp_path, steps=1)).train()
+    (line,) = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    refuse = pytest.fail  # NaN is no JSON
+    assert json.loads(line, parse_constant=refuse) == records[0] and records[0]["memory_gib"] is None
+
+
 def test_a_tracker_gets_what_the_log_gets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the package trackio, found by its name like the real one."""
     seen: list[tuple[int, dict[str, Any]]] = []
