@@ -76,6 +76,12 @@ class TrainingModel(nn.Module):
         return output.last_hidden_state[0], loss.float()
 
 
+def reach(model: GritLM) -> int:
+    """How far ahead a bidirectional token sees: the sliding window, or -1."""
+    window = getattr(model.model.config, "sliding_window", None)
+    return -1 if window is None or model.bidirectional_window == "full" else int(window)
+
+
 def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
     """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
     used = (labels != IGNORE_INDEX).nonzero()[:, 0]

@@ -25,7 +25,7 @@ from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.learner import Learner
 from python_model.train.memory import GIB, device_limit, plan_memory
-from python_model.train.model import TrainingModel
+from python_model.train.model import TrainingModel, reach
 from python_model.train.states import States
 from python_model.train.step import Share, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import JsonLines, Tracker, open_trackers
@@ -94,7 +94,7 @@ class Trainer:
             (samples.query_ids, samples.passage_ids) if self.config.mask_duplicates else None,
             self.config,
             self.ranks,
-            right=_reach(self.grit),
+            right=reach(self.grit),
         )
         losses = self.gradients(share, self.config.seed * 2**20 + index)
         if not math.isfinite(losses.total):
@@ -281,12 +281,6 @@ def _check_batches(config: TrainConfig, ranks: Ranks) -> None:
             f"embedding_batch_size: got {config.embedding_batch_size}, accepted is at least one query for each of "
             f"{ranks.world} ranks"
         )
-
-
-def _reach(model: GritLM) -> int:
-    """How far ahead a bidirectional token sees: the sliding window, or -1."""
-    window = getattr(model.model.config, "sliding_window", None)
-    return -1 if window is None or model.bidirectional_window == "full" else int(window)
 
 
 def _memory_gib(device: torch.device) -> float | None:

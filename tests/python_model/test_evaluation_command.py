@@ -15,7 +15,7 @@ from python_model.evaluation import command, next_token_loss
 from python_model.evaluation.command import main
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.retrieval import ranks_of_relevant, scores_from_ranks
-from python_model.prompts import TooLong
+from python_model.prompts import TooLong, encode_conversation
 
 WORDS = ("river", "city", "code", "word")
 
@@ -85,6 +85,27 @@ def test_conversations_without_a_reply_within_the_limit_are_left_out(
     assert "1 of 2 conversations have no reply within 24 tokens" in caplog.text
     with pytest.raises(TooLong, match="max_length: got 24, which the first turn of each of 1"):
         next_token_loss(model, [long], max_length=24)
+
+
+@pytest.mark.parametrize("attn", ["bbcc", "bbbc", "bbil"])
+def test_the_loss_is_that_of_the_attention_the_model_was_trained_with(checkpoint: Path, attn: str) -> None:
+    """Against transformers with a dense mask of that attention."""
+    from transformers import AutoModelForCausalLM
+
+    turns = ("say river", "river it is", "and?", "done")
+    model = GritLM(checkpoint, attn=attn, device="cpu", dtype="float32")
+    sample = encode_conversation(model.tokenizer, turns, 64, attention=attn[2:])  # type: ignore[arg-type]
+    runs = torch.tensor(sample.bidirectional or [False] * len(sample))
+    number = (runs[1:] != runs[:-1]).cumsum(0)
+    number = torch.cat([torch.zeros(1, dtype=torch.int64), number])
+    same_run = runs[:, None] & runs & (number[:, None] == number)
+    visible = torch.ones(len(sample), len(sample)).tril().bool() | same_run
+    mask = torch.zeros(1, 1, *visible.shape).masked_fill(~visible, float("-inf"))
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = plain(torch.tensor([sample.input_ids]), attention_mask=mask).logits[0]
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(sample.labels), ignore_index=-100)
+    assert next_token_loss(model, [GenerativeRow(turns)], max_length=64) == pytest.approx(float(want), rel=1e-4)
 
 
 def test_a_data_set_of_long_questions_has_no_loss(checkpoint: Path, data: Path) -> None:

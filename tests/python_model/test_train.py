@@ -351,8 +351,9 @@ def test_an_exploding_loss_stops_and_saves_the_batch(checkpoint: Path, tmp_path:
 def test_a_log_without_psutil_is_json_all_the_same(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trainer = trainer_of(config_of(checkpoint, tmp_path, steps=1))
     monkeypatch.setitem(sys.modules, "psutil", None)
-    records = trainer_of(config_of(checkpoint, tmp_path, steps=1)).train()
+    records = trainer.train()
     (line,) = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     refuse = pytest.fail  # NaN is no JSON
     assert json.loads(line, parse_constant=refuse) == records[0] and records[0]["memory_gib"] is None
