@@ -100,10 +100,9 @@ def test_the_loss_is_that_of_the_attention_the_model_was_trained_with(checkpoint
     number = torch.cat([torch.zeros(1, dtype=torch.int64), number])
     same_run = runs[:, None] & runs & (number[:, None] == number)
     visible = torch.ones(len(sample), len(sample)).tril().bool() | same_run
-    mask = torch.zeros(1, 1, *visible.shape).masked_fill(~visible, float("-inf"))
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = plain(torch.tensor([sample.input_ids]), attention_mask=mask).logits[0]
+        logits = plain(torch.tensor([sample.input_ids]), attention_mask=visible[None, None]).logits[0]
     want = torch.nn.functional.cross_entropy(logits, torch.tensor(sample.labels), ignore_index=-100)
     assert next_token_loss(model, [GenerativeRow(turns)], max_length=64) == pytest.approx(float(want), rel=1e-4)
 
