@@ -267,6 +267,8 @@ def replies(
     **options: Any,
 ) -> list[str]:
     """:func:`reply` for many conversations, in batches of similar length; in the order given."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, accepted is an int >= 1")
     ids = [conversation_ids(model, turns, format=format, system=system, prefix=prefix) for turns in conversations]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     found = [""] * len(ids)
@@ -296,6 +298,8 @@ def answer_file(
     """
     from python_model.resume import ResumableRows
 
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, accepted is an int >= 1")
     conversations = read_conversations(source)
     with ResumableRows(target, [{"turns": turns} for turns in conversations]) as rows:
         for start in range(0, len(rows.missing), batch_size):

@@ -56,12 +56,15 @@ def rerank(
         batch_size: pointwise, passages scored in one forward pass.
 
     Raises:
-        ValueError: an unknown method, an empty query, or a window that cannot sort.
+        ValueError: an unknown method, an empty query, a window that cannot sort, or a size below 1.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, accepted are {', '.join(map(repr, METHODS))}")
     if not query.strip():
         raise ValueError(f"query: got {query!r}, accepted is a text that is not empty")
+    for name, size in (("passage_tokens", passage_tokens), ("batch_size", batch_size)):
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, accepted is an int >= 1")
     if model.mode == "embedding":
         raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to rerank")
     shown = [shorten(model, passage, passage_tokens) for passage in passages]
@@ -133,12 +136,14 @@ def pointwise_prompt(query: str, passage: str) -> str:
 
 @torch.no_grad()
 def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 16) -> list[float]:
-    """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch."""
+    """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read as
+    :func:`python_model.generate.complete` reads them."""
+    causal = model.attn[2:] not in ("bc", "il")
     yes, no = _answer_token(model, "yes"), _answer_token(model, "no")
     scores: list[float] = []
     for start in range(0, len(passages), batch_size):
         prompts = [prompt_ids(model, pointwise_prompt(query, p)) for p in passages[start : start + batch_size]]
-        pack = gk.SamplePack.from_lengths([len(p) for p in prompts], True).to(model.device)
+        pack = gk.SamplePack.from_lengths([len(p) for p in prompts], causal).to(model.device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
         last = model.hidden_states(ids, pack)[pack.cu_seqlens[1:].long() - 1]
         logits = model.model.get_output_embeddings()(last).float()

@@ -177,6 +177,8 @@ def test_bad_options_are_named(model: GritLM, checkpoint: Path) -> None:
         complete(model, [[1]], num_beams=2, stop=["x"])
     with pytest.raises(ValueError, match="max_new_tokens: got 0"):
         complete(model, [[1]], max_new_tokens=0)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        replies(model, CONVERSATIONS, batch_size=0)
     with pytest.raises(ValueError, match="prompts: got none or an empty one"):
         complete(model, [[]])
     with pytest.raises(ValueError, match="no language-model head"):

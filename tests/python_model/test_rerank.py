@@ -115,6 +115,21 @@ def test_a_pointwise_score_is_the_log_odds_of_yes_over_no(model: GritLM, checkpo
     np.testing.assert_allclose(yes_scores(model, "river?", PASSAGES, batch_size=2), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("attn", ["bbbc", "bbil"])
+def test_a_prefix_lm_scores_a_prompt_that_it_reads_from_both_sides(checkpoint: Path, attn: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = GritLM(checkpoint, attn=attn, device="cpu", dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    before = len(model.tokenizer("Answer:", add_special_tokens=False)["input_ids"])
+    yes, no = (model.tokenizer(f"Answer: {w}", add_special_tokens=False)["input_ids"][before] for w in ("yes", "no"))
+    ids = torch.tensor([prompt_ids(model, pointwise_prompt("river?", PASSAGES[0]))])
+    with torch.no_grad():
+        logits = plain.model(ids, is_causal=False).last_hidden_state[0, -1] @ plain.get_output_embeddings().weight.T
+    (got,) = yes_scores(model, "river?", PASSAGES[:1])
+    assert got == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
+
+
 def test_passages_are_shortened_and_cannot_open_a_turn(model: GritLM) -> None:
     text = shorten(model, "A river\n\nflows through the city. " * 30, 10)
     assert len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) <= 10 and "\n" not in text
@@ -127,6 +142,10 @@ def test_bad_arguments_are_named(model: GritLM, checkpoint: Path) -> None:
         rerank(model, "q", PASSAGES, method="pairwise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="query: got ' '"):
         rerank(model, " ", PASSAGES)
+    with pytest.raises(ValueError, match="passage_tokens: got 0"):
+        rerank(model, "q", PASSAGES, passage_tokens=0)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        rerank(model, "q", PASSAGES, batch_size=0)
     with pytest.raises(ValueError, match="no language-model head"):
         rerank(GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32"), "q", PASSAGES)
 
