@@ -16,6 +16,7 @@ A variant that has finished under the same settings is not run again, one that w
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -64,6 +65,11 @@ class Ablation:
         folder = Path(self.output_dir) / variant.folder
         return TrainConfig(**{**self.base, **variant.changes, "output_dir": str(folder)})
 
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What scores depend on beside the model."""
+        return {"evaluation": self.evaluation, "max_length": self.max_length}
+
 
 def read_ablation(path: Path, **changes: Any) -> Ablation:
     """The file's ablation, with ``changes`` over its shared settings.
@@ -102,7 +108,7 @@ def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str,
     rows = []
     for variant in tqdm(ablation.variants, desc="variants", unit="variant"):
         config = ablation.config(variant)
-        rows.append(_finished(config, variant) or _measure(config, variant, held_out, ablation, keep_checkpoints))
+        rows.append(_finished(config, variant, ablation) or _measure(config, variant, held_out, ablation, keep_checkpoints))
         write_json(output / "table.json", rows)
         write_text(output / "table.md", table(rows))
     return rows
@@ -123,14 +129,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _finished(config: TrainConfig, variant: Variant) -> dict[str, Any] | None:
-    import json
-
+def _finished(config: TrainConfig, variant: Variant, ablation: Ablation) -> dict[str, Any] | None:
     file = Path(config.output_dir) / "result.json"
     if not file.exists():
         return None
     row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     same = row["config"] == asdict(config) and row["steps"] == (0 if variant.untrained else config.steps)
+    same = same and row.get("measured_on") == ablation.measured_on
     return {**row, "variant": variant.name, "group": variant.group} if same else None
 
 
@@ -142,14 +147,12 @@ def _measure(
     from python_model.train.__main__ import run as train
 
     tqdm.write(f"{variant.group}: {variant.name}")
-    options: dict[str, Any] = {
-        "pooling_method": config.pooling_method,
-        "normalized": config.normalized,
-        "attn": config.attn,
-    }
-    checkpoint = resolve_model(config.model) if variant.untrained else train(config)
-    if not variant.untrained:  # a trained checkpoint brings its own
-        options = {}
+    if variant.untrained:
+        checkpoint: str | Path = resolve_model(config.model)
+        names = ("pooling_method", "normalized", "attn", "embed_eos", "instruction_count")
+        options = {name: getattr(config, name) for name in names}
+    else:
+        checkpoint, options = train(config), {}  # a trained checkpoint brings its own
     model = GritLM(checkpoint, mode=config.mode, **options)
     scores, _ = evaluate(model, held_out, max_length=ablation.max_length, bf16=config.bf16)
     row = {
@@ -158,6 +161,7 @@ def _measure(
         "scores": scores,
         "steps": 0 if variant.untrained else config.steps,
         "config": asdict(config),
+        "measured_on": ablation.measured_on,
     }
     write_json(Path(config.output_dir) / "result.json", row)
     if not keep_checkpoints and not variant.untrained:

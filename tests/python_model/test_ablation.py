@@ -81,6 +81,10 @@ def test_variants_are_trained_measured_and_tabled_once(
     file.write_text(yaml.safe_dump(content))
     run(read_ablation(file))
     assert again == ["CCCC wmean"]
+    # the same models measured otherwise are other results
+    file.write_text(yaml.safe_dump({**content, "max_length": 48, "variants": content["variants"][-1:]}))
+    (row,) = run(read_ablation(file))
+    assert again[1:] == ["base"] and row["measured_on"]["max_length"] == 48
 
 
 def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> None:
