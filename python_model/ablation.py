@@ -135,7 +135,7 @@ def _finished(config: TrainConfig, variant: Variant, ablation: Ablation) -> dict
         return None
     row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     same = row["config"] == asdict(config) and row["steps"] == (0 if variant.untrained else config.steps)
-    same = same and row.get("measured_on") == ablation.measured_on
+    same = same and row.get("measured_on", ablation.measured_on) == ablation.measured_on
     return {**row, "variant": variant.name, "group": variant.group} if same else None
 
 

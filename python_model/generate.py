@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from python_model.data.jsonl import objects
 from python_model.decoding import Sampling, decode
 from python_model.modeling import GritLM
 from python_model.prompts import chat_prompt, encode_prompt, escape
@@ -314,22 +315,14 @@ def answer_file(
 def read_conversations(path: Path) -> list[list[str]]:
     """See :func:`answer_file`."""
     found = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                turns = row["turns"] if "turns" in row else [row["prompt"]]
-                if (
-                    not turns
-                    or not all(isinstance(turn, str) and turn.strip() for turn in turns)
-                    or len(turns) % 2 == 0
-                ):
-                    raise ValueError("turns are an odd number of texts that are not empty")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a row to answer ({error!r})") from error
-            found.append(list(turns))
+    for origin, row in objects(path):
+        turns = row["turns"] if "turns" in row else [row.get("prompt")]
+        texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
+        if not texts or len(turns) % 2 == 0:
+            raise ValueError(
+                f"{origin}: not a row to answer: accepted is a prompt, or turns, an odd number of texts that are not empty"
+            )
+        found.append(turns)
     return found
 
 
@@ -400,7 +393,8 @@ def _chat(model: GritLM, lines: Any, options: dict[str, Any], as_json: bool) -> 
         text = reply(model, turns, on_text=_print_piece if streaming else None, **options)
         turns.append(text)
         if as_json:
-            print(json.dumps({"turns": turns[:-1], "reply": text, "sampling": asdict(options["sampling"])}))
+            row = {"turns": turns[:-1], "reply": text, "sampling": asdict(options["sampling"])}
+            print(json.dumps(row, ensure_ascii=False))
         else:
             print("" if streaming else text, flush=True)
 

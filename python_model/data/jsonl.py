@@ -113,7 +113,7 @@ def read_corpus(path: str | os.PathLike[str]) -> list[Passage]:
     """The passages of one corpus file; a key may occur only once. Errors as :func:`read_rows`."""
     file = Path(path)
     passages: dict[str, Passage] = {}
-    for origin, row in _objects(file):
+    for origin, row in objects(file):
         _require(row, ("key", "text"), origin)
         passage = Passage(_string(row["key"], "key", origin), _string(row["text"], "text", origin), origin)
         if passage.key in passages:
@@ -144,7 +144,7 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
 
 def _read_file(file: Path) -> list[EmbeddingRow | GenerativeRow]:
     rows: list[EmbeddingRow | GenerativeRow] = []
-    for origin, row in _objects(file):
+    for origin, row in objects(file):
         parsed = parse_row(row, origin, dataset_name(file))
         if rows and type(parsed) is not type(rows[0]):
             raise DataError(f"{origin}: another kind of row than at {rows[0].origin}; a file holds one kind")
@@ -152,9 +152,9 @@ def _read_file(file: Path) -> list[EmbeddingRow | GenerativeRow]:
     return rows
 
 
-def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(``file:line``, row) of each line that is not empty."""
-    with file.open("rb") as lines:
+def objects(file: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(``file:line``, row) of each line that is not empty; errors as :func:`parse_line`."""
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             origin = f"{file}:{number}"
             row = parse_line(line, origin, first=number == 1)
@@ -180,7 +180,7 @@ def parse_line(line: bytes, origin: str, *, first: bool = False) -> dict[str, An
     except ValueError as error:  # a number with more digits than Python converts
         raise DataError(f"{origin}: not valid JSON ({error})") from error
     if text and not isinstance(row, dict):
-        raise DataError(f"{origin}: got {_name(row)}, accepted is an object with the column 'query' or 'text'")
+        raise DataError(f"{origin}: got {_name(row)}, accepted is an object")
     return row
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from python_model.data.jsonl import objects
 from python_model.rag.modes import Document
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -52,19 +52,17 @@ def _read_file(file: Path, name: str) -> Iterator[Document]:
 
 
 def _read_rows(file: Path, name: str) -> Iterator[Document]:
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row: dict[str, Any] = json.loads(line)
-                text, title = row["text"], row.get("title") or ""
-                if not isinstance(text, str) or not isinstance(title, str) or not text.strip():
-                    raise ValueError("text or title is not a text, or empty")
-                key = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), f"{name}:{number}")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file}:{number}: not a document row ({error!r})") from error
-            yield Document(str(key), text, title)
+    empty = True
+    for origin, row in objects(file):
+        empty = False
+        text, title = row.get("text"), row.get("title") or ""
+        if not isinstance(text, str) or not isinstance(title, str) or not text.strip():
+            raise ValueError(f"{origin}: not a document row: text or title is missing, empty or not a text")
+        number = origin.rpartition(":")[2]
+        key = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), f"{name}:{number}")
+        yield Document(str(key), text, title)
+    if empty:
+        raise ValueError(f"documents: {file} is empty")
 
 
 def chunk(document: Document, tokenizer: Any, max_tokens: int, overlap: int = 0) -> list[Document]:

@@ -7,12 +7,13 @@ best over a question's accepted answers; averages are in percent.
 from __future__ import annotations
 
 import collections
-import json
 import os
 import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from python_model.data.jsonl import objects
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -82,22 +83,15 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         ValueError: a row is broken; the message has file and line.
     """
     found = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                answers = row.get("answers", row.get("answer"))
-                answers = [answers] if isinstance(answers, str) else answers
-                text = row["question"]
-                if not isinstance(text, str) or not text.strip() or not answers:
-                    raise ValueError("question or answers are empty")
-                if not all(isinstance(answer, str) for answer in answers):
-                    raise ValueError("answers are not strings")
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a question row ({error!r})") from error
-            found.append(Question(text, tuple(answers)))
+    for origin, row in objects(path):
+        answers = row.get("answers", row.get("answer"))
+        answers = [answers] if isinstance(answers, str) else answers
+        text = row.get("question")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{origin}: not a question row: the question is missing, empty or not a text")
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"{origin}: not a question row: answers are missing, empty or not texts")
+        found.append(Question(text, tuple(answers)))
     if not found:
         raise ValueError(f"{path}: holds no questions")
     return found

@@ -203,8 +203,12 @@ def test_a_file_is_answered_and_an_interrupted_run_goes_on(model: GritLM, tmp_pa
     with pytest.raises(ValueError, match="out.jsonl:1: a result for another input"):
         answer_file(model, source, target)
     source.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match="in.jsonl:2: not a row to answer"):
+    with pytest.raises(ValueError, match="in.jsonl:2: not valid JSON"):
         answer_file(model, source, tmp_path / "x")
+    for row in ('{"prompt": " "}', '{"turns": ["a", "b"]}', '{"turns": "abc"}', "{}"):
+        source.write_text(row)
+        with pytest.raises(ValueError, match="in.jsonl:1: not a row to answer"):
+            answer_file(model, source, tmp_path / "x")
 
 
 def test_the_command_chats_answers_files_and_prints_json(

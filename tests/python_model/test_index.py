@@ -157,8 +157,17 @@ def test_documents_come_from_files_and_folders(tmp_path: Path) -> None:
         Document("b/note.md", "# A note", "note"),
     ]
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "tw')
-    with pytest.raises(ValueError, match="a.jsonl:2: not a document row"):
+    with pytest.raises(ValueError, match="a.jsonl:2: not valid JSON"):
         list(read_documents(tmp_path / "a.jsonl"))
+    for content, message in ((b'{"title": "T"}', "a.jsonl:1: not a document row"), (b"\n", "a.jsonl is empty")):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            list(read_documents(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "\xff"}\n')
+    rows_read = read_documents(tmp_path / "a.jsonl")
+    assert next(rows_read).text == "one"  # behind a byte order mark
+    with pytest.raises(ValueError, match="a.jsonl:2: not UTF-8"):
+        next(rows_read)
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     for path, message in (("picture.png", "no known kind"), ("bad.txt", "not UTF-8")):
         with pytest.raises(ValueError, match=message):

@@ -216,7 +216,7 @@ def test_question_files_name_file_and_line_of_a_broken_row(tmp_path: Path) -> No
         "[]",
     ):
         file.write_text(json.dumps(good[0]) + "\n" + broken)
-        with pytest.raises(ValueError, match="nq.jsonl:2: not a question row"):
+        with pytest.raises(ValueError, match="nq.jsonl:2: (not a question row|not valid JSON|got a list)"):
             metrics.read_questions(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no questions"):
