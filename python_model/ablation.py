@@ -108,7 +108,9 @@ def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str,
     rows = []
     for variant in tqdm(ablation.variants, desc="variants", unit="variant"):
         config = ablation.config(variant)
-        rows.append(_finished(config, variant, ablation) or _measure(config, variant, held_out, ablation, keep_checkpoints))
+        rows.append(
+            _finished(config, variant, ablation) or _measure(config, variant, held_out, ablation, keep_checkpoints)
+        )
         write_json(output / "table.json", rows)
         write_text(output / "table.md", table(rows))
     return rows

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from python_model.files import new_file
 from python_model.modeling import GritLM
 from python_model.prompts import embed_instruction
 
@@ -48,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch_size=arguments.batch_size,
             devices=devices if devices and len(devices) > 1 else None,
         )
+        if arguments.output is not None:
+            with new_file(arguments.output) as file:
+                np.save(file, vectors)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"grit embed: {error}") from error
-    if arguments.output is not None:
-        np.save(arguments.output, vectors)
     if arguments.json:
         for text, vector in zip(texts, vectors.tolist(), strict=True):
             print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from python_model.files import new_file
+
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective; nothing where there are none."""
@@ -34,7 +36,6 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set(title=title, xlabel="step", ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
+    with new_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
-    temporary.replace(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from filelock import FileLock
 
 from python_model.data.jsonl import DataError, EmbeddingRow, GenerativeRow, dataset_name, parse_line, parse_row
 from python_model.data.order import permutation
+from python_model.files import new_file
 from python_model.small_model import cache_folder
 
 Row = EmbeddingRow | GenerativeRow
@@ -121,9 +121,9 @@ class DataSet(Sequence[Any]):
 
     def _read(self, offset: int, size: int) -> bytes:
         if self._file is None:
-            self._file = open(self._place.path, "rb", buffering=0)
             if _place(Path(self._place.path)) != self._place:
                 raise DataError(f"{self._place.path}: the file has changed since it was indexed")
+            self._file = open(self._place.path, "rb", buffering=0)
         if hasattr(os, "pread"):  # has no position that forked processes would share
             return os.pread(self._file.fileno(), size, offset)
         self._file.seek(offset)
@@ -227,13 +227,8 @@ def _save(target: Path, datasets: list[DataSet], report: DataReport) -> None:
     arrays = {"head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)}
     for index, d in enumerate(datasets):
         arrays |= {f"offsets{index}": d._offsets, f"sizes{index}": d._sizes, f"lines{index}": d._lines}
-    temporary = target.with_name(f".{uuid.uuid4().hex}.npz")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(target) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _load(kept: Path, place: _Place) -> tuple[list[DataSet], DataReport]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from python_model.files import new_file
+
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -72,18 +74,11 @@ def file_size(tensors: Mapping[str, Tensor]) -> int:
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> int:
     """Write a safetensors file atomically and durably; returns its size in bytes."""
     text = _header(tensors)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for tensor in tensors.values():
-                file.write(raw_bytes(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(raw_bytes(tensor))
     sync_folder(path.parent)
     return path.stat().st_size
 

@@ -173,6 +173,8 @@ def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: 
 
     first, second = run("embed", *base, "--text", "a", "--text", "b", "--output", str(tmp_path / "v.npy"))
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), [first["embedding"], second["embedding"]], atol=1e-7)
+    run("embed", *base, "--text", "a", "--output", str(tmp_path / "new" / "vectors"))
+    assert np.load(tmp_path / "new" / "vectors").shape == (1, 64)  # the file that was named, in a folder that is made
     (made,) = run("index", folder, *base, "--add", str(tmp_path / "d.jsonl"), "--store", store)
     assert made == {"documents": 5, "added": 5, "deleted": 0}
     (found,) = run("index", folder, *base, "--search", PASSAGES[0], "--k", "2", "--delete", "3")
