@@ -40,10 +40,12 @@ def mine_negatives(
     Raises:
         ValueError: there are not more passages than ``count``.
     """
-    import bm25s
-
     if len(passages) <= count:
         raise ValueError(f"passages: got {len(passages)}, accepted are more than the {count} negatives of each query")
+    if count == 0:
+        return [[] for _ in queries]
+    import bm25s
+
     index = bm25s.BM25(k1=1.2, b=0.75)
     index.index([words(text) for text in passages], show_progress=False)
     step = next(

@@ -21,7 +21,7 @@ from python_model.data.build import Builder, build
 from python_model.data.build import main as grit_data
 from python_model.data.datasets import open_file
 from python_model.data.hard_negatives import SCORE_CAP, mine_negatives
-from python_model.data.sources import debian, foldoc, packages, python_functions, recipes, wikipedia
+from python_model.data.sources import debian, foldoc, packages, python_functions, recipes, wikipedia, wordnet
 from python_model.data.split import held_out
 from python_model.data.tasks import Dialogue, Material, Pair, QuestionRow, Source
 from python_model.evaluation.held_out import HeldOut
@@ -58,6 +58,34 @@ def test_files_of_a_debian_package_are_found_by_name() -> None:
     assert packages.deb_files(package, ["two.txt", "one.txt"]) == {"one.txt": b"odd", "two.txt": b"even"}
     with pytest.raises(packages.SourceError, match="no file 'three.txt'"):
         packages.deb_files(package, ["three.txt"])
+    with pytest.raises(packages.SourceError, match=r"data.tar.gz cannot be read .*leave the source out"):
+        packages.deb_files(package.replace(b"\x1f\x8b\x08", b"\x28\xb5\x2f"), ["one.txt"])  # zstd's first bytes
+
+
+def test_an_unpacking_that_was_interrupted_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = dict.fromkeys(wordnet.WORDNET_SHA256, b"lines")
+    (tmp_path / "wordnet-base.deb").write_bytes(deb(content))
+    monkeypatch.setattr(wordnet, "fetch_deb", lambda *arguments: tmp_path / "wordnet-base.deb")
+    write, written = Path.write_bytes, 0
+
+    def stop(path: Path, data: bytes) -> int:
+        nonlocal written
+        written += 1
+        if written == 3:
+            write(path, data[:2])
+            raise KeyboardInterrupt
+        return write(path, data)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Path, "write_bytes", stop)
+        with pytest.raises(KeyboardInterrupt):
+            wordnet.fetch_wordnet(tmp_path)
+    folder = wordnet.fetch_wordnet(tmp_path)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == content
+
+
+def test_the_only_passage_has_no_negatives() -> None:
+    assert mine_negatives(["a"], ["the only one"], 0) == [[]]
 
 
 def test_a_dictionary_gives_definitions_without_markup() -> None:

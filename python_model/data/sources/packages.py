@@ -80,8 +80,9 @@ def fetch_deb(name: str, cache: Path, version: str = "") -> Path:
     require_apt(name)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         run(["apt-get", "-q", "download", f"{name}={version}" if version else name], name, cwd=folder)
-        path = next(Path(folder).glob(f"{name}_*.deb"))
-        return path.rename(cache / path.name)
+        if not (found := sorted(Path(folder).glob(f"{name}_*.deb"))):
+            raise SourceError(f"{name}: apt-get download brought no package")
+        return found[-1].rename(cache / found[-1].name)
 
 
 def require_apt(name: str) -> None:
@@ -98,7 +99,7 @@ def deb_files(package: bytes, wanted: Iterable[str]) -> dict[str, bytes]:
     """Files of a Debian package by name, wherever they lie in it.
 
     Raises:
-        SourceError: one of them is not there.
+        SourceError: one of them is not there, or the package is packed in a way that this Python cannot read.
     """
     names = set(wanted)
     found: dict[str, bytes] = {}
@@ -107,10 +108,13 @@ def deb_files(package: bytes, wanted: Iterable[str]) -> dict[str, bytes]:
         name, size = package[position : position + 16].decode().strip(), int(package[position + 48 : position + 58])
         position += 60
         if name.startswith("data.tar"):
-            with tarfile.open(fileobj=io.BytesIO(package[position : position + size])) as archive:
-                for member in archive:
-                    if Path(member.name).name in names and (file := archive.extractfile(member)):
-                        found[Path(member.name).name] = file.read()
+            try:
+                with tarfile.open(fileobj=io.BytesIO(package[position : position + size])) as archive:
+                    for member in archive:
+                        if Path(member.name).name in names and (file := archive.extractfile(member)):
+                            found[Path(member.name).name] = file.read()
+            except tarfile.ReadError as error:  # Ubuntu packs with zstd, which Python reads from 3.14 on
+                raise SourceError(f"the package's {name} cannot be read ({error}); leave the source out") from error
         position += size + size % 2
     if missing := sorted(names - found.keys()):
         raise SourceError(f"the package has no file {missing[0]!r}: another version than is read here")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from python_model.data.sources.packages import deb_files, fetch_deb, read_checked
+from python_model.files import new_folder
 
 WORDNET_SHA256 = {
     "data.noun": "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",
@@ -69,9 +70,9 @@ def fetch_wordnet(cache: Path) -> Path:
     folder = cache / "wordnet-3.0"
     if not all((folder / name).is_file() for name in WORDNET_SHA256):
         files = deb_files(fetch_deb("wordnet-base", cache, "1:3.0*").read_bytes(), WORDNET_SHA256)
-        folder.mkdir(exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        with new_folder(folder) as unpacked:
+            for name, content in files.items():
+                (unpacked / name).write_bytes(content)
     return folder
 
 
