@@ -35,7 +35,8 @@ class StoreBusyError(StoreError):
 
 
 class StoreFolder:
-    """See the top of the file. ``kind`` is for messages; ``schema`` are the tables, ``files`` the folder of the large files."""
+    """See the top of the file. ``kind`` is for messages; ``schema`` are the tables, among them ``shards`` (id, file) and
+    ``documents`` (key, shard); ``files`` is the folder of the large files."""
 
     kind: ClassVar[str]
     schema: ClassVar[str]
@@ -139,6 +140,16 @@ class StoreFolder:
                 raise StoreFullError(f"{self.path}: no room for the document ({error}); nothing changed") from error
             raise
         self._remove_files(after)
+
+    def _delete(self, db: sqlite3.Connection, keys: list[str], after: list[str]) -> None:
+        """Remove documents, and shards that hold no others; their files are added to those removed ``after`` the commit."""
+        if not keys:
+            return
+        db.executemany("DELETE FROM documents WHERE key = ?", [(key,) for key in keys])
+        unused = "SELECT id, file FROM shards s WHERE NOT EXISTS (SELECT 1 FROM documents d WHERE d.shard = s.id)"
+        empty = db.execute(unused).fetchall()
+        db.executemany("DELETE FROM shards WHERE id = ?", [(identity,) for identity, _ in empty])
+        after += [file for _, file in empty]
 
     def _remove_leftovers(self, db: sqlite3.Connection) -> None:
         """Files of writers that were killed. Only a writer may call this: its lock says that nobody else is writing."""

@@ -182,6 +182,8 @@ class Index(StoreFolder):
         if matrix.ndim != 2 or matrix.shape[1] != size:
             raise ValueError(f"queries: got {tuple(matrix.shape)}, accepted is (queries, {size})")
         self._refresh()
+        if not self._blocks:
+            return [[] for _ in matrix]
         if engine == "exact":
             scores, ids = self._search_exactly(matrix, k)
         elif engine == "faiss" or engine.startswith("faiss:"):
@@ -269,15 +271,6 @@ class Index(StoreFolder):
         if shards.checksum(tensors.values()) != check:
             raise StoreCorruptError(f"{path}: the vectors do not have the checksum they were written with")
         return tensors["data"], tensors.get("scales")
-
-    def _delete(self, db: sqlite3.Connection, keys: list[str], after: list[str]) -> None:
-        if not keys:
-            return
-        db.executemany("DELETE FROM documents WHERE key = ?", [(key,) for key in keys])
-        unused = "SELECT id, file FROM shards s WHERE NOT EXISTS (SELECT 1 FROM documents d WHERE d.shard = s.id)"
-        empty = db.execute(unused).fetchall()
-        db.executemany("DELETE FROM shards WHERE id = ?", [(identity,) for identity, _ in empty])
-        after += [file for _, file in empty]
 
     def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
         return {**given, "format": given["format"] or "float32"}

@@ -296,15 +296,6 @@ class KVStore(StoreFolder):
         assert row.lastrowid is not None
         return row.lastrowid
 
-    def _delete(self, db: sqlite3.Connection, keys: list[str], after: list[str]) -> None:
-        if not keys:
-            return
-        db.executemany("DELETE FROM documents WHERE key = ?", [(key,) for key in keys])
-        unused = "SELECT id, file FROM shards s WHERE NOT EXISTS (SELECT 1 FROM documents d WHERE d.shard = s.id)"
-        empty = db.execute(unused).fetchall()
-        db.executemany("DELETE FROM shards WHERE id = ?", [(identity,) for identity, _ in empty])
-        after += [file for _, file in empty]
-
     def _make_room(self, db: sqlite3.Connection, needed: int, after: list[str]) -> None:
         if self.max_bytes is None:
             return
