@@ -11,13 +11,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from python_model import GritLM
-from python_model.train.chunks import plan_chunks
+from python_model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.train.chunks import build_chunk, plan_chunks
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.learner import Learner
 from python_model.train.model import TrainingModel
+from python_model.train.setup import load_model
 from python_model.train.step import StepGradients, StepLosses, plan_step
-from tests.python_model.training_samples import LENGTH, ToySamples, ToyStream
+from tests.python_model.training_samples import LENGTH, ToySamples, ToyStream, toy_config
 
 QUERIES, CONVERSATIONS = 6, 3
 
@@ -234,3 +236,73 @@ def test_a_mixtures_router_loss_is_that_of_transformers_and_joins_the_gradient(t
     mine = dict(model.grit.model.named_parameters())
     for name in gates:
         torch.testing.assert_close(mine[name].grad, dict(plain.named_parameters())[name].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_one_packed_pass_equals_three_padded_passes_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    """Losses and gradients of the packed pass, against separate padded passes of the unpatched model, as the paper does."""
+    from transformers import AutoModelForCausalLM
+
+    config = toy_config(checkpoint, tmp_path)
+    model = load_model(config, torch.device("cpu"))
+    samples = ToyStream(model.tokenizer, 4, 2)[0]
+    ids = (samples.query_ids, samples.passage_ids)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    share = plan_step(samples.queries, samples.passages, samples.conversations, ids, config, ranks)
+    losses = StepGradients(TrainingModel(model), config, ranks)(share, seed=0)
+
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+    def padded(chosen: list[list[int]], value: int = 0) -> torch.Tensor:
+        rows = [torch.tensor(row) for row in chosen]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    def embed(chosen: list[Any]) -> torch.Tensor:
+        mask = padded([[1] * len(s) for s in chosen])
+        states = plain.model(padded([s.input_ids for s in chosen]), attention_mask=mask, is_causal=False)
+        keep = padded([[0] * s.instruction_len + [1] * (len(s) - s.instruction_len) for s in chosen])
+        pooled = (states.last_hidden_state * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(pooled, dim=-1)
+
+    queries, passages = embed(samples.queries), embed(samples.passages)
+    targets = torch.arange(4) * 2
+    contrastive = torch.nn.functional.cross_entropy(queries @ passages.T / config.temperature, targets)
+    mask = padded([[1] * len(s) for s in samples.conversations])
+    logits = plain(padded([s.input_ids for s in samples.conversations]), attention_mask=mask).logits
+    labels = padded([s.labels for s in samples.conversations], IGNORE_INDEX)
+    generative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+    (contrastive + generative).backward()
+
+    assert losses.contrastive == pytest.approx(float(contrastive.detach()), rel=2e-5)
+    assert losses.generative == pytest.approx(float(generative.detach()), rel=2e-5)
+    assert losses.total == pytest.approx(float((contrastive + generative).detach()), rel=2e-5)
+    for (name, mine), (_, theirs) in zip(model.model.named_parameters(), plain.named_parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        difference = (mine.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=1e-6)
+        assert difference < 1e-4, (name, float(difference))
+
+
+def test_chunked_dropout_draws_the_same_mask_in_both_passes(checkpoint: Path, tmp_path: Path) -> None:
+    """With dropout, the loss of the first pass is that of the vectors the second pass differentiates."""
+    config = toy_config(checkpoint, tmp_path, lora_rank=4, lora_dropout=0.5, chunk_tokens=2 * LENGTH)
+    model = TrainingModel(load_model(config, torch.device("cpu")))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    samples = ToyStream(model.grit.tokenizer, 4, 2)[0]
+    share = plan_step(samples.queries, samples.passages, samples.conversations, None, config, ranks)
+    gradients = StepGradients(model, config, ranks)
+    first = gradients._embed(share, seed=5).detach()
+    for index, chunk in enumerate(share.chunks[: share.embedding_rounds]):
+        with gradients._computing(5, index):
+            vectors = model(chunk)[0]
+        assert torch.equal(vectors, first[chunk.embedded])
+
+
+def test_staircases_follow_the_runs_of_a_conversation() -> None:
+    """Prefix-LM: tokens of the run see to its end (at most ``right`` ahead), the others only their past."""
+    talk = EncodedSample([5, 6, 7, 8, 9], labels=[-100] * 5, bidirectional=[True, True, True, False, False])
+    text = EncodedSample([3, 4])
+    assert build_chunk([text], [talk], attn="bbbc").pack.hi.tolist() == [2, 2, 3, 3, 3, 4, 5]  # type: ignore[union-attr]
+    near = build_chunk([text], [talk], attn="bbbc", right=1).pack.hi
+    assert near is not None and near.tolist() == [2, 2, 2, 3, 3, 4, 5]

@@ -1,17 +1,24 @@
-"""Samples of a toy task for the training tests: a stream whose steps are a function of their index, as the real one's are."""
+"""A toy task for the training tests, and runs on it; a step of its stream is a function of its index, as of the real one."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from python_model.prompts import EncodedSample, embed_instruction, encode_conversation, encode_text
+from python_model.train import TrainConfig, Trainer
 from python_model.train.distributed import Ranks
+from python_model.train.setup import load_model
 
 WORDS = ["river", "city", "code", "word", "capital", "France", "space", "line"]
 LENGTH = 64
+SAME = ("loss", "contrastive_loss", "generative_loss", "gradient_norm", "learning_rate", "tokens")
 
 
 @dataclass
@@ -62,3 +69,49 @@ class ToyStream:
 
     def _text(self, instruction: str, text: str) -> EncodedSample:
         return encode_text(self.tokenizer, embed_instruction(instruction), text, LENGTH)
+
+
+def toy_config(checkpoint: Path, folder: Path, **changes: Any) -> TrainConfig:
+    """Settings of a run whose output is ``folder/out``."""
+    options: dict[str, Any] = {
+        "model": str(checkpoint),
+        "train_data": str(checkpoint),
+        "output_dir": str(folder / "out"),
+        "embedding_batch_size": 4,
+        "generative_batch_size": 2,
+        "query_max_len": LENGTH,
+        "passage_max_len": LENGTH,
+        "generative_max_len": LENGTH,
+        "bf16": False,
+        "temperature": 0.1,
+    }
+    return TrainConfig(**{**options, **changes})
+
+
+def toy_trainer(config: TrainConfig) -> Trainer:
+    """A run on the toy task: the settings' queries and two conversations a step."""
+    model = load_model(config, torch.device("cpu"))
+    queries = config.embedding_batch_size if config.embeds else 0
+    return Trainer(model, config, ToyStream(model.tokenizer, queries, 2 if config.generates else 0))
+
+
+def figures(records: list[dict[str, Any]]) -> list[list[Any]]:
+    """What must repeat exactly: everything but times and memory."""
+    return [[record[name] for name in SAME] for record in records]
+
+
+def data_folder(folder: Path) -> Path:
+    """The same kind of rows as files."""
+    folder.mkdir()
+    embedding = [
+        {
+            "query": ["Find the text", f"where is {word} {n}"],
+            "pos": [["", f"the {word} number {n} is here"]],
+            "neg": [["", f"no {word} to be seen"], ["", "nothing"]],
+        }
+        for n, word in enumerate(WORDS)
+    ]
+    generative = [{"text": [f"say {word}", f"{word} it is", "and?", "done"]} for word in WORDS]
+    for name, rows in (("emb", embedding), ("gen", generative)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -1,0 +1,118 @@
+"""Runs repeat exactly, and go on exactly after a stop signal, a kill, or from any saved state."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from python_model.train import Interrupted
+from tests.python_model.training_samples import LENGTH, figures, toy_config, toy_trainer
+
+
+def test_same_seed_same_run(checkpoint: Path, tmp_path: Path) -> None:
+    runs = [
+        figures(toy_trainer(toy_config(checkpoint, tmp_path, steps=3, resume=False, deterministic=True)).train())
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4, "learn_temperature": True, "chunk_tokens": 2 * LENGTH}])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """SIGTERM in step 3: the state is saved, and the resumed run's log and weights equal those of a whole run."""
+    whole = toy_trainer(toy_config(checkpoint, tmp_path / "whole", steps=6, **changes))
+    expected = whole.train()
+
+    config = toy_config(checkpoint, tmp_path / "cut", steps=6, **changes)
+    cut = toy_trainer(config)
+    stream = cut.stream
+
+    class Interrupting:
+        def steps(self, start: int, stop: int) -> Any:
+            for step in range(start, stop):
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield stream[step]  # type: ignore[index]
+
+    cut.stream = Interrupting()
+    with pytest.raises(Interrupted, match="stopped after step 3"):
+        cut.train()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    resumed = toy_trainer(config)
+    assert figures(resumed.train()) == figures(expected)
+    for (name, mine), (_, theirs) in zip(resumed.grit.named_parameters(), whole.grit.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert resumed.learner.temperature == whole.learner.temperature
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.python_model.training_samples import toy_config, toy_trainer
+import torch
+torch.set_num_threads(1)
+toy_trainer(toy_config(Path(sys.argv[1]), Path(sys.argv[2]), steps=500, save_steps=2, save_total=2)).train()
+"""
+
+
+def test_a_killed_run_resumes_exactly(checkpoint: Path, tmp_path: Path) -> None:
+    """SIGKILL at whatever point the run has reached, perhaps in the middle of saving."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path / "cut")], stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "cut" / "out" / "log.jsonl"
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = json.loads(log.read_bytes().splitlines()[-2])["step"]
+
+    config = toy_config(checkpoint, tmp_path / "cut", steps=500, save_steps=2)
+    resumed = toy_trainer(config)
+    stream, stop = resumed.stream, done + 3
+
+    class Short:
+        def steps(self, start: int, _: int) -> Any:
+            assert 0 < start <= done + 1, "nothing or too much was kept"
+            return stream.steps(start, stop)
+
+    resumed.stream = Short()
+    records = resumed.train()
+    assert len(records) == stop
+    assert len(list((tmp_path / "cut" / "out" / "states").glob("step-*"))) <= 2
+
+    whole = toy_trainer(toy_config(checkpoint, tmp_path / "whole", steps=500))
+    start = whole.stream
+    whole.stream = type("Stream", (), {"steps": lambda self, a, b: start.steps(a, stop)})()
+    assert figures(whole.train()) == figures(records)
+
+
+def test_a_state_of_another_run_is_refused_by_the_setting_that_differs(checkpoint: Path, tmp_path: Path) -> None:
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1)).train()
+    with pytest.raises(ValueError, match="learning_rate: got 0.5"):
+        toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1, learning_rate=0.5)).train()
+    # what only changes speed and memory may change
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1, chunk_tokens=LENGTH)).train()
+
+
+def test_states_rotate_and_a_half_written_one_is_ignored(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=4, save_steps=1, save_total=2))
+    trainer.train()
+    states = tmp_path / "out" / "states"
+    assert sorted(p.name for p in states.iterdir()) == ["step-00000003", "step-00000004"]
+    (states / "step-00000009").mkdir()
+    newest = trainer.states.newest()
+    assert newest is not None and newest.name == "step-00000004"
