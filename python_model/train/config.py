@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from python_model.few_shot import STYLES
 from python_model.losses import GENERATIVE_LOSSES
+from python_model.modeling import MODES
+from python_model.prompts import FORMATS
 
-MODES = ("unified", "embedding", "generative")
 CHUNKINGS = ("tokens", "triplet")
 PARALLEL = ("ddp", "fsdp")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 GRADIENT_SCALES = ("exact", "reference")
 QUANTIZATIONS = ("", "nf4")
-FORMATS = ("grit", "zephyr")
-FEW_SHOT_STYLES = ("retrieval", "match", "medi2")
 
 
 @dataclass
@@ -162,7 +162,7 @@ class TrainConfig:
             ("parallel", PARALLEL),
             ("quantization", QUANTIZATIONS),
             ("format", FORMATS),
-            ("few_shot_style", FEW_SHOT_STYLES),
+            ("few_shot_style", STYLES),
         ):
             check_choice(name, getattr(self, name), accepted)
         for tracker in self.trackers:
@@ -175,8 +175,9 @@ class TrainConfig:
             "seed",
         ):
             check_at_least(name, getattr(self, name), 0)
-        if not 0 <= self.few_shot <= 1:
-            raise ValueError(f"few_shot: got {self.few_shot}, accepted is a share from 0 to 1")
+        for name in ("few_shot", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, accepted is a share from 0 to 1")
         for dataset, weight in self.dataset_weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"dataset_weights: got {weight} for {dataset!r}, accepted is a finite number >= 0")
@@ -184,6 +185,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: got {value}, accepted is a finite number > 0")
+        for name in ("weight_decay", "contrastive_weight", "generative_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: got {value}, accepted is a finite number >= 0")
         self._check_combinations()
         if self.dry_run:
             return
