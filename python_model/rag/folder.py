@@ -31,7 +31,7 @@ class StoreCorruptError(StoreError):
 
 
 class StoreBusyError(StoreError):
-    """Another process kept writing for longer than ``lock_timeout``."""
+    """Another process kept writing, or mapping what is there, for longer than ``lock_timeout``."""
 
 
 class StoreFolder:
@@ -108,21 +108,18 @@ class StoreFolder:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """The only writer, from here to the commit; another one waits at BEGIN."""
+        """The only writer, from here to the commit; another one waits at BEGIN, and COMMIT waits for readers."""
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                message = f"{self.path}: another process has been writing for {self.lock_timeout:g} s"
-                raise StoreBusyError(message) from error
-            raise
-        try:
             yield db
             db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+                message = f"{self.path}: another process has been writing or reading for {self.lock_timeout:g} s"
+                raise StoreBusyError(message) from error
             raise
 
     @contextlib.contextmanager

@@ -206,6 +206,12 @@ def test_a_second_writer_waits_and_gives_up_with_an_error(tmp_path: Path) -> Non
         assert first.keys() == []  # readers do not wait
     thread.join()
     assert first.keys() == ["b"]
+    first._db.execute("BEGIN")
+    first._db.execute("SELECT * FROM documents").fetchall()  # a commit waits for a reader that is at it
+    with pytest.raises(StoreBusyError, match="another process"):
+        impatient.append("c", make_states(3))
+    first._db.execute("ROLLBACK")
+    assert first.keys() == ["b"] and len(list((tmp_path / "s" / "shards").iterdir())) == 1
 
 
 WRITER = """
