@@ -26,6 +26,8 @@ INSTRUCTION_COUNTS: tuple[str, ...] = get_args(InstructionCount)
 EMBEDDING_ATTENTION = ("bb", "cc", "cb")
 GENERATIVE_ATTENTION = ("cc", "bc", "il")
 SETTINGS_FILE = "grit.json"
+HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "trust_remote_code")
+"""Arguments of ``from_pretrained`` that model and tokenizer share."""
 TOKENS_PER_PACK = 16384
 """encode() fills one forward pass up to this many tokens."""
 
@@ -48,7 +50,8 @@ class GritLM(nn.Module):
         is_inference: eval mode, and encode() without gradients.
         instruction_count: which leading tokens are not pooled. ``"offsets"``: those that end inside of the instruction.
             ``"reference"``: as many as the instruction has when it is tokenised alone, as the public implementation counts.
-        from_pretrained_kwargs: passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
+        from_pretrained_kwargs: passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); what says where the
+            files are is passed to the tokenizer's as well.
 
     Settings saved with a checkpoint (``grit.json``) are the defaults of arguments that are not given.
     """
@@ -71,7 +74,8 @@ class GritLM(nn.Module):
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
         path = str(model_name_or_path)
-        saved = _saved_settings(path)
+        folder = Path(path) / from_pretrained_kwargs.get("subfolder", "")
+        saved = _saved_settings(folder)
         self.mode = _choice("mode", mode, MODES)
         method = _choice("pooling_method", _first(pooling_method, saved, "mean", "pooling_method"), POOLING_METHODS)
         self.pooling_method = cast(PoolingMethod, method)
@@ -88,7 +92,8 @@ class GritLM(nn.Module):
         self.model = gk.patch(
             loader.from_pretrained(path, **from_pretrained_kwargs), bidirectional_window=self.bidirectional_window
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+        found_at = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_OPTIONS}
+        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right", **found_at)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.decoder = [
@@ -97,7 +102,7 @@ class GritLM(nn.Module):
         self.projection: nn.Linear | None = None
         if projection is not None:
             self.projection = nn.Linear(self.model.config.hidden_size, projection, dtype=self.model.dtype)
-            head = Path(path) / "embedding_head.safetensors"
+            head = folder / "embedding_head.safetensors"
             if head.exists():
                 from safetensors.torch import load_file
 
@@ -322,9 +327,9 @@ def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     return batches
 
 
-def _saved_settings(path: str) -> dict[str, Any]:
-    file = Path(path) / SETTINGS_FILE
-    return json.loads(file.read_text()) if file.exists() else {}
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _first(given: Any, saved: dict[str, Any], default: Any, key: str) -> Any:

@@ -168,6 +168,13 @@ def test_saved_checkpoint_loads_in_plain_transformers(model: GritLM, tmp_path: P
         assert torch.equal(value, model.model.state_dict()[name]), name
 
 
+def test_tokenizer_and_settings_come_from_where_the_weights_do(checkpoint: Path, tmp_path: Path) -> None:
+    model = GritLM(checkpoint, attn="cccc", projection=8, device="cpu", dtype="float32")
+    model.save_pretrained(tmp_path / "step-2")
+    again = GritLM(tmp_path, subfolder="step-2", device="cpu", dtype="float32")
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+
+
 def test_embedding_mode_has_no_head(checkpoint: Path) -> None:
     model = GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32")
     assert model.encode("text").shape == (64,)
