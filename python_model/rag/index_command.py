@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         mode = "unified" if arguments.store else "embedding"
         model = GritLM(resolve_model(arguments.model), mode=mode)
         index = open_index(arguments.index, model, format=arguments.format, create=bool(arguments.add))
+        # before the work: a store that another model made is refused
+        store = open_store(arguments.store, model) if arguments.store else None
         documents = [document for path in arguments.add for document in read_documents(path)]
         if arguments.chunk_tokens:
             parts = [chunk(d, model.tokenizer, arguments.chunk_tokens, arguments.overlap) for d in documents]
@@ -52,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 overwrite=arguments.overwrite,
                 progress=lambda done, total: print(f"embedded {done}/{total}", file=sys.stderr),
             )
-            if arguments.store:
-                store = open_store(arguments.store, model)
+            if store is not None:
                 RAG(model, store=store).add_to_store(documents, overwrite=arguments.overwrite)
         if arguments.delete:
             index.delete(arguments.delete)
