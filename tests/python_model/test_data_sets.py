@@ -115,8 +115,9 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     file = write(tmp_path / "data.jsonl", GENERATIVE, GENERATIVE)
     (rows,), _ = open_file(file)
     write(file, {"text": ["longer than before", "a"]}, GENERATIVE)
-    with pytest.raises(DataError, match="data.jsonl: the file has changed since it was indexed"):
-        rows[0]
+    for _ in range(2):
+        with pytest.raises(DataError, match="data.jsonl: the file has changed since it was indexed"):
+            rows[0]
 
 
 def test_a_random_choice_keeps_the_order_and_depends_on_the_seed(tmp_path: Path) -> None:
