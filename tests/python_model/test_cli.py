@@ -1,4 +1,4 @@
-"""The grit command lists its subcommands, and each explains itself."""
+"""The grit command lists its subcommands, each explains itself, and those that need a model work together."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from python_model import completion
 from python_model.cli import COMMANDS, main
 from python_model.doctor import report
 from python_model.files import new_folder, write_json
+
+TEXTS = ["A river flows.", "Paris is the capital of France.", "def add(first, second):", "x", "blank lines"]
 
 
 def test_grit_alone_lists_every_command(capsys: Any) -> None:
@@ -85,3 +88,34 @@ def test_completion_knows_commands_options_and_files(tmp_path: Path) -> None:
     assert offers("train", "--chunk") == ["--chunk_tokens", "--chunking"]
     assert "corpus.jsonl" in offers("embed", "corp")
     assert "bashcompinit" in completion.script("zsh")
+
+
+def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    base = ["--model", str(checkpoint), "--json"]
+    rows = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "A river flows.", "answers": ["water"]}))
+    folder, store = str(tmp_path / "i"), str(tmp_path / "s")
+
+    def run(*arguments: str) -> list[Any]:
+        main(list(arguments))
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    first, second = run("embed", *base, "--text", "a", "--text", "b", "--output", str(tmp_path / "v.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), [first["embedding"], second["embedding"]], atol=1e-7)
+    run("embed", *base, "--text", "a", "--output", str(tmp_path / "new" / "vectors"))
+    assert np.load(tmp_path / "new" / "vectors").shape == (1, 64)  # the file that was named, in a folder that is made
+    (made,) = run("index", folder, *base, "--add", str(tmp_path / "d.jsonl"), "--store", store)
+    assert made == {"documents": 5, "added": 5, "deleted": 0}
+    (found,) = run("index", folder, *base, "--search", TEXTS[0], "--k", "2", "--delete", "3")
+    assert found["documents"] == 4 and found["hits"][0]["key"] == "0" and len(found["hits"]) == 2
+    options = ["--max-new-tokens", "3", "--mode", "document_cache", "--store", store]
+    answer, scores = run("rag", folder, *base, "--questions", str(tmp_path / "q.jsonl"), *options)
+    assert answer["documents"][0]["key"] == "0" and answer["cached_tokens"] > 0 and scores["questions"] == 1
+    (ranked,) = run("rerank", *base, "--query", "river?", "--passages", str(tmp_path / "d.jsonl"), "--top", "3")
+    assert len(ranked["passages"]) == 3
+    for command in (["rag", str(tmp_path / "nowhere"), "--question", "x"], ["index", str(tmp_path / "nowhere")]):
+        with pytest.raises(SystemExit, match="there is no index in"):
+            main([*command, "--model", str(checkpoint)])
+    with pytest.raises(SystemExit, match="no file or folder"):
+        main(["rerank", "--query", "x", "--passages", str(tmp_path / "nowhere"), "--model", str(checkpoint)])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from python_model.few_shot import few_shot_instruction
 from python_model.prompts import (
     ASSISTANT,
     EMBED,
@@ -148,3 +149,13 @@ def test_conversation_errors_name_the_turn(tokenizer: Any) -> None:
 def test_user_marker_constant_matches_escape() -> None:
     for marker in (USER, EMBED, ASSISTANT):
         assert escape(marker) != marker
+
+
+def test_few_shot_instructions_have_the_papers_wording() -> None:
+    got = few_shot_instruction("Find the word", "to shorten", "abbreviate")
+    assert got == 'Find the word\n\nFor example given "to shorten", you should retrieve "abbreviate"'
+    assert few_shot_instruction("a", "q", "p", "match").endswith('given "q", it would match with "p"')
+    assert few_shot_instruction("a", "q", "p", "medi2").endswith('The provided query could be "q" and the positive "p"')
+    assert few_shot_instruction(" ", "q", "p") == "" and got in embed_instruction(got)
+    with pytest.raises(ValueError, match="style: got 'three'"):
+        few_shot_instruction("a", "q", "p", "three")  # type: ignore[arg-type]

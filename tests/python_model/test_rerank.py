@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from python_model import GritLM
-from python_model.cli import main
-from python_model.few_shot import few_shot_instruction
 from python_model.generate import prompt_ids
-from python_model.prompts import embed_instruction
 from python_model.rerank import (
     listwise_prompt,
     parse_permutation,
@@ -148,44 +144,3 @@ def test_bad_arguments_are_named(model: GritLM, checkpoint: Path) -> None:
         rerank(model, "q", PASSAGES, batch_size=0)
     with pytest.raises(ValueError, match="no language-model head"):
         rerank(GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32"), "q", PASSAGES)
-
-
-def test_few_shot_instructions_have_the_papers_wording() -> None:
-    got = few_shot_instruction("Find the word", "to shorten", "abbreviate")
-    assert got == 'Find the word\n\nFor example given "to shorten", you should retrieve "abbreviate"'
-    assert few_shot_instruction("a", "q", "p", "match").endswith('given "q", it would match with "p"')
-    assert few_shot_instruction("a", "q", "p", "medi2").endswith('The provided query could be "q" and the positive "p"')
-    assert few_shot_instruction(" ", "q", "p") == "" and got in embed_instruction(got)
-    with pytest.raises(ValueError, match="style: got 'three'"):
-        few_shot_instruction("a", "q", "p", "three")  # type: ignore[arg-type]
-
-
-def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
-    base = ["--model", str(checkpoint), "--json"]
-    rows = [{"id": str(i), "text": text} for i, text in enumerate(PASSAGES)]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "A river flows.", "answers": ["water"]}))
-    folder, store = str(tmp_path / "i"), str(tmp_path / "s")
-
-    def run(*arguments: str) -> list[Any]:
-        main(list(arguments))
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    first, second = run("embed", *base, "--text", "a", "--text", "b", "--output", str(tmp_path / "v.npy"))
-    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), [first["embedding"], second["embedding"]], atol=1e-7)
-    run("embed", *base, "--text", "a", "--output", str(tmp_path / "new" / "vectors"))
-    assert np.load(tmp_path / "new" / "vectors").shape == (1, 64)  # the file that was named, in a folder that is made
-    (made,) = run("index", folder, *base, "--add", str(tmp_path / "d.jsonl"), "--store", store)
-    assert made == {"documents": 5, "added": 5, "deleted": 0}
-    (found,) = run("index", folder, *base, "--search", PASSAGES[0], "--k", "2", "--delete", "3")
-    assert found["documents"] == 4 and found["hits"][0]["key"] == "0" and len(found["hits"]) == 2
-    options = ["--max-new-tokens", "3", "--mode", "document_cache", "--store", store]
-    answer, scores = run("rag", folder, *base, "--questions", str(tmp_path / "q.jsonl"), *options)
-    assert answer["documents"][0]["key"] == "0" and answer["cached_tokens"] > 0 and scores["questions"] == 1
-    (ranked,) = run("rerank", *base, "--query", "river?", "--passages", str(tmp_path / "d.jsonl"), "--top", "3")
-    assert len(ranked["passages"]) == 3
-    for command in (["rag", str(tmp_path / "nowhere"), "--question", "x"], ["index", str(tmp_path / "nowhere")]):
-        with pytest.raises(SystemExit, match="there is no index in"):
-            main([*command, "--model", str(checkpoint)])
-    with pytest.raises(SystemExit, match="no file or folder"):
-        main(["rerank", "--query", "x", "--passages", str(tmp_path / "nowhere"), "--model", str(checkpoint)])
