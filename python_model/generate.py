@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from python_model.data.jsonl import objects
+from python_model.data.jsonl import read_objects
 from python_model.decoding import Sampling, decode
 from python_model.modeling import GritLM
 from python_model.prompts import chat_prompt, encode_prompt, escape
@@ -315,7 +315,7 @@ def answer_file(
 def read_conversations(path: Path) -> list[list[str]]:
     """See :func:`answer_file`."""
     found = []
-    for origin, row in objects(path):
+    for origin, row in read_objects(path):
         turns = row["turns"] if "turns" in row else [row.get("prompt")]
         texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
         if not texts or len(turns) % 2 == 0:

@@ -113,7 +113,7 @@ def read_corpus(path: str | os.PathLike[str]) -> list[Passage]:
     """The passages of one corpus file; a key may occur only once. Errors as :func:`read_rows`."""
     file = Path(path)
     passages: dict[str, Passage] = {}
-    for origin, row in objects(file):
+    for origin, row in read_objects(file):
         _require(row, ("key", "text"), origin)
         passage = Passage(_string(row["key"], "key", origin), _string(row["text"], "text", origin), origin)
         if passage.key in passages:
@@ -144,7 +144,7 @@ def data_files(path: str | os.PathLike[str]) -> list[Path]:
 
 def _read_file(file: Path) -> list[EmbeddingRow | GenerativeRow]:
     rows: list[EmbeddingRow | GenerativeRow] = []
-    for origin, row in objects(file):
+    for origin, row in read_objects(file):
         parsed = parse_row(row, origin, dataset_name(file))
         if rows and type(parsed) is not type(rows[0]):
             raise DataError(f"{origin}: another kind of row than at {rows[0].origin}; a file holds one kind")
@@ -152,7 +152,7 @@ def _read_file(file: Path) -> list[EmbeddingRow | GenerativeRow]:
     return rows
 
 
-def objects(file: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_objects(file: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(``file:line``, row) of each line that is not empty; errors as :func:`parse_line`."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):

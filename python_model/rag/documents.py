@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from python_model.data.jsonl import objects
+from python_model.data.jsonl import read_objects
 from python_model.rag.modes import Document
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -53,7 +53,7 @@ def _read_file(file: Path, name: str) -> Iterator[Document]:
 
 def _read_rows(file: Path, name: str) -> Iterator[Document]:
     empty = True
-    for origin, row in objects(file):
+    for origin, row in read_objects(file):
         empty = False
         text, title = row.get("text"), row.get("title") or ""
         if not isinstance(text, str) or not isinstance(title, str) or not text.strip():

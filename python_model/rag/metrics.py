@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from python_model.data.jsonl import objects
+from python_model.data.jsonl import read_objects
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -83,7 +83,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         ValueError: a row is broken; the message has file and line.
     """
     found = []
-    for origin, row in objects(path):
+    for origin, row in read_objects(path):
         answers = row.get("answers", row.get("answer"))
         answers = [answers] if isinstance(answers, str) else answers
         text = row.get("question")
