@@ -130,8 +130,10 @@ class Trainer:
             write_json(self.folder / "config.json", asdict(self.config))
             for line in self.memory.lines(device_limit(self.ranks.device)):
                 tqdm.write(line)
+        # first those that may be missing: a new log drops what an earlier run wrote
+        others = open_trackers(self.config) if self.ranks.first else []
         log = JsonLines(self.folder / "log.jsonl", start) if self.ranks.first else None
-        trackers: list[Tracker] = [log, *open_trackers(self.config)] if log else []
+        trackers: list[Tracker] = [log, *others] if log else []
         recent = [record["loss"] for record in log.records[-WINDOW:]] if log else []
         self.model.train()
         bar = tqdm(total=self.config.steps, initial=start, desc="train", unit="step", disable=not self.ranks.first)

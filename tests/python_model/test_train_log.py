@@ -64,5 +64,8 @@ def test_a_tracker_whose_package_is_missing_is_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="trackers: 'wandb' needs the package wandb"):
         toy_trainer(toy_config(checkpoint, tmp_path, trackers=["wandb"])).train()
+    assert (tmp_path / "out" / "log.jsonl").read_text() == '{"step": 1}\n'  # of an earlier run
