@@ -167,7 +167,11 @@ class TrainConfig:
             check_choice(name, getattr(self, name), accepted)
         for tracker in self.trackers:
             check_choice("trackers", tracker, TRACKERS)
-        for name in ("steps", "embedding_batch_size", "generative_batch_size", "train_group_size", "save_total"):
+        for name in ("steps", "embedding_batch_size", "generative_batch_size", "train_group_size", "save_total") + (
+            "query_max_len",
+            "passage_max_len",
+            "generative_max_len",
+        ):
             check_at_least(name, getattr(self, name), 1)
         for name in ("chunk_tokens", "generative_group", "lora_rank", "shard_size", "save_steps") + (
             "max_rows_per_dataset",
@@ -175,6 +179,8 @@ class TrainConfig:
             "seed",
         ):
             check_at_least(name, getattr(self, name), 0)
+        if self.projection is not None:
+            check_at_least("projection", self.projection, 1)
         for name in ("few_shot", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, accepted is a share from 0 to 1")

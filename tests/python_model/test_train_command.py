@@ -53,7 +53,13 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
     data = data_folder(tmp_path / "data")
     with pytest.raises(SystemExit, match="mode: got 'both'"):
         main(["--train_data", str(data), "--mode", "both"])
-    for name, value in (("warmup_ratio", "1.5"), ("few_shot", "-1"), ("generative_weight", "nan")):
+    for name, value in (
+        ("warmup_ratio", "1.5"),
+        ("projection", "0"),
+        ("query_max_len", "0"),
+        ("few_shot", "-1"),
+        ("generative_weight", "nan"),
+    ):
         with pytest.raises(SystemExit, match=f"{name}: got .*, accepted is a"):
             main(["--train_data", str(data), f"--{name}", value])
     with pytest.raises(SystemExit, match="chunk_tokens: got 10, accepted is 0 or at least"):
