@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from python_model.arguments import check_at_least
 from python_model.decoding_step import Step, supports
 
 if TYPE_CHECKING:
@@ -150,8 +151,7 @@ def decode(
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: got none or an empty one, accepted is at least one token per prompt")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, accepted is an int >= 1")
+    check_at_least("max_new_tokens", max_new_tokens, 1)
     sampling = sampling if sampling is not None else Sampling()
     device, batch = model.device, len(prompts)
     before = list(states) if states is not None else [None] * batch

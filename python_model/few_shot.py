@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from python_model.arguments import check_choice
+
 Style = Literal["retrieval", "match", "medi2"]
 STYLES: tuple[str, ...] = get_args(Style)
 _WORDING = {
@@ -22,8 +24,7 @@ def few_shot_instruction(instruction: str, query: str, positive: str, style: Sty
     ``style``: ``"retrieval"``, ``"match"`` (symmetric and classification tasks) or ``"medi2"``. Give the result to
     :func:`python_model.prompts.embed_instruction`.
     """
-    if style not in STYLES:
-        raise ValueError(f"style: got {style!r}, accepted are {', '.join(map(repr, STYLES))}")
+    check_choice("style", style, STYLES)
     if not instruction.strip("\t\n :"):
         return ""
     return instruction + _WORDING[style].format(query=query, positive=positive)

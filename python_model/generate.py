@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from python_model.arguments import check_at_least, check_choice
 from python_model.data.jsonl import read_objects
 from python_model.decoding import Sampling, decode
 from python_model.modeling import GritLM
@@ -57,8 +58,7 @@ def conversation_ids(
     Raises:
         ValueError: an unknown format, an even number of turns, or a tokenizer without a chat template.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
+    check_choice("format", format, FORMATS)
     if model.attn[2:] == "il" and len(turns) > 1:
         raise ValueError(
             f"turns: got {len(turns)}, accepted with attn {model.attn!r} is one (earlier replies are causal)"
@@ -268,8 +268,7 @@ def replies(
     **options: Any,
 ) -> list[str]:
     """:func:`reply` for many conversations, in batches of similar length; in the order given."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, accepted is an int >= 1")
+    check_at_least("batch_size", batch_size, 1)
     ids = [conversation_ids(model, turns, format=format, system=system, prefix=prefix) for turns in conversations]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     found = [""] * len(ids)
@@ -299,8 +298,7 @@ def answer_file(
     """
     from python_model.resume import ResumableRows
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, accepted is an int >= 1")
+    check_at_least("batch_size", batch_size, 1)
     conversations = read_conversations(source)
     with ResumableRows(target, [{"turns": turns} for turns in conversations]) as rows:
         for start in range(0, len(rows.missing), batch_size):

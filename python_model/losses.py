@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from python_model.arguments import check_choice
+
 GENERATIVE_LOSSES = ("mixed", "token", "sample")
 
 
@@ -26,8 +28,7 @@ def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Te
     Returns:
         float64 (samples); a sample without loss-carrying tokens has a weight that is multiplied by nothing.
     """
-    if kind not in GENERATIVE_LOSSES:
-        raise ValueError(f"kind: got {kind!r}, accepted are {', '.join(map(repr, GENERATIVE_LOSSES))}")
+    check_choice("kind", kind, GENERATIVE_LOSSES)
     samples = counts.shape[0]
     counts = counts.double()
     if kind == "token":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import grit_kernels as gk
+from python_model.arguments import check_at_least, check_choice
 from python_model.files import write_json
 from python_model.parallel import run_on_devices
 from python_model.prompts import EncodedSample, encode_text
@@ -25,6 +26,8 @@ InstructionCount = Literal["offsets", "reference"]
 INSTRUCTION_COUNTS: tuple[str, ...] = get_args(InstructionCount)
 EMBEDDING_ATTENTION = ("bb", "cc", "cb")
 GENERATIVE_ATTENTION = ("cc", "bc", "il")
+ATTENTION = tuple(e + g for e in EMBEDDING_ATTENTION for g in ("", *GENERATIVE_ATTENTION))
+"""Four letters, or two for the embedding side alone."""
 SETTINGS_FILE = "grit.json"
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "trust_remote_code")
 """Arguments of ``from_pretrained`` that model and tokenizer share."""
@@ -76,14 +79,18 @@ class GritLM(nn.Module):
         path = str(model_name_or_path)
         folder = Path(path) / from_pretrained_kwargs.get("subfolder", "")
         saved = _saved_settings(folder)
-        self.mode = _choice("mode", mode, MODES)
-        method = _choice("pooling_method", _first(pooling_method, saved, "mean", "pooling_method"), POOLING_METHODS)
+        check_choice("mode", mode, MODES)
+        self.mode = mode
+        method = _first(pooling_method, saved, "mean", "pooling_method")
+        check_choice("pooling_method", method, POOLING_METHODS)
         self.pooling_method = cast(PoolingMethod, method)
         self.normalized = bool(_first(normalized, saved, True, "normalized"))
         self.embed_eos = str(_first(embed_eos, saved, "", "embed_eos"))
         count = _first(instruction_count, saved, "offsets", "instruction_count")
-        self.instruction_count = cast(InstructionCount, _choice("instruction_count", count, INSTRUCTION_COUNTS))
-        self.attn = _check_attn(_first(attn, saved, "bbcc", "attn"))
+        check_choice("instruction_count", count, INSTRUCTION_COUNTS)
+        self.instruction_count = cast(InstructionCount, count)
+        self.attn: str = _first(attn, saved, "bbcc", "attn")
+        check_choice("attn", self.attn, ATTENTION)
         self.bidirectional_window: str = saved.get("bidirectional_window", "transformers")
         projection = _first(projection, saved, None, "projection")
         if not Path(path).exists() and path.startswith((".", "/", "~")):
@@ -314,8 +321,7 @@ class GritLM(nn.Module):
 
 def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices sorted by length, cut into packs of at most ``batch_size`` texts and TOKENS_PER_PACK tokens."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, accepted is an int >= 1")
+    check_at_least("batch_size", batch_size, 1)
     batches: list[list[int]] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -336,17 +342,3 @@ def _first(given: Any, saved: dict[str, Any], default: Any, key: str) -> Any:
     if given is not None:
         return given
     return saved[key] if saved.get(key) is not None else default
-
-
-def _choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
-    if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
-    return value
-
-
-def _check_attn(attn: str) -> str:
-    """Four letters, or two for the embedding side alone."""
-    accepted = [e + g for e in EMBEDDING_ATTENTION for g in ("", *GENERATIVE_ATTENTION)]
-    if attn not in accepted:
-        raise ValueError(f"attn: got {attn!r}, accepted are {', '.join(map(repr, accepted))}")
-    return attn

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from python_model.arguments import check_choice
+
 Format = Literal["grit", "zephyr"]
 FORMATS: tuple[str, ...] = get_args(Format)
 GenerativeAttention = Literal["cc", "bc", "il"]
@@ -283,6 +285,5 @@ def _eos(tokenizer: Any) -> int:
 
 
 def _user_end(format: Format) -> str:
-    if format not in FORMATS:
-        raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
+    check_choice("format", format, FORMATS)
     return TURN_END if format == "zephyr" else ""

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 import grit_kernels as gk
+from python_model.arguments import check_at_least, check_choice
 from python_model.generate import complete, prompt_ids
 from python_model.modeling import GritLM
 from python_model.prompts import ASSISTANT, USER, escape
@@ -58,13 +59,11 @@ def rerank(
     Raises:
         ValueError: an unknown method, an empty query, a window that cannot sort, or a size below 1.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, accepted are {', '.join(map(repr, METHODS))}")
+    check_choice("method", method, METHODS)
     if not query.strip():
         raise ValueError(f"query: got {query!r}, accepted is a text that is not empty")
-    for name, size in (("passage_tokens", passage_tokens), ("batch_size", batch_size)):
-        if size < 1:
-            raise ValueError(f"{name}: got {size}, accepted is an int >= 1")
+    check_at_least("passage_tokens", passage_tokens, 1)
+    check_at_least("batch_size", batch_size, 1)
     if model.mode == "embedding":
         raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to rerank")
     shown = [shorten(model, passage, passage_tokens) for passage in passages]

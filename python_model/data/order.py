@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from python_model.arguments import check_at_least
+
 
 class BatchOrder:
     """Batches without end, each a function of the seed and its number.
@@ -39,10 +41,8 @@ class BatchOrder:
         rows_per_epoch: Sequence[int] | None = None,
     ) -> None:
         wanted = list(sizes if rows_per_epoch is None else rows_per_epoch)
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, accepted is an int >= 1")
-        if seed < 0:
-            raise ValueError(f"seed: got {seed}, accepted is an int >= 0")
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("seed", seed, 0)
         if len(wanted) != len(sizes) or any(n < 0 or (n and not size) for n, size in zip(wanted, sizes, strict=False)):
             raise ValueError(
                 f"rows_per_epoch: got {wanted}, accepted is an int >= 0 for each of the sizes {list(sizes)}"

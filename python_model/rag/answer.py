@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from python_model.arguments import check_at_least, check_choice
 from python_model.decoding import Sampling, decode
 from python_model.generate import eos_token_ids, prompt_ids
 from python_model.modeling import GritLM
@@ -79,8 +80,7 @@ class RAG:
     ) -> None:
         if model.mode == "embedding":
             raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to answer")
-        if recompute < 0:
-            raise ValueError(f"recompute: got {recompute}, accepted is an int >= 0")
+        check_at_least("recompute", recompute, 0)
         self.model, self.index, self.store = model, index, store
         self.causal = _states_attention(model, causal_states)
         if store is not None:
@@ -114,8 +114,7 @@ class RAG:
             ValueError: an unknown mode, an empty question, a mode that needs documents where there are none, or more tokens
                 than ``max_length``.
         """
-        if mode != "auto" and mode not in MODES:
-            raise ValueError(f"mode: got {mode!r}, accepted are 'auto', {', '.join(map(repr, MODES))}")
+        check_choice("mode", mode, ("auto", *MODES))
         seconds: dict[str, float] = {}
         start = time.perf_counter()
         query_states: TextStates | None = None

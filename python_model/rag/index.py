@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from python_model.arguments import check_at_least, check_choice
 from python_model.modeling import GritLM
 from python_model.rag import shards
 from python_model.rag.fingerprint import embedding_settings, fingerprint
@@ -84,8 +85,8 @@ class Index(StoreFolder):
         lock_timeout: float = 60.0,
         create: bool = True,
     ) -> None:
-        if format is not None and format not in FORMATS:
-            raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
+        if format is not None:
+            check_choice("format", format, FORMATS)
         given = {"fingerprint": fingerprint, "settings": settings, "format": format}
         super().__init__(path, given, lock_timeout, create)
         self.format: str = self.recorded["format"]
@@ -175,8 +176,7 @@ class Index(StoreFolder):
         """
         matrix = torch.as_tensor(queries).detach().float().cpu()
         size = self._meta().get("size")
-        if k < 1:
-            raise ValueError(f"k: got {k}, accepted is an int >= 1")
+        check_at_least("k", k, 1)
         if size is None:
             return [[] for _ in matrix]
         if matrix.ndim != 2 or matrix.shape[1] != size:

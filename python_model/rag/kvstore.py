@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from python_model.arguments import check_choice
 from python_model.rag import quantization, shards
 from python_model.rag.folder import StoreCorruptError, StoreFolder, StoreFullError, set_meta
 from python_model.rag.states import TextStates
@@ -77,10 +78,9 @@ class KVStore(StoreFolder):
         lock_timeout: float = 60.0,
         create: bool = True,
     ) -> None:
-        if format is not None and format not in FORMATS:
-            raise ValueError(f"format: got {format!r}, accepted are {', '.join(map(repr, FORMATS))}")
-        if when_full not in ("error", "drop_oldest"):
-            raise ValueError(f"when_full: got {when_full!r}, accepted are 'error', 'drop_oldest'")
+        if format is not None:
+            check_choice("format", format, FORMATS)
+        check_choice("when_full", when_full, ("error", "drop_oldest"))
         self.max_bytes, self.when_full = max_bytes, when_full
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._handles_lock = threading.Lock()

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from python_model.arguments import check_choice
 from python_model.prompts import ASSISTANT, EMBED, USER, escape
 
 Mode = Literal[
@@ -71,8 +72,7 @@ def cached_parts(mode: str) -> tuple[Part, ...]:
 
 def prompt_text(mode: str, question: str, documents: Sequence[Document], answer_prefix: str = ANSWER_PREFIX) -> str:
     """The prompt that follows the cached states (or, without any, BOS). Several documents are separated by blank lines."""
-    if mode not in MODES:
-        raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(map(repr, MODES))}")
+    check_choice("mode", mode, MODES)
     query = escape(question)
     context = "\n\n".join(escape(document.content) for document in documents)
     body = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from python_model.arguments import check_at_least, check_choice
 from python_model.few_shot import STYLES
 from python_model.losses import GENERATIVE_LOSSES
 from python_model.modeling import MODES
@@ -235,15 +235,3 @@ class TrainConfig:
     def generates(self) -> bool:
         """Whether the run trains the next token."""
         return self.mode in ("unified", "generative")
-
-
-def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
-    """ValueError unless ``value`` is one of ``accepted``."""
-    if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """ValueError unless ``value`` >= ``least``."""
-    if value < least:
-        raise ValueError(f"{name}: got {value}, accepted is an int >= {least}")

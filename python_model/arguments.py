@@ -1,0 +1,17 @@
+"""Checks whose error names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """ValueError unless ``value`` >= ``least``."""
+    if value < least:
+        raise ValueError(f"{name}: got {value}, accepted is an int >= {least}")
