@@ -312,9 +312,9 @@ def answer_file(
 
 def read_conversations(path: Path) -> list[list[str]]:
     """See :func:`answer_file`."""
-    found = []
+    found: list[list[str]] = []
     for origin, row in read_objects(path):
-        turns = row["turns"] if "turns" in row else [row.get("prompt")]
+        turns: Any = row["turns"] if "turns" in row else [row.get("prompt")]
         texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
         if not texts or len(turns) % 2 == 0:
             raise ValueError(

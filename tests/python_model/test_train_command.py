@@ -58,7 +58,7 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
         ("projection", "0"),
         ("query_max_len", "0"),
         ("few_shot", "-1"),
-        ("generative_weight", "nan"),
+        ("generative_weight", ".nan"),
     ):
         with pytest.raises(SystemExit, match=f"{name}: got .*, accepted is a"):
             main(["--train_data", str(data), f"--{name}", value])
