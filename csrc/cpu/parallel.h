@@ -1,6 +1,7 @@
 // Work on torch's own threads, and memory that lives for one call.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>

@@ -164,6 +164,17 @@ void launch(const Call& call) {
   check(cudaGetLastError());
 }
 
+// Makes a device the current one until the end of the scope, also when a launch throws.
+struct DeviceGuard {
+  int previous = 0;
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous));
+    check(cudaSetDevice(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous); }
+  DeviceGuard(const DeviceGuard&) = delete;
+};
+
 }  // namespace
 
 Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end, Tensor denominators,
@@ -181,9 +192,7 @@ Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor
                     "norm_weight: accepted is a contiguous tensor of ", columns, " elements");
   Tensor out = torch::stable::empty({batch, columns}, ScalarType::Float, std::nullopt, hidden.device());
   if (batch == 0 || columns == 0) return out;
-  int previous;
-  check(cudaGetDevice(&previous));
-  check(cudaSetDevice(hidden.get_device_index()));
+  const DeviceGuard guard(hidden.get_device_index());
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(hidden.get_device_index(), &stream) == 0, "CUDA: no current stream");
   const Call call{hidden, weights, row_start, row_end, denominators, out, norm_weight, (float)norm_eps, (cudaStream_t)stream};
@@ -200,7 +209,6 @@ Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor
     default:
       STD_TORCH_CHECK(false, "hidden: accepted dtypes are float32, bfloat16 and float16");
   }
-  check(cudaSetDevice(previous));
   return out;
 }
 

@@ -152,6 +152,14 @@ def choose_splits(programs: int, max_k: int, block_keys: int, processors: int) -
     return max(1, min(wanted, _LARGEST_SPLIT, triton.cdiv(max_k, 2 * block_keys)))
 
 
+def largest_tile(dim: int, element_size: int) -> int:
+    """Rows of a tile where a sample has that many: all of a GQA group's heads read the keys once. What fits 99 KiB of shared
+    memory and needs no memory for registers; tests compile these too."""
+    if element_size == 4:
+        return 16
+    return 64 if dim <= 128 else 32
+
+
 def attention_decode(
     q: Tensor,
     k: Tensor,
@@ -173,8 +181,7 @@ def attention_decode(
     batch = bounds[0].shape[0]
     most_rows = max(q_rows, max_q)
     config = choose_config("decode", dim, q.dtype, q.device)
-    most = 64 if q.element_size() == 2 else config.rows
-    block_rows = max(config.rows, min(most, triton.next_power_of_2(most_rows * group)))
+    block_rows = max(config.rows, min(largest_tile(dim, q.element_size()), triton.next_power_of_2(most_rows * group)))
     row_tiles = triton.cdiv(most_rows * group, block_rows)
     splits = choose_splits(row_tiles * heads_kv * batch, max_k, config.keys, processor_count(q.device))
     if splits > 1:

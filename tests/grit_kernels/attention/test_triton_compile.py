@@ -129,6 +129,16 @@ def test_representative_kernels_compile_within_their_budget(
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("dim", [128, 256])
+def test_decoding_of_many_rows_fits_the_shared_memory(arch: str, dim: int) -> None:
+    config = table_config("decode", dim, 2, arch)._replace(rows=triton_decode.largest_tile(dim, 2))
+    compiled = compile_kernel("decode", arch, "bf16", dim, config=config)
+    assert compiled.shared <= SHARED_LIMIT[arch]
+    assert compiled.spilled == 0
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("arch", ["sm90", "gfx9"])
 def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
     numbers = ["p_q_start", "p_q_len", "p_k_start", "p_k_len", "p_left", "p_right", "p_hi"]

@@ -80,15 +80,19 @@ WEIGHTS = {
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("capability", "dtype"), [*((c, "bf16") for c in CAPABILITIES), (90, "fp32")])
-def test_kernels_compile_to_tensor_cores_or_full_fp32(capability: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [*((c, "bf16") for c in CAPABILITIES), (90, "fp32"), ("gfx942", "bf16")]
+)
+def test_kernels_compile_to_tensor_cores_or_full_fp32(capability: int | str, dtype: str) -> None:
     single = dtype == "fp32"
     q = torch.empty(1, 1024, dtype=torch.float32 if single else torch.bfloat16)
     tile = {**triton_contrastive._tile(q, None, None, 0), "UPCAST": False}
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     absent = dict.fromkeys(("p_passage_scale", "p_query_ids", "p_passage_ids"), None)
     vectors = {**SCORES, "p_queries": f"*{dtype}", "p_passages": f"*{dtype}"}
-    block_m, block_n, block_k, *product_launch = triton_contrastive._product_tile(q.dtype, f"sm{capability}")
+    block_m, block_n, block_k, *product_launch = triton_contrastive._product_tile(
+        q.dtype, "gfx9" if capability == "gfx942" else f"sm{capability}"
+    )
     product = {"p_a": f"*{dtype}", "p_b": f"*{dtype}", "p_c": "*fp32"}
     product |= dict.fromkeys(("rows", "columns", "inner", "stride_am", "stride_bk", "stride_cm"), "i32")
     blocks = {
@@ -114,7 +118,9 @@ def test_kernels_compile_to_tensor_cores_or_full_fp32(capability: int, dtype: st
         # the forward keeps a few per-query numbers of its softmax in memory across the inner loop, never the score tile
         allowed = 128 if kernel is triton_contrastive.contrastive_fwd_kernel else 0
         assert compiled.spilled <= allowed, (name, compiled.spilled)
-        assert compiled.shared <= (163 if capability == 80 else 227) * 1024, (name, compiled.shared)
-        uses_tensor_cores = any(word in compiled.ptx for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+        shared = {80: 163, "gfx942": 64}.get(capability, 227) * 1024
+        assert compiled.shared <= shared, (name, compiled.shared)
+        instructions = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma_f32")
+        uses_tensor_cores = any(word in compiled.ptx for word in instructions)
         assert uses_tensor_cores != single, name
         assert "tf32" not in compiled.ptx, name
