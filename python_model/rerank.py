@@ -138,10 +138,12 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
     """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read as
     :func:`python_model.generate.complete` reads them."""
     causal = model.attn[2:] not in ("bc", "il")
-    yes, no = _answer_token(model, "yes"), _answer_token(model, "no")
+    shared, yes, no = _answer_tokens(model)
     scores: list[float] = []
     for start in range(0, len(passages), batch_size):
-        prompts = [prompt_ids(model, pointwise_prompt(query, p)) for p in passages[start : start + batch_size]]
+        prompts = [
+            [*prompt_ids(model, pointwise_prompt(query, p)), *shared] for p in passages[start : start + batch_size]
+        ]
         pack = gk.SamplePack.from_lengths([len(p) for p in prompts], causal).to(model.device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
         last = model.hidden_states(ids, pack)[pack.cu_seqlens[1:].long() - 1]
@@ -150,12 +152,14 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
     return scores
 
 
-def _answer_token(model: GritLM, word: str) -> int:
-    """The token that begins ``word`` behind "Answer:"."""
-    before = model.tokenizer("Answer:", add_special_tokens=False)["input_ids"]
-    after = model.tokenizer(f"Answer: {word}", add_special_tokens=False)["input_ids"]
-    common = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
-    return int(after[common])
+def _answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
+    """What "yes" and "no" behind "Answer:" begin with alike (a space that is a token of its own), and then apart."""
+    before, yes, no = (
+        list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in ("Answer:", "Answer: yes", "Answer: no")
+    )
+    place = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+    return yes[len(before) : place], yes[place], no[place]
 
 
 def shorten(model: GritLM, passage: str, tokens: int) -> str:

@@ -97,17 +97,26 @@ def test_the_model_itself_ranks_every_passage_once(model: GritLM) -> None:
     assert rerank(model, "river?", []) == []
 
 
+def _answer_tokens(model: GritLM) -> tuple[int, int, int]:
+    """This tokenizer has no token " yes" and no " no": both open with a space, which tells nothing."""
+    pieces = model.tokenizer(" yes", add_special_tokens=False)["input_ids"]
+    others = model.tokenizer(" no", add_special_tokens=False)["input_ids"]
+    assert pieces[0] == others[0] and pieces[1] != others[1]
+    return pieces[0], pieces[1], others[1]
+
+
 def test_a_pointwise_score_is_the_log_odds_of_yes_over_no(model: GritLM, checkpoint: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    before = len(model.tokenizer("Answer:", add_special_tokens=False)["input_ids"])
-    yes, no = (model.tokenizer(f"Answer: {w}", add_special_tokens=False)["input_ids"][before] for w in ("yes", "no"))
+    space, yes, no = _answer_tokens(model)
     want = []
     for passage in PASSAGES:
+        ids = [*prompt_ids(model, pointwise_prompt("river?", passage)), space]
         with torch.no_grad():
-            logits = plain(torch.tensor([prompt_ids(model, pointwise_prompt("river?", passage))])).logits[0, -1]
+            logits = plain(torch.tensor([ids])).logits[0, -1]
         want.append(float(logits[yes] - logits[no]))
+    assert np.abs(want).min() > 1e-3 and len(set(want)) == len(want)
     np.testing.assert_allclose(yes_scores(model, "river?", PASSAGES, batch_size=2), want, atol=1e-4)
 
 
@@ -117,13 +126,13 @@ def test_a_prefix_lm_scores_a_prompt_that_it_reads_from_both_sides(checkpoint: P
 
     model = GritLM(checkpoint, attn=attn, device="cpu", dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    before = len(model.tokenizer("Answer:", add_special_tokens=False)["input_ids"])
-    yes, no = (model.tokenizer(f"Answer: {w}", add_special_tokens=False)["input_ids"][before] for w in ("yes", "no"))
-    ids = torch.tensor([prompt_ids(model, pointwise_prompt("river?", PASSAGES[0]))])
+    space, yes, no = _answer_tokens(model)
+    ids = torch.tensor([[*prompt_ids(model, pointwise_prompt("river?", PASSAGES[0])), space]])
     with torch.no_grad():
         logits = plain.model(ids, is_causal=False).last_hidden_state[0, -1] @ plain.get_output_embeddings().weight.T
     (got,) = yes_scores(model, "river?", PASSAGES[:1])
-    assert got == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
+    (causal,) = yes_scores(GritLM(checkpoint, device="cpu", dtype="float32"), "river?", PASSAGES[:1])
+    assert got == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4) and abs(got - causal) > 1e-3
 
 
 def test_passages_are_shortened_and_cannot_open_a_turn(model: GritLM) -> None:
