@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -44,7 +45,7 @@ class GritLM(nn.Module):
         pooling_method: ``"mean"``, ``"weightedmean"``, ``"lasttoken"`` or ``"cls"``.
         normalized: L2-normalise embeddings.
         projection: output size of a linear embedding head (with bias), read from ``embedding_head.safetensors`` where the
-            checkpoint has one.
+            checkpoint has one, else random (with ``is_inference`` that is a warning).
         attn: attention of embedding instruction, embedding sample, then generative instruction and sample. ``bb``, ``cc``, ``cb``
             for embedding; ``cc``, ``bc`` (prefix-LM: the prompt before the last reply is bidirectional) or ``il`` (interleaved:
             each user turn is bidirectional within itself) for generation. Two letters mean ``cc`` for generation.
@@ -114,6 +115,8 @@ class GritLM(nn.Module):
                 from safetensors.torch import load_file
 
                 self.projection.load_state_dict(load_file(head))
+            elif is_inference:
+                warnings.warn(f"projection: there is no {head}, so the embedding head starts at random", stacklevel=2)
         self.is_inference = is_inference
         if "device_map" not in from_pretrained_kwargs:
             self.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")

@@ -226,6 +226,7 @@ def test_a_model_fills_an_index_that_another_model_cannot_open(checkpoint: Path,
         add_documents(index, model, [Document("long", "a river " * 600)])
 
 
+@pytest.mark.filterwarnings("ignore:projection")
 def test_an_embedding_head_with_other_weights_is_another_model(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     first, second = (GritLM(checkpoint, projection=8, device="cpu", dtype="float32") for _ in range(2))

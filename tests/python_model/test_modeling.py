@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def test_cache_of_encode_continues_like_one_forward(checkpoint: Path, model: Gri
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:projection")
 def test_save_and_load_keep_weights_settings_and_projection(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = GritLM(
@@ -169,9 +171,12 @@ def test_saved_checkpoint_loads_in_plain_transformers(model: GritLM, tmp_path: P
 
 
 def test_tokenizer_and_settings_come_from_where_the_weights_do(checkpoint: Path, tmp_path: Path) -> None:
-    model = GritLM(checkpoint, attn="cccc", projection=8, device="cpu", dtype="float32")
+    with pytest.warns(UserWarning, match="projection: there is no .*so the embedding head starts at random"):
+        model = GritLM(checkpoint, attn="cccc", projection=8, device="cpu", dtype="float32")
     model.save_pretrained(tmp_path / "step-2")
-    again = GritLM(tmp_path, subfolder="step-2", device="cpu", dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = GritLM(tmp_path, subfolder="step-2", device="cpu", dtype="float32")
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
 
 
