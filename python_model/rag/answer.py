@@ -80,6 +80,11 @@ class RAG:
     ) -> None:
         if model.mode == "embedding":
             raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to answer")
+        if model.attn[2:] != "cc":
+            raise ValueError(
+                f"attn: got {model.attn!r}, accepted are models that generate causally ('cc' at the end): "
+                "answers continue a cache of texts that were read before the prompt"
+            )
         check_at_least("recompute", recompute, 0)
         self.model, self.index, self.store = model, index, store
         self.causal = _states_attention(model, causal_states)

@@ -186,6 +186,8 @@ def test_wrong_stores_modes_and_documents_are_refused(model: GritLM, checkpoint:
         RAG(model).add_to_store([D])
     with pytest.raises(ValueError, match="'cb' fills no cache"):
         RAG(GritLM(checkpoint, attn="cbcc", device="cpu", dtype="float32"))
+    with pytest.raises(ValueError, match="attn: got 'bbbc', accepted are models that generate causally"):
+        RAG(GritLM(checkpoint, attn="bbbc", device="cpu", dtype="float32"))
     with pytest.raises(ValueError, match="no language-model head"):
         RAG(GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32"))
 
