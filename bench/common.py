@@ -238,8 +238,10 @@ def measure_shapes(
 
 
 def _module_arguments() -> list[str]:
+    """The module that runs and its arguments, paths below the checkout without it."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return [spec.name if spec is not None else Path(sys.argv[0]).stem, *sys.argv[1:]]
+    module = spec.name if spec is not None else Path(sys.argv[0]).stem
+    return [module, *(argument.removeprefix(f"{ROOT}{os.sep}") for argument in sys.argv[1:])]
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -47,6 +47,7 @@ def test_a_slower_machine_moves_nothing() -> None:
 def test_committed_records_name_their_machine_commit_and_command(path: Path) -> None:
     record = records.read(path)
     assert record["rows"] and record["command"].startswith("python -m bench.")
+    assert " /" not in record["command"], "a path of the machine it was made on"
     assert {"processor", "torch", "commit", "time", "threads"} <= record["machine"].keys()
     assert records.moved(record["rows"], record["rows"])[1] == []
 
