@@ -32,9 +32,9 @@ families: install
 
 # the oldest supported transformers and Triton, in a folder that goes before .venv's packages
 test-oldest: install .oldest/.installed
-	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/grit_kernels/test_patch.py tests/grit_kernels/test_patch_generation.py \
-		tests/grit_kernels/test_families.py tests/grit_kernels/test_cache_lengths.py tests/grit_kernels/test_host_sync.py \
-		tests/grit_kernels/test_compiled_models.py tests/grit_kernels/test_integrations.py tests/python_model
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/grit_kernels/hf/test_patch.py tests/grit_kernels/hf/test_patch_generation.py \
+		tests/grit_kernels/hf/test_families.py tests/grit_kernels/hf/test_cache_lengths.py tests/grit_kernels/hf/test_host_sync.py \
+		tests/grit_kernels/hf/test_compiled_models.py tests/grit_kernels/hf/test_integrations.py tests/python_model
 	PYTHONPATH=.oldest TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/grit_kernels/attention/test_triton_attention.py
 
 .oldest/.installed: pyproject.toml

@@ -1,4 +1,4 @@
-"""Decoding: ``python_model.decoding`` against transformers' ``generate`` on the same weights, greedy, after filled caches.
+"""Decoding: ``python_model.generate.decode`` against transformers' ``generate`` on the same weights, greedy, after filled caches.
 
     python -m bench.generate --batch 1 16 --context 512 --new 16 --record generate.json
 
@@ -15,9 +15,9 @@ import torch
 
 import grit_kernels as gk
 from bench.common import interleave, machine, medians, ratios, table, write_records
-from python_model.decoding import decode
-from python_model.rag.states import TextStates
-from python_model.small_model import resolve_model
+from python_model.corpora.small_model import resolve_model
+from python_model.generate.decode import decode
+from python_model.generate.states import TextStates
 
 
 def variants(plain: Any, patched: Any, batch: int, context: int, new: int) -> dict[str, Any]:

@@ -35,9 +35,9 @@ import grit_kernels as gk
 from bench import common
 from bench.model_profile import seconds_by_group
 from python_model import GritLM
+from python_model.corpora.small_model import fetch_small_model
 from python_model.data import sample_dir
-from python_model.prompts import EMBED
-from python_model.small_model import fetch_small_model
+from python_model.model.prompts import EMBED
 
 SHORTEST, LONGEST = 8, 512
 PACKED, TWO_PASSES = "packed", "sdpa, two padded passes"

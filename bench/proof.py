@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from bench import common
-from python_model.ablation import COLUMNS, read_ablation, run, table
+from python_model.train.ablation import COLUMNS, read_ablation, run, table
 
 
 def main(argv: Sequence[str] | None = None) -> None:

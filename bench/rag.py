@@ -21,11 +21,11 @@ import torch
 
 from bench.common import interleave, medians, ratios, table, write_records
 from bench.random_model import SHAPES, set_shape
-from python_model.modeling import GritLM
+from python_model.corpora.small_model import resolve_model
+from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG, open_store
 from python_model.rag.index import add_documents, open_index
 from python_model.rag.modes import MODES, Document
-from python_model.small_model import resolve_model
 
 BASE = "document_first"
 """What the others are compared with: plain retrieval."""

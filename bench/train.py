@@ -32,8 +32,8 @@ import torch.nn.functional as F
 
 from bench import common
 from python_model import GritLM
-from python_model.prompts import IGNORE_INDEX, EncodedSample
-from python_model.small_model import resolve_model
+from python_model.corpora.small_model import resolve_model
+from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel

@@ -1,13 +1,13 @@
 """grit_kernels: attention that switches between causal and bidirectional per sample, pooling and losses around it."""
 
-from grit_kernels._transformers_hook import register_when_imported
 from grit_kernels._version import __version__
 from grit_kernels.attention import switch_attention, switch_attention_varlen, switch_attention_with_kvcache
 from grit_kernels.backend import backend, describe_backends
 from grit_kernels.contrastive import contrastive_loss
+from grit_kernels.hf.hook import register_when_imported
+from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
 from grit_kernels.linear_cross_entropy import linear_cross_entropy
 from grit_kernels.packing import SamplePack
-from grit_kernels.patch import is_patched, patch, patched, unpatch
 from grit_kernels.pooling import pool
 from grit_kernels.visibility import causal_instruction_hi, prefix_lm_hi, span_hi
 

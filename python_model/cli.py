@@ -7,25 +7,25 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "doctor": ("python_model.doctor", "print versions, the backends found and chosen, and why"),
+    "doctor": ("python_model.commands.doctor", "print versions, the backends found and chosen, and why"),
     "fetch-model": (
-        "python_model.small_model",
+        "python_model.corpora.small_model",
         "get the small model (SmolLM2-135M as a Mistral checkpoint) into the cache",
     ),
-    "demo": ("python_model.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
-    "data": ("python_model.data.build", "build training and held-out data of real text from packages"),
+    "demo": ("python_model.commands.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
+    "data": ("python_model.corpora.build", "build training and held-out data of real text from packages"),
     "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss in one packed pass"),
-    "ablation": ("python_model.ablation", "train variants one after another, measure each, write one table"),
+    "ablation": ("python_model.train.ablation", "train variants one after another, measure each, write one table"),
     "eval": (
-        "python_model.evaluation.command",
+        "python_model.commands.evaluate",
         "measure checkpoints on held-out data: retrieval, next-token loss, answers",
     ),
-    "generate": ("python_model.generate", "ask a model: one question, a chat, or a file of them"),
-    "embed": ("python_model.embed", "embed texts"),
-    "index": ("python_model.rag.index_command", "make, extend and search an index of documents"),
-    "rag": ("python_model.rag.rag_command", "answer questions from an index, with cached states of its documents"),
-    "completion": ("python_model.completion", "print a completion script for bash or zsh"),
-    "rerank": ("python_model.rerank", "order passages by their relevance to a query"),
+    "generate": ("python_model.generate.text", "ask a model: one question, a chat, or a file of them"),
+    "embed": ("python_model.commands.embed", "embed texts"),
+    "index": ("python_model.commands.index", "make, extend and search an index of documents"),
+    "rag": ("python_model.commands.rag", "answer questions from an index, with cached states of its documents"),
+    "completion": ("python_model.commands.completion", "print a completion script for bash or zsh"),
+    "rerank": ("python_model.generate.rerank", "order passages by their relevance to a query"),
 }
 
 FIRST_STEPS = """first steps:

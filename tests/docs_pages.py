@@ -72,7 +72,9 @@ def visibility_page(current: str) -> str:
 def public_objects() -> list[tuple[str, Any]]:
     """(qualified name, object) of everything a user is meant to call, in the order of the pages."""
     import python_model
-    from python_model import generate, rerank, sentence_transformers_export
+    from python_model.generate import rerank
+    from python_model.generate import text as generate
+    from python_model.model import export as sentence_transformers_export
     from python_model.train import TrainConfig, Trainer
 
     found = [(f"grit_kernels.{name}", getattr(gk, name)) for name in gk.__all__ if not name.startswith("_")]
@@ -83,9 +85,9 @@ def public_objects() -> list[tuple[str, Any]]:
         ("python_model.generate.reply", generate.reply),
         ("python_model.generate.replies", generate.replies),
         ("python_model.generate.complete", generate.complete),
-        ("python_model.rerank.rerank", rerank.rerank),
+        ("python_model.generate.rerank.rerank", rerank.rerank),
         (
-            "python_model.sentence_transformers_export.export_sentence_transformers",
+            "python_model.model.export.export_sentence_transformers",
             sentence_transformers_export.export_sentence_transformers,
         ),
     ]

@@ -2,7 +2,7 @@
 
     python -m tests.families_table
 
-runs tests/grit_kernels/test_families.py and writes the table. A cell says yes when every test that carries the feature's
+runs tests/grit_kernels/hf/test_families.py and writes the table. A cell says yes when every test that carries the feature's
 marker (``@pytest.mark.feature("name", ...)``) on that family passed. test_families.py compares the committed table with its
 own markers, so the table cannot go stale unnoticed.
 """
@@ -28,7 +28,7 @@ Pair = tuple[str, str]  # feature, family
 
 TEXT = """# What patch() does for each family
 
-Written by `python -m tests.families_table` from a run of `tests/grit_kernels/test_families.py` (transformers {version}), on a
+Written by `python -m tests.families_table` from a run of `tests/grit_kernels/hf/test_families.py` (transformers {version}), on a
 tiny random model of each family: FP32 on the CPU, logits within 1e-5 of the unpatched model's largest logit. "{none}": the
 family has no sliding window.
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from python_model.corpora.small_model import cache_folder
 from python_model.data.jsonl import DataError, EmbeddingRow, GenerativeRow, dataset_name, parse_line, parse_row
 from python_model.data.order import permutation
-from python_model.files import new_file
-from python_model.small_model import cache_folder
+from python_model.support.files import new_file
 
 Row = EmbeddingRow | GenerativeRow
 Problem = tuple[str, str]

@@ -10,8 +10,8 @@ from typing import Any
 from python_model.data.datasets import Problem, Row
 from python_model.data.jsonl import GenerativeRow, InstructedText, PlainText
 from python_model.data.token_cache import TokenCache, tokenizer_fingerprint
-from python_model.few_shot import few_shot_instruction
-from python_model.prompts import (
+from python_model.model.few_shot import few_shot_instruction
+from python_model.model.prompts import (
     EncodedSample,
     GenerativeAttention,
     TooLong,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from python_model.arguments import check_at_least
+from python_model.support.arguments import check_at_least
 
 
 class BatchOrder:

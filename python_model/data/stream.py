@@ -18,7 +18,7 @@ from python_model.data.datasets import DataReport, DataSet, open_file
 from python_model.data.encoding import RowEncoder
 from python_model.data.jsonl import EmbeddingRow, GenerativeRow, InstructedText, data_files, dataset_name
 from python_model.data.order import BatchOrder
-from python_model.prompts import EncodedSample, TooLong
+from python_model.model.prompts import EncodedSample, TooLong
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from python_model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 
 _VERSION = 1
 _TRUNCATED, _LABELS, _BIDIRECTIONAL = 1, 2, 4

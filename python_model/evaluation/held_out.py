@@ -17,7 +17,7 @@ from torch import Tensor
 from python_model.data.jsonl import DataError, read_corpus, read_embedding, read_generative
 from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, evaluate_retrieval
-from python_model.modeling import GritLM
+from python_model.model.modeling import GritLM
 
 
 class HeldOut:

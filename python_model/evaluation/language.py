@@ -9,9 +9,9 @@ from typing import cast
 import torch
 
 from python_model.data.jsonl import GenerativeRow
-from python_model.modeling import GritLM
-from python_model.prompts import IGNORE_INDEX, GenerativeAttention, TooLong, encode_conversation
-from python_model.train.chunks import build_chunk
+from python_model.model.chunks import build_chunk
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import IGNORE_INDEX, GenerativeAttention, TooLong, encode_conversation
 from python_model.train.model import next_token_losses, reach
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from python_model.modeling import GritLM
+from python_model.model.modeling import GritLM
 
 
 def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from python_model.modeling import GritLM
-from python_model.prompts import embed_instruction
-from python_model.rerank import Method, rerank
+from python_model.generate.rerank import Method, rerank
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import embed_instruction
 
 
 def _meta(name: str, revision: str) -> Any:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from python_model.modeling import GritLM
-from python_model.prompts import EMBED, embed_instruction
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import EMBED, embed_instruction
 
 
 @dataclass(frozen=True)

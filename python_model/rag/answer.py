@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from python_model.arguments import check_at_least, check_choice
-from python_model.decoding import Sampling, decode
-from python_model.generate import eos_token_ids, prompt_ids
-from python_model.modeling import GritLM
-from python_model.prompts import encode_text
+from python_model.generate.decode import Sampling, decode
+from python_model.generate.states import TextStates, from_cache
+from python_model.generate.text import eos_token_ids, prompt_ids
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import encode_text
 from python_model.rag.fingerprint import fingerprint
-from python_model.rag.kvstore import Format, KVStore
 from python_model.rag.modes import (
     ANSWER_PREFIX,
     DOCUMENT_PREFIX,
@@ -28,7 +27,8 @@ from python_model.rag.modes import (
 )
 from python_model.rag.reading import read, recompute_first
 from python_model.rag.rope import join
-from python_model.rag.states import TextStates, from_cache
+from python_model.rag.store.kvstore import Format, KVStore
+from python_model.support.arguments import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from python_model.rag.index import Index
@@ -63,7 +63,7 @@ class RAG:
         recompute: the first tokens of each cached text but the first to read again, now seeing what stands before.
         reference_positions: as the public implementation: joined texts keep overlapping positions and their own BOS.
         max_length: most tokens of one question with its documents and reply; default: the model's. More is an error, never cut.
-        query_prefix: the format before a question to embed (see :func:`python_model.prompts.embed_instruction`).
+        query_prefix: the format before a question to embed (see :func:`python_model.model.prompts.embed_instruction`).
     """
 
     def __init__(

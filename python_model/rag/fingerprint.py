@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from python_model.modeling import GritLM
+from python_model.model.modeling import GritLM
 
 _SAMPLES = 512  # values per parameter: any training step changes most of them
 _CONFIG = (

@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from python_model.arguments import check_at_least, check_choice
-from python_model.modeling import GritLM
-from python_model.rag import shards
+from python_model.model.modeling import GritLM
 from python_model.rag.fingerprint import embedding_settings, fingerprint
-from python_model.rag.folder import StoreCorruptError, StoreFolder, set_meta
 from python_model.rag.modes import DOCUMENT_PREFIX, Document
+from python_model.rag.store import shards
+from python_model.rag.store.folder import StoreCorruptError, StoreFolder, set_meta
+from python_model.support.arguments import check_at_least, check_choice
 
 VectorFormat = Literal["float32", "float16", "int8"]
 FORMATS: tuple[str, ...] = get_args(VectorFormat)
@@ -308,7 +308,7 @@ def add_documents(
         ValueError: a document has more than ``max_length`` tokens (default: the model's positions); divide it with
             :func:`python_model.rag.documents.chunk`. Nothing is cut silently.
     """
-    from python_model.prompts import encode_text
+    from python_model.model.prompts import encode_text
 
     prefix = index.recorded["settings"]["prefix"]
     limit = max_length if max_length is not None else int(model.model.config.max_position_embeddings)

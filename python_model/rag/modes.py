@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from python_model.arguments import check_choice
-from python_model.prompts import ASSISTANT, EMBED, USER, escape
+from python_model.model.prompts import ASSISTANT, EMBED, USER, escape
+from python_model.support.arguments import check_choice
 
 Mode = Literal[
     "none",

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from python_model.modeling import GritLM
-from python_model.rag.states import TextStates, concatenate, from_cache, to_cache
+from python_model.generate.states import TextStates, concatenate, from_cache, to_cache
+from python_model.model.modeling import GritLM
 
 
 @torch.no_grad()

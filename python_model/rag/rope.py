@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from python_model.modeling import GritLM
+from python_model.generate.states import TextStates, concatenate
+from python_model.model.modeling import GritLM
 from python_model.rag.reading import read
-from python_model.rag.states import TextStates, concatenate
 
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose frequencies do not depend on the length of the text."""

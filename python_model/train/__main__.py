@@ -40,7 +40,7 @@ def run(config: TrainConfig) -> Path:
 def _run_rank(config: TrainConfig, here: Ranks) -> Path:
     """A function of its own, so that model and shards are gone before the process group is."""
     from python_model.data.stream import open_stream
-    from python_model.plot import plot_losses
+    from python_model.train.plot import plot_losses
     from python_model.train.setup import load_model
     from python_model.train.trainer import Trainer
 
@@ -66,7 +66,7 @@ def dry_run(config: TrainConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``grit train``."""
-    from python_model.small_model import SmallModelError
+    from python_model.corpora.small_model import SmallModelError
     from python_model.train.trainer import Interrupted
 
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from python_model.modeling import GritLM
+from python_model.model.modeling import GritLM
 from python_model.train.config import TrainConfig
 
 

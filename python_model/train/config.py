@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from python_model.arguments import check_at_least, check_choice
-from python_model.few_shot import STYLES
-from python_model.losses import GENERATIVE_LOSSES
-from python_model.modeling import MODES
-from python_model.prompts import FORMATS
+from python_model.model.few_shot import STYLES
+from python_model.model.losses import GENERATIVE_LOSSES
+from python_model.model.modeling import MODES
+from python_model.model.prompts import FORMATS
+from python_model.support.arguments import check_at_least, check_choice
 
 CHUNKINGS = ("tokens", "triplet")
 PARALLEL = ("ddp", "fsdp")
@@ -60,7 +60,7 @@ class TrainConfig:
         symmetric: also contrast each positive with the queries.
         mask_duplicates: a passage with the text of a query's positive is no negative of that query.
         gradient_scale: ``exact``, or ``reference`` for the public implementation's 1/world_size on the contrastive gradient.
-        generative_loss: ``mixed``, ``token`` or ``sample`` (see python_model.losses).
+        generative_loss: ``mixed``, ``token`` or ``sample`` (see python_model.model.losses).
         generative_group: with ``mixed``, conversations per token mean (the paper's "mix 32 -> 8" has 32 in each of 8 means);
             0: one mean over all conversations of the step.
         pooling_method, normalized, projection, attn, embed_eos, instruction_count: as in GritLM.

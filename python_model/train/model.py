@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import grit_kernels as gk
-from python_model.modeling import GritLM
-from python_model.prompts import IGNORE_INDEX
-from python_model.train.chunks import Chunk
+from python_model.model.chunks import Chunk
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import IGNORE_INDEX
 
 
 class TrainingModel(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from python_model.modeling import GritLM, InstructionCount
-from python_model.small_model import resolve_model
+from python_model.corpora.small_model import resolve_model
+from python_model.model.modeling import GritLM, InstructionCount
 from python_model.train.adapters import add_adapters, quantization_arguments
 from python_model.train.config import TrainConfig
 from python_model.train.memory import GIB, MemoryPlan, plan_memory

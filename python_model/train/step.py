@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import grit_kernels as gk
-from python_model.losses import sample_weights
-from python_model.prompts import IGNORE_INDEX, EncodedSample
-from python_model.train.chunks import Chunk, build_chunk, plan_chunks
+from python_model.model.chunks import Chunk, build_chunk, plan_chunks
+from python_model.model.losses import sample_weights
+from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, gradient_sync
 

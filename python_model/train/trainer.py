@@ -17,16 +17,16 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from python_model.files import new_folder, write_json
-from python_model.modeling import GritLM
-from python_model.prompts import EncodedSample
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import EncodedSample
+from python_model.support.files import new_folder, write_json
 from python_model.train.adapters import merge_adapters
+from python_model.train.checkpointer import States
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
-from python_model.train.learner import Learner
 from python_model.train.memory import GIB, device_limit, plan_memory
 from python_model.train.model import TrainingModel, reach
-from python_model.train.states import States
+from python_model.train.optimizers import Learner
 from python_model.train.step import Share, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import JsonLines, Tracker, open_trackers
 

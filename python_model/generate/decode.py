@@ -1,0 +1,214 @@
+"""Decoding into a cache of fixed size: what GritLM generates with.
+
+transformers' own loop lets the cache grow by a copy of all of it per token and layer. Here the states have their final place
+from the start, in the layout (B, slots, heads, D) that the attention kernels read without a copy, and a step does nothing but
+the forward pass and the choice of a token.
+
+A row of the batch occupies the slots ``[gap | states | gap | prompt | new tokens]``, prompts ending at the same slot: shorter
+rows are padded on the left, which the attention skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from python_model.generate.step import Step, supports
+from python_model.support.arguments import check_at_least
+
+if TYPE_CHECKING:
+    from python_model.generate.states import TextStates
+
+OnToken = Callable[[int, int], bool]
+"""Called with (row, token) for each new token that is not EOS; True ends the row."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. ``temperature`` 0 is greedy; else a draw from the tokens left by ``top_k`` (0: all) and
+    ``top_p`` (the fewest tokens whose probabilities reach it)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling: got {self}, accepted are temperature >= 0, top_k >= 0, 0 < top_p <= 1")
+
+    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """logits (B, vocabulary) -> tokens (B)."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        scaled = logits.float() / self.temperature
+        if self.top_k and self.top_k < scaled.shape[-1]:
+            least = scaled.topk(self.top_k, dim=-1).values[:, -1:]
+            scaled = scaled.masked_fill(scaled < least, float("-inf"))
+        probabilities = scaled.softmax(dim=-1)
+        if self.top_p < 1:
+            ordered, order = probabilities.sort(dim=-1, descending=True)
+            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # what stands before it reaches top_p already
+            probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+class StaticLayer(CacheLayerMixin):
+    """One layer of a :class:`StaticCache`: keys and values of ``slots`` slots, handed out as (B, heads, slots, D) views."""
+
+    is_sliding = False
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.filled = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room; transformers calls it with the first states."""
+        batch, heads, _, dim = key_states.shape
+        # zeros: the attention skips unused slots, but a kernel may load what it then ignores
+        data = key_states.new_zeros(2, batch, self.slots, heads, dim)
+        self.slots_of_keys, self.slots_of_values = data[0], data[1]
+        self.keys, self.values = data[0].transpose(1, 2), data[1].transpose(1, 2)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new states behind those that are there; returns all slots, also empty ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        end = self.filled + key_states.shape[-2]
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a mask covers, and where the first of them stands."""
+        return self.slots, 0
+
+    def get_seq_length(self) -> int:
+        """Slots in use."""
+        return self.filled
+
+    def get_max_length(self) -> int:
+        """Slots."""
+        return self.slots
+
+
+class StaticCache(Cache):
+    """A transformers cache with ``slots`` slots per row for ``layers`` layers."""
+
+    def __init__(self, layers: int, slots: int) -> None:
+        self.static_layers = [StaticLayer(slots) for _ in range(layers)]
+        super().__init__(layers=list(self.static_layers))
+
+    def fill(self, states: Sequence[TextStates | None], slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Put each row's states at the end of the first ``slots`` slots."""
+        given = [(row, part) for row, part in enumerate(states) if part is not None]
+        if not given:
+            return
+        _, heads, dim = given[0][1].geometry
+        like = torch.empty(len(states), heads, 1, dim, device=device, dtype=dtype)
+        for index, layer in enumerate(self.static_layers):
+            layer.lazy_initialization(like, like)
+            layer.filled = slots
+            assert layer.keys is not None and layer.values is not None
+            for row, part in given:
+                layer.keys[row, :, slots - len(part) : slots] = part.keys_values[index, 0]
+                layer.values[row, :, slots - len(part) : slots] = part.keys_values[index, 1]
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    min_new_tokens: int = 0,
+    states: Sequence[TextStates | None] | None = None,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Continue each prompt (token ids, after its ``states`` if it has some) until EOS or ``max_new_tokens``.
+
+    Args:
+        model: a patched causal language model.
+        prompts: one non-empty list of ids per row.
+        eos_token_ids: tokens that end a row; not returned. Not chosen before ``min_new_tokens``.
+        states: what each row has read before; the prompt's positions follow theirs.
+        on_token: see :data:`OnToken`.
+
+    Returns:
+        The new tokens of each row.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("prompts: got none or an empty one, accepted is at least one token per prompt")
+    check_at_least("max_new_tokens", max_new_tokens, 1)
+    sampling = sampling if sampling is not None else Sampling()
+    device, batch = model.device, len(prompts)
+    before = list(states) if states is not None else [None] * batch
+    if len(before) != batch:
+        raise ValueError(f"states: got {len(before)} rows, prompts has {batch}")
+    read = [0 if part is None else len(part) for part in before]
+    past, longest = max(read), max(map(len, prompts))
+    slots = past + longest + max_new_tokens
+    # a table of the used slots, right-aligned in both blocks; and each token's position, counted over used slots
+    used = torch.zeros(batch, slots, dtype=torch.int64)
+    ids = torch.zeros(batch, longest, dtype=torch.int64)
+    positions = torch.zeros(batch, longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        used[row, past - read[row] : past] = 1
+        used[row, past + longest - len(prompt) : past + longest] = 1
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        positions[row, longest - len(prompt) :] = read[row] + torch.arange(len(prompt))
+    used[:, past + longest :] = 1
+    used, ids, positions = used.to(device), ids.to(device), positions.to(device)
+    whole = bool((used == 1).all())
+    cache = StaticCache(model.config.num_hidden_layers, slots)
+    cache.fill(before, past, device, model.dtype)
+    ends = torch.tensor(sorted(eos_token_ids), device=device)
+    alive = [True] * batch
+    found: list[list[int]] = [[] for _ in prompts]
+    # a row whose states and prompt leave a gap between them goes on in the general way
+    gaps = any(n and len(prompt) < longest for n, prompt in zip(read, prompts, strict=True))
+    short_step: Step | None = None
+    for step in range(max_new_tokens):
+        filled = past + longest + step
+        if short_step is not None:
+            logits = short_step(ids, positions)
+        else:
+            logits = model(
+                input_ids=ids,
+                attention_mask=None if whole else used[:, :filled],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            if not gaps and supports(model):
+                first = torch.tensor([past + longest - len(p) - n for n, p in zip(read, prompts, strict=True)])
+                short_step = Step(model, cache, first.to(device=device, dtype=torch.int32))
+        if step < min_new_tokens and len(ends):
+            logits[:, ends] = float("-inf")
+        chosen = sampling.choose(logits, generator)
+        for row, token in enumerate(chosen.tolist()):
+            if not alive[row]:
+                continue
+            if token in eos_token_ids:
+                alive[row] = False
+                continue
+            found[row].append(token)
+            if on_token is not None and on_token(row, token):
+                alive[row] = False
+        if not any(alive):
+            break
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+    return found

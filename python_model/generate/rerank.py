@@ -1,0 +1,206 @@
+"""Reranking with the generative side of the model: by a written permutation, or by asking about each passage.
+
+Listwise: the model is shown numbered passages and writes ``[2] > [0] > [1]`` (Sun et al., arXiv 2304.09542, as in the GRIT paper
+for its top 10). Longer lists are sorted by a window that slides from the last passages to the first. Pointwise: the score of a
+passage is the log-odds of "yes" over "no" as the first token of the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+import grit_kernels as gk
+from python_model.generate.text import complete, prompt_ids
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import ASSISTANT, USER, escape
+from python_model.support.arguments import check_at_least, check_choice
+
+Method = Literal["listwise", "pointwise"]
+METHODS: tuple[str, ...] = get_args(Method)
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A passage's place in the given list, and its score: larger is better. Listwise scores only tell the order."""
+
+    index: int
+    score: float
+
+
+def rerank(
+    model: GritLM,
+    query: str,
+    passages: Sequence[str],
+    *,
+    method: Method = "listwise",
+    window: int = 10,
+    step: int = 5,
+    passage_tokens: int = 160,
+    batch_size: int = 16,
+) -> list[Ranked]:
+    """All ``passages``, each exactly once, best first.
+
+    Args:
+        passages: in the order of the first retrieval, best first; what the model does not rank keeps it.
+        window, step: listwise, passages shown at once and by how many the window moves.
+        passage_tokens: a passage is shown up to this many tokens.
+        batch_size: pointwise, passages scored in one forward pass.
+
+    Raises:
+        ValueError: an unknown method, an empty query, a window that cannot sort, or a size below 1.
+    """
+    check_choice("method", method, METHODS)
+    if not query.strip():
+        raise ValueError(f"query: got {query!r}, accepted is a text that is not empty")
+    check_at_least("passage_tokens", passage_tokens, 1)
+    check_at_least("batch_size", batch_size, 1)
+    if model.mode == "embedding":
+        raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to rerank")
+    shown = [shorten(model, passage, passage_tokens) for passage in passages]
+    if method == "pointwise":
+        scores = yes_scores(model, query, shown, batch_size=batch_size)
+        order = sorted(range(len(passages)), key=lambda i: -scores[i])
+        return [Ranked(i, scores[i]) for i in order]
+
+    def permute(part: list[int]) -> list[int]:
+        prompt = prompt_ids(model, listwise_prompt(query, [shown[i] for i in part]))
+        # "[12] > " takes some five tokens
+        (text,) = complete(model, [prompt], max_new_tokens=8 * len(part))
+        return parse_permutation(text, len(part))
+
+    order = sliding_order(len(passages), permute, window, step)
+    return [Ranked(index, float(len(order) - place)) for place, index in enumerate(order)]
+
+
+def sliding_order(count: int, permute: Callable[[list[int]], list[int]], window: int, step: int) -> list[int]:
+    """The order of ``count`` items after ``permute`` has sorted each window, from the last one to the first.
+
+    ``permute`` gets the items of a window and returns the order of their places. One sweep carries the best ``window - step``
+    items of each window on into the next, so these end up first whatever place they came from.
+    """
+    if window < 2 or not 1 <= step < window:
+        raise ValueError(f"window, step: got {window}, {step}; accepted are window >= 2 and 1 <= step < window")
+    order = list(range(count))
+    end = count
+    while end > 1:
+        start = max(end - window, 0)
+        part = order[start:end]
+        order[start:end] = [part[place] for place in permute(part)]
+        if start == 0:
+            break
+        end = end - step
+    return order
+
+
+def parse_permutation(text: str, count: int) -> list[int]:
+    """The places 0 .. count - 1 in the order ``text`` names them; what it leaves out follows in its old order.
+
+    Any numbers are understood, whatever stands between them; repeated and unknown ones are passed over.
+    """
+    named = [int(number) for number in _NUMBER.findall(text) if len(number) < 10]
+    found = list(dict.fromkeys(place for place in named if place < count))
+    return found + [place for place in range(count) if place not in found]
+
+
+def listwise_prompt(query: str, passages: Sequence[str]) -> str:
+    """The prompt that asks for a permutation; passages are numbered from 0."""
+    count = len(passages)
+    listed = "\n\n".join(f"[{i}] {escape(passage)}" for i, passage in enumerate(passages))
+    return (
+        f"{USER}I will provide you with {count} passages, each indicated by a number identifier []. "
+        f"Rank the passages by their relevance to the query: {escape(query)}\n\n{listed}\n\n"
+        f"Search query: {escape(query)}\n\nRank the {count} passages above by their relevance to the search query, the most "
+        "relevant first. Answer with the identifiers only, in the format [] > [] > [].\n"
+        f"{ASSISTANT}"
+    )
+
+
+def pointwise_prompt(query: str, passage: str) -> str:
+    """The prompt whose answer is yes or no."""
+    return (
+        f"{USER}Passage: {escape(passage)}\n\nQuery: {escape(query)}\n\n"
+        f"Does the passage answer the query? Answer yes or no.\n{ASSISTANT}Answer:"
+    )
+
+
+@torch.no_grad()
+def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 16) -> list[float]:
+    """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read as
+    :func:`python_model.generate.complete` reads them."""
+    causal = model.attn[2:] not in ("bc", "il")
+    shared, yes, no = _answer_tokens(model)
+    scores: list[float] = []
+    for start in range(0, len(passages), batch_size):
+        prompts = [
+            [*prompt_ids(model, pointwise_prompt(query, p)), *shared] for p in passages[start : start + batch_size]
+        ]
+        pack = gk.SamplePack.from_lengths([len(p) for p in prompts], causal).to(model.device)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+        last = model.hidden_states(ids, pack)[pack.cu_seqlens[1:].long() - 1]
+        logits = model.model.get_output_embeddings()(last).float()
+        scores += (logits[:, yes] - logits[:, no]).tolist()
+    return scores
+
+
+def _answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
+    """What "yes" and "no" behind "Answer:" begin with alike (a space that is a token of its own), and then apart."""
+    before, yes, no = (
+        list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in ("Answer:", "Answer: yes", "Answer: no")
+    )
+    place = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+    return yes[len(before) : place], yes[place], no[place]
+
+
+def shorten(model: GritLM, passage: str, tokens: int) -> str:
+    """The beginning of ``passage`` of at most ``tokens`` tokens, on one line."""
+    text = " ".join(passage.split())
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    return text if len(ends) <= tokens else text[: ends[tokens - 1]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``grit rerank``."""
+    parser = argparse.ArgumentParser(prog="grit rerank", description="Order passages by their relevance to a query.")
+    parser.add_argument("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
+    parser.add_argument("--query", required=True)
+    parser.add_argument(
+        "--passages", type=Path, required=True, help="jsonl or text file, or a folder; - is one per line"
+    )
+    parser.add_argument("--method", choices=METHODS, default="listwise")
+    parser.add_argument("--top", type=int, default=10, help="passages to print (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    from python_model.corpora.small_model import resolve_model
+    from python_model.rag.documents import read_documents
+
+    try:
+        if str(arguments.passages) == "-":
+            passages = [line.strip() for line in sys.stdin if line.strip()]
+        else:
+            passages = [document.content for document in read_documents(arguments.passages)]
+        model = GritLM(resolve_model(arguments.model))
+        ranked = rerank(model, arguments.query, passages, method=arguments.method)[: arguments.top]
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"grit rerank: {error}") from error
+    rows: list[dict[str, Any]] = [{"index": r.index, "score": r.score, "passage": passages[r.index]} for r in ranked]
+    if arguments.json:
+        print(json.dumps({"query": arguments.query, "method": arguments.method, "passages": rows}, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"{row['score']:8.3f}  [{row['index']}] {row['passage'][:100]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""``python -m python_model.generate``: ask a model, one question, a chat or a file of them.
+
+The Python API is :func:`reply` (one conversation) and :func:`replies` (many); the command below is thin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from python_model.data.jsonl import read_objects
+from python_model.generate.decode import Sampling, decode
+from python_model.generate.states import TextStates, from_cache
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import chat_prompt, encode_prompt, escape
+from python_model.support.arguments import check_at_least, check_choice
+
+ChatFormat = Literal["grit", "template"]
+FORMATS: tuple[str, ...] = get_args(ChatFormat)
+UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
+
+
+def rag_prompt(question: str, document: str) -> list[str]:
+    """One user turn that shows a document before the question (the paper's document-first retrieval prompt)."""
+    return [f"{document}\n\n{question}\n\nAnswer the prior query while optionally using the context prior to it"]
+
+
+def eos_token_ids(model: GritLM) -> list[int]:
+    """Every token that ends a reply: of the generation config and of the tokenizer."""
+    configured = model.model.generation_config.eos_token_id
+    found = set(configured) if isinstance(configured, list | tuple) else {configured}
+    return sorted(token for token in found | {model.tokenizer.eos_token_id} if token is not None)
+
+
+def prompt_ids(model: GritLM, text: str, *, bos: bool = True) -> list[int]:
+    """:func:`python_model.model.prompts.encode_prompt` with the model's tokenizer."""
+    return encode_prompt(model.tokenizer, text, bos=bos)
+
+
+def conversation_ids(
+    model: GritLM, turns: Sequence[str], *, format: ChatFormat = "grit", system: str = "", prefix: str = ""
+) -> list[int]:
+    """Token ids that ask for the next assistant turn.
+
+    Args:
+        turns: user, assistant, .., user.
+        format: ``"grit"`` or ``"template"`` (the chat template of the tokenizer).
+        system: a system message. The GRIT format has no such role: it opens the first user turn there.
+        prefix: the opening of the reply.
+
+    Raises:
+        ValueError: an unknown format, an even number of turns, or a tokenizer without a chat template.
+    """
+    check_choice("format", format, FORMATS)
+    if model.attn[2:] == "il" and len(turns) > 1:
+        raise ValueError(
+            f"turns: got {len(turns)}, accepted with attn {model.attn!r} is one (earlier replies are causal)"
+        )
+    if format == "grit":
+        opened = [f"{system}\n\n{turns[0]}", *turns[1:]] if system and turns else list(turns)
+        return prompt_ids(model, chat_prompt(opened) + prefix)
+    if len(turns) % 2 == 0:
+        raise ValueError(f"turns: got {len(turns)}, accepted is an odd number that ends with a user turn")
+    tokenizer = model.tokenizer
+    if not tokenizer.chat_template:
+        raise ValueError("format: the tokenizer has no chat template; accepted is format='grit'")
+    messages = [{"role": "system", "content": _plain(model, system)}] if system else []
+    messages += [
+        {"role": "assistant" if index % 2 else "user", "content": _plain(model, turn)}
+        for index, turn in enumerate(turns)
+    ]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prefix
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _plain(model: GritLM, text: str) -> str:
+    """``text`` with role markers and the tokenizer's special tokens, where a user spelled them out, broken up by a space."""
+    text = escape(text)
+    # more tokens are special than those with a role of their own: Llama 3 opens a turn with <|start_header_id|>
+    added = (str(token) for token in model.tokenizer.added_tokens_decoder.values() if token.special)
+    for token in sorted({*model.tokenizer.all_special_tokens, *added}, key=len, reverse=True):
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+class TextStream:
+    """One reply as it grows: tokens in, text out, ended by stop strings.
+
+    Text is handed out only once it can no longer change: not in the middle of a character, and not while it may be the
+    beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None) -> None:
+        if not all(stop):
+            raise ValueError("stop: got an empty string, accepted are non-empty strings")
+        self.tokenizer, self.stop, self.on_text = tokenizer, tuple(stop), on_text
+        self.tokens: list[int] = []
+        self.text = ""
+        self.shown = 0
+
+    def push(self, token: int) -> bool:
+        """Add a token; True when a stop string is complete (``text`` then ends before it)."""
+        self.tokens.append(token)
+        self.text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        found = [self.text.index(stop) for stop in self.stop if stop in self.text]
+        if found:
+            self.text = self.text[: min(found)]
+        self._show(len(self.text) if found else self._settled())
+        return bool(found)
+
+    def finish(self) -> str:
+        """Hand out the rest; returns the whole text."""
+        self._show(len(self.text))
+        return self.text
+
+    def _settled(self) -> int:
+        end = len(self.text.rstrip(UNFINISHED))
+        for stop in self.stop:
+            for size in range(min(len(stop) - 1, end), 0, -1):
+                if self.text[:end].endswith(stop[:size]):
+                    end -= size
+                    break
+        return end
+
+    def _show(self, end: int) -> None:
+        if self.on_text is not None and end > self.shown:
+            self.on_text(self.text[self.shown : end])
+        self.shown = max(self.shown, end)
+
+
+def complete(
+    model: GritLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    min_new_tokens: int = 0,
+    sampling: Sampling | None = None,
+    num_beams: int = 1,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """The texts that follow prompts of token ids.
+
+    Args:
+        sampling: default greedy.
+        num_beams: above 1, beam search (transformers'; not with sampling, streaming or stop strings).
+        stop: a reply ends before the first of these strings.
+        seed: of the draws; default torch's global generator.
+        on_text: called with (row, new piece of text) as the texts grow.
+
+    Raises:
+        ValueError: options that exclude each other, or a model without a language-model head.
+    """
+    if model.mode == "embedding":
+        raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to generate")
+    if num_beams > 1:
+        if model.attn[2:] in ("bc", "il"):
+            raise ValueError(f"num_beams: a model with attn {model.attn!r} generates without beams")
+        if (sampling is not None and sampling.temperature > 0) or stop or on_text is not None:
+            raise ValueError("num_beams: beam search excludes sampling, stop strings and streaming")
+        return _beams(model, prompts, max_new_tokens, min_new_tokens, num_beams)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(device=model.device).manual_seed(seed)
+    streams = [
+        TextStream(model.tokenizer, stop, None if on_text is None else _for_row(on_text, row))
+        for row in range(len(prompts))
+    ]
+    states = None
+    if model.attn[2:] in ("bc", "il"):
+        states = _bidirectional_states(model, prompts)
+        prompts = [prompt[-1:] for prompt in prompts]
+    decode(
+        model.model,
+        prompts,
+        states=states,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        eos_token_ids=eos_token_ids(model),
+        sampling=sampling,
+        generator=generator,
+        on_token=lambda row, token: streams[row].push(token),
+    )
+    return [stream.finish() for stream in streams]
+
+
+@torch.no_grad()
+def _bidirectional_states(model: GritLM, prompts: Sequence[Sequence[int]]) -> list[TextStates | None]:
+    """States of all tokens but the last of each prompt, read as one bidirectional run (prefix-LM).
+
+    The last token of the run sees all of it either way, so decoding computes it again, causally, and goes on from there.
+    """
+    from transformers import DynamicCache
+
+    found: list[TextStates | None] = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        cache: Any = DynamicCache()
+        model.decoder[0](input_ids=ids, past_key_values=cache, is_causal=False)
+        states = from_cache(cache, [ids[0]], causal=False)[0]
+        found.append(states.slice(0, len(prompt) - 1) if len(prompt) > 1 else None)
+    return found
+
+
+def _for_row(on_text: Callable[[int, str], None], row: int) -> Callable[[str], None]:
+    return lambda text: on_text(row, text)
+
+
+def _beams(
+    model: GritLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, min_new_tokens: int, num_beams: int
+) -> list[str]:
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), model.tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        eos_token_id=eos_token_ids(model),
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    return [str(model.tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in output]
+
+
+def reply(
+    model: GritLM,
+    turns: Sequence[str],
+    *,
+    prefix: str = "",
+    format: ChatFormat = "grit",
+    system: str = "",
+    max_new_tokens: int = 128,
+    on_text: Callable[[str], None] | None = None,
+    **options: Any,
+) -> str:
+    """The assistant's next turn, stripped. ``turns`` alternates user, assistant, .., user; ``prefix`` starts the reply.
+
+    ``on_text`` receives the reply piece by piece. ``options``: see :func:`complete`.
+    """
+    ids = conversation_ids(model, turns, format=format, system=system, prefix=prefix)
+    stream = None if on_text is None else lambda row, text: on_text(text)
+    return complete(model, [ids], max_new_tokens=max_new_tokens, on_text=stream, **options)[0].strip()
+
+
+def replies(
+    model: GritLM,
+    conversations: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 16,
+    prefix: str = "",
+    format: ChatFormat = "grit",
+    system: str = "",
+    **options: Any,
+) -> list[str]:
+    """:func:`reply` for many conversations, in batches of similar length; in the order given."""
+    check_at_least("batch_size", batch_size, 1)
+    ids = [conversation_ids(model, turns, format=format, system=system, prefix=prefix) for turns in conversations]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    found = [""] * len(ids)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        for index, text in zip(batch, complete(model, [ids[i] for i in batch], **options), strict=True):
+            found[index] = text.strip()
+    return found
+
+
+def answer_file(
+    model: GritLM,
+    source: Path,
+    target: Path,
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> int:
+    """Answer every row of a jsonl file; returns how many were answered now.
+
+    Rows of ``source``: ``{"prompt": str}`` or ``{"turns": [user, assistant, .., user]}``. ``target`` gets one row
+    ``{"row", "turns", "reply"}`` each, batch by batch; run again after an interruption, it goes on where it stopped.
+
+    Raises:
+        ValueError: a row is broken (the message has its line), or ``target`` holds replies to other rows.
+    """
+    from python_model.support.resume import ResumableRows
+
+    check_at_least("batch_size", batch_size, 1)
+    conversations = read_conversations(source)
+    with ResumableRows(target, [{"turns": turns} for turns in conversations]) as rows:
+        for start in range(0, len(rows.missing), batch_size):
+            batch = rows.missing[start : start + batch_size]
+            texts = replies(model, [conversations[i] for i in batch], batch_size=batch_size, **options)
+            rows.write([(index, {"reply": text}) for index, text in zip(batch, texts, strict=True)])
+            if progress is not None:
+                progress(start + len(batch), len(rows.missing))
+        return len(rows.missing)
+
+
+def read_conversations(path: Path) -> list[list[str]]:
+    """See :func:`answer_file`."""
+    found: list[list[str]] = []
+    for origin, row in read_objects(path):
+        turns: Any = row["turns"] if "turns" in row else [row.get("prompt")]
+        texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
+        if not texts or len(turns) % 2 == 0:
+            raise ValueError(
+                f"{origin}: not a row to answer: accepted is a prompt, or turns, an odd number of texts that are not empty"
+            )
+        found.append(turns)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grit generate", description="Ask a model; the reply streams to the terminal."
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
+    parser.add_argument("--prompt", help="the question; without it each line of standard input is one turn of a chat")
+    parser.add_argument("--input", type=Path, help='jsonl file of {"prompt": ..} or {"turns": [..]} rows to answer')
+    parser.add_argument("--output", type=Path, help="where the answers to --input go; an interrupted run goes on there")
+    parser.add_argument("--format", choices=FORMATS, default="grit", help="prompt format (default: grit)")
+    parser.add_argument("--system", default="", help="a system message")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams")
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the reply; may be repeated")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of --input answered at once")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per reply instead of streaming")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``grit generate``."""
+    arguments = _parser().parse_args(argv)
+    if (arguments.input is None) != (arguments.output is None):
+        raise SystemExit("grit generate: --input and --output go together")
+    from python_model.corpora.small_model import resolve_model
+
+    try:
+        model = GritLM(resolve_model(arguments.model), mode="generative")
+        options: dict[str, Any] = {
+            "max_new_tokens": arguments.max_new_tokens,
+            "sampling": Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
+            "num_beams": arguments.beams,
+            "stop": arguments.stop,
+            "seed": arguments.seed,
+            "format": arguments.format,
+            "system": arguments.system,
+        }
+        if arguments.input is not None:
+            count = answer_file(
+                model,
+                arguments.input,
+                arguments.output,
+                batch_size=arguments.batch_size,
+                progress=lambda done, total: print(f"{done}/{total}", file=sys.stderr),
+                **options,
+            )
+            result = {"answered": count, "output": str(arguments.output)}
+            print(json.dumps(result) if arguments.json else f"{count} rows answered in {arguments.output}")
+            return
+        _chat(model, [arguments.prompt] if arguments.prompt is not None else sys.stdin, options, arguments.json)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"grit generate: {error}") from error
+
+
+def _chat(model: GritLM, lines: Any, options: dict[str, Any], as_json: bool) -> None:
+    turns: list[str] = []
+    streaming = not as_json and options["num_beams"] == 1
+    for line in lines:
+        if not line.strip():
+            continue
+        turns.append(line.strip())
+        text = reply(model, turns, on_text=_print_piece if streaming else None, **options)
+        turns.append(text)
+        if as_json:
+            row = {"turns": turns[:-1], "reply": text, "sampling": asdict(options["sampling"])}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print("" if streaming else text, flush=True)
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()

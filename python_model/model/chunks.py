@@ -1,0 +1,138 @@
+"""From the samples of a step to chunks: packs for one forward and backward pass, texts to embed and conversations mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import grit_kernels as gk
+from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples of a step as one pack: texts to embed first, then conversations.
+
+    Attributes:
+        input_ids: int64 (tokens).
+        pack: texts to embed carry the flag of the attention variant, conversations are causal (or the variant's staircase).
+        embedded: int64 (E), which of the step's texts these are (queries first, then passages).
+        conversations: int64 (C), which of the step's conversations follow them.
+        embedding_tokens: tokens of the texts to embed; the conversations' tokens follow.
+        labels: int64 (tokens of the conversations), shifted; IGNORE_INDEX where there is no loss.
+    """
+
+    input_ids: Tensor
+    pack: gk.SamplePack
+    embedded: Tensor
+    conversations: Tensor
+    embedding_tokens: int
+    labels: Tensor
+
+    @property
+    def generative_cu_seqlens(self) -> Tensor:
+        """int32 (C + 1), where each conversation starts, counted from the first one."""
+        return self.pack.cu_seqlens[self.embedded.shape[0] :] - self.embedding_tokens
+
+    def to(self, device: torch.device | str) -> Chunk:
+        """The same chunk on another device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            pack=self.pack.to(device),
+            embedded=self.embedded.to(device),
+            conversations=self.conversations.to(device),
+            labels=self.labels.to(device),
+        )
+
+
+def build_chunk(
+    texts: Sequence[EncodedSample],
+    conversations: Sequence[EncodedSample],
+    *,
+    attn: str = "bbcc",
+    right: int = -1,
+    embedded_index: Sequence[int] | None = None,
+    conversation_index: Sequence[int] | None = None,
+) -> Chunk:
+    """One pack of encoded samples; ``attn`` as in GritLM, the indices default to counting up.
+
+    ``right``: how far ahead a token of a bidirectional run may see under the model's sliding window (-1: to the run's end).
+    """
+    samples = [*texts, *conversations]
+    lengths = [len(s) for s in samples]
+    skips = [s.instruction_len for s in samples]
+    flags = [attn[:2] == "cc"] * len(texts) + [True] * len(conversations)
+    pack = gk.SamplePack.from_lengths(lengths, flags, skips)
+    if attn[:2] == "cb" or attn[2:] in ("bc", "il"):
+        # every variant is a staircase: runs of tokens that see each other to the end of their run, the rest causal
+        bidirectional = [run for s in texts for run in _embedding_runs(s, attn[:2])]
+        bidirectional += [run for s in conversations for run in s.bidirectional or [False] * len(s)]
+        hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional), right)
+        pack = gk.SamplePack.from_lengths(lengths, flags, skips, hi=hi)
+    labels = [label for s in conversations for label in s.labels or [IGNORE_INDEX] * len(s)]
+    return Chunk(
+        input_ids=torch.tensor([t for s in samples for t in s.input_ids], dtype=torch.int64),
+        pack=pack,
+        embedded=torch.tensor(range(len(texts)) if embedded_index is None else embedded_index, dtype=torch.int64),
+        conversations=torch.tensor(
+            range(len(conversations)) if conversation_index is None else conversation_index, dtype=torch.int64
+        ),
+        embedding_tokens=sum(len(s) for s in texts),
+        labels=torch.tensor(labels, dtype=torch.int64),
+    )
+
+
+def _embedding_runs(sample: EncodedSample, attention: str) -> list[bool]:
+    if attention == "cb":
+        return [t >= sample.instruction_len for t in range(len(sample))]
+    return [attention == "bb"] * len(sample)
+
+
+def plan_chunks(
+    queries: int,
+    passage_lengths: Sequence[int],
+    query_lengths: Sequence[int],
+    conversation_lengths: Sequence[int],
+    *,
+    budget: int = 0,
+    chunking: str = "tokens",
+    group_size: int = 2,
+    apart: bool = False,
+) -> list[tuple[list[int], list[int]]]:
+    """Which texts (queries first, then passages) and which conversations share a chunk.
+
+    ``"triplet"``: positives; negatives; queries with the conversations. ``"tokens"``: everything in one chunk if ``budget`` is
+    0, else longest first into the first chunk with room for it, so that no chunk exceeds ``budget`` tokens. ``apart``: never a
+    text and a conversation in one chunk.
+    """
+    everyone = list(range(queries + len(passage_lengths)))
+    conversations = list(range(len(conversation_lengths)))
+    if chunking == "triplet":
+        positives = [queries + i for i in range(0, len(passage_lengths), group_size)]
+        negatives = [queries + i for i in range(len(passage_lengths)) if i % group_size]
+        plan = [(positives, []), (negatives, []), (everyone[:queries], conversations)]
+        if apart:
+            plan[2:] = [(everyone[:queries], []), ([], conversations)]
+        return [part for part in plan if part[0] or part[1]]
+    if not budget:
+        if apart and everyone and conversations:
+            return [(everyone, []), ([], conversations)]
+        return [(everyone, conversations)] if everyone or conversations else []
+    sized = [(n, 0, i) for i, n in enumerate([*query_lengths, *passage_lengths])]
+    sized += [(n, 1, i) for i, n in enumerate(conversation_lengths)]
+    chunks: list[tuple[list[int], list[int]]] = []
+    room: list[int] = []
+    for length, kind, index in sorted(sized, key=lambda item: (-item[0], item[1], item[2])):
+        place = next(
+            (c for c, left in enumerate(room) if left >= length and not (apart and chunks[c][1 - kind])), len(chunks)
+        )
+        if place == len(chunks):
+            chunks.append(([], []))
+            room.append(budget)
+        chunks[place][kind].append(index)
+        room[place] -= length
+    return [(sorted(texts), sorted(talks)) for texts, talks in chunks]

@@ -1,0 +1,289 @@
+"""The text formats of GRIT and the exact token spans they produce.
+
+    embed, with instruction      <bos><|user|>\\n{instruction}\\n<|embed|>\\n{text}
+    embed, without instruction   <bos><|embed|>\\n{text}
+    generate                     <bos><|user|>\\n{user}\\n<|assistant|>\\n{assistant}<eos>\\n<|user|>\\n...
+
+The ``zephyr`` format is the same with an <eos> after each instruction and user turn. BOS and EOS are the tokenizer's own. The
+role markers are plain text, as in the published models. Every span is read off the tokenizer's offsets of the whole string: a
+token belongs to the instruction only if it ends inside of it, so no character of a text is lost to a merge over the border and
+no label drifts over turns.
+
+User content cannot become format: it is tokenised with special tokens split into plain text, a role marker spelled out in it
+gets a space (``<| user|>``), and so does a special token that a tokenizer would put together from plain pieces.
+
+Source: GRIT, arXiv 2402.09906 section 2 and appendix; the public implementation's training format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from python_model.support.arguments import check_choice
+
+Format = Literal["grit", "zephyr"]
+FORMATS: tuple[str, ...] = get_args(Format)
+GenerativeAttention = Literal["cc", "bc", "il"]
+
+USER = "<|user|>\n"
+EMBED = "<|embed|>\n"
+ASSISTANT = "<|assistant|>\n"
+TURN_SEPARATOR = "\n"
+
+TURN_END = "\ufdd0"
+"""Stands for the tokenizer's EOS in a format string: a Unicode noncharacter, which :func:`escape` keeps out of content."""
+
+IGNORE_INDEX = -100
+"""Label of a token that carries no loss."""
+
+_MARKER = re.compile(r"<\|(user|embed|assistant)\|>")
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as token ids.
+
+    ``instruction_len``: leading tokens that attend but are not pooled. ``labels``: for a generative sample the token each
+    position predicts (already shifted: ``labels[t]`` is ``input_ids[t + 1]`` or IGNORE_INDEX), None for a text to embed.
+    ``truncated``: the sample was cut to its maximum length. ``bidirectional``: one bool per token of a conversation, True in
+    runs that see each other (prefix-LM, interleaved turns), None where all of it is causal.
+    """
+
+    input_ids: list[int]
+    instruction_len: int = 0
+    labels: list[int] | None = None
+    truncated: bool = False
+    bidirectional: list[bool] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class TooLong(ValueError):
+    """The format and the instruction (or the first user turn) leave no room in the maximum length."""
+
+
+def escape(text: str) -> str:
+    """``text`` with role markers that a user spelled out broken up."""
+    return _MARKER.sub(r"<| \1|>", text).replace(TURN_END, "\ufffd")
+
+
+def embed_instruction(instruction: str, *, format: Format = "grit") -> str:
+    """The prefix of a text to embed: with an instruction, or the bare embed marker for an empty one."""
+    instruction = instruction.strip("\t\n :")
+    return f"{USER}{escape(instruction)}{_user_end(format)}{TURN_SEPARATOR}{EMBED}" if instruction else EMBED
+
+
+def chat_prompt(turns: Sequence[str]) -> str:
+    """The prompt that asks for the next assistant reply: ``turns`` alternates user, assistant, .., user. Without BOS.
+
+    Earlier replies are stripped and end in TURN_END, which :func:`encode_prompt` turns into the EOS they were learned with.
+    """
+    if len(turns) % 2 == 0:
+        raise ValueError(f"turns: got {len(turns)}, accepted is an odd number that ends with a user turn")
+    parts = []
+    for index, turn in enumerate(turns):
+        parts.append(f"{ASSISTANT}{escape(turn.strip())}{TURN_END}" if index % 2 else f"{USER}{escape(turn)}")
+    return TURN_SEPARATOR.join(parts) + TURN_SEPARATOR + ASSISTANT
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, bos: bool = True) -> list[int]:
+    """Token ids of a formatted prompt: TURN_END is the tokenizer's EOS, special tokens spelled out stay plain text."""
+    ids = _bos(tokenizer) if bos else []
+    *closed, last = prompt.split(TURN_END)
+    for part in closed:
+        ids += [*_tokenize(tokenizer, part)[0], _eos(tokenizer)]
+    return ids + _tokenize(tokenizer, last)[0]
+
+
+def encode_text(
+    tokenizer: Any,
+    prefix: str,
+    text: str,
+    max_length: int,
+    *,
+    suffix: str = "",
+    add_special_tokens: bool = True,
+    instruction_count: Literal["offsets", "reference"] = "offsets",
+) -> EncodedSample:
+    """A text to embed, after its ``prefix`` (see :func:`embed_instruction`; it is format, ``text`` is content).
+
+    A text longer than ``max_length`` loses its end, never the ``suffix`` (one token if the tokenizer has it as a special or added
+    token). ``instruction_count="reference"`` counts the prefix by tokenising it alone, as the public implementation does; the two
+    differ where tokens merge over the border.
+
+    Raises:
+        TooLong: prefix and suffix leave no room for the text in ``max_length``.
+        ValueError: the text is empty.
+    """
+    if not text.strip():
+        raise ValueError(f"text: got {text!r}, accepted is a text that is not empty")
+    start = _bos(tokenizer) if add_special_tokens else []
+    tail = _suffix(tokenizer, suffix)
+    *closed, prefix = prefix.split(TURN_END)
+    for turn in closed:
+        start += [*_tokenize(tokenizer, turn)[0], _eos(tokenizer)]
+    ids, ends, border = _tokenize(tokenizer, prefix, escape(text), reserved=tail if len(tail) == 1 else ())
+    if instruction_count == "offsets":
+        skip = sum(end <= border for end in ends) if prefix else 0
+    else:
+        skip = len(_tokenize(tokenizer, prefix)[0]) if prefix else 0
+    room = max_length - len(start) - len(tail)
+    if skip >= room:
+        raise TooLong(
+            f"max_length: got {max_length}, but the instruction alone takes {len(start) + skip + len(tail)} tokens "
+            f"(instruction: {''.join(closed + [prefix])[:80]!r})"
+        )
+    instruction_len = len(start) + skip if prefix else 0
+    return EncodedSample(start + ids[:room] + tail, instruction_len, truncated=len(ids) > room)
+
+
+def encode_conversation(
+    tokenizer: Any,
+    turns: Sequence[str],
+    max_length: int,
+    *,
+    format: Format = "grit",
+    attention: GenerativeAttention = "cc",
+    reference_masking: bool = False,
+) -> EncodedSample:
+    """A conversation to learn: ``turns`` alternates user, assistant, ...; replies and their EOS carry the loss.
+
+    A conversation longer than ``max_length`` loses its end.
+
+    Args:
+        attention: ``"cc"``: causal. ``"bc"`` (prefix-LM): all before the last reply is one bidirectional run, and only that reply
+            carries loss. ``"il"`` (interleaved): each user turn with its format is a bidirectional run. A token that sees its own
+            next token never carries loss.
+        reference_masking: find the replies as the public implementation does, by the summed lengths of turns tokenised alone;
+            separators are not counted, so the labels of every turn but the first are displaced.
+
+    Raises:
+        TooLong: the first user turn fills ``max_length``.
+        ValueError: a turn is empty, the number of turns is odd.
+    """
+    if len(turns) < 2 or len(turns) % 2:
+        raise ValueError(f"turns: got {len(turns)}, accepted is an even number: user, assistant, ...")
+    eos = _eos(tokenizer)
+    ids = _bos(tokenizer)
+    reply = [-1] * len(ids)  # per token the index of the reply it belongs to, -1 for format and user turns
+    counts: list[int] = []  # tokens per turn, as the public implementation counts
+    for index in range(0, len(turns), 2):
+        user, assistant = turns[index], turns[index + 1].strip()
+        if not user.strip() or not assistant:
+            raise ValueError(f"turns: turn {index if not user.strip() else index + 1} is empty")
+        *closed, head = f"{TURN_SEPARATOR if index else ''}{_user_turn(user, format)}".split(TURN_END)
+        before = [*_tokenize(tokenizer, closed[0])[0], eos] if closed else []
+        pieces, ends, border = _tokenize(tokenizer, head, escape(assistant))
+        ids += [*before, *pieces, eos]
+        reply += [*(-1 for _ in before), *(index // 2 if end > border else -1 for end in ends), index // 2]
+        if reference_masking:
+            counts += _reference_counts(tokenizer, user, assistant, format, first=index == 0)
+    truncated = len(ids) > max_length
+    ids, reply = ids[:max_length], reply[:max_length]
+    if max(reply) < 0:
+        raise TooLong(f"max_length: got {max_length}, which the first user turn fills; no reply token is left to learn")
+    last = max(reply)
+    bidirectional: list[bool] | None = None
+    if attention == "bc":
+        start = reply.index(last)
+        bidirectional = [t < start for t in range(len(ids))]
+    elif attention == "il":
+        bidirectional = [r < 0 for r in reply]
+    learned = _reference_learned(counts, len(ids)) if reference_masking else [r >= 0 for r in reply]
+    if attention == "bc":
+        learned = [learns and t >= reply.index(last) for t, learns in enumerate(learned)]
+    return EncodedSample(ids, 0, _labels(ids, learned, bidirectional), truncated, bidirectional)
+
+
+def encode_plain(tokenizer: Any, text: str, max_length: int, *, add_special_tokens: bool = True) -> EncodedSample:
+    """A text to learn without roles, every token of it, after BOS and before EOS (if ``add_special_tokens``)."""
+    if not text.strip():
+        raise ValueError(f"text: got {text!r}, accepted is a text that is not empty")
+    ids = _tokenize(tokenizer, escape(text))[0]
+    if add_special_tokens:
+        ids = [*_bos(tokenizer), *ids, _eos(tokenizer)]
+    kept = ids[:max_length]
+    return EncodedSample(kept, 0, _labels(kept, [True] * len(kept), None), len(kept) < len(ids))
+
+
+def _labels(ids: list[int], learned: list[bool], bidirectional: list[bool] | None) -> list[int]:
+    """Shifted labels; none for a token that shares a bidirectional run with its next one."""
+    labels = [token if learns else IGNORE_INDEX for token, learns in zip(ids, learned, strict=True)]
+    labels = [*labels[1:], IGNORE_INDEX]
+    if bidirectional is not None:
+        for t in range(len(ids) - 1):
+            if bidirectional[t] and bidirectional[t + 1]:
+                labels[t] = IGNORE_INDEX
+    return labels
+
+
+def _user_turn(user: str, format: Format) -> str:
+    """A user turn and the marker of the reply."""
+    return f"{USER}{escape(user)}{_user_end(format)}{TURN_SEPARATOR}{ASSISTANT}"
+
+
+def _reference_counts(tokenizer: Any, user: str, assistant: str, format: Format, *, first: bool) -> list[int]:
+    """Tokens of a user turn and of its reply, each tokenised alone."""
+    parts = _user_turn(user, format).split(TURN_END)
+    asked = sum(len(_tokenize(tokenizer, part)[0]) for part in parts) + len(parts) - 1
+    return [asked + (len(_bos(tokenizer)) if first else 0), len(_tokenize(tokenizer, escape(assistant))[0]) + 1]
+
+
+def _reference_learned(counts: list[int], tokens: int) -> list[bool]:
+    """Everything but the user turns; ``counts`` alternates user, assistant."""
+    learned = [True] * tokens
+    place = 0
+    for index, count in enumerate(counts):
+        if index % 2 == 0:
+            learned[place : place + count] = [False] * len(learned[place : place + count])
+        place += count
+    return learned
+
+
+def _tokenize(tokenizer: Any, *pieces: str, reserved: Sequence[int] = ()) -> tuple[list[int], list[int], int]:
+    """Token ids of format and content pieces, where each token ends in their string (characters), and where the last piece
+    begins in it. No id is BOS, EOS or one of ``reserved``."""
+    ids, ends = _plain_ids(tokenizer, "".join(pieces))
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, *reserved}
+    if not special.isdisjoint(ids):
+        # a vocabulary may reach a special token by merges, even where special tokens are split
+        for text in tokenizer.convert_ids_to_tokens(sorted(special.intersection(ids))):
+            pieces = tuple(piece.replace(text, f"{text[:1]} {text[1:]}") for piece in pieces)
+        ids, ends = _plain_ids(tokenizer, "".join(pieces))
+        if not special.isdisjoint(ids):
+            raise ValueError(f"tokenizer: it turns the plain text {''.join(pieces)[:80]!r} into a special token")
+    return ids, ends, sum(map(len, pieces[:-1]))
+
+
+def _plain_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+
+
+def _suffix(tokenizer: Any, suffix: str) -> list[int]:
+    """A suffix that is a token of its own (special or added) is that token, else plain text."""
+    if not suffix:
+        return []
+    token = tokenizer.convert_tokens_to_ids(suffix)
+    if token is not None and token in tokenizer.added_tokens_decoder:
+        return [token]
+    return _plain_ids(tokenizer, suffix)[0]
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _eos(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: it has no EOS token, so a model could not learn to stop")
+    return int(tokenizer.eos_token_id)
+
+
+def _user_end(format: Format) -> str:
+    check_choice("format", format, FORMATS)
+    return TURN_END if format == "zephyr" else ""

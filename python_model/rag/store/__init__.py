@@ -1,0 +1,1 @@
+"""Key-value states of documents on disk: a SQLite index over safetensors shards."""

@@ -1,0 +1,200 @@
+"""``python -m python_model.train.ablation --config FILE``: train variants one after another, measure each, write one table.
+
+    output_dir: ablation_output
+    evaluation: python_model/data/sample     # folder with corpus.jsonl and test/ (default: the bundled sample)
+    max_length: 192                          # tokens of a text when measuring
+    base: {steps: 100, train_data: ..., ...} # settings of python_model.train that all variants share
+    variants:
+      - {group: attention and pooling, name: BBCC mean, changes: {attn: bbcc}}
+      - {group: attention and pooling, name: CCCC wmean, changes: {attn: cccc, pooling_method: weightedmean}}
+      - {group: attention and pooling, name: base model, untrained: true}
+
+A variant that has finished under the same settings is not run again, one that was interrupted goes on where it stopped.
+``table.md`` and ``table.json`` are renewed after each variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from python_model.evaluation.held_out import HeldOut, evaluate
+from python_model.support.files import write_json, write_text
+from python_model.train.config import TrainConfig
+
+COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: ``changes`` are settings of python_model.train over the shared ones; ``untrained`` measures the model
+    that the others start from."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
+    untrained: bool = False
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's name."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.group} {self.name}".lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A file of variants; see the top of this file."""
+
+    base: dict[str, Any]
+    variants: list[Variant]
+    output_dir: str = "ablation_output"
+    evaluation: str = ""
+    max_length: int = 512
+
+    def config(self, variant: Variant) -> TrainConfig:
+        """The settings that the variant is trained under."""
+        folder = Path(self.output_dir) / variant.folder
+        return TrainConfig(**{**self.base, **variant.changes, "output_dir": str(folder)})
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What scores depend on beside the model."""
+        return {"evaluation": self.evaluation, "max_length": self.max_length}
+
+
+def read_ablation(path: Path, **changes: Any) -> Ablation:
+    """The file's ablation, with ``changes`` over its shared settings.
+
+    Raises:
+        ValueError: the file has an unknown entry or setting, no variants, or two of one name.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"config: there is no file {path}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    accepted = {entry.name for entry in fields(Ablation)}
+    if not isinstance(content, dict) or (unknown := set(content) - accepted):
+        given = sorted(unknown) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: got {given}, accepted are {sorted(accepted)}")
+    settings = {entry.name for entry in fields(TrainConfig)}
+    variants = [Variant(**entry) for entry in content.get("variants") or []]
+    base = {**(content.get("base") or {}), **changes}
+    for where, settings_given in (("base", base), *((f"variant {v.name!r}", v.changes) for v in variants)):
+        if unknown := set(settings_given) - settings:
+            raise ValueError(f"{path}: {where}: {sorted(unknown)} are no settings of python_model.train")
+    names = [variant.folder for variant in variants]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{path}: variants: got {names or 'none'}, accepted are variants with different names")
+    options = {key: value for key, value in content.items() if key not in ("base", "variants")}
+    return Ablation(base=base, variants=variants, **options)
+
+
+def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str, Any]]:
+    """Train and measure what has no result yet; returns the table's rows."""
+    from python_model.data import sample_dir
+
+    held_out = HeldOut(ablation.evaluation or sample_dir())
+    output = Path(ablation.output_dir)
+    rows = []
+    for variant in tqdm(ablation.variants, desc="variants", unit="variant"):
+        config = ablation.config(variant)
+        rows.append(
+            _finished(config, variant, ablation) or _measure(config, variant, held_out, ablation, keep_checkpoints)
+        )
+        write_json(output / "table.json", rows)
+        write_text(output / "table.md", table(rows))
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown, one part per group."""
+    lines = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines += [f"## {group}" if group else "", "", "| variant | " + " | ".join(COLUMNS) + " | steps |"]
+        lines.append("|---" * (len(COLUMNS) + 2) + "|")
+        for row in rows:
+            if row["group"] == group:
+                scores = [row["scores"][name] for name in COLUMNS]
+                cells = ["-" if score is None else f"{score:.3f}" for score in scores]
+                lines.append(f"| {row['variant']} | " + " | ".join(cells) + f" | {row['steps']} |")
+        lines.append("")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _finished(config: TrainConfig, variant: Variant, ablation: Ablation) -> dict[str, Any] | None:
+    file = Path(config.output_dir) / "result.json"
+    if not file.exists():
+        return None
+    row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    same = row["config"] == asdict(config) and row["steps"] == (0 if variant.untrained else config.steps)
+    same = same and row.get("measured_on", ablation.measured_on) == ablation.measured_on
+    return {**row, "variant": variant.name, "group": variant.group} if same else None
+
+
+def _measure(
+    config: TrainConfig, variant: Variant, held_out: HeldOut, ablation: Ablation, keep_checkpoints: bool
+) -> dict[str, Any]:
+    from python_model.corpora.small_model import resolve_model
+    from python_model.model.modeling import GritLM
+    from python_model.train.__main__ import run as train
+
+    tqdm.write(f"{variant.group}: {variant.name}")
+    if variant.untrained:
+        checkpoint: str | Path = resolve_model(config.model)
+        names = ("pooling_method", "normalized", "attn", "embed_eos", "instruction_count")
+        options = {name: getattr(config, name) for name in names}
+    else:
+        checkpoint, options = train(config), {}  # a trained checkpoint brings its own
+    model = GritLM(checkpoint, mode=config.mode, **options)
+    scores, _ = evaluate(model, held_out, max_length=ablation.max_length, bf16=config.bf16)
+    row = {
+        "variant": variant.name,
+        "group": variant.group,
+        "scores": scores,
+        "steps": 0 if variant.untrained else config.steps,
+        "config": asdict(config),
+        "measured_on": ablation.measured_on,
+    }
+    write_json(Path(config.output_dir) / "result.json", row)
+    if not keep_checkpoints and not variant.untrained:
+        shutil.rmtree(checkpoint)
+        shutil.rmtree(Path(config.output_dir) / "states", ignore_errors=True)
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``grit ablation``."""
+    parser = argparse.ArgumentParser(prog="grit ablation", description="Train variants, measure each, write one table.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file (see configs/ablations)")
+    parser.add_argument("--model", help="base model of all variants that name none")
+    parser.add_argument("--train-data", help="jsonl file or folder")
+    parser.add_argument("--steps", type=int, help="optimiser steps of all variants that name none")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete trained weights after measuring")
+    arguments = parser.parse_args(argv)
+    from python_model.corpora.small_model import SmallModelError
+    from python_model.train.trainer import Interrupted
+
+    given = {"model": arguments.model, "train_data": arguments.train_data, "steps": arguments.steps}
+    try:
+        ablation = read_ablation(arguments.config, **{k: v for k, v in given.items() if v is not None})
+        rows = run(ablation, keep_checkpoints=arguments.keep_checkpoints)
+    except (ValueError, TypeError, OSError, FloatingPointError, SmallModelError) as error:
+        raise SystemExit(f"grit ablation: {error}") from error
+    except Interrupted as reason:
+        print(f"grit ablation: {reason}", file=sys.stderr)
+        raise SystemExit(143) from None
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

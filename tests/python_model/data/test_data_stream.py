@@ -1,0 +1,355 @@
+"""The samples of a step are a function of settings, data and step: for any workers, ranks and starting point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from python_model.data import sample_dir
+from python_model.data.encoding import RowEncoder
+from python_model.data.jsonl import EmbeddingRow, GenerativeRow, InstructedText, PlainText, read_rows
+from python_model.data.stream import StepSamples, TrainingStream, open_stream
+from python_model.model.few_shot import few_shot_instruction
+from python_model.model.prompts import IGNORE_INDEX, TooLong, embed_instruction, encode_text
+from python_model.train.config import TrainConfig
+
+WORDS = ["river", "city", "code", "word", "capital", "France", "space", "line"]
+TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60).filter(
+    lambda s: s.strip() != ""
+)
+RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def config_of(**changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {
+        "train_data": str(sample_dir() / "train"),
+        "embedding_batch_size": 8,
+        "generative_batch_size": 3,
+        "query_max_len": 192,
+        "passage_max_len": 256,
+        "generative_max_len": 256,
+    }
+    return TrainConfig(**{**options, **changes})
+
+
+def folder_of(folder: Path, **files: list[dict[str, Any]]) -> str:
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def query(number: int, dataset: str = "", negatives: int = 3) -> dict[str, Any]:
+    return {
+        "query": ["Find the text", f"{dataset} query {number}"],
+        "pos": [["", f"{dataset} positive {number} {n}"] for n in range(2)],
+        "neg": [["", f"{dataset} negative {number} {n}"] for n in range(negatives)],
+    }
+
+
+def decoded(tokenizer: Any, samples: list[Any]) -> list[str]:
+    return [tokenizer.decode(s.input_ids[1:], clean_up_tokenization_spaces=False) for s in samples]
+
+
+@pytest.fixture(scope="module")
+def stream(tokenizer: Any) -> TrainingStream:
+    return open_stream(config_of(), tokenizer)
+
+
+def test_any_step_can_be_asked_for_first(stream: TrainingStream, tokenizer: Any) -> None:
+    expected = list(stream.steps(0, 6))
+    again = open_stream(config_of(), tokenizer)
+    assert list(again.steps(4, 6)) == expected[4:]
+    assert again[2] == expected[2]
+    assert open_stream(config_of(seed=1), tokenizer)[0] != expected[0]
+
+
+def test_workers_change_neither_samples_nor_the_random_state_and_fill_the_cache(
+    stream: TrainingStream, tokenizer: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens.sqlite"
+    other = open_stream(config_of(data_workers=2, token_cache=str(file)), tokenizer)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = list(other.steps(1, 6))
+    assert found == list(stream.steps(1, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    # what two processes wrote, a third finds
+    third = open_stream(config_of(token_cache=str(file)), tokenizer)
+    assert list(third.steps(1, 6)) == found
+    assert third.encoder.cache is not None and third.encoder.cache.misses == 0 < third.encoder.cache.hits
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_a_step(stream: TrainingStream, tokenizer: Any, world: int) -> None:
+    parts = [open_stream(config_of(), tokenizer, rank, world)[5] for rank in range(world)]
+    together = StepSamples()
+    for part in parts:
+        for name, values in vars(part).items():
+            getattr(together, name).extend(values)
+    assert together == stream[5]
+
+
+def test_only_rank_0_reports(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    open_stream(config_of(), tokenizer, 1, 2)
+    assert capsys.readouterr().out == ""
+    open_stream(config_of(), tokenizer)
+    assert capsys.readouterr().out.startswith("data: 930 rows (")
+
+
+def test_texts_of_a_step_are_those_of_its_rows(stream: TrainingStream, tokenizer: Any) -> None:
+    embedding, generative = read_rows(sample_dir() / "train")
+    rows = {row.origin: row for row in (*embedding, *generative)}
+    samples = stream[3]
+    assert len(samples.queries) == 8 and len(samples.passages) == 16 and len(samples.conversations) == 3
+    for place, origin in enumerate(samples.query_origins):
+        row: Any = rows[origin]
+        texts = decoded(tokenizer, [samples.queries[place], *samples.passages[2 * place : 2 * place + 2]])
+        assert (embed_instruction(row.query.instruction) + row.query.text).startswith(texts[0])
+        for text, accepted in ((texts[1], row.pos), (texts[2], row.neg)):
+            assert any((embed_instruction(i) + t).startswith(text) for i, t in accepted)
+    for sample, origin in zip(samples.conversations, samples.conversation_origins, strict=True):
+        assert decoded(tokenizer, [sample])[0].startswith(f"<|user|>\n{rows[origin].turns[0][:40]}")  # type: ignore[union-attr]
+
+
+def test_batches_of_texts_to_embed_keep_to_a_data_set(stream: TrainingStream, tokenizer: Any) -> None:
+    steps = [_datasets(stream, step) for step in range(40)]
+    assert len(set().union(*steps)) > 1
+    assert sum(len(datasets) > 1 for datasets in steps) <= 3  # the left-overs
+    mixed = open_stream(config_of(same_dataset=False), tokenizer)
+    assert sum(len(_datasets(mixed, step)) > 1 for step in range(40)) > 20
+
+
+def _datasets(stream: TrainingStream, step: int) -> set[int]:
+    assert stream._embedding_order is not None
+    return {dataset for dataset, _ in stream._embedding_order.batch(step)}
+
+
+def test_passages_are_one_positive_and_different_negatives(tokenizer: Any, tmp_path: Path) -> None:
+    data = folder_of(tmp_path, a=[query(n) for n in range(6)])
+    config = config_of(train_data=data, mode="embedding", embedding_batch_size=6, train_group_size=4)
+    stream = open_stream(config, tokenizer)
+    positives = set()
+    for step in range(12):
+        samples = stream[step]
+        texts = [text.removeprefix("<|embed|>\n").split() for text in decoded(tokenizer, samples.passages)]
+        for place, origin in enumerate(samples.query_origins):
+            group = texts[4 * place : 4 * place + 4]
+            number = str(int(origin.split(":")[-1]) - 1)
+            assert [kind for kind, _, _ in group] == ["positive", "negative", "negative", "negative"]
+            assert {n for _, n, _ in group} == {number}
+            assert {last for kind, _, last in group[1:]} == {"0", "1", "2"}
+            positives.add((number, group[0][2]))
+        assert len(set(samples.passage_ids)) == 24 and samples.query_ids == samples.passage_ids[::4]
+    assert len(positives) == 12  # both positives of every row are drawn
+
+
+def test_a_short_list_of_negatives_is_repeated(tokenizer: Any, tmp_path: Path) -> None:
+    data = folder_of(tmp_path, a=[query(0, negatives=2)])
+    config = config_of(train_data=data, mode="embedding", embedding_batch_size=1, train_group_size=6)
+    texts = decoded(tokenizer, open_stream(config, tokenizer)[0].passages)
+    assert len(texts) == 6 and len(set(texts[1:])) == 2 and texts[1:].count(texts[1]) in (2, 3)
+
+
+def test_identical_positives_and_identical_queries_share_an_id(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"query": "same", "pos": ["one"], "neg": ["n"]},
+        {"query": "same", "pos": ["two"], "neg": ["n"]},
+        {"query": "third", "pos": ["two"], "neg": ["one"]},
+        {"query": "fourth", "pos": ["four"], "neg": ["m"]},
+    ]
+    config = config_of(train_data=folder_of(tmp_path, a=rows), mode="embedding", embedding_batch_size=4)
+    samples = open_stream(config, tokenizer)[0]
+    by_line = {
+        int(origin.split(":")[-1]): (samples.query_ids[i], *samples.passage_ids[2 * i : 2 * i + 2])
+        for i, origin in enumerate(samples.query_origins)
+    }
+    shared = by_line[1][0]
+    assert by_line[1][:2] == by_line[2][:2] == by_line[3][:2] == (shared, shared)
+    assert by_line[3][2] == shared  # the text of a positive, drawn as a negative
+    assert by_line[1][2] == by_line[2][2] != shared
+    assert len({shared, by_line[1][2], by_line[4][0], by_line[4][2]}) == 4
+
+
+def test_weights_and_limits_change_how_often_rows_come(tokenizer: Any, tmp_path: Path) -> None:
+    data = folder_of(tmp_path, a=[query(n, "a") for n in range(8)], b=[query(n, "b") for n in range(8)])
+
+    def counts(**changes: Any) -> dict[str, int]:
+        stream = open_stream(config_of(train_data=data, mode="embedding", embedding_batch_size=4, **changes), tokenizer)
+        rows = stream._embedding_order.rows if stream._embedding_order else 0
+        origins = [origin for step in range(rows // 4) for origin in stream[step].query_origins]
+        return {name: sum(f"{name}.jsonl" in origin for origin in origins) for name in "ab"}
+
+    assert counts() == {"a": 8, "b": 8}
+    assert counts(dataset_weights={"a": 2.0, "b": 0.5}) == {"a": 16, "b": 4}
+    assert counts(dataset_weights={"a": 0}) == {"a": 0, "b": 8}
+    assert counts(max_rows_per_dataset=4) == {"a": 4, "b": 4}
+    with pytest.raises(ValueError, match="dataset_weights: there is no data set 'c', the data hold"):
+        counts(dataset_weights={"c": 1.0})
+    with pytest.raises(ValueError, match="which leave no embedding rows"):
+        counts(dataset_weights={"a": 0, "b": 0})
+
+
+def test_a_few_shot_instruction_shows_another_row_of_the_data_set(tokenizer: Any, tmp_path: Path) -> None:
+    data = folder_of(tmp_path, a=[query(n) for n in range(4)])
+    config = config_of(train_data=data, mode="embedding", embedding_batch_size=4, few_shot=1.0, query_max_len=512)
+    samples = open_stream(config, tokenizer)[0]
+    for text, origin in zip(decoded(tokenizer, samples.queries), samples.query_origins, strict=True):
+        mine = int(origin.split(":")[-1]) - 1
+        accepted = [
+            embed_instruction(few_shot_instruction("Find the text", f" query {n}", f" positive {n} {p}"))
+            for n in range(4)
+            for p in range(2)
+            if n != mine
+        ]
+        assert text.removesuffix(f" query {mine}") in accepted
+    assert all(text.startswith("<|embed|>\n") for text in decoded(tokenizer, samples.passages))  # empty ones stay empty
+    # where the example does not fit, the row goes without
+    plain = open_stream(config_of(**{**vars(config), "query_max_len": 64}), tokenizer)[0]
+    assert all("For example" not in text for text in decoded(tokenizer, plain.queries))
+    share = open_stream(config_of(**{**vars(config), "few_shot": 0.5}), tokenizer)
+    shown = ["For example" in text for step in range(25) for text in decoded(tokenizer, share[step].queries)]
+    assert 30 <= sum(shown) <= 70
+
+
+def test_bare_strings_have_no_format_where_asked_for(tokenizer: Any, tmp_path: Path) -> None:
+    data = folder_of(
+        tmp_path,
+        e=[{"query": "a river", "pos": ["the city"], "neg": [["", "code"]]}],
+        g=[{"text": "A river flows through the city."}],
+    )
+    options = {"train_data": data, "embedding_batch_size": 1, "generative_batch_size": 1, "embed_eos": "</e>"}
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ours = open_stream(config_of(**options), tokenizer)[0]
+    assert ours.queries[0].input_ids == [bos, *ids("<|embed|>\na river"), *ids("</e>")]
+    talk = ours.conversations[0]
+    assert talk.input_ids == [bos, *ids("A river flows through the city."), eos]
+    assert talk.labels == [*talk.input_ids[1:], IGNORE_INDEX]
+
+    theirs = open_stream(config_of(plain_text=True, **options), tokenizer)[0]
+    assert theirs.queries[0].input_ids == ids("a river") and theirs.queries[0].instruction_len == 0
+    assert theirs.passages[0].input_ids == ids("the city")
+    assert theirs.passages[1].input_ids == [bos, *ids("<|embed|>\ncode"), *ids("</e>")]
+    assert theirs.conversations[0].input_ids == ids("A river flows through the city.")
+
+
+def test_rows_that_cannot_be_trained_on_are_reported(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {**query(0), "query": ["word " * 60, "text"]}
+    long_passage = {**query(0), "neg": [["word " * 80, "text"]]}
+    data = folder_of(
+        tmp_path,
+        e=[query(0), long, long_passage, {**query(0), "neg": []}, {**query(0), "query": ["i", " "]}],
+        g=[{"text": ["word " * 80, "reply"]}, {"text": ["q", "word " * 200]}, {"text": ["only a question"]}],
+    )
+    options = {"query_max_len": 48, "passage_max_len": 64, "generative_max_len": 64}
+    config = config_of(train_data=data, embedding_batch_size=1, generative_batch_size=1, **options)
+    stream = open_stream(config, tokenizer)
+    assert stream.report.used == {"e": 1, "g": 1}
+    assert stream.report.left_out == {"too long": 3, "no negatives": 1, "empty": 1, "broken": 1}
+    too_long = stream.report.examples["too long"]
+    assert [what.split(": ")[0] for what in too_long] == [f"{data}/e.jsonl:2", f"{data}/e.jsonl:3", f"{data}/g.jsonl:1"]
+    assert "max_length: got 48" in too_long[0]
+    printed = capsys.readouterr().out
+    assert "left out, no negatives: 1 row(s)" in printed and f"{data}/e.jsonl:4: neg" in printed
+    assert stream[0].conversations[0].truncated
+    # without hard negatives the row without them is fine
+    pairs = open_stream(config_of(train_data=data, train_group_size=1, mode="embedding", **options), tokenizer)
+    assert pairs.report.used == {"e": 3} and len(pairs[0].passages) == len(pairs[0].queries)
+
+
+@pytest.mark.parametrize(("mode", "missing"), [("embedding", "generative"), ("generative", "embedding")])
+def test_a_mode_reads_only_its_kind(tokenizer: Any, mode: str, missing: str) -> None:
+    stream = open_stream(config_of(mode=mode), tokenizer)
+    samples = stream[0]
+    assert bool(samples.queries) == (mode == "embedding") and bool(samples.conversations) == (mode == "generative")
+    file = str(sample_dir() / "train" / f"{missing}.jsonl")
+    with pytest.raises(ValueError, match=f"has no {mode} rows, which mode '{mode}' needs"):
+        open_stream(config_of(mode=mode, train_data=file), tokenizer)
+
+
+def test_the_variant_reaches_the_conversations(tokenizer: Any) -> None:
+    assert all(s.bidirectional is None for s in open_stream(config_of(), tokenizer)[0].conversations)
+    for attn in ("bbbc", "bbil"):
+        talks = open_stream(config_of(attn=attn), tokenizer)[0].conversations
+        assert all(s.bidirectional is not None and any(s.bidirectional) for s in talks)
+    zephyr = open_stream(config_of(format="zephyr"), tokenizer)[0]
+    assert all(s.input_ids.count(tokenizer.eos_token_id) >= 2 for s in zephyr.conversations)
+    assert all(s.input_ids.count(tokenizer.eos_token_id) == 1 for s in zephyr.queries)
+
+
+@RELAXED
+@given(
+    instruction=st.one_of(st.just(""), TEXTS, st.just("<|user|>" * 7)),
+    text=TEXTS,
+    first=TEXTS,
+    limit=st.integers(20, 90),
+    zephyr=st.booleans(),
+)
+def test_a_row_without_a_problem_can_be_encoded_and_one_with_cannot(
+    tokenizer: Any, instruction: str, text: str, first: str, limit: int, zephyr: bool
+) -> None:
+    """The check may stop at the length in bytes, so it must never let a row through that fails later."""
+    limits = dict.fromkeys(("query_max_len", "passage_max_len", "generative_max_len"), limit)
+    encoder = RowEncoder(tokenizer, config_of(format="zephyr" if zephyr else "grit", **limits))
+    row = EmbeddingRow(InstructedText(instruction, text), (PlainText("", text),), (PlainText("", text),))
+    talk = GenerativeRow((first * 2, text))
+    for problem, encode in (
+        (encoder.problem(row), lambda: (encoder.text(row.query, limit), encoder.text(row.pos[0], limit))),
+        (encoder.problem(talk), lambda: encoder.conversation(talk)),
+    ):
+        if problem is None:
+            encode()
+        else:
+            assert problem[0] == "too long"
+            with pytest.raises(TooLong):
+                encode()
+
+
+def test_an_end_of_text_survives_truncation(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"query": ["Find", "river " * 200], "pos": [["", "city " * 600]], "neg": [["", "code"]]}
+    config = config_of(
+        train_data=folder_of(tmp_path, a=[row]), mode="embedding", embedding_batch_size=1, embed_eos="</e>"
+    )
+    samples = open_stream(config, tokenizer)[0]
+    tail = tokenizer("</e>", add_special_tokens=False)["input_ids"]
+    for sample in (*samples.queries, *samples.passages):
+        assert sample.input_ids[-len(tail) :] == tail
+    assert [s.truncated for s in (*samples.queries, *samples.passages)] == [True, True, False]
+
+
+def test_cached_samples_are_those_that_were_encoded(tokenizer: Any, tmp_path: Path) -> None:
+    for changes in ({}, {"attn": "bbbc"}, {"attn": "bbil", "format": "zephyr"}, {"generative_max_len": 40}):
+        plain = open_stream(config_of(**changes), tokenizer)
+        cached = open_stream(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
+        again = open_stream(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
+        expected = [plain[step] for step in range(3)]
+        assert [cached[step] for step in range(3)] == expected == [again[step] for step in range(3)]
+        first, second = cached.encoder.cache, again.encoder.cache
+        assert first is not None and second is not None
+        assert first.misses > 0 == second.misses and second.hits == first.hits + first.misses
+
+
+def test_a_file_that_is_no_token_cache_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("something else" * 100)
+    with pytest.raises(ValueError, match="token_cache: cannot use .*tokens .*delete it or name another"):
+        open_stream(config_of(token_cache=str(file)), tokenizer)[0]
+
+
+def test_errors_about_a_row_name_its_line(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [EmbeddingRow(InstructedText("word " * 100, "t"), (PlainText("", "p"),), origin="memory:7")]
+    config = config_of(mode="embedding", train_group_size=1, embedding_batch_size=1, query_max_len=32)
+    with pytest.raises(ValueError, match="memory:7: max_length: got 32"):
+        TrainingStream([rows], RowEncoder(tokenizer, config), config)[0]
+    assert encode_text(tokenizer, "", "t", 8).instruction_len == 0

@@ -1,0 +1,127 @@
+"""grit eval: per data set and overall, several checkpoints, once each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from python_model import GritLM
+from python_model.commands import evaluate as command
+from python_model.commands.evaluate import main
+from python_model.data.jsonl import GenerativeRow
+from python_model.evaluation import next_token_loss
+from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.retrieval import ranks_of_relevant, scores_from_ranks
+from python_model.model.prompts import TooLong, encode_conversation
+
+WORDS = ("river", "city", "code", "word")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "test").mkdir(parents=True)
+    rows = [
+        {
+            "query": ["Find", f"where is {w}"],
+            "pos": [["", f"{w} is here"]],
+            "neg": [],
+            "key": w,
+            "dataset": f"set{i % 2}",
+        }
+        for i, w in enumerate(WORDS)
+    ]
+    talks = [{"text": [f"say {w}", f"{w} it is"], "dataset": f"talk{i % 2}"} for i, w in enumerate(WORDS)]
+    corpus = [{"key": w, "text": f"{w} is here"} for w in WORDS]
+    for name, lines in (("test/embedding", rows), ("test/generative", talks), ("corpus", corpus)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "questions.jsonl").write_text(json.dumps({"question": "say river", "answers": ["e"]}) + "\n")
+    return folder
+
+
+def test_recall_counts_ranks_within_the_cut() -> None:
+    scores = scores_from_ranks(torch.tensor([1, 2, 10, 11, 100, 101]), 500)
+    assert (scores.recall_at_1, scores.recall_at_10, scores.recall_at_100) == (1 / 6, 3 / 6, 5 / 6)
+
+
+def test_ties_and_vectors_that_are_not_finite_count_against_the_relevant_document() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[0.5, 0.5, 0.1], [nan, nan, nan], [0.3, nan, 0.2]])
+    assert ranks_of_relevant(scores, torch.tensor([0, 1, 0])).tolist() == [2, 3, 2]
+
+
+def test_checkpoints_are_measured_per_data_set_and_once(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "results.json"
+    arguments = ["--model", str(checkpoint), "--data", str(data), "--output", str(output), "--no-bf16"]
+    arguments += ["--questions", str(data / "questions.jsonl"), "--max-new-tokens", "4"]
+    main(arguments)
+    printed = capsys.readouterr().out
+    result = json.loads(output.read_text())[0]
+    assert list(result["scores"]) == ["set0", "set1", "all", "talk0", "talk1"]
+    assert all(name in printed for name in ("set0", "talk1", "answers to 1 questions: match"))
+    every, parts = result["scores"]["all"], [result["scores"][f"set{i}"] for i in (0, 1)]
+    assert every["queries"] == 4 and every["mrr_at_10"] == pytest.approx(sum(p["mrr_at_10"] for p in parts) / 2)
+    model = GritLM(checkpoint, device="cpu")
+    expected = next_token_loss(model, HeldOut(data).conversations, max_length=512)
+    assert every["next_token_loss"] == pytest.approx(expected, rel=1e-5) and every["conversations"] == 4
+
+    monkeypatch.setattr(command, "measure", lambda *a, **k: pytest.fail("measured again"))
+    main([*arguments, "--json"])
+    assert json.loads(capsys.readouterr().out)[0] == result
+
+
+def test_conversations_without_a_reply_within_the_limit_are_left_out(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = GritLM(checkpoint, device="cpu")
+    short = GenerativeRow(("say river", "river it is"))
+    long = GenerativeRow(("say river " * 40, "river it is"))
+    assert next_token_loss(model, [long, short], max_length=24) == next_token_loss(model, [short], max_length=24)
+    assert "1 of 2 conversations have no reply within 24 tokens" in caplog.text
+    with pytest.raises(TooLong, match="max_length: got 24, which the first turn of each of 1"):
+        next_token_loss(model, [long], max_length=24)
+
+
+@pytest.mark.parametrize("attn", ["bbcc", "bbbc", "bbil"])
+def test_the_loss_is_that_of_the_attention_the_model_was_trained_with(checkpoint: Path, attn: str) -> None:
+    """Against transformers with a dense mask of that attention."""
+    from transformers import AutoModelForCausalLM
+
+    turns = ("say river", "river it is", "and?", "done")
+    model = GritLM(checkpoint, attn=attn, device="cpu", dtype="float32")
+    sample = encode_conversation(model.tokenizer, turns, 64, attention=attn[2:])  # type: ignore[arg-type]
+    runs = torch.tensor(sample.bidirectional or [False] * len(sample))
+    number = (runs[1:] != runs[:-1]).cumsum(0)
+    number = torch.cat([torch.zeros(1, dtype=torch.int64), number])
+    same_run = runs[:, None] & runs & (number[:, None] == number)
+    visible = torch.ones(len(sample), len(sample)).tril().bool() | same_run
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = plain(torch.tensor([sample.input_ids]), attention_mask=visible[None, None]).logits[0]
+    want = torch.nn.functional.cross_entropy(logits, torch.tensor(sample.labels), ignore_index=-100)
+    assert next_token_loss(model, [GenerativeRow(turns)], max_length=64) == pytest.approx(float(want), rel=1e-4)
+
+
+def test_a_data_set_of_long_questions_has_no_loss(checkpoint: Path, data: Path) -> None:
+    with (data / "test" / "generative.jsonl").open("a") as file:
+        file.write(json.dumps({"text": ["say river " * 40, "river it is"], "dataset": "long"}) + "\n")
+    scores = command.measure(GritLM(checkpoint, device="cpu"), HeldOut(data), max_length=24, bf16=False)
+    assert scores["long"] == {"next_token_loss": None, "conversations": 1} and scores["all"]["next_token_loss"] > 0
+
+
+def test_mistakes_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="corpus.jsonl"):
+        main(["--model", str(checkpoint), "--data", str(tmp_path)])
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds something else"):
+        main(["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "other.json")])
+    with (data / "test" / "embedding.jsonl").open("a") as file:
+        file.write(json.dumps({"query": "q", "pos": ["p"], "neg": [], "key": "nowhere"}) + "\n")
+    with pytest.raises(SystemExit, match=r"embedding.jsonl:5: no passage of the corpus has the key 'nowhere'"):
+        main(["--model", str(checkpoint), "--data", str(data)])

@@ -1,0 +1,244 @@
+"""GritLM equals what transformers computes by hand, whatever the batch around a text."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from python_model import GritLM
+from python_model.model.prompts import EMBED, embed_instruction, encode_text
+
+TEXTS = ["A river flows.", "def add(first, second):", "x", "The capital of France is a city with a river in it. " * 4]
+INSTRUCTION = embed_instruction("Find the text")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> GritLM:
+    return GritLM(checkpoint, device="cpu", dtype="float32")
+
+
+def _by_hand(checkpoint: Path, texts: list[str], prefix: str, method: str, causal: bool, normalize: bool) -> np.ndarray:
+    """One text at a time through unpatched transformers."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    decoder = AutoModel.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    rows = []
+    for text in texts:
+        sample = encode_text(tokenizer, prefix, text, 512)
+        with torch.no_grad():
+            states = decoder(torch.tensor([sample.input_ids]), is_causal=causal).last_hidden_state[0].double()
+        pooled = states[sample.instruction_len :]
+        weights = torch.arange(1, len(pooled) + 1, dtype=torch.float64)
+        row = {
+            "mean": pooled.mean(dim=0),
+            "weightedmean": (weights[:, None] * pooled).sum(dim=0) / weights.sum(),
+            "lasttoken": pooled[-1],
+            "cls": states[0],
+        }[method]
+        rows.append(row / row.norm() if normalize else row)
+    return torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("method", ["mean", "weightedmean", "lasttoken", "cls"])
+@pytest.mark.parametrize("attn", ["bbcc", "cccc"])
+def test_encode_equals_transformers_text_by_text(checkpoint: Path, method: str, attn: str) -> None:
+    model = GritLM(checkpoint, pooling_method=method, attn=attn, normalized=False, device="cpu", dtype="float32")
+    for prefix in (EMBED, INSTRUCTION):
+        got = model.encode(TEXTS, instruction=prefix)
+        want = _by_hand(checkpoint, TEXTS, prefix, method, attn == "cccc", False)
+        assert got.dtype == np.float32 and got.shape == want.shape
+        assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_the_batch_around_a_text_does_not_change_its_embedding(model: GritLM) -> None:
+    together = model.encode(TEXTS, instruction=INSTRUCTION)
+    for batch_size in (1, 2):
+        np.testing.assert_allclose(
+            model.encode(TEXTS, batch_size=batch_size, instruction=INSTRUCTION), together, atol=2e-6
+        )
+    alone = model.encode(TEXTS[1], instruction=INSTRUCTION)
+    assert alone.shape == together[1].shape
+    np.testing.assert_allclose(alone, together[1], atol=2e-6)
+    np.testing.assert_allclose(model.encode(TEXTS[::-1], instruction=INSTRUCTION)[::-1], together, atol=2e-6)
+
+
+def test_normalized_embeddings_have_unit_norm(model: GritLM) -> None:
+    norms = np.linalg.norm(model.encode(TEXTS), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-5)
+
+
+def test_embed_instruction_pools_the_whole_text(model: GritLM) -> None:
+    skipped = model.encode(TEXTS, instruction=INSTRUCTION)
+    pooled = model.encode(TEXTS, instruction=INSTRUCTION, embed_instruction=True)
+    assert np.abs(skipped - pooled).max() > 1e-3
+
+
+def test_causal_instruction_attention_equals_a_dense_mask(checkpoint: Path) -> None:
+    from transformers import AutoModel
+
+    model = GritLM(checkpoint, attn="cbcc", normalized=False, device="cpu", dtype="float32")
+    sample = encode_text(model.tokenizer, INSTRUCTION, TEXTS[0], 512)
+    length, skip = len(sample), sample.instruction_len
+    row, column = torch.arange(length)[:, None], torch.arange(length)[None]
+    visible = (column <= row) | (row >= skip)
+    decoder = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        states = decoder(torch.tensor([sample.input_ids]), attention_mask=visible[None, None]).last_hidden_state[0]
+    want = states[skip:].double().mean(dim=0).numpy()
+    got = model.encode(TEXTS[0], instruction=INSTRUCTION)
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_generate_equals_transformers(checkpoint: Path, model: GritLM) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+def test_cache_of_encode_continues_like_one_forward(checkpoint: Path, model: GritLM) -> None:
+    from transformers import AutoModelForCausalLM
+
+    texts = TEXTS[:3]
+    vectors, cache = model.encode(texts, instruction=EMBED, get_cache=True)
+    np.testing.assert_allclose(vectors, model.encode(texts, instruction=EMBED), atol=2e-6)
+    samples = [encode_text(model.tokenizer, EMBED, t, 512) for t in texts]
+    assert cache.seqlens.tolist() == [len(s) for s in samples]
+    # a causal continuation of the bidirectional states, against one dense mask in unpatched transformers
+    vector, cache = model.encode(texts[1], instruction=EMBED, get_cache=True)
+    document, tail = samples[1].input_ids, [7, 8, 9, 10]
+    with torch.no_grad():
+        got = model.model(torch.tensor([tail]), past_key_values=cache, use_cache=True).logits[0]
+    length = len(document) + len(tail)
+    row, column = torch.arange(length)[:, None], torch.arange(length)[None]
+    visible = (column <= row) | ((row < len(document)) & (column < len(document)))
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        want = plain(torch.tensor([document + tail]), attention_mask=visible[None, None]).logits[0, -len(tail) :]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:projection")
+def test_save_and_load_keep_weights_settings_and_projection(checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = GritLM(
+        checkpoint,
+        pooling_method="weightedmean",
+        normalized=False,
+        attn="cccc",
+        projection=16,
+        device="cpu",
+        dtype="float32",
+    )
+    model.save_pretrained(tmp_path / "saved")
+    again = GritLM(tmp_path / "saved", device="cpu", dtype="float32")
+    assert (again.pooling_method, again.normalized, again.attn) == ("weightedmean", False, "cccc")
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+    assert again.encode(TEXTS).shape == (len(TEXTS), 16)
+    settings = json.loads((tmp_path / "saved" / "grit.json").read_text())
+    assert settings["projection"] == 16
+
+
+def test_a_window_convention_survives_saving(model: GritLM, tmp_path: Path) -> None:
+    """A checkpoint that asks for full attention beyond the window, as the published models' sdpa path, goes on asking for it."""
+    model.save_pretrained(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "grit.json").read_text())
+    (tmp_path / "a" / "grit.json").write_text(json.dumps({**settings, "bidirectional_window": "full"}))
+    full = GritLM(tmp_path / "a", device="cpu", dtype="float32")
+    full.save_pretrained(tmp_path / "b")
+    again = GritLM(tmp_path / "b", device="cpu", dtype="float32")
+    longer = TEXTS[3]  # than the window
+    np.testing.assert_array_equal(again.encode(longer), full.encode(longer))
+    assert np.abs(again.encode(longer) - model.encode(longer)).max() > 1e-4
+
+
+def test_saved_checkpoint_loads_in_plain_transformers(model: GritLM, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.model.state_dict()[name]), name
+
+
+def test_tokenizer_and_settings_come_from_where_the_weights_do(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="projection: there is no .*so the embedding head starts at random"):
+        model = GritLM(checkpoint, attn="cccc", projection=8, device="cpu", dtype="float32")
+    model.save_pretrained(tmp_path / "step-2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = GritLM(tmp_path, subfolder="step-2", device="cpu", dtype="float32")
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_embedding_mode_has_no_head(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32")
+    assert model.encode("text").shape == (64,)
+    with pytest.raises(ValueError, match="mode: 'embedding'"):
+        model.generate(torch.ones(1, 1, dtype=torch.int64))
+
+
+def test_errors_name_the_argument(checkpoint: Path, model: GritLM) -> None:
+    with pytest.raises(ValueError, match="sentences: entry 1: text: got ''"):
+        model.encode(["fine", ""])
+    with pytest.raises(ValueError, match="sentences: got an empty list"):
+        model.encode([])
+    with pytest.raises(TypeError, match="sentences: entry 0 is int"):
+        model.encode([3])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="max_length: got 8"):
+        model.encode("text", instruction=INSTRUCTION, max_length=8)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        model.encode("text", batch_size=0)
+    with pytest.raises(ValueError, match="attn: got 'bxcc'"):
+        GritLM(checkpoint, attn="bxcc")
+    with pytest.raises(ValueError, match="pooling_method: got 'max'"):
+        GritLM(checkpoint, pooling_method="max")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        GritLM("./no/such/folder")
+
+
+def test_corpus_without_a_title_has_no_leading_space(model: GritLM) -> None:
+    got = model.encode_corpus([{"title": "", "text": "A river flows."}, {"title": "A", "text": "river flows."}])
+    np.testing.assert_allclose(got[0], got[1], atol=2e-6)
+    np.testing.assert_allclose(model.encode_corpus("A river flows."), got[0], atol=2e-6)  # one text, not its letters
+
+
+def test_several_devices_give_the_same_embeddings(model: GritLM) -> None:
+    alone = model.encode(TEXTS, batch_size=1, instruction=INSTRUCTION)
+    shared = model.encode(TEXTS, batch_size=1, instruction=INSTRUCTION, devices=["cpu", "cpu", "cpu"])
+    np.testing.assert_array_equal(shared, alone)
+    with pytest.raises(ValueError, match="devices: got an empty list"):
+        model.encode(TEXTS, devices=[])
+
+
+def test_an_error_on_one_device_reaches_the_caller(model: GritLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(GritLM, "hidden_states", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.encode(TEXTS, batch_size=1, devices=["cpu", "cpu"])
+
+
+def test_the_reference_count_skips_as_many_tokens_as_the_instruction_has_alone(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, instruction_count="reference", normalized=False, device="cpu", dtype="float32")
+    default = GritLM(checkpoint, normalized=False, device="cpu", dtype="float32")
+    text = "  Leading spaces"  # they merge with the newline that ends the instruction
+    ours, theirs = (
+        encode_text(model.tokenizer, INSTRUCTION, text, 512, instruction_count=count)
+        for count in ("offsets", "reference")
+    )
+    assert (ours.instruction_len != theirs.instruction_len) == bool(
+        np.abs(default.encode(text, instruction=INSTRUCTION) - model.encode(text, instruction=INSTRUCTION)).max() > 1e-6
+    )
+    with pytest.raises(ValueError, match="instruction_count: got 'guess'"):
+        GritLM(checkpoint, instruction_count="guess")  # type: ignore[arg-type]

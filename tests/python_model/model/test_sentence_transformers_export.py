@@ -1,0 +1,140 @@
+"""An exported folder gives the same embeddings in sentence-transformers, padded and packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from python_model import GritLM
+from python_model.model.export import export_sentence_transformers
+from python_model.model.prompts import embed_instruction
+
+TEXTS = ["A river flows.", "def add(first, second):", "x", "The capital of France is a city with a river in it. " * 3]
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu", **options)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn": "bbcc", "pooling_method": "mean"},
+        {"attn": "cccc", "pooling_method": "lasttoken"},
+        {"attn": "bbcc", "pooling_method": "cls", "normalized": False},
+        {"attn": "bbcc", "pooling_method": "mean", "projection": 16},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_export_gives_the_same_embeddings(
+    checkpoint: Path, tmp_path: Path, settings: dict[str, Any], packed: bool
+) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32", **settings)
+    instructions = {"query": "Find the text", "document": ""}
+    folder = export_sentence_transformers(model, tmp_path / "st", instructions=instructions, packed=packed)
+    loaded = _load(folder, trust_remote_code=packed)
+    for name, instruction in instructions.items():
+        want = model.encode(TEXTS, instruction=embed_instruction(instruction))
+        got = loaded.encode(TEXTS, prompt_name=name)
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["st"]
+
+
+def test_the_packed_module_runs_the_patched_decoder(checkpoint: Path, tmp_path: Path) -> None:
+    import grit_kernels as gk
+
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    loaded = _load(export_sentence_transformers(model, tmp_path / "st", packed=True), trust_remote_code=True)
+    assert gk.is_patched(loaded[0].auto_model)
+    plain = _load(export_sentence_transformers(model, tmp_path / "plain"))
+    assert not gk.is_patched(plain[0].auto_model)
+
+
+def test_the_ranking_loss_trains_the_packed_module_like_the_padded_one(checkpoint: Path, tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    queries, documents = ["river", "sum of two", "capital of France"], [TEXTS[0], TEXTS[1], TEXTS[3]]
+    losses: dict[str, list[float]] = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for name, packed in (("padded", False), ("packed", True)):
+        folder = export_sentence_transformers(model, tmp_path / name, instructions={"query": "Find"}, packed=packed)
+        trained = _load(folder, trust_remote_code=packed).train()
+        loss_function = MultipleNegativesRankingLoss(trained, scale=50.0)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+        losses[name] = []
+        for step in range(3):
+            features = [
+                trained.preprocess(queries, prompt=trained.prompts["query"]),
+                trained.preprocess(documents),
+            ]
+            loss = loss_function(features, torch.arange(len(queries)))
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                gradients[name] = [p.grad.clone() for p in trained.parameters()]
+            optimizer.step()
+            losses[name].append(float(loss.detach()))
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-3)
+    assert losses["packed"][-1] < losses["packed"][0]
+    for a, b in zip(gradients["packed"], gradients["padded"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
+
+
+def test_the_trainer_trains_the_packed_module_like_the_padded_one(checkpoint: Path, tmp_path: Path) -> None:
+    import datasets
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    columns = {"query": ["river", "sum of two", "capital of France"], "document": [TEXTS[0], TEXTS[1], TEXTS[3]]}
+    instructions = {"query": "Find the text", "document": ""}
+    losses: dict[str, list[float]] = {}
+    trained: dict[str, Any] = {}
+    for name, packed in (("padded", False), ("packed", True)):
+        folder = export_sentence_transformers(model, tmp_path / name, instructions=instructions, packed=packed)
+        trained[name] = _load(folder, trust_remote_code=packed)
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / f"{name} run"),
+            max_steps=4,
+            per_device_train_batch_size=3,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            prompts=trained[name].prompts,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = SentenceTransformerTrainer(
+            model=trained[name],
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict(columns),
+            loss=MultipleNegativesRankingLoss(trained[name], scale=50.0),
+        )
+        trainer.train()
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses["packed"]) == 4 and losses["packed"] == pytest.approx(losses["padded"], rel=1e-3)
+    assert losses["packed"][-1] < losses["packed"][0]
+    trained["packed"].save(str(tmp_path / "saved"))
+    again = _load(tmp_path / "saved", trust_remote_code=True)
+    got, want = (m.encode(TEXTS, prompt_name="query") for m in (again, trained["packed"]))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_variants_without_a_counterpart_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attn 'cbcc'"):
+        export_sentence_transformers(GritLM(checkpoint, attn="cbcc", device="cpu"), tmp_path / "st")
+    with pytest.raises(ValueError, match="pooling_method 'weightedmean'"):
+        export_sentence_transformers(GritLM(checkpoint, pooling_method="weightedmean", device="cpu"), tmp_path / "st")
+    with pytest.raises(ValueError, match="embed_eos '</e>'"):
+        export_sentence_transformers(GritLM(checkpoint, embed_eos="</e>", device="cpu"), tmp_path / "st")
+    assert list(tmp_path.iterdir()) == []

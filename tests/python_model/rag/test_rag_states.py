@@ -1,0 +1,148 @@
+"""Cached states: moved keys equal computed ones, joined caches hold what they should, recomputing is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from python_model import GritLM
+from python_model.generate.states import TextStates, concatenate, to_cache
+from python_model.rag import rope
+from python_model.rag.fingerprint import embedding_settings, fingerprint
+from python_model.rag.reading import read, recompute_first
+
+A, B, C = [1, 20, 30, 40, 50], [1, 60, 70, 80, 90, 100, 110], [1, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> GritLM:
+    return GritLM(checkpoint, device="cpu", dtype="float32")
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_texts_read_together_have_the_states_they_have_alone(model: GritLM, causal: bool) -> None:
+    together = read(model, [A, B, C], causal=causal)
+    for ids, states in zip((A, B, C), together, strict=True):
+        (alone,) = read(model, [ids], causal=causal)
+        assert states.input_ids.tolist() == ids and states.positions.tolist() == list(range(len(ids)))
+        assert relative(states.keys_values, alone.keys_values) < 1e-6 and states.causal is causal
+    bidirectional = read(model, [A], causal=not causal)[0]
+    assert relative(together[0].keys_values, bidirectional.keys_values) > 1e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("start", [1, 64, 4000])
+def test_moved_keys_equal_keys_computed_there(model: GritLM, causal: bool, start: int) -> None:
+    (near,) = read(model, [B], causal=causal)
+    (far,) = read(model, [B], causal=causal, start=start)
+    moved = rope.move(near, far.positions, model)
+    assert relative(moved.keys_values, far.keys_values) < 3e-5
+    assert relative(near.keys_values[:, 0], far.keys_values[:, 0]) > 1e-2
+    back = rope.move(moved, near.positions, model)
+    assert relative(back.keys_values, near.keys_values) < 1e-6
+    assert rope.move(near, near.positions, model) is near
+
+
+def test_bfloat16_keys_are_rounded_once_whatever_the_distance(model: GritLM) -> None:
+    keys = torch.randn(3, 50, 32).bfloat16()
+    radians = rope.frequencies(model)
+    for distance in (1, 1000, 100000):
+        steps = torch.full((50,), distance)
+        exact = rope.rotate(keys.float(), steps, radians)
+        got = rope.rotate(keys, steps, radians)
+        assert got.dtype == torch.bfloat16 and torch.equal(got, exact.bfloat16())
+
+
+def test_rotation_leaves_channels_beyond_the_rotary_part_alone() -> None:
+    keys = torch.randn(2, 5, 16)
+    got = rope.rotate(keys, torch.arange(5), torch.tensor([1.0, 0.1], dtype=torch.float64))
+    assert torch.equal(got[..., 4:], keys[..., 4:]) and torch.equal(got[:, 0], keys[:, 0])
+    assert (got[..., :4] - keys[..., :4])[:, 1:].abs().min() > 0
+
+
+def test_a_join_places_texts_one_behind_the_other_with_one_bos(model: GritLM) -> None:
+    parts = read(model, [A, B, C], causal=False)
+    joined, starts = rope.join(parts, model)
+    assert joined.input_ids.tolist() == A + B[1:] + C[1:] and starts == [0, len(A), len(A) + len(B) - 1]
+    assert joined.positions.tolist() == list(range(len(joined)))
+    # positions count BOS as the text's first token, so the text behind it is moved by one less
+    (far,) = read(model, [B], causal=False, start=len(A) - 1)
+    assert relative(joined.slice(len(A), len(A) + len(B) - 1).keys_values, far.slice(1).keys_values) < 1e-5
+    overlapping, starts = rope.join(parts, model, reference_positions=True)
+    assert overlapping.input_ids.tolist() == A + B + C and starts == [0, len(A), len(A) + len(B)]
+    assert overlapping.positions.tolist() == [*range(len(A)), *range(len(B)), *range(len(C))]
+    assert torch.equal(overlapping.keys_values, concatenate(parts).keys_values)
+
+
+def test_recomputing_whole_causal_texts_equals_reading_them_in_one_go(model: GritLM) -> None:
+    parts = read(model, [A, B, C], causal=True)
+    joined, starts = rope.join(parts, model)
+    (whole,) = read(model, [joined.input_ids.tolist()], causal=True)
+    assert relative(joined.keys_values, whole.keys_values) > 1e-2
+    assert relative(recompute_first(model, joined, starts, 100).keys_values, whole.keys_values) < 1e-5
+    some = recompute_first(model, joined, starts, 2)
+    assert torch.equal(some.input_ids, joined.input_ids) and torch.equal(some.positions, joined.positions)
+    changed = (some.keys_values != joined.keys_values).flatten(0, 2).any(dim=2).any(dim=0).nonzero()[:, 0]
+    assert changed.tolist() == [starts[1], starts[1] + 1, starts[2], starts[2] + 1]
+    first = some.slice(starts[1], starts[1] + 2)
+    assert relative(first.keys_values, whole.slice(starts[1], starts[1] + 2).keys_values) < 1e-5
+    assert recompute_first(model, joined, starts, 0) is joined
+
+
+def test_a_cache_made_of_states_continues_like_the_text(model: GritLM) -> None:
+    (states,) = read(model, [A], causal=True)
+    with torch.no_grad():
+        got = model.model(torch.tensor([B]), past_key_values=to_cache(states)).logits
+        want = model.model(torch.tensor([A + B])).logits[:, len(A) :]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_gate_measures_rounding_and_refuses_a_wrong_rotation(
+    model: GritLM, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rope.check(model) < 1e-5
+    half = GritLM(checkpoint, device="cpu", dtype="bfloat16")
+    assert 0 < rope.check(half) < 0.0625
+    fresh = GritLM(checkpoint, device="cpu", dtype="float32")
+    right = rope.frequencies
+    monkeypatch.setattr(rope, "frequencies", lambda model: right(model) * 1.01)
+    (states,) = read(fresh, [A], causal=True)
+    with pytest.raises(ValueError, match="moved keys differ from computed ones by"):
+        rope.move(states, states.positions + 3, fresh)
+
+
+def test_rotary_embeddings_that_change_with_the_length_are_refused(
+    model: GritLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.decoder[0].rotary_emb, "rope_type", "dynamic")
+    with pytest.raises(ValueError, match="type 'dynamic'; accepted are 'default'"):
+        rope.frequencies(model)
+
+
+def test_states_refuse_other_shapes(model: GritLM) -> None:
+    (states,) = read(model, [A], causal=True)
+    with pytest.raises(ValueError, match="keys_values: got"):
+        TextStates(states.keys_values[0], states.input_ids, states.positions, True)
+    with pytest.raises(ValueError, match="positions: got shape"):
+        TextStates(states.keys_values, states.input_ids, states.positions[1:], True)
+    with pytest.raises(ValueError, match="parts: got none"):
+        concatenate([])
+    with pytest.raises(ValueError, match="texts: got none or an empty one"):
+        read(model, [[]], causal=True)
+
+
+def test_a_fingerprint_tells_models_apart_but_not_dtypes(model: GritLM, checkpoint: Path) -> None:
+    half = GritLM(checkpoint, device="cpu", dtype="bfloat16", pooling_method="cls")
+    assert fingerprint(half) == fingerprint(model) == fingerprint(GritLM(checkpoint, mode="embedding", device="cpu"))
+    assert embedding_settings(half) != embedding_settings(model)
+    other: Any = GritLM(checkpoint, device="cpu", dtype="float32")
+    with torch.no_grad():
+        other.decoder[0].layers[1].mlp.up_proj.weight.mul_(1.01)
+    assert fingerprint(other) != fingerprint(model)

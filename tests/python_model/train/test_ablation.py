@@ -1,0 +1,108 @@
+"""The ablation runner: every variant once, finished ones are kept, one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from python_model.train import ablation
+from python_model.train.ablation import main, read_ablation, run
+from tests.conftest import needs_source_tree
+
+ROOT = Path(__file__).parents[3]
+
+
+def _file(tmp_path: Path, checkpoint: Path, **changes: Any) -> Path:
+    rows = [
+        {"query": ["Find", f"where is {word}"], "pos": [["", f"{word} is here"]], "neg": [["", "nothing"]], "key": word}
+        for word in ("river", "city", "code", "word")
+    ]
+    talks = [{"text": [f"say {word}", f"{word} it is"]} for word in ("river", "city", "code", "word")]
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "embedding.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (tmp_path / part / "generative.jsonl").write_text("".join(json.dumps(r) + "\n" for r in talks))
+    passages = [{"key": r["key"], "text": r["pos"][0][1]} for r in rows]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
+    content = {
+        "output_dir": str(tmp_path / "out"),
+        "evaluation": str(tmp_path),
+        "max_length": 64,
+        "base": {
+            "model": str(checkpoint),
+            "train_data": str(tmp_path / "train"),
+            "steps": 2,
+            "embedding_batch_size": 2,
+            "generative_batch_size": 2,
+            "bf16": False,
+        },
+        "variants": [
+            {"group": "unified", "name": "BBCC mean", "changes": {}},
+            {"group": "unified", "name": "CCCC wmean", "changes": {"attn": "cccc", "pooling_method": "weightedmean"}},
+            {"group": "alone", "name": "embedding", "changes": {"mode": "embedding"}},
+            {"group": "alone", "name": "prefix-LM", "changes": {"mode": "generative", "attn": "bbbc"}},
+            {"group": "alone", "name": "base", "untrained": True},
+        ],
+        **changes,
+    }
+    file = tmp_path / "ablation.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_variants_are_trained_measured_and_tabled_once(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _file(tmp_path, checkpoint)
+    main(["--config", str(file)])
+    printed = capsys.readouterr().out
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in printed and table.count("\n| ") == 2 * 1 + 5 and "## unified" in table
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["variant"] for row in rows] == ["BBCC mean", "CCCC wmean", "embedding", "prefix-LM", "base"]
+    assert all(0 <= row["scores"]["ndcg_at_10"] <= 1 for row in rows)
+    assert [row["scores"]["next_token_loss"] is None for row in rows] == [False, False, True, False, False]
+    assert rows[0]["scores"] != rows[1]["scores"] and [row["steps"] for row in rows] == [2, 2, 2, 2, 0]
+    assert (checkpoint / "model.safetensors").exists()
+    assert not list((tmp_path / "out").glob("*/checkpoint"))
+
+    # a second run finds everything done; a variant under other settings is run again, the others are kept
+    again: list[str] = []
+    measure = ablation._measure
+    monkeypatch.setattr(ablation, "_measure", lambda c, v, *rest: again.append(v.name) or measure(c, v, *rest))
+    run(read_ablation(file))
+    assert again == []
+    content = yaml.safe_load(file.read_text())
+    content["variants"][1]["changes"]["temperature"] = 0.5
+    file.write_text(yaml.safe_dump(content))
+    run(read_ablation(file))
+    assert again == ["CCCC wmean"]
+    # the same models measured otherwise are other results
+    file.write_text(yaml.safe_dump({**content, "max_length": 48, "variants": content["variants"][-1:]}))
+    (row,) = run(read_ablation(file))
+    assert again[1:] == ["base"] and row["measured_on"]["max_length"] == 48
+
+
+def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    file = _file(tmp_path, checkpoint, variants=[{"name": "a", "changes": {"atn": "cccc"}}])
+    with pytest.raises(SystemExit, match=r"variant 'a': \['atn'\] are no settings"):
+        main(["--config", str(file)])
+    file.write_text(yaml.safe_dump({"base": {}, "variants": [], "more": 1}))
+    with pytest.raises(ValueError, match=r"got \['more'\]"):
+        read_ablation(file)
+    file.write_text(yaml.safe_dump({"variants": [{"name": "a", "changes": {}}, {"name": "A", "changes": {}}]}))
+    with pytest.raises(ValueError, match="different names"):
+        read_ablation(file)
+
+
+@needs_source_tree
+@pytest.mark.parametrize("name", ["paper", "small", "proof"])
+def test_shipped_files_have_settings_that_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    shipped = read_ablation(ROOT / "configs" / "ablations" / f"{name}.yaml")
+    configs = [shipped.config(variant) for variant in shipped.variants]
+    assert len(configs) == {"paper": 25, "small": 4, "proof": 4}[name]

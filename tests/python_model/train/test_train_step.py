@@ -1,0 +1,308 @@
+"""Gradients of a step: one pass, chunks of any size, the paper's split and any number of ranks give the same ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from python_model import GritLM
+from python_model.model.chunks import build_chunk, plan_chunks
+from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.train.config import TrainConfig
+from python_model.train.distributed import Ranks, wrap
+from python_model.train.model import TrainingModel
+from python_model.train.optimizers import Learner
+from python_model.train.setup import load_model
+from python_model.train.step import StepGradients, StepLosses, plan_step
+from tests.python_model.training_samples import LENGTH, ToySamples, ToyStream, toy_config
+
+QUERIES, CONVERSATIONS = 6, 3
+
+
+def config_of(**changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {
+        "train_data": ".",
+        "embedding_batch_size": QUERIES,
+        "generative_batch_size": CONVERSATIONS,
+        "query_max_len": LENGTH,
+        "passage_max_len": LENGTH,
+        "generative_max_len": LENGTH,
+        "temperature": 0.1,
+        "bf16": False,
+    }
+    return TrainConfig(**{**options, **changes})
+
+
+def load(checkpoint: Path, config: TrainConfig) -> GritLM:
+    torch.manual_seed(7)
+    return GritLM(
+        checkpoint,
+        mode=config.mode,
+        attn=config.attn,
+        pooling_method=config.pooling_method,
+        projection=config.projection,
+        is_inference=False,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def test_any_seed_that_is_not_negative_is_accepted(checkpoint: Path) -> None:
+    """A date is one: 20251231 * 2^20 steps * chunks * ranks is more than the 64 bits that torch takes."""
+    config = config_of(mode="generative", seed=20251231)
+    samples = ToyStream(load(checkpoint, config).tokenizer, 0, CONVERSATIONS)[0]
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    share = plan_step([], [], samples.conversations, None, config, ranks)
+    runner = StepGradients(TrainingModel(load(checkpoint, config)), config, ranks)
+    assert runner(share, config.seed * 2**20 + 5).total > 0
+    with pytest.raises(ValueError, match="seed: got -1, accepted is an int >= 0"):
+        config_of(seed=-1)
+
+
+def gradients_of(
+    checkpoint: Path, config: TrainConfig, samples: ToySamples, ranks: Ranks | None = None
+) -> tuple[StepLosses, dict[str, torch.Tensor]]:
+    """Losses and gradients of one step, whole on every rank."""
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+    training_model = TrainingModel(load(checkpoint, config))
+    training_model.touch_all = ranks.group is not None
+    model = wrap(training_model, config, ranks)
+    learner = Learner(model, config, ranks)
+    share = plan_step(
+        samples.queries if config.embeds else [],
+        samples.passages if config.embeds else [],
+        samples.conversations if config.generates else [],
+        (samples.query_ids, samples.passage_ids),
+        config,
+        ranks,
+    )
+    losses = StepGradients(model, config, ranks, learner.log_temperature)(share, seed=3)
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad: Any = parameter.grad
+        if grad is not None:
+            found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    if learner.log_temperature is not None:
+        found["log_temperature"] = learner.log_temperature.grad  # type: ignore[assignment]
+    return losses, found
+
+
+def assert_same(
+    found: tuple[StepLosses, dict[str, torch.Tensor]], expected: tuple[StepLosses, dict[str, torch.Tensor]]
+) -> None:
+    for mine, theirs in zip(
+        (found[0].total, found[0].contrastive, found[0].generative),
+        (expected[0].total, expected[0].contrastive, expected[0].generative),
+        strict=True,
+    ):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or mine == pytest.approx(theirs, rel=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    scale = max(float(g.norm()) for g in expected[1].values())
+    for name, grad in expected[1].items():
+        assert float((found[1][name] - grad).norm()) <= 1e-6 * max(float(grad.norm()), 0.1 * scale), name
+
+
+CHUNKED = [
+    {"chunk_tokens": LENGTH},
+    {"chunk_tokens": 3 * LENGTH},
+    {"chunking": "triplet"},
+    {"chunk_tokens": 2 * LENGTH, "learn_temperature": True, "symmetric": True},
+    {"chunk_tokens": 2 * LENGTH, "generative_loss": "token", "generative_weight": 0.1},
+    {"chunk_tokens": 2 * LENGTH, "generative_loss": "sample", "contrastive_weight": 0.5},
+    {"chunk_tokens": 2 * LENGTH, "generative_loss": "mixed", "generative_group": 1},
+    {"chunk_tokens": 2 * LENGTH, "projection": 16, "in_batch_negatives": False},
+    {"chunk_tokens": 2 * LENGTH, "mode": "embedding"},
+    {"chunk_tokens": LENGTH, "mode": "generative"},
+    {"chunk_tokens": 2 * LENGTH, "attn": "cbcc", "mask_duplicates": False},
+    {"chunk_tokens": 2 * LENGTH, "attn": "cccc", "pooling_method": "weightedmean"},
+    {"chunk_tokens": 2 * LENGTH, "gradient_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("changes", CHUNKED, ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()))
+def test_chunks_give_the_gradients_of_one_pass(checkpoint: Path, tokenizer: Any, changes: dict[str, Any]) -> None:
+    samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS)[0]
+    whole = config_of(**{**changes, "chunk_tokens": 0, "chunking": "tokens"})
+    chunked = gradients_of(checkpoint, config_of(**changes), samples)
+    assert_same(chunked, gradients_of(checkpoint, whole, samples))
+
+
+@pytest.mark.parametrize("budget", [0, 10, 13, 40])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_plan_places_every_sample_once_within_the_budget(budget: int, apart: bool) -> None:
+    queries, passages, conversations = [3, 9, 1], [7, 10, 2, 2, 5, 6], [10, 4]
+    plan = plan_chunks(3, passages, queries, conversations, budget=budget, apart=apart)
+    assert sorted(i for texts, _ in plan for i in texts) == list(range(9))
+    assert sorted(i for _, talks in plan for i in talks) == [0, 1]
+    lengths = queries + passages
+    sizes = [sum(lengths[i] for i in texts) + sum(conversations[i] for i in talks) for texts, talks in plan]
+    assert not budget or max(sizes) <= budget
+    # first fit leaves at most one chunk half empty
+    assert not budget or apart or sum(2 * size <= budget for size in sizes) <= 1
+    assert not apart or all(not (texts and talks) for texts, talks in plan)
+
+
+def test_the_papers_split_keeps_positives_negatives_and_the_rest_apart() -> None:
+    plan = plan_chunks(2, [5] * 6, [1, 1], [8], chunking="triplet", group_size=3)
+    assert plan == [([2, 5], []), ([3, 4, 6, 7], []), ([0, 1], [0])]
+
+
+RANKED = [
+    {"parallel": "ddp"},
+    {"parallel": "fsdp", "chunk_tokens": LENGTH},
+    {"parallel": "ddp", "chunk_tokens": 2 * LENGTH, "learn_temperature": True, "projection": 16},
+    {"parallel": "fsdp", "chunking": "triplet", "reduce_each_chunk": True, "generative_loss": "sample"},
+]
+HYBRID = [
+    {"parallel": "fsdp", "shard_size": 2, "chunk_tokens": 2 * LENGTH, "gradient_checkpointing": True},
+    {"parallel": "fsdp", "cpu_offload": True, "mode": "embedding"},
+]
+
+
+def _rank(rank: int, world: int, store: str, checkpoint: str, cases: list[dict[str, Any]], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    from transformers import AutoTokenizer
+
+    here = Ranks(rank, world, torch.device("cpu"), dist.group.WORLD)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for index, changes in enumerate(cases):
+        samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS, here)[0]
+        losses, grads = gradients_of(Path(checkpoint), config_of(**changes), samples, here)
+        if rank == 0:
+            torch.save(
+                {"losses": [losses.total, losses.contrastive, losses.generative], "grads": grads},
+                Path(folder) / f"{index}.pt",
+            )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("world", "cases"), [(2, RANKED), (4, HYBRID)], ids=["2 ranks", "4 ranks"])
+def test_ranks_give_the_gradients_of_one_process(
+    checkpoint: Path, tokenizer: Any, tmp_path: Path, world: int, cases: list[dict[str, Any]]
+) -> None:
+    """4 ranks share 3 conversations and 6 queries: one rank has no conversation, and ranks differ in their chunks."""
+    mp.spawn(_rank, (world, str(tmp_path / "store"), str(checkpoint), cases, str(tmp_path)), nprocs=world)
+    samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS)[0]
+    for index, changes in enumerate(cases):
+        expected = gradients_of(checkpoint, config_of(**{**changes, "chunk_tokens": 0, "chunking": "tokens"}), samples)
+        saved = torch.load(tmp_path / f"{index}.pt", weights_only=True)
+        assert_same((StepLosses(*saved["losses"]), saved["grads"]), expected)
+
+
+def test_a_mixtures_router_loss_is_that_of_transformers_and_joins_the_gradient(tokenizer: Any, tmp_path: Path) -> None:
+    """Tiny Mixtral, one pass over one conversation without padding: transformers' own loss on the same tokens."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from python_model.train.trainer import router_loss_weight
+
+    settings = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.3,
+        output_router_logits=True,
+    )
+    plain = MixtralForCausalLM(settings)
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = config_of(mode="generative")
+    model = TrainingModel(load(tmp_path, config), router_loss=True)
+    weight = router_loss_weight(model.grit, config)
+    assert weight == 0.3
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    sample = ToyStream(tokenizer, 0, 1)[0].conversations
+    losses = StepGradients(model, config, ranks, None, weight)(plan_step([], [], sample, None, config, ranks), seed=0)
+    ids = torch.tensor([sample[0].input_ids])
+    labels = torch.tensor([[-100, *(sample[0].labels or [])[:-1]]])
+    expected = plain(ids, labels=labels)
+    assert losses.router == pytest.approx(float(expected.aux_loss), rel=1e-5)
+    assert losses.total == pytest.approx(float(expected.loss.detach()), rel=1e-5)
+    expected.loss.backward()
+    gates = [name for name, _ in plain.named_parameters() if "gate" in name and "gate_up" not in name]
+    assert gates
+    mine = dict(model.grit.model.named_parameters())
+    for name in gates:
+        torch.testing.assert_close(mine[name].grad, dict(plain.named_parameters())[name].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_one_packed_pass_equals_three_padded_passes_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    """Losses and gradients of the packed pass, against separate padded passes of the unpatched model, as the paper does."""
+    from transformers import AutoModelForCausalLM
+
+    config = toy_config(checkpoint, tmp_path)
+    model = load_model(config, torch.device("cpu"))
+    samples = ToyStream(model.tokenizer, 4, 2)[0]
+    ids = (samples.query_ids, samples.passage_ids)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    share = plan_step(samples.queries, samples.passages, samples.conversations, ids, config, ranks)
+    losses = StepGradients(TrainingModel(model), config, ranks)(share, seed=0)
+
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+    def padded(chosen: list[list[int]], value: int = 0) -> torch.Tensor:
+        rows = [torch.tensor(row) for row in chosen]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    def embed(chosen: list[Any]) -> torch.Tensor:
+        mask = padded([[1] * len(s) for s in chosen])
+        states = plain.model(padded([s.input_ids for s in chosen]), attention_mask=mask, is_causal=False)
+        keep = padded([[0] * s.instruction_len + [1] * (len(s) - s.instruction_len) for s in chosen])
+        pooled = (states.last_hidden_state * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(pooled, dim=-1)
+
+    queries, passages = embed(samples.queries), embed(samples.passages)
+    targets = torch.arange(4) * 2
+    contrastive = torch.nn.functional.cross_entropy(queries @ passages.T / config.temperature, targets)
+    mask = padded([[1] * len(s) for s in samples.conversations])
+    logits = plain(padded([s.input_ids for s in samples.conversations]), attention_mask=mask).logits
+    labels = padded([s.labels for s in samples.conversations], IGNORE_INDEX)
+    generative = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+    (contrastive + generative).backward()
+
+    assert losses.contrastive == pytest.approx(float(contrastive.detach()), rel=2e-5)
+    assert losses.generative == pytest.approx(float(generative.detach()), rel=2e-5)
+    assert losses.total == pytest.approx(float((contrastive + generative).detach()), rel=2e-5)
+    for (name, mine), (_, theirs) in zip(model.model.named_parameters(), plain.named_parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        difference = (mine.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=1e-6)
+        assert difference < 1e-4, (name, float(difference))
+
+
+def test_chunked_dropout_draws_the_same_mask_in_both_passes(checkpoint: Path, tmp_path: Path) -> None:
+    """With dropout, the loss of the first pass is that of the vectors the second pass differentiates."""
+    config = toy_config(checkpoint, tmp_path, lora_rank=4, lora_dropout=0.5, chunk_tokens=2 * LENGTH)
+    model = TrainingModel(load_model(config, torch.device("cpu")))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    samples = ToyStream(model.grit.tokenizer, 4, 2)[0]
+    share = plan_step(samples.queries, samples.passages, samples.conversations, None, config, ranks)
+    gradients = StepGradients(model, config, ranks)
+    first = gradients._embed(share, seed=5).detach()
+    for index, chunk in enumerate(share.chunks[: share.embedding_rounds]):
+        with gradients._computing(5, index):
+            vectors = model(chunk)[0]
+        assert torch.equal(vectors, first[chunk.embedded])
+
+
+def test_staircases_follow_the_runs_of_a_conversation() -> None:
+    """Prefix-LM: tokens of the run see to its end (at most ``right`` ahead), the others only their past."""
+    talk = EncodedSample([5, 6, 7, 8, 9], labels=[-100] * 5, bidirectional=[True, True, True, False, False])
+    text = EncodedSample([3, 4])
+    assert build_chunk([text], [talk], attn="bbbc").pack.hi.tolist() == [2, 2, 3, 3, 3, 4, 5]  # type: ignore[union-attr]
+    near = build_chunk([text], [talk], attn="bbbc", right=1).pack.hi
+    assert near is not None and near.tolist() == [2, 2, 2, 3, 3, 4, 5]
