@@ -16,13 +16,13 @@ using torch::stable::Tensor;
 
 inline const int32_t* int32_data(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.numel() == count, name,
-                  ": accepted is a contiguous int32 tensor of ", count, " elements");
+                  ": expected a contiguous int32 tensor of ", count, " elements");
   return t.const_data_ptr<int32_t>();
 }
 
 inline const float* float_data(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, name,
-                  ": accepted is a contiguous float32 tensor of ", count, " elements");
+                  ": expected a contiguous float32 tensor of ", count, " elements");
   return t.const_data_ptr<float>();
 }
 

@@ -42,7 +42,7 @@ def triton_reason() -> str:
 def check_backend_name(name: str) -> str:
     """The name, or ValueError with those that are accepted."""
     if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
 
 

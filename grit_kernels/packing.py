@@ -65,23 +65,23 @@ class SamplePack:
         sizes = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)
         batch = sizes.shape[0]
         if batch == 0:
-            raise ValueError("lengths: got an empty batch, accepted is at least one sample")
+            raise ValueError("lengths: expected at least one sample, got an empty batch")
         if bool((sizes < 0).any()):
-            raise ValueError(f"lengths: got {sizes.tolist()}, accepted are values >= 0")
+            raise ValueError(f"lengths: expected values >= 0, got {sizes.tolist()}")
         flags = torch.as_tensor(causal, device="cpu")
         if flags.dtype != torch.bool or flags.shape not in ((), (batch,)):
-            raise ValueError(f"causal: got {described(flags)}, accepted are a bool and bools ({batch},)")
+            raise ValueError(f"causal: expected a bool or bools ({batch},), got {described(flags)}")
         if instruction_lens is None:
             skip = torch.zeros(batch, dtype=torch.int64)
         else:
             skip = torch.as_tensor(instruction_lens, dtype=torch.int64, device="cpu").reshape(-1)
         if skip.shape != (batch,) or bool(((skip < 0) | (skip > sizes)).any()):
             raise ValueError(
-                f"instruction_lens: got {skip.tolist()}, accepted is one value in 0..length for each of {sizes.tolist()}"
+                f"instruction_lens: expected one value in 0..length for each of {sizes.tolist()}, got {skip.tolist()}"
             )
         tokens = int(sizes.sum())
         if tokens >= 2**31:
-            raise ValueError(f"lengths: got {tokens} tokens in one pack, accepted are fewer than 2**31")
+            raise ValueError(f"lengths: expected fewer than 2**31 tokens in one pack, got {tokens}")
         cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
         cu_seqlens[1:] = sizes.cumsum(0)
         if hi is not None:
@@ -108,7 +108,7 @@ class SamplePack:
         Lengths and flags are read back from the device, once for all layers. ``causal``: bool or bool (B).
         """
         if attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask: got {tuple(attention_mask.shape)}, accepted is (B, T)")
+            raise ValueError(f"attention_mask: expected (B, T), got {tuple(attention_mask.shape)}")
         device = attention_mask.device
         real = attention_mask != 0
         flags = causal.to("cpu") if isinstance(causal, Tensor) else causal
@@ -125,7 +125,7 @@ class SamplePack:
         ``causal``: bool, or bool (B), the flag of each row's samples.
         """
         if position_ids.ndim != 2 or position_ids.numel() == 0:
-            raise ValueError(f"position_ids: got {tuple(position_ids.shape)}, accepted is (B, T), not empty")
+            raise ValueError(f"position_ids: expected (B, T), not empty, got {tuple(position_ids.shape)}")
         batch, length = position_ids.shape
         starts = torch.ones_like(position_ids, dtype=torch.bool)
         starts[:, 1:] = position_ids.diff(dim=1) != 1
@@ -154,7 +154,7 @@ class SamplePack:
         if self.indices is None or self.padded_shape is None:
             raise ValueError("this SamplePack was not made from a padded batch (SamplePack.from_mask)")
         if tuple(padded.shape[:2]) != self.padded_shape:
-            raise ValueError(f"padded: got shape {tuple(padded.shape)}, accepted is {self.padded_shape} + (...)")
+            raise ValueError(f"padded: expected {self.padded_shape} + (...), got shape {tuple(padded.shape)}")
         return padded.flatten(0, 1).index_select(0, self.indices)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -188,11 +188,11 @@ class SamplePack:
 def _check_staircase(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:
     tokens = int(cu_seqlens[-1])
     if not is_integer(hi, tokens):
-        raise ValueError(f"hi: got {described(hi)}, accepted is int32 ({tokens},)")
+        raise ValueError(f"hi: expected int32 ({tokens},), got {described(hi)}")
     values = hi.to("cpu")
     for b, part in enumerate(values.split(sizes.tolist())):
         if part.numel() and (bool((part.diff() < 0).any()) or int(part[0]) < 0 or int(part[-1]) > part.numel()):
             raise ValueError(
-                f"hi: sample {b} is not a staircase: accepted are non-decreasing values in 0..{part.numel()} "
+                f"hi: sample {b} is not a staircase: expected non-decreasing values in 0..{part.numel()} "
                 "(block-masked documents are no staircase)"
             )

@@ -17,7 +17,7 @@ std::atomic<int64_t> visited{0};
 void count_visited_blocks(int64_t blocks) { visited.fetch_add(blocks, std::memory_order_relaxed); }
 
 Rows rows_of(const Tensor& t, const char* name, DType dtype, int64_t rows, int64_t heads, int64_t dim) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == rows && t.size(1) == heads && t.size(2) == dim, name, ": accepted is (", rows,
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == rows && t.size(1) == heads && t.size(2) == dim, name, ": expected (", rows,
                   ", ", heads, ", ", dim, ")");
   STD_TORCH_CHECK(t.stride(2) == 1 || t.numel() == 0, name, ": the last dimension must be contiguous");
   STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, ": its dtype differs from that of q");
@@ -25,7 +25,7 @@ Rows rows_of(const Tensor& t, const char* name, DType dtype, int64_t rows, int64
 }
 
 AttentionCall take_apart(const AttentionArguments& x) {
-  STD_TORCH_CHECK(x.q.dim() == 3 && x.k.dim() == 3, "q, k: accepted are (rows, heads, dim) tensors");
+  STD_TORCH_CHECK(x.q.dim() == 3 && x.k.dim() == 3, "q, k: expected (rows, heads, dim) tensors");
   AttentionCall call;
   Attention& a = call.attention;
   a = {};

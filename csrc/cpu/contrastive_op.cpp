@@ -26,7 +26,7 @@ int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 const int64_t* int64_data(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == count, name,
-                  ": accepted is a contiguous int64 tensor of ", count, " elements");
+                  ": expected a contiguous int64 tensor of ", count, " elements");
   return t.const_data_ptr<int64_t>();
 }
 
@@ -46,10 +46,10 @@ struct Call {
        const std::optional<Tensor>& passage_ids, bool in_batch_negatives, bool normalize)
       : kernels(*grit::kernels().contrastive) {
     STD_TORCH_CHECK(q.dim() == 2 && p.dim() == 2 && q.size(1) == p.size(1) && q.scalar_type() == p.scalar_type(),
-                    "queries, passages: accepted are (Q, D) and (P, D) of one dtype");
+                    "queries, passages: expected (Q, D) and (P, D) of one dtype");
     STD_TORCH_CHECK(q.size(0) > 0 && p.size(0) > 0, "queries, passages: got an empty batch");
     STD_TORCH_CHECK(p.size(0) < std::numeric_limits<int32_t>::max() - 64, "passages: got more than 2^31 rows");
-    STD_TORCH_CHECK(query_ids.has_value() == passage_ids.has_value(), "query_ids, passage_ids: accepted are both or neither");
+    STD_TORCH_CHECK(query_ids.has_value() == passage_ids.has_value(), "query_ids, passage_ids: expected both or neither");
     problem.dtype = dtype_of(q, "queries");
     problem.queries = q.size(0);
     problem.passages = p.size(0);

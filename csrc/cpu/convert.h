@@ -18,14 +18,14 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Half:
       return DType::float16;
     default:
-      STD_TORCH_CHECK(false, name, ": accepted dtypes are float32, bfloat16 and float16");
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
       return DType::float32;
   }
 }
 
 // a small contiguous tensor, copied to FP32
 inline std::vector<float> as_floats(const Tensor& t, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == count, name, ": accepted is a contiguous tensor of ", count, " elements");
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == count, name, ": expected a contiguous tensor of ", count, " elements");
   std::vector<float> values(count);
   switch (dtype_of(t, name)) {
     case DType::float32:

@@ -24,7 +24,7 @@ struct Part {
 
 Tensor pool_forward(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end, Tensor denominators,
                     std::optional<Tensor> norm_weight, double norm_eps) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: accepted is (rows, columns), got ", hidden.dim(), " dimensions");
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: expected (rows, columns), got ", hidden.dim(), " dimensions");
   const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
   STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
   const int32_t* start = int32_data(row_start, batch, "row_start");
@@ -110,7 +110,7 @@ Tensor pool_forward(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_
 // the norm weight's gradient have a fixed length in rows and are added in order.
 std::tuple<Tensor, Tensor> pool_backward(Tensor grad_out, Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end,
                                          Tensor denominators, std::optional<Tensor> norm_weight, double norm_eps) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: accepted is (rows, columns), got ", hidden.dim(), " dimensions");
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: expected (rows, columns), got ", hidden.dim(), " dimensions");
   const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
   STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
   const int32_t* start = int32_data(row_start, batch, "row_start");

@@ -158,7 +158,7 @@ void launch(const Call& call) {
     run_finish((const __nv_bfloat16*)call.norm_weight->const_data_ptr());
   } else {
     STD_TORCH_CHECK(call.norm_weight->scalar_type() == ScalarType::Half,
-                    "norm_weight: accepted dtypes are float32, bfloat16 and float16");
+                    "norm_weight: expected float32, bfloat16 or float16");
     run_finish((const __half*)call.norm_weight->const_data_ptr());
   }
   check(cudaGetLastError());
@@ -179,17 +179,17 @@ struct DeviceGuard {
 
 Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end, Tensor denominators,
                          std::optional<Tensor> norm_weight, double norm_eps) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: accepted is (rows, columns), got ", hidden.dim(), " dimensions");
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: expected (rows, columns), got ", hidden.dim(), " dimensions");
   const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
   STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
-  STD_TORCH_CHECK(batch < 65536 && rows < (int64_t)1 << 31, "row_start: accepted are up to 65535 samples of 2**31 rows");
+  STD_TORCH_CHECK(batch < 65536 && rows < (int64_t)1 << 31, "row_start: expected up to 65535 samples of 2**31 rows");
   float_data(weights, rows, "weights");
   int32_data(row_start, batch, "row_start");
   int32_data(row_end, batch, "row_end");
   float_data(denominators, batch, "denominators");
   if (norm_weight)
     STD_TORCH_CHECK(norm_weight->is_contiguous() && norm_weight->numel() == columns,
-                    "norm_weight: accepted is a contiguous tensor of ", columns, " elements");
+                    "norm_weight: expected a contiguous tensor of ", columns, " elements");
   Tensor out = torch::stable::empty({batch, columns}, ScalarType::Float, std::nullopt, hidden.device());
   if (batch == 0 || columns == 0) return out;
   const DeviceGuard guard(hidden.get_device_index());
@@ -207,7 +207,7 @@ Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor
       launch<__half>(call);
       break;
     default:
-      STD_TORCH_CHECK(false, "hidden: accepted dtypes are float32, bfloat16 and float16");
+      STD_TORCH_CHECK(false, "hidden: expected float32, bfloat16 or float16");
   }
   return out;
 }

@@ -197,7 +197,7 @@ def switch_attention_with_kvcache(
         if k is not None and v is not None:
             check_qkv(q, k, v, ndim=4)
             if k.shape != (batch, max_q, *k_cache.shape[2:]):
-                raise ValueError(f"k, v: got {tuple(k.shape)}, accepted is {(batch, max_q, *k_cache.shape[2:])}")
+                raise ValueError(f"k, v: expected {(batch, max_q, *k_cache.shape[2:])}, got {tuple(k.shape)}")
             if readable(used) and bool((used + q_len > slots).any()):
                 raise ValueError(
                     f"cache_seqlens: a sample has no room for its new states in {slots} slots: {used.tolist()} + {q_len.tolist()}"

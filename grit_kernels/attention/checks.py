@@ -22,17 +22,17 @@ def check_qkv(
     layout = "(B, T, H, D)" if ndim == 4 else "(tokens, H, D)"
     for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor {layout}")
+            raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
         if x.ndim != ndim:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {layout}")
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {x.dtype}, accepted are float32, bfloat16, float16")
+            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype and autocast_dtype(q.device) is None:
             raise TypeError(f"{name}: got {x.dtype}, q has {q.dtype}")
         check_device(name, x, q.device)
     dim = q.shape[-1]
     if dim % 8 or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q: got head dim {dim}, accepted are multiples of 8 in {MIN_HEAD_DIM}..{MAX_HEAD_DIM}")
+        raise ValueError(f"q: expected a head dim that is a multiple of 8 in {MIN_HEAD_DIM}..{MAX_HEAD_DIM}, got {dim}")
     if k.shape[-1] != dim or v.shape != k.shape:
         raise ValueError(
             f"{names[1]}, {names[2]}: got shapes {tuple(k.shape)} and {tuple(v.shape)} for q {tuple(q.shape)}"
@@ -43,7 +43,7 @@ def check_qkv(
         if k.shape[0] != q.shape[0]:
             raise ValueError(f"{names[1]}: got batch {k.shape[0]}, q has {q.shape[0]}")
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"q: got {q.shape[-2]} heads, accepted are multiples of {names[1]}'s {k.shape[-2]}")
+        raise ValueError(f"q: expected a multiple of {names[1]}'s {k.shape[-2]} heads, got {q.shape[-2]}")
     return dense_rows(q), dense_rows(k), dense_rows(v)
 
 
@@ -52,9 +52,9 @@ def causal_flags(causal: bool | Tensor, batch: int, device: torch.device) -> Ten
     if isinstance(causal, bool):
         return torch.full((batch,), causal, dtype=torch.bool, device=device)
     if not isinstance(causal, Tensor):
-        raise TypeError(f"causal: got {type(causal).__name__}, accepted are a bool and a bool tensor ({batch},)")
+        raise TypeError(f"causal: expected a bool or a bool tensor ({batch},), got {type(causal).__name__}")
     if causal.dtype != torch.bool or causal.shape != (batch,):
-        raise ValueError(f"causal: got {described(causal)}, accepted is torch.bool ({batch},)")
+        raise ValueError(f"causal: expected torch.bool ({batch},), got {described(causal)}")
     return causal.to(device)
 
 
@@ -63,21 +63,21 @@ def window_argument(window_size: tuple[int, int] | Tensor, batch: int) -> tuple[
     if isinstance(window_size, Tensor):
         if not is_integer(window_size, batch, 2):
             raise ValueError(
-                f"window_size: got {described(window_size)}, accepted are a pair of ints and an int32 tensor ({batch}, 2)"
+                f"window_size: expected a pair of ints or an int32 tensor ({batch}, 2), got {described(window_size)}"
             )
         if readable(window_size) and bool((window_size < -1).any()):
             raise ValueError(f"window_size: got an entry below -1: {window_size.tolist()}")
         return window_size
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(
-            f"window_size: got {window_size!r}, accepted are a pair (left, right) and an int tensor ({batch}, 2)"
+            f"window_size: expected a pair (left, right) or an int tensor ({batch}, 2), got {window_size!r}"
         )
     left, right = window_size
     for side, value in (("left", left), ("right", right)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"window_size: got {side} {value!r}, accepted is an int")
+            raise TypeError(f"window_size: expected an int, got {side} {value!r}")
         if value < -1:
-            raise ValueError(f"window_size: got {side} {value}, accepted are -1 (unlimited) and distances >= 0")
+            raise ValueError(f"window_size: expected -1 (unlimited) or a distance >= 0, got {side} {value}")
     return left, right
 
 
@@ -91,7 +91,7 @@ def staircase(
     if hi is None:
         return None
     if not is_integer(hi, *shape):
-        raise ValueError(f"hi: got {described(hi)}, accepted is int32 {shape}")
+        raise ValueError(f"hi: expected int32 {shape}, got {described(hi)}")
     check_device("hi", hi, device)
     flat = hi.reshape(-1).to(torch.int32).contiguous()
     if readable(flat) and flat.numel():
@@ -118,9 +118,9 @@ def length_tensor(
     if lengths is None:
         return torch.full((batch,), limit if default is None else default, dtype=torch.int32, device=device)
     if not is_integer(lengths, batch):
-        raise ValueError(f"{name}: got {described(lengths)}, accepted is int32 ({batch},)")
+        raise ValueError(f"{name}: expected int32 ({batch},), got {described(lengths)}")
     if readable(lengths) and bool(((lengths < 0) | (lengths > limit)).any()):
-        raise ValueError(f"{name}: got {lengths.tolist()}, accepted are values in 0..{limit}")
+        raise ValueError(f"{name}: expected values in 0..{limit}, got {lengths.tolist()}")
     return lengths.to(device=device, dtype=torch.int32).contiguous()
 
 
@@ -129,16 +129,16 @@ def check_lengths(
 ) -> tuple[Tensor, Tensor]:
     """Check a ``cu_seqlens`` (int32 (B + 1)); returns starts and lengths, int32 (B)."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):
-        raise ValueError(f"{name}: got {described(cu_seqlens)}, accepted is int32 (B + 1,)")
+        raise ValueError(f"{name}: expected int32 (B + 1,), got {described(cu_seqlens)}")
     if cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name}: got an empty batch, accepted is int32 (B + 1,) with B >= 1")
+        raise ValueError(f"{name}: expected int32 (B + 1,) with B >= 1, got an empty batch")
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"{max_name}: got {type(max_seqlen).__name__}, accepted is an int")
+        raise TypeError(f"{max_name}: expected an int, got {type(max_seqlen).__name__}")
     if readable(cu_seqlens):
         table = cu_seqlens.tolist()  # in Python: for a batch of samples quicker than a handful of tensor operations
         steps = [end - start for start, end in pairwise(table)]
         if table[0] != 0 or table[-1] != tokens or min(steps) < 0:
-            raise ValueError(f"{name}: got {table}, accepted is a non-decreasing table from 0 to {tokens}")
+            raise ValueError(f"{name}: expected a non-decreasing table from 0 to {tokens}, got {table}")
         if max(steps) > max_seqlen:
             raise ValueError(f"{max_name}: got {max_seqlen}, the longest sample has {max(steps)} tokens")
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
@@ -150,7 +150,7 @@ def check_softmax_options(softmax_scale: float | None, softcap: float, dim: int)
     """``softmax_scale`` (default ``dim ** -0.5``) and ``softcap`` as floats."""
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale: got {softmax_scale}, accepted is a finite number")
+        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
     if not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap: got {softcap}, accepted is a finite number >= 0 (0 switches it off)")
+        raise ValueError(f"softcap: expected a finite number >= 0 (0 switches it off), got {softcap}")
     return scale, float(softcap)

@@ -83,8 +83,8 @@ def parse_configs(text: str) -> dict[str, Config]:
         values = numbers.removesuffix("p").split("x")
         if kernel not in KERNELS or len(values) != 4 or not all(x.isdigit() for x in values):
             raise ValueError(
-                f"{VARIABLE}: got {entry!r}, accepted is <kernel>=<rows>x<keys>x<warps>x<stages>[p] with a kernel of "
-                f"{KERNELS}"
+                f"{VARIABLE}: expected <kernel>=<rows>x<keys>x<warps>x<stages>[p] with a kernel of "
+                f"{KERNELS}, got {entry!r}"
             )
         rows, keys, warps, stages = map(int, values)
         configs[kernel] = Config(rows, keys, warps, stages, persistent)
@@ -100,7 +100,7 @@ def _from_environment(text: str) -> dict[str, Config]:
 def override_config(kernel: str, config: Config) -> Iterator[None]:
     """Use ``config`` for ``kernel`` (one of KERNELS) inside, for every head dimension and dtype."""
     if kernel not in KERNELS:
-        raise ValueError(f"kernel: got {kernel!r}, accepted are {KERNELS}")
+        raise ValueError(f"kernel: expected {KERNELS}, got {kernel!r}")
     previous = _overrides.get(kernel)
     _overrides[kernel] = config
     try:

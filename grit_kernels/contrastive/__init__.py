@@ -63,14 +63,14 @@ def contrastive_loss(
     """
     _check(queries, passages)
     if gradient_scale not in ("exact", "reference"):
-        raise ValueError(f"gradient_scale: got {gradient_scale!r}, accepted are 'exact' and 'reference'")
+        raise ValueError(f"gradient_scale: expected 'exact' or 'reference', got {gradient_scale!r}")
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {reduction!r}, accepted are 'mean', 'sum', 'none'")
+        raise ValueError(f"reduction: expected one of 'mean', 'sum', 'none', got {reduction!r}")
     _check_temperature(temperature)
     if targets is None and passages.shape[0] % queries.shape[0]:
         raise ValueError(
-            f"passages: got {passages.shape[0]} rows for {queries.shape[0]} queries, accepted is a whole multiple of the "
-            "queries, or explicit targets"
+            f"passages: expected a whole multiple of the {queries.shape[0]} queries, or explicit targets, "
+            f"got {passages.shape[0]} rows"
         )
     if weights is not None:
         check_device("weights", weights, queries.device)
@@ -92,7 +92,7 @@ def contrastive_loss(
             f"accepted are ({count},) and ({candidates},)"
         )
     if weights is not None and weights.shape != (count,):
-        raise ValueError(f"weights: got shape {tuple(weights.shape)}, accepted is ({count},)")
+        raise ValueError(f"weights: expected ({count},), got shape {tuple(weights.shape)}")
     ids = None if mask_ids is None else _comparable(*mask_ids)
     targets = targets.to(device=queries.device, dtype=torch.int64).contiguous()
     # with known coefficients the gradients are computed on the way, without them by a backward pass of its own
@@ -183,7 +183,7 @@ def _reduce(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
 def _check(queries: Tensor, passages: Tensor) -> None:
     for name, x in (("queries", queries), ("passages", passages)):
         if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-            raise ValueError(f"{name}: got {described(x)}, accepted is a float tensor (rows, hidden)")
+            raise ValueError(f"{name}: expected a float tensor (rows, hidden), got {described(x)}")
         if x.shape[0] == 0:
             raise ValueError(f"{name}: got an empty batch")
     if passages.shape[1] != queries.shape[1] or passages.dtype != queries.dtype or passages.device != queries.device:
@@ -195,21 +195,21 @@ def _check(queries: Tensor, passages: Tensor) -> None:
 def _check_temperature(temperature: float | Tensor) -> None:
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
-            raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, accepted is a scalar")
+            raise ValueError(f"temperature: expected a scalar, got shape {tuple(temperature.shape)}")
         if not readable(temperature):
             return
         temperature = temperature.detach()
     value = float(temperature)
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature: got {value}, accepted is a finite number > 0")
+        raise ValueError(f"temperature: expected a finite number > 0, got {value}")
 
 
 def _check_targets(targets: Tensor, count: int, candidates: int, in_batch_negatives: bool) -> None:
     if not is_integer(targets, count):
-        raise ValueError(f"targets: got {described(targets)}, accepted is int64 ({count},)")
+        raise ValueError(f"targets: expected int64 ({count},), got {described(targets)}")
     if candidates < count or (not in_batch_negatives and candidates % count):
         raise ValueError(
-            f"passages: got {candidates} rows for {count} queries, accepted is a whole multiple of the queries"
+            f"passages: expected a whole multiple of the queries, got {candidates} rows for {count} queries"
         )
     if readable(targets):
         if bool(((targets < 0) | (targets >= candidates)).any()):

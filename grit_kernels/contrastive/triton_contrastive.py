@@ -226,7 +226,7 @@ def _tile(queries: Tensor, passage_ids: Tensor | None, passage_scale: Tensor | N
 
 def _rows(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"queries, passages: got {x.dtype}, accepted are float32, bfloat16 and float16")
+        raise TypeError(f"queries, passages: expected float32, bfloat16 or float16, got {x.dtype}")
     return dense_rows(x)
 
 

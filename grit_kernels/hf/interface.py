@@ -189,7 +189,7 @@ def grit_attention(
     query (B, H, Q, D), key and value (B, Hkv, K, D) -> ((B, Q, H, D), None); a packed pass has B = 1.
     """
     if dropout:
-        raise ValueError(f"attention_dropout: got {dropout}, accepted is 0: these kernels have no dropout")
+        raise ValueError(f"attention_dropout: expected 0: these kernels have no dropout, got {dropout}")
     cap = softcap or 0.0
     batch, _, q_length, _ = query.shape
     flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
@@ -230,7 +230,7 @@ def _padded_attention(
     holes = None
     if relative is not None and (relative.dtype != torch.int32 or relative.shape[2] != 1):
         raise ValueError(
-            f"attention_mask: got {described(relative)}, accepted is a 2-D mask of padding: which keys a sample sees is "
+            f"attention_mask: expected a 2-D padding mask, got {described(relative)}; which keys a sample sees is "
             "said by is_causal, or by a sample_pack with hi"
         )
     if relative is None:

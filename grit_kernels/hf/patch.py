@@ -90,7 +90,7 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
     decoder = _decoder(model)
     if bidirectional_window not in BIDIRECTIONAL_WINDOWS:
         accepted = ", ".join(map(repr, BIDIRECTIONAL_WINDOWS))
-        raise ValueError(f"bidirectional_window: got {bidirectional_window!r}, accepted are {accepted}")
+        raise ValueError(f"bidirectional_window: expected one of {accepted}, got {bidirectional_window!r}")
     if is_patched(model):
         before = decoder._grit_patch.attn_implementation
     else:
@@ -167,7 +167,7 @@ def _set_attn_implementation(model: Any, decoder: Any, name: str) -> None:
 def _decoder(model: Any) -> Any:
     """The bare decoder inside ``model``: PEFT wrappers, compiled modules and the language-model head are unwrapped."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, accepted is a transformers decoder")
+        raise TypeError(f"model: expected a transformers decoder, got {type(model).__name__}")
     inner = _unwrapped(model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     if model_type not in FAMILIES:
@@ -294,5 +294,5 @@ def _flags(is_causal: bool | Tensor | None, default: bool, batch: int, device: t
         return torch.full((batch,), is_causal, dtype=torch.bool, device=device)
     if not isinstance(is_causal, Tensor) or is_causal.dtype != torch.bool or is_causal.shape != (batch,):
         given = described(is_causal) if isinstance(is_causal, Tensor) else repr(is_causal)
-        raise ValueError(f"is_causal: got {given}, accepted are a bool and a bool tensor ({batch},)")
+        raise ValueError(f"is_causal: expected a bool or a bool tensor ({batch},), got {given}")
     return is_causal.to(device)

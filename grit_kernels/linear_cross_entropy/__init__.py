@@ -40,17 +40,15 @@ def linear_cross_entropy(
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
     if not isinstance(hidden, Tensor) or hidden.ndim != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden: got {described(hidden)}, accepted is a float tensor (tokens, hidden)")
+        raise ValueError(f"hidden: expected a float tensor (tokens, hidden), got {described(hidden)}")
     if not isinstance(lm_head_weight, Tensor) or lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"lm_head_weight: got {described(lm_head_weight)}, accepted is (vocabulary, {hidden.shape[1]})"
-        )
+        raise ValueError(f"lm_head_weight: expected (vocabulary, {hidden.shape[1]}), got {described(lm_head_weight)}")
     if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels: got {described(labels)}, accepted is torch.int64 ({hidden.shape[0]},)")
+        raise ValueError(f"labels: expected torch.int64 ({hidden.shape[0]},), got {described(labels)}")
     check_device("lm_head_weight", lm_head_weight, hidden.device)
     check_device("labels", labels, hidden.device)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap: got {softcap}, accepted are None and a finite number > 0")
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
     dtype = autocast_dtype(hidden.device)
     if dtype is not None and hidden.dtype != torch.float64:
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
@@ -60,8 +58,8 @@ def linear_cross_entropy(
         used = labels[labels != ignore_index]
         if used.numel() and (int(used.min()) < 0 or int(used.max()) >= lm_head_weight.shape[0]):
             raise ValueError(
-                f"labels: got values in {int(used.min())}..{int(used.max())}, accepted are {ignore_index} and "
-                f"0..{lm_head_weight.shape[0] - 1}"
+                f"labels: expected {ignore_index} or 0..{lm_head_weight.shape[0] - 1}, "
+                f"got values in {int(used.min())}..{int(used.max())}"
             )
     if use_reference(hidden.device) or hidden.dtype == torch.float64:
         return reference.linear_cross_entropy(hidden, lm_head_weight, labels, ignore_index, softcap)

@@ -62,11 +62,11 @@ def pool(
     """
     hidden, starts, real = _flatten(hidden_states, attention_mask, cu_seqlens)
     if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, accepted are {', '.join(map(repr, METHODS))}")
+        raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if empty not in ("error", "zeros"):
-        raise ValueError(f"empty: got {empty!r}, accepted are 'error' and 'zeros'")
+        raise ValueError(f"empty: expected 'error' or 'zeros', got {empty!r}")
     if not (math.isfinite(norm_eps) and norm_eps >= 0):
-        raise ValueError(f"norm_eps: got {norm_eps}, accepted is a finite number >= 0")
+        raise ValueError(f"norm_eps: expected a finite number >= 0, got {norm_eps}")
     if norm_weight is not None:
         if norm_weight.shape != hidden.shape[1:] or norm_weight.device != hidden.device:
             raise ValueError(
@@ -104,7 +104,7 @@ def _flatten(
         torch.float64,
     ):
         raise TypeError(
-            f"hidden_states: got {described(hidden_states)}, accepted is a float32, bfloat16 or float16 tensor"
+            f"hidden_states: expected a float32, bfloat16 or float16 tensor, got {described(hidden_states)}"
         )
     shape = tuple(hidden_states.shape)
     if cu_seqlens is not None:
@@ -113,24 +113,24 @@ def _flatten(
         if attention_mask is not None:
             raise ValueError("attention_mask: a pack (cu_seqlens) has no padding to mask")
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):
-            raise ValueError(f"cu_seqlens: got {described(cu_seqlens)}, accepted is int32 (B + 1,)")
+            raise ValueError(f"cu_seqlens: expected int32 (B + 1,), got {described(cu_seqlens)}")
         if cu_seqlens.shape[0] < 2:
-            raise ValueError("cu_seqlens: got an empty batch, accepted is int32 (B + 1,) with B >= 1")
+            raise ValueError("cu_seqlens: expected int32 (B + 1,) with B >= 1, got an empty batch")
         if readable(cu_seqlens):
             if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != shape[0] or bool((cu_seqlens.diff() < 0).any()):
                 raise ValueError(
-                    f"cu_seqlens: got {cu_seqlens.tolist()}, accepted is a non-decreasing table from 0 to {shape[0]}"
+                    f"cu_seqlens: expected a non-decreasing table from 0 to {shape[0]}, got {cu_seqlens.tolist()}"
                 )
         return dense_rows(hidden_states), cu_seqlens.to(hidden_states.device, torch.int64), None
     if hidden_states.ndim != 3 or shape[0] == 0:
         raise ValueError(
-            f"hidden_states: got shape {shape}, accepted are (B, T, hidden), or (tokens, hidden) with cu_seqlens"
+            f"hidden_states: expected (B, T, hidden), or (tokens, hidden) with cu_seqlens, got shape {shape}"
         )
     batch, length, _ = shape
     real = None
     if attention_mask is not None:
         if tuple(attention_mask.shape) != (batch, length):
-            raise ValueError(f"attention_mask: got {tuple(attention_mask.shape)}, accepted is {(batch, length)}")
+            raise ValueError(f"attention_mask: expected {(batch, length)}, got {tuple(attention_mask.shape)}")
         real = attention_mask.to(hidden_states.device).reshape(-1) != 0
     starts = torch.arange(batch + 1, device=hidden_states.device) * length
     return dense_rows(hidden_states.reshape(batch * length, shape[2])), starts, real
@@ -140,9 +140,9 @@ def _instruction_lens(lens: Tensor | None, batch: int, device: torch.device) -> 
     if lens is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
     if not is_integer(lens, batch):
-        raise ValueError(f"instruction_lens: got {described(lens)}, accepted is int32 ({batch},)")
+        raise ValueError(f"instruction_lens: expected int32 ({batch},), got {described(lens)}")
     if readable(lens) and bool((lens < 0).any()):
-        raise ValueError(f"instruction_lens: got {lens.tolist()}, accepted are values >= 0")
+        raise ValueError(f"instruction_lens: expected values >= 0, got {lens.tolist()}")
     return lens.to(device=device, dtype=torch.int64)
 
 

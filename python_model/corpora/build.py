@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(arguments, name)
         if value < 1 or (name == "held_out" and value > 50):
             limit = "1 to 50" if name == "held_out" else "1 and more"
-            raise SystemExit(f"grit data: {name.replace('_', '-')}: got {value}, accepted is {limit}")
+            raise SystemExit(f"grit data: {name.replace('_', '-')}: expected {limit}, got {value}")
     if arguments.output.exists() and not arguments.overwrite:
         raise SystemExit(f"grit data: output: {arguments.output} exists; choose another folder or add --overwrite")
     try:

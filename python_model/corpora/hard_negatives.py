@@ -41,7 +41,7 @@ def mine_negatives(
         ValueError: there are not more passages than ``count``.
     """
     if len(passages) <= count:
-        raise ValueError(f"passages: got {len(passages)}, accepted are more than the {count} negatives of each query")
+        raise ValueError(f"passages: expected more than the {count} negatives of each query, got {len(passages)}")
     if count == 0:
         return [[] for _ in queries]
     import bm25s

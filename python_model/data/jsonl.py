@@ -180,7 +180,7 @@ def parse_line(line: bytes, origin: str, *, first: bool = False) -> dict[str, An
     except ValueError as error:  # a number with more digits than Python converts
         raise DataError(f"{origin}: not valid JSON ({error})") from error
     if text and not isinstance(row, dict):
-        raise DataError(f"{origin}: got {_name(row)}, accepted is an object")
+        raise DataError(f"{origin}: expected an object, got {_name(row)}")
     return row
 
 
@@ -194,7 +194,7 @@ def parse_row(
     """
     if ("query" in row) == ("text" in row):
         has = "both 'query' and 'text'" if "query" in row else f"the columns {sorted(row)}"
-        raise DataError(f"{origin}: got {has}, accepted is either 'query', 'pos', 'neg' or 'text'")
+        raise DataError(f"{origin}: expected either 'query', 'pos', 'neg' or 'text', got {has}")
     key = _string(row["key"], "key", origin) if row.get("key") is not None else None
     dataset = _string(row["dataset"], "dataset", origin) if row.get("dataset") is not None else dataset
     if "text" in row:
@@ -205,7 +205,7 @@ def parse_row(
     query = _instructed(row["query"], "query", origin)
     pos, neg = (_texts(row[name], name, origin) for name in ("pos", "neg"))
     if not pos:
-        raise DataError(f"{origin}: pos: got an empty list, accepted is at least one passage")
+        raise DataError(f"{origin}: pos: expected at least one passage, got an empty list")
     return EmbeddingRow(query, pos, neg, key, dataset, origin)
 
 
@@ -216,15 +216,15 @@ def _require(row: dict[str, Any], names: tuple[str, ...], origin: str) -> None:
 
 def _turns(value: Any, origin: str) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise DataError(f"{origin}: text: got {_name(value)}, accepted is a list [user, assistant, ...]")
+        raise DataError(f"{origin}: text: expected a list [user, assistant, ...], got {_name(value)}")
     if len(value) < 2 or len(value) % 2:
-        raise DataError(f"{origin}: text: got {len(value)} turns, accepted is an even number [user, assistant, ...]")
+        raise DataError(f"{origin}: text: expected an even number [user, assistant, ...], got {len(value)} turns")
     return tuple(_string(turn, f"text[{index}]", origin) for index, turn in enumerate(value))
 
 
 def _texts(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
     if not isinstance(value, list):
-        raise DataError(f"{origin}: {name}: got {_name(value)}, accepted is a list of passages")
+        raise DataError(f"{origin}: {name}: expected a list of passages, got {_name(value)}")
     return tuple(_instructed(item, f"{name}[{index}]", origin) for index, item in enumerate(value))
 
 
@@ -232,7 +232,7 @@ def _instructed(value: Any, name: str, origin: str) -> InstructedText:
     if not isinstance(value, list):
         return PlainText("", _string(value, name, origin))
     if len(value) != 2:
-        raise DataError(f"{origin}: {name}: got a list of {len(value)}, accepted is a text or [instruction, text]")
+        raise DataError(f"{origin}: {name}: expected a text or [instruction, text], got a list of {len(value)}")
     return InstructedText(
         _string(value[0], f"{name}[0]", origin, may_be_empty=True), _string(value[1], f"{name}[1]", origin)
     )
@@ -240,7 +240,7 @@ def _instructed(value: Any, name: str, origin: str) -> InstructedText:
 
 def _string(value: Any, name: str, origin: str, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{origin}: {name}: got {_name(value)}, accepted is a string")
+        raise DataError(f"{origin}: {name}: expected a string, got {_name(value)}")
     if not may_be_empty and not value.strip():
         raise DataError(f"{origin}: {name}: got an empty text", "empty")
     try:

@@ -44,11 +44,9 @@ class BatchOrder:
         check_at_least("batch_size", batch_size, 1)
         check_at_least("seed", seed, 0)
         if len(wanted) != len(sizes) or any(n < 0 or (n and not size) for n, size in zip(wanted, sizes, strict=False)):
-            raise ValueError(
-                f"rows_per_epoch: got {wanted}, accepted is an int >= 0 for each of the sizes {list(sizes)}"
-            )
+            raise ValueError(f"rows_per_epoch: expected an int >= 0 for each of the sizes {list(sizes)}, got {wanted}")
         if sum(wanted) == 0:
-            raise ValueError("sizes: got no rows, accepted is at least one")
+            raise ValueError("sizes: expected at least one, got no rows")
         self.sizes, self.wanted = list(sizes), wanted
         self.batch_size, self.seed, self.same_dataset = batch_size, seed, same_dataset
         self.rows = sum(wanted)

@@ -68,7 +68,7 @@ def _word_f1(reply: list[str], answer: list[str]) -> float:
 def score(replies: Sequence[str], questions: Sequence[Question]) -> AnswerScores:
     """Scores of one reply per question."""
     if len(replies) != len(questions) or not questions:
-        raise ValueError(f"replies: got {len(replies)} for {len(questions)} questions, accepted is one each")
+        raise ValueError(f"replies: expected one each, got {len(replies)} for {len(questions)} questions")
 
     def mean(metric: Callable[[str, Sequence[str]], float]) -> float:
         return 100 * sum(metric(r, q.answers) for r, q in zip(replies, questions, strict=True)) / len(questions)

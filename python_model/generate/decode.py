@@ -39,7 +39,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling: got {self}, accepted are temperature >= 0, top_k >= 0, 0 < top_p <= 1")
+            raise ValueError(f"sampling: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {self}")
 
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """logits (B, vocabulary) -> tokens (B)."""
@@ -150,7 +150,7 @@ def decode(
         The new tokens of each row.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("prompts: got none or an empty one, accepted is at least one token per prompt")
+        raise ValueError("prompts: expected at least one token per prompt, got none or an empty one")
     check_at_least("max_new_tokens", max_new_tokens, 1)
     sampling = sampling if sampling is not None else Sampling()
     device, batch = model.device, len(prompts)

@@ -61,7 +61,7 @@ def rerank(
     """
     check_choice("method", method, METHODS)
     if not query.strip():
-        raise ValueError(f"query: got {query!r}, accepted is a text that is not empty")
+        raise ValueError(f"query: expected a text that is not empty, got {query!r}")
     check_at_least("passage_tokens", passage_tokens, 1)
     check_at_least("batch_size", batch_size, 1)
     if model.mode == "embedding":
@@ -89,7 +89,7 @@ def sliding_order(count: int, permute: Callable[[list[int]], list[int]], window:
     items of each window on into the next, so these end up first whatever place they came from.
     """
     if window < 2 or not 1 <= step < window:
-        raise ValueError(f"window, step: got {window}, {step}; accepted are window >= 2 and 1 <= step < window")
+        raise ValueError(f"window, step: expected window >= 2 and 1 <= step < window, got {window}, {step}")
     order = list(range(count))
     end = count
     while end > 1:

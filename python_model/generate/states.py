@@ -29,7 +29,7 @@ class TextStates:
     def __post_init__(self) -> None:
         shape = tuple(self.keys_values.shape)
         if len(shape) != 5 or shape[1] != 2:
-            raise ValueError(f"keys_values: got {shape}, accepted is (layers, 2, kv_heads, tokens, head_dim)")
+            raise ValueError(f"keys_values: expected (layers, 2, kv_heads, tokens, head_dim), got {shape}")
         for name in ("input_ids", "positions"):
             given = tuple(getattr(self, name).shape)
             if given != (shape[3],):
@@ -67,7 +67,7 @@ class TextStates:
 def concatenate(parts: Sequence[TextStates]) -> TextStates:
     """The states one after another, unchanged (see rope.join for keys moved to their new positions)."""
     if not parts:
-        raise ValueError("parts: got none, accepted is at least one TextStates")
+        raise ValueError("parts: expected at least one TextStates, got none")
     if len({part.geometry for part in parts}) > 1:
         raise ValueError(f"parts: their (layers, kv_heads, head_dim) differ: {[part.geometry for part in parts]}")
     return TextStates(

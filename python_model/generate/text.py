@@ -67,7 +67,7 @@ def conversation_ids(
         opened = [f"{system}\n\n{turns[0]}", *turns[1:]] if system and turns else list(turns)
         return prompt_ids(model, chat_prompt(opened) + prefix)
     if len(turns) % 2 == 0:
-        raise ValueError(f"turns: got {len(turns)}, accepted is an odd number that ends with a user turn")
+        raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
     tokenizer = model.tokenizer
     if not tokenizer.chat_template:
         raise ValueError("format: the tokenizer has no chat template; accepted is format='grit'")
@@ -100,7 +100,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None) -> None:
         if not all(stop):
-            raise ValueError("stop: got an empty string, accepted are non-empty strings")
+            raise ValueError("stop: expected non-empty strings, got an empty string")
         self.tokenizer, self.stop, self.on_text = tokenizer, tuple(stop), on_text
         self.tokens: list[int] = []
         self.text = ""
@@ -318,7 +318,7 @@ def read_conversations(path: Path) -> list[list[str]]:
         texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
         if not texts or len(turns) % 2 == 0:
             raise ValueError(
-                f"{origin}: not a row to answer: accepted is a prompt, or turns, an odd number of texts that are not empty"
+                f"{origin}: not a row to answer: expected a prompt, or turns, an odd number of texts that are not empty"
             )
         found.append(turns)
     return found

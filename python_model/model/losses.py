@@ -37,6 +37,6 @@ def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Te
         return 1 / (samples * counts.clamp(min=1))
     size = group or samples
     if samples % size:
-        raise ValueError(f"group: got {group}, accepted is a divisor of the number of samples ({samples})")
+        raise ValueError(f"group: expected a divisor of the number of samples ({samples}), got {group}")
     means = counts.view(-1, size).sum(dim=1).clamp(min=1)
     return (size / (samples * means)).repeat_interleave(size)

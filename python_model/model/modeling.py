@@ -191,12 +191,12 @@ class GritLM(nn.Module):
         single = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         if not texts:
-            raise ValueError("sentences: got an empty list, accepted is at least one text")
+            raise ValueError("sentences: expected at least one text, got an empty list")
         samples = self._encode_texts(texts, instruction, max_length, add_special_tokens)
         skips = [0 if embed_instruction else s.instruction_len for s in samples]
         batches = _batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:
-            raise ValueError(f"get_cache: got {len(texts)} texts in {len(batches)} batches, accepted is one batch")
+            raise ValueError(f"get_cache: expected one batch, got {len(texts)} texts in {len(batches)} batches")
         if get_cache:
             batches = [sorted(batches[0])]  # the rows of the cache follow the texts
         cache = None

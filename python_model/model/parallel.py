@@ -33,7 +33,7 @@ def run_on_devices(
             yield batch, work(model, batch)
         return
     if not devices:
-        raise ValueError("devices: got an empty list, accepted is at least one device")
+        raise ValueError("devices: expected at least one device, got an empty list")
     if not model.is_inference:
         raise ValueError("devices: a model with is_inference=False runs on its own device only")
     idle: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -83,7 +83,7 @@ def chat_prompt(turns: Sequence[str]) -> str:
     Earlier replies are stripped and end in TURN_END, which :func:`encode_prompt` turns into the EOS they were learned with.
     """
     if len(turns) % 2 == 0:
-        raise ValueError(f"turns: got {len(turns)}, accepted is an odd number that ends with a user turn")
+        raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
     parts = []
     for index, turn in enumerate(turns):
         parts.append(f"{ASSISTANT}{escape(turn.strip())}{TURN_END}" if index % 2 else f"{USER}{escape(turn)}")
@@ -120,7 +120,7 @@ def encode_text(
         ValueError: the text is empty.
     """
     if not text.strip():
-        raise ValueError(f"text: got {text!r}, accepted is a text that is not empty")
+        raise ValueError(f"text: expected a text that is not empty, got {text!r}")
     start = _bos(tokenizer) if add_special_tokens else []
     tail = _suffix(tokenizer, suffix)
     *closed, prefix = prefix.split(TURN_END)
@@ -166,7 +166,7 @@ def encode_conversation(
         ValueError: a turn is empty, the number of turns is odd.
     """
     if len(turns) < 2 or len(turns) % 2:
-        raise ValueError(f"turns: got {len(turns)}, accepted is an even number: user, assistant, ...")
+        raise ValueError(f"turns: expected an even number: user, assistant, ..., got {len(turns)}")
     eos = _eos(tokenizer)
     ids = _bos(tokenizer)
     reply = [-1] * len(ids)  # per token the index of the reply it belongs to, -1 for format and user turns
@@ -202,7 +202,7 @@ def encode_conversation(
 def encode_plain(tokenizer: Any, text: str, max_length: int, *, add_special_tokens: bool = True) -> EncodedSample:
     """A text to learn without roles, every token of it, after BOS and before EOS (if ``add_special_tokens``)."""
     if not text.strip():
-        raise ValueError(f"text: got {text!r}, accepted is a text that is not empty")
+        raise ValueError(f"text: expected a text that is not empty, got {text!r}")
     ids = _tokenize(tokenizer, escape(text))[0]
     if add_special_tokens:
         ids = [*_bos(tokenizer), *ids, _eos(tokenizer)]

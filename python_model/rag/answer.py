@@ -82,7 +82,7 @@ class RAG:
             raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to answer")
         if model.attn[2:] != "cc":
             raise ValueError(
-                f"attn: got {model.attn!r}, accepted are models that generate causally ('cc' at the end): "
+                f"attn: expected a model that generates causally ('cc' at the end), got {model.attn!r}: "
                 "answers continue a cache of texts that were read before the prompt"
             )
         check_at_least("recompute", recompute, 0)
@@ -129,9 +129,7 @@ class RAG:
         elif mode == "none":
             given = []
         elif self.index is None:
-            raise ValueError(
-                "documents: got none, and there is no index to search; accepted are documents or mode='none'"
-            )
+            raise ValueError("documents: expected documents or mode='none', got none, and there is no index to search")
         else:
             vector, query_states = self._embed_question(question)
             hits = self.index.search(vector, k)[0]

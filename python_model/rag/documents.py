@@ -76,7 +76,7 @@ def chunk(document: Document, tokenizer: Any, max_tokens: int, overlap: int = 0)
     """
     if max_tokens < 1 or not 0 <= 2 * overlap < max(max_tokens, 1):
         raise ValueError(
-            f"max_tokens, overlap: got {max_tokens}, {overlap}; accepted are max_tokens >= 1 and overlap below half of it"
+            f"max_tokens, overlap: expected max_tokens >= 1 and overlap below half of it, got {max_tokens}, {overlap}"
         )
     text = document.text
     pieces: list[str] = []

@@ -120,9 +120,7 @@ class Index(StoreFolder):
         """
         matrix = torch.as_tensor(vectors).detach().float().cpu()
         if matrix.ndim != 2 or matrix.shape[0] != len(documents) or not len(documents):
-            raise ValueError(
-                f"vectors: got {tuple(matrix.shape)}, accepted is ({len(documents)}, size), at least one row"
-            )
+            raise ValueError(f"vectors: expected ({len(documents)}, size), at least one row, got {tuple(matrix.shape)}")
         if not bool(matrix.isfinite().all()):
             raise ValueError("vectors: some values are not finite")
         keys = [document.key for document in documents]
@@ -180,7 +178,7 @@ class Index(StoreFolder):
         if size is None:
             return [[] for _ in matrix]
         if matrix.ndim != 2 or matrix.shape[1] != size:
-            raise ValueError(f"queries: got {tuple(matrix.shape)}, accepted is (queries, {size})")
+            raise ValueError(f"queries: expected (queries, {size}), got {tuple(matrix.shape)}")
         self._refresh()
         if not self._blocks:
             return [[] for _ in matrix]
@@ -189,7 +187,7 @@ class Index(StoreFolder):
         elif engine == "faiss" or engine.startswith("faiss:"):
             scores, ids = self._search_faiss(matrix, k, engine.partition(":")[2] or "Flat")
         else:
-            raise ValueError(f"engine: got {engine!r}, accepted are 'exact', 'faiss', 'faiss:FACTORY'")
+            raise ValueError(f"engine: expected 'exact', 'faiss', 'faiss:FACTORY', got {engine!r}")
         return [
             [Hit(self._by_id(identity), score) for identity, score in zip(row_ids, row, strict=True) if identity >= 0]
             for row_ids, row in zip(ids.tolist(), scores.tolist(), strict=True)

@@ -17,7 +17,7 @@ def read(model: GritLM, texts: Sequence[Sequence[int]], *, causal: bool, start: 
     from transformers import DynamicCache
 
     if not texts or not all(len(ids) for ids in texts):
-        raise ValueError("texts: got none or an empty one, accepted is at least one token per text")
+        raise ValueError("texts: expected at least one token per text, got none or an empty one")
     longest = max(map(len, texts))
     ids = torch.zeros(len(texts), longest, dtype=torch.int64)
     mask = torch.zeros(len(texts), longest, dtype=torch.int64)

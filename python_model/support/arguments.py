@@ -8,10 +8,10 @@ from collections.abc import Sequence
 def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
     """ValueError unless ``value`` is one of ``accepted``."""
     if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
     """ValueError unless ``value`` >= ``least``."""
     if value < least:
-        raise ValueError(f"{name}: got {value}, accepted is an int >= {least}")
+        raise ValueError(f"{name}: expected an int >= {least}, got {value}")

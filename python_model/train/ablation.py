@@ -85,7 +85,7 @@ def read_ablation(path: Path, **changes: Any) -> Ablation:
     accepted = {entry.name for entry in fields(Ablation)}
     if not isinstance(content, dict) or (unknown := set(content) - accepted):
         given = sorted(unknown) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: got {given}, accepted are {sorted(accepted)}")
+        raise ValueError(f"{path}: expected {sorted(accepted)}, got {given}")
     settings = {entry.name for entry in fields(TrainConfig)}
     variants = [Variant(**entry) for entry in content.get("variants") or []]
     base = {**(content.get("base") or {}), **changes}
@@ -94,7 +94,7 @@ def read_ablation(path: Path, **changes: Any) -> Ablation:
             raise ValueError(f"{path}: {where}: {sorted(unknown)} are no settings of python_model.train")
     names = [variant.folder for variant in variants]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"{path}: variants: got {names or 'none'}, accepted are variants with different names")
+        raise ValueError(f"{path}: variants: expected variants with different names, got {names or 'none'}")
     options = {key: value for key, value in content.items() if key not in ("base", "variants")}
     return Ablation(base=base, variants=variants, **options)
 

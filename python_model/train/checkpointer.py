@@ -80,8 +80,8 @@ class States:
         for name, value in asdict(self.config).items():
             if name not in FREE_SETTINGS and saved["config"].get(name, value) != value:
                 raise ValueError(
-                    f"{name}: got {value!r}, but {path} was written with {saved['config'][name]!r}; accepted is the same "
-                    "value, resume=false, or another output_dir"
+                    f"{name}: expected {saved['config'][name]!r}, with which {path} was written, got {value!r}; "
+                    "give the same value, resume=false, or another output_dir"
                 )
         tensors = learner.tensors()
         dcp.load(tensors, checkpoint_id=path, no_dist=self.ranks.group is None)

@@ -183,23 +183,23 @@ class TrainConfig:
             check_at_least("projection", self.projection, 1)
         for name in ("few_shot", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, accepted is a share from 0 to 1")
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
         for dataset, weight in self.dataset_weights.items():
             if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"dataset_weights: got {weight} for {dataset!r}, accepted is a finite number >= 0")
+                raise ValueError(f"dataset_weights: expected a finite number >= 0, got {weight} for {dataset!r}")
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: got {value}, accepted is a finite number > 0")
+                raise ValueError(f"{name}: expected a finite number > 0, got {value}")
         for name in ("weight_decay", "contrastive_weight", "generative_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: got {value}, accepted is a finite number >= 0")
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
         self._check_combinations()
         if self.dry_run:
             return
         if not self.train_data:
-            raise ValueError("train_data: got nothing, accepted is a jsonl file or a folder of them")
+            raise ValueError("train_data: expected a jsonl file or a folder of them, got nothing")
         if not Path(self.train_data).exists():
             raise FileNotFoundError(f"train_data: there is no file or folder {self.train_data}")
 
@@ -219,7 +219,7 @@ class TrainConfig:
         )
         if self.chunk_tokens and self.chunk_tokens < longest:
             raise ValueError(
-                f"chunk_tokens: got {self.chunk_tokens}, accepted is 0 or at least the longest sample ({longest} tokens)"
+                f"chunk_tokens: expected 0 or at least the longest sample ({longest} tokens), got {self.chunk_tokens}"
             )
         if self.quantization and not self.lora_rank:
             raise ValueError(f"quantization: got {self.quantization!r}, which needs lora_rank > 0")

@@ -101,7 +101,7 @@ def _shard(model: TrainingModel, config: TrainConfig, ranks: Ranks) -> nn.Module
 
     size = config.shard_size or ranks.world
     if ranks.world % size:
-        raise ValueError(f"shard_size: got {size}, accepted is a divisor of the {ranks.world} ranks")
+        raise ValueError(f"shard_size: expected a divisor of the {ranks.world} ranks, got {size}")
     shape, names = (
         ((ranks.world,), ("shard",)) if size == ranks.world else ((ranks.world // size, size), ("replicate", "shard"))
     )

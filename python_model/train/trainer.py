@@ -280,8 +280,8 @@ def router_loss_weight(model: GritLM, config: TrainConfig) -> float:
 def _check_batches(config: TrainConfig, ranks: Ranks) -> None:
     if config.embeds and config.embedding_batch_size < ranks.world:
         raise ValueError(
-            f"embedding_batch_size: got {config.embedding_batch_size}, accepted is at least one query for each of "
-            f"{ranks.world} ranks"
+            f"embedding_batch_size: expected at least one query for each of the {ranks.world} ranks, "
+            f"got {config.embedding_batch_size}"
         )
 
 
