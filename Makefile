@@ -1,93 +1,103 @@
-# Two commands do all the set-up: `make demo` and `make test`. Everything is installed into .venv from this repository's files.
+# `make help` lists the targets. Everything is installed into .venv, in the versions of $(LOCK).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # torch first and by version: an unpinned torch may bring gigabytes of CUDA packages; any torch >= 2.11 works
 TORCH ?= torch==2.13.0
+# for a torch that brings no Triton of its own
+TRITON ?= triton==3.9.0
+LOCK := python_model/support/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --constraint $(LOCK)
+# processes that run tests; each uses one thread
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(LOCK) $(shell find csrc -type f)
 
-.PHONY: demo install test families test-oldest test-model test-slow bench bench-full proof docs gpu asan lint format clean
+.DEFAULT_GOAL := help
+.PHONY: $(shell grep -oE '^[a-z][a-z-]*:' $(lastword $(MAKEFILE_LIST)) | tr -d :)
 
-install: $(VENV)/.installed
+help:  ## this list
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+# -- set-up
+
+install: $(VENV)/.installed  ## install the package, its tests and tools into .venv
+
+demo-install: $(VENV)/.demo  ## install what the demo needs, no more
+
+$(VENV)/.base: $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja "cmake>=3.22"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[data,train,bench,dev]"
+	$(PIP) $(TORCH)
+	$(PIP) setuptools wheel ninja cmake
 	touch $@
 
-demo: install
+$(VENV)/.demo: $(VENV)/.base $(SOURCES)
+	test $(VENV)/.installed -nt $(LOCK) || $(PIP) --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.base $(SOURCES)
+	case "$$(uname)" in Linux) $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON);; esac
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+lock: install  ## resolve the tested versions anew, for Python 3.10 to 3.14
+	$(BIN)/python -m tools.lock
+
+# -- what to see first
+
+demo: demo-install  ## train a real 135M model, embed, retrieve, generate: about 5 minutes
 	$(BIN)/grit fetch-model
 	$(BIN)/grit demo
 
-# the second run executes the Triton kernels on the CPU, in Triton's interpreter
-test: install
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+demo-seeds: demo-install  ## the demo's claim over three seeds; renews its record
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m bench.demo
 
-# docs/families.md: what patch() does for each family, from a run of its tests
-families: install
-	$(BIN)/python -m tests.families_table
+# -- tests
 
-# the oldest supported transformers and Triton, in a folder that goes before .venv's packages
-test-oldest: install .oldest/.installed
-	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/grit_kernels/hf/test_patch.py tests/grit_kernels/hf/test_patch_generation.py \
-		tests/grit_kernels/hf/test_families.py tests/grit_kernels/hf/test_cache_lengths.py tests/grit_kernels/hf/test_host_sync.py \
-		tests/grit_kernels/hf/test_compiled_models.py tests/grit_kernels/hf/test_integrations.py tests/python_model
-	PYTHONPATH=.oldest TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/grit_kernels/attention/test_triton_attention.py
+test: test-cpu test-interpret  ## the fast tests
 
-.oldest/.installed: pyproject.toml
-	rm -rf .oldest
-	$(BIN)/python -m pip install --quiet --target .oldest transformers==5.17.0 triton==3.6.0 "numpy<2.4"
+test-cpu: install
+	$(PYTEST)
+
+# executes the Triton kernels on the CPU, in Triton's interpreter
+test-interpret: install
+	TRITON_INTERPRET=1 $(PYTEST)
+
+test-floor: install .floor/.installed  ## on the oldest supported transformers and Triton
+	PYTHONPATH=.floor $(PYTEST) tests/grit_kernels/hf tests/python_model/model tests/python_model/train
+	PYTHONPATH=.floor TRITON_INTERPRET=1 $(PYTEST) tests/grit_kernels/attention/test_triton_attention.py
+
+# a folder that goes before .venv's packages
+.floor/.installed: pyproject.toml
+	rm -rf .floor
+	$(BIN)/python -m pip install --quiet --target .floor transformers==5.17.0 triton==3.6.0 "numpy<2.4"
 	touch $@
 
-test-model: install
+test-newest: install  ## tests and a two-step demo with everything but torch at its newest; prints what differs
+	$(BIN)/python -m tools.newest --torch "$(TORCH)" --jobs $(JOBS)
+
+test-model: install  ## tests on the real 135M model
 	$(BIN)/grit fetch-model
 	$(BIN)/python -m pytest -m "model and not gpu"
 
-test-slow: install
+test-slow: install  ## tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+families: install  ## docs/families.md: what patch() does for each family, from a run of its tests
+	$(BIN)/python -m tests.families_table
 
 # on a machine with a CUDA device, with its own Python and torch; nothing is downloaded. Tests first, then the most valuable
 # benchmarks; run again, it goes on where it stopped
 GPU_PYTHON ?= python3
-gpu:
+gpu:  ## tests and benchmarks on a CUDA device
 	$(GPU_PYTHON) -m pip install --no-deps --no-build-isolation --quiet -e .
 	$(GPU_PYTHON) -m bench --device cuda --keep --minutes 7
 
-# about 15 minutes on 2 quiet cores: compares with the committed records and says what moved
-bench: install
-	$(BIN)/grit fetch-model
-	$(BIN)/python -m bench
-
-# every size and peer; the records become the committed ones
-bench-full: install
-	$(BIN)/grit fetch-model
-	$(BIN)/python -m bench --full --keep
-
-# unified training against two specialists of the same length and the base model; an interrupted run goes on
-proof: install
-	$(BIN)/grit fetch-model
-	$(BIN)/python -m bench.proof
-
-# the pages of docs/ that are written by code
-docs: install
-	$(BIN)/python -m tests.docs_pages
-	$(BIN)/python -m bench.report
-
-lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-format: install
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-
-# the CPU kernels with the address and undefined-behaviour sanitizers; the package finds this build by GRIT_KERNELS_LIBRARY
+# the package finds this build by GRIT_KERNELS_LIBRARY
 SANITIZED := build/asan
-asan: install
+asan: install  ## the CPU kernels with the address and undefined-behaviour sanitizers
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DGRIT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DTORCH_INCLUDE=$$($(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent / 'include')")
 	$(BIN)/cmake --build $(SANITIZED)
@@ -95,5 +105,36 @@ asan: install
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest tests/grit_kernels/pooling tests/grit_kernels/attention tests/grit_kernels/contrastive/test_cpu_contrastive.py
 
-clean:
-	rm -rf .oldest build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache
+# -- measurements
+
+bench: install  ## about 15 minutes on 2 quiet cores: compares with the committed records and says what moved
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m bench
+
+bench-full: install  ## every size and peer; the records become the committed ones
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m bench --full --keep
+
+proof: install  ## unified training against two specialists of the same length; an interrupted run goes on
+	$(BIN)/grit fetch-model
+	$(BIN)/python -m bench.proof
+
+# -- code and pages
+
+docs: install  ## renew the pages of docs/ that are written by code
+	$(BIN)/python -m tests.docs_pages
+	$(BIN)/python -m bench.report
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ci: lint test test-floor  ## what every change must pass
+
+clean:  ## remove what was built; .venv stays
+	rm -rf .floor .newest build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache

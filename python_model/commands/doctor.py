@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import grit_kernels as gk
+from python_model.support.tested import outside_of_tested
 
 PACKAGES = (
     "torch",
@@ -41,6 +42,7 @@ def report() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": versions,
+        "outside_of_tested": [str(package) for package in outside_of_tested()],
         "cpu_threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "backends": gk.describe_backends(),
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"grit_kernels {found['grit_kernels']}, Python {found['python']}, {found['platform']}")
     for name, version in found["packages"].items():
         print(f"  {name:<14} {version or 'not installed'}")
+    for package in found["outside_of_tested"]:
+        print(f"outside of what was tested: {package}")
     print(f"devices: CPU with {found['cpu_threads']} threads" + "".join(f", {name}" for name in found["cuda_devices"]))
     print("backends:")
     for backend in found["backends"]["available"]:

@@ -1,0 +1,94 @@
+"""Which versions were tested: the constraints that `make install` uses, and what is installed outside of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+DISTRIBUTION = "grit-kernels"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An installed package that is older than this package asks for, or newer than what was tested."""
+
+    name: str
+    installed: str
+    lowest: str
+    tested: str
+
+    def __str__(self) -> str:
+        span = f"{self.lowest} to {self.tested}" if self.lowest else f"up to {self.tested}"
+        return f"{self.name} {self.installed} (tested: {span})"
+
+
+def tested_versions(text: str | None = None) -> dict[str, str]:
+    """Tested version by canonical package name, for the Python that runs; ``python`` is that of the tests."""
+    content = CONSTRAINTS.read_text(encoding="utf-8") if text is None else text
+    found: dict[str, str] = {}
+    for line in content.splitlines():
+        if line.startswith("# tested:"):
+            found |= {name.lower(): version for name, version in re.findall(r"(\w+) ([\d.]+)", line)}
+        elif line and not line.startswith("#"):
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate():
+                (pin,) = requirement.specifier
+                found[canonicalize_name(requirement.name)] = pin.version
+    return found
+
+
+def differences() -> dict[str, tuple[str, str]]:
+    """(installed, tested) of every installed package, indirect ones included, that has another version than the tested one."""
+    found = {}
+    for name, tested in sorted(tested_versions().items()):
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if Version(Version(installed).public) != Version(tested):
+            found[name] = (installed, tested)
+    return found
+
+
+def lowest_versions() -> dict[str, str]:
+    """The lower bound of each direct requirement, extras included, by canonical name; "" where there is none."""
+    found: dict[str, str] = {}
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # sources on the path, not installed
+        return found
+    for line in lines:
+        requirement = Requirement(line)
+        bounds = [pin.version for pin in requirement.specifier if pin.operator in (">=", "==", "~=")]
+        name = canonicalize_name(requirement.name)
+        if bounds or name not in found:
+            found[name] = max(bounds, key=Version, default="")
+    return found
+
+
+def outside_of_tested() -> list[Outside]:
+    """Direct requirements, extras included, that are installed in a version outside of the tested span."""
+    tested, found = tested_versions(), []
+    for name, lowest in sorted(lowest_versions().items()):
+        if name not in tested or name == DISTRIBUTION:
+            continue
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        # a local part such as +cpu names the build, not the version
+        number = Version(Version(installed).public)
+        if number > Version(tested[name]) or (lowest and number < Version(lowest)):
+            found.append(Outside(name, installed, lowest, tested[name]))
+    python = ".".join(map(str, sys.version_info[:2]))
+    if python != tested["python"]:
+        found.insert(0, Outside("Python", python, "", tested["python"]))
+    return found
