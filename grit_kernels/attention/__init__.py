@@ -15,8 +15,10 @@ from grit_kernels.attention.checks import (
     causal_flags,
     check_lengths,
     check_qkv,
+    check_ranges,
     check_softmax_options,
     length_tensor,
+    refuse_gradients,
     staircase,
     window_argument,
 )
@@ -102,7 +104,7 @@ def switch_attention_varlen(
     v: Tensor,
     causal: bool | Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
@@ -111,27 +113,46 @@ def switch_attention_varlen(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     return_lse: bool = False,
+    k_starts: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`switch_attention` over a pack: samples one after another, no padding.
+
+    With ``k_starts`` and ``seqlens_k`` the keys of sample b are the ``seqlens_k[b]`` rows of k and v from ``k_starts[b]`` on,
+    wherever they lie: the ranges may leave gaps, come in any order and overlap. This is the call of a server, whose sequences
+    own parts of one memory of keys: rows that decode, pieces of prompts and texts to embed are samples like any other. Not
+    differentiable.
 
     Args:
         q: (tokens_q, H_q, D); k, v: (tokens_k, H_kv, D).
         causal: bool, or bool tensor (B).
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1), where each sample starts; 0 first, the number of tokens last.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1), where each sample starts; 0 first, the number of tokens last. ``cu_seqlens_k``
+            is None beside ``k_starts``.
         max_seqlen_q, max_seqlen_k: the longest sample (ints; an upper bound is fine).
         hi: int32 (tokens_q), positions counted inside the sample.
         window_size, softmax_scale, softcap: as in :func:`switch_attention`.
         return_lse: also return the log-sum-exp, float32 (tokens_q, H_q).
+        k_starts, seqlens_k: int (B), first key row and number of keys of each sample; both or none.
 
     Returns:
         (tokens_q, H_q, D) in the dtype of q. No value is read back from a GPU.
+
+    Raises:
+        ValueError, TypeError: as :func:`switch_attention`; a range that leaves k (where the numbers lie on the CPU); ``k_starts``
+            with an input that requires a gradient while gradients are on.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
     tokens_q, _, dim = q.shape
     device = q.device
     starts_q, q_len = check_lengths("cu_seqlens_q", cu_seqlens_q, tokens_q, "max_seqlen_q", max_seqlen_q, device)
-    starts_k, k_len = check_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, device)
     batch = q_len.shape[0]
+    if k_starts is not None or seqlens_k is not None:
+        refuse_gradients("k_starts", q=q, k=k, v=v)
+        starts_k, k_len = check_ranges(cu_seqlens_k, k_starts, seqlens_k, batch, k.shape[0], max_seqlen_k, device)
+    elif cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_k: expected int32 (B + 1,), or k_starts and seqlens_k instead, got None")
+    else:
+        starts_k, k_len = check_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, device)
     if k_len.shape[0] != batch:
         raise ValueError(f"cu_seqlens_k: got {k_len.shape[0]} samples, cu_seqlens_q has {batch}")
     flags = causal_flags(causal, batch, device)

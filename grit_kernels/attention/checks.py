@@ -146,6 +146,46 @@ def check_lengths(
     return cu_seqlens[:-1].to(device=device, dtype=torch.int32).contiguous(), lengths
 
 
+def check_ranges(
+    cu_seqlens_k: Tensor | None,
+    k_starts: Tensor | None,
+    seqlens_k: Tensor | None,
+    batch: int,
+    rows: int,
+    max_seqlen_k: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Check key ranges that lie anywhere in k's ``rows``; returns starts and lengths, int32 (B)."""
+    if k_starts is None or seqlens_k is None:
+        raise ValueError("k_starts, seqlens_k: expected both or none of them, got one")
+    if cu_seqlens_k is not None:
+        raise ValueError(f"cu_seqlens_k: expected None beside k_starts and seqlens_k, got {described(cu_seqlens_k)}")
+    if isinstance(max_seqlen_k, bool) or not isinstance(max_seqlen_k, (int, torch.SymInt)):
+        raise TypeError(f"max_seqlen_k: expected an int, got {type(max_seqlen_k).__name__}")
+    starts = length_tensor("k_starts", k_starts, batch, rows, device)
+    lengths = length_tensor("seqlens_k", seqlens_k, batch, rows, device)
+    if readable(k_starts) and readable(seqlens_k):
+        for b, (start, length) in enumerate(zip(k_starts.tolist(), seqlens_k.tolist(), strict=True)):
+            if start + length > rows:
+                raise ValueError(
+                    f"k_starts, seqlens_k: expected ranges within k's {rows} rows, "
+                    f"got [{start}, {start + length}) for sample {b}"
+                )
+            if length > max_seqlen_k:
+                raise ValueError(f"max_seqlen_k: expected at least the longest sample's {length}, got {max_seqlen_k}")
+    return starts, lengths
+
+
+def refuse_gradients(argument: str, **tensors: Tensor) -> None:
+    """ValueError where a call that is not differentiable (because of ``argument``) would lose a gradient."""
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor without gradients beside {argument}, which is not differentiable, "
+                "got requires_grad=True; call it under torch.no_grad()"
+            )
+
+
 def check_softmax_options(softmax_scale: float | None, softcap: float, dim: int) -> tuple[float, float]:
     """``softmax_scale`` (default ``dim ** -0.5``) and ``softcap`` as floats."""
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)

@@ -44,6 +44,10 @@ def varlen(**changes: Any) -> Callable[[], Any]:
     return lambda: gk.switch_attention_varlen(**arguments)
 
 
+def ranges(**changes: Any) -> Callable[[], Any]:
+    return varlen(**{"cu_seqlens_k": None, "k_starts": ints(1, 0), "seqlens_k": ints(3, 1), **changes})
+
+
 def cached(**changes: Any) -> Callable[[], Any]:
     arguments: dict[str, Any] = {
         "q": t(*Q),
@@ -97,6 +101,17 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "max_seqlen too small": (ValueError, "max_seqlen_k: got 2", varlen(max_seqlen_k=2)),
     "float max_seqlen": (TypeError, "max_seqlen_q: got float", varlen(max_seqlen_q=2.0)),
     "two-dimensional table": (ValueError, "cu_seqlens_q: got", varlen(cu_seqlens_q=torch.zeros(2, 2, dtype=torch.int32))),
+    "no table of keys": (ValueError, "cu_seqlens_k: expected int32", varlen(cu_seqlens_k=None)),
+    "ranges beside a table": (ValueError, "cu_seqlens_k: expected None", varlen(k_starts=ints(0, 3), seqlens_k=ints(3, 1))),
+    "starts without lengths": (ValueError, "k_starts, seqlens_k: expected both", ranges(seqlens_k=None)),
+    "lengths without starts": (ValueError, "k_starts, seqlens_k: expected both", ranges(k_starts=None)),
+    "starts of another batch": (ValueError, "k_starts: expected int32", ranges(k_starts=ints(0))),
+    "negative start": (ValueError, "k_starts: expected values in 0..4", ranges(k_starts=ints(0, -1))),
+    "negative range": (ValueError, "seqlens_k: expected values in 0..4", ranges(seqlens_k=ints(-1, 1))),
+    "lengths of floats": (ValueError, "seqlens_k: expected int32", ranges(seqlens_k=t(2))),
+    "range that leaves k": (ValueError, "k_starts, seqlens_k: expected ranges within k's 4 rows", ranges(k_starts=ints(2, 0))),
+    "range longer than max_seqlen_k": (ValueError, "max_seqlen_k: expected at least", ranges(max_seqlen_k=2)),
+    "float max_seqlen_k of ranges": (TypeError, "max_seqlen_k: expected an int", ranges(max_seqlen_k=3.0)),
     "packed q of four dimensions": (ValueError, "q: got shape", varlen(q=t(1, 3, 2, 32))),
     "cache named": (ValueError, "k_cache: got batch 3", cached(k_cache=t(3, 5, 2, 32), v_cache=t(3, 5, 2, 32))),
     "cache longer than its slots": (ValueError, "cache_seqlens: got", cached(cache_seqlens=ints(6, 2))),
@@ -130,5 +145,5 @@ def test_a_staircase_may_fall_between_samples_and_in_padding() -> None:
 
 def test_good_input_of_these_cases_is_accepted() -> None:
     with gk.backend("reference"):
-        for call in (dense(), varlen(), cached()):
+        for call in (dense(), varlen(), ranges(), cached()):
             assert bool(call().isfinite().all())
