@@ -29,13 +29,16 @@ from python_model.data import sample_dir
 HELD_OUT_PERCENT = 20
 NEGATIVES = 2
 COUNTS = {  # rows per data set: (training, test)
-    "wordnet_definition": (300, 40),
-    "wordnet_sense": (180, 24),
-    "python_function": (240, 32),
-    "wordnet_dialogue": (70, 14),
-    "wordnet_sentence": (50, 10),
-    "python_reply": (90, 16),
+    "wordnet_definition": (400, 40),
+    "wordnet_sense": (240, 24),
+    "python_function": (80, 32),
+    "wordnet_dialogue": (80, 14),
+    "wordnet_sentence": (20, 10),
+    "wordnet_name": (60, 20),
+    "python_reply": (50, 16),
 }
+TRAINING_CODE = 200
+"""Characters of a function in the training rows: with longer ones, code alone would take half of an epoch's tokens."""
 CORPUS_PASSAGES = {"wordnet": 520, "python": 180}
 
 
@@ -127,6 +130,53 @@ class WordNetRows:
         ]
 
 
+class NameRows:
+    """Questions about people and places of one side of the split, answered with what WordNet says of them."""
+
+    PERSON, LOCATION, WATER = "n00007846", "n00027167", "n09225146"
+    UNSUITABLE = re.compile(rf"{UNSUITABLE.pattern}|jesus|ghetto|mormon|boer|indian", re.IGNORECASE)
+
+    def __init__(self, synsets: dict[str, Synset], test: bool):
+        self.synsets = synsets
+        bearers = Counter(word.lower() for synset in synsets.values() for word in synset.words)
+        self.questions: list[tuple[Synset, str]] = []
+        for synset in in_hash_order(synsets.values(), "name"):
+            text = " ".join((*synset.words, synset.gloss))
+            if (
+                held_out(synset.key, HELD_OUT_PERCENT) == test
+                and synset.known_name
+                and 30 <= len(synset.gloss) <= 160
+                and text.isascii()
+                and not self.UNSUITABLE.search(text)
+            ):
+                above = self._above(synset.instance_of)
+                is_person = self.PERSON in above
+                names = [w for w in synset.words if " " in w] if is_person else synset.words  # not "Darwin" alone
+                if names and bearers[names[0].lower()] == 1 and names[0].istitle():
+                    living = re.search(r"\(born in \d+\)", synset.gloss)
+                    asks = ("Who is" if living else "Who was") if is_person else "What is"
+                    water = self.WATER in above and not re.search("Lake|Bay|Sound", names[0])
+                    article = (
+                        " the" if water or re.search("(Netherlands|Republic|Pole|East|Midwest)$", names[0]) else ""
+                    )
+                    if is_person or {self.LOCATION, self.WATER} & above:
+                        self.questions.append((synset, f"{asks}{article} {names[0]}?"))
+
+    def _above(self, keys: Iterable[str]) -> set[str]:
+        found: set[str] = set()
+        waiting = list(keys)
+        while waiting:
+            if (key := waiting.pop()) not in found:
+                found.add(key)
+                waiting += self.synsets[key].groups
+        return found
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Who was Charles Darwin? What is Greenland?"""
+        for synset, question in self.questions:
+            yield conversation("wordnet_name", synset.key, question, sentence(synset.gloss))
+
+
 class PythonRows:
     """Rows about the functions of one side of the split."""
 
@@ -210,7 +260,8 @@ def build(wordnet: dict[str, Synset], functions: list[Function]) -> dict[str, st
     """The files of the sample: path -> content."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, test in (("train", False), ("test", True)):
-        words, python = WordNetRows(wordnet, test), PythonRows(functions, test)
+        words = WordNetRows(wordnet, test)
+        python = PythonRows([f for f in functions if test or len(f.code) <= TRAINING_CODE], test)
         embedding: dict[str, Iterable[dict[str, Any]]] = {
             "wordnet_sense": words.sense_rows(),
             "wordnet_definition": words.definition_rows(),
@@ -221,9 +272,11 @@ def build(wordnet: dict[str, Synset], functions: list[Function]) -> dict[str, st
             "wordnet_sentence": words.sentences(),
             "python_reply": python.replies(),
         }
+        names: dict[str, Iterable[dict[str, Any]]] = {"wordnet_name": NameRows(wordnet, test).rows()}
         tables[f"{name}/embedding.jsonl"] = choose(embedding, test)
-        tables[f"{name}/generative.jsonl"] = choose(generative, test)
+        tables[f"{name}/generative.jsonl"] = choose(generative if test else {**generative, **names}, test)
         if test:
+            tables["test/names.jsonl"] = choose(names, test)
             tables["corpus.jsonl"] = corpus(tables["test/embedding.jsonl"], words, python)
     return {
         path: "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows) for path, rows in tables.items()

@@ -1,4 +1,4 @@
-"""Training data: reading and checking rows (jsonl.py) and the bundled sample (sample/, built by build_sample.py)."""
+"""Training data: reading and checking rows (jsonl.py) and the bundled sample (sample/, built by python_model.corpora.sample)."""
 
 from __future__ import annotations
 

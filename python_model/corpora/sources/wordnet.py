@@ -50,6 +50,8 @@ class Synset:
     examples: tuple[str, ...]
     groups: tuple[str, ...]  # synsets above it, or similar ones for an adjective: members of one group are siblings
     common: bool  # its first word was met in this sense in a sense-tagged text
+    instance_of: tuple[str, ...] = ()  # of a person or a place: what it is an instance of
+    known_name: bool = False  # an instance whose name was met in this sense in a sense-tagged text
 
     @property
     def query(self) -> str:
@@ -100,7 +102,7 @@ def read_wordnet(folder: Path) -> dict[str, Synset]:
             pointers = [fields[start + 4 * i : start + 4 * i + 3] for i in range(int(fields[start - 1]))]
             gloss, *examples = re.split(r';\s*(?=")', text.strip())
             key = part + fields[0]
-            is_instance = any(symbol == "@i" for symbol, _, _ in pointers)
+            instance_of = tuple(p + offset for symbol, offset, p in pointers if symbol == "@i")
             synsets[key] = Synset(
                 key=f"wordnet:{key}",
                 part=part,
@@ -110,6 +112,8 @@ def read_wordnet(folder: Path) -> dict[str, Synset]:
                     e.strip('" ;') for e in examples if re.fullmatch(r'"[^"]+"[; ]*', e)
                 ),  # no quoted authors
                 groups=tuple(p + offset for symbol, offset, p in pointers if symbol in ("@", "&")),
-                common=not is_instance and (words[0].lower(), key) in common,
+                common=not instance_of and (words[0].lower(), key) in common,
+                instance_of=instance_of,
+                known_name=bool(instance_of) and any((w.lower().replace(" ", "_"), key) in common for w in words),
             )
     return synsets

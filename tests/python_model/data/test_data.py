@@ -169,7 +169,7 @@ def sample_texts(part: str) -> tuple[set[str], set[str]]:
 def test_the_sample_has_the_counts_of_its_readme() -> None:
     rows = {part: read_rows(sample_dir() / part) for part in ("train", "test")}
     counts = {part: (len(embedding), len(generative)) for part, (embedding, generative) in rows.items()}
-    assert counts == {"train": (720, 210), "test": (96, 40)}
+    assert counts == {"train": (720, 210), "test": (96, 60)}
     assert len(read_corpus(sample_dir() / "corpus.jsonl")) == sum(CORPUS_PASSAGES.values()) == 700
     for index, part in enumerate(("train", "test")):
         found = Counter(row.dataset for kind in rows[part] for row in kind)
@@ -217,7 +217,7 @@ def test_the_sample_is_free_of_unsuitable_words_and_comes_with_its_notices() -> 
 
 
 def test_the_sample_is_small() -> None:
-    assert sum(file.stat().st_size for file in sample_dir().rglob("*") if file.is_file()) < 700_000
+    assert sum(file.stat().st_size for file in sample_dir().rglob("*") if file.is_file()) < 600_000
 
 
 SYNSETS = """\
@@ -238,7 +238,8 @@ def test_wordnet_files_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     hound, pluto, beast = synsets["n00000001"], synsets["n00000002"], synsets["n00000003"]
     assert hound.words == ("hound", "bow wow") and hound.gloss == "an animal that is kept for hunting"
     assert hound.examples == ("the hound barks at us",) and hound.groups == ("n00000003",) and hound.common
-    assert pluto.examples == ("Pluto and a friend slept",) and not pluto.common  # an instance; the quotation is dropped
+    assert pluto.examples == ("Pluto and a friend slept",) and not pluto.common  # the quotation is dropped
+    assert pluto.instance_of == ("n00000003",) and pluto.known_name and not hound.known_name
     assert beast.words == ("beast",) and not beast.common
     (tmp_path / "data.verb").write_text("changed")
     with pytest.raises(SourceError, match=r"data\.verb: SHA-256"):
