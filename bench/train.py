@@ -7,7 +7,7 @@ conversations of 64..512 with the second half as reply), same losses, bfloat16 a
 are timed, not the optimiser, which is the same for all.
 Variants, interleaved in one run:
 
-* ``packed``: python_model.train, everything in one pass
+* ``packed``: python_model.train, texts in one pass and conversations in another
 * ``packed, chunks of 1024``: the same gradients by gradient caching, which embeds twice and keeps one chunk's activations
 * ``three padded passes``: unpatched transformers with sdpa, one padded pass each for conversations, queries and passages, full
   logits, as the public implementation trains
@@ -96,7 +96,7 @@ def packed(path: str, batch: Batch, chunk_tokens: int = 0, dtype_bf16: bool = Tr
     def step() -> float:
         share = plan_step(batch.queries, batch.passages, batch.conversations, None, config, ranks)
         loss = gradients(share, seed=0).total
-        grit.zero_grad()
+        grit.model.zero_grad()
         return loss
 
     return step, grit.model

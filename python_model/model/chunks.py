@@ -92,47 +92,37 @@ def _embedding_runs(sample: EncodedSample, attention: str) -> list[bool]:
     return [attention == "bb"] * len(sample)
 
 
-def plan_chunks(
+def plan_texts(
     queries: int,
-    passage_lengths: Sequence[int],
-    query_lengths: Sequence[int],
-    conversation_lengths: Sequence[int],
+    lengths: Sequence[int],
     *,
     budget: int = 0,
     chunking: str = "tokens",
     group_size: int = 2,
-    apart: bool = False,
-) -> list[tuple[list[int], list[int]]]:
-    """Which texts (queries first, then passages) and which conversations share a chunk.
+) -> list[list[int]]:
+    """Which texts (queries first, then passages, ``group_size`` per query) share a chunk.
 
-    ``"triplet"``: positives; negatives; queries with the conversations. ``"tokens"``: everything in one chunk if ``budget`` is
-    0, else longest first into the first chunk with room for it, so that no chunk exceeds ``budget`` tokens. ``apart``: never a
-    text and a conversation in one chunk.
+    ``"triplet"``: positives; negatives; queries. ``"tokens"``: as :func:`first_fit`.
     """
-    everyone = list(range(queries + len(passage_lengths)))
-    conversations = list(range(len(conversation_lengths)))
     if chunking == "triplet":
-        positives = [queries + i for i in range(0, len(passage_lengths), group_size)]
-        negatives = [queries + i for i in range(len(passage_lengths)) if i % group_size]
-        plan = [(positives, []), (negatives, []), (everyone[:queries], conversations)]
-        if apart:
-            plan[2:] = [(everyone[:queries], []), ([], conversations)]
-        return [part for part in plan if part[0] or part[1]]
+        positives = [i for i in range(queries, len(lengths)) if (i - queries) % group_size == 0]
+        negatives = [i for i in range(queries, len(lengths)) if (i - queries) % group_size]
+        return [part for part in (positives, negatives, list(range(queries))) if part]
+    return first_fit(lengths, budget)
+
+
+def first_fit(lengths: Sequence[int], budget: int = 0) -> list[list[int]]:
+    """Which samples share a chunk: all if ``budget`` is 0, else longest first into the first chunk with room for it, so that no
+    chunk exceeds ``budget`` tokens."""
     if not budget:
-        if apart and everyone and conversations:
-            return [(everyone, []), ([], conversations)]
-        return [(everyone, conversations)] if everyone or conversations else []
-    sized = [(n, 0, i) for i, n in enumerate([*query_lengths, *passage_lengths])]
-    sized += [(n, 1, i) for i, n in enumerate(conversation_lengths)]
-    chunks: list[tuple[list[int], list[int]]] = []
+        return [list(range(len(lengths)))] if lengths else []
+    chunks: list[list[int]] = []
     room: list[int] = []
-    for length, kind, index in sorted(sized, key=lambda item: (-item[0], item[1], item[2])):
-        place = next(
-            (c for c, left in enumerate(room) if left >= length and not (apart and chunks[c][1 - kind])), len(chunks)
-        )
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((c for c, left in enumerate(room) if left >= lengths[index]), len(chunks))
         if place == len(chunks):
-            chunks.append(([], []))
+            chunks.append([])
             room.append(budget)
-        chunks[place][kind].append(index)
-        room[place] -= length
-    return [(sorted(texts), sorted(talks)) for texts, talks in chunks]
+        chunks[place].append(index)
+        room[place] -= lengths[index]
+    return [sorted(chosen) for chosen in chunks]

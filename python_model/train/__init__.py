@@ -6,9 +6,10 @@ trainer.py      the loop: samples -> plan -> gradients -> update -> log -> state
 chunks.py       samples -> packs
 model.py        the module whose forward takes a chunk
 step.py         gradients of a step, exact over chunks and ranks
-learner.py      optimiser, schedule, temperature
+balance.py      the gradients of the two objectives, limited and added
+optimizers.py      optimiser, schedule, temperature
 distributed.py  ranks, FSDP2, DDP
-states.py       saving and resuming
+checkpointer.py saving and resuming
 trackers.py     where the figures go
 """
 

@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     except ImportError as error:
         raise SystemExit("grit train needs the extra 'train': pip install 'grit-kernels[train]'") from error
     parser = jsonargparse.ArgumentParser(
-        prog="grit train", description="GRIT training: contrastive and next-token loss in one packed pass."
+        prog="grit train", description="GRIT training: contrastive and next-token loss together."
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(TrainConfig, None)

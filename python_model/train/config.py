@@ -49,8 +49,11 @@ class TrainConfig:
         chunk_tokens: tokens of one forward and backward pass; 0 puts the whole step into one. The gradients are those of the
             whole step either way (gradient caching), and memory depends on this number, not on the batch size.
         chunking: ``tokens`` fills chunks of ``chunk_tokens``; ``triplet`` is the paper's split: one pass each for positives,
-            negatives, and queries with the conversations.
-        learning_rate, warmup_ratio, weight_decay, max_grad_norm: AdamW with a linear schedule.
+            negatives and queries. Conversations have chunks of their own.
+        learning_rate, warmup_ratio, weight_decay: AdamW with a linear schedule.
+        objective_grad_norm: the gradient of each objective is limited to this norm before the two are added, so that neither
+            drowns the other; 0: no limit. It costs nothing: both norms are measured and logged anyway.
+        max_grad_norm: the sum of both gradients is limited to this norm.
         temperature: of the contrastive loss.
         learn_temperature: train it too (its logarithm, with the same learning rate).
         contrastive_weight, generative_weight: factors of the two losses.
@@ -113,6 +116,7 @@ class TrainConfig:
     learning_rate: float = 2e-5
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
+    objective_grad_norm: float = 0.0
     max_grad_norm: float = 1.0
     temperature: float = 0.02
     learn_temperature: bool = False
@@ -191,7 +195,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-        for name in ("weight_decay", "contrastive_weight", "generative_weight"):
+        for name in ("weight_decay", "contrastive_weight", "generative_weight", "objective_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value}")

@@ -2,6 +2,8 @@
 
     weights      4 bytes each, over the ranks that share them
     gradients    4 bytes per trained weight; FSDP keeps them whole between chunks unless ``reduce_each_chunk``
+    kept         4 bytes per trained weight, over the ranks that share them: with two objectives, the first one's gradient while
+                 the second is computed (balance.py)
     optimiser    8 bytes per trained weight (two moments)
     working copy bfloat16 weights in use: all of them (autocast), or with FSDP two layers, embedding and head
     activations  what the backward of one chunk keeps (below), or with gradient checkpointing one state per layer and token,
@@ -34,6 +36,7 @@ class MemoryPlan:
     trained: int
     weights: float
     gradients: float
+    kept_gradient: float
     optimizer: float
     working_copy: float
     activations: float
@@ -44,13 +47,16 @@ class MemoryPlan:
     @property
     def total(self) -> float:
         """Bytes per rank, everything together."""
-        return self.weights + self.gradients + self.optimizer + self.working_copy + self.activations
+        return (
+            self.weights + self.gradients + self.kept_gradient + self.optimizer + self.working_copy + self.activations
+        )
 
     def lines(self, limit: float | None) -> list[str]:
         """Readable, and whether it fits into ``limit`` bytes."""
         parts = [
             ("weights", self.weights),
             ("gradients", self.gradients),
+            ("kept gradient", self.kept_gradient),
             ("optimiser", self.optimizer),
             ("working copy", self.working_copy),
             (f"activations of {self.chunk_tokens} tokens", self.activations),
@@ -99,6 +105,7 @@ def plan_memory(model: nn.Module, model_config: Any, config: TrainConfig, world:
         trained,
         4.0 * parameters / shards * offloaded,
         4.0 * trained / (1 if whole_gradient else shards),
+        4.0 * trained / shards * offloaded if config.embeds and config.generates else 0.0,
         8.0 * trained / shards * offloaded,
         working,
         float(activations),
@@ -125,34 +132,36 @@ def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) 
 
 def step_tokens(config: TrainConfig) -> int:
     """Tokens of a step, over all ranks, when every text is as long as it may be."""
-    tokens = 0
-    if config.embeds:
-        tokens += config.embedding_batch_size * (
-            config.query_max_len + config.train_group_size * config.passage_max_len
-        )
-    if config.generates:
-        tokens += config.generative_batch_size * config.generative_max_len
-    return tokens
+    return _text_tokens(config) + _conversation_tokens(config)
+
+
+def _text_tokens(config: TrainConfig) -> int:
+    if not config.embeds:
+        return 0
+    return config.embedding_batch_size * (config.query_max_len + config.train_group_size * config.passage_max_len)
+
+
+def _conversation_tokens(config: TrainConfig) -> int:
+    return config.generative_batch_size * config.generative_max_len if config.generates else 0
 
 
 def chunk_size(config: TrainConfig, world: int) -> int:
     """Tokens of a rank's largest chunk."""
-    share = math.ceil(step_tokens(config) / world)
-    if config.chunking == "triplet" and config.embeds:
-        queries = math.ceil(config.embedding_batch_size / world)
-        negatives = queries * (config.train_group_size - 1) * config.passage_max_len
-        rest = queries * config.query_max_len
-        if config.generates:
-            rest += math.ceil(config.generative_batch_size / world) * config.generative_max_len
-        return max(queries * config.passage_max_len, negatives, rest)
-    return min(share, config.chunk_tokens) if config.chunk_tokens else share
+    texts, conversations = (math.ceil(n / world) for n in (_text_tokens(config), _conversation_tokens(config)))
+    if config.chunking == "triplet":
+        queries = math.ceil(config.embedding_batch_size / world) if config.embeds else 0
+        negatives = (config.train_group_size - 1) * config.passage_max_len
+        return max(queries * max(config.passage_max_len, negatives, config.query_max_len), conversations)
+    largest = max(texts, conversations)
+    return min(largest, config.chunk_tokens) if config.chunk_tokens else largest
 
 
 def rounds(config: TrainConfig, world: int) -> int:
-    """Chunks per rank and step, at the longest."""
+    """Chunks of one objective per rank and step, at the longest: between them FSDP keeps whole gradients."""
     if config.chunking == "triplet":
-        return 3
-    return math.ceil(math.ceil(step_tokens(config) / world) / chunk_size(config, world))
+        return 3 if config.embeds else 1
+    largest = max(math.ceil(n / world) for n in (_text_tokens(config), _conversation_tokens(config)))
+    return math.ceil(largest / chunk_size(config, world))
 
 
 def device_limit(device: torch.device) -> float | None:

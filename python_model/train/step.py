@@ -3,7 +3,7 @@
 With L_Rep a function of all embeddings, dL_Rep/dtheta = sum over texts of (dL_Rep/de_i) (de_i/dtheta). So the texts are embedded
 without gradients, the loss of all embeddings gives each dL_Rep/de_i, and every chunk is embedded again with the surrogate
 ``sum_i <e_i, dL_Rep/de_i>``, whose gradient is the chunk's part. The generative loss is a sum with one weight per conversation,
-so conversations ride in the same chunks, and the sum over chunks and ranks is the gradient of the whole step's loss.
+so the sum over chunks and ranks is the gradient of the whole step's loss. Texts that fit in one chunk are embedded once.
 
 Source: GradCache, arXiv 2101.06983; GRIT, arXiv 2402.09906 (the memory appendix splits the triplet the same way).
 """
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 import grit_kernels as gk
-from python_model.model.chunks import Chunk, build_chunk, plan_chunks
+from python_model.model.chunks import Chunk, build_chunk, first_fit, plan_texts
 from python_model.model.losses import sample_weights
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.train.balance import ObjectiveGradients
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, gradient_sync
 
@@ -31,9 +32,7 @@ class Share:
     """This rank's chunks of a step, and the numbers that all ranks share.
 
     Attributes:
-        chunks: as many on every rank; a rank with less to do has empty ones at the end.
-        filled: how many of them hold samples of this rank.
-        embedding_rounds: the first that many chunks of some rank hold texts to embed.
+        text_chunks, conversation_chunks: as many of each on every rank; a rank with less to do has empty ones at the end.
         queries, texts: this rank's queries, and its queries and passages together.
         mask_ids: identity of each query's and each passage's text, or None.
         weights: float64 (conversations), what each conversation's summed token losses count in the step's loss.
@@ -41,9 +40,8 @@ class Share:
         tokens: of the step, on all ranks.
     """
 
-    chunks: list[Chunk]
-    filled: int
-    embedding_rounds: int
+    text_chunks: list[Chunk]
+    conversation_chunks: list[Chunk]
     queries: int
     texts: int
     mask_ids: tuple[Tensor, Tensor] | None
@@ -51,15 +49,25 @@ class Share:
     conversations: int
     tokens: int
 
+    @property
+    def num_chunks(self) -> int:
+        """Forward and backward passes of the step."""
+        return len(self.text_chunks) + len(self.conversation_chunks)
+
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Losses of the whole step, the same on all ranks; None where the step has no such samples."""
+    """Losses of the whole step and the norms of their gradients before any limit, the same on all ranks.
+
+    None where the step has no such samples.
+    """
 
     total: float
     contrastive: float | None
     generative: float | None
     router: float | None = None
+    contrastive_grad_norm: float | None = None
+    generative_grad_norm: float | None = None
 
 
 def plan_step(
@@ -74,36 +82,25 @@ def plan_step(
 ) -> Share:
     """Chunks of this rank's samples, and what the ranks must agree on. ``right`` as in :func:`build_chunk`."""
     texts = [*queries, *passages]
-    plan = plan_chunks(
+    text_plan = plan_texts(
         len(queries),
-        [len(s) for s in passages],
-        [len(s) for s in queries],
-        [len(s) for s in conversations],
+        [len(s) for s in texts],
         budget=config.chunk_tokens,
         chunking=config.chunking,
         group_size=config.train_group_size,
-        # dropout draws its mask over a whole pack: the pass without gradients must see the same pack
-        apart=bool(config.lora_rank and config.lora_dropout),
     )
-    # texts first: only these chunks take part in the pass without gradients
-    plan.sort(key=lambda part: not part[0])
-    chunks = [
-        build_chunk(
-            [texts[i] for i in chosen],
-            [conversations[i] for i in talks],
-            attn=config.attn,
-            right=right,
-            embedded_index=chosen,
-            conversation_index=talks,
-        )
-        for chosen, talks in plan
+    text_chunks = [
+        build_chunk([texts[i] for i in chosen], [], attn=config.attn, right=right, embedded_index=chosen)
+        for chosen in text_plan
+    ]
+    conversation_chunks = [
+        build_chunk([], [conversations[i] for i in chosen], attn=config.attn, right=right, conversation_index=chosen)
+        for chosen in first_fit([len(s) for s in conversations], config.chunk_tokens)
     ]
     counts = [sum(label != IGNORE_INDEX for label in s.labels or []) for s in conversations]
     everyone = ranks.all_lists(counts)
-    shared = ranks.all_values(
-        [len(chunks), sum(bool(chosen) for chosen, _ in plan), sum(c.pack.tokens for c in chunks), len(conversations)]
-    )
-    rounds, embedding_rounds = (int(x) for x in shared[:, :2].amax(dim=0))
+    tokens = sum(c.pack.tokens for c in [*text_chunks, *conversation_chunks])
+    shared = ranks.all_values([len(text_chunks), len(conversation_chunks), tokens, len(conversations)])
     before = int(shared[: ranks.rank, 3].sum())
     weights = torch.zeros(0, dtype=torch.float64)
     if everyone:
@@ -112,12 +109,11 @@ def plan_step(
         )
         weights = every_weight[before : before + len(conversations)]
     ids = None if mask_ids is None else (torch.tensor(mask_ids[0]), torch.tensor(mask_ids[1]))
-    filled = len(chunks)
-    chunks += [_empty_chunk(config.attn) for _ in range(rounds - filled)]
+    for index, chunks in enumerate((text_chunks, conversation_chunks)):
+        chunks += [_empty_chunk() for _ in range(int(shared[:, index].max()) - len(chunks))]
     return Share(
-        [c.to(ranks.device) for c in chunks],
-        filled,
-        embedding_rounds,
+        [c.to(ranks.device) for c in text_chunks],
+        [c.to(ranks.device) for c in conversation_chunks],
         len(queries),
         len(texts),
         None if ids is None else (ids[0].to(ranks.device), ids[1].to(ranks.device)),
@@ -127,16 +123,18 @@ def plan_step(
     )
 
 
-def _empty_chunk(attn: str) -> Chunk:
+def _empty_chunk() -> Chunk:
     """One token that nothing is learned from: a rank without work must still take part in collectives."""
-    return build_chunk([EncodedSample([0])], [], attn=attn, embedded_index=[-1])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return replace(build_chunk([EncodedSample([0])], []), embedded=nothing)
 
 
 class StepGradients:
     """Adds the gradients of a step to ``model``'s weights (and to ``log_temperature``) and returns the step's losses.
 
     ``model`` is a TrainingModel, alone or wrapped for the ranks; averaging over ranks, as DDP and FSDP do, gives the gradient
-    of the losses returned.
+    of the losses returned. Texts come first, then conversations, so that each objective's gradient can be limited
+    (``objective_grad_norm``) before they are added.
     """
 
     def __init__(
@@ -150,83 +148,84 @@ class StepGradients:
         self.model, self.config, self.ranks = model, config, ranks
         self.log_temperature = log_temperature
         self.router_loss_weight = router_loss_weight
+        self._router = torch.zeros((), dtype=torch.float64)
 
     def __call__(self, share: Share, seed: int) -> StepLosses:
-        one_pass = len(share.chunks) == 1
-        embeds = share.embedding_rounds > 0
-        contrastive: Tensor | None = None
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = ObjectiveGradients(trained, self.config.objective_grad_norm)
+        self._router = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        contrastive = generative = contrastive_norm = generative_norm = None
+        if share.text_chunks:
+            contrastive = self._text_gradients(share, seed)
+            contrastive_norm = gradients.take()
+        if share.conversation_chunks:
+            generative = self._conversation_gradients(share, seed)
+            generative_norm = gradients.take()
+        gradients.add()
+        return self._report(contrastive, generative, contrastive_norm, generative_norm)
+
+    def _text_gradients(self, share: Share, seed: int) -> Tensor:
+        """Adds the contrastive loss' gradients; returns this rank's part of the loss."""
         slopes: Tensor | None = None
-        if embeds and not one_pass:
+        contrastive: Tensor | None = None
+        if len(share.text_chunks) > 1:
             leaves = self._embed(share, seed)
             contrastive = self._contrastive(leaves, share)
             (contrastive * self.config.contrastive_weight).backward()
             slopes = leaves.grad
-            contrastive = contrastive.detach()
-        generative = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        router = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for index, chunk in enumerate(share.chunks):
-            last = index == len(share.chunks) - 1
-            with gradient_sync(self.model, last or self.config.reduce_each_chunk):
-                with self._computing(seed, index):
-                    vectors, sums, router_loss = self.model(chunk)
-                    real = index < share.filled
-                    # a mean over ranks follows, so sums over ranks are scaled up
-                    portion = chunk.pack.tokens / share.tokens if real else 0.0
-                    objective = router_loss * (self.router_loss_weight * portion * self.ranks.world)
-                    if vectors is not None:
-                        if not real:
-                            objective = objective + vectors.sum() * 0
-                        elif slopes is not None:
-                            objective = objective + (vectors * slopes[chunk.embedded]).sum()
-                        else:
-                            contrastive = self._contrastive(vectors, share)
-                            objective = objective + contrastive * self.config.contrastive_weight
-                    if sums is not None:
-                        weighted = (sums * share.weights[chunk.conversations].float()).sum()
-                        objective = objective + weighted * (self.config.generative_weight * self.ranks.world)
-                        generative += weighted.detach().double()
-                    router += router_loss.detach().double() * portion
+        for index, chunk in enumerate(share.text_chunks):
+            with self._pass(share, chunk, seed, index, last=chunk is share.text_chunks[-1]) as (vectors, _, objective):
+                if vectors is not None and slopes is not None:
+                    objective = objective + (vectors * slopes[chunk.embedded]).sum()
+                elif vectors is not None:
+                    contrastive = self._contrastive(vectors, share)
+                    objective = objective + contrastive * self.config.contrastive_weight
                 objective.backward()
-        return self._report(share, contrastive, generative, router)
+        assert contrastive is not None
+        return contrastive.detach()
+
+    def _conversation_gradients(self, share: Share, seed: int) -> Tensor:
+        """Adds the next-token loss' gradients; returns this rank's part of the loss."""
+        generative = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for index, chunk in enumerate(share.conversation_chunks):
+            last = chunk is share.conversation_chunks[-1]
+            with self._pass(share, chunk, seed, len(share.text_chunks) + index, last=last) as (_, sums, objective):
+                if sums is not None:
+                    weighted = (sums * share.weights[chunk.conversations].float()).sum()
+                    objective = objective + weighted * (self.config.generative_weight * self.ranks.world)
+                    generative += weighted.detach().double()
+                objective.backward()
+        return generative
+
+    @contextlib.contextmanager
+    def _pass(
+        self, share: Share, chunk: Chunk, seed: int, index: int, *, last: bool
+    ) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
+        """One forward: embeddings, sums of token losses, and the router loss' part of the objective. The block inside calls
+        backward, which sums gradients over the ranks after an objective's last chunk."""
+        with gradient_sync(self.model, last or self.config.reduce_each_chunk):
+            with self._computing(seed, index):
+                vectors, sums, router_loss = self.model(chunk)
+            real = chunk.embedded.shape[0] or chunk.conversations.shape[0]
+            portion = chunk.pack.tokens / share.tokens if real else 0.0
+            self._router += router_loss.detach().double() * portion
+            # a mean over ranks follows, so sums over ranks are scaled up
+            yield vectors, sums, router_loss * (self.router_loss_weight * portion * self.ranks.world)
 
     def _embed(self, share: Share, seed: int) -> Tensor:
         """float32 (texts, size) embeddings of this rank without a graph, ready to collect their gradient."""
         rows: Tensor | None = None
         with torch.no_grad():
-            for index, chunk in enumerate(share.chunks[: share.embedding_rounds]):
+            for index, chunk in enumerate(share.text_chunks):
                 with self._computing(seed, index):
-                    vectors, _, _ = self.model(self._texts_only(chunk))
-                if vectors is None or index >= share.filled:
+                    vectors, _, _ = self.model(chunk)
+                if vectors is None:
                     continue
                 if rows is None:
                     rows = vectors.new_empty((share.texts, vectors.shape[1]))
                 rows[chunk.embedded] = vectors
         assert rows is not None
         return rows.requires_grad_()
-
-    def _texts_only(self, chunk: Chunk) -> Chunk:
-        """The chunk without its conversations, which the pass without gradients does not need."""
-        texts = chunk.embedded.shape[0]
-        if not chunk.conversations.shape[0] or not texts:
-            return chunk
-        end = chunk.embedding_tokens
-        pack = chunk.pack
-        lengths = pack.lengths[:texts]
-        return Chunk(
-            chunk.input_ids[:end],
-            gk.SamplePack(
-                pack.cu_seqlens[: texts + 1],
-                pack.causal[:texts],
-                pack.instruction_lens[:texts],
-                int(lengths.max()),
-                end,
-                None if pack.hi is None else pack.hi[:end],
-            ),
-            chunk.embedded,
-            chunk.conversations[:0],
-            end,
-            chunk.labels[:0],
-        )
 
     def _contrastive(self, vectors: Tensor, share: Share) -> Tensor:
         """The contrastive loss over all ranks' texts, with gradients that a mean over ranks makes exact."""
@@ -264,16 +263,22 @@ class StepGradients:
         with autocast:
             yield
 
-    def _report(self, share: Share, contrastive: Tensor | None, generative: Tensor, router: Tensor) -> StepLosses:
+    def _report(
+        self,
+        contrastive: Tensor | None,
+        generative: Tensor | None,
+        contrastive_norm: float | None,
+        generative_norm: float | None,
+    ) -> StepLosses:
         config = self.config
-        mine = 0.0 if contrastive is None else float(contrastive.detach())
-        shared = self.ranks.all_values([mine, float(generative), float(router)])
+        mine = [0.0 if loss is None else float(loss) for loss in (contrastive, generative, self._router)]
+        shared = self.ranks.all_values(mine)
         rep = float(shared[:, 0].mean()) if contrastive is not None else None
-        gen = float(shared[:, 1].sum()) if share.conversations else None
+        gen = float(shared[:, 1].sum()) if generative is not None else None
         balance = float(shared[:, 2].sum()) if self.router_loss_weight else None
         total = (
             config.contrastive_weight * (rep or 0.0)
             + config.generative_weight * (gen or 0.0)
             + self.router_loss_weight * (balance or 0.0)
         )
-        return StepLosses(total, rep, gen, balance)
+        return StepLosses(total, rep, gen, balance, contrastive_norm, generative_norm)

@@ -111,9 +111,11 @@ class Trainer:
             **({} if losses.router is None else {"router_loss": losses.router}),
             **({"temperature": temperature} if self.config.learn_temperature else {}),
             "gradient_norm": norm,
+            "contrastive_grad_norm": losses.contrastive_grad_norm,
+            "generative_grad_norm": losses.generative_grad_norm,
             "learning_rate": self.learner.rate(index),
             "tokens": share.tokens,
-            "chunks": len(share.chunks),
+            "chunks": share.num_chunks,
         }
 
     def train(self) -> list[dict[str, Any]]:
@@ -244,7 +246,7 @@ class Trainer:
         file = self._save_bad_batch(samples)
         raise FloatingPointError(
             f"loss: got {losses.total} (contrastive {losses.contrastive}, generative {losses.generative}), {why}; "
-            f"the samples of rank {self.ranks.rank} ({len(share.chunks)} chunks) are in {file}"
+            f"the samples of rank {self.ranks.rank} ({share.num_chunks} chunks) are in {file}"
         )
 
     def _save_bad_batch(self, samples: Samples) -> Path:

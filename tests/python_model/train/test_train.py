@@ -29,6 +29,8 @@ def test_single_objective_modes_skip_the_other_loss(checkpoint: Path, tmp_path: 
     records = toy_trainer(toy_config(checkpoint, tmp_path, steps=2, mode=mode)).train()
     assert (records[0]["contrastive_loss"] is None) == (mode == "generative")
     assert (records[0]["generative_loss"] is None) == (mode == "embedding")
+    assert (records[0]["contrastive_grad_norm"] is None) == (mode == "generative")
+    assert (records[0]["generative_grad_norm"] is None) == (mode == "embedding")
 
 
 @pytest.mark.parametrize(

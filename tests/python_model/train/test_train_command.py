@@ -51,7 +51,7 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
     with pytest.raises(SystemExit, match="no file or folder nowhere"):
         main(["--train_data", "nowhere"])
     data = data_folder(tmp_path / "data")
-    with pytest.raises(SystemExit, match="mode: got 'both'"):
+    with pytest.raises(SystemExit, match="mode: expected .*got 'both'"):
         main(["--train_data", str(data), "--mode", "both"])
     for name, value in (
         ("warmup_ratio", "1.5"),
@@ -60,9 +60,9 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
         ("few_shot", "-1"),
         ("generative_weight", ".nan"),
     ):
-        with pytest.raises(SystemExit, match=f"{name}: got .*, accepted is a"):
+        with pytest.raises(SystemExit, match=f"{name}: expected a.*, got"):
             main(["--train_data", str(data), f"--{name}", value])
-    with pytest.raises(SystemExit, match="chunk_tokens: got 10, accepted is 0 or at least"):
+    with pytest.raises(SystemExit, match="chunk_tokens: expected 0 or at least .* got 10"):
         main(["--train_data", str(data), "--chunk_tokens", "10"])
     with pytest.raises(SystemExit):
         parse(["--train_data", str(data), "--no_such_option", "1"])

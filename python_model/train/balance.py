@@ -1,0 +1,72 @@
+"""The gradients of the two objectives, kept apart until each is limited, then added.
+
+At the start of a run the contrastive gradient may be ten times the generative one, and clipping their sum then leaves the smaller
+nearly nothing. With a limit each objective's gradient is clipped to it before the sum is formed, so both move the weights from
+the first step on. Norms are taken over all trained weights, after the sum over chunks and ranks, so they and the result are the
+same for any number of either.
+
+Cost: while the second objective is computed, the gradient of the first is held as well: 4 bytes per trained weight, which ranks
+that share weights share too (FSDP). Ranks sum gradients once per objective instead of once per step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ObjectiveGradients:
+    """Collects the gradients that the objectives leave in ``parameters``, one objective at a time.
+
+    Args:
+        parameters: the trained weights; their ``grad`` must be None at the start.
+        limit: norm that each objective's gradient is clipped to before they are added; 0: none.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], limit: float) -> None:
+        self.parameters, self.limit = parameters, limit
+        self._kept: list[tuple[list[Tensor | None], float]] = []
+
+    def take(self) -> float:
+        """Move the accumulated gradients out of the parameters, as one objective's; returns their norm (before the limit)."""
+        grads: list[Tensor | None] = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        norm = total_norm([grad for grad in grads if grad is not None])
+        self._kept.append((grads, norm))
+        return norm
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Limit what was taken and put the sum into the parameters."""
+        for grads, norm in self._kept:
+            factor = limit_factor(norm, self.limit)
+            for p, grad in zip(self.parameters, grads, strict=True):
+                if grad is None:
+                    continue
+                if factor != 1.0:
+                    grad.mul_(factor)
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
+        self._kept.clear()
+
+
+def limit_factor(norm: float, limit: float) -> float:
+    """What a gradient of this norm is multiplied by, so that its norm is at most ``limit`` (0: no limit).
+
+    A norm that is not finite stays as it is: the trainer stops at it.
+    """
+    if not limit or not math.isfinite(norm):
+        return 1.0
+    return min(1.0, limit / (norm + 1e-6))  # the 1e-6 is that of torch.nn.utils.clip_grad_norm_
+
+
+def total_norm(grads: Sequence[Tensor]) -> float:
+    """L2 norm over all elements of the gradients, also sharded ones: the same on all ranks."""
+    if not grads:
+        return 0.0
+    norm: Any = torch.nn.utils.get_total_norm(grads)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
