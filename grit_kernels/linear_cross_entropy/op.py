@@ -28,7 +28,11 @@ def _chunk_rows(vocabulary: int) -> int:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in FP32, not rounded to a 16-bit dtype on the way where torch can."""
+    """a @ b in FP32, not rounded to a 16-bit dtype on the way where torch can.
+
+    On a CPU with AMX torch's bfloat16 product reads what lies between strided rows, and a NaN there reaches the result; so
+    operands are contiguous or transposes of contiguous ones.
+    """
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
@@ -61,6 +65,7 @@ def forward(
             False,
         )
         return torch.where(used, each, 0.0), each + positive
+    hidden, weight = hidden.contiguous(), weight.contiguous()  # see _product
     losses = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
     lse = torch.zeros_like(losses)
     step = _chunk_rows(weight.shape[0])
@@ -93,6 +98,7 @@ def backward(
         # exp(logit - lse) is the softmax: lse stands for the positive score, 0 for the loss relative to it
         arguments = (torch.ones(()), torch.where(used, labels, 0), None, None, torch.zeros_like(lse), lse, True, False)
         return torch.ops.grit_kernels.contrastive_backward(scale, dense_rows(hidden), dense_rows(weight), *arguments)
+    hidden, weight = hidden.contiguous(), weight.contiguous()  # see _product
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32, device=weight.device)
     step = _chunk_rows(weight.shape[0])

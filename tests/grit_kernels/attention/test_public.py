@@ -393,3 +393,37 @@ def test_a_cache_stored_with_heads_first_is_read_in_place(backend: Backend) -> N
     with backend():
         plain = gk.switch_attention_with_kvcache(q, k_cache, v_cache, used, cache_leftpad=leftpad)
         assert torch.equal(gk.switch_attention_with_kvcache(q, *heads_first, used, cache_leftpad=leftpad), plain)
+
+
+def strided(x: Tensor, every: int = 2) -> Tensor:
+    """``x`` with that stride in its last dimension, NaN between the elements."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] * every), float("nan"), dtype=x.dtype, device=x.device)
+    wide[..., ::every] = x
+    return wide[..., ::every]
+
+
+def test_new_states_reach_a_cache_whose_last_dimension_is_strided(backend: Backend) -> None:
+    """The kernels read a copy of such a cache; what is written must be in the caller's own."""
+    q, k, v = (torch.randn(2, 3, heads, 32, device=backend.device) for heads in (4, 2, 2))
+    caches = [torch.randn(2, 9, 2, 32, device=backend.device) for _ in range(2)]
+    used = torch.tensor([4, 6], device=backend.device)
+    held = [strided(x) for x in caches]
+    with backend():
+        wanted = gk.switch_attention_with_kvcache(q, *caches, used, k=k, v=v)
+        found = gk.switch_attention_with_kvcache(q, *held, used, k=k, v=v)
+    assert torch.equal(found, wanted)
+    for mine, plain in zip(held, caches, strict=True):
+        assert torch.equal(mine, plain)
+    assert torch.equal(held[0][1, 6:9], k[1])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_batch_without_any_key_gives_zeros(backend: Backend, grad: bool) -> None:
+    q = torch.randn(3, 2, 4, 32, device=backend.device, requires_grad=grad)
+    k, v = (torch.randn(3, 0, 2, 32, device=backend.device, requires_grad=grad) for _ in range(2))
+    with backend():
+        out, lse = gk.switch_attention(q, k, v, False, return_lse=True)
+    assert not out.any() and bool((lse == float("-inf")).all())
+    if grad:
+        out.sum().backward()
+        assert q.grad is not None and not q.grad.any()

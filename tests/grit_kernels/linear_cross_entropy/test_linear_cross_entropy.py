@@ -158,3 +158,37 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
 def test_bad_input_is_refused_by_name(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+def between(x: Tensor, rows: int, columns: int) -> Tensor:
+    """``x`` with NaN between its rows and columns."""
+    wide = torch.full((x.shape[0] * rows, x.shape[1] * columns), float("nan"), dtype=x.dtype)
+    wide[::rows, ::columns] = x
+    return wide[::rows, ::columns]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("need_weight", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 1), (1, 2), (3, 2)])
+def test_what_lies_between_strided_rows_changes_nothing(
+    softcap: float | None, need_weight: bool, rows: int, columns: int
+) -> None:
+    hidden, weight, labels = problem(torch.bfloat16)
+    results = []
+    for change in (lambda x: x, lambda x: between(x, rows, columns)):
+        h, w = change(hidden).requires_grad_(), change(weight).requires_grad_(need_weight)
+        losses = gk.linear_cross_entropy(h, w, labels, softcap=softcap)
+        results.append((losses, *torch.autograd.grad(losses.sum(), [h, w] if need_weight else [h])))
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_hidden_size_of_one_may_have_any_stride() -> None:
+    x = torch.randn(6, 8)[:, ::8]
+    labels = torch.arange(6) % 2
+    wanted = F.cross_entropy(x @ x[:2].T, labels, reduction="none")
+    torch.testing.assert_close(gk.linear_cross_entropy(x, x[:2], labels), wanted)
+    one = torch.randn(1, 1, 8)[:, 0, ::8]
+    assert gk.linear_cross_entropy(one, one, torch.zeros(1, dtype=torch.int64)).item() == 0
+    assert gk.contrastive_loss(one, one).item() == 0
+    assert torch.equal(gk.pool(one[:, None], method="mean"), one)
