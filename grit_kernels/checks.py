@@ -28,5 +28,6 @@ def readable(x: Tensor) -> bool:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x`` with a contiguous last dimension, which every kernel wants; other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """``x`` with a last dimension of stride 1, which every kernel wants; other strides are free."""
+    # not contiguous(): it leaves a dimension of one element as it is, whatever its stride
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

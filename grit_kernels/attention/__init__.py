@@ -23,7 +23,7 @@ from grit_kernels.attention.checks import (
     window_argument,
 )
 from grit_kernels.backend import use_reference
-from grit_kernels.checks import readable
+from grit_kernels.checks import dense_rows, readable
 from grit_kernels.packing import SamplePack
 from grit_kernels.precision import autocast_dtype
 from grit_kernels.visibility import window_bounds
@@ -201,6 +201,10 @@ def switch_attention_with_kvcache(
     Returns:
         (B, T_q, H_q, D) in the dtype of q, and with ``return_lse`` float32 (B, T_q, H_q).
     """
+    caches = (
+        k_cache,
+        v_cache,
+    )  # what the caller holds; the checked ones are copies where their last dimension is strided
     q, k_cache, v_cache = check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
     batch, max_q, _, dim = q.shape
     slots = k_cache.shape[1]
@@ -223,8 +227,9 @@ def switch_attention_with_kvcache(
                 raise ValueError(
                     f"cache_seqlens: a sample has no room for its new states in {slots} slots: {used.tolist()} + {q_len.tolist()}"
                 )
-            _append(k_cache, k, used, q_len)
-            _append(v_cache, v, used, q_len)
+            for cache, new in zip(caches, (k, v), strict=True):
+                _append(cache, new, used, q_len)
+            k_cache, v_cache = dense_rows(caches[0]), dense_rows(caches[1])
             used = used + q_len
         out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, used), bounds, steps, *options)
     return (out, lse) if return_lse else out
@@ -318,7 +323,7 @@ def _key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     cast = autocast_dtype(q.device) is not None
     rows = (k.shape[0] - 1) * step + slots
-    if step <= slots or v.stride()[:2] != (k_batch, k_row) or differentiable or cast or rows >= 2**31:
+    if step <= slots or slots == 0 or v.stride()[:2] != (k_batch, k_row) or differentiable or cast or rows >= 2**31:
         return k.flatten(0, 1), v.flatten(0, 1), slots
     keys, values = (x.as_strided((rows, *x.shape[2:]), (k_row, *x.stride()[2:])) for x in (k, v))
     return keys, values, step
