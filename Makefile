@@ -121,9 +121,14 @@ proof: install  ## unified training against two specialists of the same length; 
 
 # -- code and pages
 
-docs: install  ## renew the pages of docs/ that are written by code
+docs: install pages docs-check  ## renew the pages that code writes, and build the site into site/
+
+pages: install
 	$(BIN)/python -m tests.docs_pages
 	$(BIN)/python -m bench.report
+
+docs-check: install  ## build the site strictly: a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -134,7 +139,7 @@ format: install  ## what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-ci: lint test test-floor  ## what every change must pass
+ci: lint docs-check test test-floor  ## what every change must pass
 
 clean:  ## remove what was built; .venv stays
 	rm -rf .floor .newest build dist *.egg-info grit_kernels/*.so .pytest_cache .ruff_cache .mypy_cache

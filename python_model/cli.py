@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise SystemExit(f"grit: there is no command {name!r}\n\n{usage()}")
+    if not {"-h", "--help"} & set(rest):
+        from python_model.support.quiet import quiet
+
+        quiet()
     importlib.import_module(COMMANDS[name][0]).main(rest)
 
 

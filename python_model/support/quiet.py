@@ -1,0 +1,52 @@
+"""What the commands do not print: progress bars of loading and saving, reports about nothing, a message twice.
+
+``grit`` calls :func:`quiet` before every command. Messages are recognised by their text, each with the reason why it says nothing
+to the user of a command; whatever is not listed here is shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+LOAD_REPORT = "LOAD REPORT"
+PROBLEMS = ("MISSING", "MISMATCH", "CONVERSION")
+
+
+class KnownMessages(logging.Filter):
+    """Drops a log record of transformers that was shown before, or that only lists weights which a command leaves out on
+    purpose: an embedding model is loaded without the language-model head that its checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show the record."""
+        text = record.getMessage()
+        if LOAD_REPORT in text and not any(word in text for word in PROBLEMS):
+            return False
+        if record.levelno < logging.WARNING or text not in self.shown:
+            self.shown.add(text)
+            return True
+        return False
+
+
+def quiet() -> None:
+    """Print only what a command was asked for. Calling it again changes nothing."""
+    if not sys.warnoptions:  # -W and PYTHONWARNINGS decide otherwise
+        warnings.simplefilter("once")  # wherever it is raised from
+        # what Python shows to nobody but the author of a script
+        for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", hidden)
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    downloads = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # of loading and writing weights
+    if downloads:  # switched off with them, but a download is worth a bar
+        enable_progress_bars()
+    for handler in logging.getLogger("transformers").handlers:
+        if not any(isinstance(known, KnownMessages) for known in handler.filters):
+            handler.addFilter(KnownMessages())
