@@ -1,0 +1,377 @@
+"""The engine: one thread that owns the model, its arena and its scheduler. Requests come in from any thread, results go out.
+
+A request is a list of works (see scheduler.py), each with a ``sink`` that the engine's thread calls with events:
+
+    Generation   Token, .., Token     the last one has a ``finish``
+    TextWork     Vector or Score
+    either       Failure              instead of what is missing
+
+A step that fails is computed again work by work, so that what is wrong with one request fails that one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from python_model.generate.decode import Sampling
+from python_model.generate.text import TextStream, eos_token_ids
+from python_model.model.modeling import GritLM
+from python_model.serve import scheduler as plans
+from python_model.serve.arena import Arena
+from python_model.serve.step import Item, PackedStep, refusal
+
+if TYPE_CHECKING:
+    from python_model.serve.metrics import Metrics
+
+log = logging.getLogger("python_model.serve")
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A new token; ``text`` is what can be shown since the last one. At an EOS ``token`` is None. ``top``: (token, logprob)."""
+
+    token: int | None
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Vector:
+    """The embedding of a text: float32 (size), on the CPU."""
+
+    vector: Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-odds of the first of a text's two ``score`` tokens."""
+
+    score: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A work that did not end: it took too long, the server stops, or an error in computing it."""
+
+    kind: Literal["timeout", "stopped", "error"]
+    message: str
+
+
+Event = Token | Vector | Score | Failure
+Sink = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The sink of a work whose results nobody waits for."""
+
+
+@dataclass(eq=False)
+class TextWork(plans.Text):
+    """A text to embed or to score."""
+
+    sink: Sink = ignore
+
+
+@dataclass(eq=False)
+class Generation(plans.Sequence):
+    """A prompt to continue.
+
+    ``seed``: of the draws, default random. ``logprobs``: how many alternatives to report per token (0: the token's own
+    log-probability alone), None for nothing.
+    """
+
+    sink: Sink = ignore
+    sampling: Sampling = Sampling()
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    generator: torch.Generator | None = None
+    stream: TextStream | None = None
+    pieces: list[str] = field(default_factory=list)
+    last_token: float = 0.0
+
+
+class Engine:
+    """See the top of the file.
+
+    Args:
+        model: a GritLM in inference mode; ``mode="embedding"`` serves texts alone.
+        arena_rows: tokens of all sequences together, prompts and replies.
+        max_step_tokens: the largest step; a text to embed may have as many tokens.
+        metrics: what to tell about steps and tokens.
+        options: of :class:`~python_model.serve.scheduler.Scheduler`.
+
+    Raises:
+        ValueError: a model whose step is not known, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: GritLM,
+        *,
+        arena_rows: int,
+        max_step_tokens: int,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **options: Any,
+    ) -> None:
+        reason = refusal(model)
+        if reason is not None:
+            raise ValueError(reason)
+        config = model.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.model, self.metrics, self.clock = model, metrics, clock
+        self.arena = Arena(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            head_dim,
+            arena_rows,
+            max_step_tokens,
+            dtype=model.model.dtype,
+            device=model.device,
+        )
+        self.scheduler = plans.Scheduler(self.arena, max_step_tokens=max_step_tokens, **options)
+        self.packed_step = PackedStep(model, self.arena)
+        self.ends = frozenset(eos_token_ids(model)) if self.generates else frozenset()
+        self.positions = int(config.max_position_embeddings)
+        self._changed = threading.Condition()
+        self._state: Literal["new", "running", "draining", "stopped"] = "new"
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues prompts causally, with a language-model head."""
+        return self.model.mode != "embedding" and self.model.attn[2:] in ("", "cc")
+
+    @property
+    def accepts(self) -> bool:
+        """Whether new work is taken."""
+        return self._state == "running" and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._state = "running"
+        self._thread.start()
+
+    def submit(self, works: Sequence[TextWork | Generation]) -> None:
+        """Take all of a request's works, or none; their ``arrival`` is set here.
+
+        Raises:
+            QueueFull: too much waits. ValueError: a work that would never fit. RuntimeError: the engine stops.
+        """
+        if self._state in ("draining", "stopped"):
+            raise RuntimeError("the server stops and takes no more work")
+        now = self.clock()
+        for work in works:
+            work.arrival = work.last_token = now if isinstance(work, Generation) else now
+            if isinstance(work, Generation):
+                if not self.generates:
+                    raise ValueError(
+                        "model: it does not generate here (an embedding model, or one that reads prompts bidirectionally)"
+                    )
+                work.stream = TextStream(self.model.tokenizer, work.stop, work.pieces.append)
+                if work.sampling.temperature > 0:
+                    work.generator = torch.Generator(device=self.model.device)
+                    work.generator.manual_seed(work.seed if work.seed is not None else torch.seed() % 2**63)
+        with self._changed:
+            self.scheduler.add(list(works))
+            self._changed.notify_all()
+
+    def cancel(self, works: Sequence[plans.Work]) -> None:
+        """Nobody waits for these any more; their memory is free before the next step."""
+        for work in works:
+            work.cancelled = True
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Take no more work, finish what is there for ``drain_seconds``, fail the rest, end the thread."""
+        with self._changed:
+            started, self._state = self._state == "running", "draining"
+            self._changed.notify_all()
+        if started:
+            self._thread.join(drain_seconds)
+        with self._changed:
+            self._state = "stopped"
+            self._changed.notify_all()
+        if started:
+            self._thread.join()
+        self._fail(list(self.scheduler._all()), Failure("stopped", "the server was stopped"))
+
+    def step(self) -> bool:
+        """One step; False where there was nothing to do. The engine's thread calls it, or a test without one."""
+        with self._changed:
+            now = self.clock()
+            expired = self.scheduler.reap(now)
+            plan = self.scheduler.plan(now)
+        self._fail(expired, Failure("timeout", "the request took longer than the server allows"))
+        if not plan:
+            return False
+        start = time.perf_counter()
+        outcomes = self._isolated(plan)
+        seconds = time.perf_counter() - start
+        decoding = sum(isinstance(work, Generation) and work.decoding for work, _ in plan)
+        told: list[tuple[Any, Event]] = []
+        with self._changed:
+            tokens = sum(count for _, count in plan)
+            self.scheduler.report(tokens, seconds, decoding > 0)
+            for (work, count), outcome in zip(plan, outcomes, strict=True):
+                told += [(work, event) for event in self._apply(work, count, outcome)]
+        for work, event in told:
+            self._tell(work, event)
+        if self.metrics is not None:
+            self.metrics.step(self.scheduler, tokens, decoding, seconds)
+        return True
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._state == "running" and self.scheduler.idle:
+                    self._changed.wait()
+                if self._state == "stopped" or (self._state == "draining" and self.scheduler.idle):
+                    return
+            try:
+                if not self.step():
+                    time.sleep(0.001)  # works that are left wait for memory that a cancelled one frees
+            except Exception as error:
+                log.exception("a step failed outside of its works")
+                with self._changed:
+                    lost = list(self.scheduler._all())
+                    for work in lost:
+                        work.cancelled = True
+                    self.scheduler.reap(self.clock())
+                self._fail(lost, Failure("error", f"{type(error).__name__} in the server"))
+
+    def _isolated(self, plan: list[tuple[plans.Work, int]]) -> list[Any]:
+        try:
+            return self._compute(plan)
+        except Exception as error:
+            if len(plan) == 1:
+                log.exception("a work failed")
+                return [Failure("error", f"{type(error).__name__} in the server")]
+            return [self._isolated([entry])[0] for entry in plan]
+
+    @torch.no_grad()
+    def _compute(self, plan: list[tuple[plans.Work, int]]) -> list[Any]:
+        """Per work: a vector, a score, logits (vocabulary) of the next token, or None after a piece of a prompt."""
+        items = [_item(work, count) for work, count in plan]
+        hidden, offsets = self.packed_step(items)
+        outcomes: list[Any] = [None] * len(plan)
+        embedded = [i for i, (work, _) in enumerate(plan) if isinstance(work, TextWork) and work.score is None]
+        if embedded:
+            rows = torch.cat([hidden[offsets[i] : offsets[i + 1]] for i in embedded])
+            lengths = torch.tensor([0] + [offsets[i + 1] - offsets[i] for i in embedded]).cumsum(0)
+            skips = torch.tensor([plan[i][0].instruction_len for i in embedded], dtype=torch.int32)  # type: ignore[attr-defined]
+            device = hidden.device
+            pooled = self.model.pool(rows, lengths.to(device=device, dtype=torch.int32), skips.to(device)).cpu()
+            for place, i in enumerate(embedded):
+                outcomes[i] = pooled[place].clone()
+        ending = [
+            i
+            for i, (work, count) in enumerate(plan)
+            if (isinstance(work, Generation) and work.done + count == len(work.tokens))
+            or (isinstance(work, TextWork) and work.score is not None)
+        ]
+        if ending:
+            last = torch.tensor([offsets[i + 1] - 1 for i in ending], device=hidden.device)
+            logits = self.packed_step.logits(hidden[last])
+            for place, i in enumerate(ending):
+                outcomes[i] = logits[place]
+        return outcomes
+
+    def _apply(self, work: Any, count: int, outcome: Any) -> list[Event]:
+        """Take a work's outcome into account; the events to tell."""
+        if isinstance(outcome, Failure):
+            self._drop(work)
+            return [outcome]
+        if isinstance(work, TextWork):
+            self.scheduler.remove(work)
+            if work.score is None:
+                return [Vector(outcome)]
+            yes, no = work.score
+            return [Score(float(outcome[yes].float() - outcome[no].float()))]
+        work.done += count
+        if outcome is None or work.cancelled:
+            return []
+        try:
+            return [self._next_token(work, outcome)]
+        except Exception as error:
+            log.exception("choosing a token failed")
+            self._drop(work)
+            return [Failure("error", f"{type(error).__name__} in the server")]
+
+    def _next_token(self, work: Generation, logits: Tensor) -> Token:
+        assert work.stream is not None
+        token = int(work.sampling.choose(logits[None], work.generator))
+        logprob, top = _log_probabilities(logits, token, work.logprobs)
+        now = self.clock()
+        if self.metrics is not None:
+            self.metrics.token(now - work.last_token, first=not work.decoding)
+        work.last_token = now
+        finish: Finish | None = None
+        if token in self.ends:
+            finish = "stop"
+        else:
+            work.tokens.append(token)
+            if work.stream.push(token):
+                finish = "stop"
+            elif len(work.tokens) - work.prompt == work.max_tokens:
+                finish = "length"
+        if finish is not None:
+            work.stream.finish()
+            self.scheduler.finish(work)
+        text = "".join(work.pieces)
+        work.pieces.clear()
+        return Token(None if token in self.ends else token, text, logprob, top, finish)
+
+    def _drop(self, work: Any) -> None:
+        if isinstance(work, Generation):
+            work.shareable = False  # whatever its rows hold
+            self.scheduler.finish(work)
+        else:
+            self.scheduler.remove(work)
+
+    def _fail(self, works: Sequence[Any], failure: Failure) -> None:
+        for work in works:
+            self._tell(work, failure)
+
+    def _tell(self, work: Any, event: Event) -> None:
+        if work.cancelled:
+            return
+        try:
+            work.sink(event)
+        except Exception:
+            # such as an event loop that is closed: nobody waits for this work
+            log.exception("a result could not be handed over")
+            self.cancel([work])
+
+
+def _item(work: plans.Work, count: int) -> Item:
+    if isinstance(work, TextWork):
+        return Item(work.tokens, None, 0, work.causal, work.causal_prefix)
+    assert isinstance(work, Generation)
+    return Item(work.tokens[work.done : work.done + count], work.interval, work.done)
+
+
+def _log_probabilities(
+    logits: Tensor, token: int, alternatives: int | None
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """Of the chosen token, and of the likeliest ones, before any temperature."""
+    if alternatives is None:
+        return None, ()
+    logprobs = logits.float().log_softmax(dim=-1)
+    best = logprobs.topk(alternatives) if alternatives else None
+    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return float(logprobs[token]), top

@@ -1,0 +1,326 @@
+"""Every request's result equals its result alone, whatever shares the step."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from python_model import GritLM
+from python_model.generate.decode import Sampling, decode
+from python_model.serve.engine import Failure, Generation, Score, TextWork, Token, Vector
+from python_model.serve.scheduler import QueueFull
+from tests.python_model.serve.conftest import SteppedEngine, collect
+
+WORDS = 300  # ids of the tiny vocabulary that are plain tokens: 3 .. WORDS
+
+
+def ids(source: random.Random, length: int) -> list[int]:
+    return [1] + [source.randrange(3, WORDS) for _ in range(length - 1)]
+
+
+def alone(model: GritLM, prompt: list[int], new: list[int]) -> torch.Tensor:
+    """Logits that each of ``new`` was chosen from, by the model's own forward over the whole sequence."""
+    with torch.no_grad():
+        whole = torch.tensor([prompt + new])
+        return model.model(input_ids=whole).logits[0, len(prompt) - 1 : -1].float()
+
+
+def draw_works(source: random.Random, count: int) -> list[tuple[int, TextWork | Generation]]:
+    """(step of arrival, work): prompts, of which some share their beginning, and texts."""
+    shared = ids(source, 40)
+    works: list[tuple[int, TextWork | Generation]] = []
+    for _ in range(count):
+        when = source.randrange(12)
+        kind = source.choice(["prompt", "prompt", "shared", "query", "bulk", "score"])
+        if kind in ("prompt", "shared"):
+            start = shared[: source.randrange(18, 40)] if kind == "shared" else []
+            prompt = [*start, *ids(source, source.randrange(1, 70))]
+            works.append((when, Generation(prompt, max_tokens=source.randrange(1, 20))))
+        else:
+            length = source.randrange(2, 60)
+            score = (5, 9) if kind == "score" else None
+            text = TextWork(ids(source, length), bulk=kind == "bulk", causal=kind == "score", score=score)
+            text.instruction_len = source.randrange(0, length - 1)
+            works.append((when, text))
+    return works
+
+
+def serve(engine: SteppedEngine, works: list[tuple[int, Any]], source: random.Random) -> list[list[Any]]:
+    """Submit each work at its step, cancel some others on the way, run to the end."""
+    events = [collect(work) for _, work in works]
+    noise = [Generation(ids(source, 30), max_tokens=30) for _ in range(2)]
+    for step in range(14):
+        for when, work in works:
+            if when == step:
+                engine.submit([work])
+        if step == 3:
+            engine.submit(noise)
+        if step == 6:
+            engine.cancel(noise)
+        engine.step()
+        engine.scheduler.budget = source.choice([16, 32, 64, 96])
+        engine.now += source.choice([0.01, 3.0])
+    engine.run()
+    return events
+
+
+def check(model: GritLM, engine: SteppedEngine, works: list[tuple[int, Any]], events: list[list[Any]]) -> None:
+    for (_, work), found in zip(works, events, strict=True):
+        if isinstance(work, Generation):
+            new = [event.token for event in found if isinstance(event, Token) and event.token is not None]
+            assert len(new) == len(found) - (found[-1].token is None) and found[-1].finish is not None
+            (expected,) = decode(
+                model.model,
+                [work.tokens[: work.prompt]],
+                max_new_tokens=work.max_tokens,
+                eos_token_ids=sorted(engine.ends),
+            )
+            assert new == expected
+            logits = torch.stack(engine.logits[id(work)])[: len(new)]
+            if new:
+                reference = alone(model, work.tokens[: work.prompt], new)
+                torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
+            continue
+        (event,) = found
+        pack = model.embedding_pack([len(work.tokens)], [work.instruction_len])
+        if work.score is None:
+            with torch.no_grad():
+                hidden = model.hidden_states(torch.tensor(work.tokens), pack)
+                vector = model.pool(hidden, pack.cu_seqlens, pack.instruction_lens)[0]
+            assert isinstance(event, Vector)
+            torch.testing.assert_close(event.vector, vector, rtol=0, atol=1e-5)
+        else:
+            with torch.no_grad():
+                last = model.model(input_ids=torch.tensor([work.tokens])).logits[0, -1]
+            assert isinstance(event, Score)
+            assert event.score == pytest.approx(float(last[5] - last[9]), abs=1e-5)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**20), arena=st.sampled_from([130, 260, 1000]), reuse=st.booleans())
+def test_results_equal_those_alone_over_random_schedules(
+    served_model: GritLM, seed: int, arena: int, reuse: bool
+) -> None:
+    source = random.Random(seed)
+    engine = SteppedEngine(
+        served_model, arena_rows=arena, max_step_tokens=96, max_sequences=source.choice([2, 5, 20]), reuse=reuse
+    )
+    works = draw_works(source, 12)
+    events = serve(engine, works, source)
+    check(served_model, engine, works, events)
+    held = sum(sequence.done for sequence in engine.scheduler.held)
+    assert engine.arena.used == held, "memory is lost"
+
+
+def test_bfloat16_results_keep_the_accuracy_rule(checkpoint: Path) -> None:
+    model, exact = GritLM(checkpoint, dtype=torch.bfloat16), GritLM(checkpoint, dtype=torch.float32)
+    exact.model.load_state_dict({name: x.float() for name, x in model.model.state_dict().items()})
+    source = random.Random(4)
+    engine = SteppedEngine(model, arena_rows=400, max_step_tokens=96)
+    works = draw_works(source, 12)
+    events = serve(engine, works, source)
+    for (_, work), found in zip(works, events, strict=True):
+        if isinstance(work, TextWork):
+            continue
+        prompt = work.tokens[: work.prompt]
+        new = [event.token for event in found if event.token is not None]
+        if not new:
+            continue
+        logits = torch.stack(engine.logits[id(work)])[: len(new)]
+        truth, by_itself = alone(exact, prompt, new), alone(model, prompt, new)
+        allowed = 2 * (by_itself - truth).abs().max() + torch.finfo(torch.bfloat16).eps * truth.abs().max()
+        assert (logits - truth).abs().max() <= allowed
+        # tokens are those of the model by itself up to the first place where its two best are closer than that
+        best = by_itself.topk(2).values
+        sure = (best[:, 0] - best[:, 1] > allowed).tolist()
+        first_unsure = sure.index(False) if False in sure else len(new)
+        assert new[:first_unsure] == by_itself.argmax(dim=1).tolist()[:first_unsure]
+
+
+def tiny(family: str) -> Any:
+    import transformers
+
+    torch.manual_seed(1)
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+    }
+    extra = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1} if family == "Qwen2" else {}
+    config = getattr(transformers, f"{family}Config")(**sizes, **extra)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_other_families_equal_their_own_forward(
+    family: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(family).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = GritLM(tmp_path, dtype=torch.float32)
+    source = random.Random(2)
+    engine = SteppedEngine(model, arena_rows=300, max_step_tokens=96)
+    works = draw_works(source, 10)
+    check(model, engine, works, serve(engine, works, source))
+
+
+def test_a_model_whose_step_is_unknown_is_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
+    tiny("Gemma2").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^model: expected one with layers of LlamaDecoderLayer.*Gemma2DecoderLayer"):
+        SteppedEngine(GritLM(tmp_path, dtype=torch.float32), arena_rows=300, max_step_tokens=96)
+
+
+@pytest.mark.parametrize("attn", ["bb", "cc", "cb"])
+def test_embeddings_equal_encode_in_every_attention_variant(checkpoint: Path, attn: str) -> None:
+    model = GritLM(checkpoint, dtype=torch.float32, attn=attn, pooling_method="lasttoken" if attn == "cc" else "mean")
+    engine = SteppedEngine(model, arena_rows=200, max_step_tokens=128)
+    source = random.Random(0)
+    works: list[Any] = [(0, Generation(ids(source, 20), max_tokens=8))]
+    for length, skip in ((90, 5), (70, 0), (3, 1)):
+        prefix = skip if attn == "cb" else None
+        works.append(
+            (1, TextWork(ids(source, length), causal=attn == "cc", causal_prefix=prefix, instruction_len=skip))
+        )
+    check(model, engine, works, serve(engine, works, source))
+
+
+def test_samples_of_few_rows_in_a_call_of_their_own_change_nothing(served_model: GritLM) -> None:
+    source = random.Random(3)
+    engine = SteppedEngine(served_model, arena_rows=600, max_step_tokens=96)
+    engine.packed_step.split = True
+    engine.packed_step.group = 16  # so that some pieces and texts are long
+    works = draw_works(source, 12)
+    check(served_model, engine, works, serve(engine, works, source))
+
+
+def sampled(engine: SteppedEngine, prompt: list[int], seed: int, beside: int = 0) -> list[int | None]:
+    work = Generation(list(prompt), max_tokens=12, sampling=Sampling(1.0, 0, 0.9), seed=seed)
+    events = collect(work)
+    others = [Generation([*prompt, 7 + i], max_tokens=12, sampling=Sampling(1.0), seed=i) for i in range(beside)]
+    engine.submit([*others, work])
+    engine.run()
+    return [event.token for event in events if isinstance(event, Token)]
+
+
+def test_draws_of_a_seed_are_the_same_whatever_is_drawn_beside_them(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=400, max_step_tokens=96)
+    prompt = ids(random.Random(1), 20)
+    first = sampled(engine, prompt, seed=5)
+    assert sampled(engine, prompt, seed=5, beside=4) == first
+    assert any(sampled(engine, prompt, seed=seed) != first for seed in range(6, 10))
+
+
+def test_an_equal_beginning_is_computed_once(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=1000, max_step_tokens=64)
+    source = random.Random(1)
+    system = ids(source, 50)
+    works = [Generation([*system, *ids(source, 5)], max_tokens=3) for _ in range(4)]
+    events = [collect(work) for work in works]
+    engine.submit(works)  # together: three of them wait for the first
+    engine.run()
+    assert sorted(work.reused for work in works) == [0, 51, 51, 51]  # all start their own part with BOS
+    later = Generation([*system, 9, 9], max_tokens=3)
+    events.append(collect(later))
+    engine.submit([later])
+    engine.run()
+    assert later.reused == 50
+    check(served_model, engine, [(0, work) for work in [*works, later]], events)
+
+
+def test_states_of_an_ended_sequence_give_way_to_a_prompt_that_needs_the_room(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=100, max_step_tokens=96)
+    source = random.Random(1)
+    first = ids(source, 60)
+    for prompt, tokens, reused in ((first, 2, 0), (ids(source, 30), 5, 0), (first[:30] + ids(source, 60), 10, 0)):
+        work = Generation(list(prompt), max_tokens=tokens)
+        events = collect(work)
+        engine.submit([work])
+        engine.run()
+        assert work.reused == reused
+        check(served_model, engine, [(0, work)], [events])
+
+
+def test_a_failing_work_fails_alone(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=400, max_step_tokens=96)
+    source = random.Random(1)
+    works: list[Any] = [
+        (0, Generation(ids(source, 20), max_tokens=6)),
+        (0, TextWork(ids(source, 20))),
+        (0, Generation([1, 10**6, 5], max_tokens=6)),  # no such token
+        (0, TextWork([1, 10**6])),
+    ]
+    events = serve(engine, works, source)
+    for found in events[2:]:
+        assert [type(event) for event in found] == [Failure] and found[0].kind == "error"
+        assert "10" not in found[0].message
+    check(served_model, engine, works[:2], events[:2])
+
+
+def test_deadlines_and_cancelling_free_memory_and_queue(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=100, max_step_tokens=96, reuse=False)
+    source = random.Random(1)
+    late = Generation(ids(source, 20), max_tokens=60, deadline=1.0)
+    gone, waits = Generation(ids(source, 20), max_tokens=60), Generation(ids(source, 20), max_tokens=60)
+    events = [collect(work) for work in (late, gone, waits)]
+    engine.submit([late, gone, waits])
+    for _ in range(3):
+        engine.step()
+    assert engine.arena.used == 79 and not waits.done
+    engine.now = 2.0
+    engine.cancel([gone])
+    engine.step()
+    assert isinstance(events[0][-1], Failure) and events[0][-1].kind == "timeout"
+    assert events[1] == [] and waits.done
+    engine.run()
+    assert engine.arena.used == 0
+
+
+def test_too_much_in_the_queue_is_refused_with_a_time(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=100, max_step_tokens=96, max_queued_tokens=50)
+    source = random.Random(1)
+    engine.submit([TextWork(ids(source, 40))])
+    with pytest.raises(QueueFull) as refused:
+        engine.submit([TextWork(ids(source, 40))])
+    assert refused.value.retry_after >= 1
+    engine.run()
+    engine.submit([TextWork(ids(source, 40))])
+    with pytest.raises(ValueError, match="^max_tokens: expected prompt and reply within 100 tokens, got 40 \\+ 70"):
+        engine.submit([Generation(ids(source, 40), max_tokens=70)])
+    with pytest.raises(ValueError, match="^text: expected at most 96 tokens, got 97"):
+        engine.submit([TextWork(ids(source, 97))])
+
+
+def test_a_closed_engine_fails_what_is_left_and_takes_no_more(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=4000, max_step_tokens=96)
+    work = Generation(ids(random.Random(0), 20), max_tokens=3000)
+    events = collect(work)
+    engine.start()
+    engine.submit([work])
+    engine.close(drain_seconds=0.05)
+    assert isinstance(events[-1], Failure) and events[-1].kind == "stopped"
+    assert not engine.accepts
+    with pytest.raises(RuntimeError, match="stops"):
+        engine.submit([work])
+
+
+def test_a_closing_engine_finishes_what_it_has_begun(served_model: GritLM) -> None:
+    engine = SteppedEngine(served_model, arena_rows=400, max_step_tokens=96)
+    work = Generation(ids(random.Random(0), 20), max_tokens=20)
+    events = collect(work)
+    engine.start()
+    engine.submit([work])
+    engine.close(drain_seconds=60)
+    assert isinstance(events[-1], Token) and events[-1].finish is not None

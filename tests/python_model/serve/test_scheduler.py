@@ -1,0 +1,162 @@
+"""What the scheduler promises: decoding first, pieces of prompts, nobody starves, the budget follows the target."""
+
+from __future__ import annotations
+
+import pytest
+
+from python_model.serve.arena import Arena
+from python_model.serve.scheduler import Scheduler, Sequence, Text, Work
+
+
+def scheduler(rows: int = 1000, step: int = 64, **options: float) -> Scheduler:
+    return Scheduler(Arena(1, 1, 8, rows, 64), max_step_tokens=step, **options)  # type: ignore[arg-type]
+
+
+def prompt(length: int, first: int = 0, max_tokens: int = 10, arrival: float = 0.0) -> Sequence:
+    return Sequence(list(range(first, first + length)), arrival=arrival, max_tokens=max_tokens)
+
+
+def text(length: int, *, bulk: bool = False, arrival: float = 0.0) -> Text:
+    return Text([0] * length, arrival=arrival, bulk=bulk)
+
+
+def run(plan: list[tuple[Work, int]], scheduler: Scheduler) -> None:
+    """What a step does to the scheduler's works."""
+    for work, count in plan:
+        if isinstance(work, Text):
+            scheduler.remove(work)
+        elif isinstance(work, Sequence):
+            assert work.interval is not None
+            work.done += count
+            work.interval.filled = work.done
+            if work.done == len(work.tokens):
+                work.tokens.append(0)
+                if len(work.tokens) - work.prompt == work.max_tokens:
+                    scheduler.finish(work)
+
+
+def test_decoding_goes_first_then_interactive_by_arrival_then_bulk() -> None:
+    s = scheduler()
+    decoding = prompt(5)
+    s.add([decoding])
+    run(s.plan(0.0), s)
+    bulk, query, new = text(8, bulk=True, arrival=0.1), text(8, arrival=0.3), prompt(9, 100, arrival=0.2)
+    s.add([bulk, query, new])
+    assert s.plan(0.4) == [(decoding, 1), (new, 9), (query, 8), (bulk, 8)]
+
+
+def test_a_long_prompt_is_cut_into_pieces_that_leave_room_for_decoding() -> None:
+    s = scheduler(step=32)
+    decoding, long = prompt(5), prompt(100, 200)
+    s.add([decoding])
+    run(s.plan(0.0), s)
+    s.add([long])
+    counts = []
+    while long.done < 100:
+        plan = s.plan(0.0)
+        assert plan[0] == (decoding, 1) or decoding not in s.running
+        counts += [count for work, count in plan if work is long]
+        run(plan, s)
+    assert counts == [31, 31, 31, 7]
+
+
+def test_a_text_goes_in_whole_or_not_at_all() -> None:
+    s = scheduler(step=32)
+    s.add([text(20), text(20), text(12)])
+    assert [count for _, count in s.plan(0.0)] == [20]
+
+
+def test_bulk_texts_are_not_starved_by_interactive_ones() -> None:
+    s = scheduler(step=32, ageing=5.0)
+    old = text(30, bulk=True, arrival=0.0)
+    s.add([old])
+    now, served = 0.0, None
+    for _ in range(100):
+        now += 0.5
+        s.add([text(30, arrival=now), text(30, arrival=now)])  # more than a step can take
+        plan = s.plan(now)
+        if any(work is old for work, _ in plan):
+            served = now
+            break
+        run(plan, s)
+    # two interactive texts arrive per step that serves one: those before ageing ends stand ahead
+    assert served is not None and served <= 5.0 + 10 * 0.5 + 0.5
+
+
+def test_a_long_bulk_text_beside_decoding_waits_for_its_age_and_then_goes_in_one_at_a_time() -> None:
+    s = scheduler(step=64, ageing=5.0)
+    s.add([prompt(5, max_tokens=500)])
+    run(s.plan(0.0), s)
+    s.budget = 20.0
+    s.add([text(60, bulk=True), text(60, bulk=True)])
+    served = []
+    for tick in range(1, 24):
+        plan = s.plan(tick * 0.5)
+        served += [tick * 0.5 for work, _ in plan if isinstance(work, Text)]
+        run(plan, s)
+    assert served == [5.0, 10.0]
+
+
+def test_an_interactive_text_longer_than_the_budget_goes_in_at_once() -> None:
+    s = scheduler(step=64)
+    s.add([prompt(5, max_tokens=500)])
+    run(s.plan(0.0), s)
+    s.budget = 20.0
+    query = text(60)
+    s.add([query])
+    assert any(work is query for work, _ in s.plan(0.1))
+
+
+def test_the_budget_shrinks_after_slow_steps_and_grows_after_full_fast_ones() -> None:
+    s = scheduler(step=64, target_seconds=0.1)
+    s.report(64, 0.4, decoding=True)
+    assert s.budget == 32
+    s.report(5, 0.01, decoding=True)
+    assert s.budget == 32, "a small step says nothing about larger ones"
+    for _ in range(10):
+        s.report(int(s.budget), 0.05, decoding=True)
+    assert s.budget == 64
+    s.report(64, 0.4, decoding=False)
+    assert s.budget == 64
+
+
+def test_nothing_starts_before_there_is_room_for_prompt_and_reply() -> None:
+    s = scheduler(rows=100)
+    first, second = prompt(40, max_tokens=21), prompt(40, 200, max_tokens=2)
+    s.add([first, second])
+    while first in s.running or s.waiting:
+        plan = s.plan(0.0)
+        assert second not in s.running or first not in s.running
+        run(plan, s)
+    assert second in s.running
+
+
+def test_a_prompt_waits_for_the_one_that_reads_the_same_beginning_and_lets_others_pass() -> None:
+    s = scheduler(rows=1000, step=32)
+    first, same, other = prompt(100), prompt(100), prompt(20, 500)
+    s.add([first, same, other])
+    s.plan(0.0)
+    assert s.running == [first, other] and list(s.waiting) == [same]
+    for _ in range(6):
+        run(s.plan(0.0), s)
+    assert same.reused == 99
+
+
+def test_cancelling_the_sequence_that_others_wait_for_lets_them_start() -> None:
+    s = scheduler(rows=1000, step=32)
+    first, same = prompt(100), prompt(100)
+    s.add([first, same])
+    run(s.plan(0.0), s)
+    first.cancelled = True
+    assert s.reap(0.0) == []
+    s.plan(0.0)
+    assert s.running == [same] and same.reused == 32
+
+
+@pytest.mark.parametrize("rows", [150, 300])
+def test_a_backlog_ends_and_leaves_no_memory_behind(rows: int) -> None:
+    s = scheduler(rows=rows, step=32)
+    s.add([prompt(20 + 7 * i, 50 * (i % 3), max_tokens=5 + i) for i in range(12)])
+    for _ in range(1000):
+        run(s.plan(0.0), s)
+    assert s.idle and s.arena.used == sum(h.done for h in s.held)
