@@ -113,7 +113,7 @@ def cpu_isa(name: str) -> Iterator[None]:
     """Run the CPU kernels of one instruction set inside (process-wide); for tests and benchmarks."""
     previous = os.environ.get("GRIT_KERNELS_CPU_ISA") or None
     if _handle().grit_kernels_set_cpu_isa(name.encode()):
-        raise ValueError(f"instruction set: got {name!r}, this CPU accepts {', '.join(cpu_isas())}")
+        raise ValueError(f"instruction set: expected one of {', '.join(cpu_isas())} on this CPU, got {name!r}")
     try:
         yield
     finally:

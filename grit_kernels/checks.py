@@ -19,7 +19,7 @@ def is_integer(x: object, *shape: int) -> bool:
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
     """ValueError unless ``x`` is on ``device``."""
     if x.device != device:
-        raise ValueError(f"{name}: is on {x.device}, accepted is {device}, where the first argument is")
+        raise ValueError(f"{name}: expected a tensor on {device} like the first argument, got one on {x.device}")
 
 
 def readable(x: Tensor) -> bool:

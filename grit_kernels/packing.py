@@ -162,7 +162,7 @@ class SamplePack:
         if self.indices is None or self.padded_shape is None:
             raise ValueError("this SamplePack was not made from a padded batch (SamplePack.from_mask)")
         if packed.shape[0] != self.tokens:
-            raise ValueError(f"packed: got {packed.shape[0]} rows, the pack has {self.tokens} tokens")
+            raise ValueError(f"packed: expected the {self.tokens} tokens of the pack, got {packed.shape[0]} rows")
         batch, length = self.padded_shape
         flat = packed.new_zeros((batch * length, *packed.shape[1:]))
         return flat.index_copy(0, self.indices, packed).unflatten(0, (batch, length))

@@ -47,8 +47,8 @@ struct Call {
       : kernels(*grit::kernels().contrastive) {
     STD_TORCH_CHECK(q.dim() == 2 && p.dim() == 2 && q.size(1) == p.size(1) && q.scalar_type() == p.scalar_type(),
                     "queries, passages: expected (Q, D) and (P, D) of one dtype");
-    STD_TORCH_CHECK(q.size(0) > 0 && p.size(0) > 0, "queries, passages: got an empty batch");
-    STD_TORCH_CHECK(p.size(0) < std::numeric_limits<int32_t>::max() - 64, "passages: got more than 2^31 rows");
+    STD_TORCH_CHECK(q.size(0) > 0 && p.size(0) > 0, "queries, passages: expected at least one row each");
+    STD_TORCH_CHECK(p.size(0) < std::numeric_limits<int32_t>::max() - 64, "passages: expected fewer than 2^31 rows");
     STD_TORCH_CHECK(query_ids.has_value() == passage_ids.has_value(), "query_ids, passage_ids: expected both or neither");
     problem.dtype = dtype_of(q, "queries");
     problem.queries = q.size(0);
@@ -83,8 +83,8 @@ struct Call {
     const int64_t* wanted = int64_data(target, problem.queries, "targets");
     targets.assign(padded_queries, -1);
     for (int64_t i = 0; i < problem.queries; ++i) {
-      STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < problem.passages, "targets: got ", wanted[i], " for query ", i,
-                      ", accepted are values in 0..", problem.passages - 1);
+      STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < problem.passages, "targets: expected values in 0..", problem.passages - 1, ", got ",
+                      wanted[i], " for query ", i);
       targets[i] = (int32_t)wanted[i];
     }
     problem.targets = targets.data();

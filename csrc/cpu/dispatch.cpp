@@ -59,7 +59,7 @@ const Kernels* find(const char* wanted) {
     if (!wanted || !std::strcmp(wanted, list[i].table->name)) return list[i].table;
     usable += (usable.empty() ? "" : ", ") + std::string(list[i].table->name);
   }
-  throw std::runtime_error("GRIT_KERNELS_CPU_ISA: got '" + std::string(wanted) + "', this CPU accepts " + usable);
+  throw std::runtime_error("GRIT_KERNELS_CPU_ISA: expected one of " + usable + " on this CPU, got '" + std::string(wanted) + "'");
 }
 
 std::atomic<const Kernels*> chosen{nullptr};

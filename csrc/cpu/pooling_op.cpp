@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_out, Tensor hidden, Tensor 
   };
   for (int64_t b = 0; b < batch; ++b) {
     if (start[b] >= end[b] || !(denominator[b] > 0)) continue;
-    STD_TORCH_CHECK(start[b] >= at && end[b] <= rows, "row_start, row_end: sample ", b, " has rows [", start[b], ", ", end[b],
-                    "), accepted are ranges in order that do not overlap, within ", rows, " rows");
+    STD_TORCH_CHECK(start[b] >= at && end[b] <= rows, "row_start, row_end: expected ranges in order that do not overlap, within ",
+                    rows, " rows, got [", start[b], ", ", end[b], ") for sample ", b);
     add(-1, at, start[b]);
     add(b, start[b], end[b]);
     at = end[b];

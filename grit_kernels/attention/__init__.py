@@ -154,7 +154,7 @@ def switch_attention_varlen(
     else:
         starts_k, k_len = check_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, device)
     if k_len.shape[0] != batch:
-        raise ValueError(f"cu_seqlens_k: got {k_len.shape[0]} samples, cu_seqlens_q has {batch}")
+        raise ValueError(f"cu_seqlens_k: expected the {batch} samples of cu_seqlens_q, got {k_len.shape[0]}")
     flags = causal_flags(causal, batch, device)
     out, lse = _call(
         q,
@@ -252,7 +252,7 @@ def packed_attention(
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
     if q.shape[0] != pack.tokens or k.shape[0] != pack.tokens:
-        raise ValueError(f"q, k: got {q.shape[0]} and {k.shape[0]} rows, the pack has {pack.tokens} tokens")
+        raise ValueError(f"q, k: expected the {pack.tokens} tokens of the pack, got {q.shape[0]} and {k.shape[0]} rows")
     ranges = (pack.starts, pack.lengths, pack.starts, pack.lengths)
     options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
     return _call(q, k, v, ranges, bounds, pack.hi, (0, 0, pack.max_seqlen, pack.max_seqlen), *options)[0]
@@ -359,5 +359,7 @@ def _call(
     if use_reference(q.device):
         return reference.attention_forward(q, k, v, *ranges, *window, hi, *rows, softmax_scale, softcap)
     if q.dtype == torch.float64:
-        raise TypeError("q: got torch.float64, which only `with grit_kernels.backend('reference')` accepts")
+        raise TypeError(
+            "q: expected float32, bfloat16 or float16, got torch.float64, which needs `with grit_kernels.backend('reference')`"
+        )
     return torch.ops.grit_kernels.attention_forward(q, k, v, *ranges, *window, hi, *rows, softmax_scale, softcap)

@@ -28,20 +28,21 @@ def check_qkv(
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype and autocast_dtype(q.device) is None:
-            raise TypeError(f"{name}: got {x.dtype}, q has {q.dtype}")
+            raise TypeError(f"{name}: expected {q.dtype} as q has, got {x.dtype}")
         check_device(name, x, q.device)
     dim = q.shape[-1]
     if dim % 8 or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim that is a multiple of 8 in {MIN_HEAD_DIM}..{MAX_HEAD_DIM}, got {dim}")
     if k.shape[-1] != dim or v.shape != k.shape:
         raise ValueError(
-            f"{names[1]}, {names[2]}: got shapes {tuple(k.shape)} and {tuple(v.shape)} for q {tuple(q.shape)}"
+            f"{names[1]}, {names[2]}: expected equal shapes with the head dim of q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if ndim == 4:
         if q.shape[0] == 0:
-            raise ValueError(f"q: got an empty batch, shape {tuple(q.shape)}")
+            raise ValueError(f"q: expected at least one sample, got shape {tuple(q.shape)}")
         if k.shape[0] != q.shape[0]:
-            raise ValueError(f"{names[1]}: got batch {k.shape[0]}, q has {q.shape[0]}")
+            raise ValueError(f"{names[1]}: expected batch {q.shape[0]} as q has, got {k.shape[0]}")
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q: expected a multiple of {names[1]}'s {k.shape[-2]} heads, got {q.shape[-2]}")
     return dense_rows(q), dense_rows(k), dense_rows(v)
@@ -66,7 +67,7 @@ def window_argument(window_size: tuple[int, int] | Tensor, batch: int) -> tuple[
                 f"window_size: expected a pair of ints or an int32 tensor ({batch}, 2), got {described(window_size)}"
             )
         if readable(window_size) and bool((window_size < -1).any()):
-            raise ValueError(f"window_size: got an entry below -1: {window_size.tolist()}")
+            raise ValueError(f"window_size: expected entries >= -1, got {window_size.tolist()}")
         return window_size
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(
@@ -105,8 +106,8 @@ def staircase(
         if bool(inside.any()):
             first = int(inside.nonzero()[0])
             raise ValueError(
-                f"hi: got a value at row {int(row[first])} of sample {int(sample[first])} below the one before it, "
-                "accepted are values that never decrease"
+                f"hi: expected values that never decrease within a sample, "
+                f"got a lower one at row {int(row[first])} of sample {int(sample[first])}"
             )
     return flat
 
@@ -140,7 +141,9 @@ def check_lengths(
         if table[0] != 0 or table[-1] != tokens or min(steps) < 0:
             raise ValueError(f"{name}: expected a non-decreasing table from 0 to {tokens}, got {table}")
         if max(steps) > max_seqlen:
-            raise ValueError(f"{max_name}: got {max_seqlen}, the longest sample has {max(steps)} tokens")
+            raise ValueError(
+                f"{max_name}: expected at least {max(steps)}, the length of the longest sample, got {max_seqlen}"
+            )
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     lengths = lengths.to(device=device, dtype=torch.int32)
     return cu_seqlens[:-1].to(device=device, dtype=torch.int32).contiguous(), lengths

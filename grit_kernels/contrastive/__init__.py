@@ -88,8 +88,8 @@ def contrastive_loss(
     _check_targets(targets, count, candidates, in_batch_negatives)
     if mask_ids is not None and (mask_ids[0].shape != (count,) or mask_ids[1].shape != (candidates,)):
         raise ValueError(
-            f"mask_ids: got shapes {tuple(mask_ids[0].shape)} and {tuple(mask_ids[1].shape)}, "
-            f"accepted are ({count},) and ({candidates},)"
+            f"mask_ids: expected shapes ({count},) and ({candidates},), "
+            f"got {tuple(mask_ids[0].shape)} and {tuple(mask_ids[1].shape)}"
         )
     if weights is not None and weights.shape != (count,):
         raise ValueError(f"weights: expected ({count},), got shape {tuple(weights.shape)}")
@@ -185,10 +185,11 @@ def _check(queries: Tensor, passages: Tensor) -> None:
         if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
             raise ValueError(f"{name}: expected a float tensor (rows, hidden), got {described(x)}")
         if x.shape[0] == 0:
-            raise ValueError(f"{name}: got an empty batch")
+            raise ValueError(f"{name}: expected at least one row, got an empty batch")
     if passages.shape[1] != queries.shape[1] or passages.dtype != queries.dtype or passages.device != queries.device:
         raise ValueError(
-            f"passages: got {described(passages)} on {passages.device}, queries are {described(queries)} on {queries.device}"
+            f"passages: expected the dtype, width and device of queries {described(queries)} on {queries.device}, "
+            f"got {described(passages)} on {passages.device}"
         )
 
 
@@ -213,7 +214,7 @@ def _check_targets(targets: Tensor, count: int, candidates: int, in_batch_negati
         )
     if readable(targets):
         if bool(((targets < 0) | (targets >= candidates)).any()):
-            raise ValueError(f"targets: got values outside 0..{candidates - 1}: {targets.tolist()}")
+            raise ValueError(f"targets: expected values in 0..{candidates - 1}, got {targets.tolist()}")
         if not in_batch_negatives:
             group = candidates // count
             if bool((targets // group != torch.arange(count)).any()):

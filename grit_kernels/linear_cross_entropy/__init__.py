@@ -53,7 +53,7 @@ def linear_cross_entropy(
     if dtype is not None and hidden.dtype != torch.float64:
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
     if lm_head_weight.dtype != hidden.dtype:
-        raise TypeError(f"lm_head_weight: got {lm_head_weight.dtype}, hidden has {hidden.dtype}")
+        raise TypeError(f"lm_head_weight: expected {hidden.dtype} as hidden has, got {lm_head_weight.dtype}")
     if readable(labels):
         used = labels[labels != ignore_index]
         if used.numel() and (int(used.min()) < 0 or int(used.max()) >= lm_head_weight.shape[0]):

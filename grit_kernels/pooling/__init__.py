@@ -70,8 +70,8 @@ def pool(
     if norm_weight is not None:
         if norm_weight.shape != hidden.shape[1:] or norm_weight.device != hidden.device:
             raise ValueError(
-                f"norm_weight: got {tuple(norm_weight.shape)} on {norm_weight.device}, "
-                f"accepted is ({hidden.shape[1]},) on {hidden.device}"
+                f"norm_weight: expected ({hidden.shape[1]},) on {hidden.device}, "
+                f"got {tuple(norm_weight.shape)} on {norm_weight.device}"
             )
         norm_weight = norm_weight.contiguous()
     skip = _instruction_lens(instruction_lens, starts.shape[0] - 1, hidden.device)
@@ -87,7 +87,9 @@ def pool(
     if use_reference(hidden.device):
         pooled = reference.pool_forward(*arguments)
     elif hidden.dtype == torch.float64:
-        raise TypeError("hidden_states: got torch.float64, which only `with grit_kernels.backend('reference')` accepts")
+        raise TypeError(
+            "hidden_states: expected float32, bfloat16 or float16; torch.float64 needs `with grit_kernels.backend('reference')`"
+        )
     else:
         pooled = torch.ops.grit_kernels.pool_forward(*arguments)
     return torch.nn.functional.normalize(pooled, dim=-1) if normalize else pooled
@@ -109,7 +111,7 @@ def _flatten(
     shape = tuple(hidden_states.shape)
     if cu_seqlens is not None:
         if hidden_states.ndim != 2:
-            raise ValueError(f"hidden_states: got shape {shape}, with cu_seqlens accepted is (tokens, hidden)")
+            raise ValueError(f"hidden_states: expected (tokens, hidden) with cu_seqlens, got shape {shape}")
         if attention_mask is not None:
             raise ValueError("attention_mask: a pack (cu_seqlens) has no padding to mask")
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):

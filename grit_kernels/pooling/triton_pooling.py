@@ -121,7 +121,7 @@ def _tile(hidden_size: int, has_norm: bool, values: int) -> tuple[int, int, int]
         return min(16, values // block), block, 4
     if width > MAX_HIDDEN_WITH_NORM:
         raise ValueError(
-            f"norm_weight: got {hidden_size} columns, the fused norm accepts at most {MAX_HIDDEN_WITH_NORM}"
+            f"norm_weight: expected at most {MAX_HIDDEN_WITH_NORM} columns for the fused norm, got {hidden_size}"
         )
     return min(16, max(1, values // width)), width, min(32, max(4, width // 512))
 

@@ -156,7 +156,7 @@ def decode(
     device, batch = model.device, len(prompts)
     before = list(states) if states is not None else [None] * batch
     if len(before) != batch:
-        raise ValueError(f"states: got {len(before)} rows, prompts has {batch}")
+        raise ValueError(f"states: expected {batch} rows, one per prompt, got {len(before)}")
     read = [0 if part is None else len(part) for part in before]
     past, longest = max(read), max(map(len, prompts))
     slots = past + longest + max_new_tokens

@@ -33,7 +33,7 @@ class TextStates:
         for name in ("input_ids", "positions"):
             given = tuple(getattr(self, name).shape)
             if given != (shape[3],):
-                raise ValueError(f"{name}: got shape {given}, keys_values has {shape[3]} tokens")
+                raise ValueError(f"{name}: expected ({shape[3]},) as keys_values has tokens, got {given}")
 
     def __len__(self) -> int:
         return self.keys_values.shape[3]

@@ -60,9 +60,7 @@ def conversation_ids(
     """
     check_choice("format", format, FORMATS)
     if model.attn[2:] == "il" and len(turns) > 1:
-        raise ValueError(
-            f"turns: got {len(turns)}, accepted with attn {model.attn!r} is one (earlier replies are causal)"
-        )
+        raise ValueError(f"turns: expected one with attn {model.attn!r} (earlier replies are causal), got {len(turns)}")
     if format == "grit":
         opened = [f"{system}\n\n{turns[0]}", *turns[1:]] if system and turns else list(turns)
         return prompt_ids(model, chat_prompt(opened) + prefix)
@@ -70,7 +68,7 @@ def conversation_ids(
         raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
     tokenizer = model.tokenizer
     if not tokenizer.chat_template:
-        raise ValueError("format: the tokenizer has no chat template; accepted is format='grit'")
+        raise ValueError("format: expected 'grit', since the tokenizer has no chat template, got 'template'")
     messages = [{"role": "system", "content": _plain(model, system)}] if system else []
     messages += [
         {"role": "assistant" if index % 2 else "user", "content": _plain(model, turn)}

@@ -76,7 +76,7 @@ def test_a_torch_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
 def test_an_unknown_instruction_set_is_refused_with_the_usable_ones() -> None:
     assert _library.cpu_isas()[-1] == "portable"
-    with pytest.raises(ValueError, match="'mmx'.*portable"), _library.cpu_isa("mmx"):
+    with pytest.raises(ValueError, match="portable.*'mmx'"), _library.cpu_isa("mmx"):
         pass
     script = "import torch, grit_kernels as gk; gk.pool(torch.ones(1, 2, 8))"
     run = subprocess.run(
@@ -85,4 +85,4 @@ def test_an_unknown_instruction_set_is_refused_with_the_usable_ones() -> None:
         capture_output=True,
         text=True,
     )
-    assert run.returncode != 0 and "GRIT_KERNELS_CPU_ISA: got 'mmx'" in run.stderr
+    assert run.returncode != 0 and "got 'mmx'" in run.stderr

@@ -138,7 +138,7 @@ def test_packs_without_padding_refuse_to_pad_and_wrong_shapes_are_named() -> Non
     with pytest.raises(ValueError, match="from_mask"):
         pack.unpack(torch.zeros(3, 2))
     padded = gk.SamplePack.from_mask(torch.tensor([[1, 0], [1, 1]]))
-    with pytest.raises(ValueError, match=r"padded: got shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"padded: expected .*got shape \(2, 3\)"):
         padded.pack(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="packed: got 2 rows"):
+    with pytest.raises(ValueError, match="packed: expected .*got 2 rows"):
         padded.unpack(torch.zeros(2, 3))

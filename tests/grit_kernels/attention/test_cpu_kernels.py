@@ -328,9 +328,9 @@ def test_offsets_beyond_two_to_the_31_elements_are_reached() -> None:
     [
         ({"lens_q": [9, 9]}, "q_start, q_len: sample 1"),
         ({"starts_k": [0, -1]}, "k_start, k_len: sample 1"),
-        ({"hi": torch.zeros(3, dtype=torch.int32)}, "hi: accepted is a contiguous int32 tensor of 12"),
+        ({"hi": torch.zeros(3, dtype=torch.int32)}, "hi: expected a contiguous int32 tensor of 12"),
         ({"k": torch.zeros(12, 2, 64, dtype=torch.bfloat16)}, "k: its dtype differs"),
-        ({"v": torch.zeros(12, 1, 64)}, "v: accepted is"),
+        ({"v": torch.zeros(12, 1, 64)}, "v: expected"),
     ],
 )
 def test_tables_and_tensors_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:

@@ -231,22 +231,22 @@ def test_a_sample_with_nothing_to_pool_is_an_error_unless_zeros_are_asked_for() 
 H = torch.zeros(2, 3, 8)
 CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
-    "integer hidden": (TypeError, "hidden_states: .*got torch.int64", lambda: gk.pool(H.long())),
-    "hidden no tensor": (TypeError, "hidden_states: .*got list", lambda: gk.pool([1.0])),  # type: ignore[arg-type]
-    "pack without table": (ValueError, "hidden_states: .*got shape", lambda: gk.pool(H[0])),
-    "empty batch": (ValueError, "hidden_states: .*got shape", lambda: gk.pool(H[:0])),
-    "table with padded": (ValueError, "hidden_states: .*got shape", lambda: gk.pool(H, cu_seqlens=CU)),
+    "integer hidden": (TypeError, "hidden_states: expected .*got torch.int64", lambda: gk.pool(H.long())),
+    "hidden no tensor": (TypeError, "hidden_states: expected .*got list", lambda: gk.pool([1.0])),  # type: ignore[arg-type]
+    "pack without table": (ValueError, "hidden_states: expected .*got shape", lambda: gk.pool(H[0])),
+    "empty batch": (ValueError, "hidden_states: expected .*got shape", lambda: gk.pool(H[:0])),
+    "table with padded": (ValueError, "hidden_states: expected .*got shape", lambda: gk.pool(H, cu_seqlens=CU)),
     "mask with pack": (ValueError, "attention_mask: ", lambda: gk.pool(H.view(6, 8), cu_seqlens=CU, attention_mask=CU)),
-    "table too short": (ValueError, "cu_seqlens: .*got", lambda: gk.pool(H.view(6, 8)[:5], cu_seqlens=CU)),
-    "float table": (ValueError, "cu_seqlens: .*got torch.float32", lambda: gk.pool(H.view(6, 8), cu_seqlens=CU.float())),
-    "mask shape": (ValueError, "attention_mask: .*got", lambda: gk.pool(H, attention_mask=torch.ones(2, 4))),
-    "unknown method": (ValueError, "method: .*'mean'.*got 'max'", lambda: gk.pool(H, method="max")),  # type: ignore[arg-type]
-    "unknown empty": (ValueError, "empty: .*got 'skip'", lambda: gk.pool(H, empty="skip")),  # type: ignore[arg-type]
-    "instruction shape": (ValueError, "instruction_lens: .*got", lambda: gk.pool(H, instruction_lens=torch.tensor([1]))),
-    "negative instruction": (ValueError, "instruction_lens: .*got", lambda: gk.pool(H, instruction_lens=torch.tensor([1, -1]))),
+    "table too short": (ValueError, "cu_seqlens: expected", lambda: gk.pool(H.view(6, 8)[:5], cu_seqlens=CU)),
+    "float table": (ValueError, "cu_seqlens: .*got torch.float", lambda: gk.pool(H.view(6, 8), cu_seqlens=CU.float())),
+    "mask shape": (ValueError, "attention_mask: expected", lambda: gk.pool(H, attention_mask=torch.ones(2, 4))),
+    "unknown method": (ValueError, "method: .*'mean'.*'max'", lambda: gk.pool(H, method="max")),  # type: ignore[arg-type]
+    "unknown empty": (ValueError, "empty: expected .*got 'skip'", lambda: gk.pool(H, empty="skip")),  # type: ignore[arg-type]
+    "instruction shape": (ValueError, "instruction_lens: expected", lambda: gk.pool(H, instruction_lens=torch.tensor([1]))),
+    "negative instruction": (ValueError, "instruction_lens: expected", lambda: gk.pool(H, instruction_lens=torch.tensor([1, -1]))),
     "float instruction": (ValueError, "instruction_lens: .*got torch.float", lambda: gk.pool(H, instruction_lens=torch.ones(2))),
-    "norm weight shape": (ValueError, "norm_weight: .*got", lambda: gk.pool(H, norm_weight=torch.ones(7))),
-    "NaN epsilon": (ValueError, "norm_eps: .*got nan", lambda: gk.pool(H, norm_eps=float("nan"))),
+    "norm weight shape": (ValueError, "norm_weight: expected", lambda: gk.pool(H, norm_weight=torch.ones(7))),
+    "NaN epsilon": (ValueError, "norm_eps: expected .*got nan", lambda: gk.pool(H, norm_eps=float("nan"))),
 }  # fmt: skip
 
 

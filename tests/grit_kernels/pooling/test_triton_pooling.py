@@ -88,7 +88,7 @@ def test_hidden_states_of_any_row_stride_are_read_in_place() -> None:
 
 
 def test_the_fused_norm_refuses_rows_that_no_program_can_hold() -> None:
-    with pytest.raises(ValueError, match="norm_weight: got 40000 columns"):
+    with pytest.raises(ValueError, match="norm_weight: expected .*got 40000"):
         triton_pooling._tile(40000, True, 8192)
 
 

@@ -240,7 +240,7 @@ def test_negatives_share_words_but_score_below_the_answer() -> None:
 
 
 def test_too_few_passages_are_refused() -> None:
-    with pytest.raises(ValueError, match="passages: got 3"):
+    with pytest.raises(ValueError, match="passages: expected .*got 3"):
         mine_negatives(["a"] * 3, ["a", "b", "c"], 3)
 
 
@@ -339,9 +339,9 @@ def test_weights_bring_the_shares_of_tokens() -> None:
 def test_bad_options_and_missing_packages_are_named_and_leave_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match="negatives: got 0, accepted is 1 and more"):
+    with pytest.raises(SystemExit, match="negatives: expected .*, got 0"):
         grit_data([str(tmp_path / "data"), "--negatives", "0"])
-    with pytest.raises(SystemExit, match="held-out: got 60, accepted is 1 to 50"):
+    with pytest.raises(SystemExit, match="held-out: expected .*, got 60"):
         grit_data([str(tmp_path / "data"), "--held-out", "60"])
     with pytest.raises(SystemExit, match="exists; choose another folder or add --overwrite"):
         grit_data([str(tmp_path)])

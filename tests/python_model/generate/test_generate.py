@@ -126,7 +126,7 @@ def test_streamed_text_is_never_taken_back(model: GritLM) -> None:
     stream = TextStream(tokenizer, stop=["END!"])
     ended = [stream.push(token) for token in tokenizer("x END! y", add_special_tokens=False)["input_ids"]]
     assert any(ended) and TextStream(tokenizer).finish() == ""
-    with pytest.raises(ValueError, match="stop: got an empty string"):
+    with pytest.raises(ValueError, match="stop: expected .*got an empty string"):
         TextStream(tokenizer, stop=[""])
 
 
@@ -151,9 +151,9 @@ def test_formats(model: GritLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokenizer.decode(ids) == "system:S</s>user:Hi< /s></s>assistant:Yes</s>user:And?</s>A: so"
     assert ids.count(tokenizer.eos_token_id) == 4
     for format in ("template", "grit"):
-        with pytest.raises(ValueError, match="turns: got 2"):
+        with pytest.raises(ValueError, match="turns: expected .*got 2"):
             conversation_ids(model, ["a", "b"], format=format)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="format: got 'zephyr'"):
+    with pytest.raises(ValueError, match="format: expected .*got 'zephyr'"):
         conversation_ids(model, ["a"], format="zephyr")  # type: ignore[arg-type]
 
 
@@ -175,11 +175,11 @@ def test_content_cannot_become_format_in_a_chat_template(model: GritLM, monkeypa
 def test_bad_options_are_named(model: GritLM, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="num_beams: beam search excludes"):
         complete(model, [[1]], num_beams=2, stop=["x"])
-    with pytest.raises(ValueError, match="max_new_tokens: got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens: expected .*got 0"):
         complete(model, [[1]], max_new_tokens=0)
-    with pytest.raises(ValueError, match="batch_size: got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected .*got 0"):
         replies(model, CONVERSATIONS, batch_size=0)
-    with pytest.raises(ValueError, match="prompts: got none or an empty one"):
+    with pytest.raises(ValueError, match="prompts: expected .*got none or an empty one"):
         complete(model, [[]])
     with pytest.raises(ValueError, match="no language-model head"):
         complete(GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32"), [[1]])

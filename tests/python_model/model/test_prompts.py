@@ -133,14 +133,14 @@ def test_empty_text_is_refused(tokenizer: Any, text: str) -> None:
 
 
 def test_instruction_longer_than_max_length_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="max_length: got 16"):
+    with pytest.raises(ValueError, match="max_length: expected .*got 16"):
         encode_text(tokenizer, embed_instruction("word " * 30), "text", 16)
-    with pytest.raises(ValueError, match="max_length: got 16"):
+    with pytest.raises(ValueError, match="max_length: expected .*got 16"):
         encode_conversation(tokenizer, ["word " * 30, "answer"], 16)
 
 
 def test_conversation_errors_name_the_turn(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="turns: got 3"):
+    with pytest.raises(ValueError, match="turns: expected .*got 3"):
         encode_conversation(tokenizer, ["a", "b", "c"], 64)
     with pytest.raises(ValueError, match="turn 3 is empty"):
         encode_conversation(tokenizer, ["a", "b", "c", " "], 64)
@@ -157,5 +157,5 @@ def test_few_shot_instructions_have_the_papers_wording() -> None:
     assert few_shot_instruction("a", "q", "p", "match").endswith('given "q", it would match with "p"')
     assert few_shot_instruction("a", "q", "p", "medi2").endswith('The provided query could be "q" and the positive "p"')
     assert few_shot_instruction(" ", "q", "p") == "" and got in embed_instruction(got)
-    with pytest.raises(ValueError, match="style: got 'three'"):
+    with pytest.raises(ValueError, match="style: expected .*got 'three'"):
         few_shot_instruction("a", "q", "p", "three")  # type: ignore[arg-type]

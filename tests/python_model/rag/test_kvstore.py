@@ -101,9 +101,9 @@ def test_deleting_overwriting_and_compacting_keep_the_other_documents(tmp_path: 
 def test_a_store_refuses_another_model_another_format_and_other_shapes(tmp_path: Path) -> None:
     store = KVStore(tmp_path / "s", fingerprint="one", settings={"prefix": "x"})
     store.append("a", make_states())
-    with pytest.raises(ValueError, match="fingerprint: got 'two'.*has 'one'"):
+    with pytest.raises(ValueError, match="fingerprint: expected .*got 'two'.*has 'one'"):
         KVStore(tmp_path / "s", fingerprint="two")
-    with pytest.raises(ValueError, match="format: got 'int8'.*has 'bfloat16'"):
+    with pytest.raises(ValueError, match="format: expected .*got 'int8'.*has 'bfloat16'"):
         KVStore(tmp_path / "s", format="int8")
     with pytest.raises(ValueError, match="settings: got"):
         KVStore(tmp_path / "s", settings={"prefix": "y"})
@@ -111,7 +111,7 @@ def test_a_store_refuses_another_model_another_format_and_other_shapes(tmp_path:
         store.append("b", TextStates(torch.zeros(3, 2, 2, 1, 16), torch.zeros(1), torch.zeros(1), True))
     with pytest.raises(ValueError, match="a key comes twice"):
         store.append_many([("b", make_states(), {}), ("b", make_states(), {})])
-    with pytest.raises(ValueError, match="format: got 'int4'"):
+    with pytest.raises(ValueError, match="format: expected .*got 'int4'"):
         KVStore(tmp_path / "t", format="int4")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="no key-value store"):
         KVStore(tmp_path / "nowhere", create=False)
