@@ -135,7 +135,7 @@ class RAG:
             hits = self.index.search(vector, k)[0]
             given, scores = [hit.document for hit in hits], [hit.score for hit in hits]
         if not given and mode not in ("none", "auto"):
-            raise ValueError(f"documents: got none, accepted in mode {mode!r} is at least one")
+            raise ValueError(f"documents: expected at least one in mode {mode!r}, got none")
         if mode == "auto":
             stored = self.store is not None and all(document.key in self.store for document in given)
             tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in given]

@@ -132,7 +132,7 @@ class Index(StoreFolder):
             if size is None:
                 set_meta(db, "size", matrix.shape[1])
             elif size != matrix.shape[1]:
-                raise ValueError(f"vectors: got size {matrix.shape[1]}, this index has {size}")
+                raise ValueError(f"vectors: expected size {size} as this index has, got {matrix.shape[1]}")
             present = [key for key in keys if db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone()]
             if present and not overwrite:
                 raise ValueError(f"key: {present[0]!r} is in the index already; pass overwrite=True to replace it")

@@ -95,7 +95,9 @@ class StoreFolder:
             raise StoreError(f"{self.path}: has format version {known['version']}, this code reads {VERSION}")
         for name, value in given.items():
             if value is not None and known.get(name) != value:
-                raise ValueError(f"{name}: got {value!r}, the {self.kind} {self.path} has {known.get(name)!r}")
+                raise ValueError(
+                    f"{name}: expected {known.get(name)!r} as the {self.kind} {self.path} has, got {value!r}"
+                )
         return known
 
     def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:

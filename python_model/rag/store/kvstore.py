@@ -126,7 +126,7 @@ class KVStore(StoreFolder):
                     meta["geometry"] = list(geometry)
                 elif list(geometry) != known:
                     raise ValueError(
-                        f"states: got (layers, kv_heads, head_dim) {geometry}, this store has {tuple(known)}"
+                        f"states: expected (layers, kv_heads, head_dim) {tuple(known)} as this store has, got {geometry}"
                     )
             present = [key for key in keys if self._row(key, db) is not None]
             if present and not overwrite:

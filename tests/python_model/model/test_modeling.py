@@ -194,7 +194,7 @@ def test_errors_name_the_argument(checkpoint: Path, model: GritLM) -> None:
         model.encode([])
     with pytest.raises(TypeError, match="sentences: entry 0 is int"):
         model.encode([3])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="max_length: expected .*got 8"):
+    with pytest.raises(ValueError, match="max_length: .*got 8"):
         model.encode("text", instruction=INSTRUCTION, max_length=8)
     with pytest.raises(ValueError, match="batch_size: expected .*got 0"):
         model.encode("text", batch_size=0)

@@ -230,5 +230,5 @@ def test_a_text_without_roles_is_learned_whole(tokenizer: Any) -> None:
     assert bare.input_ids == sample.input_ids[1:-1]
     cut = encode_plain(tokenizer, "A river flows." * 20, 16)
     assert len(cut) == 16 and cut.truncated and cut.labels is not None and cut.labels[-1] == IGNORE_INDEX
-    with pytest.raises(ValueError, match="text: got"):
+    with pytest.raises(ValueError, match="text: expected"):
         encode_plain(tokenizer, " ", 16)

@@ -159,9 +159,9 @@ def test_recompute_and_reference_positions_change_joined_caches_only(model: Grit
 
 def test_nothing_is_cut_silently(model: GritLM) -> None:
     long = Document("long", "A river flows through the city. " * 80)  # more than the model's 512 positions
-    with pytest.raises(ValueError, match="max_length: expected .*got 512, but a text is longer"):
+    with pytest.raises(ValueError, match="max_length: .*got 512, but a text is longer"):
         RAG(model).answer(Q, [long], mode="document_cache")
-    with pytest.raises(ValueError, match="max_length: expected .*got 512, but question, documents and reply take"):
+    with pytest.raises(ValueError, match="max_length: .*got 512, but question, documents and reply take"):
         RAG(model).answer(Q, [long], mode="document_first")
     assert RAG(model, max_length=4096).answer(Q, [long], mode="document_cache", max_new_tokens=1).read_tokens > 512
 
@@ -172,7 +172,7 @@ def test_wrong_stores_modes_and_documents_are_refused(model: GritLM, checkpoint:
     rag.add_to_store([D])
     with pytest.raises(ValueError, match="states of 'd1' in .* are those of another text"):
         rag.answer(Q, [Document("d1", "Other text")], mode="document_cache")
-    with pytest.raises(ValueError, match="settings: got"):
+    with pytest.raises(ValueError, match="settings: expected"):
         open_store(str(tmp_path / "s"), model, causal_states=True)
     with pytest.raises(ValueError, match="store: .* was made by model"):
         RAG(model, store=store, causal_states=True)
@@ -180,7 +180,7 @@ def test_wrong_stores_modes_and_documents_are_refused(model: GritLM, checkpoint:
         rag.answer(Q, [D], mode="both")
     with pytest.raises(ValueError, match="there is no index to search"):
         rag.answer(Q)
-    with pytest.raises(ValueError, match="documents: expected .*got none, accepted in mode 'query_cache'"):
+    with pytest.raises(ValueError, match="documents: expected at least one in mode 'query_cache', got none"):
         rag.answer(Q, [], mode="query_cache")
     with pytest.raises(ValueError, match="this RAG has none"):
         RAG(model).add_to_store([D])
@@ -218,7 +218,9 @@ def test_question_files_name_file_and_line_of_a_broken_row(tmp_path: Path) -> No
         "[]",
     ):
         file.write_text(json.dumps(good[0]) + "\n" + broken)
-        with pytest.raises(ValueError, match="nq.jsonl:2: (not a question row|not valid JSON|got a list)"):
+        with pytest.raises(
+            ValueError, match="nq.jsonl:2: (not a question row|not valid JSON|expected an object, got a list)"
+        ):
             metrics.read_questions(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no questions"):

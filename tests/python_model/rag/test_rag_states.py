@@ -128,7 +128,7 @@ def test_rotary_embeddings_that_change_with_the_length_are_refused(
 
 def test_states_refuse_other_shapes(model: GritLM) -> None:
     (states,) = read(model, [A], causal=True)
-    with pytest.raises(ValueError, match="keys_values: got"):
+    with pytest.raises(ValueError, match="keys_values: expected"):
         TextStates(states.keys_values[0], states.input_ids, states.positions, True)
     with pytest.raises(ValueError, match="positions: expected .*got shape"):
         TextStates(states.keys_values, states.input_ids, states.positions[1:], True)

@@ -67,7 +67,7 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
     with pytest.raises(SystemExit):
         parse(["--train_data", str(data), "--no_such_option", "1"])
     assert "no_such_option" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="router_loss_weight: expected .*got 1.0, but the model has no experts"):
+    with pytest.raises(SystemExit, match="router_loss_weight: got 1.0, but the model has no experts"):
         main(
             ["--model", str(checkpoint), "--train_data", str(data), "--router_loss_weight", "1.0"]
             + ["--output_dir", str(tmp_path / "out")]
