@@ -63,6 +63,51 @@ GRIT_INLINE void store_row_operand(uint32_t* out, int64_t row, int v, vf x) {
   }
 }
 
+// raw products [PANEL][TILE] to scores in powers of 2, rounded as such; slope, if given, gets the derivative of the cap
+template <int NV>
+GRIT_INLINE void finish_scores(const Attention& a, float* raw, float* slope) {
+  if (a.capped) cap_scores(raw, a.cap_in, a.cap_out, slope);
+  else
+    for (int v = 0; v < NV; ++v) scale_scores(raw + v * W, PANEL, a.scale_log2, splat_int(-1));
+}
+
+// The highest score of each row of a tile, and log2 of what all keys sum up to above it.
+template <class F, int NV>
+void take_apart_tile(const Attention& a, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t padded, int64_t wide) {
+  const int64_t words = wide / F::values;
+  vf maximum[NV], total[NV];
+  GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+    maximum[v] = splat(MINUS_INFINITY);
+    total[v] = vf{};
+  }
+  for (int64_t j = 0; j < padded; j += PANEL) {
+    vf x[PANEL][NV];
+    set_zero(x);
+    multiply_panel<F, NV>(k.k_panels + j * words, q.q, words, x);
+    store_all(b.lanes, x);
+    finish_scores<NV>(a, b.lanes, nullptr);
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) {
+      vi lo, hi;
+      std::memcpy(&lo, q.lo + v * W, sizeof(vi));
+      std::memcpy(&hi, q.hi + v * W, sizeof(vi));
+      for (int i = 0; i < PANEL; ++i) {
+        const vi key = splat_int((int32_t)(j + i));
+        const vf score = ((key >= lo) & (key < hi)) ? load(b.lanes + i * TILE + v * W) : splat(MINUS_INFINITY);
+        const vf higher = vmax(maximum[v], score), base = higher == MINUS_INFINITY ? vf{} : higher;
+        const vf added = score == MINUS_INFINITY ? vf{} : exp2_of<5>(score - base);
+        total[v] = total[v] * exp2_of<5>(maximum[v] - base) + added;
+        maximum[v] = higher;
+      }
+    }
+  }
+  GRIT_UNROLL for (int v = 0; v < NV; ++v)
+    for (int i = 0; i < W; ++i) {
+      const bool empty = maximum[v][i] == MINUS_INFINITY;
+      q.lse_log2[v * W + i] = empty ? 0.0f : maximum[v][i];
+      q.log2_total[v * W + i] = empty ? 0.0f : __builtin_log2f(total[v][i]);
+    }
+}
+
 // One tile against one block of keys.
 template <class F, int NV>
 void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t begin, int64_t keys,
@@ -86,20 +131,22 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
   begin += skipped;
   keys = smaller(keys - skipped, round_up(last - begin, PANEL));
   float *dk = b.dk + skipped * wide, *dv = b.dv + skipped * wide;
-  const float scale = a.capped ? 1.0f : a.scale_log2;
+  const float scale = q.apart || a.capped ? 1.0f : a.scale_log2;
   for (int64_t j = 0; j < keys; j += PANEL) {
     vf p[PANEL][NV];
     set_zero(p);
     multiply_panel<F, NV>(k.k_panels + (begin + j) * words, q.q, words, p);
-    if (a.capped) [[unlikely]] {
+    if (a.capped || q.apart) [[unlikely]] {
       store_all(b.lanes, p);
-      cap_scores(b.lanes, a.cap_in, a.cap_out, b.slope);
+      finish_scores<NV>(a, b.lanes, b.slope);
       load_all(b.lanes, p);
+      if (q.apart) GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+        GRIT_UNROLL for (int v = 0; v < NV; ++v) p[i][v] = (p[i][v] - lse[v]) - load(q.log2_total + v * W);
     }
     const bool unmasked = begin + j >= full_begin && begin + j + PANEL <= full_end;
     GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
       GRIT_UNROLL for (int v = 0; v < NV; ++v) {
-        p[i][v] = exp2_of<F::exp_degree>(fma(p[i][v], splat(scale), -lse[v]));
+        p[i][v] = exp2_of<F::exp_degree>(q.apart ? p[i][v] : fma(p[i][v], splat(scale), -lse[v]));
         if (!unmasked) {
           const vi key = splat_int((int32_t)(begin + j + i));
           p[i][v] = ((key >= lo[v]) & (key < hi[v])) ? p[i][v] : vf{};
@@ -190,8 +237,9 @@ GRIT_INLINE void pack_row_operand(const T* data, int64_t stride, int64_t rows, i
 }
 
 template <class F, class T>
-void pack_queries(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& out) {
+bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& out) {
   const int64_t wide = padded_dim(a.dim);
+  bool large = false;
   for (int64_t v = 0; v < tile.count; ++v) {
     const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
     const int64_t rows = smaller<int64_t>(W, s.q_len - row), first = s.q_start + row;
@@ -217,9 +265,11 @@ void pack_queries(const Attention& a, const Gradients& g, const Sample& s, const
       const float lse = g.lse[number];
       // a row that sees nothing is masked everywhere; its infinity must not meet an infinity
       out.lse_log2[at] = lse == MINUS_INFINITY ? 0.0f : lse * LOG2_E;
+      large |= __builtin_fabsf(out.lse_log2[at]) >= LARGE_SCORE;
       out.delta[at] = sum_lanes(sum) - (g.grad_lse ? g.grad_lse[number] : 0.0f);
     }
   }
+  return large;
 }
 
 }  // namespace
@@ -238,9 +288,21 @@ void backward_pack_keys(const Attention& a, const Sample& s, int64_t kv_head, ui
   });
 }
 
-void backward_pack_queries(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& out) {
-  with_format(a.dtype, [&](auto format, auto type) {
-    pack_queries<decltype(format), decltype(type)>(a, g, s, tile, out);
+bool backward_pack_queries(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& out) {
+  return with_format(a.dtype, [&](auto format, auto type) {
+    return pack_queries<decltype(format), decltype(type)>(a, g, s, tile, out);
+  });
+}
+
+void backward_take_apart(const Attention& a, const Sample& s, const Tile& tile, const KeyPack& k, const QueryPack& q,
+                         void* scratch) {
+  with_format(a.dtype, [&](auto format, auto) {
+    using F = decltype(format);
+    const int64_t padded = round_up(s.k_len, 16), wide = padded_dim(a.dim);
+    const Scratch b = split(scratch, wide);
+    if (tile.count == 3) take_apart_tile<F, 3>(a, b, q, k, padded, wide);
+    else if (tile.count == 2) take_apart_tile<F, 2>(a, b, q, k, padded, wide);
+    else take_apart_tile<F, 1>(a, b, q, k, padded, wide);
   });
 }
 

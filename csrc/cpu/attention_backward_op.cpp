@@ -1,5 +1,6 @@
 // attention_backward: packs all operands once, runs key chunks, then sums what the chunks added to dq.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "attention_call.h"
@@ -30,7 +31,7 @@ struct SamplePlan {
   int64_t tiles = 0, keys = 0, queries = 0, first_pack = 0, first_chunk = 0, chunks = 0;
 };
 
-int64_t words_per_tile(const Layout& l) { return 4 * l.query_words() + 4 * l.tile_lanes; }
+int64_t words_per_tile(const Layout& l) { return 4 * l.query_words() + 5 * l.tile_lanes; }
 
 QueryPack pack_at(uint32_t* p, const Layout& l) {
   const int64_t n = l.query_words();
@@ -41,8 +42,10 @@ QueryPack pack_at(uint32_t* p, const Layout& l) {
           p + 3 * n,
           (float*)numbers,
           (float*)numbers + l.tile_lanes,
-          (int32_t*)numbers + 2 * l.tile_lanes,
-          (int32_t*)numbers + 3 * l.tile_lanes};
+          (float*)numbers + 2 * l.tile_lanes,
+          (int32_t*)numbers + 3 * l.tile_lanes,
+          (int32_t*)numbers + 4 * l.tile_lanes,
+          false};
 }
 
 }  // namespace
@@ -141,9 +144,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
     const int64_t slot = item.tile * layout.vectors, slots = layout.slots(call.samples[item.sample], a.group);
     return Tile{item.kv_head, slot, std::min(layout.vectors, slots - slot)};
   };
+  auto pack_of = [&](const HeadItem& item) -> QueryPack& {
+    const SamplePlan& plan = plans[item.sample];
+    return query_packs[plan.first_pack + item.kv_head * plan.tiles + item.tile];
+  };
   auto keys_of = [&](int64_t b, int64_t head) {
     return packed + plans[b].keys + 3 * layout.key_words(call.samples[b].k_len) * head;
   };
+  auto key_pack_of = [&](int64_t b, int64_t head) {
+    const uint32_t* keys = keys_of(b, head);
+    const int64_t n = layout.key_words(call.samples[b].k_len);
+    return KeyPack{keys, keys + n, keys + 2 * n};
+  };
+  std::atomic<bool> any_apart{false};
   run_items((int64_t)pack_items.size(), 0, [&](int64_t i, void*) {
     const HeadItem& item = pack_items[i];
     const Sample& s = call.samples[item.sample];
@@ -152,24 +165,29 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
       const int64_t n = layout.key_words(s.k_len);
       isa.backward_pack_keys(a, s, item.kv_head, keys, keys + n, keys + 2 * n);
     } else {
-      const SamplePlan& plan = plans[item.sample];
-      isa.backward_pack_queries(a, g, s, tile_of(item), query_packs[plan.first_pack + item.kv_head * plan.tiles + item.tile]);
+      QueryPack& pack = pack_of(item);
+      pack.apart = isa.backward_pack_queries(a, g, s, tile_of(item), pack);
+      if (pack.apart) any_apart = true;
     }
   });
+  const int64_t scratch_bytes = isa.backward_scratch(a.dtype, a.dim);
+  if (any_apart)
+    run_items((int64_t)tile_items.size(), scratch_bytes, [&](int64_t i, void* scratch) {
+      const HeadItem& item = tile_items[i];
+      const QueryPack& pack = pack_of(item);
+      if (pack.apart) isa.backward_take_apart(a, call.samples[item.sample], tile_of(item), key_pack_of(item.sample, item.kv_head), pack, scratch);
+    });
 
   std::vector<int64_t> order(chunks.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = (int64_t)i;
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return chunks[x].cost > chunks[y].cost; });
-  const int64_t scratch_bytes = isa.backward_scratch(a.dtype, a.dim);
   run_items((int64_t)order.size(), scratch_bytes, [&](int64_t i, void* scratch) {
     const ChunkItem& c = chunks[order[i]];
     const Sample& s = call.samples[c.sample];
     const SamplePlan& plan = plans[c.sample];
-    const uint32_t* keys = keys_of(c.sample, c.kv_head);
-    const int64_t n = layout.key_words(s.k_len);
     float* added = dq_partial + c.dq;
     std::memset(added, 0, (size_t)((c.last_tile - c.first_tile) * dq_tile) * sizeof(float));
-    count_visited_blocks(isa.backward_keys(a, g, s, c.kv_head, c.begin, c.end, c.first_tile, {keys, keys + n, keys + 2 * n},
+    count_visited_blocks(isa.backward_keys(a, g, s, c.kv_head, c.begin, c.end, c.first_tile, key_pack_of(c.sample, c.kv_head),
                                            query_packs.data() + plan.first_pack + c.kv_head * plan.tiles, added, scratch));
   });
   run_items((int64_t)tile_items.size(), scratch_bytes, [&](int64_t i, void* scratch) {

@@ -121,10 +121,16 @@ int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, c
         GRIT_UNROLL for (int v = 0; v < NV; ++v) top[v] = vmax(top[v], x[i][v]);
     }
 
-    vf rescale[NV], offset[NV];
+    vf rescale[NV], offset[NV], factor[NV];
     GRIT_UNROLL for (int v = 0; v < NV; ++v) {
       const vf higher = vmax(maximum[v], top[v] * scale);
       const vf base = higher == MINUS_INFINITY ? vf{} : higher;  // a lane that saw nothing subtracts 0
+      factor[v] = scale;
+      const vi large = vabs(base) >= LARGE_SCORE;
+      if (any(large)) [[unlikely]] {
+        scale_scores(b.scores + v * W, keys, scale[0], large);
+        factor[v] = large ? splat(1.0f) : scale;
+      }
       rescale[v] = exp2_of<F::exp_degree>(maximum[v] - base);
       maximum[v] = higher;
       offset[v] = -base;
@@ -137,7 +143,7 @@ int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, c
         vf p[F::values];
         GRIT_UNROLL for (int i = 0; i < F::values; ++i) {
           const vf x = load(b.scores + (j + i) * TILE + v * W);
-          p[i] = exp2_of<F::exp_degree>(fma(x, scale, offset[v]));
+          p[i] = exp2_of<F::exp_degree>(fma(x, factor[v], offset[v]));
           if (!unmasked) p[i] = x == MINUS_INFINITY ? vf{} : p[i];
           total[v] += p[i];
         }

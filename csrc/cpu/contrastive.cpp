@@ -6,7 +6,7 @@
 namespace grit::GRIT_ISA {
 namespace {
 
-constexpr float MASKED = -1e30f, NO_CANDIDATE = -1e29f;
+constexpr float MASKED = NO_CANDIDATE;
 constexpr float LOWEST = -87.0f;  // exp of anything below is 0 for a sum that holds a 1
 
 // Pairs need an even width; a row of odd width is multiplied in FP32.
@@ -14,18 +14,6 @@ template <class Function>
 GRIT_INLINE auto with_words(DType dtype, int64_t width, Function f) {
   if (dtype == DType::bfloat16 && width % 2) return f(Single{}, bf16{});
   return with_format(dtype, f);
-}
-
-GRIT_INLINE bool any(vi mask) {
-#if defined(GRIT_ISA_AVX512)
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
-#elif defined(GRIT_ISA_AVX2)
-  return _mm256_movemask_ps((__m256)mask) != 0;
-#else
-  int32_t all = 0;
-  for (int i = 0; i < W; ++i) all |= mask[i];
-  return all != 0;
-#endif
 }
 
 GRIT_INLINE vi load_int(const int32_t* p) {
@@ -56,7 +44,9 @@ GRIT_INLINE void load_lanes(const Contrastive& p, int64_t query, Lanes& l) {
       l.high[v] = load_int(p.query_high + at);
     }
     if (p.own) {
-      l.own_begin[v] = (lane_numbers() + (int32_t)at) * (int32_t)p.own;
+      // a lane behind the last query repeats it: its own passages would lie behind what 32 bits count
+      const vi row = lane_numbers() + (int32_t)at, last = splat_int((int32_t)p.queries - 1);
+      l.own_begin[v] = (row < last ? row : last) * (int32_t)p.own;
       l.own_end[v] = l.own_begin[v] + (int32_t)p.own;
     }
   }
@@ -153,7 +143,7 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
         total = total * decay;
         safe = running;
       }
-      safe = (vi)(safe > NO_CANDIDATE) ? safe : vf{};  // 0 as long as there was no candidate
+      safe = (vi)(safe > MASKED) ? safe : vf{};  // 0 as long as there was no candidate
       GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
         const vf d = vmax(splat(LOWEST), s[i][v] - safe);
         const vf e = exp_of(d);
@@ -177,10 +167,10 @@ void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
   const int64_t words = padded_dim(p.width) / F::values;
   Lanes l;
   load_lanes(p, query, l);
-  vf positive[VECTORS], loss[VECTORS], a[VECTORS];
+  vf top[VECTORS], log_total[VECTORS], a[VECTORS];
   GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
-    positive[v] = load(w.positive + v * W);
-    loss[v] = load(w.losses + v * W);
+    top[v] = load(w.top + v * W);
+    log_total[v] = load(w.log_total + v * W);
     a[v] = load(w.a + v * W);
   }
   for (int64_t j = first; j < last; j += PANEL) {
@@ -191,8 +181,8 @@ void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
     GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
       const float scale = p.passage_scale && j + i < p.passages ? p.passage_scale[j + i] : 1.0f;
       GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
-        const vf e = exp_of(s[i][v] - positive[v] - loss[v]);
-        vf softmax = (vi)(s[i][v] < NO_CANDIDATE) ? vf{} : e;
+        const vf e = exp_of((s[i][v] - top[v]) - log_total[v]);
+        vf softmax = (vi)(s[i][v] > MASKED) ? e : vf{};
         if (has_target) softmax = (vi)(l.target[v] == (int32_t)(j + i)) ? softmax - 1.0f : softmax;
         s[i][v] = softmax * a[v] * scale;
       }

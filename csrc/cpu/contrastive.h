@@ -13,6 +13,8 @@
 
 namespace grit {
 
+constexpr float NO_CANDIDATE = -3.402823466e38f;  // score of a passage that is none: below every other one
+
 // score_ij = query_scale[i] * passage_scale[j] * q_i . p_j; passage_scale, the id arrays and `own` (0: all) may be absent
 struct Contrastive {
   DType dtype;
@@ -31,9 +33,9 @@ struct ContrastiveState {
   float* scores;  // [passage - first][tile] gets the scores, or null
 };
 
-// weight_ij = a_i (exp(score_ij - positive_i - loss_i) - [j = target_i]) * passage_scale_j, stored twice
+// weight_ij = a_i (softmax_ij - [j = target_i]) * passage_scale_j, stored twice; softmax_ij = exp((score_ij - top_i) - log_total_i)
 struct ContrastiveWeights {
-  const float *losses, *positive, *a;  // of the tile's queries
+  const float *top, *log_total, *a;  // of the tile's queries
   const float* scores;                 // [passage - first][tile] as the forward left them; null: computed once more
   char* rows;                          // [passage - first][row_stride bytes], at the tile's first query
   int64_t row_stride;

@@ -149,9 +149,10 @@ Tensor empty_floats(std::initializer_list<int64_t> sizes) {
   return t;
 }
 
-// Per query; `best` may be null.
+// Per query: the loss, and its softmax_j = exp((score_j - top) - log_total). What a backward needs is kept relative to the top:
+// with top + log_total in one number, or relative to the positive score, a large score would cost the softmax its digits.
 struct Losses {
-  float *losses, *positive, *excess;
+  float *losses, *top, *log_total, *excess;
   int64_t* best;
 };
 
@@ -172,7 +173,7 @@ void compute_losses(const Call& call, int64_t first, int64_t last, float* scores
   float* const all_total = all_top + shares * padded;
   float* const all_below = all_total + shares * padded;
   float* const all_positive = all_below + shares * padded;
-  std::fill(all_top, all_total, -1e30f);
+  std::fill(all_top, all_total, NO_CANDIDATE);
   run_items(groups * shares, 0, [&](int64_t index, void*) {
     const int64_t share = index % shares, first_tile = first + index / shares * step, last_tile = std::min(first_tile + step, last);
     const auto [begin, end] = call.seen(first_tile, last_tile);
@@ -200,16 +201,17 @@ void compute_losses(const Call& call, int64_t first, int64_t last, float* scores
     float total = 0, below = 0;
     for (int64_t s = 0; s < shares; ++s) {
       const int64_t at = s * padded + i;
-      if (!(all_top[at] > -1e29f)) continue;
-      const float change = all_top[at] - top, decay = std::exp(change);
+      if (!(all_top[at] > NO_CANDIDATE)) continue;
+      const float change = std::max(all_top[at] - top, -104.0f), decay = std::exp(change);  // exp(-104) is 0
       total += decay * all_total[at];
       below += decay * (all_below[at] + all_total[at] * change);
     }
     const int64_t query = first * tile + i;
-    out.losses[query] = (top - positive) + std::log(total);
-    out.positive[query] = positive;
+    out.top[query] = top;
+    out.log_total[query] = std::log(total);
+    out.losses[query] = (top - positive) + out.log_total[query];
     out.excess[query] = (top - positive) + below / total;
-    if (out.best) out.best[query] = highest;
+    out.best[query] = highest;
   }
 }
 
@@ -278,7 +280,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
       run_items(here * blocks, 0, [&](int64_t index, void*) {
         const int64_t t = first_tile + index % here, from = index / here * block, to = std::min(from + block, seen);
         kernels.weights(problem, call.panels(), call.lanes_of(t), t * tile, begin + from, begin + to,
-                        {numbers.losses + t * tile, numbers.positive + t * tile, a.data() + t * tile,
+                        {numbers.top + t * tile, numbers.log_total + t * tile, a.data() + t * tile,
                          scores ? scores + ((t - first_tile) * seen + from) * tile : nullptr,
                          rows + from * row_stride + (t - first_tile) * tile * weight_bytes, row_stride,
                          columns + ((t - first_tile) * tile * seen_words) + from / values * panel, seen_words});
@@ -346,30 +348,30 @@ Tensor scaled(const Tensor& grad, float scale, const Tensor& like) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor queries, Tensor passages, Tensor temperature, Tensor targets,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor queries, Tensor passages, Tensor temperature, Tensor targets,
                                                                std::optional<Tensor> query_ids, std::optional<Tensor> passage_ids,
                                                                bool in_batch_negatives, bool normalize) {
   const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
   const int64_t count = call.problem.queries;
-  Tensor losses = empty_floats({count}), positive = empty_floats({count}), excess = empty_floats({count});
+  Tensor losses = empty_floats({count}), top = empty_floats({count}), log_total = empty_floats({count}), excess = empty_floats({count});
   Tensor best = torch::stable::empty({count}, ScalarType::Long);
   compute_losses(call, 0, call.tiles, nullptr, 0,
-                 {(float*)losses.mutable_data_ptr(), (float*)positive.mutable_data_ptr(), (float*)excess.mutable_data_ptr(),
-                  (int64_t*)best.mutable_data_ptr()});
-  return {losses, positive, excess, best};
+                 {(float*)losses.mutable_data_ptr(), (float*)top.mutable_data_ptr(), (float*)log_total.mutable_data_ptr(),
+                  (float*)excess.mutable_data_ptr(), (int64_t*)best.mutable_data_ptr()});
+  return {losses, top, log_total, excess, best};
 }
 
 std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queries, Tensor passages, Tensor temperature,
                                                 Tensor targets, std::optional<Tensor> query_ids,
-                                                std::optional<Tensor> passage_ids, Tensor losses, Tensor positive,
+                                                std::optional<Tensor> passage_ids, Tensor top, Tensor log_total,
                                                 bool in_batch_negatives, bool normalize) {
   const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
   const int64_t count = call.problem.queries, width = call.problem.width;
-  std::vector<float> loss(call.tiles * call.tile, 0.0f), score(call.tiles * call.tile, 0.0f);
-  std::copy_n(float_data(losses, count, "losses"), count, loss.begin());
-  std::copy_n(float_data(positive, count, "positive"), count, score.begin());
+  std::vector<float> tops(call.tiles * call.tile, 0.0f), totals(call.tiles * call.tile, 0.0f);
+  std::copy_n(float_data(top, count, "top"), count, tops.begin());
+  std::copy_n(float_data(log_total, count, "log_total"), count, totals.begin());
   Tensor dq = empty_floats({count, width}), dp = empty_floats({call.problem.passages, width});
-  compute_gradients(call, float_data(grad_losses, count, "grad_losses"), true, {loss.data(), score.data(), nullptr, nullptr},
+  compute_gradients(call, float_data(grad_losses, count, "grad_losses"), true, {nullptr, tops.data(), totals.data(), nullptr, nullptr},
                     normalize, (float*)dq.mutable_data_ptr(), (float*)dp.mutable_data_ptr());
   if (call.problem.dtype == DType::float32) return {dq, dp};
   return {scaled(dq, 1.0f, queries), scaled(dp, 1.0f, passages)};
@@ -382,10 +384,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(Tensor queri
   const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
   const int64_t count = call.problem.queries, width = call.problem.width, padded = call.tiles * call.tile;
   const float* coefficient = float_data(coefficients, count, "coefficients");
-  std::vector<float> loss(padded, 0.0f), score(padded, 0.0f), excess(padded, 0.0f);
+  std::vector<float> loss(padded, 0.0f), top(padded, 0.0f), log_total(padded, 0.0f), excess(padded, 0.0f);
   Tensor best = torch::stable::empty({count}, ScalarType::Long);
   Tensor dq = empty_floats({count, width}), dp = empty_floats({call.problem.passages, width});
-  compute_gradients(call, coefficient, false, {loss.data(), score.data(), excess.data(), (int64_t*)best.mutable_data_ptr()},
+  compute_gradients(call, coefficient, false, {loss.data(), top.data(), log_total.data(), excess.data(), (int64_t*)best.mutable_data_ptr()},
                     normalize, (float*)dq.mutable_data_ptr(), (float*)dp.mutable_data_ptr());
   double sum = 0, above = 0;
   for (int64_t i = 0; i < count; ++i) {

@@ -37,7 +37,11 @@ struct QueryPack {
   uint32_t *q, *grad_out;            // [row_words][tile_lanes]
   uint32_t *q_rows, *grad_out_rows;  // [tile_lanes / values][padded_dim]
   float *lse_log2, *delta;           // [tile_lanes]
+  float* log2_total;                 // [tile_lanes], with `apart` only
   int32_t *lo, *hi;                  // [tile_lanes]
+  // lse_log2 holds the highest score alone and log2_total what the other keys add: scores so large that their sum in one number
+  // would cost the probabilities digits (LARGE_SCORE)
+  bool apart;
 };
 
 struct KeyPack {
@@ -70,7 +74,10 @@ struct Kernels {
 
   void (*backward_pack_keys)(const Attention&, const Sample&, int64_t kv_head, uint32_t* k_panels, uint32_t* v_panels,
                              uint32_t* k_columns);
-  void (*backward_pack_queries)(const Attention&, const Gradients&, const Sample&, const Tile&, const QueryPack&);
+  // whether a row of the tile has scores so large that backward_take_apart is wanted
+  bool (*backward_pack_queries)(const Attention&, const Gradients&, const Sample&, const Tile&, const QueryPack&);
+  // computes lse_log2 and log2_total of a tile from the scores that backward_keys will compute
+  void (*backward_take_apart)(const Attention&, const Sample&, const Tile&, const KeyPack&, const QueryPack&, void* scratch);
   int64_t (*backward_scratch)(DType, int64_t dim);  // bytes per thread
   // Gradients of keys [begin, end) of one key head from tiles [first_tile, last_tile) that see them, and what they add to those
   // tiles' dq: dq [tile - first_tile][padded_dim][tile_lanes]. Query pack of tile t: packs[t]. Returns the visited blocks.

@@ -285,6 +285,19 @@ GRIT_INLINE vf tanh_of(vf x) {
   return size < 0.625f ? near_zero : of_sign;
 }
 
+// From this score on (in powers of 2) a product with the scale is rounded before the highest one is subtracted, as SDPA does it:
+// fused, the difference keeps digits that the maximum has lost, and 2 to the power of it may overflow from 2^31 on. In the
+// backward pass such a row's log-sum-exp is no longer kept in one number.
+constexpr float LARGE_SCORE = 4096;
+
+// `rows` rows of raw products times the scale, rounded, in the lanes that are chosen
+inline void scale_scores(float* scores, int64_t rows, float scale, vi chosen) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const vf x = load(scores + i * TILE);
+    store(scores + i * TILE, chosen ? x * scale : x);
+  }
+}
+
 // raw products [PANEL][TILE] to capped scores in place; slope, if given, gets the derivative of the cap
 inline void cap_scores(float* raw, float cap_in, float cap_out, float* slope) {
   for (int64_t i = 0; i < PANEL * TILE; i += W) {

@@ -99,6 +99,18 @@ GRIT_INLINE vf vmax(vf a, vf b) {
 GRIT_INLINE vf vmin(vf a, vf b) { return -vmax(-a, -b); }
 GRIT_INLINE vf vabs(vf a) { return (vf)((vu)a & 0x7fffffffu); }
 
+GRIT_INLINE bool any(vi mask) {
+#if defined(GRIT_ISA_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(GRIT_ISA_AVX2)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < W; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
 GRIT_INLINE float sum_lanes(vf x) {
 #if defined(GRIT_ISA_AVX512)
   return _mm512_reduce_add_ps((__m512)x);

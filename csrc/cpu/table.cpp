@@ -15,6 +15,7 @@ std::remove_pointer_t<decltype(Kernels::decode_part)> decode_part;
 std::remove_pointer_t<decltype(Kernels::decode_join)> decode_join;
 std::remove_pointer_t<decltype(Kernels::backward_pack_keys)> backward_pack_keys;
 std::remove_pointer_t<decltype(Kernels::backward_pack_queries)> backward_pack_queries;
+std::remove_pointer_t<decltype(Kernels::backward_take_apart)> backward_take_apart;
 std::remove_pointer_t<decltype(Kernels::backward_scratch)> backward_scratch;
 std::remove_pointer_t<decltype(Kernels::backward_keys)> backward_keys;
 std::remove_pointer_t<decltype(Kernels::backward_store_dq)> backward_store_dq;
@@ -28,7 +29,7 @@ extern const Kernels table;
 const Kernels table = {
     GRIT_STRING(GRIT_ISA), pool_rows, pool_backward_rows, &contrastive_table, layout,        pack_keys,          forward_scratch,
     forward_tile,          decode_part, decode_join,   backward_pack_keys, backward_pack_queries,
-    backward_scratch,      backward_keys, backward_store_dq,
+    backward_take_apart,   backward_scratch, backward_keys, backward_store_dq,
 };
 
 }  // namespace grit::GRIT_ISA

@@ -157,7 +157,7 @@ def _losses(
     if coefficients is not None:
         loss, best, *_ = torch.ops.grit_kernels.contrastive_step(*given, coefficients, in_batch_negatives, normalize)
         return loss, best == targets
-    losses, _, _, best = torch.ops.grit_kernels.contrastive_forward(*given, in_batch_negatives, normalize)
+    losses, *_, best = torch.ops.grit_kernels.contrastive_forward(*given, in_batch_negatives, normalize)
     return losses, best == targets
 
 

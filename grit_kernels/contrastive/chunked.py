@@ -4,11 +4,13 @@ Serves devices without a compiled kernel. Arguments of both functions: queries (
 temperature a one-element tensor, targets int64 (Q), query_ids int64 (Q) and passage_ids int64 (P) or None.
 
     score_ij = q_i . p_j / temperature, with ``normalize``: q_i . p_j / (|q_i| |p_j| temperature)
-    positive_i = score_{i, target_i}          loss_i = ln sum_{j in C_i} exp(score_ij - positive_i)
+    positive_i = score_{i, target_i}          top_i = max_{j in C_i} score_ij
+    log_total_i = ln sum_{j in C_i} exp(score_ij - top_i)
+    loss_i = (top_i - positive_i) + log_total_i
     excess_i = sum_j softmax_ij (score_ij - positive_i),  so d loss_i / d temperature = -excess_i / temperature
 
-Everything is kept relative to the positive score: scores may be around 1 / temperature, losses around 0, and the backward's
-softmax_ij = exp(score_ij - positive_i - loss_i) would otherwise lose what the difference of two large numbers loses.
+The backward's softmax_ij = exp((score_ij - top_i) - log_total_i) takes two numbers: scores may be around 1 / temperature and
+losses around 0, or some scores far larger than others, and their sum in one number would lose the digits that matter.
 """
 
 from __future__ import annotations
@@ -96,26 +98,27 @@ def contrastive_forward(
     passage_ids: Tensor | None,
     in_batch_negatives: bool,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses, positive, excess (float32 (Q)) and best (int64 (Q), the candidate of the highest score, the first of several)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """losses, top, log_total, excess, all float32 (Q), and best, int64 (Q): the first candidate of the highest score."""
     scales = row_scales(queries, passages, temperature, normalize)
     q, p = queries.float(), passages.float()
     group = 0 if in_batch_negatives else p.shape[0] // q.shape[0]
-    losses, positive, excess = (torch.empty(q.shape[0], dtype=torch.float32, device=q.device) for _ in range(3))
+    losses, tops, log_totals, excess = (torch.empty(q.shape[0], dtype=torch.float32, device=q.device) for _ in range(4))
     best = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
     for chunk in chunks(q.shape[0], p.shape[0], in_batch_negatives, CHUNK_BYTES, 4):
         scores, target = _scores(chunk, q, p, *scales, targets, query_ids, passage_ids, group)
         rows = slice(*chunk[:2])
-        positive[rows] = scores.gather(1, target[:, None])[:, 0]
+        positive = scores.gather(1, target[:, None])[:, 0]
         top, index = scores.max(dim=1)
         best[rows] = index + chunk[2]
         weights = scores.sub(top[:, None]).exp_()
         total = weights.sum(dim=1)
-        above = top - positive[rows]
-        losses[rows] = above + total.log()
+        tops[rows], log_totals[rows] = top, total.log()
+        above = top - positive
+        losses[rows] = above + log_totals[rows]
         below = scores.sub_(top[:, None]).masked_fill_(weights == 0, 0.0)
         excess[rows] = above + weights.mul_(below).sum(dim=1) / total
-    return losses, positive, excess, best
+    return losses, tops, log_totals, excess, best
 
 
 @without_autocast
@@ -127,8 +130,8 @@ def contrastive_backward(
     targets: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
-    losses: Tensor,
-    positive: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     in_batch_negatives: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +143,7 @@ def contrastive_backward(
     for chunk in chunks(q.shape[0], p.shape[0], in_batch_negatives, CHUNK_BYTES, 4):
         scores, target = _scores(chunk, q, p, query_scale, passage_scale, targets, query_ids, passage_ids, group)
         rows, columns = slice(*chunk[:2]), slice(*chunk[2:])
-        grad = scores.sub_(positive[rows, None]).sub_(losses[rows, None]).exp_()
+        grad = scores.sub_(top[rows, None]).sub_(log_total[rows, None]).exp_()
         grad.scatter_add_(1, target[:, None], torch.full_like(target, -1, dtype=grad.dtype)[:, None])
         grad.mul_((grad_losses * query_scale)[rows, None])
         if passage_scale is not None:
@@ -166,9 +169,9 @@ def contrastive_step(
     The gradients of a sum with known coefficients need no scores twice: three matrix products instead of four.
     """
     inputs = (queries, passages, temperature, targets, query_ids, passage_ids)
-    losses, positive, excess, best = contrastive_forward(*inputs, in_batch_negatives, normalize)
+    losses, top, log_total, excess, best = contrastive_forward(*inputs, in_batch_negatives, normalize)
     precise = (queries.float(), passages.float(), *inputs[2:])
-    grads = contrastive_backward(coefficients, *precise, losses, positive, in_batch_negatives, normalize)
+    grads = contrastive_backward(coefficients, *precise, top, log_total, in_batch_negatives, normalize)
     loss, grad_temperature = (coefficients * losses).sum(), -(coefficients * excess).sum() / temperature.reshape(())
     return loss, best, *grads, grad_temperature.float()
 

@@ -1,6 +1,6 @@
 """torch.library registration of the contrastive ops: schema, fake, autograd. Arguments as in ``chunked.py``.
 
-The forward keeps three FP32 numbers per query; the backward recomputes the scores. No backend holds all of them.
+The forward keeps four FP32 numbers per query; the backward recomputes the scores. No backend holds all of them.
 
 ``contrastive_step`` is for the CPU: loss and gradients of a weighted sum of the per-query losses from three matrix products.
 Forward and backward together need four, since the backward must recompute the scores.
@@ -22,12 +22,12 @@ _OPTIONS = "bool in_batch_negatives, bool normalize"
 _TRITON = "grit_kernels.contrastive.triton_contrastive"
 
 define_op(
-    f"contrastive_forward({_INPUTS}, {_OPTIONS}) -> (Tensor losses, Tensor positive, Tensor excess, Tensor best)",
+    f"contrastive_forward({_INPUTS}, {_OPTIONS}) -> (Tensor losses, Tensor top, Tensor log_total, Tensor excess, Tensor best)",
     reference=chunked.contrastive_forward,
     triton=f"{_TRITON}:contrastive_forward",
 )
 define_op(
-    f"contrastive_backward(Tensor grad_losses, {_INPUTS}, Tensor losses, Tensor positive, {_OPTIONS}) "
+    f"contrastive_backward(Tensor grad_losses, {_INPUTS}, Tensor top, Tensor log_total, {_OPTIONS}) "
     "-> (Tensor grad_queries, Tensor grad_passages)",
     reference=chunked.contrastive_backward,
     triton=f"{_TRITON}:contrastive_backward",
@@ -51,9 +51,9 @@ STEP_IS_COMPILED = _library.status().loaded and not interpreting()
 
 
 @torch.library.register_fake("grit_kernels::contrastive_forward")
-def _forward_fake(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses, positive, excess = (queries.new_empty(queries.shape[0], dtype=torch.float32) for _ in range(3))
-    return losses, positive, excess, queries.new_empty(queries.shape[0], dtype=torch.int64)
+def _forward_fake(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    losses, top, log_total, excess = (queries.new_empty(queries.shape[0], dtype=torch.float32) for _ in range(4))
+    return losses, top, log_total, excess, queries.new_empty(queries.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("grit_kernels::contrastive_backward")
@@ -75,16 +75,16 @@ def _scale_fake(grad_loss: Tensor, queries: Tensor, passages: Tensor, *rest: Any
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, in_batch_negatives, normalize = inputs
-    losses, positive, excess, best = output
-    ctx.save_for_backward(*tensors, losses, positive, excess)
+    _, top, log_total, excess, best = output
+    ctx.save_for_backward(*tensors, top, log_total, excess)
     ctx.options = (in_batch_negatives, normalize)
-    ctx.mark_non_differentiable(positive, excess, best)
+    ctx.mark_non_differentiable(top, log_total, excess, best)
 
 
 def _backward(ctx: Any, grad_losses: Tensor, *unused: Any) -> tuple[Any, ...]:
-    *tensors, losses, positive, excess = ctx.saved_tensors
+    *tensors, top, log_total, excess = ctx.saved_tensors
     grads = torch.ops.grit_kernels.contrastive_backward(
-        grad_losses.contiguous(), *tensors, losses, positive, *ctx.options
+        grad_losses.contiguous(), *tensors, top, log_total, *ctx.options
     )
     temperature = tensors[2]
     grad_temperature = None

@@ -7,7 +7,7 @@ the whole width, masks, and updates per query in registers: top = max score, tot
 exp(score - top) (score - top), the index of the best. The launcher combines the shares in order.
 
 Backward: for one chunk of queries at a time (CHUNK_BYTES of weights) three products
-    weight_ij = a_i (softmax_ij - [j = target_i]) * passage_scale_j,    softmax_ij = exp(score_ij - positive_i - loss_i)
+    weight_ij = a_i (softmax_ij - [j = target_i]) * passage_scale_j,    softmax_ij = exp((score_ij - top_i) - log_total_i)
     grad_q_i  = sum_j weight_ij p_j        grad_p_j += sum_i weight_ij q_i       (FP32)
 where a is grad_losses * query_scale. The weights are stored in the inputs' dtype; a and passage_scale are first divided by
 their largest value, so they fit float16, and multiplied back at the end.
@@ -136,7 +136,7 @@ def contrastive_fwd_kernel(
 @triton.jit(do_not_specialize=["first_query", "last_query", "group"])
 def contrastive_weights_kernel(
     p_queries, p_passages, p_query_scale, p_passage_scale, p_targets, p_query_ids, p_passage_ids,
-    p_losses, p_positive, p_a, p_factor, p_weights,
+    p_top, p_log_total, p_a, p_factor, p_weights,
     stride_q, stride_p, first_query, last_query, first_passage, last_passage, passages, width, group,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_SCALE: tl.constexpr, GROUPED: tl.constexpr, UPCAST: tl.constexpr,
@@ -157,9 +157,9 @@ def contrastive_weights_kernel(
     if HAS_IDS:
         b_query_id = tl.load(p_query_ids + o_q, mask=m_q, other=0)
     b_s = _candidates(b_s, o_q, o_p, b_target, b_query_id, p_passage_ids, passages, group, HAS_IDS, GROUPED)
-    b_positive = tl.load(p_positive + o_q, mask=m_q, other=0.0)
-    b_loss = tl.load(p_losses + o_q, mask=m_q, other=0.0)
-    b_softmax = tl.exp(b_s - b_positive[:, None] - b_loss[:, None])
+    b_top = tl.load(p_top + o_q, mask=m_q, other=0.0)
+    b_log_total = tl.load(p_log_total + o_q, mask=m_q, other=0.0)
+    b_softmax = tl.exp((b_s - b_top[:, None]) - b_log_total[:, None])
     b_a = tl.load(p_a + o_q, mask=m_q, other=0.0)
     b_w = b_a[:, None] * (b_softmax - tl.where(o_p[None, :] == b_target[:, None], 1.0, 0.0))
     if HAS_SCALE:
@@ -239,7 +239,7 @@ def contrastive_forward(
     passage_ids: Tensor | None,
     in_batch_negatives: bool,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as in chunked.contrastive_forward."""
     queries, passages = _rows(queries), _rows(passages)
     query_scale, passage_scale = row_scales(queries, passages, temperature, normalize)
@@ -266,7 +266,8 @@ def contrastive_forward(
     above = highest - scores
     excess = above + (share * (below + total * (top - highest))).sum(dim=0) / everything
     first_best = torch.where(top == highest, best, candidates).amin(dim=0)
-    return above + everything.log(), scores, excess, first_best.long()
+    log_total = everything.log()
+    return above + log_total, highest, log_total, excess, first_best.long()
 
 
 def contrastive_backward(
@@ -277,8 +278,8 @@ def contrastive_backward(
     targets: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
-    losses: Tensor,
-    positive: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     in_batch_negatives: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -304,7 +305,7 @@ def contrastive_backward(
             grid = (triton.cdiv(last - first, tile["BLOCK_Q"]), triton.cdiv(end - begin, tile["BLOCK_P"]))
             contrastive_weights_kernel[grid](
                 queries, passages, query_scale, passage_scale, targets, query_ids, passage_ids,
-                losses, positive, a, factor, weights,
+                top, log_total, a, factor, weights,
                 queries.stride(0), passages.stride(0), first, last, begin, end, candidates, queries.shape[1], group,
                 **tile,
             )  # fmt: skip

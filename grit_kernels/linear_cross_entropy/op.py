@@ -1,8 +1,8 @@
 """Per-token loss in chunks of rows: the logits of one chunk exist at a time, forward and backward.
 
-The forward keeps only the log-sum-exp of each row (FP32); the backward recomputes a chunk's logits. Matrix products take the
-input dtype, everything after them is FP32, the weight gradient is summed in FP32. Logits of 16-bit inputs leave the product in
-FP32 on a GPU; plain torch on the CPU rounds them to the inputs' dtype first.
+The forward keeps each row's highest logit and the log-sum-exp above it (FP32); the backward recomputes a chunk's logits. Matrix
+products take the input dtype, everything after them is FP32, the weight gradient is summed in FP32. Logits of 16-bit inputs leave
+the product in FP32 on a GPU; plain torch on the CPU rounds them to the inputs' dtype first.
 
 With the compiled library the CPU runs the contrastive kernels instead: without a cap this loss is the contrastive one of
 queries ``hidden`` and passages ``weight`` at temperature 1, so its logits are FP32 and never reach memory.
@@ -49,12 +49,12 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor:
 @torch.library.custom_op("grit_kernels::linear_cross_entropy_forward", mutates_args=())
 def forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Losses (T) and log-sum-exp (T), both float32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, highest logits and ln sum exp(logits - highest), all float32 (T)."""
     rows = hidden.shape[0]
     if _use_contrastive(hidden, softcap):
         used = labels != ignore_index
-        each, positive, *_ = torch.ops.grit_kernels.contrastive_forward(
+        each, top, log_total, *_ = torch.ops.grit_kernels.contrastive_forward(
             dense_rows(hidden),
             dense_rows(weight),
             torch.ones(()),
@@ -64,19 +64,21 @@ def forward(
             True,
             False,
         )
-        return torch.where(used, each, 0.0), each + positive
+        return torch.where(used, each, 0.0), top, log_total
     hidden, weight = hidden.contiguous(), weight.contiguous()  # see _product
     losses = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
-    lse = torch.zeros_like(losses)
+    top, log_total = torch.zeros_like(losses), torch.zeros_like(losses)
     step = _chunk_rows(weight.shape[0])
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
         logits = _cap(_product(hidden[chunk], weight.T), softcap)
-        lse[chunk] = torch.logsumexp(logits, dim=1)
+        top[chunk] = logits.amax(dim=1)
         used = labels[chunk] != ignore_index
         picked = logits.gather(1, torch.where(used, labels[chunk], 0)[:, None])[:, 0]
-        losses[chunk] = torch.where(used, lse[chunk] - picked, 0.0)
-    return losses, lse
+        above = top[chunk] - picked
+        log_total[chunk] = logits.sub_(top[chunk, None]).exp_().sum(dim=1).log_()
+        losses[chunk] = torch.where(used, above + log_total[chunk], 0.0)
+    return losses, top, log_total
 
 
 @torch.library.custom_op("grit_kernels::linear_cross_entropy_backward", mutates_args=())
@@ -85,7 +87,8 @@ def backward(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     ignore_index: int,
     softcap: float | None,
     need_hidden: bool,
@@ -95,8 +98,7 @@ def backward(
     used = labels != ignore_index
     scale = torch.where(used, grad.float(), 0.0)
     if need_hidden and need_weight and _use_contrastive(hidden, softcap):
-        # exp(logit - lse) is the softmax: lse stands for the positive score, 0 for the loss relative to it
-        arguments = (torch.ones(()), torch.where(used, labels, 0), None, None, torch.zeros_like(lse), lse, True, False)
+        arguments = (torch.ones(()), torch.where(used, labels, 0), None, None, top, log_total, True, False)
         return torch.ops.grit_kernels.contrastive_backward(scale, dense_rows(hidden), dense_rows(weight), *arguments)
     hidden, weight = hidden.contiguous(), weight.contiguous()  # see _product
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
@@ -106,7 +108,7 @@ def backward(
         chunk = slice(start, start + step)
         logits = _cap(_product(hidden[chunk], weight.T), softcap)
         slope = None if softcap is None else 1 - (logits / softcap).square()
-        p = logits.sub_(lse[chunk, None]).exp_()
+        p = logits.sub_(top[chunk, None]).sub_(log_total[chunk, None]).exp_()
         target = torch.where(used[chunk], labels[chunk], 0)[:, None]
         p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
         p.mul_(scale[chunk, None])
@@ -123,9 +125,9 @@ def backward(
 @forward.register_fake
 def _forward_fake(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    return out, torch.empty_like(out)
+    return out, torch.empty_like(out), torch.empty_like(out)
 
 
 @backward.register_fake
@@ -134,7 +136,8 @@ def _backward_fake(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     ignore_index: int,
     softcap: float | None,
     need_hidden: bool,
@@ -148,16 +151,16 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden, weight, labels, ignore_index, softcap = inputs
-    ctx.save_for_backward(hidden, weight, labels, output[1])
+    ctx.save_for_backward(hidden, weight, labels, *output[1:])
     ctx.options = (ignore_index, softcap)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, labels, lse = ctx.saved_tensors
+def _backward(ctx: Any, grad_losses: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, labels, top, log_total = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     grad_hidden, grad_weight = torch.ops.grit_kernels.linear_cross_entropy_backward(
-        grad_losses, hidden, weight, labels, lse, *ctx.options, need_hidden, need_weight
+        grad_losses, hidden, weight, labels, top, log_total, *ctx.options, need_hidden, need_weight
     )
     return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None
 

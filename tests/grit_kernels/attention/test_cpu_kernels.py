@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import grit_kernels as gk
 from grit_kernels import _library
 from grit_kernels.attention import reference
 from grit_kernels.visibility import dense_mask
@@ -356,3 +358,35 @@ def test_memory_kept_from_a_call_full_of_nan_changes_nothing(isa: str, dtype: to
         after += call.backward(grad, None, *after)
     for x, y in zip(before, after, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e5, 3e7])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_scores_too_large_for_their_own_differences_stay_exact(
+    isa: str, dtype: torch.dtype, magnitude: float, rows: int
+) -> None:
+    """Scores up to 1e15: each row sees its best key alone, forward and backward, also where two of them are the best."""
+    keys = 90
+    best = torch.randint(keys // 2, (rows,))
+    q, k, v = (torch.randn(n, 1, 64).to(dtype) for n in (rows, keys, keys))
+    k[: keys // 2, 0] = torch.eye(64)[: keys // 2]
+    k[keys // 2 :] = k[: keys // 2]  # every key stands twice
+    k = (k * magnitude).requires_grad_()
+    q = (torch.eye(64)[best][:, None] * magnitude).to(dtype).requires_grad_()
+    v.requires_grad_()
+    tables = [torch.tensor([0, n], dtype=torch.int32) for n in (rows, keys)]
+    grad = torch.randn(rows, 1, 64)
+    with _library.cpu_isa(isa):
+        out, lse = gk.switch_attention_varlen(q, k, v, False, *tables, rows, keys, return_lse=True)
+        dq, dk, dv = torch.autograd.grad((out.float() * grad).sum(), [q, k, v])
+    wanted = (v[best, 0].double() + v[best + keys // 2, 0].double()) / 2
+    assert_within_rule(out[:, 0].detach(), wanted.detach(), wanted.detach().to(dtype))
+    score = (q.detach()[0, 0].double() @ k.detach()[int(best[0]), 0].double()) / 8
+    torch.testing.assert_close(lse[:, 0].double(), (score + math.log(2)).expand(rows), rtol=1e-6, atol=0)
+    share = torch.zeros(keys, 64, dtype=torch.float64).index_add(0, best, grad[:, 0].to(dtype).double() / 2)
+    share = share + share.roll(keys // 2, 0)
+    assert_within_rule(dv[:, 0], share, share.to(dtype))
+    # the two best keys share the weight; what moves it from one to the other is the difference of their values
+    assert all(bool(x.isfinite().all()) for x in (dq, dk))

@@ -167,3 +167,22 @@ def test_compile_captures_the_loss_whole(backend: Backend) -> None:
         found, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, run))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_of_scores_of_mixed_magnitudes_keep_their_digits(backend: Backend, reduction: Any) -> None:
+    """Losses of thousands beside losses of nearly nothing, in both directions."""
+    q = torch.randn(64, 48, device=backend.device) * 10 ** (3 * torch.rand(64, 1, device=backend.device))
+    p = torch.randn(128, 48, device=backend.device) * 10 ** torch.rand(128, 1, device=backend.device)
+
+    def gradients(dtype: torch.dtype, chosen: Any) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, p)]
+        with chosen:
+            loss = gk.contrastive_loss(*leaves, temperature=0.5, symmetric=True, reduction=reduction)
+            return torch.autograd.grad(loss.sum(), leaves)
+
+    found = gradients(torch.float32, backend())
+    truth, eager = (gradients(dtype, gk.backend("reference")) for dtype in (torch.float64, torch.float32))
+    for name, a, b, c in zip(("queries", "passages"), found, truth, eager, strict=True):
+        size = b.abs().max()
+        assert_within_rule(a / size, b / size, c / size, name)

@@ -27,7 +27,7 @@ def problem(count: int, group: int, width: int, dtype: torch.dtype, ids: bool) -
 def both(arguments: tuple[Any, ...], grad: Tensor, module: Any) -> tuple[Tensor, ...]:
     *inputs, in_batch_negatives, normalize = arguments
     found = module.contrastive_forward(*inputs, in_batch_negatives, normalize)
-    return (*found, *module.contrastive_backward(grad, *inputs, *found[:2], in_batch_negatives, normalize))
+    return (*found, *module.contrastive_backward(grad, *inputs, *found[1:3], in_batch_negatives, normalize))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -45,15 +45,15 @@ def test_both_directions_equal_chunked_torch(
             found = both(arguments, grad, OPS)
             step = OPS.contrastive_step(*arguments[:-2], grad, *arguments[-2:])
             scaled = OPS.contrastive_scale(torch.tensor(1.0), *arguments[:2], *step[2:])
-        for a, b in zip(found[:3], expected[:3], strict=True):
+        for a, b in zip(found[:4], expected[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-        assert torch.equal(found[3], expected[3])
+        assert torch.equal(found[4], expected[4])
         torch.testing.assert_close(step[0], (grad * expected[0]).sum(), rtol=2e-5, atol=2e-4)
-        assert torch.equal(step[1], expected[3])
-        above = -(grad * expected[2]).sum() / arguments[2]
+        assert torch.equal(step[1], expected[4])
+        above = -(grad * expected[3]).sum() / arguments[2]
         torch.testing.assert_close(scaled[2], above, rtol=1e-4, atol=1e-3 * float(grad.abs().sum()))
         names = ("grad_queries", "grad_passages", "grad_queries of a step", "grad_passages of a step")
-        for name, a, b in zip(names, found[4:] + scaled[:2], expected[4:] * 2, strict=True):
+        for name, a, b in zip(names, found[5:] + scaled[:2], expected[5:] * 2, strict=True):
             assert a.dtype == dtype
             assert_within_rule(
                 a / 10, b.double() / 10, (b / 10).to(dtype), name
@@ -79,7 +79,7 @@ def test_a_step_over_several_chunks_equals_forward_and_backward(dtype: torch.dty
         torch.set_num_threads(threads)
         results.append(OPS.contrastive_step(*arguments, coefficients, True, False))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    losses, _, excess, best, *grads = both((*arguments, True, False), coefficients, OPS)
+    losses, _, _, excess, best, *grads = both((*arguments, True, False), coefficients, OPS)
     loss, best_of_step, *grads_of_step, grad_temperature = results[0]
     torch.testing.assert_close(loss, (coefficients * losses).sum())
     torch.testing.assert_close(grad_temperature, -(coefficients * excess).sum() / 0.1)
@@ -95,8 +95,8 @@ def test_chunks_of_both_sides_add_up() -> None:
     coefficients = torch.rand(2100)
     step = OPS.contrastive_step(*arguments, coefficients, True, True)
     found = both((*arguments, True, True), coefficients, OPS)
-    expected = chunked.contrastive_backward(coefficients, *arguments, *found[:2], True, True)
-    for early, late, truth in zip(step[2:4], found[4:], expected, strict=True):
+    expected = chunked.contrastive_backward(coefficients, *arguments, *found[1:3], True, True)
+    for early, late, truth in zip(step[2:4], found[5:], expected, strict=True):
         assert torch.equal(early, late)
         torch.testing.assert_close(early, truth, rtol=1e-4, atol=1e-4)
 

@@ -31,7 +31,7 @@ def test_shares_of_passages_and_chunks_of_queries_do_not_change_results(
     inputs = problem(75, 9, 20)
     options = (in_batch_negatives, True)
     expected = chunked.contrastive_forward(*inputs, *options)
-    saved = expected[:2]
+    saved = expected[1:3]
     grad = torch.randn(75)
     expected_grads = chunked.contrastive_backward(grad, *inputs, *saved, *options)
     for processors, chunk_bytes in ((1, 1 << 20), (40, 80_000)):
@@ -56,7 +56,7 @@ def test_of_several_best_passages_the_first_counts(monkeypatch: pytest.MonkeyPat
     q = torch.ones(3, 16)
     best = triton_contrastive.contrastive_forward(
         q, torch.ones(700, 16), torch.tensor(1.0), torch.zeros(3, dtype=torch.int64), None, None, True, False
-    )[3]
+    )[4]
     assert best.tolist() == [0, 0, 0]
 
 
@@ -67,14 +67,14 @@ def test_float64_is_refused_by_name() -> None:
 
 
 SCORES = {
-    "p_query_scale": "*fp32", "p_targets": "*i64", "p_positive": "*fp32", "stride_q": "i32", "stride_p": "i32",
+    "p_query_scale": "*fp32", "p_targets": "*i64", "p_top": "*fp32", "stride_q": "i32", "stride_p": "i32",
     "passages": "i32", "width": "i32", "group": "i32",
 }  # fmt: skip
 FORWARD = {
-    **dict.fromkeys(("p_top", "p_total", "p_below"), "*fp32"), "p_best": "*i32", "queries": "i32", "splits": "i32",
+    **dict.fromkeys(("p_total", "p_below", "p_positive"), "*fp32"), "p_best": "*i32", "queries": "i32", "splits": "i32",
 }  # fmt: skip
 WEIGHTS = {
-    **dict.fromkeys(("p_a", "p_losses"), "*fp32"),
+    **dict.fromkeys(("p_a", "p_log_total"), "*fp32"),
     **dict.fromkeys(("first_query", "last_query", "first_passage", "last_passage"), "i32"),
 }
 

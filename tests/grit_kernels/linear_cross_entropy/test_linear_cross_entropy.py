@@ -192,3 +192,22 @@ def test_a_hidden_size_of_one_may_have_any_stride() -> None:
     assert gk.linear_cross_entropy(one, one, torch.zeros(1, dtype=torch.int64)).item() == 0
     assert gk.contrastive_loss(one, one).item() == 0
     assert torch.equal(gk.pool(one[:, None], method="mean"), one)
+
+
+@pytest.mark.parametrize("softcap", [None, 1e4])
+def test_gradients_of_large_logits_keep_their_digits(softcap: float | None) -> None:
+    """Logits up to 1e5: with one number for the highest logit and the log-sum-exp above it the softmax would be off by 5 %."""
+    hidden = torch.randn(64, 48) * 10 ** (4 * torch.rand(64, 1))
+    weight, labels = torch.randn(300, 48) * 10 ** torch.rand(300, 1), torch.randint(300, (64,))
+
+    def gradients(run: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        return torch.autograd.grad(run(*leaves).sum(), leaves)
+
+    found = gradients(lambda h, w: gk.linear_cross_entropy(h, w, labels, softcap=softcap), torch.float32)
+    truth, eager = (
+        gradients(lambda h, w, d=d: plain(h, w, labels, softcap, d), d) for d in (torch.float64, torch.float32)
+    )
+    for name, a, b, c in zip(("hidden", "weight"), found, truth, eager, strict=True):
+        size = b.abs().max()
+        assert_within_rule(a / size, b / size, c / size, name)
