@@ -14,6 +14,10 @@ COMMANDS = {
     ),
     "demo": ("python_model.commands.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
     "data": ("python_model.corpora.build", "build training and held-out data of real text from packages"),
+    "convert": (
+        "python_model.commands.convert",
+        "show what training reads in a file of any tool, and write it as rows",
+    ),
     "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss together"),
     "ablation": ("python_model.train.ablation", "train variants one after another, measure each, write one table"),
     "eval": (

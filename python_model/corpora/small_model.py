@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from python_model.support.files import cache_folder
+
 log = logging.getLogger(__name__)
 
 NAME = "smollm2-135m"
@@ -68,15 +70,6 @@ SOURCE = Source(
     license="Apache-2.0",
     checkpoint="smollm2-135m-instruct-mistral",
 )
-
-
-def cache_folder() -> Path:
-    """``$GRIT_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/grit_kernels``, else ``~/.cache/grit_kernels``."""
-    if own := os.environ.get("GRIT_KERNELS_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "grit_kernels"
-    return Path.home() / ".cache" / "grit_kernels"
 
 
 def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = False, progress: bool = True) -> Path:

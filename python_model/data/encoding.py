@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from python_model.data.datasets import Problem, Row
-from python_model.data.jsonl import GenerativeRow, InstructedText, PlainText
+import numpy as np
+
+from python_model.data.datasets import Problem
+from python_model.data.rows import GenerativeRow, InstructedText, PlainText, Row
 from python_model.data.token_cache import TokenCache, tokenizer_fingerprint
 from python_model.model.few_shot import few_shot_instruction
 from python_model.model.prompts import (
@@ -53,16 +55,27 @@ class RowEncoder:
             lambda: self._conversation(row), ("conversation", row.turns, self.config.generative_max_len)
         )
 
+    def refused(self, facts: np.ndarray, generative: bool) -> tuple[np.ndarray, Problem]:
+        """Rows without negatives, where ``train_group_size`` wants some."""
+        size = self.config.train_group_size
+        missing = np.zeros(len(facts), dtype=bool)
+        if not generative and size > 1:
+            missing = facts["negatives"] == 0
+        return missing, ("no negatives", f"neg: expected at least one with train_group_size {size}, got none")
+
+    def doubtful(self, facts: np.ndarray, generative: bool) -> np.ndarray:
+        """Rows of which the bytes do not tell whether an instruction, or the first user turn, leaves room for the text."""
+        if generative:
+            return ~_fewer_tokens(facts["first"], self.config.generative_max_len)
+        eos = len(self.config.embed_eos)
+        few = _fewer_tokens(facts["first"], self.config.query_max_len - eos)
+        return ~(few & _fewer_tokens(facts["passage"], self.config.passage_max_len - eos))
+
     def problem(self, row: Row) -> Problem | None:
-        """Why a row cannot be trained on, or None: too long an instruction or first user turn, no negatives where they are
-        needed. Texts are tokenised only where their length in bytes leaves a doubt."""
+        """Why a row cannot be trained on, or None: its instruction or its first user turn fills the length."""
         if isinstance(row, GenerativeRow):
-            if len(row.turns) == 1 or _fewer_tokens(row.turns[0], self.config.generative_max_len):
-                return None
-            return _too_long(lambda: self._conversation(row))
+            return None if len(row.turns) == 1 else _too_long(lambda: self._conversation(row))
         negatives = row.neg if self.config.train_group_size > 1 else ()
-        if self.config.train_group_size > 1 and not negatives:
-            return "no negatives", "neg: got an empty list, which train_group_size > 1 needs"
         limits = [(row.query, self.config.query_max_len)]
         limits += [(passage, self.config.passage_max_len) for passage in (*row.pos, *negatives)]
         for text, limit in limits:
@@ -79,7 +92,7 @@ class RowEncoder:
     def _has_room(self, text: InstructedText, max_length: int) -> bool:
         """False: perhaps the instruction fills ``max_length``."""
         room = max_length - len(self.config.embed_eos)
-        if _fewer_tokens(text.instruction, room):
+        if _fewer_tokens(len(text.instruction.encode()), room):
             return True
         if text.instruction not in self._lengths:
             if len(self._lengths) > 100_000:
@@ -128,10 +141,10 @@ class RowEncoder:
         return sample
 
 
-def _fewer_tokens(text: str, room: int) -> bool:
-    """Whether ``text`` in its format surely takes fewer than ``room`` tokens: none is shorter than a byte, and breaking up
-    markers adds less than a quarter."""
-    return 5 * len(text.encode()) // 4 + _FORMAT < room
+def _fewer_tokens(count: Any, room: int) -> Any:
+    """Whether ``count`` bytes (one number or an array) surely take fewer than ``room`` tokens in their format: none is shorter
+    than a byte, and breaking up markers adds less than a quarter."""
+    return 5 * (np.asarray(count, dtype=np.int64)) // 4 + _FORMAT < room
 
 
 def _too_long(encode: Callable[[], EncodedSample]) -> Problem | None:

@@ -5,19 +5,23 @@ So a run resumes at any step without saved state, worker processes change nothin
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from python_model.data.datasets import DataReport, DataSet, open_file
+from python_model.data.datasets import DataSet, select
 from python_model.data.encoding import RowEncoder
-from python_model.data.jsonl import EmbeddingRow, GenerativeRow, InstructedText, data_files, dataset_name
+from python_model.data.files import data_files, dataset_name
+from python_model.data.index import DataReport, FileIndex, index_file
 from python_model.data.order import BatchOrder
+from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText
 from python_model.model.prompts import EncodedSample, TooLong
 
 
@@ -27,7 +31,8 @@ class StepSamples:
 
     ``passages`` are laid out ``[pos_0, neg_0.., pos_1, ...]``. ``query_ids`` and ``passage_ids`` number the texts of the step,
     the same on all ranks: a passage with the id of a query has the text of that query's positive, or of the positive of an
-    identical query, so it is no negative of it. The origins are ``file:line``.
+    identical query, so it is no negative of it. ``passage_scores`` are a teacher's, None where a row has none. The origins are
+    ``file:line``.
     """
 
     queries: list[EncodedSample] = field(default_factory=list)
@@ -35,6 +40,7 @@ class StepSamples:
     conversations: list[EncodedSample] = field(default_factory=list)
     query_ids: list[int] = field(default_factory=list)
     passage_ids: list[int] = field(default_factory=list)
+    passage_scores: list[float | None] = field(default_factory=list)
     query_origins: list[str] = field(default_factory=list)
     conversation_origins: list[str] = field(default_factory=list)
 
@@ -45,6 +51,7 @@ class _Group:
 
     row: EmbeddingRow
     passages: list[InstructedText]
+    scores: list[float | None]
     example: tuple[str, str] | None
 
 
@@ -99,17 +106,21 @@ class TrainingStream(Dataset[StepSamples]):
     def __getitem__(self, step: int) -> StepSamples:
         samples = StepSamples()
         if self._embedding_order is not None:
-            # every rank draws for the whole step, so that all number its texts alike; it tokenises its share only
-            groups = [
-                self._draw(dataset, row, random.Random(f"{self.config.seed}:{step}:{place}"))
-                for place, (dataset, row) in enumerate(self._embedding_order.batch(step))
-            ]
-            numbers = _numbers(groups)
-            for place in self._share(len(groups)):
-                self._add_query(samples, groups[place])
-                ids = [numbers[passage.text] for passage in groups[place].passages]
+            batch = self._embedding_order.batch(step)
+            share = self._share(len(batch))
+            # a rank reads its own rows, and of the others those whose query stands twice in the step
+            groups = {
+                place: self._draw(*batch[place], random.Random(f"{self.config.seed}:{step}:{place}"))
+                for place in sorted({*share, *self._repeated(batch)})
+            }
+            number = _numbering(list(groups.values()))
+            for place in share:
+                group = groups[place]
+                self._add_query(samples, group)
+                ids = [number(passage.text) for passage in group.passages]
                 samples.query_ids.append(ids[0])
                 samples.passage_ids += ids
+                samples.passage_scores += group.scores
         if self._generative_order is not None:
             batch = self._generative_order.batch(step)
             for place in self._share(len(batch)):
@@ -125,7 +136,7 @@ class TrainingStream(Dataset[StepSamples]):
         data = self._embedding if kind == "embedding" else self._generative
         config = self.config
         if not data:
-            raise ValueError(f"train_data: {config.train_data} has no {kind} rows, which mode {config.mode!r} needs")
+            raise ValueError(_lacking(config, kind))
         weights = [config.dataset_weights.get(_name(rows), 1.0) for rows in data]
         wanted = [
             0 if not weight else max(1, round(weight * len(rows))) for weight, rows in zip(weights, data, strict=True)
@@ -141,19 +152,31 @@ class TrainingStream(Dataset[StepSamples]):
             rows_per_epoch=wanted,
         )
 
+    def _repeated(self, batch: Sequence[tuple[int, int]]) -> list[int]:
+        """Places of a batch whose query stands there more than once."""
+        places: dict[int, list[int]] = {}
+        for place, (dataset, row) in enumerate(batch):
+            places.setdefault(_query_hash(self._embedding[dataset], row), []).append(place)
+        return [place for same in places.values() if len(same) > 1 for place in same]
+
     def _share(self, count: int) -> range:
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def _draw(self, dataset: int, index: int, draw: random.Random) -> _Group:
         rows = self._embedding[dataset]
         row = rows[index]
-        passages = [draw.choice(row.pos), *_negatives(row, self.config.train_group_size - 1, draw)]
+        positive = draw.randrange(len(row.pos))
+        negatives = _negatives(row, self.config.train_group_size - 1, draw)
+        passages = [row.pos[positive], *(row.neg[i] for i in negatives)]
+        scores: list[float | None] = [None] * len(passages)
+        if row.pos_scores:
+            scores = [row.pos_scores[positive], *(row.neg_scores[i] for i in negatives)]
         example = None
         if len(rows) > 1 and draw.random() < self.config.few_shot:
             other = draw.randrange(len(rows) - 1)
             shown = rows[other + (other >= index)]
             example = (shown.query.text, draw.choice(shown.pos).text)
-        return _Group(row, passages, example)
+        return _Group(row, passages, scores, example)
 
     def _add_query(self, samples: StepSamples, group: _Group) -> None:
         with _naming(group.row.origin):
@@ -173,55 +196,120 @@ class TrainingStream(Dataset[StepSamples]):
         return query, [encode(passage, config.passage_max_len, example) for passage in group.passages]
 
 
+def check_data(config: Any) -> None:
+    """Raise what :func:`open_stream` would, but for texts that are too long: it needs no tokenizer, so a run can call it before
+    it loads a model."""
+    _indexed(config)
+
+
 def open_stream(config: Any, tokenizer: Any, rank: int = 0, world: int = 1) -> TrainingStream:
     """The stream over ``config.train_data``; rank 0 prints what is used and what is left out.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        DataError: a file has no rows.
+        DataError: there are no rows, or more of a file than ``max_left_out`` is left out.
         ValueError: the mode needs rows of a kind that the data lack, or a setting names a data set that is not there.
     """
     encoder = RowEncoder(tokenizer, config)
-    check_key = f"{encoder.key} {config.query_max_len} {config.passage_max_len} {config.generative_max_len}"
     report, data = DataReport(), []
-    files = data_files(config.train_data)
-    for file in files:
-        found, left_out = open_file(
-            file,
-            encoder.problem,
-            check_key=f"{check_key} {config.train_group_size > 1}",
-            wanted=lambda generative: bool(config.generates if generative else config.embeds),
-        )
-        data += [rows.choice(config.max_rows_per_dataset or len(rows), config.seed) for rows in found]
-        report.add(left_out)
+    for index in _indexed(config):
+        if _wanted(config, index):
+            found, left_out = select(index, encoder)
+            _check_left_out(config, index.file, left_out)
+            data += [rows.choice(config.max_rows_per_dataset or len(rows), config.seed) for rows in found]
+            report.add(left_out)
+        else:
+            report.notes += index.report.notes if index.kind is None else []
     report.used = {}
     for rows in data:
         report.used[rows.name] = report.used.get(rows.name, 0) + len(rows)
+    for size, generative in ((config.embedding_batch_size, False), (config.generative_batch_size, True)):
+        count = sum(len(rows) for rows in data if rows.generative == generative)
+        if 0 < count < size:
+            kind = "generative" if generative else "embedding"
+            report.notes.append(
+                f"{count} {kind} rows are fewer than a batch of {size}: rows come more than once in a step"
+            )
     if rank == 0:
         print("\n".join(report.lines()), flush=True)
-    names = {*report.used, *map(dataset_name, files)}
-    if unknown := sorted(set(config.dataset_weights) - names):
-        raise ValueError(f"dataset_weights: there is no data set {unknown[0]!r}, the data hold {sorted(names)}")
     return TrainingStream(data, encoder, config, rank, world, report)
+
+
+def _indexed(config: Any) -> list[FileIndex]:
+    files = data_files(config.train_data)
+    indexes = [index_file(file) for file in files]
+    names = {*map(dataset_name, files)}
+    for index in indexes:
+        names |= set(index.names)
+        if _wanted(config, index):
+            _check_left_out(config, index.file, index.report)
+            if "no_in_batch_neg" in dataset_name(index.file) and not index.kind and config.in_batch_negatives:
+                raise DataError(
+                    f"{index.file}: its name says no_in_batch_neg: FlagEmbedding takes no other query's passage as a negative. "
+                    "Here in_batch_negatives holds for all data sets: set it to false for a run on such files, or rename the file"
+                )
+    kinds = {index.kind for index in indexes}
+    for generative, needed in ((False, config.embeds), (True, config.generates)):
+        if needed and generative not in kinds:
+            raise ValueError(_lacking(config, "generative" if generative else "embedding"))
+    if unknown := sorted(set(config.dataset_weights) - names):
+        close = difflib.get_close_matches(unknown[0], names, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"dataset_weights: expected names out of {sorted(names)}, got {unknown[0]!r}{meant}")
+    return indexes
+
+
+def _wanted(config: Any, index: FileIndex) -> bool:
+    """Whether the mode trains on the file's rows; of a file without a good row, whatever is wrong with it counts."""
+    return (
+        index.kind is None
+        and bool(index.report.left_out)
+        or bool(index.kind is not None and (config.generates if index.kind else config.embeds))
+    )
+
+
+def _check_left_out(config: Any, file: str, report: DataReport) -> None:
+    """Stop where more than ``max_left_out`` of a file's rows cannot be used."""
+    bad, used = sum(report.left_out.values()), sum(report.used.values())
+    if bad > config.max_left_out * (bad + used):
+        detail = "\n".join(DataReport(left_out=report.left_out, examples=report.examples).lines()[1:])
+        advice = ""
+        if report.left_out.get("no negatives"):
+            advice = (
+                "\nRows without negatives train with train_group_size 1 (negatives out of the batch alone), or mine some: "
+                f"grit mine {file} ROWS.jsonl"
+            )
+        limit = f"more than max_left_out ({config.max_left_out}) allows"
+        raise DataError(f"{file}: {bad} of {bad + used} rows cannot be used, {limit}\n{detail}{advice}")
+
+
+def _lacking(config: Any, kind: str) -> str:
+    other = "embedding" if kind == "generative" else "generative"
+    needs = f"which mode {config.mode!r} needs; mode {other!r} trains without them"
+    return f"train_data: {config.train_data} has no {kind} rows, {needs}"
 
 
 def _name(rows: Sequence[Any]) -> str:
     return rows.name if isinstance(rows, DataSet) else str(rows[0].dataset)
 
 
-def _negatives(row: EmbeddingRow, count: int, draw: random.Random) -> list[InstructedText]:
+def _query_hash(rows: Sequence[Any], index: int) -> int:
+    if isinstance(rows, DataSet):
+        return rows.query_hash(index)
+    return hash(rows[index].query)
+
+
+def _negatives(row: EmbeddingRow, count: int, draw: random.Random) -> list[int]:
+    """Places of the row's negatives that are drawn."""
     if count == 0:
         return []
     if not row.neg:
-        raise ValueError(f"{row.origin}: neg: got an empty list, which train_group_size > 1 needs")
-    pool = list(row.neg)
-    while len(pool) < count:
-        pool += row.neg
-    return draw.sample(pool, count)
+        raise ValueError(f"{row.origin}: neg: expected at least one with train_group_size {count + 1}, got none")
+    return draw.sample(list(range(len(row.neg))) * -(-count // len(row.neg)), count)
 
 
-def _numbers(groups: Sequence[_Group]) -> dict[str, int]:
-    """A number per passage text; texts that are positives of identical queries share one."""
+def _numbering(groups: Sequence[_Group]) -> Callable[[str], int]:
+    """A number for a passage's text, a hash of it; texts that are positives of identical queries share one."""
     same: dict[str, str] = {}  # text -> a text it shares its number with
 
     def root(text: str) -> str:
@@ -234,10 +322,13 @@ def _numbers(groups: Sequence[_Group]) -> dict[str, int]:
         positive = group.passages[0].text
         mine, other = root(positive), root(first.setdefault(group.row.query, positive))
         if mine != other:
-            same[mine] = other
-    texts = dict.fromkeys(passage.text for group in groups for passage in group.passages)
-    numbers: dict[str, int] = {}
-    return {text: numbers.setdefault(root(text), len(numbers)) for text in texts}
+            same[max(mine, other)] = min(mine, other)  # whatever the order of the groups
+
+    def number(text: str) -> int:
+        digest = hashlib.blake2b(root(text).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1  # int64
+
+    return number
 
 
 class _naming:

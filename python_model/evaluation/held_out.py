@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_model.data.jsonl import DataError, read_corpus, read_embedding, read_generative
+from python_model.data.reading import read_corpus, read_embedding, read_generative
+from python_model.data.rows import DataError
 from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, evaluate_retrieval
 from python_model.model.modeling import GritLM

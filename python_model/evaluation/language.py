@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from python_model.data.jsonl import GenerativeRow
+from python_model.data.rows import GenerativeRow
 from python_model.model.chunks import build_chunk
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX, GenerativeAttention, TooLong, encode_conversation

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from python_model.data.jsonl import read_objects
+from python_model.data.files import read_objects
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.model.modeling import GritLM

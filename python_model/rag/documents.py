@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from python_model.data.jsonl import read_objects
+from python_model.data.files import read_objects
 from python_model.rag.modes import Document
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")

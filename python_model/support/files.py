@@ -1,4 +1,4 @@
-"""Atomic writing: a file or folder is there whole, or not at all."""
+"""Atomic writing (a file or folder is there whole, or not at all), and where fetched and derived files are kept."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def cache_folder() -> Path:
+    """``$GRIT_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/grit_kernels``, else ``~/.cache/grit_kernels``."""
+    if own := os.environ.get("GRIT_KERNELS_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "grit_kernels"
+    return Path.home() / ".cache" / "grit_kernels"
 
 
 @contextlib.contextmanager
@@ -24,6 +33,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,10 +58,24 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for item in [*temporary.rglob("*"), temporary]:  # what the new name shows must be on the disk first
+            _sync(item)
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
+        _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Files are synced everywhere, folders where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

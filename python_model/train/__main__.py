@@ -39,11 +39,12 @@ def run(config: TrainConfig) -> Path:
 
 def _run_rank(config: TrainConfig, here: Ranks) -> Path:
     """A function of its own, so that model and shards are gone before the process group is."""
-    from python_model.data.stream import open_stream
+    from python_model.data.stream import check_data, open_stream
     from python_model.train.plot import plot_losses
     from python_model.train.setup import load_model
     from python_model.train.trainer import Trainer
 
+    check_data(config)  # before minutes go into a model
     # with FSDP only rank 0 reads the weights; the others get their shards from it
     sharded = here.group is not None and config.parallel == "fsdp"
     model = load_model(config, here.device, weights=here.first or not sharded)

@@ -42,6 +42,7 @@ class TrainConfig:
         dataset_weights: rows of a data set per epoch as a multiple of its size, by name (the file's name up to its first dot);
             1 for those not named, 0 leaves a data set out.
         max_rows_per_dataset: a random choice of that many rows of each larger data set; 0: all rows.
+        max_left_out: share of a file's rows that may be unusable; more stop the run.
         few_shot: share of the queries whose instructions get one example from another row of the data set.
         few_shot_style: its wording, ``retrieval``, ``match`` or ``medi2``.
         data_workers: processes that read and tokenise ahead; 0: none. The samples are the same for any number.
@@ -107,6 +108,7 @@ class TrainConfig:
     same_dataset: bool = True
     dataset_weights: dict[str, float] = field(default_factory=dict)
     max_rows_per_dataset: int = 0
+    max_left_out: float = 0.1
     few_shot: float = 0.0
     few_shot_style: str = "retrieval"
     data_workers: int = 0
@@ -185,7 +187,7 @@ class TrainConfig:
             check_at_least(name, getattr(self, name), 0)
         if self.projection is not None:
             check_at_least("projection", self.projection, 1)
-        for name in ("few_shot", "warmup_ratio"):
+        for name in ("few_shot", "warmup_ratio", "max_left_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
         for dataset, weight in self.dataset_weights.items():
@@ -204,7 +206,7 @@ class TrainConfig:
             return
         if not self.train_data:
             raise ValueError("train_data: expected a jsonl file or a folder of them, got nothing")
-        if not Path(self.train_data).exists():
+        if "://" not in self.train_data and not Path(self.train_data).exists():
             raise FileNotFoundError(f"train_data: there is no file or folder {self.train_data}")
 
     def _check_combinations(self) -> None:

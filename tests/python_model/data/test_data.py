@@ -22,17 +22,8 @@ from python_model.corpora.sources.python_functions import WHEELS, read_functions
 from python_model.corpora.sources.wordnet import UNSUITABLE, WORDNET_SHA256, read_wordnet
 from python_model.corpora.split import held_out
 from python_model.data import sample_dir
-from python_model.data.jsonl import (
-    DataError,
-    EmbeddingRow,
-    GenerativeRow,
-    InstructedText,
-    Passage,
-    read_corpus,
-    read_embedding,
-    read_generative,
-    read_rows,
-)
+from python_model.data.reading import read_corpus, read_embedding, read_generative, read_rows
+from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText, Passage
 
 EMBEDDING = {"query": ["find it", "a question"], "pos": [["", "its answer"]], "neg": [["", "another"]]}
 GENERATIVE = {"text": ["a question", "a reply"]}
@@ -60,7 +51,7 @@ def test_an_embedding_row_keeps_instructions_texts_key_and_origin(tmp_path: Path
 
 
 def test_a_generative_row_keeps_its_turns(tmp_path: Path) -> None:
-    file = write(tmp_path / "chat.jsonl", {"text": [" a\n", "b", "c", "d"], "dataset": "other", "ignored": 1})
+    file = write(tmp_path / "chat.jsonl", {"text": [" a\n", "b", "c", "d"], "dataset": "other", "whatever": 1})
     assert read_generative(file) == [GenerativeRow((" a\n", "b", "c", "d"), None, "other")]
 
 
@@ -90,28 +81,28 @@ BROKEN = {
     "a number": (3, "got a number"),
     "null": (None, "got null"),
     "nested too deeply": ("[" * 100_000, "nested too deeply"),
-    "no known column": ({"prompt": "a"}, "['prompt']"),
+    "no known column": ({"phrase": "a"}, "['phrase']"),
     "both kinds": ({**EMBEDDING, **GENERATIVE}, "both 'query' and 'text'"),
     "no pos": ({"query": "a", "neg": []}, "'pos' is missing"),
-    "misspelt neg": ({"query": "a", "pos": ["b"], "negs": []}, "'neg' is missing"),
-    "empty pos": ({**EMBEDDING, "pos": []}, "pos: got an empty list"),
-    "pos not a list": ({**EMBEDDING, "pos": "b"}, "pos: got a string"),
-    "neg null": ({**EMBEDDING, "neg": None}, "neg: got null"),
-    "query null": ({**EMBEDDING, "query": None}, "query: got null"),
-    "query a number": ({**EMBEDDING, "query": 1.5}, "query: got a number"),
-    "empty query": ({**EMBEDDING, "query": ["i", " \n"]}, "query[1]: got an empty text"),
-    "instruction null": ({**EMBEDDING, "query": [None, "a"]}, "query[0]: got null"),
+    "misspelt neg": ({"query": "a", "pos": ["b"], "negs": []}, "unknown column 'negs': did you mean 'neg'?"),
+    "empty pos": ({**EMBEDDING, "pos": []}, "pos: expected at least one passage, got an empty list"),
+    "pos not a list": ({**EMBEDDING, "pos": "b"}, "pos: expected a list of passages, got a string"),
+    "neg a string": ({**EMBEDDING, "neg": "b"}, "neg: expected a list of passages, got a string"),
+    "query null": ({**EMBEDDING, "query": None}, "query: expected a string, got null"),
+    "query a number": ({**EMBEDDING, "query": 1.5}, "query: expected a string, got a number"),
+    "empty query": ({**EMBEDDING, "query": ["i", " \n"]}, "query[1]: expected a text, got an empty one"),
+    "instruction null": ({**EMBEDDING, "query": [None, "a"]}, "query[0]: expected a string, got null"),
     "three parts": ({**EMBEDDING, "query": ["a", "b", "c"]}, "got a list of 3"),
-    "empty passage": ({**EMBEDDING, "neg": ["a", ""]}, "neg[1]: got an empty text"),
-    "passage null": ({**EMBEDDING, "pos": ["a", None]}, "pos[1]: got null"),
-    "text a string": ({"text": "a"}, "text: got a string"),
-    "text null": ({"text": None}, "text: got null"),
+    "empty passage": ({**EMBEDDING, "neg": ["a", ""]}, "neg[1]: expected a text, got an empty one"),
+    "passage null": ({**EMBEDDING, "pos": ["a", None]}, "pos[1]: expected a string, got null"),
+    "text a string": ({"text": "a"}, "text: expected a list [user, assistant, ...], got a string"),
+    "text null": ({"text": None}, "text: expected a list [user, assistant, ...], got null"),
     "one turn": ({"text": ["a"]}, "got 1 turns"),
     "odd turns": ({"text": ["a", "b", "c"]}, "got 3 turns"),
-    "empty reply": ({"text": ["a", ""]}, "text[1]: got an empty text"),
-    "turn a boolean": ({"text": ["a", True]}, "text[1]: got true or false"),
+    "empty reply": ({"text": ["a", ""]}, "text[1]: expected a text, got an empty one"),
+    "turn a boolean": ({"text": ["a", True]}, "text[1]: expected a string, got true or false"),
     "lone surrogate": ('{"text": ["a", "\\ud800"]}', "lone surrogate"),
-    "key a number": ({**GENERATIVE, "key": 3}, "key: got a number"),
+    "key a number": ({**GENERATIVE, "key": 3}, "key: expected a string, got a number"),
 }
 
 
@@ -131,14 +122,14 @@ def test_two_kinds_in_one_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_other_kind_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="only generative rows"):
+    with pytest.raises(DataError, match="got only generative rows"):
         read_embedding(write(tmp_path / "g.jsonl", GENERATIVE))
-    with pytest.raises(DataError, match="only embedding rows"):
+    with pytest.raises(DataError, match="got only embedding rows"):
         read_generative(write(tmp_path / "e.jsonl", EMBEDDING))
     with pytest.raises(DataError, match="empty.jsonl: no rows"):
         read_rows(write(tmp_path / "empty.jsonl", ""))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=r"no \*.jsonl file"):
+    with pytest.raises(DataError, match=r"has no \*.jsonl, "):
         read_rows(tmp_path / "folder")
     with pytest.raises(FileNotFoundError, match="no file or folder .*missing"):
         read_rows(tmp_path / "missing")

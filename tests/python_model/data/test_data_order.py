@@ -95,9 +95,9 @@ EXPECTED = [0, 5, 6, 1, 7, 3, 4, 9, 8, 2]
 @pytest.mark.parametrize(
     ("sizes", "batch_size", "rows", "message"),
     [
-        ([3], 0, None, "batch_size: expected .*got 0"),
-        ([], 1, None, "sizes: expected .*got no rows"),
-        ([0, 0], 1, None, "sizes: expected .*got no rows"),
+        ([3], 0, None, "batch_size: expected an int >= 1, got 0"),
+        ([], 1, None, "sizes: expected at least one, got no rows"),
+        ([0, 0], 1, None, "sizes: expected at least one, got no rows"),
         ([3, 0], 1, [1, 1], "rows_per_epoch"),
         ([3, 1], 1, [1], "rows_per_epoch"),
         ([3], 1, [-1], "rows_per_epoch"),

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from python_model.data import sample_dir
 from python_model.data.encoding import RowEncoder
-from python_model.data.jsonl import EmbeddingRow, GenerativeRow, InstructedText, PlainText, read_rows
-from python_model.data.stream import StepSamples, TrainingStream, open_stream
+from python_model.data.reading import read_rows
+from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText, PlainText
+from python_model.data.stream import StepSamples, TrainingStream, check_data, open_stream
 from python_model.model.few_shot import few_shot_instruction
 from python_model.model.prompts import IGNORE_INDEX, TooLong, embed_instruction, encode_text
 from python_model.train.config import TrainConfig
@@ -189,7 +190,7 @@ def test_weights_and_limits_change_how_often_rows_come(tokenizer: Any, tmp_path:
     assert counts(dataset_weights={"a": 2.0, "b": 0.5}) == {"a": 16, "b": 4}
     assert counts(dataset_weights={"a": 0}) == {"a": 0, "b": 8}
     assert counts(max_rows_per_dataset=4) == {"a": 4, "b": 4}
-    with pytest.raises(ValueError, match="dataset_weights: there is no data set 'c', the data hold"):
+    with pytest.raises(ValueError, match="dataset_weights: expected names out of .*, got 'c'"):
         counts(dataset_weights={"c": 1.0})
     with pytest.raises(ValueError, match="which leave no embedding rows"):
         counts(dataset_weights={"a": 0, "b": 0})
@@ -253,7 +254,7 @@ def test_rows_that_cannot_be_trained_on_are_reported(
         g=[{"text": ["word " * 80, "reply"]}, {"text": ["q", "word " * 200]}, {"text": ["only a question"]}],
     )
     options = {"query_max_len": 48, "passage_max_len": 64, "generative_max_len": 64}
-    config = config_of(train_data=data, embedding_batch_size=1, generative_batch_size=1, **options)
+    config = config_of(train_data=data, embedding_batch_size=1, generative_batch_size=1, max_left_out=0.9, **options)
     stream = open_stream(config, tokenizer)
     assert stream.report.used == {"e": 1, "g": 1}
     assert stream.report.left_out == {"too long": 3, "no negatives": 1, "empty": 1, "broken": 1}
@@ -264,7 +265,9 @@ def test_rows_that_cannot_be_trained_on_are_reported(
     assert "left out, no negatives: 1 row(s)" in printed and f"{data}/e.jsonl:4: neg" in printed
     assert stream[0].conversations[0].truncated
     # without hard negatives the row without them is fine
-    pairs = open_stream(config_of(train_data=data, train_group_size=1, mode="embedding", **options), tokenizer)
+    pairs = open_stream(
+        config_of(train_data=data, train_group_size=1, mode="embedding", max_left_out=0.9, **options), tokenizer
+    )
     assert pairs.report.used == {"e": 3} and len(pairs[0].passages) == len(pairs[0].queries)
 
 
@@ -329,7 +332,12 @@ def test_an_end_of_text_survives_truncation(tokenizer: Any, tmp_path: Path) -> N
 
 
 def test_cached_samples_are_those_that_were_encoded(tokenizer: Any, tmp_path: Path) -> None:
-    for changes in ({}, {"attn": "bbbc"}, {"attn": "bbil", "format": "zephyr"}, {"generative_max_len": 40}):
+    for changes in (
+        {},
+        {"attn": "bbbc"},
+        {"attn": "bbil", "format": "zephyr"},
+        {"generative_max_len": 40, "max_left_out": 0.5},
+    ):
         plain = open_stream(config_of(**changes), tokenizer)
         cached = open_stream(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
         again = open_stream(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
@@ -353,3 +361,79 @@ def test_errors_about_a_row_name_its_line(tokenizer: Any, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="memory:7: max_length: expected .*got 32"):
         TrainingStream([rows], RowEncoder(tokenizer, config), config)[0]
     assert encode_text(tokenizer, "", "t", 8).instruction_len == 0
+
+
+def test_a_run_stops_before_a_model_is_loaded_where_its_rows_cannot_be_used(tmp_path: Path) -> None:
+    good, chat = query(0), {"text": ["q", "a"]}
+    bare = {"query": "q", "pos": ["p"]}
+    many = [query(n) for n in range(9)]
+    folders = {name: tmp_path / name for name in ("chats", "broken", "few", "kind", "typo")}
+    for folder in folders.values():
+        folder.mkdir()
+    folder_of(folders["chats"], e=[good])
+    with pytest.raises(
+        ValueError, match="no generative rows, which mode 'unified' needs; mode 'embedding' trains without"
+    ):
+        check_data(config_of(train_data=str(folders["chats"])))
+    folder_of(folders["broken"], e=[*many, {"query": "q", "pos": "p"}, {"query": "q"}], g=[chat])
+    with pytest.raises(
+        DataError, match=r"e.jsonl: 2 of 11 rows cannot be used, more than max_left_out \(0.1\)(.|\n)*:10: pos"
+    ):
+        check_data(config_of(train_data=str(folders["broken"])))
+    check_data(config_of(train_data=str(folders["broken"]), max_left_out=0.2))
+    check_data(config_of(train_data=str(folders["broken"]), mode="generative"))  # the file is not read then
+    folder_of(folders["few"], e_no_in_batch_neg=[good], g=[chat])
+    with pytest.raises(DataError, match="no_in_batch_neg"):
+        check_data(config_of(train_data=str(folders["few"])))
+    check_data(config_of(train_data=str(folders["few"]), in_batch_negatives=False))
+    folder_of(folders["typo"], wikipedia=[good], g=[chat])
+    with pytest.raises(ValueError, match="got 'wikipdia'; did you mean 'wikipedia'"):
+        check_data(config_of(train_data=str(folders["typo"]), dataset_weights={"wikipdia": 1.0}))
+    folder_of(folders["kind"], e=[bare], g=[chat])
+    check_data(config_of(train_data=str(folders["kind"]), train_group_size=1))
+
+
+def test_rows_without_negatives_name_the_setting_and_the_command(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(tmp_path, e=[{"query": "q", "pos": ["p"]}, {"query": "r", "pos": ["s"], "neg": None}], empty=[])
+    with pytest.raises(DataError, match=r"train_group_size 1 (.|\n)*grit mine .*e.jsonl"):
+        open_stream(config_of(train_data=folder, mode="embedding"), tokenizer)
+    stream = open_stream(config_of(train_data=folder, mode="embedding", train_group_size=1), tokenizer)
+    assert len(stream[0].passages) == 8
+    printed = capsys.readouterr().out
+    assert "empty.jsonl: no rows" in printed and "2 embedding rows are fewer than a batch of 8" in printed
+
+
+def test_a_teachers_scores_come_with_the_passages_they_belong_to(tokenizer: Any, tmp_path: Path) -> None:
+    row = {**query(0), "pos_scores": [10.0, 11.0], "neg_scores": [0.0, 1.0, 2.0]}
+    folder = folder_of(tmp_path, e=[row, query(1)])
+    config = config_of(train_data=folder, mode="embedding", train_group_size=3, embedding_batch_size=2)
+    for step in range(6):
+        samples = open_stream(config, tokenizer)[step]
+        texts = decoded(tokenizer, samples.passages)
+        for text, score in zip(texts, samples.passage_scores, strict=True):
+            kind, row_number, number = text.split()[-3:]
+            expected = None if row_number == "1" else float(number) + 10 * (kind == "positive")
+            assert score == expected
+
+
+def test_a_rank_reads_its_own_rows_and_those_whose_query_is_repeated(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [query(n) for n in range(30)] + [{**query(3), "pos": [["", "another positive 3 9"]]}]
+    config = config_of(train_data=folder_of(tmp_path, e=rows), mode="embedding", embedding_batch_size=31)
+    whole = open_stream(config, tokenizer)[0]
+    joined = [open_stream(config, tokenizer, rank, 4) for rank in range(4)]
+    for stream in joined:
+        read: list[int] = []
+        (data,) = stream._embedding
+        load = data.__class__.__getitem__
+        data.__class__ = type(
+            "Counted", (data.__class__,), {"__getitem__": lambda s, i, r=read, load=load: r.append(i) or load(s, i)}
+        )
+        stream[0]
+        assert len(set(read)) <= 8 + 2 < 31
+    parts = [stream[0] for stream in joined]
+    assert [n for part in parts for n in part.passage_ids] == whole.passage_ids
+    assert [n for part in parts for n in part.query_ids] == whole.query_ids
+    ids = {origin: number for origin, number in zip(whole.query_origins, whole.query_ids, strict=True)}
+    assert len(set(ids.values())) == 30 and ids[f"{tmp_path}/e.jsonl:4"] == ids[f"{tmp_path}/e.jsonl:31"]

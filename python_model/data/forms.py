@@ -1,0 +1,375 @@
+"""Rows of this project and of other tools, recognised by their columns.
+
+    GRIT                    {"query": TEXT, "pos": [TEXT, ..], "neg": [TEXT, ..]}     TEXT = "text" or ["instruction", "text"]
+                            {"text": ["user", "assistant", ..]} or {"text": "a text without roles"}
+    FlagEmbedding           query, pos, neg with prompt (the query's instruction), type, pos_scores, neg_scores
+    sentence-transformers   anchor, positive, negative or negative_1, ..; sentence1, sentence2, score
+    tevatron                query, positive_passages, negative_passages: [{"title", "text"}, ..]
+    chat                    messages: [{"role", "content"}, ..]; ShareGPT conversations: [{"from", "value"}, ..];
+                            Alpaca instruction, input, output; prompt, completion
+
+``neg`` may be missing or null. ``key`` names the entity a row is about, ``dataset`` its data set. A column that none of this
+explains is ignored and named once per file (:class:`Reader` collects ``notes``); one that looks like a misspelt column is an
+error, because training would go on without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from python_model.data.rows import (
+    DataError,
+    EmbeddingRow,
+    GenerativeRow,
+    InstructedText,
+    PlainText,
+    Row,
+    check_text,
+    json_type,
+)
+
+Columns = Mapping[str, Any]
+
+COMMON = ("key", "dataset")
+NAMES_OF_ROWS = (
+    "id",
+    "_id",
+    "idx",
+    "qid",
+    "query_id",
+    "docid",
+    "source",
+    "url",
+    "metadata",
+    "meta",
+    "pos_id",
+    "neg_id",
+    "answers",
+)
+"""Columns that name a row or tell where it is from, and change nothing."""
+INSTRUCTIONS = ("prompt", "instruction")
+TYPES = {
+    "normal": "",
+    "symmetric_sts": "FlagEmbedding halves its batch only",
+    "symmetric_clustering": "FlagEmbedding halves its batch only",
+    "symmetric_class": "FlagEmbedding takes fewer negatives where a row has fewer; here they are repeated",
+    "only_1neg": "FlagEmbedding takes one negative; here as many as train_group_size says",
+}
+FORMS: dict[str, tuple[str, ...]] = {
+    "grit": ("query", "pos", "neg", "pos_scores", "neg_scores", "type", *INSTRUCTIONS),
+    "sentence-transformers": ("anchor", "query", "positive", "negative", *INSTRUCTIONS),
+    "sentence-transformers pairs": ("sentence1", "sentence2", "score", "label", "similarity_score"),
+    "tevatron": ("query", "query_text", "positive_passages", "negative_passages"),
+    "text": ("text",),
+    "messages": ("messages", "system", "prompt"),
+    "ShareGPT": ("conversations", "system"),
+    "Alpaca": ("instruction", "input", "output", "system", "history", "text"),
+    "prompt and completion": ("prompt", "completion", "response", "system"),
+}
+REQUIRED: dict[str, tuple[str, ...]] = {  # in the order in which they are tried
+    "tevatron": ("positive_passages",),
+    "sentence-transformers": ("positive",),
+    "sentence-transformers pairs": ("sentence1", "sentence2"),
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+    "grit": ("query",),
+    "text": ("text",),
+    "prompt and completion": ("prompt",),
+}
+CHATS = ("text", "messages", "ShareGPT", "Alpaca", "prompt and completion")
+EMBEDDING_COLUMNS = {name for form, names in FORMS.items() if form not in CHATS for name in names}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+class Reader:
+    """Turns the objects of one file into rows.
+
+    Args:
+        dataset: the name of rows without one.
+        bare_text: accept ``{"text": "a text without roles"}``.
+        positive_score: least score (or label) of a sentence pair that counts as a positive; without it a scored pair is refused.
+        instructed: a flat list of two strings in ``pos`` or ``neg`` is ``[instruction, text]``; see :meth:`decide`.
+
+    Attributes:
+        notes: what people should know about the file, each once.
+        forms: rows by the form they were read as.
+    """
+
+    def __init__(
+        self, dataset: str, *, bare_text: bool = True, positive_score: float | None = None, instructed: bool = False
+    ) -> None:
+        self.dataset, self.bare_text, self.positive_score = dataset, bare_text, positive_score
+        self.instructed = instructed
+        self.notes: dict[str, None] = {}
+        self.forms: dict[str, int] = {}
+
+    def decide(self, rows: Iterable[Columns]) -> None:
+        """Settle by a file's first rows what ``"pos": ["a", "b"]`` is: two passages, unless every such list has two strings of
+        which the first is always the same (an instruction, or ``""`` for none)."""
+        firsts: list[str] = []
+        for row in rows:
+            for name in ("pos", "neg"):
+                value = row.get(name)
+                if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+                    if len(value) != 2:
+                        return
+                    firsts.append(value[0])
+        if not firsts:
+            return
+        self.instructed = len(set(firsts)) == 1 and (len(firsts) > 1 or not firsts[0].strip())
+        if self.instructed:
+            note = f"pos, neg: every list is [{firsts[0]!r}, text]: read as one passage with that instruction"
+        else:
+            note = (
+                "pos, neg: every list holds two strings: read as two passages; an instruction is [[instruction, text]]"
+            )
+        self.notes[note] = None
+
+    def row(self, columns: Columns, origin: str) -> Row:
+        """The checked row.
+
+        Raises:
+            DataError: no known form, a missing or misspelt column, a wrong type, an empty text.
+        """
+        form = _form(columns, origin)
+        if form is None:
+            raise DataError(f"{origin}: expected {_expected()}, got the columns {sorted(columns)}{_meant(columns)}")
+        self._check_columns(columns, form, origin)
+        key = columns.get("key")
+        key = None if key is None else check_text(key, "key", origin)
+        named = columns.get("dataset")
+        dataset = self.dataset if named is None else check_text(named, "dataset", origin)
+        found: Any = self._turns(columns, form, origin) if form in CHATS else self._embedding(columns, form, origin)
+        self.forms[form] = self.forms.get(form, 0) + 1
+        if form in CHATS:
+            return GenerativeRow(found, key, dataset, origin)
+        query, pos, neg, pos_scores, neg_scores = found
+        return EmbeddingRow(query, pos, neg, key, dataset, pos_scores, neg_scores, origin)
+
+    def _check_columns(self, columns: Columns, form: str, origin: str) -> None:
+        known = (*FORMS[form], *COMMON)
+        for name in columns:
+            if name in known or (form == "sentence-transformers" and _is_negative(name)):
+                continue
+            absent = [other for other in known if columns.get(other) is None]
+            if close := difflib.get_close_matches(name, absent, 1, 0.74):
+                raise DataError(f"{origin}: unknown column {name!r}: did you mean {close[0]!r}?", "misspelt")
+            if form not in CHATS and (name in EMBEDDING_COLUMNS or _is_negative(name)):
+                raise DataError(
+                    f"{origin}: column {name!r} has no meaning in rows of the form {form!r}, as this one is"
+                )
+            if name not in NAMES_OF_ROWS:
+                self.notes[f"column {name!r} is ignored"] = None
+
+    def _embedding(self, columns: Columns, form: str, origin: str) -> tuple[Any, ...]:
+        scores: dict[str, tuple[float, ...]] = {"pos_scores": (), "neg_scores": ()}
+        if form == "grit":
+            query, pos, neg = columns["query"], columns.get("pos"), columns.get("neg")
+            if "pos" not in columns:
+                raise DataError(
+                    f"{origin}: the column 'pos' is missing, the row has {sorted(columns)}{_meant(columns)}"
+                )
+            texts = [self._texts(pos, "pos", origin), () if neg is None else self._texts(neg, "neg", origin)]
+            kind = columns.get("type")
+            if kind is not None and kind not in TYPES:
+                raise DataError(f"{origin}: type: expected one of {', '.join(map(repr, TYPES))}, got {kind!r}")
+            if kind and TYPES[kind]:
+                self.notes[f"type {kind!r}: {TYPES[kind]}"] = None
+            scores = {
+                name: _scores(columns[name], len(many), name, origin) if columns.get(name) is not None else ()
+                for name, many in zip(scores, texts, strict=True)
+            }
+            if bool(scores["pos_scores"]) != bool(scores["neg_scores"]) and texts[1]:
+                raise DataError(f"{origin}: pos_scores, neg_scores: expected both or none, got one of them")
+        elif form == "tevatron":
+            query = columns["query"] if "query" in columns else columns.get("query_text")
+            texts = [
+                _titled(columns.get(f"{n}_passages") or [], f"{n}_passages", origin) for n in ("positive", "negative")
+            ]
+        elif form == "sentence-transformers":
+            query = columns["anchor"] if "anchor" in columns else columns.get("query")
+            numbered = sorted((n for n in columns if _is_negative(n)), key=lambda n: (len(n), n))
+            positive, negatives = columns["positive"], [columns[n] for n in numbered if columns[n] is not None]
+            if len(negatives) == 1 and isinstance(negatives[0], list):  # n-tuples with lists
+                negatives = negatives[0]
+            texts = [
+                self._texts(positive if isinstance(positive, list) else [positive], "positive", origin),
+                self._texts(negatives, "negative", origin),
+            ]
+        else:
+            query = columns["sentence1"]
+            score = next(
+                (columns[n] for n in ("score", "label", "similarity_score") if columns.get(n) is not None), None
+            )
+            if score is not None:
+                self._check_positive(score, origin)
+            texts = [(PlainText("", check_text(columns["sentence2"], "sentence2", origin)),), ()]
+        if not texts[0]:
+            raise DataError(f"{origin}: pos: expected at least one passage, got an empty list")
+        return self._query(query, columns, form, origin), *texts, scores["pos_scores"], scores["neg_scores"]
+
+    def _query(self, value: Any, columns: Columns, form: str, origin: str) -> InstructedText:
+        query = self._instructed(value, "query", origin)
+        named = [name for name in INSTRUCTIONS if name in FORMS[form] and columns.get(name) is not None]
+        if not named:
+            return query
+        if len(named) > 1 or not isinstance(query, PlainText):
+            raise DataError(f"{origin}: query: expected one instruction, got it in {named} and the query's list")
+        return InstructedText(check_text(columns[named[0]], named[0], origin, may_be_empty=True), query.text)
+
+    def _check_positive(self, score: Any, origin: str) -> None:
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise DataError(f"{origin}: score: expected a number, got {json_type(score)}")
+        if self.positive_score is None:
+            raise DataError(
+                f"{origin}: sentence pairs with a score: which are positives? "
+                "Say it once: grit convert FILE ROWS --positive-score NUMBER",
+                "scored pairs",
+            )
+        if score < self.positive_score:
+            raise DataError(f"{origin}: score {score} is below {self.positive_score}: no positive", "no positive")
+
+    def _texts(self, value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
+        if isinstance(value, str) and name == "positive":
+            value = [value]
+        if not isinstance(value, list):
+            raise DataError(f"{origin}: {name}: expected a list of passages, got {json_type(value)}")
+        if self.instructed and len(value) == 2 and all(isinstance(item, str) for item in value):
+            value = [value]
+        return tuple(self._instructed(item, f"{name}[{index}]", origin) for index, item in enumerate(value))
+
+    def _instructed(self, value: Any, name: str, origin: str) -> InstructedText:
+        if not isinstance(value, list):
+            return PlainText("", check_text(value, name, origin))
+        if len(value) != 2:
+            raise DataError(f"{origin}: {name}: expected a text or [instruction, text], got a list of {len(value)}")
+        instruction = check_text(value[0], f"{name}[0]", origin, may_be_empty=True)
+        return InstructedText(instruction, check_text(value[1], f"{name}[1]", origin))
+
+    def _turns(self, columns: Columns, form: str, origin: str) -> tuple[str, ...]:
+        if form == "text":
+            if self.bare_text and isinstance(columns["text"], str):
+                return (check_text(columns["text"], "text", origin),)
+            turns = columns["text"]
+            if not isinstance(turns, list):
+                raise DataError(f"{origin}: text: expected a list [user, assistant, ...], got {json_type(turns)}")
+            messages = [("assistant" if index % 2 else "user", turn) for index, turn in enumerate(turns)]
+        elif form == "Alpaca":
+            texts = [check_text(columns[name], name, origin, may_be_empty=True) for name in ("instruction", "output")]
+            extra = check_text(columns.get("input") or "", "input", origin, may_be_empty=True)
+            messages = [pair for old in columns.get("history") or [] for pair in _exchange(old, origin)]
+            messages += [("user", "\n\n".join(filter(str.strip, (texts[0], extra)))), ("assistant", texts[1])]
+        elif form == "prompt and completion":
+            reply = "completion" if "completion" in columns else "response"
+            if reply not in columns:
+                raise DataError(f"{origin}: expected {_expected()}, got the columns {sorted(columns)}{_meant(columns)}")
+            parts = [columns["prompt"], columns[reply]]
+            if any(isinstance(part, list) for part in parts):
+                messages = _messages(
+                    [*parts[0], *parts[1]] if all(isinstance(p, list) for p in parts) else None, reply, origin
+                )
+            else:
+                messages = [("user", parts[0]), ("assistant", parts[1])]
+        else:
+            column = "messages" if form == "messages" else "conversations"
+            messages = _messages(columns[column], column, origin)
+        if columns.get("system") and form != "text":
+            messages.insert(0, ("system", columns["system"]))
+        return _alternating(messages, form, origin)
+
+
+def _form(columns: Columns, origin: str) -> str | None:
+    if "query" in columns and "text" in columns:
+        raise DataError(f"{origin}: expected either 'query', 'pos', 'neg' or 'text', got both 'query' and 'text'")
+    return next((form for form, names in REQUIRED.items() if all(name in columns for name in names)), None)
+
+
+def _expected() -> str:
+    return "'query', 'pos', 'neg', or 'text', or the columns of another tool (docs/training.md)"
+
+
+def _meant(columns: Columns) -> str:
+    known = {name for names in FORMS.values() for name in names}
+    for name in columns:
+        if name not in known and (close := difflib.get_close_matches(name, known, 1, 0.6)):
+            return f"; did you mean {close[0]!r} by {name!r}?"
+    return ""
+
+
+def _is_negative(name: str) -> bool:
+    return name in ("negative", "negatives") or (name.startswith("negative_") and name[9:].isdigit())
+
+
+def _scores(value: Any, count: int, name: str, origin: str) -> tuple[float, ...]:
+    numbers = isinstance(value, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value
+    )
+    if not numbers or len(value) != count:
+        got = f"{len(value)} values" if isinstance(value, list) else json_type(value)
+        raise DataError(f"{origin}: {name}: expected {count} finite numbers, one per passage, got {got}")
+    return tuple(map(float, value))
+
+
+def _titled(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
+    """Tevatron's passages: the title, where there is one, goes before the text."""
+    if not isinstance(value, list):
+        raise DataError(f"{origin}: {name}: expected a list of passages, got {json_type(value)}")
+    found = []
+    for index, item in enumerate(value):
+        place = f"{name}[{index}]"
+        if not isinstance(item, dict) or "text" not in item:
+            raise DataError(f"{origin}: {place}: expected an object with 'text', got {json_type(item)}")
+        title = check_text(item.get("title") or "", f"{place}.title", origin, may_be_empty=True).strip()
+        text = check_text(item["text"], f"{place}.text", origin)
+        found.append(PlainText("", f"{title} {text}" if title else text))
+    return tuple(found)
+
+
+def _messages(value: Any, name: str, origin: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, list):
+        raise DataError(f"{origin}: {name}: expected a list of messages, got {json_type(value)}")
+    found: list[tuple[str, Any]] = []
+    for index, message in enumerate(value):
+        place = f"{name}[{index}]"
+        if not isinstance(message, dict):
+            raise DataError(f"{origin}: {place}: expected an object, got {json_type(message)}")
+        role = message.get("role", message.get("from"))
+        content = message["content"] if "content" in message else message.get("value")
+        if isinstance(content, list):  # parts: {"type": "text", "text": ..}
+            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                raise DataError(f"{origin}: {place}: expected parts of type 'text', got others", "not only text")
+            content = "".join(check_text(part.get("text"), place, origin, may_be_empty=True) for part in content)
+        if message.get("tool_calls") or role in ("tool", "function", "observation", "function_call"):
+            raise DataError(f"{origin}: {place}: tool calls are not supported", "tool calls")
+        found.append((ROLES.get(str(role), str(role)), content))
+    return found
+
+
+def _exchange(old: Any, origin: str) -> list[tuple[str, Any]]:
+    if not isinstance(old, list) or len(old) != 2:
+        raise DataError(f"{origin}: history: expected pairs [user, assistant], got {json_type(old)}")
+    return [("user", old[0]), ("assistant", old[1])]
+
+
+def _alternating(messages: list[tuple[str, Any]], form: str, origin: str) -> tuple[str, ...]:
+    """user, assistant, ...; a system text goes in front of the first user turn."""
+    name = "text" if form == "text" else form
+    system = ""
+    if messages and messages[0][0] in ("system", "developer"):
+        system = check_text(messages[0][1] or "", f"{name}: system", origin, may_be_empty=True).strip()
+        messages = messages[1:]
+    if len(messages) < 2 or len(messages) % 2:
+        raise DataError(f"{origin}: {name}: expected an even number [user, assistant, ...], got {len(messages)} turns")
+    turns = []
+    for index, (role, content) in enumerate(messages):
+        expected = "assistant" if index % 2 else "user"
+        if role != expected:
+            raise DataError(f"{origin}: {name}[{index}]: expected a turn of the {expected}, got one of {role!r}")
+        turns.append(check_text(content, f"{name}[{index}]", origin))
+    if system:
+        turns[0] = f"{system}\n\n{turns[0]}"
+    return tuple(turns)

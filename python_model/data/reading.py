@@ -1,0 +1,94 @@
+"""Whole files of rows, each checked before it is used: for evaluation, indexes and tests. Training reads through datasets.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from python_model.data.files import Location, data_files, dataset_name, read_objects
+from python_model.data.forms import Reader
+from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Passage, Row, check_text
+
+PROBED = 1000
+"""Rows of a file that decide what its lists of two strings are."""
+
+
+def file_reader(file: Location, *, bare_text: bool = True, positive_score: float | None = None) -> Reader:
+    """A :class:`Reader` for the file, after a look at its first rows."""
+    reader = Reader(dataset_name(file), bare_text=bare_text, positive_score=positive_score)
+
+    def good() -> Iterator[dict[str, object]]:
+        rows = read_objects(file)
+        while True:
+            try:
+                yield next(rows)[1]
+            except (DataError, StopIteration):  # broken rows are reported where all are read
+                return
+
+    reader.decide(islice(good(), PROBED))
+    return reader
+
+
+def read_rows(path: Location) -> tuple[list[EmbeddingRow], list[GenerativeRow]]:
+    """All rows of a file, or of the files directly in a folder (in the order of their names).
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        DataError: broken JSON or UTF-8, a missing column, a wrong type, an empty text, both kinds in one file, no rows.
+    """
+    embedding: list[EmbeddingRow] = []
+    generative: list[GenerativeRow] = []
+    for file in data_files(path):
+        rows = _read_file(file)
+        if not rows:
+            raise DataError(f"{file}: no rows")
+        for row in rows:
+            if isinstance(row, EmbeddingRow):
+                embedding.append(row)
+            else:
+                generative.append(row)
+    return embedding, generative
+
+
+def read_embedding(path: Location) -> list[EmbeddingRow]:
+    """The embedding rows of a file or folder; errors as :func:`read_rows`, and DataError if there are none."""
+    rows = read_rows(path)[0]
+    if not rows:
+        raise DataError(f"{path}: expected rows with 'query', got only generative rows (column 'text')")
+    return rows
+
+
+def read_generative(path: Location) -> list[GenerativeRow]:
+    """The generative rows of a file or folder; errors as :func:`read_rows`, and DataError if there are none."""
+    rows = read_rows(path)[1]
+    if not rows:
+        raise DataError(f"{path}: expected rows with 'text', got only embedding rows (column 'query')")
+    return rows
+
+
+def read_corpus(path: Location) -> list[Passage]:
+    """The passages of one corpus file; a key may occur only once. Errors as :func:`read_rows`."""
+    file = Path(path)
+    passages: dict[str, Passage] = {}
+    for origin, row in read_objects(file):
+        if missing := [name for name in ("key", "text") if name not in row]:
+            raise DataError(f"{origin}: the column {missing[0]!r} is missing, the row has {sorted(row)}")
+        passage = Passage(check_text(row["key"], "key", origin), check_text(row["text"], "text", origin), origin)
+        if passage.key in passages:
+            raise DataError(f"{origin}: the key {passage.key!r} stands already at {passages[passage.key].origin}")
+        passages[passage.key] = passage
+    if not passages:
+        raise DataError(f"{file}: no rows")
+    return list(passages.values())
+
+
+def _read_file(file: Location) -> list[Row]:
+    rows: list[Row] = []
+    reader = file_reader(file, bare_text=False)
+    for origin, columns in read_objects(file):
+        row = reader.row(columns, origin)
+        if rows and type(row) is not type(rows[0]):
+            raise DataError(f"{origin}: another kind of row than at {rows[0].origin}; a file holds one kind")
+        rows.append(row)
+    return rows

@@ -1,0 +1,114 @@
+"""The rows that training and evaluation work with, and the checks of a single text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class DataError(ValueError):
+    """A data file cannot be used; the message names the file and the line. ``reason``: what to count the row under."""
+
+    def __init__(self, message: str, reason: str = "broken") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str]]:
+        return DataError, (str(self), self.reason)  # it crosses processes
+
+
+class InstructedText(NamedTuple):
+    """A text with the instruction it is embedded under, ``""`` for none. Unpacks as ``instruction, text``."""
+
+    instruction: str
+    text: str
+
+
+class PlainText(InstructedText):
+    """A text that its row holds as a bare string, not as ``[instruction, text]``."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class EmbeddingRow:
+    """One query with at least one passage that answers it and any number that do not.
+
+    Attributes:
+        pos, neg: several positives are kept; training draws one of them per step.
+        key: names the entity the row is about.
+        dataset: the data set it belongs to.
+        pos_scores, neg_scores: a teacher's score of each passage, for distillation; empty where the row has none.
+        origin: ``file:line``.
+    """
+
+    query: InstructedText
+    pos: tuple[InstructedText, ...]
+    neg: tuple[InstructedText, ...] = ()
+    key: str | None = None
+    dataset: str = ""
+    pos_scores: tuple[float, ...] = ()
+    neg_scores: tuple[float, ...] = ()
+    origin: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class GenerativeRow:
+    """One conversation: user, assistant, user, assistant, ...; a single turn is a text without roles. ``origin`` is
+    ``file:line``."""
+
+    turns: tuple[str, ...]
+    key: str | None = None
+    dataset: str = ""
+    origin: str = field(default="", compare=False)
+
+
+Row = EmbeddingRow | GenerativeRow
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One text of a corpus to search. ``origin`` is ``file:line``."""
+
+    key: str
+    text: str
+    origin: str = field(default="", compare=False)
+
+
+def to_object(row: Row) -> dict[str, Any]:
+    """The row as this project's own files hold it; what is not set is left out."""
+    if isinstance(row, GenerativeRow):
+        plain = len(row.turns) == 1
+        found: dict[str, Any] = {"text": row.turns[0] if plain else list(row.turns)}
+    else:
+        found = {"query": _to_json(row.query)}
+        found |= {name: [_to_json(text) for text in getattr(row, name)] for name in ("pos", "neg")}
+        found |= {name: list(scores) for name in ("pos_scores", "neg_scores") if (scores := getattr(row, name))}
+    return found | {name: value for name in ("key", "dataset") if (value := getattr(row, name))}
+
+
+def _to_json(text: InstructedText) -> str | list[str]:
+    return text.text if isinstance(text, PlainText) else [text.instruction, text.text]
+
+
+def check_text(value: Any, name: str, origin: str, *, may_be_empty: bool = False) -> str:
+    """``value`` if it is a text that a tokenizer takes.
+
+    Raises:
+        DataError: no string, only white space, or half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: {name}: expected a string, got {json_type(value)}")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"{origin}: {name}: expected a text, got an empty one", "empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+        raise DataError(f"{origin}: {name}: a lone surrogate (\\u{ord(value[error.start]):04x})") from error
+    return value
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the value."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,238 @@
+"""Rows of other tools are read as those tools mean them, or refused with a reason; nothing about them is dropped in silence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from python_model.data.files import data_files, read_objects
+from python_model.data.index import index_file
+from python_model.data.reading import file_reader, read_rows
+from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText, PlainText, Row, to_object
+from tests.python_model.data.test_data import write
+
+
+def plain(*texts: str) -> tuple[PlainText, ...]:
+    return tuple(PlainText("", text) for text in texts)
+
+
+def row(tmp_path: Path, columns: dict[str, Any], **options: Any) -> Row:
+    file = write(tmp_path / "x.jsonl", columns)
+    reader = file_reader(file, **options)
+    return reader.row(columns, f"{file}:1")
+
+
+FLAG = {"query": "a dog runs", "pos": ["a dog is running", "dogs run"], "neg": ["a cat sleeps"]}
+EMBEDDING_FORMS: dict[str, tuple[dict[str, Any], EmbeddingRow]] = {
+    "FlagEmbedding, prompt is the instruction": (
+        {**FLAG, "prompt": "Find the same.", "type": "symmetric_sts"},
+        EmbeddingRow(
+            InstructedText("Find the same.", "a dog runs"), plain(*FLAG["pos"]), plain(*FLAG["neg"]), dataset="x"
+        ),
+    ),
+    "FlagEmbedding, teacher's scores": (
+        {**FLAG, "pos_scores": [3, 2.5], "neg_scores": [-1]},
+        EmbeddingRow(
+            PlainText("", "a dog runs"), plain(*FLAG["pos"]), plain(*FLAG["neg"]), None, "x", (3.0, 2.5), (-1.0,)
+        ),
+    ),
+    "no negatives": ({"query": "q", "pos": ["p"]}, EmbeddingRow(PlainText("", "q"), plain("p"), dataset="x")),
+    "negatives null": (
+        {"query": "q", "pos": ["p"], "neg": None},
+        EmbeddingRow(PlainText("", "q"), plain("p"), dataset="x"),
+    ),
+    "sentence-transformers triplet": (
+        {"anchor": "who", "positive": "she", "negative": "rain"},
+        EmbeddingRow(PlainText("", "who"), plain("she"), plain("rain"), dataset="x"),
+    ),
+    "sentence-transformers tuple": (
+        {"anchor": "who", "positive": "she", "negative_10": "c", "negative_1": "a", "negative_2": "b"},
+        EmbeddingRow(PlainText("", "who"), plain("she"), plain("a", "b", "c"), dataset="x"),
+    ),
+    "sentence-transformers pair": (
+        {"sentence1": "a", "sentence2": "b"},
+        EmbeddingRow(PlainText("", "a"), plain("b"), dataset="x"),
+    ),
+    "tevatron": (
+        {
+            "query_id": "1",
+            "query": "who wrote it",
+            "positive_passages": [{"docid": "7", "title": "Book", "text": "she wrote it"}],
+            "negative_passages": [{"docid": "8", "title": "", "text": "rain"}],
+        },
+        EmbeddingRow(PlainText("", "who wrote it"), plain("Book she wrote it"), plain("rain"), dataset="x"),
+    ),
+}
+CHATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "messages": (
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+        ("hi", "hello"),
+    ),
+    "messages with a system text": (
+        {
+            "messages": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                {"role": "assistant", "content": "hello"},
+            ]
+        },
+        ("be brief\n\nhi", "hello"),
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "id": "3"},
+        ("hi", "hello"),
+    ),
+    "Alpaca": ({"instruction": "say it", "input": "hi", "output": "hello"}, ("say it\n\nhi", "hello")),
+    "Alpaca without input": ({"instruction": "say hi", "input": "", "output": "hello"}, ("say hi", "hello")),
+    "prompt and completion": ({"prompt": "hi", "completion": "hello"}, ("hi", "hello")),
+    "prompt and completion as messages": (
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "hello"}]},
+        ("hi", "hello"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDING_FORMS)
+def test_a_row_to_embed_is_read_as_its_tool_means_it(tmp_path: Path, name: str) -> None:
+    columns, expected = EMBEDDING_FORMS[name]
+    found = row(tmp_path, columns)
+    assert found == expected
+    assert row(tmp_path, to_object(found)) == expected  # as this project writes it
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat_is_read_as_its_tool_means_it(tmp_path: Path, name: str) -> None:
+    columns, turns = CHATS[name]
+    found = row(tmp_path, columns)
+    assert found == GenerativeRow(turns, None, "x") and row(tmp_path, to_object(found)) == found
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two instructions": ({**FLAG, "query": ["one", "text"], "prompt": "two"}, "expected one instruction"),
+    "an unknown type": ({**FLAG, "type": "hard"}, "type: expected one of 'normal'"),
+    "scores of another length": (
+        {**FLAG, "pos_scores": [1], "neg_scores": [0]},
+        "pos_scores: expected 2 finite numbers",
+    ),
+    "a score that is no number": ({**FLAG, "pos_scores": [1, "2"], "neg_scores": [0]}, "pos_scores: expected 2 finite"),
+    "scores of one side": ({**FLAG, "pos_scores": [1, 2]}, "expected both or none"),
+    "a column of another form": (
+        {**FLAG, "negative": "x"},
+        "column 'negative' has no meaning in rows of the form 'grit'",
+    ),
+    "a score beside passages": ({**FLAG, "score": 0.5}, "column 'score' has no meaning"),
+    "a misspelt column": ({**FLAG, "pos_score": [1, 2]}, "unknown column 'pos_score': did you mean 'pos_scores'?"),
+    "a misspelt query": ({"qeury": "q", "pos": ["p"]}, "did you mean 'query' by 'qeury'?"),
+    "a pair with a score": ({"sentence1": "a", "sentence2": "b", "score": 0.2}, "--positive-score"),
+    "a passage without text": ({"query": "q", "positive_passages": [{"title": "t"}]}, "expected an object with 'text'"),
+    "a turn of a tool": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
+        "tool calls are not supported",
+    ),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]},
+        "expected parts of type 'text'",
+    ),
+    "two users": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+        "expected a turn of the assistant, got one of 'user'",
+    ),
+    "no reply": ({"conversations": [{"from": "human", "value": "a"}]}, "expected an even number"),
+    "an empty reply": ({"instruction": "a", "output": " "}, "expected a text, got an empty one"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_rightly_is_refused(tmp_path: Path, name: str) -> None:
+    columns, message = REFUSED[name]
+    with pytest.raises(DataError) as caught:
+        row(tmp_path, columns)
+    assert str(caught.value).startswith(f"{tmp_path / 'x.jsonl'}:1: ") and message in str(caught.value)
+
+
+def test_pairs_with_a_score_need_a_threshold(tmp_path: Path) -> None:
+    pair = {"sentence1": "a", "sentence2": "b", "score": 4.2}
+    assert row(tmp_path, pair, positive_score=4.0) == EmbeddingRow(PlainText("", "a"), plain("b"), dataset="x")
+    with pytest.raises(DataError, match=r"score 4.2 is below 4.5: no positive"):
+        row(tmp_path, pair, positive_score=4.5)
+
+
+def test_an_unknown_column_is_named_once_per_file(tmp_path: Path) -> None:
+    index = index_file(write(tmp_path / "x.jsonl", *[{**FLAG, "lang": "en", "source": "web"}] * 3))
+    assert index.report.notes == [f"{tmp_path / 'x.jsonl'}: column 'lang' is ignored"]
+
+
+def test_a_list_of_two_strings_is_settled_by_the_file_and_said(tmp_path: Path) -> None:
+    two = {"query": "q", "pos": ["p", "r"]}
+    for rows, passages, note in (
+        ([two, {"query": "q", "pos": ["s", "t"]}], 2, "read as two passages"),  # nothing tells: passages, and said
+        ([two], 2, "read as two passages"),
+        ([two, {"query": "q", "pos": ["a", "b", "c"]}], 2, None),  # other lengths: passages
+        (
+            [{"query": "q", "pos": ["find", "r"]}, {"query": "q", "pos": ["find", "s"]}],
+            1,
+            "passage with that instruction",
+        ),
+        ([{"query": "q", "pos": ["", "r"]}], 1, "passage with that instruction"),
+        ([{"query": "q", "pos": [["", "r"]]}], 1, None),
+    ):
+        file = write(tmp_path / "x.jsonl", *rows)
+        (first, *_), _ = read_rows(file)
+        assert len(first.pos) == passages
+        notes = index_file(file).report.notes
+        assert bool(notes) == (note is not None) and (note is None or note in notes[0])
+    instructed = read_rows(write(tmp_path / "x.jsonl", {"query": "q", "pos": ["", "r"], "neg": ["", "n"]}))[0][0]
+    assert instructed.pos == (InstructedText("", "r"),) and not isinstance(instructed.pos[0], PlainText)
+
+
+def test_containers_hold_the_same_rows_as_lines_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    rows = [{**FLAG, "query": f"naïve question {n}"} for n in range(5)]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    (folder / "a.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "b.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    (folder / "c.json").write_text(lines, encoding="utf-8")
+    (folder / "d.jsonl").write_text(lines, encoding="utf-16")
+    (folder / "e.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    with gzip.open(folder / "f.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(lines)
+    (folder / "g.json").write_text(json.dumps(rows), encoding="utf-16")
+    expected = [r["query"] for r in rows]
+    for path in data_files(folder):
+        assert [r.query.text for r in read_rows(path)[0]] == expected, path
+        index = index_file(path)
+        assert len(index.facts) == 5 and index.facts["line"].tolist() == [1, 2, 3, 4, 5]
+    assert [origin for origin, _ in read_objects(folder / "b.json")][1] == f"{folder / 'b.json'}:2"
+    with pytest.raises(DataError, match="h.json: not a valid JSON array"):
+        index_file(write(tmp_path / "h.json", '[{"query": 1'))
+
+
+def test_a_broken_line_of_a_compressed_file_is_left_out_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write(json.dumps(FLAG) + "\n{\n" + json.dumps(FLAG) + "\n")
+    report = index_file(tmp_path / "x.jsonl.gz").report
+    assert report.used == {"x": 2} and report.examples["broken"][0].startswith(f"{tmp_path / 'x.jsonl.gz'}:2: ")
+
+
+def test_parquet_and_remote_paths_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    fsspec = pytest.importorskip("fsspec")
+    with fsspec.open("memory://rows/x.jsonl", "w") as file:
+        file.write(json.dumps(FLAG) + "\n")
+    assert data_files("memory://rows") == ["memory:///rows/x.jsonl"]
+    assert read_rows("memory://rows/x.jsonl")[0][0].dataset == "x"
+    with pytest.raises(FileNotFoundError):
+        data_files("memory://nothing")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.Table.from_pylist([FLAG, FLAG]), tmp_path / "y.parquet")
+    rows = read_rows(tmp_path / "y.parquet")[0]
+    assert len(rows) == 2 and rows[0].neg == plain("a cat sleeps")
