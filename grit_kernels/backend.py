@@ -91,6 +91,11 @@ def use_reference(device: torch.device) -> bool:
     return False
 
 
+def has_kernel(op: str, device: torch.device) -> bool:
+    """Whether something faster than the plain torch reference runs ``op`` on ``device`` now."""
+    return forced_backend() != "reference" and not _choices[op].get(device.type, "reference").startswith("reference")
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)

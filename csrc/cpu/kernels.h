@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "contrastive.h"
+#include "fused.h"
 
 namespace grit {
 
@@ -54,6 +55,7 @@ struct Kernels {
   void (*pool_rows)(const PoolRows&);
   void (*pool_backward_rows)(const PoolBackwardRows&);
   const ContrastiveKernels* contrastive;
+  const FusedKernels* fused;
 
   Layout (*layout)(DType, int64_t dim);
   // K as row panels and V as column panels of one (sample, key head)

@@ -21,13 +21,14 @@ std::remove_pointer_t<decltype(Kernels::backward_keys)> backward_keys;
 std::remove_pointer_t<decltype(Kernels::backward_store_dq)> backward_store_dq;
 
 extern const ContrastiveKernels contrastive_table;
+extern const FusedKernels fused_table;
 
 #define GRIT_STRING_(x) #x
 #define GRIT_STRING(x) GRIT_STRING_(x)
 
 extern const Kernels table;
 const Kernels table = {
-    GRIT_STRING(GRIT_ISA), pool_rows, pool_backward_rows, &contrastive_table, layout,        pack_keys,          forward_scratch,
+    GRIT_STRING(GRIT_ISA), pool_rows, pool_backward_rows, &contrastive_table, &fused_table, layout,        pack_keys,          forward_scratch,
     forward_tile,          decode_part, decode_join,   backward_pack_keys, backward_pack_queries,
     backward_take_apart,   backward_scratch, backward_keys, backward_store_dq,
 };

@@ -54,6 +54,7 @@ class PatchRecord:
     attn_implementation: str
     bidirectional_window: str
     packing: bool
+    fuse: bool = True
 
 
 # a 4-D mask is passed through by transformers untouched; a packed pass needs none, and this one costs nothing
