@@ -28,6 +28,7 @@ COMMANDS = {
     "embed": ("python_model.commands.embed", "embed texts"),
     "index": ("python_model.commands.index", "make, extend and search an index of documents"),
     "rag": ("python_model.commands.rag", "answer questions from an index, with cached states of its documents"),
+    "serve": ("python_model.commands.serve", "serve chat, embeddings, reranking and answers over HTTP"),
     "completion": ("python_model.commands.completion", "print a completion script for bash or zsh"),
     "rerank": ("python_model.generate.rerank", "order passages by their relevance to a query"),
 }

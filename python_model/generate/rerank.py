@@ -138,7 +138,7 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
     """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read as
     :func:`python_model.generate.complete` reads them."""
     causal = model.attn[2:] not in ("bc", "il")
-    shared, yes, no = _answer_tokens(model)
+    shared, yes, no = answer_tokens(model)
     scores: list[float] = []
     for start in range(0, len(passages), batch_size):
         prompts = [
@@ -152,7 +152,7 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
     return scores
 
 
-def _answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
+def answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
     """What "yes" and "no" behind "Answer:" begin with alike (a space that is a token of its own), and then apart."""
     before, yes, no = (
         list(model.tokenizer(text, add_special_tokens=False)["input_ids"])

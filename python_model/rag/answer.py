@@ -137,9 +137,7 @@ class RAG:
         if not given and mode not in ("none", "auto"):
             raise ValueError(f"documents: expected at least one in mode {mode!r}, got none")
         if mode == "auto":
-            stored = self.store is not None and all(document.key in self.store for document in given)
-            tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in given]
-            mode = choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored)
+            mode = self.choose(question, given)
             given = given if mode != "none" else []
         seconds["search"] = time.perf_counter() - start
         return self._answer(
@@ -168,9 +166,7 @@ class RAG:
     ) -> Answer:
         min_new_tokens, max_new_tokens = new_tokens
         start = time.perf_counter()
-        text = prompt_text(mode, question, documents, answer_prefix)
-        prompt = prompt_ids(self.model, text, bos=not cached_parts(mode))
-        states, stored, fresh = self._states(mode, question, documents, query_states)
+        states, prompt, stored, fresh = self.prepare(question, documents, mode, answer_prefix, query_states)
         before = 0 if states is None else len(states)
         total = before + len(prompt) + max_new_tokens
         if total > self.max_length:
@@ -193,6 +189,27 @@ class RAG:
         seconds["generate"] = time.perf_counter() - start
         reply = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
         return Answer(reply, mode, documents, scores, stored, len(prompt) + fresh, seconds)
+
+    def prepare(
+        self,
+        question: str,
+        documents: list[Document],
+        mode: str,
+        answer_prefix: str = ANSWER_PREFIX,
+        query_states: TextStates | None = None,
+    ) -> tuple[TextStates | None, list[int], int, int]:
+        """What a reply continues: joined states (None without any) and the ids of the prompt after them; then how many tokens had
+        states already, and how many were read for them just now."""
+        text = prompt_text(mode, question, documents, answer_prefix)
+        prompt = prompt_ids(self.model, text, bos=not cached_parts(mode))
+        states, stored, fresh = self._states(mode, question, documents, query_states)
+        return states, prompt, stored, fresh
+
+    def choose(self, question: str, documents: Sequence[Document]) -> str:
+        """The mode that ``"auto"`` stands for (see :func:`python_model.rag.modes.choose_mode`)."""
+        stored = self.store is not None and all(document.key in self.store for document in documents)
+        tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in documents]
+        return choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored)
 
     def add_to_store(self, documents: Sequence[Document], *, overwrite: bool = False) -> None:
         """Read documents and keep their states; each is on the disk before the next is read."""

@@ -12,6 +12,7 @@ A step that fails is computed again work by work, so that what is wrong with one
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -158,7 +159,12 @@ class Engine:
     @property
     def accepts(self) -> bool:
         """Whether new work is taken."""
-        return self._state == "running" and self._thread.is_alive()
+        return self._state == "running" and self.alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Start the thread."""
@@ -175,8 +181,9 @@ class Engine:
             raise RuntimeError("the server stops and takes no more work")
         now = self.clock()
         for work in works:
-            work.arrival = work.last_token = now if isinstance(work, Generation) else now
+            work.arrival = now
             if isinstance(work, Generation):
+                work.last_token = now
                 if not self.generates:
                     raise ValueError(
                         "model: it does not generate here (an embedding model, or one that reads prompts bidirectionally)"
@@ -184,17 +191,15 @@ class Engine:
                 work.stream = TextStream(self.model.tokenizer, work.stop, work.pieces.append)
                 if work.sampling.temperature > 0:
                     work.generator = torch.Generator(device=self.model.device)
-                    work.generator.manual_seed(work.seed if work.seed is not None else torch.seed() % 2**63)
+                    work.generator.manual_seed(work.seed if work.seed is not None else secrets.randbits(63))
         with self._changed:
             self.scheduler.add(list(works))
             self._changed.notify_all()
 
     def cancel(self, works: Sequence[plans.Work]) -> None:
-        """Nobody waits for these any more; their memory is free before the next step."""
+        """Nobody waits for these any more; their memory is free before the next step. Never blocks."""
         for work in works:
             work.cancelled = True
-        with self._changed:
-            self._changed.notify_all()
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take no more work, finish what is there for ``drain_seconds``, fail the rest, end the thread."""
@@ -226,7 +231,7 @@ class Engine:
         told: list[tuple[Any, Event]] = []
         with self._changed:
             tokens = sum(count for _, count in plan)
-            self.scheduler.report(tokens, seconds, decoding > 0)
+            self.scheduler.report(tokens, seconds, decoding)
             for (work, count), outcome in zip(plan, outcomes, strict=True):
                 told += [(work, event) for event in self._apply(work, count, outcome)]
         for work, event in told:

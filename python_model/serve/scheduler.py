@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LEAST_SHARED = 16
 """Common tokens from which on states are copied, or waited for."""
 
+LEAST_BUDGET = 32
+"""Tokens below which the budget does not shrink: where decoding alone misses the target, prompts go on all the same."""
+
 LEAST_PIECE = 16
 """A prompt that is first in line gets this many tokens into a step, whatever decodes beside it."""
 
@@ -135,7 +138,7 @@ class Scheduler:
         max_queued_tokens: int = 1 << 18,
         reuse: bool = True,
     ) -> None:
-        check_at_least("max_step_tokens", max_step_tokens, LEAST_PIECE)
+        check_at_least("max_step_tokens", max_step_tokens, LEAST_BUDGET)
         check_at_least("max_sequences", max_sequences, 1)
         if max_step_tokens > arena.scratch:
             raise ValueError(
@@ -250,15 +253,15 @@ class Scheduler:
             used += count
         return chosen
 
-    def report(self, tokens: int, seconds: float, decoding: bool) -> None:
-        """How long a step took: the budget follows."""
+    def report(self, tokens: int, seconds: float, decoding: int) -> None:
+        """How long a step of ``tokens`` took, ``decoding`` of them rows that decode: the budget follows."""
         if seconds <= 0:
             return
         speed = tokens / seconds
         self.tokens_per_second = speed if not self.tokens_per_second else 0.9 * self.tokens_per_second + 0.1 * speed
         ratio = self.target_seconds / seconds
-        if decoding and (ratio < 1 or tokens >= 0.8 * self.budget):
-            self.budget = min(max(self.budget * min(max(ratio, 0.5), 1.2), LEAST_PIECE), float(self.max_step_tokens))
+        if 0 < decoding < tokens and (ratio < 1 or tokens >= 0.8 * self.budget):
+            self.budget = min(max(self.budget * min(max(ratio, 0.5), 1.2), LEAST_BUDGET), float(self.max_step_tokens))
 
     def _forced(self, text: Text, now: float, decoding: int) -> bool:
         """Whether a text that is first in line goes in though it is longer than what the budget leaves."""

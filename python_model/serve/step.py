@@ -24,12 +24,11 @@ from torch.nn import functional
 
 import grit_kernels as gk
 from python_model.model.modeling import GritLM
+from python_model.rag.rope import STATIC_ROPE_TYPES
 from python_model.serve.arena import Arena, Interval
 
 KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 WITHOUT_WINDOW = ("LlamaDecoderLayer",)
-KNOWN_ROPE = ("default", "linear", "llama3", "yarn")
-"""The others stretch positions by the longest sequence at hand, so a neighbour would change a result."""
 
 SHORT_ROWS = 64
 """Query rows times heads of a group up to which a GPU splits the keys of a sample among programs."""
@@ -77,8 +76,9 @@ def refusal(model: GritLM) -> str | None:
     if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in layers.modules()):
         return "model: expected one without hooks on its layers (such as a device map's), got some"
     rope = getattr(model.decoder[0].rotary_emb, "rope_type", "default")
-    if rope not in KNOWN_ROPE:
-        return f"model: expected rotary positions of type {', '.join(KNOWN_ROPE)}, got {rope!r}"
+    if rope not in STATIC_ROPE_TYPES:
+        # the others stretch positions by the longest sequence at hand, so a neighbour would change a result
+        return f"model: expected rotary positions of type {', '.join(STATIC_ROPE_TYPES)}, got {rope!r}"
     return None
 
 

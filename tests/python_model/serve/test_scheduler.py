@@ -109,15 +109,17 @@ def test_an_interactive_text_longer_than_the_budget_goes_in_at_once() -> None:
 
 def test_the_budget_shrinks_after_slow_steps_and_grows_after_full_fast_ones() -> None:
     s = scheduler(step=64, target_seconds=0.1)
-    s.report(64, 0.4, decoding=True)
+    s.report(64, 0.4, decoding=1)
     assert s.budget == 32
-    s.report(5, 0.01, decoding=True)
+    s.report(5, 0.01, decoding=1)
     assert s.budget == 32, "a small step says nothing about larger ones"
     for _ in range(10):
-        s.report(int(s.budget), 0.05, decoding=True)
+        s.report(int(s.budget), 0.05, decoding=1)
     assert s.budget == 64
-    s.report(64, 0.4, decoding=False)
+    s.report(64, 0.4, decoding=0)
     assert s.budget == 64
+    s.report(9, 0.4, decoding=9)
+    assert s.budget == 64, "rows that decode are not what the budget can leave out"
 
 
 def test_nothing_starts_before_there_is_room_for_prompt_and_reply() -> None:

@@ -1,0 +1,191 @@
+"""``grit serve``: one server for chat and embeddings, from one copy of the weights."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+KEY_VARIABLE = "GRIT_API_KEY"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``grit serve``."""
+    arguments = _parser().parse_args(argv)
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise SystemExit(f"grit serve: {error.name} is missing; pip install 'grit-kernels[serve]'") from error
+    try:
+        keys = api_keys(arguments.api_key_file)
+        check_address(arguments.host, keys)
+        app = build_app(arguments, keys)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"grit serve: {error}") from error
+    _set_up_logging()
+    config = uvicorn.Config(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=arguments.drain_seconds,
+    )
+    uvicorn.Server(config).run()
+
+
+def build_app(arguments: argparse.Namespace, keys: Sequence[str]) -> Any:
+    """The application that the arguments describe."""
+    import torch
+
+    from python_model.corpora.small_model import resolve_model
+    from python_model.model.modeling import GritLM
+    from python_model.serve.app import create_app
+    from python_model.serve.engine import Engine
+    from python_model.serve.service import Limits, Service
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    path = resolve_model(arguments.model)
+    options = {} if arguments.dtype == "auto" else {"dtype": getattr(torch, arguments.dtype)}
+    model = GritLM(path, mode=arguments.mode, device=arguments.device, **options)
+    engine = Engine(
+        model,
+        arena_rows=arguments.kv_tokens,
+        max_step_tokens=arguments.max_step_tokens,
+        target_seconds=arguments.target_ms / 1000,
+        ageing=arguments.ageing,
+        max_sequences=arguments.max_sequences,
+        max_queued_tokens=arguments.max_queued_tokens,
+    )
+    service = Service(
+        engine,
+        name=arguments.served_model_name or Path(path).name,
+        format=arguments.format,
+        query_instruction=arguments.query_instruction,
+        limits=Limits(
+            reply_tokens=arguments.max_tokens, seconds=arguments.timeout, body_bytes=arguments.max_body_mb << 20
+        ),
+    )
+    add_indexes(service, arguments.index, arguments.store, arguments.query_instruction)
+    local = is_loopback(arguments.host) and not keys
+    # another site's page could otherwise reach the server by a name that it makes point here
+    hosts = ["localhost", "127.0.0.1", "[::1]", arguments.host] if local else []
+    return create_app(service, api_keys=keys, hosts=hosts)
+
+
+def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], query_instruction: str) -> None:
+    """Open ``NAME=FOLDER`` indexes, and the stores of the same names."""
+    from python_model.model.prompts import embed_instruction
+    from python_model.rag.answer import RAG, open_store
+    from python_model.rag.index import open_index
+    from python_model.rag.reading import read
+    from python_model.rag.rope import frequencies, join
+
+    folders = dict(_named("--index", text) for text in indexes)
+    stored = dict(_named("--store", text) for text in stores)
+    unknown = sorted(set(stored) - set(folders))
+    if unknown:
+        raise ValueError(f"--store: expected the name of an --index, got {unknown[0]!r}")
+    reader = service.reader
+    for name, folder in folders.items():
+        store = None
+        if name in stored:
+            store = open_store(stored[name], reader)
+            frequencies(reader)
+            # the model is checked once before its cached keys are moved; later it belongs to the engine's thread
+            join(read(reader, [[0, 1], [0, 1]], causal=True), reader)
+        index = open_index(folder, reader, create=False)
+        service.add_index(
+            name, RAG(reader, index=index, store=store, query_prefix=embed_instruction(query_instruction))
+        )
+
+
+def api_keys(file: Path | None) -> list[str]:
+    """Keys of a file (one per line) and of the environment."""
+    keys = [] if file is None else [line.strip() for line in file.read_text().splitlines()]
+    found = [key for key in [*keys, os.environ.get(KEY_VARIABLE, "")] if key]
+    if file is not None and not any(keys):
+        raise ValueError(f"--api-key-file: expected a key per line, got an empty file {file}")
+    return found
+
+
+def check_address(host: str, keys: Sequence[str]) -> None:
+    """ValueError for an address that others can reach, without a key."""
+    if not keys and not is_loopback(host):
+        raise ValueError(
+            f"--host: expected 127.0.0.1 (or another loopback address) without an API key, got {host}; "
+            f"give --api-key-file or set {KEY_VARIABLE}"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _named(option: str, text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if equals:
+        return name, folder
+    return Path(text).name, text
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    access = logging.getLogger("python_model.serve.access")
+    lines = logging.StreamHandler(sys.stdout)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    access.handlers, access.propagate = [lines], False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grit serve", description="Serve chat and embeddings from one copy of the weights (docs/serving.md)."
+    )
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
+    add("--mode", choices=("unified", "embedding", "generative"), default="unified", help="embedding: no chat")
+    add("--served-model-name", help="what clients call it (default: the folder's name)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the checkpoint's")
+    add("--device", help="default: CUDA if there is one, else the CPU")
+    add("--threads", type=int, help="CPU threads of the model")
+    add("--host", default="127.0.0.1", help="another address than this machine's own needs an API key")
+    add("--port", type=int, default=8000)
+    add("--api-key-file", type=Path, help=f"file with an accepted key per line; {KEY_VARIABLE} adds one")
+    add("--format", choices=("grit", "template"), default="grit", help="of chat prompts (default: grit)")
+    add("--query-instruction", default="", help="for texts with input_type 'query', and questions to an index")
+    add(
+        "--index", action="append", default=[], metavar="[NAME=]FOLDER", help="an index to answer from; may be repeated"
+    )
+    add("--store", action="append", default=[], metavar="[NAME=]FOLDER", help="states of the documents of that index")
+    add("--kv-tokens", type=int, default=16384, help="key-value memory: tokens of all chats together (default: 16384)")
+    add("--max-step-tokens", type=int, default=2048, help="largest step, and longest text to embed (default: 2048)")
+    add("--target-ms", type=float, default=100.0, help="time between tokens that steps aim at (default: 100)")
+    add("--ageing", type=float, default=5.0, help="seconds after which bulk texts are served like chats (default: 5)")
+    add("--max-sequences", type=int, default=64, help="chats at the same time (default: 64)")
+    add("--max-queued-tokens", type=int, default=1 << 18, help="waiting tokens from which on 429 is sent")
+    add("--max-tokens", type=int, default=256, help="of a reply whose request does not say (default: 256)")
+    add("--timeout", type=float, default=600.0, help="seconds after which a request fails (default: 600)")
+    add("--max-body-mb", type=int, default=8, help="largest request (default: 8)")
+    add("--drain-seconds", type=int, default=30, help="for running requests when the server is stopped (default: 30)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

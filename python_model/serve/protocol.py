@@ -1,0 +1,376 @@
+"""What a request may say and what a reply looks like, in the words of the OpenAI and Cohere APIs.
+
+A field that would change the result and is not supported is an error that names it; null and the value that changes nothing
+(``"tools": []``, ``"frequency_penalty": 0``) are taken as if they were not there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+"""Fields that are not supported, and their values that ask for nothing."""
+
+Text = Annotated[str, StringConstraints(strict=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Write into the schema what :class:`Request` takes beyond the model's own fields."""
+    required = set(schema.get("required", ()))
+    for name, field in schema.get("properties", {}).items():
+        if name not in required:
+            described = {key: field.pop(key) for key in ("default", "title", "description") if key in field}
+            options = field.pop("anyOf", None) or [dict(field)]
+            field.clear()
+            field.update(described, anyOf=[*(o for o in options if o != {"type": "null"}), {"type": "null"}])
+    for name, values in NEUTRAL.items():
+        if name not in schema["properties"]:
+            schema["properties"][name] = {"enum": [*values, None], "description": "Not supported but for these values."}
+
+
+class Request(BaseModel):
+    """Base of all requests."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_document)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if not (value is None and (name in cls.model_fields or name in NEUTRAL))
+            and not (name not in cls.model_fields and _is_neutral(name, value))
+        }
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    # True == 1 and 0 == False in Python, not here
+    return any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
+    )
+
+
+class TextPart(Request):
+    """A part of a message; pictures and sound are not supported."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Request):
+    """A turn of a conversation. ``developer`` is another word for ``system``."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(Request):
+    """``include_usage``: a last chunk with the numbers of tokens."""
+
+    include_usage: bool = False
+
+
+class Sampled(Request):
+    """What all requests that generate have in common."""
+
+    model: Text = ""
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    n: int = Field(1, ge=1, le=16)
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] = Field([])
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Text = ""
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @model_validator(mode="after")
+    def _few_stops(self) -> Sampled:
+        if len(self.stops) > 4:
+            raise ValueError(f"stop: expected at most 4 strings, got {len(self.stops)}")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: expected only with stream=true")
+        return self
+
+
+class ChatRequest(Sampled):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: expected only with logprobs=true")
+        return self
+
+
+class CompletionRequest(Sampled):
+    """``POST /v1/completions``."""
+
+    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class EmbeddingRequest(Request):
+    """``POST /v1/embeddings``.
+
+    ``input_type`` (with the server's instruction for queries) or an ``instruction`` of its own say what the embedding is for.
+    ``priority``: requests of one text are interactive, longer lists are served when there is room, unless it says otherwise.
+    """
+
+    model: Text = ""
+    input: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    input_type: Literal["query", "document", "search_query", "search_document"] | None = None
+    instruction: Text | None = None
+    priority: Literal["interactive", "bulk"] | None = None
+    user: Text = ""
+
+    @model_validator(mode="after")
+    def _one_purpose(self) -> EmbeddingRequest:
+        if self.instruction is not None and self.input_type is not None:
+            raise ValueError("instruction: expected without input_type")
+        return self
+
+
+class RerankDocument(Request):
+    """A document with its text in a field."""
+
+    text: Text
+
+
+class RerankRequest(Request):
+    """``POST /v1/rerank`` and ``/v2/rerank``."""
+
+    model: Text = ""
+    query: Text = Field(min_length=1)
+    documents: list[Text | RerankDocument] = Field(min_length=1)
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = False
+    max_tokens_per_doc: int = Field(512, ge=1)
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents' texts."""
+        return [d if isinstance(d, str) else d.text for d in self.documents]
+
+
+class RagRequest(Request):
+    """``POST /v1/rag``: search an index of the server and answer from what is found."""
+
+    model: Text = ""
+    question: Text = Field(min_length=1)
+    index: Text | None = None
+    k: int = Field(3, ge=1, le=100)
+    mode: Literal["auto", "none", "query_first", "document_first", "document_cache"] = "auto"
+    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+
+
+class ErrorBody(BaseModel):
+    """What went wrong; ``param`` names the field."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """Every error's body."""
+
+    error: ErrorBody
+
+
+class Usage(BaseModel):
+    """Numbers of tokens. ``prompt_tokens_details.cached_tokens``: those whose states were there already."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int
+    prompt_tokens_details: dict[str, int] = {}
+
+
+class ChatReply(BaseModel):
+    """A conversation's next turn, ``n`` times."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: Usage
+
+
+class CompletionReply(BaseModel):
+    """What follows each prompt."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: Usage
+
+
+class EmbeddingRow(BaseModel):
+    """One text's vector: numbers, or base64 of little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingReply(BaseModel):
+    """Vectors in the order of the texts."""
+
+    object: Literal["list"] = "list"
+    data: list[EmbeddingRow]
+    model: str
+    usage: Usage
+
+
+class RerankReply(BaseModel):
+    """Documents, best first; ``relevance_score`` is the probability of "yes" against "no"."""
+
+    id: str
+    model: str
+    results: list[dict[str, Any]]
+    usage: Usage
+    meta: dict[str, Any]
+
+
+class Source(BaseModel):
+    """A document that an answer was shown."""
+
+    index: int
+    id: str
+    title: str
+    text: str
+    score: float
+
+
+class RagReply(BaseModel):
+    """An answer and its sources."""
+
+    id: str
+    object: Literal["rag.answer"] = "rag.answer"
+    created: int
+    model: str
+    answer: str
+    mode: str
+    sources: list[Source]
+    finish_reason: str
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """The model served, and the names of its indexes."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "grit_kernels"
+    indexes: list[str] = []
+
+
+class ModelList(BaseModel):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ApiError(Exception):
+    """An error to send: an HTTP status and the body's fields."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The OpenAI form."""
+        return error_body(self.status, self.message, self.param, self.code)
+
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of an error."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def validation_error(errors: list[Any]) -> ApiError:
+    """The error of a body that is none of the requests: names the field and what is accepted, never repeats its value."""
+    first = _most_telling(errors)
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "body: expected valid JSON", code="invalid_json")
+    if first["type"] == "missing" and not place:
+        return ApiError(400, "body: expected a JSON object, got none")
+    # the branches of a union are types, not fields
+    name = ".".join(part for part in place if not any(c in part for c in "[](),-") and part not in ("str", "TextPart"))
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{name}: this field is not supported", param=name, code="unsupported_parameter")
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return ApiError(400, message, param=message.partition(":")[0], code="invalid_value")
+    return ApiError(400, f"{name or 'body'}: {first['msg']}", param=name or None, code="invalid_value")
+
+
+def _most_telling(errors: list[Any]) -> Any:
+    """Of a union's errors, the one of the branch that got furthest."""
+    return max(errors, key=lambda error: (error["type"] == "extra_forbidden", len(error["loc"])))

@@ -1,0 +1,395 @@
+"""From requests to works: tokens of prompts and texts, limits, indexes. Runs beside the engine, which owns the model.
+
+Tokenizers are not safe to share between threads (whether special tokens are split is a switch of the tokenizer), so this has a
+copy of its own behind a lock; the engine's thread keeps the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from python_model.generate.decode import Sampling
+from python_model.generate.rerank import answer_tokens, pointwise_prompt, shorten
+from python_model.generate.text import ChatFormat, conversation_ids, prompt_ids
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import TURN_END, TooLong, embed_instruction, encode_text
+from python_model.rag.answer import RAG
+from python_model.rag.index import Hit
+from python_model.rag.modes import Document
+from python_model.serve.engine import Engine, Generation, TextWork
+from python_model.serve.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Message,
+    RagRequest,
+    RerankRequest,
+)
+
+UNKNOWN = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. ``seconds``: until it fails; ``texts``: of one embedding or reranking request."""
+
+    reply_tokens: int = 256
+    texts: int = 2048
+    seconds: float = 600.0
+    body_bytes: int = 8 << 20
+    requests: int = 512
+
+
+@dataclass
+class Searchable:
+    """An index of the server, and the store of its documents' states if there is one, behind one lock."""
+
+    name: str
+    rag: RAG
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Service:
+    """See the top of the file.
+
+    Args:
+        engine: started by the caller.
+        name: under which the model is served.
+        format: of chat prompts, ``"grit"`` or ``"template"``.
+        query_instruction: what queries are embedded with (``input_type="query"``); documents have none.
+        indexes: what ``/v1/rag`` may search, by name. Their RAG must be made with :attr:`reader`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str,
+        format: ChatFormat = "grit",
+        query_instruction: str = "",
+        limits: Limits | None = None,
+    ) -> None:
+        self.engine, self.name, self.format = engine, name, format
+        self.query_prefix = embed_instruction(query_instruction)
+        self.limits = limits or Limits()
+        self.created = int(time.time())
+        self.reader = reader_of(engine.model)
+        self.indexes: dict[str, Searchable] = {}
+        self._lock = threading.Lock()
+        self.context = min(engine.positions, engine.arena.rows)
+        self.text_tokens = min(engine.positions, engine.scheduler.max_step_tokens)
+        # a text of n characters has at least n / longest tokens: what cannot fit is refused without reading it
+        self._longest = max(map(len, self.reader.tokenizer.get_vocab()))
+
+    def check_model(self, name: str) -> None:
+        """ApiError 404 for another model's name."""
+        if name not in ("", self.name):
+            raise ApiError(404, f"model: expected {self.name!r}, got another", param="model", code="model_not_found")
+
+    def add_index(self, name: str, rag: RAG) -> None:
+        """Serve an index under a name; the first one is the default."""
+        self.indexes[name] = Searchable(name, rag)
+
+    # ---- generation
+
+    def chat(self, request: ChatRequest) -> list[Generation]:
+        """The works of a conversation, one per choice."""
+        system, turns = conversation(request.messages)
+        self._fits("messages", sum(map(len, turns)) + len(system), self.context)
+        with self._lock:
+            ids = self._chat_ids(system, turns)
+        limit = request.max_completion_tokens or request.max_tokens
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return self._generations("messages", [ids], request, limit, logprobs)
+
+    def complete(self, request: CompletionRequest) -> list[Generation]:
+        """The works of plain continuations, ``n`` per prompt."""
+        prompts = self._inputs("prompt", request.prompt)
+        with self._lock:
+            ids = [prompt_ids(self.reader, prompt.replace(TURN_END, UNKNOWN)) for prompt in prompts]
+        for prompt in ids:
+            if not prompt:
+                raise ApiError(
+                    400, "prompt: expected at least one token, got none", param="prompt", code="invalid_value"
+                )
+        return self._generations("prompt", ids, request, request.max_tokens, request.logprobs)
+
+    def _chat_ids(self, system: str, turns: list[str]) -> list[int]:
+        try:
+            return conversation_ids(self.reader, turns, format=self.format, system=system)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+        except Exception:
+            if not system:
+                raise
+            # a template without a system role: it opens the first turn, as in the GRIT format
+            return conversation_ids(self.reader, [f"{system}\n\n{turns[0]}", *turns[1:]], format=self.format)
+
+    def _generations(
+        self, param: str, prompts: list[list[int]], request: Any, limit: int | None, logprobs: int | None
+    ) -> list[Generation]:
+        works = []
+        for prompt in prompts:
+            tokens = self._reply_tokens(param, len(prompt), limit)
+            for choice in range(request.n):
+                works.append(
+                    Generation(
+                        list(prompt),
+                        max_tokens=tokens,
+                        deadline=self._deadline(),
+                        sampling=Sampling(request.temperature, request.top_k, request.top_p),
+                        seed=None if request.seed is None else (request.seed + choice) % 2**63,
+                        stop=request.stops,
+                        logprobs=logprobs,
+                    )
+                )
+        return works
+
+    def _reply_tokens(self, param: str, prompt: int, limit: int | None) -> int:
+        room = self.context - prompt
+        if room < 1 or (limit or 1) > room:
+            asked = "" if limit is None else f" and {limit} new ones"
+            raise ApiError(
+                400,
+                f"{param}: expected prompt and reply within {self.context} tokens, got {prompt}{asked}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return limit if limit is not None else min(self.limits.reply_tokens, room)
+
+    # ---- texts
+
+    def embed(self, request: EmbeddingRequest) -> list[TextWork]:
+        """The works of texts to embed."""
+        texts = self._inputs("input", request.input)
+        if request.dimensions is not None and request.dimensions > self.dimensions:
+            raise ApiError(
+                400, f"dimensions: expected at most {self.dimensions}", param="dimensions", code="invalid_value"
+            )
+        if request.instruction is not None:
+            prefix = embed_instruction(request.instruction)
+        else:
+            prefix = self.query_prefix if request.input_type in ("query", "search_query") else embed_instruction("")
+        bulk = len(texts) > 1 if request.priority is None else request.priority == "bulk"
+        return [self.text_work("input", text, prefix, bulk=bulk) for text in texts]
+
+    def text_work(self, param: str, text: str, prefix: str, *, bulk: bool = False) -> TextWork:
+        """One text to embed after its format prefix."""
+        self._fits(param, len(text), self.text_tokens)
+        model = self.reader
+        try:
+            with self._lock:
+                sample = encode_text(
+                    model.tokenizer,
+                    prefix,
+                    text,
+                    self.text_tokens,
+                    suffix=model.embed_eos,
+                    instruction_count=model.instruction_count,
+                )
+        except TooLong:
+            raise ApiError(
+                400,
+                f"instruction: expected fewer than {self.text_tokens} tokens",
+                param="instruction",
+                code="context_length_exceeded",
+            ) from None
+        except ValueError as error:
+            if text.strip():
+                raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from None
+            raise ApiError(
+                400, f"{param}: expected texts that are not empty", param=param, code="invalid_value"
+            ) from None
+        if sample.truncated:
+            self._too_long(param, self.text_tokens)
+        return TextWork(
+            sample.input_ids,
+            deadline=self._deadline(),
+            causal=model.attn[:2] == "cc",
+            causal_prefix=sample.instruction_len if model.attn[:2] == "cb" else None,
+            instruction_len=sample.instruction_len,
+            bulk=bulk,
+        )
+
+    def shape(self, vector: Tensor, dimensions: int | None) -> Tensor:
+        """The vector as asked for: its first ``dimensions`` numbers, of length 1 again where the model normalises."""
+        if dimensions is None or dimensions == len(vector):
+            return vector
+        part = vector[:dimensions]
+        return torch.nn.functional.normalize(part, dim=0) if self.reader.normalized else part
+
+    def rerank(self, request: RerankRequest) -> list[TextWork]:
+        """A work per document: the log-odds of yes over no to whether it answers the query."""
+        if not self.engine.generates:
+            raise ApiError(400, "model: it does not generate, which reranking needs", param="model")
+        self._count("documents", len(request.documents))
+        self._fits("query", len(request.query), self.text_tokens)
+        works = []
+        with self._lock:
+            shared, yes, no = answer_tokens(self.reader)
+            for text in request.texts:
+                # what is beyond the tokens that are shown need not be read
+                shown = shorten(
+                    self.reader, text[: request.max_tokens_per_doc * self._longest], request.max_tokens_per_doc
+                )
+                ids = [*prompt_ids(self.reader, pointwise_prompt(request.query, shown)), *shared]
+                if len(ids) > self.text_tokens:
+                    self._too_long("documents", self.text_tokens)
+                works.append(
+                    TextWork(
+                        ids, deadline=self._deadline(), causal=True, bulk=len(request.documents) > 16, score=(yes, no)
+                    )
+                )
+        return works
+
+    # ---- indexes
+
+    def searchable(self, name: str | None) -> Searchable:
+        """The index of a name, or the first."""
+        if not self.indexes:
+            raise ApiError(
+                404, "index: this server has none (grit serve --index)", param="index", code="index_not_found"
+            )
+        found = next(iter(self.indexes.values())) if name is None else self.indexes.get(name)
+        if found is None:
+            raise ApiError(404, "index: there is none of this name", param="index", code="index_not_found")
+        return found
+
+    def question(self, request: RagRequest, where: Searchable) -> TextWork:
+        """The work of embedding a question."""
+        return self.text_work("question", request.question, where.rag.query_prefix)
+
+    def search(self, where: Searchable, vector: Tensor, k: int) -> list[Hit]:
+        """The best documents for a question's vector."""
+        assert where.rag.index is not None
+        with where.lock:
+            return where.rag.index.search(vector[None], k)[0]
+
+    def answer(self, request: RagRequest, where: Searchable, hits: Sequence[Hit]) -> tuple[Generation, str]:
+        """The work of an answer from documents, and the mode that was chosen."""
+        documents: list[Document] = [hit.document for hit in hits]
+        rag = where.rag
+        try:
+            with where.lock, self._lock:
+                mode = request.mode if documents else "none"
+                if mode == "auto":
+                    mode = rag.choose(request.question, documents)
+                if mode == "query_cache":
+                    mode = "document_first"  # the question's states were left in scratch rows
+                if mode == "document_cache" and (
+                    rag.store is None or not all(document.key in rag.store for document in documents)
+                ):
+                    raise ApiError(400, "mode: not all of these documents have states in a store", param="mode")
+                states, prompt, _, _ = rag.prepare(request.question, documents, mode)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="question", code="invalid_value") from None
+        before = [] if states is None else states.input_ids.tolist()
+        tokens = self._reply_tokens("question", len(before) + len(prompt), request.max_tokens)
+        work = Generation(
+            [*before, *prompt],
+            max_tokens=tokens,
+            deadline=self._deadline(),
+            states=states,
+            sampling=Sampling(request.temperature, 0, request.top_p),
+            seed=None if request.seed is None else request.seed % 2**63,
+        )
+        return work, mode
+
+    # ---- shared
+
+    def spelled(self, token: int) -> str:
+        """The text of one token."""
+        with self._lock:
+            return str(self.reader.tokenizer.decode([token]))
+
+    @property
+    def dimensions(self) -> int:
+        """Size of an embedding."""
+        projection = self.reader.projection
+        return int(self.reader.model.config.hidden_size if projection is None else projection.out_features)
+
+    def _inputs(self, param: str, given: Any) -> list[str]:
+        """Strings; tokens are taken for the text they spell, so they cannot smuggle in special tokens."""
+        rows = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        self._count(param, len(rows))
+        texts = []
+        for row in rows:
+            if isinstance(row, str):
+                self._fits(param, len(row), max(self.context, self.text_tokens))
+                texts.append(row)
+                continue
+            self._fits(param, len(row), max(self.context, self.text_tokens) * self._longest)
+            with self._lock:
+                size = len(self.reader.tokenizer)
+                if max(row) >= size:
+                    raise ApiError(400, f"{param}: expected token ids below {size}", param=param, code="invalid_value")
+                texts.append(str(self.reader.tokenizer.decode(row, skip_special_tokens=True)))
+        return texts
+
+    def _count(self, param: str, count: int) -> None:
+        if count > self.limits.texts:
+            raise ApiError(
+                400, f"{param}: expected at most {self.limits.texts}, got {count}", param=param, code="invalid_value"
+            )
+
+    def _fits(self, param: str, characters: int, tokens: int) -> None:
+        if characters > tokens * self._longest:
+            self._too_long(param, tokens)
+
+    def _too_long(self, param: str, tokens: int) -> None:
+        raise ApiError(
+            400,
+            f"{param}: expected at most {tokens} tokens, got more; nothing is cut silently",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    def _deadline(self) -> float:
+        return self.engine.clock() + self.limits.seconds
+
+
+def reader_of(model: GritLM) -> GritLM:
+    """The same model (no weight is copied) with a tokenizer of its own."""
+    reader = copy.copy(model)
+    reader.tokenizer = copy.deepcopy(model.tokenizer)
+    return reader
+
+
+def conversation(messages: Sequence[Message]) -> tuple[str, list[str]]:
+    """(system message, turns user, assistant, .., user) of any order of messages that ends with the user.
+
+    Turns of one role in a row are one turn. A system message after the first user turn opens the next one.
+    """
+    system: list[str] = []
+    turns: list[str] = []
+    pending: list[str] = []  # system messages inside the conversation
+    for message in messages:
+        if message.role in ("system", "developer"):
+            (system if not turns else pending).append(message.text)
+            continue
+        role = 0 if message.role == "user" else 1
+        text = "\n\n".join([*pending, message.text]) if role == 0 else message.text
+        if role == 0:
+            pending = []
+        if len(turns) % 2 == role:
+            turns.append(text)
+        elif turns:
+            turns[-1] = f"{turns[-1]}\n\n{text}"
+        else:
+            raise ApiError(400, "messages: expected a user message first, got assistant", param="messages")
+    if len(turns) % 2 == 0 or pending:
+        raise ApiError(400, "messages: expected the last one to be the user's", param="messages", code="invalid_value")
+    if not turns[-1].strip():
+        raise ApiError(
+            400, "messages: expected a last message that is not empty", param="messages", code="invalid_value"
+        )
+    return "\n\n".join(system), turns
