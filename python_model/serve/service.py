@@ -280,7 +280,7 @@ class Service:
         rag = where.rag
         try:
             with where.lock, self._lock:
-                mode = request.mode if documents else "none"
+                mode: str = request.mode if documents else "none"
                 if mode == "auto":
                     mode = rag.choose(request.question, documents)
                 if mode == "query_cache":
