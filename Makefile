@@ -10,6 +10,8 @@ LOCK := python_model/support/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --constraint $(LOCK)
 # processes that run tests; each uses one thread
 JOBS ?= 2
+# when make began: the demo prints the time from here on as well
+STARTED := $(shell date +%s)
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(LOCK) $(shell find csrc -type f)
 
@@ -48,7 +50,7 @@ lock: install  ## resolve the tested versions anew, for Python 3.10 to 3.14
 
 demo: demo-install  ## train a real 135M model, embed, retrieve, generate: about 5 minutes
 	$(BIN)/grit fetch-model
-	$(BIN)/grit demo
+	$(BIN)/grit demo --started $(STARTED)
 
 demo-seeds: demo-install  ## the demo's claim over three seeds; renews its record
 	$(BIN)/grit fetch-model

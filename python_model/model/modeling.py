@@ -208,7 +208,7 @@ class GritLM(nn.Module):
                 rows = list(self._pool_batch(hidden, pack, recast))
         else:
             bar = len(batches) > 1 if show_progress_bar is None else show_progress_bar
-            with tqdm(total=len(texts), disable=not bar, unit="text") as progress:
+            with tqdm(total=len(texts), disable=not bar, unit="text", leave=False) as progress:
                 rows = self._embed_batches(samples, skips, batches, recast, progress, devices)
         embeddings = torch.stack(rows)
         embeddings = embeddings[0] if single else embeddings
