@@ -13,11 +13,15 @@ COMMANDS = {
         "get the small model (SmolLM2-135M as a Mistral checkpoint) into the cache",
     ),
     "demo": ("python_model.commands.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
-    "data": ("python_model.corpora.build", "build training and held-out data of real text from packages"),
+    "data": (
+        "python_model.corpora.build",
+        "training and held-out data: of real text from packages, or of your own rows",
+    ),
     "convert": (
         "python_model.commands.convert",
         "show what training reads in a file of any tool, and write it as rows",
     ),
+    "mine": ("python_model.commands.mine", "mine hard negatives for rows, by BM25 or a model"),
     "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss together"),
     "ablation": ("python_model.train.ablation", "train variants one after another, measure each, write one table"),
     "eval": (

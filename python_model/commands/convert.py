@@ -13,31 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from python_model.data.files import data_files, read_lines
-from python_model.data.index import DataReport
-from python_model.data.reading import file_reader
-from python_model.data.rows import DataError, Row, to_object
+from python_model.data.reading import tolerant_rows
+from python_model.data.report import DataReport
+from python_model.data.rows import Row, to_object
 from python_model.support.files import new_file
 
 WIDTH = 88
-
-
-def converted(path: str, report: DataReport, *, positive_score: float | None = None) -> Iterator[Row]:
-    """The rows of a file or folder that training can read; ``report`` is filled while they are taken."""
-    for file in data_files(path):
-        reader = file_reader(file, positive_score=positive_score)
-        for origin, columns in read_lines(file):
-            try:
-                if isinstance(columns, DataError):
-                    raise columns
-                row = reader.row(columns, origin)
-            except DataError as error:
-                report.leave_out(error.reason, str(error))
-                continue
-            report.used[row.dataset] = report.used.get(row.dataset, 0) + 1
-            yield row
-        forms = ", ".join(f"{count} as {form}" for form, count in reader.forms.items()) or "none; the file is empty"
-        report.notes += [f"{file}: rows read: {forms}", *(f"{file}: {note}" for note in reader.notes)]
 
 
 def shown(value: Any, indent: str = "  ") -> list[str]:
@@ -66,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = DataReport()
     try:
-        rows = converted(arguments.input, report, positive_score=arguments.positive_score)
+        rows = tolerant_rows(arguments.input, report, positive_score=arguments.positive_score)
         if arguments.output is None:
             _print(rows, arguments.show)
         else:

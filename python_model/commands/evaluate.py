@@ -33,13 +33,20 @@ def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) ->
     """Scores by data set, and of all of them under ``"all"``."""
     found: dict[str, dict[str, Any]] = {}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        corpus = embed_documents(model, held_out.documents, max_length=max_length)
-        ranks = retrieval_ranks(model, held_out.queries, corpus, held_out.relevant, max_length=max_length)
-        names = [row.dataset for row in held_out.rows]
-        for name in dict.fromkeys([*names, EVERYTHING]):
-            chosen = torch.tensor([name in (own, EVERYTHING) for own in names])
-            found[name] = asdict(scores_from_ranks(ranks[chosen], corpus.shape[0]))
-        if model.mode != "embedding":
+        if names := [row.dataset for row in held_out.rows]:
+            corpus = embed_documents(model, held_out.documents, max_length=max_length)
+            ranks = retrieval_ranks(
+                model,
+                held_out.queries,
+                corpus,
+                held_out.relevant,
+                also_relevant=held_out.also_relevant,
+                max_length=max_length,
+            )
+            for name in dict.fromkeys([*names, EVERYTHING]):
+                chosen = torch.tensor([name in (own, EVERYTHING) for own in names])
+                found[name] = asdict(scores_from_ranks(ranks[chosen], corpus.shape[0]))
+        if model.mode != "embedding" and held_out.conversations:
             for name in dict.fromkeys([*(row.dataset for row in held_out.conversations), EVERYTHING]):
                 rows = [row for row in held_out.conversations if name in (row.dataset, EVERYTHING)]
                 try:

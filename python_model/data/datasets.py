@@ -15,8 +15,9 @@ import numpy as np
 
 from python_model.data.files import Location, parse_line
 from python_model.data.forms import Reader
-from python_model.data.index import DataReport, FileIndex, index_file, placed
+from python_model.data.index import FileIndex, index_file, placed
 from python_model.data.order import permutation
+from python_model.data.report import DataReport
 from python_model.data.rows import DataError, Row
 
 Problem = tuple[str, str]

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from filelock import FileLock
 from python_model.data.files import Location, as_lines, parse_line
 from python_model.data.forms import Reader
 from python_model.data.reading import file_reader
+from python_model.data.report import SHOWN, DataReport
 from python_model.data.rows import DataError, GenerativeRow, Row
 from python_model.support.files import cache_folder, new_folder, write_json
 
-SHOWN = 5
-"""Origins that a report keeps per reason."""
 CACHED_BYTES = 8 << 20
 """An index of a file of at least this size is kept (indexing reads about 50 MB/s and process)."""
 PART_BYTES = 64 << 20
@@ -46,43 +45,6 @@ FACTS = np.dtype(
         ("dataset", "<u2"),
     ]
 )
-
-
-@dataclass
-class DataReport:
-    """Rows that are used, by data set; rows that are left out, by reason with the first few ``file:line: what``; and notes."""
-
-    used: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def leave_out(self, reason: str, what: str, count: int = 1) -> None:
-        """Count ``count`` rows, of which ``what`` is one."""
-        self.left_out[reason] = self.left_out.get(reason, 0) + count
-        shown = self.examples.setdefault(reason, [])
-        if len(shown) < SHOWN:
-            shown.append(what)
-
-    def add(self, other: DataReport) -> None:
-        """Count what another report counted."""
-        for name, count in other.used.items():
-            self.used[name] = self.used.get(name, 0) + count
-        for reason, count in other.left_out.items():
-            self.left_out[reason] = self.left_out.get(reason, 0) + count
-            self.examples[reason] = [*self.examples.get(reason, []), *other.examples[reason]][:SHOWN]
-        self.notes += [note for note in other.notes if note not in self.notes]
-
-    def lines(self) -> list[str]:
-        """For people: one line of what is used, then each reason with its examples, then the notes."""
-        names = ", ".join(f"{name} {count}" for name, count in self.used.items())
-        found = [f"data: {sum(self.used.values())} rows ({names})"]
-        for reason, count in self.left_out.items():
-            found.append(f"left out, {reason}: {count} row(s)")
-            found += [f"  {what}" for what in self.examples[reason]]
-            if count > len(self.examples[reason]):
-                found.append(f"  and {count - len(self.examples[reason])} more")
-        return found + [f"note: {note}" for note in self.notes]
 
 
 @dataclass

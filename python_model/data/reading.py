@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from python_model.data.files import Location, data_files, dataset_name, read_objects
+from python_model.data.files import Location, data_files, dataset_name, read_lines, read_objects
 from python_model.data.forms import Reader
+from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Passage, Row, check_text
 
 PROBED = 1000
@@ -28,6 +29,24 @@ def file_reader(file: Location, *, bare_text: bool = True, positive_score: float
 
     reader.decide(islice(good(), PROBED))
     return reader
+
+
+def tolerant_rows(path: Location, report: DataReport, *, positive_score: float | None = None) -> Iterator[Row]:
+    """The rows of a file or folder, of either kind, that training can read; ``report`` is filled while they are taken."""
+    for file in data_files(path):
+        reader = file_reader(file, positive_score=positive_score)
+        for origin, columns in read_lines(file):
+            try:
+                if isinstance(columns, DataError):
+                    raise columns
+                row = reader.row(columns, origin)
+            except DataError as error:
+                report.leave_out(error.reason, str(error))
+                continue
+            report.used[row.dataset] = report.used.get(row.dataset, 0) + 1
+            yield row
+        forms = ", ".join(f"{count} as {form}" for form, count in reader.forms.items()) or "none"
+        report.notes += [f"{file}: rows read: {forms}", *(f"{file}: {note}" for note in reader.notes)]
 
 
 def read_rows(path: Location) -> tuple[list[EmbeddingRow], list[GenerativeRow]]:

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from python_model.data.datasets import DataSet, select
 from python_model.data.encoding import RowEncoder
 from python_model.data.files import data_files, dataset_name
-from python_model.data.index import DataReport, FileIndex, index_file
+from python_model.data.index import FileIndex, index_file
 from python_model.data.order import BatchOrder
+from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText
 from python_model.model.prompts import EncodedSample, TooLong
 

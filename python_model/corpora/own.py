@@ -1,0 +1,113 @@
+"""One's own rows as a data folder: training rows, held-out rows, a corpus to search, and the settings to train with.
+
+Rows that share a query, a positive, a key or a first user turn are about one thing and stay together; a hash of the thing decides
+on which side it is, whatever the order of the files. So what a test asks for is in no training row, and where it stands among a
+training row's negatives it is taken out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from python_model.corpora.split import digest, held_out
+from python_model.data.reading import tolerant_rows
+from python_model.data.report import DataReport
+from python_model.data.rows import EmbeddingRow, GenerativeRow, Row, to_object
+
+
+def split_rows(rows: Sequence[Row], percent: int) -> tuple[list[Row], list[Row]]:
+    """(training, held-out) rows, each in the order they came in; about ``percent`` of the things are held out."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (above := parent.setdefault(name, name)) != name:
+            parent[name] = parent[above]
+            name = above
+        return name
+
+    for row in rows:
+        first, *others = map(root, _names(row))
+        for other in others:
+            if root(other) != root(first):
+                low, high = sorted((root(first), root(other)))  # the name of a thing depends on no order
+                parent[high] = low
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        sides[held_out(root(_names(row)[0]), percent)].append(row)
+    answers = {_folded(text.text) for row in sides[True] if isinstance(row, EmbeddingRow) for text in row.pos}
+    return [_without(row, answers) for row in sides[False]], sides[True]
+
+
+def _names(row: Row) -> list[str]:
+    if isinstance(row, GenerativeRow):
+        names = [f"user:{_folded(row.turns[0])}"]
+    else:
+        names = [f"query:{_folded(row.query.text)}", *(f"passage:{_folded(text.text)}" for text in row.pos)]
+    return [*names, f"key:{row.key}"] if row.key else names
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _without(row: Row, answers: set[str]) -> Row:
+    """The row without negatives that answer a held-out query, and without their scores."""
+    if isinstance(row, GenerativeRow):
+        return row
+    kept = [i for i, text in enumerate(row.neg) if _folded(text.text) not in answers]
+    if len(kept) == len(row.neg):
+        return row
+    scores = tuple(row.neg_scores[i] for i in kept) if row.neg_scores else ()
+    return replace(row, neg=tuple(row.neg[i] for i in kept), neg_scores=scores)
+
+
+def own_files(
+    paths: Sequence[str], percent: int, max_queries: int
+) -> tuple[dict[str, list[dict[str, Any]]], DataReport]:
+    """The rows of files and folders as the files of a data folder; ``max_queries``: held-out rows of a data set that are asked.
+
+    Raises:
+        ValueError: the rows of a kind are too few to hold any out.
+    """
+    report = DataReport()
+    rows = [row for path in paths for row in tolerant_rows(path, report)]
+    train, test = split_rows(rows, percent)
+    files: dict[str, list[dict[str, Any]]] = {}
+    for row in train:
+        kind = "generative" if isinstance(row, GenerativeRow) else "embedding"
+        name = f"train/{row.dataset}.jsonl"
+        if files.get(name) and ("query" in files[name][0]) != (kind == "embedding"):
+            name = f"train/{row.dataset}_{kind}.jsonl"
+        files.setdefault(name, []).append(to_object(row))
+    asked = _first(sorted(test, key=lambda row: digest(f"test:{_names(row)[0]}")), max_queries)
+    for kind in (EmbeddingRow, GenerativeRow):
+        if any(isinstance(row, kind) for row in rows) and not any(isinstance(row, kind) for row in asked):
+            raise ValueError(
+                f"held-out: {percent} percent of these rows hold out none of one kind; give more rows or percent"
+            )
+    queries = [row for row in asked if isinstance(row, EmbeddingRow)]
+    if queries:
+        files["test/embedding.jsonl"] = [to_object(row) | {"key": _key(row.pos[0].text)} for row in queries]
+        passages = [text.text for row in queries for text in (*row.pos[:1], *row.neg)]
+        passages += [text.text for row in test if isinstance(row, EmbeddingRow) for text in (*row.pos, *row.neg)]
+        files["corpus.jsonl"] = [{"key": _key(text), "text": text} for text in dict.fromkeys(passages)]
+    if talks := [row for row in asked if isinstance(row, GenerativeRow)]:
+        files["test/generative.jsonl"] = [to_object(row) for row in talks]
+    return files, report
+
+
+def _key(text: str) -> str:
+    return f"{digest(text):016x}"
+
+
+def _first(rows: Iterable[Row], count: int) -> list[Row]:
+    """The first ``count`` of each data set."""
+    seen: dict[str, int] = {}
+    found = []
+    for row in rows:
+        seen[row.dataset] = seen.get(row.dataset, 0) + 1
+        if seen[row.dataset] <= count:
+            found.append(row)
+    return found
