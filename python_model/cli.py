@@ -1,4 +1,4 @@
-"""The ``grit`` command: a table of subcommands, each the ``main`` of a module."""
+"""The ``grit`` command: a table of subcommands, each a module with a ``COMMAND``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "doctor": ("python_model.commands.doctor", "print versions, the backends found and chosen, and why"),
     "fetch-model": (
-        "python_model.corpora.small_model",
+        "python_model.commands.fetch_model",
         "get the small model (SmolLM2-135M as a Mistral checkpoint) into the cache",
     ),
     "demo": ("python_model.commands.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
@@ -28,13 +28,13 @@ COMMANDS = {
         "python_model.commands.evaluate",
         "measure checkpoints on held-out data: retrieval, next-token loss, answers",
     ),
-    "generate": ("python_model.generate.text", "ask a model: one question, a chat, or a file of them"),
+    "generate": ("python_model.commands.generate", "ask a model: one question, a chat, or a file of them"),
     "embed": ("python_model.commands.embed", "embed texts"),
     "index": ("python_model.commands.index", "make, extend and search an index of documents"),
     "rag": ("python_model.commands.rag", "answer questions from an index, with cached states of its documents"),
     "serve": ("python_model.commands.serve", "serve chat, embeddings, reranking and answers over HTTP"),
     "completion": ("python_model.commands.completion", "print a completion script for bash or zsh"),
-    "rerank": ("python_model.generate.rerank", "order passages by their relevance to a query"),
+    "rerank": ("python_model.commands.rerank", "order passages by their relevance to a query"),
 }
 
 FIRST_STEPS = """first steps:
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from python_model.support.quiet import quiet
 
         quiet()
-    importlib.import_module(COMMANDS[name][0]).main(rest)
+    module = importlib.import_module(COMMANDS[name][0])
+    (module.COMMAND if hasattr(module, "COMMAND") else module.main)(rest)
 
 
 if __name__ == "__main__":

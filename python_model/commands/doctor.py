@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 
 import grit_kernels as gk
+from python_model.commands.runner import Command, add_json, show
 from python_model.support.tested import outside_of_tested
 
 PACKAGES = (
@@ -49,28 +49,30 @@ def report() -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit doctor``."""
-    parser = argparse.ArgumentParser(prog="grit doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit doctor``."""
+    add_json(parser)
+
+
+def run(arguments: Namespace) -> None:
+    """Print the report."""
     found = report()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-        return
-    print(f"grit_kernels {found['grit_kernels']}, Python {found['python']}, {found['platform']}")
+    show(arguments, found, "\n".join(_lines(found)))
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"grit_kernels {found['grit_kernels']}, Python {found['python']}, {found['platform']}"
     for name, version in found["packages"].items():
-        print(f"  {name:<14} {version or 'not installed'}")
+        yield f"  {name:<14} {version or 'not installed'}"
     for package in found["outside_of_tested"]:
-        print(f"outside of what was tested: {package}")
-    print(f"devices: CPU with {found['cpu_threads']} threads" + "".join(f", {name}" for name in found["cuda_devices"]))
-    print("backends:")
+        yield f"outside of what was tested: {package}"
+    yield f"devices: CPU with {found['cpu_threads']} threads" + "".join(f", {name}" for name in found["cuda_devices"])
+    yield "backends:"
     for backend in found["backends"]["available"]:
-        print(f"  {backend['name']:<10} {'yes' if backend['usable'] else 'no ':<4} {backend['reason']}")
-    print("implementation of each op by device:")
+        yield f"  {backend['name']:<10} {'yes' if backend['usable'] else 'no ':<4} {backend['reason']}"
+    yield "implementation of each op by device:"
     for op, devices in found["backends"]["ops"].items():
-        print(f"  {op:<32} " + ", ".join(f"{device}: {choice}" for device, choice in devices.items()))
+        yield f"  {op:<32} " + ", ".join(f"{device}: {choice}" for device, choice in devices.items())
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("doctor", "What is installed, which backend each device gets, and why.", configure, run)

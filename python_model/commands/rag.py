@@ -2,81 +2,77 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from python_model.evaluation.answers import read_questions, score
-from python_model.model.modeling import GritLM
-from python_model.model.prompts import embed_instruction
-from python_model.rag.answer import RAG, open_store
-from python_model.rag.index import open_index
-from python_model.rag.modes import MODES
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import Command, add_json, add_model, load, show
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit rag``."""
-    parser = argparse.ArgumentParser(prog="grit rag", description="Answer questions from an index of documents.")
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit rag``."""
+    from python_model.rag.modes import MODES
+
     parser.add_argument("index", help="the index's folder (see grit index)")
-    parser.add_argument("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
+    add_model(parser)
     parser.add_argument("--question", help="one question; without it and --questions, one per line of standard input")
     parser.add_argument(
         "--questions", type=Path, help='jsonl of {"question": .., "answers": [..]}: answers and scores them'
     )
-    parser.add_argument("--mode", choices=("auto", *MODES), default="auto")
-    parser.add_argument("--k", type=int, default=1, help="documents per question (default: 1)")
+    parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="what is cached (docs/rag.md)")
+    parser.add_argument("--k", type=int, default=1, help="documents per question")
     parser.add_argument("--store", help="folder of the key-value store with the documents' states")
     parser.add_argument("--instruction", default="", help="for embedding the question")
     parser.add_argument("--causal-states", action="store_true", help="read cached texts causally")
     parser.add_argument("--recompute", type=int, default=0, help="first tokens of joined texts to read again")
     parser.add_argument("--reference-positions", action="store_true", help="join as the public implementation does")
-    parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per question, and one with the scores"
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in tokens")
+    add_json(parser, "one JSON object per question, and one with the scores")
+
+
+def run(arguments: Namespace) -> None:
+    """Answer the questions."""
+    from python_model.evaluation.answers import read_questions, score
+    from python_model.model.prompts import embed_instruction
+    from python_model.rag.answer import RAG, open_store
+    from python_model.rag.index import open_index
+
+    model = load(arguments)
+    store = None
+    if arguments.store:
+        store = open_store(arguments.store, model, causal_states=arguments.causal_states)
+    rag = RAG(
+        model,
+        index=open_index(arguments.index, model, create=False),
+        store=store,
+        causal_states=arguments.causal_states,
+        recompute=arguments.recompute,
+        reference_positions=arguments.reference_positions,
+        query_prefix=embed_instruction(arguments.instruction),
     )
-    arguments = parser.parse_args(argv)
-    from python_model.corpora.small_model import resolve_model
-
-    try:
-        model = GritLM(resolve_model(arguments.model))
-        store = None
-        if arguments.store:
-            store = open_store(arguments.store, model, causal_states=arguments.causal_states)
-        rag = RAG(
-            model,
-            index=open_index(arguments.index, model, create=False),
-            store=store,
-            causal_states=arguments.causal_states,
-            recompute=arguments.recompute,
-            reference_positions=arguments.reference_positions,
-            query_prefix=embed_instruction(arguments.instruction),
-        )
-        questions = None if arguments.questions is None else read_questions(arguments.questions)
-        if questions is not None:
-            texts: Any = [question.question for question in questions]
+    questions = None if arguments.questions is None else read_questions(arguments.questions)
+    if questions is not None:
+        texts: Any = [question.question for question in questions]
+    else:
+        texts = [arguments.question] if arguments.question is not None else map(str.strip, sys.stdin)
+    replies = []
+    for text in texts:
+        if not text:
+            continue
+        answer = rag.answer(text, mode=arguments.mode, k=arguments.k, max_new_tokens=arguments.max_new_tokens)
+        replies.append(answer.text)
+        if arguments.json:
+            print(json.dumps({"question": text, **asdict(answer)}, ensure_ascii=False), flush=True)
         else:
-            texts = [arguments.question] if arguments.question is not None else map(str.strip, sys.stdin)
-        replies = []
-        for text in texts:
-            if not text:
-                continue
-            answer = rag.answer(text, mode=arguments.mode, k=arguments.k, max_new_tokens=arguments.max_new_tokens)
-            replies.append(answer.text)
-            if arguments.json:
-                print(json.dumps({"question": text, **asdict(answer)}, ensure_ascii=False), flush=True)
-            else:
-                print(answer.text, f"   [{answer.mode}: {', '.join(d.key for d in answer.documents)}]", flush=True)
-        if questions is not None:
-            scores = score(replies, questions)
-            text = f"match {scores.match:.2f}  exact match {scores.exact_match:.2f}  F1 {scores.f1:.2f}"
-            print(json.dumps(asdict(scores)) if arguments.json else f"{text}  ({scores.questions} questions)")
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise SystemExit(f"grit rag: {error}") from error
+            print(answer.text, f"   [{answer.mode}: {', '.join(d.key for d in answer.documents)}]", flush=True)
+    if questions is not None:
+        scores = score(replies, questions)
+        text = f"match {scores.match:.2f}  exact match {scores.exact_match:.2f}  F1 {scores.f1:.2f}"
+        show(arguments, asdict(scores), f"{text}  ({scores.questions} questions)")
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("rag", "Answer questions from an index of documents.", configure, run)

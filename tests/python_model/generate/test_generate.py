@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.commands.generate import COMMAND
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.text import (
     TextStream,
@@ -19,7 +20,6 @@ from python_model.generate.text import (
     complete,
     conversation_ids,
     eos_token_ids,
-    main,
     prompt_ids,
     replies,
     reply,
@@ -218,19 +218,19 @@ def test_the_command_chats_answers_files_and_prints_json(
 
     base = ["--model", str(checkpoint), "--max-new-tokens", "3"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAnd?\n"))
-    main([*base, "--json"])
+    COMMAND([*base, "--json"])
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert second["turns"] == ["Hello", first["reply"], "And?"]
-    main([*base, "--prompt", "Hello"])
+    COMMAND([*base, "--prompt", "Hello"])
     assert capsys.readouterr().out.strip() == first["reply"]
     (tmp_path / "in.jsonl").write_text('{"prompt": "Hello"}\n')
-    main([*base, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--json"])
+    COMMAND([*base, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--json"])
     assert json.loads(capsys.readouterr().out)["answered"] == 1
     assert json.loads((tmp_path / "out.jsonl").read_text())["reply"] == first["reply"]
     with pytest.raises(SystemExit, match="--input and --output go together"):
-        main([*base, "--input", "x"])
+        COMMAND([*base, "--input", "x"])
     with pytest.raises(SystemExit, match="top_p"):
-        main([*base, "--prompt", "x", "--top-p", "2"])
+        COMMAND([*base, "--prompt", "x", "--top-p", "2"])
 
 
 @pytest.mark.parametrize("attn", ["bbbc", "bbil"])

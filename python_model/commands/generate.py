@@ -1,0 +1,90 @@
+"""``grit generate``: ask a model one question, a chat, or a file of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import Command, add_json, add_model, load, progress, show
+
+if TYPE_CHECKING:
+    from python_model.model.modeling import GritLM
+
+
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit generate``."""
+    from python_model.generate.text import FORMATS
+
+    add_model(parser)
+    parser.add_argument("--prompt", help="the question; without it each line of standard input is one turn of a chat")
+    parser.add_argument("--input", type=Path, help='jsonl file of {"prompt": ..} or {"turns": [..]} rows to answer')
+    parser.add_argument("--output", type=Path, help="where the answers to --input go; an interrupted run goes on there")
+    parser.add_argument("--format", choices=FORMATS, default="grit", help="prompt format")
+    parser.add_argument("--system", default="", help="a system message")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest reply in tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams")
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the reply; may be repeated")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of --input answered at once")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed")
+    add_json(parser, "one JSON object per reply instead of streaming")
+
+
+def run(arguments: Namespace) -> None:
+    """Answer what was asked."""
+    from python_model.generate.decode import Sampling
+    from python_model.generate.text import answer_file
+
+    if (arguments.input is None) != (arguments.output is None):
+        raise ValueError("--input and --output go together")
+    model = load(arguments, mode="generative")
+    options: dict[str, Any] = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "sampling": Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
+        "num_beams": arguments.beams,
+        "stop": arguments.stop,
+        "seed": arguments.seed,
+        "format": arguments.format,
+        "system": arguments.system,
+    }
+    if arguments.input is None:
+        _chat(model, [arguments.prompt] if arguments.prompt is not None else sys.stdin, options, arguments.json)
+        return
+    with progress("answers", "row") as update:
+        count = answer_file(
+            model, arguments.input, arguments.output, batch_size=arguments.batch_size, progress=update, **options
+        )
+    result = {"answered": count, "output": str(arguments.output)}
+    show(arguments, result, f"{count} rows answered in {arguments.output}")
+
+
+def _chat(model: GritLM, lines: Any, options: dict[str, Any], as_json: bool) -> None:
+    from python_model.generate.text import reply
+
+    turns: list[str] = []
+    streaming = not as_json and options["num_beams"] == 1
+    for line in lines:
+        if not line.strip():
+            continue
+        turns.append(line.strip())
+        text = reply(model, turns, on_text=_print_piece if streaming else None, **options)
+        turns.append(text)
+        if as_json:
+            row = {"turns": turns[:-1], "reply": text, "sampling": asdict(options["sampling"])}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print("" if streaming else text, flush=True)
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+COMMAND = Command("generate", "Ask a model; the reply streams to the terminal.", configure, run)
