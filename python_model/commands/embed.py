@@ -1,16 +1,42 @@
-"""``grit embed``: vectors of texts, to a file or as JSON."""
+"""``grit embed``: vectors of texts, to a file or as JSON.
+
+A file is written while it is made: the same command goes on where an interrupted one stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import embed_instruction
-from python_model.support.files import new_file
+from python_model.model.prompts import embed_instruction, encode_text
+from python_model.support.resume import ResumableArray
+
+BLOCK = 2048
+"""Texts that are embedded between two writes, of each device."""
+
+
+def _key(model: GritLM, texts: Sequence[str], *settings: Any) -> str:
+    """Tells runs apart that give other vectors."""
+    from python_model.rag.fingerprint import embedding_settings, fingerprint
+
+    digest = hashlib.sha256(json.dumps([fingerprint(model), embedding_settings(model), *settings]).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _cut(model: GritLM, texts: Sequence[str], prefix: str, max_length: int) -> int:
+    """How many texts are longer than ``max_length``; those that have fewer bytes are not tokenised for it."""
+    doubtful = [text for text in texts if len(prefix.encode()) + len(text.encode()) + 8 > max_length]
+    return sum(
+        encode_text(model.tokenizer, prefix, text, max_length, suffix=model.embed_eos).truncated for text in doubtful
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,13 +46,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", action="append", help="a text to embed, instead of standard input; may be repeated")
     parser.add_argument("--input", type=Path, help="jsonl or text file, or a folder of documents, instead")
     parser.add_argument("--instruction", default="", help="what the embedding is for, e.g. 'Find the answer'")
-    parser.add_argument("--output", type=Path, help=".npy file for the vectors (texts, size)")
+    parser.add_argument(
+        "--output", type=Path, help=".npy file for the vectors (texts, size); an interrupted run goes on"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; the rest is cut (default: 512)")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", action="append", help="may be repeated: the texts are shared among the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
     arguments = parser.parse_args(argv)
-    import numpy as np
+    from tqdm.auto import tqdm
 
     from python_model.corpora.small_model import resolve_model
     from python_model.rag.documents import read_documents
@@ -40,25 +68,46 @@ def main(argv: Sequence[str] | None = None) -> None:
             texts = [document.content for document in read_documents(arguments.input)]
         else:
             texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        devices = arguments.device
-        model = GritLM(resolve_model(arguments.model), mode="embedding", device=devices[0] if devices else None)
-        vectors = model.encode(
-            texts,
-            instruction=embed_instruction(arguments.instruction),
-            max_length=arguments.max_length,
-            batch_size=arguments.batch_size,
-            devices=devices if devices and len(devices) > 1 else None,
-        )
+        if not texts:
+            raise ValueError("expected at least one text, got none")
+        devices = arguments.device or [None]
+        model = GritLM(resolve_model(arguments.model), mode="embedding", device=devices[0])
+        prefix = embed_instruction(arguments.instruction)
+        file = None
         if arguments.output is not None:
-            with new_file(arguments.output) as file:
-                np.save(file, vectors)
+            file = ResumableArray(arguments.output, len(texts), _key(model, texts, prefix, arguments.max_length))
+        start = 0 if file is None or arguments.json else file.done
+        if start:
+            print(f"going on after {start} of {len(texts)} texts", file=sys.stderr)
+        cut = 0
+        block = BLOCK * len(devices)
+        with tqdm(total=len(texts), initial=start, unit="text", disable=len(texts) <= arguments.batch_size) as bar:
+            for place in range(start, len(texts), block):
+                part = texts[place : place + block]
+                vectors = model.encode(
+                    part,
+                    instruction=prefix,
+                    max_length=arguments.max_length,
+                    batch_size=arguments.batch_size,
+                    devices=devices if len(devices) > 1 else None,
+                    show_progress_bar=False,
+                )
+                cut += _cut(model, part, prefix, arguments.max_length)
+                if file is not None and place >= file.done:
+                    file.append(vectors)
+                if arguments.json:
+                    for text, vector in zip(part, vectors.tolist(), strict=True):
+                        print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False), flush=True)
+                bar.update(len(part))
+        if file is not None:
+            rows, size = file.finish()
+            if not arguments.json:
+                print(f"{rows} vectors of size {size} in {arguments.output}")
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"grit embed: {error}") from error
-    if arguments.json:
-        for text, vector in zip(texts, vectors.tolist(), strict=True):
-            print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))
-    else:
-        print(f"{len(vectors)} vectors of size {vectors.shape[1]} in {arguments.output}")
+    if cut:
+        what = f"{cut} of {len(texts) - start} texts are longer than --max-length {arguments.max_length} tokens"
+        print(f"grit embed: {what}; their ends are not in the vectors", file=sys.stderr)
 
 
 if __name__ == "__main__":

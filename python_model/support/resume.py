@@ -1,12 +1,64 @@
-"""ResumableRows: a jsonl file of results, written batch by batch, that an interrupted run continues."""
+"""Results that are written while they are made, and that an interrupted run continues."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from python_model.support.files import write_json
+
+
+class JsonLines:
+    """A jsonl file that grows. Opening keeps the leading rows for which ``keep(row)`` is true and cuts off the rest, a
+    half-written last line above all.
+
+    Attributes:
+        rows: what the file holds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keep: Callable[[dict[str, Any]], bool] = lambda row: True,
+        *,
+        broken: Callable[[int, Exception], None] = lambda line, error: None,
+    ) -> None:
+        """``broken(line, error)`` may raise where a whole line is no row; by default it is cut off."""
+        self.rows: list[dict[str, Any]] = []
+        end = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b")  # noqa: SIM115  (closed by close)
+        self._file.seek(0)
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                kept = keep(row)
+            except (ValueError, KeyError, TypeError) as error:
+                broken(number, error)
+                break
+            if not kept:
+                break
+            self.rows.append(row)
+            end += len(line)
+        self._file.truncate(end)
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Add rows; when this returns they are on the disk."""
+        self.rows += rows
+        self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class ResumableRows:
@@ -18,41 +70,77 @@ class ResumableRows:
 
     def __init__(self, path: Path, inputs: Sequence[Mapping[str, Any]]) -> None:
         self.path, self.inputs = path, inputs
-        done, end = self._read()
+        self._log = JsonLines(path, self._is_ours, broken=self._refuse)
+        done = {row["row"] for row in self._log.rows}
         self.missing = [index for index in range(len(inputs)) if index not in done]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115  (closed by __exit__)
-        self._file.seek(end)
-        self._file.truncate()
 
     def __enter__(self) -> ResumableRows:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._log.close()
 
     def write(self, results: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
         """Append (index, result) rows; when this returns they are on the disk."""
-        for index, result in results:
-            row = {"row": index, **self.inputs[index], **result}
-            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._log.append(*({"row": index, **self.inputs[index], **result} for index, result in results))
 
-    def _read(self) -> tuple[set[int], int]:
-        done: set[int] = set()
-        if not self.path.exists():
-            return done, 0
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:end].splitlines(), 1):
-            try:
-                row = json.loads(line)
-                index = row["row"]
-                same = 0 <= index < len(self.inputs) and all(row[k] == v for k, v in self.inputs[index].items())
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}:{number}: not a row of an earlier run ({error!r})") from error
-            if not same:
-                raise ValueError(f"{self.path}:{number}: a result for another input; choose another output file")
-            done.add(index)
-        return done, end
+    def _is_ours(self, row: dict[str, Any]) -> bool:
+        index = row["row"]
+        if not (0 <= index < len(self.inputs) and all(row[k] == v for k, v in self.inputs[index].items())):
+            raise _Foreign(f"a result for another input (row {index}); choose another output file")
+        return True
+
+    def _refuse(self, line: int, error: Exception) -> None:
+        why = str(error) if isinstance(error, _Foreign) else f"not a row of an earlier run ({error!r})"
+        raise ValueError(f"{self.path}:{line}: {why}") from error
+
+
+class _Foreign(ValueError):
+    """A row of another run."""
+
+
+class ResumableArray:
+    """A ``.npy`` file of float32 rows, filled from the first to the last; it gets its name when the last is written.
+
+    Until then the rows stand in ``.NAME.part`` and their number in ``.NAME.part.json``; the same ``key`` goes on from there.
+
+    Attributes:
+        done: rows that are written.
+
+    Raises:
+        ValueError: what is there belongs to another key.
+    """
+
+    def __init__(self, path: Path, rows: int, key: str) -> None:
+        self.path, self.rows, self.key, self.done = path, rows, key, 0
+        self._part = path.with_name(f".{path.name}.part")
+        self._state = path.with_name(f".{path.name}.part.json")
+        self._array: np.memmap[Any, Any] | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._state.exists() and self._part.exists():
+            state = json.loads(self._state.read_text(encoding="utf-8"))
+            if (state.get("key"), state.get("rows")) != (key, rows):
+                raise ValueError(
+                    f"output: {self._part} holds an interrupted run of other texts or settings; delete it, or choose another file"
+                )
+            self.done = int(state["done"])
+
+    def append(self, block: np.ndarray) -> None:
+        """Write the next rows (n, size); when this returns they are on the disk."""
+        if self._array is None:
+            again = {} if self.done else {"dtype": np.float32, "shape": (self.rows, block.shape[1])}
+            self._array = np.lib.format.open_memmap(self._part, mode="r+" if self.done else "w+", **again)  # type: ignore[arg-type]
+        self._array[self.done : self.done + len(block)] = block
+        self._array.flush()
+        self.done += len(block)
+        write_json(self._state, {"key": self.key, "rows": self.rows, "done": self.done})
+
+    def finish(self) -> tuple[int, int]:
+        """Give the file its name; returns its shape."""
+        self._array = None
+        with open(self._part, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(self._part, self.path)
+        self._state.unlink()
+        rows, size = np.load(self.path, mmap_mode="r").shape
+        return rows, size

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from python_model.support.resume import JsonLines
 from python_model.train.config import TrainConfig
 
 
@@ -21,38 +21,24 @@ class Tracker(Protocol):
         """The run has ended."""
 
 
-class JsonLines:
+class StepLog:
     """``log.jsonl``: one object per step. Opening keeps the lines up to ``step`` and drops later (or half-written) ones."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
-        self.records: list[dict[str, Any]] = []
-        end = 0
-        if step and path.exists():
-            content = path.read_bytes()
-            for line in content.splitlines(keepends=True):
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b"\n") or record["step"] > step:
-                    break
-                self.records.append(record)
-                end += len(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "r+b" if end else "wb")  # noqa: SIM115  (closed by close)
-        self._file.seek(end)
-        self._file.truncate()
+        self._lines = JsonLines(path, lambda record: bool(record["step"] <= step))
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The steps so far."""
+        return self._lines.rows
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         """Append a line; when this returns it is in the file."""
-        record = {"step": step, **figures}
-        self.records.append(record)
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        self._lines.append({"step": step, **figures})
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 class _TensorBoard:

@@ -28,7 +28,7 @@ from python_model.train.memory import GIB, device_limit, plan_memory
 from python_model.train.model import TrainingModel, reach
 from python_model.train.optimizers import Learner
 from python_model.train.step import Share, StepGradients, StepLosses, plan_step
-from python_model.train.trackers import JsonLines, Tracker, open_trackers
+from python_model.train.trackers import StepLog, Tracker, open_trackers
 
 WINDOW = 50
 """Steps over which a loss counts as usual."""
@@ -134,7 +134,7 @@ class Trainer:
                 tqdm.write(line)
         # first those that may be missing: a new log drops what an earlier run wrote
         others = open_trackers(self.config) if self.ranks.first else []
-        log = JsonLines(self.folder / "log.jsonl", start) if self.ranks.first else None
+        log = StepLog(self.folder / "log.jsonl", start) if self.ranks.first else None
         trackers: list[Tracker] = [log, *others] if log else []
         recent = [record["loss"] for record in log.records[-WINDOW:]] if log else []
         self.model.train()

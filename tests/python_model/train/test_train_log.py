@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from python_model.train.trackers import JsonLines
+from python_model.train.trackers import StepLog
 from tests.python_model.training_samples import toy_config, toy_trainer
 
 
 def test_a_log_keeps_the_steps_of_the_state_and_drops_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in (1, 2, 3)) + '{"step": 4, "lo')
-    log = JsonLines(path, step=2)
+    log = StepLog(path, step=2)
     log.log(3, {"loss": 0.5})
     log.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
