@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -29,7 +29,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are not supported, and their values that ask for nothing."""
 
-Text = Annotated[str, StringConstraints(strict=True)]
+
+def _unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("expected Unicode text, got a lone surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -105,7 +116,7 @@ class Sampled(Request):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     n: int = Field(1, ge=1, le=16)
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] = Field([])
+    stop: Annotated[Text, Field(min_length=1)] | list[Annotated[Text, Field(min_length=1)]] = Field([])
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -363,10 +374,13 @@ def validation_error(errors: list[Any]) -> ApiError:
         return ApiError(400, "body: expected a JSON object, got none")
     # the branches of a union are types, not fields
     name = ".".join(part for part in place if not any(c in part for c in "[](),-") and part not in ("str", "TextPart"))
+    name = name[:200].encode(errors="replace").decode()  # a client may call a field anything
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{name}: this field is not supported", param=name, code="unsupported_parameter")
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
+        if name:
+            return ApiError(400, f"{name}: {message}", param=name, code="invalid_value")
         return ApiError(400, message, param=message.partition(":")[0], code="invalid_value")
     return ApiError(400, f"{name or 'body'}: {first['msg']}", param=name or None, code="invalid_value")
 

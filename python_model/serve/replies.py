@@ -75,6 +75,7 @@ class _Writer:
         return text
 
     def shown(self, index: int, text: str) -> str:
+        """What of a choice's new text can be shown."""
         return text
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -102,9 +103,11 @@ class ChatWriter(_Writer):
         self._trimmed = [Trimmed() for _ in works]
 
     def shown(self, index: int, text: str) -> str:
+        """All but whitespace that may be the last."""
         return self._trimmed[index].push(text)
 
     def opening(self) -> list[dict[str, Any]]:
+        """A chunk with the role for each choice."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self.works))]
 
     def chunks(self, index: int, token: Token) -> list[dict[str, Any]]:
