@@ -32,7 +32,6 @@ from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.generate.text import rag_prompt, reply
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import embed_instruction
 from python_model.support.files import write_json
 from python_model.train.config import TrainConfig
 from python_model.train.plot import plot_losses
@@ -99,7 +98,10 @@ def find(model: GritLM, corpus: Tensor, query: tuple[str, str]) -> int:
     instruction, text = query
     with torch.autocast(model.device.type, torch.bfloat16):
         vector = model.encode(
-            text, instruction=embed_instruction(instruction), max_length=MAX_LENGTH, convert_to_tensor=True
+            text,
+            instruction=model.formatter.embed_instruction(instruction),
+            max_length=MAX_LENGTH,
+            convert_to_tensor=True,
         )
     return int((corpus @ vector).argmax())
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import embed_instruction, encode_text
 from python_model.support.resume import ResumableArray
 
 BLOCK = 2048
@@ -33,10 +32,10 @@ def _key(model: GritLM, texts: Sequence[str], *settings: Any) -> str:
 
 def _cut(model: GritLM, texts: Sequence[str], prefix: str, max_length: int) -> int:
     """How many texts are longer than ``max_length``; those that have fewer bytes are not tokenised for it."""
-    doubtful = [text for text in texts if len(prefix.encode()) + len(text.encode()) + 8 > max_length]
-    return sum(
-        encode_text(model.tokenizer, prefix, text, max_length, suffix=model.embed_eos).truncated for text in doubtful
-    )
+    formatter = model.formatter
+    around = len((prefix + model.embed_eos).encode()) + 8
+    doubtful = [text for text in texts if around + len(text.encode()) > max_length]
+    return sum(formatter.text(prefix, text, max_length).truncated for text in doubtful)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("expected at least one text, got none")
         devices = arguments.device or [None]
         model = GritLM(resolve_model(arguments.model), mode="embedding", device=devices[0])
-        prefix = embed_instruction(arguments.instruction)
+        prefix = model.formatter.embed_instruction(arguments.instruction)
         file = None
         if arguments.output is not None:
             file = ResumableArray(arguments.output, len(texts), _key(model, texts, prefix, arguments.max_length))

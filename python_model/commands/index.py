@@ -30,7 +30,6 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Add, delete, search."""
-    from python_model.model.prompts import embed_instruction
     from python_model.rag.answer import RAG, open_store
     from python_model.rag.documents import chunk, read_documents
     from python_model.rag.index import add_documents, open_index
@@ -52,7 +51,7 @@ def run(arguments: Namespace) -> None:
         index.delete(arguments.delete)
     result: dict[str, Any] = {"documents": len(index), "added": len(documents), "deleted": len(arguments.delete)}
     if arguments.search is not None:
-        vector = model.encode([arguments.search], instruction=embed_instruction(arguments.instruction))
+        vector = model.encode([arguments.search], instruction=model.formatter.embed_instruction(arguments.instruction))
         hits = index.search(vector, arguments.k)[0]
         result["hits"] = [
             {"key": h.document.key, "score": h.score, "title": h.document.title, "text": h.document.text} for h in hits

@@ -37,7 +37,6 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Answer the questions."""
     from python_model.evaluation.answers import read_questions, score
-    from python_model.model.prompts import embed_instruction
     from python_model.rag.answer import RAG, open_store
     from python_model.rag.index import open_index
 
@@ -52,7 +51,7 @@ def run(arguments: Namespace) -> None:
         causal_states=arguments.causal_states,
         recompute=arguments.recompute,
         reference_positions=arguments.reference_positions,
-        query_prefix=embed_instruction(arguments.instruction),
+        query_prefix=model.formatter.embed_instruction(arguments.instruction),
     )
     questions = None if arguments.questions is None else read_questions(arguments.questions)
     if questions is not None:

@@ -84,7 +84,6 @@ def build_app(arguments: argparse.Namespace, keys: Sequence[str]) -> Any:
 
 def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], query_instruction: str) -> None:
     """Open ``NAME=FOLDER`` indexes, and the stores of the same names."""
-    from python_model.model.prompts import embed_instruction
     from python_model.rag.answer import RAG, open_store
     from python_model.rag.index import open_index
     from python_model.rag.reading import read
@@ -105,7 +104,8 @@ def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], que
             join(read(reader, [[0, 1], [0, 1]], causal=True), reader)
         index = open_index(folder, reader, create=False)
         service.add_index(
-            name, RAG(reader, index=index, store=store, query_prefix=embed_instruction(query_instruction))
+            name,
+            RAG(reader, index=index, store=store, query_prefix=reader.formatter.embed_instruction(query_instruction)),
         )
 
 

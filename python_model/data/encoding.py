@@ -10,32 +10,30 @@ from typing import Any
 import numpy as np
 
 from python_model.data.datasets import Problem
-from python_model.data.rows import GenerativeRow, InstructedText, PlainText, Row
+from python_model.data.rows import GenerativeRow, InstructedText, Row
 from python_model.data.token_cache import TokenCache, tokenizer_fingerprint
 from python_model.model.few_shot import few_shot_instruction
-from python_model.model.prompts import (
-    EncodedSample,
-    GenerativeAttention,
-    TooLong,
-    embed_instruction,
-    encode_conversation,
-    encode_plain,
-    encode_text,
-)
+from python_model.model.prompts import EncodedSample, Formatter, TooLong
+from python_model.settings import GritSettings
 
 _FORMAT = 48
 """Tokens that markers and special tokens take at the most, and a merge over a border may add."""
 
 
 class RowEncoder:
-    """Tokenises the texts of rows; ``config`` is a :class:`python_model.train.config.TrainConfig`."""
+    """Tokenises the texts of rows; ``config`` is a :class:`python_model.train.config.TrainConfig`.
 
-    def __init__(self, tokenizer: Any, config: Any) -> None:
+    ``settings``: of the model that is trained; default: what ``config`` gives, over the defaults.
+    """
+
+    def __init__(self, tokenizer: Any, config: Any, settings: GritSettings | None = None) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self._attention: GenerativeAttention = config.attn[2:] or "cc"
-        settings = [config.embed_eos, config.instruction_count, config.format, config.plain_text]
-        settings += [config.reference_masking, self._attention, tokenizer_fingerprint(tokenizer)]
-        self.key = json.dumps(settings)
+        self.settings = settings or GritSettings().changed(**config.settings_given)
+        self.formatter = Formatter(tokenizer, self.settings)
+        special = self.formatter.special_tokens
+        parts = [self.settings.embed_eos, self.settings.instruction_count, self.settings.embed_instruction]
+        parts += [self.settings.format, self.settings.attention.generative, special.start, special.end]
+        self.key = json.dumps([*parts, tokenizer_fingerprint(tokenizer)])
         self.cache = TokenCache(config.token_cache, self.key) if config.token_cache else None
         self._lengths: dict[str, int] = {}
 
@@ -46,7 +44,7 @@ class RowEncoder:
             instruction = few_shot_instruction(instruction, *example, style=self.config.few_shot_style)
         return self._cached(
             lambda: self._text(text, instruction, max_length),
-            ("text", isinstance(text, PlainText), instruction, text.text, max_length),
+            ("text", instruction, text.text, max_length),
         )
 
     def conversation(self, row: GenerativeRow) -> EncodedSample:
@@ -67,7 +65,8 @@ class RowEncoder:
         """Rows of which the bytes do not tell whether an instruction, or the first user turn, leaves room for the text."""
         if generative:
             return ~_fewer_tokens(facts["first"], self.config.generative_max_len)
-        eos = len(self.config.embed_eos)
+        special = self.formatter.special_tokens
+        eos = len(self.settings.embed_eos) + len(special.start) + len(special.end)
         few = _fewer_tokens(facts["first"], self.config.query_max_len - eos)
         return ~(few & _fewer_tokens(facts["passage"], self.config.passage_max_len - eos))
 
@@ -91,7 +90,8 @@ class RowEncoder:
 
     def _has_room(self, text: InstructedText, max_length: int) -> bool:
         """False: perhaps the instruction fills ``max_length``."""
-        room = max_length - len(self.config.embed_eos)
+        special = self.formatter.special_tokens
+        room = max_length - len(self.settings.embed_eos) - len(special.start) - len(special.end)
         if _fewer_tokens(len(text.instruction.encode()), room):
             return True
         if text.instruction not in self._lengths:
@@ -102,33 +102,10 @@ class RowEncoder:
         return self._lengths[text.instruction] + _FORMAT < room
 
     def _text(self, text: InstructedText, instruction: str, max_length: int) -> EncodedSample:
-        bare = self.config.plain_text and isinstance(text, PlainText)
-        return encode_text(
-            self.tokenizer,
-            "" if bare else embed_instruction(instruction, format=self.config.format),
-            text.text,
-            max_length,
-            suffix="" if bare else self.config.embed_eos,
-            add_special_tokens=not bare,
-            instruction_count=self.config.instruction_count,
-        )
+        return self.formatter.text(self.formatter.embed_instruction(instruction), text.text, max_length)
 
     def _conversation(self, row: GenerativeRow) -> EncodedSample:
-        if len(row.turns) == 1:
-            return encode_plain(
-                self.tokenizer,
-                row.turns[0],
-                self.config.generative_max_len,
-                add_special_tokens=not self.config.plain_text,
-            )
-        return encode_conversation(
-            self.tokenizer,
-            row.turns,
-            self.config.generative_max_len,
-            format=self.config.format,
-            attention=self._attention,
-            reference_masking=self.config.reference_masking,
-        )
+        return self.formatter.conversation(row.turns, self.config.generative_max_len)
 
     def _cached(self, encode: Callable[[], EncodedSample], parts: tuple[Any, ...]) -> EncodedSample:
         if self.cache is None:

@@ -24,6 +24,7 @@ from python_model.data.order import BatchOrder
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText
 from python_model.model.prompts import EncodedSample, TooLong
+from python_model.settings import GritSettings
 
 
 @dataclass
@@ -203,15 +204,19 @@ def check_data(config: Any) -> None:
     _indexed(config)
 
 
-def open_stream(config: Any, tokenizer: Any, rank: int = 0, world: int = 1) -> TrainingStream:
+def open_stream(
+    config: Any, tokenizer: Any, rank: int = 0, world: int = 1, *, settings: GritSettings | None = None
+) -> TrainingStream:
     """The stream over ``config.train_data``; rank 0 prints what is used and what is left out.
+
+    ``settings``: of the model that is trained; default: what ``config`` gives, over the defaults.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         DataError: there are no rows, or more of a file than ``max_left_out`` is left out.
         ValueError: the mode needs rows of a kind that the data lack, or a setting names a data set that is not there.
     """
-    encoder = RowEncoder(tokenizer, config)
+    encoder = RowEncoder(tokenizer, config, settings)
     report, data = DataReport(), []
     for index in _indexed(config):
         if _wanted(config, index):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 
 from python_model.data.rows import GenerativeRow
 from python_model.model.chunks import build_chunk
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import IGNORE_INDEX, GenerativeAttention, TooLong, encode_conversation
+from python_model.model.prompts import IGNORE_INDEX, TooLong
 from python_model.train.model import next_token_losses, reach
 
 log = logging.getLogger(__name__)
@@ -23,19 +22,19 @@ def next_token_loss(
 ) -> float:
     """Mean loss (nats) over all reply tokens of the conversations, each token counted once.
 
-    The model reads them in the attention it was trained with; a prefix-LM (``bc``) is measured on each last reply alone, before
-    which it sees both sides.
+    The model reads them in the format and the attention it was trained with; a prefix-LM (``bc``) is measured on each last reply
+    alone, before which it sees both sides.
 
     A conversation whose first user turn fills ``max_length`` has no reply token: it is left out, with a warning.
 
     Raises:
         TooLong: none has one.
     """
-    attention = cast(GenerativeAttention, model.attn[2:] or "cc")
+    formatter = model.formatter
     samples = []
     for row in rows:
         try:
-            samples.append(encode_conversation(model.tokenizer, row.turns, max_length, attention=attention))
+            samples.append(formatter.conversation(row.turns, max_length))
         except TooLong:
             continue
     if not samples:
@@ -48,7 +47,7 @@ def next_token_loss(
     total, count = 0.0, 0
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]
-        chunk = build_chunk([], part, attn=model.attn, right=reach(model)).to(model.device)
+        chunk = build_chunk([], part, attention=model.attention, right=reach(model)).to(model.device)
         hidden = model.hidden_states(chunk.input_ids, chunk.pack)
         total += float(next_token_losses(model, hidden, chunk.labels).double().sum())
         count += int((chunk.labels != IGNORE_INDEX).sum())

@@ -16,7 +16,6 @@ import torch
 
 from python_model.generate.rerank import Method, rerank
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import embed_instruction
 
 
 def _meta(name: str, revision: str) -> Any:
@@ -25,15 +24,15 @@ def _meta(name: str, revision: str) -> Any:
     return ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
 
 
-def prefix_for(encoder: Any, task_metadata: Any, prompt_type: Any) -> str:
+def prefix_for(model: GritLM, encoder: Any, task_metadata: Any, prompt_type: Any) -> str:
     """The text format of one side of a task: its instruction, and none for the documents of retrieval, as in the paper.
 
     mteb hands the same instruction to both sides when a task has only one; for retrieval that is the queries'.
     """
     side = getattr(prompt_type, "value", prompt_type)
     if task_metadata.type == "Retrieval" and side == "document":
-        return embed_instruction("")
-    return embed_instruction(encoder.get_instruction(task_metadata, prompt_type) or "")
+        return model.formatter.embed_instruction("")
+    return model.formatter.embed_instruction(encoder.get_instruction(task_metadata, prompt_type) or "")
 
 
 def mteb_encoder(
@@ -65,7 +64,7 @@ def mteb_encoder(
             texts = [text for batch in inputs for text in batch["text"]]
             return model.encode(
                 texts,
-                instruction=prefix_for(self, task_metadata, prompt_type),
+                instruction=prefix_for(model, self, task_metadata, prompt_type),
                 max_length=max_length,
                 batch_size=kwargs.get("batch_size", batch_size),
             )
@@ -125,7 +124,7 @@ def mteb_search(
         def _embed(self, texts: list[str], task_metadata: Any, side: str) -> torch.Tensor:
             from mteb.types import PromptType
 
-            prefix = prefix_for(self._encoder, task_metadata, PromptType(side))
+            prefix = prefix_for(model, self._encoder, task_metadata, PromptType(side))
             vectors = model.encode(texts, instruction=prefix, max_length=max_length, convert_to_tensor=True)
             return vectors.float().cpu()
 

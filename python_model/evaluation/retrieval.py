@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import EMBED, embed_instruction
+from python_model.model.prompts import EMBED
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def embed_queries(model: GritLM, queries: Sequence[tuple[str, str]], *, max_leng
     parts = [
         model.encode(
             [queries[i][1] for i in members],
-            instruction=embed_instruction(instruction),
+            instruction=model.formatter.embed_instruction(instruction),
             max_length=max_length,
             convert_to_tensor=True,
         )

@@ -133,7 +133,7 @@ def pointwise_prompt(query: str, passage: str) -> str:
 def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 16) -> list[float]:
     """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read as
     :func:`python_model.generate.complete` reads them."""
-    causal = model.attn[2:] not in ("bc", "il")
+    causal = model.attention.generates_causally
     shared, yes, no = answer_tokens(model)
     scores: list[float] = []
     for start in range(0, len(passages), batch_size):

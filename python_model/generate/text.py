@@ -12,7 +12,7 @@ from python_model.data.files import read_objects
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import chat_prompt, encode_prompt, escape
+from python_model.model.prompts import escape
 from python_model.support.arguments import check_at_least, check_choice
 
 ChatFormat = Literal["grit", "template"]
@@ -32,9 +32,9 @@ def eos_token_ids(model: GritLM) -> list[int]:
     return sorted(token for token in found | {model.tokenizer.eos_token_id} if token is not None)
 
 
-def prompt_ids(model: GritLM, text: str, *, bos: bool = True) -> list[int]:
-    """:func:`python_model.model.prompts.encode_prompt` with the model's tokenizer."""
-    return encode_prompt(model.tokenizer, text, bos=bos)
+def prompt_ids(model: GritLM, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """:func:`python_model.model.prompts.encode_prompt` with the model's tokenizer and its special tokens."""
+    return model.formatter.prompt(text, add_special_tokens=add_special_tokens)
 
 
 def conversation_ids(
@@ -44,7 +44,7 @@ def conversation_ids(
 
     Args:
         turns: user, assistant, .., user.
-        format: ``"grit"`` or ``"template"`` (the chat template of the tokenizer).
+        format: ``"grit"`` (the text format of the model's settings) or ``"template"`` (the chat template of the tokenizer).
         system: a system message. The GRIT format has no such role: it opens the first user turn there.
         prefix: the opening of the reply.
 
@@ -52,11 +52,11 @@ def conversation_ids(
         ValueError: an unknown format, an even number of turns, or a tokenizer without a chat template.
     """
     check_choice("format", format, FORMATS)
-    if model.attn[2:] == "il" and len(turns) > 1:
+    if model.attention.generative == "il" and len(turns) > 1:
         raise ValueError(f"turns: expected one with attn {model.attn!r} (earlier replies are causal), got {len(turns)}")
     if format == "grit":
         opened = [f"{system}\n\n{turns[0]}", *turns[1:]] if system and turns else list(turns)
-        return prompt_ids(model, chat_prompt(opened) + prefix)
+        return prompt_ids(model, model.formatter.chat_prompt(opened) + prefix)
     if len(turns) % 2 == 0:
         raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
     tokenizer = model.tokenizer
@@ -154,7 +154,7 @@ def complete(
     if model.mode == "embedding":
         raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to generate")
     if num_beams > 1:
-        if model.attn[2:] in ("bc", "il"):
+        if not model.attention.generates_causally:
             raise ValueError(f"num_beams: a model with attn {model.attn!r} generates without beams")
         if (sampling is not None and sampling.temperature > 0) or stop or on_text is not None:
             raise ValueError("num_beams: beam search excludes sampling, stop strings and streaming")
@@ -167,7 +167,7 @@ def complete(
         for row in range(len(prompts))
     ]
     states = None
-    if model.attn[2:] in ("bc", "il"):
+    if not model.attention.generates_causally:
         states = _bidirectional_states(model, prompts)
         prompts = [prompt[-1:] for prompt in prompts]
     decode(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import grit_kernels as gk
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.settings import AttentionVariant
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,25 @@ def build_chunk(
     texts: Sequence[EncodedSample],
     conversations: Sequence[EncodedSample],
     *,
-    attn: str = "bbcc",
+    attention: AttentionVariant | None = None,
     right: int = -1,
     embedded_index: Sequence[int] | None = None,
     conversation_index: Sequence[int] | None = None,
 ) -> Chunk:
-    """One pack of encoded samples; ``attn`` as in GritLM, the indices default to counting up.
+    """One pack of encoded samples.
 
+    ``attention``: the model's (default: ``bbcc``). ``embedded_index``, ``conversation_index``: default to counting up.
     ``right``: how far ahead a token of a bidirectional run may see under the model's sliding window (-1: to the run's end).
     """
+    attention = attention or AttentionVariant()
     samples = [*texts, *conversations]
     lengths = [len(s) for s in samples]
     skips = [s.instruction_len for s in samples]
-    flags = [attn[:2] == "cc"] * len(texts) + [True] * len(conversations)
+    flags = [attention.embedding_causal] * len(texts) + [True] * len(conversations)
     pack = gk.SamplePack.from_lengths(lengths, flags, skips)
-    if attn[:2] == "cb" or attn[2:] in ("bc", "il"):
+    if not (attention.embedding_is_uniform and attention.generates_causally):
         # every variant is a staircase: runs of tokens that see each other to the end of their run, the rest causal
-        bidirectional = [run for s in texts for run in _embedding_runs(s, attn[:2])]
+        bidirectional = [run for s in texts for run in _embedding_runs(s, attention)]
         bidirectional += [run for s in conversations for run in s.bidirectional or [False] * len(s)]
         hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional), right)
         pack = gk.SamplePack.from_lengths(lengths, flags, skips, hi=hi)
@@ -86,10 +89,9 @@ def build_chunk(
     )
 
 
-def _embedding_runs(sample: EncodedSample, attention: str) -> list[bool]:
-    if attention == "cb":
-        return [t >= sample.instruction_len for t in range(len(sample))]
-    return [attention == "bb"] * len(sample)
+def _embedding_runs(sample: EncodedSample, attention: AttentionVariant) -> list[bool]:
+    behind = len(sample) - sample.instruction_len
+    return [not attention.instruction_causal] * sample.instruction_len + [not attention.embedding_causal] * behind
 
 
 def plan_texts(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +15,20 @@ from tqdm.auto import tqdm
 
 import grit_kernels as gk
 from python_model.model.parallel import run_on_devices
-from python_model.model.prompts import EncodedSample, encode_text
+from python_model.model.prompts import EncodedSample, Formatter
+from python_model.settings import NAMES, SETTINGS_FILE, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
 from python_model.support.arguments import check_at_least, check_choice
-from python_model.support.files import write_json
 
 MODES = ("unified", "embedding", "generative")
-PoolingMethod = Literal["mean", "weightedmean", "lasttoken", "cls"]
-POOLING_METHODS: tuple[str, ...] = get_args(PoolingMethod)
-InstructionCount = Literal["offsets", "reference"]
-INSTRUCTION_COUNTS: tuple[str, ...] = get_args(InstructionCount)
-EMBEDDING_ATTENTION = ("bb", "cc", "cb")
-GENERATIVE_ATTENTION = ("cc", "bc", "il")
-ATTENTION = tuple(e + g for e in EMBEDDING_ATTENTION for g in ("", *GENERATIVE_ATTENTION))
-"""Four letters, or two for the embedding side alone."""
-SETTINGS_FILE = "grit.json"
-HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "trust_remote_code")
-"""Arguments of ``from_pretrained`` that model and tokenizer share."""
+HEAD_FILE = "embedding_head.safetensors"
+WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
+"""Arguments of ``from_pretrained`` that say where a checkpoint's files are."""
+_ACTIVATIONS = {
+    "identity": nn.Identity(),
+    "tanh": nn.functional.tanh,
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+}
 TOKENS_PER_PACK = 16384
 """encode() fills one forward pass up to this many tokens."""
 
@@ -44,20 +41,18 @@ class GritLM(nn.Module):
         mode: ``"unified"`` and ``"generative"`` load the language-model head, ``"embedding"`` does not.
         pooling_method: ``"mean"``, ``"weightedmean"``, ``"lasttoken"`` or ``"cls"``.
         normalized: L2-normalise embeddings.
-        projection: output size of a linear embedding head (with bias), read from ``embedding_head.safetensors`` where the
-            checkpoint has one, else random (with ``is_inference`` that is a warning).
-        attn: attention of embedding instruction, embedding sample, then generative instruction and sample. ``bb``, ``cc``, ``cb``
-            for embedding; ``cc``, ``bc`` (prefix-LM: the prompt before the last reply is bidirectional) or ``il`` (interleaved:
-            each user turn is bidirectional within itself) for generation. Two letters mean ``cc`` for generation.
+        projection: output size of the embedding head, read from ``embedding_head.safetensors`` where the checkpoint has one, else
+            random (with ``is_inference`` that is a warning).
+        attn: the attention variant, see :class:`python_model.settings.AttentionVariant`.
         embed_eos: text appended to each text to embed (``lasttoken`` models).
         device: where to put the model; default CUDA if there is one, else the CPU.
         is_inference: eval mode, and encode() without gradients.
-        instruction_count: which leading tokens are not pooled. ``"offsets"``: those that end inside of the instruction.
-            ``"reference"``: as many as the instruction has when it is tokenised alone, as the public implementation counts.
-        from_pretrained_kwargs: passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); what says where the
-            files are is passed to the tokenizer's as well.
+        instruction_count: which leading tokens are not pooled, see :class:`python_model.settings.GritSettings`.
+        from_pretrained_kwargs: the other settings of :class:`python_model.settings.GritSettings` by name; the rest is passed to
+            ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...), to the tokenizer's what says where the files are.
 
-    Settings saved with a checkpoint (``grit.json``) are the defaults of arguments that are not given.
+    Settings that are not given are those saved with the checkpoint, in a folder or on the hub (``grit.json``). Attributes:
+    ``settings`` (all of them), ``model``, ``tokenizer``, ``projection`` (a module or None).
     """
 
     def __init__(
@@ -78,49 +73,87 @@ class GritLM(nn.Module):
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
         path = str(model_name_or_path)
-        folder = Path(path) / from_pretrained_kwargs.get("subfolder", "")
-        saved = _saved_settings(folder)
         check_choice("mode", mode, MODES)
         self.mode = mode
-        method = _first(pooling_method, saved, "mean", "pooling_method")
-        check_choice("pooling_method", method, POOLING_METHODS)
-        self.pooling_method = cast(PoolingMethod, method)
-        self.normalized = bool(_first(normalized, saved, True, "normalized"))
-        self.embed_eos = str(_first(embed_eos, saved, "", "embed_eos"))
-        count = _first(instruction_count, saved, "offsets", "instruction_count")
-        check_choice("instruction_count", count, INSTRUCTION_COUNTS)
-        self.instruction_count = cast(InstructionCount, count)
-        self.attn: str = _first(attn, saved, "bbcc", "attn")
-        check_choice("attn", self.attn, ATTENTION)
-        self.bidirectional_window: str = saved.get("bidirectional_window", "transformers")
-        projection = _first(projection, saved, None, "projection")
         if not Path(path).exists() and path.startswith((".", "/", "~")):
             raise FileNotFoundError(f"model_name_or_path: there is no folder {path}")
+        where = {name: from_pretrained_kwargs[name] for name in WHERE if name in from_pretrained_kwargs}
+        others = {name: from_pretrained_kwargs.pop(name) for name in NAMES if name in from_pretrained_kwargs}
+        self.settings = (saved_settings(path, **where) or GritSettings()).changed(
+            pooling_method=pooling_method,
+            normalized=normalized,
+            projection=projection,
+            attn=attn,
+            embed_eos=embed_eos,
+            instruction_count=instruction_count,
+            **others,
+        )
         loader = AutoModel if mode == "embedding" else AutoModelForCausalLM
         self.model = gk.patch(
-            loader.from_pretrained(path, **from_pretrained_kwargs), bidirectional_window=self.bidirectional_window
+            loader.from_pretrained(path, **from_pretrained_kwargs),
+            bidirectional_window=self.settings.bidirectional_window,
         )
-        found_at = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_OPTIONS}
-        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right", **found_at)
+        remote = {
+            name: from_pretrained_kwargs[name] for name in ("trust_remote_code",) if name in from_pretrained_kwargs
+        }
+        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right", **where, **remote)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.decoder = [
             self.model if mode == "embedding" else self.model.get_decoder()
         ]  # in a list: not registered twice
-        self.projection: nn.Linear | None = None
-        if projection is not None:
-            self.projection = nn.Linear(self.model.config.hidden_size, projection, dtype=self.model.dtype)
-            head = folder / "embedding_head.safetensors"
-            if head.exists():
+        self.projection: nn.Module | None = None
+        if self.settings.projection is not None:
+            self.projection = nn.Linear(self.model.config.hidden_size, self.settings.projection, dtype=self.model.dtype)
+            head = _file(path, HEAD_FILE, **where)
+            if head is not None:
                 from safetensors.torch import load_file
 
                 self.projection.load_state_dict(load_file(head))
             elif is_inference:
-                warnings.warn(f"projection: there is no {head}, so the embedding head starts at random", stacklevel=2)
+                warnings.warn(
+                    f"projection: there is no {HEAD_FILE} in {path}, so the embedding head starts at random",
+                    stacklevel=2,
+                )
         self.is_inference = is_inference
         if "device_map" not in from_pretrained_kwargs:
             self.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         self.train(not is_inference)
+
+    @property
+    def pooling_method(self) -> PoolingMethod:
+        """``settings.pooling_method``."""
+        return self.settings.pooling_method
+
+    @property
+    def normalized(self) -> bool:
+        """``settings.normalized``."""
+        return self.settings.normalized
+
+    @property
+    def attn(self) -> str:
+        """``settings.attn``, four letters."""
+        return self.settings.attn
+
+    @property
+    def attention(self) -> AttentionVariant:
+        """``attn``, parsed."""
+        return self.settings.attention
+
+    @property
+    def embed_eos(self) -> str:
+        """``settings.embed_eos``."""
+        return self.settings.embed_eos
+
+    @property
+    def instruction_count(self) -> InstructionCount:
+        """``settings.instruction_count``."""
+        return self.settings.instruction_count
+
+    @property
+    def formatter(self) -> Formatter:
+        """Makes token ids of texts, prompts and conversations as this model was trained with them."""
+        return Formatter(self.tokenizer, self.settings)
 
     @property
     def device(self) -> torch.device:
@@ -139,9 +172,9 @@ class GritLM(nn.Module):
 
     def embedding_pack(self, lengths: Sequence[int], instruction_lens: Sequence[int]) -> gk.SamplePack:
         """The pack of texts to embed under this model's attention variant."""
-        causal = self.attn[:2] == "cc"
+        causal = self.attention.embedding_causal
         pack = gk.SamplePack.from_lengths(lengths, causal, instruction_lens)
-        if self.attn[:2] == "cb":
+        if not self.attention.embedding_is_uniform:
             hi = gk.causal_instruction_hi(pack.cu_seqlens, pack.instruction_lens, pack.tokens)
             pack = gk.SamplePack.from_lengths(lengths, causal, instruction_lens, hi=hi)
         return pack.to(self.device)
@@ -149,11 +182,12 @@ class GritLM(nn.Module):
     def pool(self, hidden: Tensor, cu_seqlens: Tensor, instruction_lens: Tensor) -> Tensor:
         """(tokens, hidden) of texts to embed -> float32 (B, size): pooled, projected, normalised.
 
-        The linear head is applied after pooling: weights sum to one, so the two commute, at a hundredth of the work.
+        The head is applied after pooling. For a linear one that is what the public implementation gets by applying it to every
+        token (the weights of pooling sum to one), at a hundredth of the work.
         """
         pooled = gk.pool(hidden, cu_seqlens=cu_seqlens, instruction_lens=instruction_lens, method=self.pooling_method)
         if self.projection is not None:
-            pooled = nn.functional.linear(pooled, self.projection.weight.float(), self.projection.bias.float())
+            pooled = _ACTIVATIONS[self.settings.projection_activation](_in_float32(self.projection, pooled))
         return nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
 
     def encode(
@@ -178,12 +212,12 @@ class GritLM(nn.Module):
             batch_size: most texts in one forward pass (a pass also ends at 16384 tokens).
             max_length: longer texts lose their end; counts instruction and special tokens.
             instruction: the formatted prefix, e.g. ``prompts.embed_instruction("Find the article")``.
-            embed_instruction: pool the instruction as well.
+            embed_instruction: pool the instruction as well (always, where the settings say so).
             get_cache: also return the key-value states as a ``DynamicCache`` (one batch only), right-padded, with the number of
                 real slots per text in its attribute ``seqlens``.
             convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
             recast: round the embedding to the model's dtype (the paper's "BF16 embedding").
-            add_special_tokens: start with BOS.
+            add_special_tokens: add what ``settings.special_tokens`` says, as a rule what the tokenizer adds.
             show_progress_bar: default: when there is more than one batch.
             devices: share the batches among copies of the model on these devices (with gradients: not accepted); the copies
                 live as long as the call.
@@ -193,7 +227,7 @@ class GritLM(nn.Module):
         if not texts:
             raise ValueError("sentences: expected at least one text, got an empty list")
         samples = self._encode_texts(texts, instruction, max_length, add_special_tokens)
-        skips = [0 if embed_instruction else s.instruction_len for s in samples]
+        skips = [0 if embed_instruction or self.settings.embed_instruction else s.instruction_len for s in samples]
         batches = _batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:
             raise ValueError(f"get_cache: expected one batch, got {len(texts)} texts in {len(batches)} batches")
@@ -261,42 +295,28 @@ class GritLM(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """A plain transformers checkpoint (safetensors), the tokenizer, and ``grit.json`` with this class's settings."""
         folder = Path(path)
+        if self.projection is not None and type(self.projection) is not nn.Linear:
+            raise TypeError(
+                f"projection: expected an nn.Linear to save, got {type(self.projection).__name__}; merge it first"
+            )
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.projection is not None:
             from safetensors.torch import save_file
 
-            save_file(self.projection.state_dict(), folder / "embedding_head.safetensors")
-        settings = {
-            "pooling_method": self.pooling_method,
-            "normalized": self.normalized,
-            "attn": self.attn,
-            "embed_eos": self.embed_eos,
-            "instruction_count": self.instruction_count,
-            "bidirectional_window": self.bidirectional_window,
-            "projection": None if self.projection is None else self.projection.out_features,
-        }
-        write_json(folder / SETTINGS_FILE, settings)
+            save_file(self.projection.state_dict(), folder / HEAD_FILE)
+        self.settings.save(folder)
 
     def _encode_texts(
         self, texts: list[str], prefix: str, max_length: int, add_special_tokens: bool
     ) -> list[EncodedSample]:
         samples = []
+        formatter = self.formatter
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"sentences: entry {index} is {type(text).__name__}, accepted is a str")
             try:
-                samples.append(
-                    encode_text(
-                        self.tokenizer,
-                        prefix,
-                        text,
-                        max_length,
-                        suffix=self.embed_eos,
-                        add_special_tokens=add_special_tokens,
-                        instruction_count=self.instruction_count,
-                    )
-                )
+                samples.append(formatter.text(prefix, text, max_length, add_special_tokens=add_special_tokens))
             except ValueError as error:
                 raise ValueError(f"sentences: entry {index}: {error}") from None
         return samples
@@ -336,12 +356,24 @@ def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     return batches
 
 
-def _saved_settings(folder: Path) -> dict[str, Any]:
-    file = folder / SETTINGS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+def saved_settings(path: str | os.PathLike[str], **where: Any) -> GritSettings | None:
+    """The settings saved with a checkpoint, a folder or a name on the hub; None if it has none. ``where``: see ``WHERE``."""
+    file = _file(str(path), SETTINGS_FILE, **where)
+    return None if file is None else GritSettings.load(file)
 
 
-def _first(given: Any, saved: dict[str, Any], default: Any, key: str) -> Any:
-    if given is not None:
-        return given
-    return saved[key] if saved.get(key) is not None else default
+def _file(path: str, name: str, **where: Any) -> Path | None:
+    """A file of a checkpoint, or None if the checkpoint has none of that name."""
+    from transformers.utils import cached_file
+
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
+    return None if found is None else Path(found)
+
+
+def _in_float32(layer: nn.Module, rows: Tensor) -> Tensor:
+    """``layer(rows)`` with its weights as float32, whatever they are kept in; the layer is called, so what wraps it counts."""
+    half = {name: p.float() for name, p in layer.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    with torch.autocast(rows.device.type, enabled=False):
+        if not half:
+            return layer(rows.float())
+        return torch.func.functional_call(layer, half, (rows.float(),))

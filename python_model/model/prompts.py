@@ -4,10 +4,11 @@
     embed, without instruction   <bos><|embed|>\\n{text}
     generate                     <bos><|user|>\\n{user}\\n<|assistant|>\\n{assistant}<eos>\\n<|user|>\\n...
 
-The ``zephyr`` format is the same with an <eos> after each instruction and user turn. BOS and EOS are the tokenizer's own. The
-role markers are plain text, as in the published models. Every span is read off the tokenizer's offsets of the whole string: a
-token belongs to the instruction only if it ends inside of it, so no character of a text is lost to a merge over the border and
-no label drifts over turns.
+The ``zephyr`` format is the same with an <eos> after each instruction and user turn. <bos> stands for what
+:class:`SpecialTokens` says, as a rule what the checkpoint's tokenizer adds by itself; <eos> is the tokenizer's own. The role
+markers are plain text, as in the published models. Every span is read off the tokenizer's offsets of the whole string: a token
+belongs to the instruction only if it ends inside of it, so no character of a text is lost to a merge over the border and no
+label drifts over turns.
 
 User content cannot become format: it is tokenised with special tokens split into plain text, a role marker spelled out in it
 gets a space (``<| user|>``), and so does a special token that a tokenizer would put together from plain pieces.
@@ -20,13 +21,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
+from python_model.settings import (
+    FORMATS,
+    SPECIAL_TOKEN_RULES,
+    Format,
+    GenerativeAttention,
+    GritSettings,
+    InstructionCount,
+    SpecialTokenRule,
+)
 from python_model.support.arguments import check_choice
-
-Format = Literal["grit", "zephyr"]
-FORMATS: tuple[str, ...] = get_args(Format)
-GenerativeAttention = Literal["cc", "bc", "il"]
 
 USER = "<|user|>\n"
 EMBED = "<|embed|>\n"
@@ -66,6 +72,80 @@ class TooLong(ValueError):
     """The format and the instruction (or the first user turn) leave no room in the maximum length."""
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The token ids in front of a text and behind it; a prompt or a conversation has only those in front."""
+
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any, rule: SpecialTokenRule = "tokenizer") -> SpecialTokens:
+        """Those that ``tokenizer`` adds around a text by itself; with ``rule="bos"`` BOS in front (if it has one), no others."""
+        check_choice("special_tokens", rule, SPECIAL_TOKEN_RULES)
+        if rule == "bos":
+            return cls(() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,))
+        bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        added = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+        for start in range(len(added) - len(bare) + 1):
+            if added[start : start + len(bare)] == bare:
+                return cls(tuple(added[:start]), tuple(added[start + len(bare) :]))
+        raise ValueError("tokenizer: with its special tokens it divides a text differently than without")
+
+
+class Formatter:
+    """Texts, prompts and conversations as token ids, under a model's settings.
+
+    Args:
+        tokenizer: a fast one (offsets are needed).
+        settings: of the model.
+    """
+
+    def __init__(self, tokenizer: Any, settings: GritSettings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.special_tokens = SpecialTokens.of(tokenizer, settings.special_tokens)
+
+    def embed_instruction(self, instruction: str) -> str:
+        """The prefix of a text to embed, see :func:`embed_instruction`."""
+        return embed_instruction(instruction, format=self.settings.format)
+
+    def text(
+        self, prefix: str, text: str, max_length: int, *, add_special_tokens: bool = True, suffix: bool = True
+    ) -> EncodedSample:
+        """A text to embed, see :func:`encode_text`; ``suffix=False`` leaves ``embed_eos`` out."""
+        return encode_text(
+            self.tokenizer,
+            prefix,
+            text,
+            max_length,
+            suffix=self.settings.embed_eos if suffix else "",
+            special_tokens=self.special_tokens if add_special_tokens else SpecialTokens(),
+            instruction_count=self.settings.instruction_count,
+        )
+
+    def chat_prompt(self, turns: Sequence[str]) -> str:
+        """The prompt that asks for the next reply, see :func:`chat_prompt`."""
+        return chat_prompt(turns, format=self.settings.format)
+
+    def prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A formatted prompt, see :func:`encode_prompt`."""
+        special_tokens = self.special_tokens if add_special_tokens else SpecialTokens()
+        return encode_prompt(self.tokenizer, prompt, special_tokens=special_tokens)
+
+    def conversation(self, turns: Sequence[str], max_length: int) -> EncodedSample:
+        """A conversation to learn, see :func:`encode_conversation`; a single turn is a text without roles."""
+        if len(turns) == 1:
+            return encode_plain(self.tokenizer, turns[0], max_length, special_tokens=self.special_tokens)
+        return encode_conversation(
+            self.tokenizer,
+            turns,
+            max_length,
+            format=self.settings.format,
+            attention=self.settings.attention.generative,
+            special_tokens=self.special_tokens,
+        )
+
+
 def escape(text: str) -> str:
     """``text`` with role markers that a user spelled out broken up."""
     return _MARKER.sub(r"<| \1|>", text).replace(TURN_END, "\ufffd")
@@ -77,7 +157,7 @@ def embed_instruction(instruction: str, *, format: Format = "grit") -> str:
     return f"{USER}{escape(instruction)}{_user_end(format)}{TURN_SEPARATOR}{EMBED}" if instruction else EMBED
 
 
-def chat_prompt(turns: Sequence[str]) -> str:
+def chat_prompt(turns: Sequence[str], *, format: Format = "grit") -> str:
     """The prompt that asks for the next assistant reply: ``turns`` alternates user, assistant, .., user. Without BOS.
 
     Earlier replies are stripped and end in TURN_END, which :func:`encode_prompt` turns into the EOS they were learned with.
@@ -86,13 +166,18 @@ def chat_prompt(turns: Sequence[str]) -> str:
         raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
     parts = []
     for index, turn in enumerate(turns):
-        parts.append(f"{ASSISTANT}{escape(turn.strip())}{TURN_END}" if index % 2 else f"{USER}{escape(turn)}")
+        parts.append(
+            f"{ASSISTANT}{escape(turn.strip())}{TURN_END}" if index % 2 else f"{USER}{escape(turn)}{_user_end(format)}"
+        )
     return TURN_SEPARATOR.join(parts) + TURN_SEPARATOR + ASSISTANT
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, bos: bool = True) -> list[int]:
-    """Token ids of a formatted prompt: TURN_END is the tokenizer's EOS, special tokens spelled out stay plain text."""
-    ids = _bos(tokenizer) if bos else []
+def encode_prompt(tokenizer: Any, prompt: str, *, special_tokens: SpecialTokens | None = None) -> list[int]:
+    """Token ids of a formatted prompt: TURN_END is the tokenizer's EOS, special tokens spelled out stay plain text.
+
+    ``special_tokens``: what stands in front; default: what the tokenizer adds.
+    """
+    ids = list(_special(tokenizer, special_tokens).start)
     *closed, last = prompt.split(TURN_END)
     for part in closed:
         ids += [*_tokenize(tokenizer, part)[0], _eos(tokenizer)]
@@ -106,14 +191,14 @@ def encode_text(
     max_length: int,
     *,
     suffix: str = "",
-    add_special_tokens: bool = True,
-    instruction_count: Literal["offsets", "reference"] = "offsets",
+    special_tokens: SpecialTokens | None = None,
+    instruction_count: InstructionCount = "offsets",
 ) -> EncodedSample:
     """A text to embed, after its ``prefix`` (see :func:`embed_instruction`; it is format, ``text`` is content).
 
     A text longer than ``max_length`` loses its end, never the ``suffix`` (one token if the tokenizer has it as a special or added
-    token). ``instruction_count="reference"`` counts the prefix by tokenising it alone, as the public implementation does; the two
-    differ where tokens merge over the border.
+    token) nor the ``special_tokens`` around all of it (default: what the tokenizer adds). ``instruction_count="reference"``
+    counts the prefix by tokenising it alone, as the public implementation does; it differs where tokens merge over the border.
 
     Raises:
         TooLong: prefix and suffix leave no room for the text in ``max_length``.
@@ -121,12 +206,14 @@ def encode_text(
     """
     if not text.strip():
         raise ValueError(f"text: expected a text that is not empty, got {text!r}")
-    start = _bos(tokenizer) if add_special_tokens else []
-    tail = _suffix(tokenizer, suffix)
+    special = _special(tokenizer, special_tokens)
+    start = list(special.start)
+    ending = _suffix(tokenizer, suffix)
+    tail = [*ending, *special.end]
     *closed, prefix = prefix.split(TURN_END)
     for turn in closed:
         start += [*_tokenize(tokenizer, turn)[0], _eos(tokenizer)]
-    ids, ends, border = _tokenize(tokenizer, prefix, escape(text), reserved=tail if len(tail) == 1 else ())
+    ids, ends, border = _tokenize(tokenizer, prefix, escape(text), reserved=ending if len(ending) == 1 else ())
     if instruction_count == "offsets":
         skip = sum(end <= border for end in ends) if prefix else 0
     else:
@@ -134,8 +221,8 @@ def encode_text(
     room = max_length - len(start) - len(tail)
     if skip >= room:
         raise TooLong(
-            f"max_length: got {max_length}, but the instruction alone takes {len(start) + skip + len(tail)} tokens "
-            f"(instruction: {''.join(closed + [prefix])[:80]!r})"
+            f"max_length: expected more than the {len(start) + skip + len(tail)} tokens of the instruction alone "
+            f"({''.join(closed + [prefix])[:80]!r}), got {max_length}"
         )
     instruction_len = len(start) + skip if prefix else 0
     return EncodedSample(start + ids[:room] + tail, instruction_len, truncated=len(ids) > room)
@@ -148,7 +235,7 @@ def encode_conversation(
     *,
     format: Format = "grit",
     attention: GenerativeAttention = "cc",
-    reference_masking: bool = False,
+    special_tokens: SpecialTokens | None = None,
 ) -> EncodedSample:
     """A conversation to learn: ``turns`` alternates user, assistant, ...; replies and their EOS carry the loss.
 
@@ -158,8 +245,7 @@ def encode_conversation(
         attention: ``"cc"``: causal. ``"bc"`` (prefix-LM): all before the last reply is one bidirectional run, and only that reply
             carries loss. ``"il"`` (interleaved): each user turn with its format is a bidirectional run. A token that sees its own
             next token never carries loss.
-        reference_masking: find the replies as the public implementation does, by the summed lengths of turns tokenised alone;
-            separators are not counted, so the labels of every turn but the first are displaced.
+        special_tokens: what stands in front; default: what the tokenizer adds.
 
     Raises:
         TooLong: the first user turn fills ``max_length``.
@@ -168,9 +254,8 @@ def encode_conversation(
     if len(turns) < 2 or len(turns) % 2:
         raise ValueError(f"turns: expected an even number: user, assistant, ..., got {len(turns)}")
     eos = _eos(tokenizer)
-    ids = _bos(tokenizer)
+    ids = list(_special(tokenizer, special_tokens).start)
     reply = [-1] * len(ids)  # per token the index of the reply it belongs to, -1 for format and user turns
-    counts: list[int] = []  # tokens per turn, as the public implementation counts
     for index in range(0, len(turns), 2):
         user, assistant = turns[index], turns[index + 1].strip()
         if not user.strip() or not assistant:
@@ -180,12 +265,10 @@ def encode_conversation(
         pieces, ends, border = _tokenize(tokenizer, head, escape(assistant))
         ids += [*before, *pieces, eos]
         reply += [*(-1 for _ in before), *(index // 2 if end > border else -1 for end in ends), index // 2]
-        if reference_masking:
-            counts += _reference_counts(tokenizer, user, assistant, format, first=index == 0)
     truncated = len(ids) > max_length
     ids, reply = ids[:max_length], reply[:max_length]
     if max(reply) < 0:
-        raise TooLong(f"max_length: got {max_length}, which the first user turn fills; no reply token is left to learn")
+        raise TooLong(f"max_length: expected room for a reply behind the first user turn, got {max_length}")
     last = max(reply)
     bidirectional: list[bool] | None = None
     if attention == "bc":
@@ -193,19 +276,20 @@ def encode_conversation(
         bidirectional = [t < start for t in range(len(ids))]
     elif attention == "il":
         bidirectional = [r < 0 for r in reply]
-    learned = _reference_learned(counts, len(ids)) if reference_masking else [r >= 0 for r in reply]
-    if attention == "bc":
-        learned = [learns and t >= reply.index(last) for t, learns in enumerate(learned)]
+    learned = [r >= 0 and (r == last or attention != "bc") for r in reply]
     return EncodedSample(ids, 0, _labels(ids, learned, bidirectional), truncated, bidirectional)
 
 
-def encode_plain(tokenizer: Any, text: str, max_length: int, *, add_special_tokens: bool = True) -> EncodedSample:
-    """A text to learn without roles, every token of it, after BOS and before EOS (if ``add_special_tokens``)."""
+def encode_plain(
+    tokenizer: Any, text: str, max_length: int, *, special_tokens: SpecialTokens | None = None
+) -> EncodedSample:
+    """A text to learn without roles, every token of it and the EOS behind it.
+
+    ``special_tokens``: what stands in front; default: what the tokenizer adds.
+    """
     if not text.strip():
         raise ValueError(f"text: expected a text that is not empty, got {text!r}")
-    ids = _tokenize(tokenizer, escape(text))[0]
-    if add_special_tokens:
-        ids = [*_bos(tokenizer), *ids, _eos(tokenizer)]
+    ids = [*_special(tokenizer, special_tokens).start, *_tokenize(tokenizer, escape(text))[0], _eos(tokenizer)]
     kept = ids[:max_length]
     return EncodedSample(kept, 0, _labels(kept, [True] * len(kept), None), len(kept) < len(ids))
 
@@ -224,24 +308,6 @@ def _labels(ids: list[int], learned: list[bool], bidirectional: list[bool] | Non
 def _user_turn(user: str, format: Format) -> str:
     """A user turn and the marker of the reply."""
     return f"{USER}{escape(user)}{_user_end(format)}{TURN_SEPARATOR}{ASSISTANT}"
-
-
-def _reference_counts(tokenizer: Any, user: str, assistant: str, format: Format, *, first: bool) -> list[int]:
-    """Tokens of a user turn and of its reply, each tokenised alone."""
-    parts = _user_turn(user, format).split(TURN_END)
-    asked = sum(len(_tokenize(tokenizer, part)[0]) for part in parts) + len(parts) - 1
-    return [asked + (len(_bos(tokenizer)) if first else 0), len(_tokenize(tokenizer, escape(assistant))[0]) + 1]
-
-
-def _reference_learned(counts: list[int], tokens: int) -> list[bool]:
-    """Everything but the user turns; ``counts`` alternates user, assistant."""
-    learned = [True] * tokens
-    place = 0
-    for index, count in enumerate(counts):
-        if index % 2 == 0:
-            learned[place : place + count] = [False] * len(learned[place : place + count])
-        place += count
-    return learned
 
 
 def _tokenize(tokenizer: Any, *pieces: str, reserved: Sequence[int] = ()) -> tuple[list[int], list[int], int]:
@@ -274,8 +340,8 @@ def _suffix(tokenizer: Any, suffix: str) -> list[int]:
     return _plain_ids(tokenizer, suffix)[0]
 
 
-def _bos(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def _special(tokenizer: Any, given: SpecialTokens | None) -> SpecialTokens:
+    return SpecialTokens.of(tokenizer) if given is None else given
 
 
 def _eos(tokenizer: Any) -> int:

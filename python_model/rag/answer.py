@@ -13,7 +13,6 @@ from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.generate.text import eos_token_ids, prompt_ids
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import encode_text
 from python_model.rag.fingerprint import fingerprint
 from python_model.rag.modes import (
     ANSWER_PREFIX,
@@ -80,7 +79,7 @@ class RAG:
     ) -> None:
         if model.mode == "embedding":
             raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to answer")
-        if model.attn[2:] != "cc":
+        if not model.attention.generates_causally:
             raise ValueError(
                 f"attn: expected a model that generates causally ('cc' at the end), got {model.attn!r}: "
                 "answers continue a cache of texts that were read before the prompt"
@@ -201,7 +200,7 @@ class RAG:
         """What a reply continues: joined states (None without any) and the ids of the prompt after them; then how many tokens had
         states already, and how many were read for them just now."""
         text = prompt_text(mode, question, documents, answer_prefix)
-        prompt = prompt_ids(self.model, text, bos=not cached_parts(mode))
+        prompt = prompt_ids(self.model, text, add_special_tokens=not cached_parts(mode))
         states, stored, fresh = self._states(mode, question, documents, query_states)
         return states, prompt, stored, fresh
 
@@ -268,7 +267,7 @@ class RAG:
         return self._ids(DOCUMENT_PREFIX, document.content)
 
     def _ids(self, prefix: str, text: str, *, bos: bool = True) -> list[int]:
-        sample = encode_text(self.model.tokenizer, prefix, text, self.max_length, add_special_tokens=bos)
+        sample = self.model.formatter.text(prefix, text, self.max_length, add_special_tokens=bos, suffix=False)
         if sample.truncated:
             raise ValueError(
                 f"max_length: got {self.max_length}, but a text is longer ({text[:60]!r}..); nothing is cut silently: "
@@ -280,7 +279,7 @@ class RAG:
         """The question's vector (1, size) and, where one pass gives both, its states."""
         ids = self._ids(self.query_prefix, question)
         options: dict[str, Any] = {"instruction": self.query_prefix, "max_length": self.max_length}
-        one_pass = self.causal == (self.model.attn[:2] == "cc") and not self.model.embed_eos
+        one_pass = self.causal == self.model.attention.embedding_causal and not self.model.embed_eos
         if not one_pass:
             return self.model.encode([question], convert_to_tensor=True, **options), None
         vector, cache = self.model.encode([question], convert_to_tensor=True, get_cache=True, **options)
@@ -290,9 +289,9 @@ class RAG:
 
 def _states_attention(model: GritLM, causal_states: bool) -> bool:
     """Whether states are read causally: as asked, or as the model embeds."""
-    if not causal_states and model.attn[:2] == "cb":
-        raise ValueError("attn: 'cb' fills no cache; accepted are 'bb' and 'cc', or causal_states=True")
-    return causal_states or model.attn[:2] == "cc"
+    if not causal_states and not model.attention.embedding_is_uniform:
+        raise ValueError("attn: 'cb' fills no cache; expected 'bb' or 'cc', or causal_states=True")
+    return causal_states or model.attention.embedding_causal
 
 
 def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]:

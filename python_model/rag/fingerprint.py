@@ -41,17 +41,16 @@ def fingerprint(model: GritLM) -> str:
 
 
 def embedding_settings(model: GritLM) -> dict[str, Any]:
-    """What else an embedding depends on; an embedding head by a digest of its weights."""
+    """What else an embedding depends on: the settings, the special tokens around a text, an embedding head by its weights."""
     projection = None
     if model.projection is not None:
         digest = hashlib.sha256()
         _add_weights(digest, model.projection)
         projection = digest.hexdigest()[:32]
+    special = model.formatter.special_tokens
     return {
-        "pooling_method": model.pooling_method,
-        "normalized": model.normalized,
-        "attn": model.attn[:2],
-        "embed_eos": model.embed_eos,
+        **model.settings.of_embeddings(),
+        "special_tokens": [list(special.start), list(special.end)],
         "projection": projection,
     }
 

@@ -306,14 +306,13 @@ def add_documents(
         ValueError: a document has more than ``max_length`` tokens (default: the model's positions); divide it with
             :func:`python_model.rag.documents.chunk`. Nothing is cut silently.
     """
-    from python_model.model.prompts import encode_text
-
     prefix = index.recorded["settings"]["prefix"]
     limit = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
+    formatter = model.formatter
     for start in range(0, len(documents), batch):
         part = documents[start : start + batch]
         for document in part:
-            if encode_text(model.tokenizer, prefix, document.content, limit, suffix=model.embed_eos).truncated:
+            if formatter.text(prefix, document.content, limit).truncated:
                 raise ValueError(f"documents: {document.key!r} has more than {limit} tokens; divide it into chunks")
         vectors = model.encode(
             [document.content for document in part],

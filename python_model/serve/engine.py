@@ -154,7 +154,7 @@ class Engine:
     @property
     def generates(self) -> bool:
         """Whether the model continues prompts causally, with a language-model head."""
-        return self.model.mode != "embedding" and self.model.attn[2:] in ("", "cc")
+        return self.model.mode != "embedding" and self.model.attention.generates_causally
 
     @property
     def accepts(self) -> bool:

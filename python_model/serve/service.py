@@ -20,7 +20,7 @@ from python_model.generate.decode import Sampling
 from python_model.generate.rerank import answer_tokens, pointwise_prompt, shorten
 from python_model.generate.text import ChatFormat, conversation_ids, prompt_ids
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import TURN_END, TooLong, embed_instruction, encode_text
+from python_model.model.prompts import TURN_END, TooLong
 from python_model.rag.answer import RAG
 from python_model.rag.index import Hit
 from python_model.rag.modes import Document
@@ -79,10 +79,10 @@ class Service:
         limits: Limits | None = None,
     ) -> None:
         self.engine, self.name, self.format = engine, name, format
-        self.query_prefix = embed_instruction(query_instruction)
         self.limits = limits or Limits()
         self.created = int(time.time())
         self.reader = reader_of(engine.model)
+        self.query_prefix = self.reader.formatter.embed_instruction(query_instruction)
         self.indexes: dict[str, Searchable] = {}
         self._lock = threading.Lock()
         self.context = min(engine.positions, engine.arena.rows)
@@ -176,9 +176,10 @@ class Service:
                 400, f"dimensions: expected at most {self.dimensions}", param="dimensions", code="invalid_value"
             )
         if request.instruction is not None:
-            prefix = embed_instruction(request.instruction)
+            prefix = self.reader.formatter.embed_instruction(request.instruction)
         else:
-            prefix = self.query_prefix if request.input_type in ("query", "search_query") else embed_instruction("")
+            asks = request.input_type in ("query", "search_query")
+            prefix = self.query_prefix if asks else self.reader.formatter.embed_instruction("")
         bulk = len(texts) > 1 if request.priority is None else request.priority == "bulk"
         return [self.text_work("input", text, prefix, bulk=bulk) for text in texts]
 
@@ -188,14 +189,7 @@ class Service:
         model = self.reader
         try:
             with self._lock:
-                sample = encode_text(
-                    model.tokenizer,
-                    prefix,
-                    text,
-                    self.text_tokens,
-                    suffix=model.embed_eos,
-                    instruction_count=model.instruction_count,
-                )
+                sample = model.formatter.text(prefix, text, self.text_tokens)
         except TooLong:
             raise ApiError(
                 400,
@@ -214,8 +208,8 @@ class Service:
         return TextWork(
             sample.input_ids,
             deadline=self._deadline(),
-            causal=model.attn[:2] == "cc",
-            causal_prefix=sample.instruction_len if model.attn[:2] == "cb" else None,
+            causal=model.attention.embedding_causal,
+            causal_prefix=sample.instruction_len if not model.attention.embedding_is_uniform else None,
             instruction_len=sample.instruction_len,
             bulk=bulk,
         )

@@ -48,7 +48,7 @@ def _run_rank(config: TrainConfig, here: Ranks) -> Path:
     # with FSDP only rank 0 reads the weights; the others get their shards from it
     sharded = here.group is not None and config.parallel == "fsdp"
     model = load_model(config, here.device, weights=here.first or not sharded)
-    stream = open_stream(config, model.tokenizer, here.rank, here.world)
+    stream = open_stream(config, model.tokenizer, here.rank, here.world, settings=model.settings)
     trainer = Trainer(model, config, stream, here)
     records = trainer.train()
     checkpoint = trainer.save()

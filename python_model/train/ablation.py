@@ -151,8 +151,7 @@ def _measure(
     tqdm.write(f"{variant.group}: {variant.name}")
     if variant.untrained:
         checkpoint: str | Path = resolve_model(config.model)
-        names = ("pooling_method", "normalized", "attn", "embed_eos", "instruction_count")
-        options = {name: getattr(config, name) for name in names}
+        options = {name: value for name, value in config.settings_given.items() if name != "projection"}
     else:
         checkpoint, options = train(config), {}  # a trained checkpoint brings its own
     model = GritLM(checkpoint, mode=config.mode, **options)

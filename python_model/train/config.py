@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from python_model.model.few_shot import STYLES
 from python_model.model.losses import GENERATIVE_LOSSES
 from python_model.model.modeling import MODES
-from python_model.model.prompts import FORMATS
+from python_model.settings import NAMES, GritSettings
 from python_model.support.arguments import check_at_least, check_choice
 
 CHUNKINGS = ("tokens", "triplet")
 PARALLEL = ("ddp", "fsdp")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-GRADIENT_SCALES = ("exact", "reference")
 QUANTIZATIONS = ("", "nf4")
 
 
@@ -35,9 +35,6 @@ class TrainConfig:
         generative_batch_size: conversations per step, over all ranks.
         train_group_size: passages per query, the positive included.
         query_max_len, passage_max_len, generative_max_len: tokens; longer texts lose their end.
-        format: text format, ``grit`` (Tulu's markers) or ``zephyr`` (a user turn ends in EOS).
-        plain_text: rows that are bare strings get no BOS, no marker and no EOS, as in the public implementation.
-        reference_masking: labels of later turns drift as in the public implementation; default: exactly the replies.
         same_dataset: batches of texts to embed hold rows of one data set; left-overs make mixed ones.
         dataset_weights: rows of a data set per epoch as a multiple of its size, by name (the file's name up to its first dot);
             1 for those not named, 0 leaves a data set out.
@@ -63,11 +60,12 @@ class TrainConfig:
         cross_device_negatives: contrast with the passages of all ranks, not only with this rank's.
         symmetric: also contrast each positive with the queries.
         mask_duplicates: a passage with the text of a query's positive is no negative of that query.
-        gradient_scale: ``exact``, or ``reference`` for the public implementation's 1/world_size on the contrastive gradient.
         generative_loss: ``mixed``, ``token`` or ``sample`` (see python_model.model.losses).
         generative_group: with ``mixed``, conversations per token mean (the paper's "mix 32 -> 8" has 32 in each of 8 means);
             0: one mean over all conversations of the step.
-        pooling_method, normalized, projection, attn, embed_eos, instruction_count: as in GritLM.
+        pooling_method, normalized, projection, projection_activation, attn, embed_eos, instruction_count, embed_instruction,
+            bidirectional_window, special_tokens, format: see :class:`python_model.settings.GritSettings`; None: as the checkpoint
+            to start from was trained.
         bf16: compute in bfloat16 over FP32 weights.
         gradient_checkpointing: recompute activations in the backward pass.
         lora_rank: train low-rank adapters on every linear layer instead of all weights; 0: all weights.
@@ -102,9 +100,6 @@ class TrainConfig:
     query_max_len: int = 256
     passage_max_len: int = 2048
     generative_max_len: int = 2048
-    format: str = "grit"
-    plain_text: bool = False
-    reference_masking: bool = False
     same_dataset: bool = True
     dataset_weights: dict[str, float] = field(default_factory=dict)
     max_rows_per_dataset: int = 0
@@ -129,15 +124,19 @@ class TrainConfig:
     cross_device_negatives: bool = True
     symmetric: bool = False
     mask_duplicates: bool = True
-    gradient_scale: str = "exact"
     generative_loss: str = "mixed"
     generative_group: int = 0
-    pooling_method: str = "mean"
-    normalized: bool = True
+    pooling_method: str | None = None
+    normalized: bool | None = None
     projection: int | None = None
-    attn: str = "bbcc"
-    embed_eos: str = ""
-    instruction_count: str = "offsets"
+    attn: str | None = None
+    projection_activation: str | None = None
+    embed_eos: str | None = None
+    instruction_count: str | None = None
+    embed_instruction: bool | None = None
+    bidirectional_window: str | None = None
+    special_tokens: str | None = None
+    format: str | None = None
     bf16: bool = True
     gradient_checkpointing: bool = False
     lora_rank: int = 0
@@ -164,10 +163,8 @@ class TrainConfig:
             ("mode", MODES),
             ("generative_loss", GENERATIVE_LOSSES),
             ("chunking", CHUNKINGS),
-            ("gradient_scale", GRADIENT_SCALES),
             ("parallel", PARALLEL),
             ("quantization", QUANTIZATIONS),
-            ("format", FORMATS),
             ("few_shot_style", STYLES),
         ):
             check_choice(name, getattr(self, name), accepted)
@@ -185,8 +182,7 @@ class TrainConfig:
             "seed",
         ):
             check_at_least(name, getattr(self, name), 0)
-        if self.projection is not None:
-            check_at_least("projection", self.projection, 1)
+        GritSettings().changed(**self.settings_given)  # checks them
         for name in ("few_shot", "warmup_ratio", "max_left_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
@@ -208,6 +204,12 @@ class TrainConfig:
             raise ValueError("train_data: expected a jsonl file or a folder of them, got nothing")
         if "://" not in self.train_data and not Path(self.train_data).exists():
             raise FileNotFoundError(f"train_data: there is no file or folder {self.train_data}")
+
+    @property
+    def settings_given(self) -> dict[str, Any]:
+        """The model's settings that are not left to the checkpoint."""
+        given = {name: getattr(self, name) for name in NAMES}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _check_combinations(self) -> None:
         if self.generative_group and (

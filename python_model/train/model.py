@@ -79,7 +79,7 @@ class TrainingModel(nn.Module):
 def reach(model: GritLM) -> int:
     """How far ahead a bidirectional token sees: the sliding window, or -1."""
     window = getattr(model.model.config, "sliding_window", None)
-    return -1 if window is None or model.bidirectional_window == "full" else int(window)
+    return -1 if window is None or model.settings.bidirectional_window == "full" else int(window)
 
 
 def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:

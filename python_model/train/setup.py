@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from python_model.corpora.small_model import resolve_model
-from python_model.model.modeling import GritLM, InstructionCount
+from python_model.model.modeling import GritLM
 from python_model.train.adapters import add_adapters, quantization_arguments
 from python_model.train.config import TrainConfig
 from python_model.train.memory import GIB, MemoryPlan, plan_memory
@@ -23,15 +23,10 @@ def load_model(config: TrainConfig, device: torch.device, *, weights: bool = Tru
     grit = GritLM(
         resolve_model(config.model),
         mode=config.mode,
-        pooling_method=config.pooling_method,
-        normalized=config.normalized,
-        projection=config.projection,
-        attn=config.attn,
-        embed_eos=config.embed_eos,
-        instruction_count=cast(InstructionCount, config.instruction_count),
         device=device,
         is_inference=False,
         dtype="float32",
+        **config.settings_given,
         **arguments,
     )
     add_adapters(grit, config)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ import grit_kernels as gk
 from python_model.model.chunks import Chunk, build_chunk, first_fit, plan_texts
 from python_model.model.losses import sample_weights
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.settings import AttentionVariant
 from python_model.train.balance import ObjectiveGradients
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, gradient_sync
@@ -78,9 +79,10 @@ def plan_step(
     config: TrainConfig,
     ranks: Ranks,
     *,
+    attention: AttentionVariant | None = None,
     right: int = -1,
 ) -> Share:
-    """Chunks of this rank's samples, and what the ranks must agree on. ``right`` as in :func:`build_chunk`."""
+    """Chunks of this rank's samples, and what the ranks must agree on. ``attention`` and ``right`` as in :func:`build_chunk`."""
     texts = [*queries, *passages]
     text_plan = plan_texts(
         len(queries),
@@ -90,11 +92,11 @@ def plan_step(
         group_size=config.train_group_size,
     )
     text_chunks = [
-        build_chunk([texts[i] for i in chosen], [], attn=config.attn, right=right, embedded_index=chosen)
+        build_chunk([texts[i] for i in chosen], [], attention=attention, right=right, embedded_index=chosen)
         for chosen in text_plan
     ]
     conversation_chunks = [
-        build_chunk([], [conversations[i] for i in chosen], attn=config.attn, right=right, conversation_index=chosen)
+        build_chunk([], [conversations[i] for i in chosen], attention=attention, right=right, conversation_index=chosen)
         for chosen in first_fit([len(s) for s in conversations], config.chunk_tokens)
     ]
     counts = [sum(label != IGNORE_INDEX for label in s.labels or []) for s in conversations]
@@ -244,7 +246,6 @@ class StepGradients:
                 mask_ids=share.mask_ids,
                 symmetric=config.symmetric,
                 process_group=ranks.group if across else None,
-                gradient_scale=cast(Literal["exact", "reference"], config.gradient_scale),
             ),
         )
         if across or ranks.group is None:

@@ -94,6 +94,7 @@ class Trainer:
             (samples.query_ids, samples.passage_ids) if self.config.mask_duplicates else None,
             self.config,
             self.ranks,
+            attention=self.grit.attention,
             right=reach(self.grit),
         )
         losses = self.gradients(share, self.config.seed * 2**20 + index)

@@ -18,8 +18,8 @@ TEXT = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Byte-level BPE with <s>, </s> and <pad>; the role markers are plain text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Byte-level BPE with <s>, </s> and <pad>, that puts <s> in front; the role markers are plain text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
@@ -29,6 +29,7 @@ def tokenizer() -> Any:
     core.train_from_iterator(
         TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet)
     )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
     )

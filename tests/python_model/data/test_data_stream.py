@@ -218,7 +218,7 @@ def test_a_few_shot_instruction_shows_another_row_of_the_data_set(tokenizer: Any
     assert 30 <= sum(shown) <= 70
 
 
-def test_bare_strings_have_no_format_where_asked_for(tokenizer: Any, tmp_path: Path) -> None:
+def test_bare_strings_have_the_format_without_an_instruction(tokenizer: Any, tmp_path: Path) -> None:
     data = folder_of(
         tmp_path,
         e=[{"query": "a river", "pos": ["the city"], "neg": [["", "code"]]}],
@@ -235,12 +235,6 @@ def test_bare_strings_have_no_format_where_asked_for(tokenizer: Any, tmp_path: P
     talk = ours.conversations[0]
     assert talk.input_ids == [bos, *ids("A river flows through the city."), eos]
     assert talk.labels == [*talk.input_ids[1:], IGNORE_INDEX]
-
-    theirs = open_stream(config_of(plain_text=True, **options), tokenizer)[0]
-    assert theirs.queries[0].input_ids == ids("a river") and theirs.queries[0].instruction_len == 0
-    assert theirs.passages[0].input_ids == ids("the city")
-    assert theirs.passages[1].input_ids == [bos, *ids("<|embed|>\ncode"), *ids("</e>")]
-    assert theirs.conversations[0].input_ids == ids("A river flows through the city.")
 
 
 def test_rows_that_cannot_be_trained_on_are_reported(
@@ -260,7 +254,7 @@ def test_rows_that_cannot_be_trained_on_are_reported(
     assert stream.report.left_out == {"too long": 3, "no negatives": 1, "empty": 1, "broken": 1}
     too_long = stream.report.examples["too long"]
     assert [what.split(": ")[0] for what in too_long] == [f"{data}/e.jsonl:2", f"{data}/e.jsonl:3", f"{data}/g.jsonl:1"]
-    assert "max_length: got 48" in too_long[0]
+    assert "max_length: expected" in too_long[0] and "got 48" in too_long[0]
     printed = capsys.readouterr().out
     assert "left out, no negatives: 1 row(s)" in printed and f"{data}/e.jsonl:4: neg" in printed
     assert stream[0].conversations[0].truncated

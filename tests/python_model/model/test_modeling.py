@@ -188,19 +188,19 @@ def test_embedding_mode_has_no_head(checkpoint: Path) -> None:
 
 
 def test_errors_name_the_argument(checkpoint: Path, model: GritLM) -> None:
-    with pytest.raises(ValueError, match="sentences: entry 1: text: expected .*got ''"):
+    with pytest.raises(ValueError, match="sentences: entry 1: text: expected .* got ''"):
         model.encode(["fine", ""])
-    with pytest.raises(ValueError, match="sentences: expected .*got an empty list"):
+    with pytest.raises(ValueError, match="sentences: expected .* got an empty list"):
         model.encode([])
     with pytest.raises(TypeError, match="sentences: entry 0 is int"):
         model.encode([3])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="max_length: .*got 8"):
+    with pytest.raises(ValueError, match="max_length: expected .* got 8"):
         model.encode("text", instruction=INSTRUCTION, max_length=8)
-    with pytest.raises(ValueError, match="batch_size: expected .*got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected .* got 0"):
         model.encode("text", batch_size=0)
-    with pytest.raises(ValueError, match="attn: expected .*got 'bxcc'"):
+    with pytest.raises(ValueError, match="attn: expected .* got 'bxcc'"):
         GritLM(checkpoint, attn="bxcc")
-    with pytest.raises(ValueError, match="pooling_method: expected .*got 'max'"):
+    with pytest.raises(ValueError, match="pooling_method: expected .* got 'max'"):
         GritLM(checkpoint, pooling_method="max")
     with pytest.raises(FileNotFoundError, match="no folder"):
         GritLM("./no/such/folder")
@@ -216,7 +216,7 @@ def test_several_devices_give_the_same_embeddings(model: GritLM) -> None:
     alone = model.encode(TEXTS, batch_size=1, instruction=INSTRUCTION)
     shared = model.encode(TEXTS, batch_size=1, instruction=INSTRUCTION, devices=["cpu", "cpu", "cpu"])
     np.testing.assert_array_equal(shared, alone)
-    with pytest.raises(ValueError, match="devices: expected .*got an empty list"):
+    with pytest.raises(ValueError, match="devices: expected .* got an empty list"):
         model.encode(TEXTS, devices=[])
 
 
@@ -240,5 +240,5 @@ def test_the_reference_count_skips_as_many_tokens_as_the_instruction_has_alone(c
     assert (ours.instruction_len != theirs.instruction_len) == bool(
         np.abs(default.encode(text, instruction=INSTRUCTION) - model.encode(text, instruction=INSTRUCTION)).max() > 1e-6
     )
-    with pytest.raises(ValueError, match="instruction_count: expected .*got 'guess'"):
+    with pytest.raises(ValueError, match="instruction_count: expected .* got 'guess'"):
         GritLM(checkpoint, instruction_count="guess")  # type: ignore[arg-type]

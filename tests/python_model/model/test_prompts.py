@@ -15,6 +15,7 @@ from python_model.model.prompts import (
     IGNORE_INDEX,
     TURN_END,
     USER,
+    SpecialTokens,
     chat_prompt,
     embed_instruction,
     encode_conversation,
@@ -60,7 +61,8 @@ def test_a_prompt_cannot_reach_a_special_token_by_merges() -> None:
     vocab = {"<s>": 0, "</s>": 1, "<": 2, "/": 3, "s": 4, ">": 5, " ": 6, "</": 7, "s>": 8}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[("<", "/"), ("s", ">"), ("</", "s>")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    assert encode_prompt(tokenizer, f"ss</s>{TURN_END}s") == [0, 4, 4, 2, 6, 3, 8, 1, 4]
+    special = SpecialTokens.of(tokenizer, "bos")
+    assert encode_prompt(tokenizer, f"ss</s>{TURN_END}s", special_tokens=special) == [0, 4, 4, 2, 6, 3, 8, 1, 4]
 
 
 @RELAXED
@@ -84,10 +86,39 @@ def test_a_merge_over_the_border_is_pooled_and_the_reference_count_leaves_it_out
     core = Tokenizer(models.BPE(vocab=vocab, merges=[("\n", " ")]))
     core.pre_tokenizer = pre_tokenizers.Sequence([])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    mine = encode_text(tokenizer, "a\n", " b", 16)
-    theirs = encode_text(tokenizer, "a\n", " b", 16, instruction_count="reference")
+    special = SpecialTokens.of(tokenizer, "bos")
+    mine = encode_text(tokenizer, "a\n", " b", 16, special_tokens=special)
+    theirs = encode_text(tokenizer, "a\n", " b", 16, special_tokens=special, instruction_count="reference")
     assert mine.input_ids == theirs.input_ids == [0, 2, 5, 6]
     assert (mine.instruction_len, theirs.instruction_len) == (2, 3)
+
+
+def tokenizer_that_adds(single: str) -> Any:
+    """Whole words; what it adds to a text is the template ``single``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<unk>", "a", "b", "Find", "find"]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_special_tokens_are_those_the_tokenizer_adds(single: str) -> None:
+    tokenizer = tokenizer_that_adds(single)
+    front, behind = [0] * single.startswith("<s>"), [1] * single.endswith("</s>")
+    sample = encode_text(tokenizer, "Find ", "a b", 16)
+    assert sample.input_ids == tokenizer("Find a b")["input_ids"] == [*front, 5, 3, 4, *behind]
+    assert sample.instruction_len == len(front) + 1
+    cut = encode_text(tokenizer, "Find ", "a b a b a b", 6)
+    assert cut.input_ids == tokenizer("Find a b a b a b", truncation=True, max_length=6)["input_ids"] and cut.truncated
+    # a prompt goes on, so only what is in front stands there
+    assert encode_prompt(tokenizer, "Find a") == [*front, 5, 3]
+    assert encode_conversation(tokenizer, ["a", "b"], 64).input_ids[: len(front) + 1] == [*front, 2]
+    assert encode_text(tokenizer, "", "a", 16, special_tokens=SpecialTokens()).input_ids == [3]
+    assert encode_text(tokenizer, "", "a", 16, special_tokens=SpecialTokens.of(tokenizer, "bos")).input_ids == [0, 3]
 
 
 def test_special_tokens_in_user_text_stay_text(tokenizer: Any) -> None:
@@ -128,19 +159,19 @@ def test_truncation_keeps_the_suffix_and_says_so(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
 def test_empty_text_is_refused(tokenizer: Any, text: str) -> None:
-    with pytest.raises(ValueError, match="text: expected"):
+    with pytest.raises(ValueError, match="text: expected a text that is not empty, got"):
         encode_text(tokenizer, EMBED, text, 64)
 
 
 def test_instruction_longer_than_max_length_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="max_length: .*got 16"):
+    with pytest.raises(ValueError, match="max_length: expected .* got 16"):
         encode_text(tokenizer, embed_instruction("word " * 30), "text", 16)
-    with pytest.raises(ValueError, match="max_length: .*got 16"):
+    with pytest.raises(ValueError, match="max_length: expected .* got 16"):
         encode_conversation(tokenizer, ["word " * 30, "answer"], 16)
 
 
 def test_conversation_errors_name_the_turn(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="turns: expected .*got 3"):
+    with pytest.raises(ValueError, match="turns: expected an even number.*got 3"):
         encode_conversation(tokenizer, ["a", "b", "c"], 64)
     with pytest.raises(ValueError, match="turn 3 is empty"):
         encode_conversation(tokenizer, ["a", "b", "c", " "], 64)
@@ -157,5 +188,5 @@ def test_few_shot_instructions_have_the_papers_wording() -> None:
     assert few_shot_instruction("a", "q", "p", "match").endswith('given "q", it would match with "p"')
     assert few_shot_instruction("a", "q", "p", "medi2").endswith('The provided query could be "q" and the positive "p"')
     assert few_shot_instruction(" ", "q", "p") == "" and got in embed_instruction(got)
-    with pytest.raises(ValueError, match="style: expected .*got 'three'"):
+    with pytest.raises(ValueError, match="style: expected .* got 'three'"):
         few_shot_instruction("a", "q", "p", "three")  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def decoded(tokenizer: Any, sample: EncodedSample) -> str:
 def metaspace() -> Any:
     """A tokenizer that starts every stretch of text with a space, as the published models' one does; it knows single
     characters, and those that begin a word together with their space."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = [*map(chr, range(33, 127)), "▁", "\n"]
@@ -53,6 +53,7 @@ def metaspace() -> Any:
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     core.decoder = decoders.Replace("▁", " ")
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -74,27 +75,29 @@ def public_labels(tokenizer: Any, turns: list[str], zephyr: bool) -> list[int]:
 
 @pytest.mark.parametrize("zephyr", [False, True])
 @pytest.mark.parametrize("name", ["tokenizer", "metaspace"])
-def test_reference_masking_drifts_as_the_public_labels_do(
+def test_labels_of_one_turn_are_the_public_ones_and_later_turns_do_not_drift(
     name: str, zephyr: bool, request: pytest.FixtureRequest
 ) -> None:
+    """The public implementation adds up lengths of turns tokenised alone, without the separators between them."""
     tokenizer = request.getfixturevalue(name)
     turns = ["what is this", "this is it", "and that", "that was all", "what is it", "all that it was"]
-    for count in (2, 4, 6):
-        kind: Any = "zephyr" if zephyr else "grit"
-        sample = encode_conversation(tokenizer, turns[:count], 512, format=kind, reference_masking=True)
-        assert sample.labels == public_labels(tokenizer, turns[:count], zephyr)
-        exact = encode_conversation(tokenizer, turns[:count], 512, format=kind)
-        assert sample.input_ids == exact.input_ids
-        assert (sample.labels == exact.labels) == (count == 2)  # one turn has nothing to drift
+    kind: Any = "zephyr" if zephyr else "grit"
+    one = encode_conversation(tokenizer, turns[:2], 512, format=kind)
+    assert one.labels == public_labels(tokenizer, turns[:2], zephyr)
+    for count in (4, 6):
+        sample = encode_conversation(tokenizer, turns[:count], 512, format=kind)
+        assert sample.labels != public_labels(tokenizer, turns[:count], zephyr)
+        replies = "</s>".join(turns[1:count:2]) + "</s>"
+        assert learned(tokenizer, sample).replace("</s> ", "</s>").strip() == replies
 
 
 def test_the_public_labels_lose_two_tokens_per_later_turn(metaspace: Any) -> None:
     """With the published tokenizer: the second turn learns the last two tokens of its header, not the last two of its reply."""
     turns = ["what is this", "this is it", "and that", "that was all", "what", "it was"]
-    sample = encode_conversation(metaspace, turns, 512, reference_masking=True)
+    public = public_labels(metaspace, turns, zephyr=False)
     exact = encode_conversation(metaspace, turns, 512)
-    assert sample.labels is not None and exact.labels is not None
-    header = [i for i, label in enumerate(exact.labels[:-1]) if label == IGNORE_INDEX != sample.labels[i]]
+    assert exact.labels is not None
+    header = [i for i, label in enumerate(exact.labels[:-1]) if label == IGNORE_INDEX != public[i]]
     drifts: list[int] = []
     for start in header:
         if start - 1 not in header:
@@ -104,12 +107,12 @@ def test_the_public_labels_lose_two_tokens_per_later_turn(metaspace: Any) -> Non
 
 
 @RELAXED
-@given(turns=TURNS, attention=st.sampled_from(["cc", "bc", "il"]), drift=st.booleans(), limit=st.integers(40, 400))
+@given(turns=TURNS, attention=st.sampled_from(["cc", "bc", "il"]), limit=st.integers(40, 400))
 def test_no_token_that_sees_its_next_token_is_learned(
-    tokenizer: Any, turns: list[str], attention: Any, drift: bool, limit: int
+    tokenizer: Any, turns: list[str], attention: Any, limit: int
 ) -> None:
     try:
-        sample = encode_conversation(tokenizer, turns, limit, attention=attention, reference_masking=drift)
+        sample = encode_conversation(tokenizer, turns, limit, attention=attention)
     except TooLong:
         return
     assert sample.labels is not None
@@ -169,7 +172,7 @@ def test_zephyr_ends_user_turns_and_instructions_in_eos(tokenizer: Any) -> None:
     assert encode_text(tokenizer, embed_instruction("", format="zephyr"), "t", 256) == encode_text(
         tokenizer, embed_instruction(""), "t", 256
     )
-    with pytest.raises(ValueError, match="format: expected .*, got 'tulu'"):
+    with pytest.raises(ValueError, match="format: expected one of 'grit', 'zephyr', got 'tulu'"):
         embed_instruction("a", format="tulu")  # type: ignore[arg-type]
 
 
@@ -226,9 +229,7 @@ def test_a_text_without_roles_is_learned_whole(tokenizer: Any) -> None:
     sample = encode_plain(tokenizer, "A river flows.", 64)
     assert decoded(tokenizer, sample) == "<s>A river flows.</s>"
     assert sample.labels == [*sample.input_ids[1:], IGNORE_INDEX]
-    bare = encode_plain(tokenizer, "A river flows.", 64, add_special_tokens=False)
-    assert bare.input_ids == sample.input_ids[1:-1]
     cut = encode_plain(tokenizer, "A river flows." * 20, 16)
     assert len(cut) == 16 and cut.truncated and cut.labels is not None and cut.labels[-1] == IGNORE_INDEX
-    with pytest.raises(ValueError, match="text: expected"):
+    with pytest.raises(ValueError, match="text: expected a text that is not empty, got"):
         encode_plain(tokenizer, " ", 16)

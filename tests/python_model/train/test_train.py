@@ -59,7 +59,7 @@ def test_every_variant_trains_exports_and_loads(checkpoint: Path, tmp_path: Path
     trained = trainer.grit.encode("a river")
     folder = trainer.save()
     loaded = GritLM(folder, device="cpu")
-    assert loaded.attn == config.attn and loaded.pooling_method == config.pooling_method
+    assert loaded.settings == trainer.grit.settings == GritSettings().changed(**config.settings_given)
     again = loaded.encode("a river")
     assert abs(again - trained).max() < 1e-5 < abs(again - before).max()
     plain = AutoModelForCausalLM.from_pretrained(folder)

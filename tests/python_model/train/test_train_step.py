@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from python_model import GritLM
 from python_model.model.chunks import build_chunk, first_fit, plan_texts
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.settings import AttentionVariant
 from python_model.train.adapters import add_adapters
 from python_model.train.balance import limit_factor
 from python_model.train.config import TrainConfig
@@ -85,6 +86,7 @@ def gradients_of(
         (samples.query_ids, samples.passage_ids),
         config,
         ranks,
+        attention=training_model.grit.attention,
     )
     losses = StepGradients(model, config, ranks, learner.log_temperature)(share, seed=3)
     found = {}
@@ -334,6 +336,8 @@ def test_staircases_follow_the_runs_of_a_conversation() -> None:
     """Prefix-LM: tokens of the run see to its end (at most ``right`` ahead), the others only their past."""
     talk = EncodedSample([5, 6, 7, 8, 9], labels=[-100] * 5, bidirectional=[True, True, True, False, False])
     text = EncodedSample([3, 4])
-    assert build_chunk([text], [talk], attn="bbbc").pack.hi.tolist() == [2, 2, 3, 3, 3, 4, 5]  # type: ignore[union-attr]
-    near = build_chunk([text], [talk], attn="bbbc", right=1).pack.hi
+    attention = AttentionVariant.parse("bbbc")
+    far = build_chunk([text], [talk], attention=attention).pack.hi
+    near = build_chunk([text], [talk], attention=attention, right=1).pack.hi
+    assert far is not None and far.tolist() == [2, 2, 3, 3, 3, 4, 5]
     assert near is not None and near.tolist() == [2, 2, 2, 3, 3, 4, 5]

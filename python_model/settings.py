@@ -1,0 +1,226 @@
+"""GritSettings: the one list of what changes an embedding or a reply, beside weights and tokenizer.
+
+Model, training, index, retrieval-augmented generation, evaluation and export all read it. ``grit.json`` in a checkpoint's folder
+keeps it, so whoever loads the checkpoint embeds and generates as it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from python_model.support.arguments import check_at_least, check_choice
+from python_model.support.files import write_json
+
+PoolingMethod = Literal["mean", "weightedmean", "lasttoken", "cls"]
+POOLING_METHODS: tuple[str, ...] = get_args(PoolingMethod)
+EmbeddingAttention = Literal["bb", "cc", "cb"]
+EMBEDDING_ATTENTION: tuple[str, ...] = get_args(EmbeddingAttention)
+GenerativeAttention = Literal["cc", "bc", "il"]
+GENERATIVE_ATTENTION: tuple[str, ...] = get_args(GenerativeAttention)
+ATTENTION = tuple(e + g for e in EMBEDDING_ATTENTION for g in ("", *GENERATIVE_ATTENTION))
+"""Four letters, or two for the embedding side alone."""
+InstructionCount = Literal["offsets", "reference"]
+INSTRUCTION_COUNTS: tuple[str, ...] = get_args(InstructionCount)
+BidirectionalWindow = Literal["transformers", "full"]
+BIDIRECTIONAL_WINDOWS: tuple[str, ...] = get_args(BidirectionalWindow)
+Activation = Literal["identity", "tanh", "gelu", "relu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+SpecialTokenRule = Literal["tokenizer", "bos"]
+SPECIAL_TOKEN_RULES: tuple[str, ...] = get_args(SpecialTokenRule)
+Format = Literal["grit", "zephyr"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+SETTINGS_FILE = "grit.json"
+VERSION = 1
+"""Of grit.json; files without one are older."""
+_UNVERSIONED = (
+    "pooling_method",
+    "normalized",
+    "attn",
+    "embed_eos",
+    "instruction_count",
+    "bidirectional_window",
+    "projection",
+)
+
+
+@dataclass(frozen=True)
+class AttentionVariant:
+    """Who sees whom: the four letters of the paper's attention variants, parsed.
+
+    Attributes:
+        embedding: texts to embed. ``bb``: every token sees the whole text. ``cc``: causal. ``cb``: the instruction is causal, the
+            sample sees everything.
+        generative: conversations. ``cc``: causal. ``bc`` (prefix-LM): all before the last reply sees all of it. ``il``
+            (interleaved): each user turn sees all of itself.
+    """
+
+    embedding: EmbeddingAttention = "bb"
+    generative: GenerativeAttention = "cc"
+
+    def __post_init__(self) -> None:
+        check_choice("attn", self.embedding + self.generative, ATTENTION)
+
+    @classmethod
+    def parse(cls, letters: str) -> AttentionVariant:
+        """``"bbcc"``: the embedding side, then the generative one; ``"bb"`` alone generates causally.
+
+        Raises:
+            ValueError: other letters.
+        """
+        check_choice("attn", letters, ATTENTION)
+        return cls(
+            cast(EmbeddingAttention, letters[:2]), cast(GenerativeAttention, letters[2:]) if letters[2:] else "cc"
+        )
+
+    def __str__(self) -> str:
+        return self.embedding + self.generative
+
+    @property
+    def embedding_causal(self) -> bool:
+        """Whether the tokens of a text to embed (behind its instruction) see only what is before them."""
+        return self.embedding == "cc"
+
+    @property
+    def instruction_causal(self) -> bool:
+        """Whether the tokens of its instruction see only what is before them."""
+        return self.embedding != "bb"
+
+    @property
+    def embedding_is_uniform(self) -> bool:
+        """Whether instruction and text attend alike, so that one flag per sample says it all."""
+        return self.instruction_causal == self.embedding_causal
+
+    @property
+    def generates_causally(self) -> bool:
+        """Whether a prompt is read causally, so that what was read before it can be kept."""
+        return self.generative == "cc"
+
+
+@dataclass(frozen=True)
+class GritSettings:
+    """What changes an embedding or a reply, beside weights and tokenizer.
+
+    Attributes:
+        pooling_method: ``"mean"``, ``"weightedmean"`` (weights 1, 2, .. from the first pooled token), ``"lasttoken"``, ``"cls"``.
+        normalized: L2-normalise embeddings.
+        attn: the attention variant in letters, see :class:`AttentionVariant`; two letters are completed by ``cc``.
+        embed_eos: text appended to each text to embed.
+        instruction_count: which leading tokens are not pooled. ``"offsets"``: those that end inside of the instruction.
+            ``"reference"``: as many as the instruction has when it is tokenised alone, as the public implementation counts.
+        embed_instruction: pool the instruction as well.
+        bidirectional_window: how far a bidirectional token sees in a model with a sliding window: ``"transformers"`` (the
+            window, to both sides) or ``"full"``.
+        projection: output size of the embedding head, a linear layer with bias after the pooling; None: no head.
+        projection_activation: what follows it: ``"identity"``, ``"tanh"``, ``"gelu"`` or ``"relu"``.
+        special_tokens: what stands around a text where special tokens are asked for. ``"tokenizer"``: what the checkpoint's
+            tokenizer adds by itself. ``"bos"``: BOS in front, whether the tokenizer adds one or not.
+        format: text format, ``"grit"`` or ``"zephyr"`` (an EOS ends each instruction and user turn).
+
+    Raises:
+        ValueError, TypeError: a value that is not accepted; the message names the setting.
+    """
+
+    pooling_method: PoolingMethod = "mean"
+    normalized: bool = True
+    attn: str = "bbcc"
+    embed_eos: str = ""
+    instruction_count: InstructionCount = "offsets"
+    embed_instruction: bool = False
+    bidirectional_window: BidirectionalWindow = "transformers"
+    projection: int | None = None
+    projection_activation: Activation = "identity"
+    special_tokens: SpecialTokenRule = "tokenizer"
+    format: Format = "grit"
+
+    def __post_init__(self) -> None:
+        for name in ("normalized", "embed_instruction"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.embed_eos, str):
+            raise TypeError(f"embed_eos: expected a str, got {self.embed_eos!r}")
+        for name, accepted in (
+            ("pooling_method", POOLING_METHODS),
+            ("instruction_count", INSTRUCTION_COUNTS),
+            ("bidirectional_window", BIDIRECTIONAL_WINDOWS),
+            ("projection_activation", ACTIVATIONS),
+            ("special_tokens", SPECIAL_TOKEN_RULES),
+            ("format", FORMATS),
+        ):
+            check_choice(name, getattr(self, name), accepted)
+        object.__setattr__(self, "attn", str(AttentionVariant.parse(str(self.attn))))
+        if self.projection is not None:
+            if isinstance(self.projection, bool) or not isinstance(self.projection, int):
+                raise TypeError(f"projection: expected an int or None, got {self.projection!r}")
+            check_at_least("projection", self.projection, 1)
+        elif self.projection_activation != "identity":
+            raise ValueError(f"projection_activation: got {self.projection_activation!r} without a projection")
+
+    @property
+    def attention(self) -> AttentionVariant:
+        """``attn``, parsed."""
+        return AttentionVariant.parse(self.attn)
+
+    def changed(self, **changes: Any) -> GritSettings:
+        """The same settings but for ``changes``; None leaves a setting as it is."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def of_embeddings(self) -> dict[str, Any]:
+        """The settings that an embedding depends on, as plain values.
+
+        Left out are the generative attention and the format: they reach an embedding only by its prefix, which the caller writes.
+        """
+        values = asdict(self)
+        del values["format"]
+        return {**values, "attn": self.attention.embedding}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``grit.json`` to ``folder``."""
+        write_json(Path(folder) / SETTINGS_FILE, {"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> GritSettings:
+        """The settings of a ``grit.json``; one of before it had a version is read as it was meant.
+
+        Raises:
+            ValueError: a newer version, unknown or missing fields, values that are not accepted, or not JSON.
+        """
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not a JSON file ({error})") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: expected an object, got {type(content).__name__}")
+        try:
+            return cls(**_upgraded(content))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+
+
+NAMES: tuple[str, ...] = tuple(field.name for field in fields(GritSettings))
+"""Of all settings."""
+
+
+def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file of any version, as this one has them."""
+    version = content.get("version", 0)
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= VERSION:
+        raise ValueError(
+            f"version: expected at most {VERSION}, got {version!r}; a newer grit_kernels reads this checkpoint"
+        )
+    values = {name: value for name, value in content.items() if name != "version"}
+    known = NAMES if version else _UNVERSIONED
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown fields {unknown}; expected {sorted(known)}")
+    if not version:
+        # None meant the default; and every text began with BOS then, whatever the tokenizer says
+        values = {name: value for name, value in values.items() if value is not None}
+        return {**values, "special_tokens": "bos"}
+    if missing := sorted(set(known) - set(values)):
+        raise ValueError(f"missing fields {missing}")
+    return values

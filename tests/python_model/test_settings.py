@@ -1,0 +1,128 @@
+"""Settings are parsed, checked, saved and loaded in one place; what is not understood is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from python_model.settings import ATTENTION, NAMES, VERSION, AttentionVariant, GritSettings
+
+# as commit bdb9736 wrote it
+UNVERSIONED = {
+    "pooling_method": "lasttoken",
+    "normalized": False,
+    "attn": "cccc",
+    "embed_eos": "</e>",
+    "instruction_count": "reference",
+    "bidirectional_window": "full",
+    "projection": None,
+}
+
+
+@pytest.mark.parametrize("letters", ATTENTION)
+def test_a_variant_is_parsed_into_who_sees_whom(letters: str) -> None:
+    variant = AttentionVariant.parse(letters)
+    assert str(variant) == (letters + "cc")[:4] and AttentionVariant.parse(str(variant)) == variant
+    assert (variant.instruction_causal, variant.embedding_causal) == (letters[0] == "c", letters[1] == "c")
+    assert variant.embedding_is_uniform == (letters[0] == letters[1])
+    assert variant.generates_causally == (letters[2:] in ("", "cc"))
+
+
+@pytest.mark.parametrize("letters", ["", "b", "bc", "bbc", "bbbb", "BBCC", "bbcccc"])
+def test_other_letters_are_refused(letters: str) -> None:
+    with pytest.raises(ValueError, match="attn: expected one of 'bb'"):
+        GritSettings(attn=letters)
+
+
+def test_settings_are_frozen_and_two_letters_are_completed() -> None:
+    settings = GritSettings(attn="cb")
+    assert settings.attn == "cbcc" and settings == GritSettings(attn="cbcc")
+    with pytest.raises(FrozenInstanceError):
+        settings.normalized = False  # type: ignore[misc]
+    assert settings.changed(normalized=None, attn="bb") == GritSettings()
+
+
+BROKEN: dict[str, Any] = {
+    "pooling_method": "max",
+    "normalized": 1,
+    "attn": "bxcc",
+    "embed_eos": None,
+    "instruction_count": "guess",
+    "embed_instruction": "yes",
+    "bidirectional_window": "half",
+    "projection": 0,
+    "projection_activation": "tanh",  # without a projection
+    "special_tokens": "eos",
+    "format": "tulu",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_setting_is_checked_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{name}: "):
+        GritSettings(**{name: BROKEN[name]})
+    file = tmp_path / "grit.json"
+    file.write_text(json.dumps({"version": VERSION, **asdict(GritSettings()), name: BROKEN[name]}))
+    with pytest.raises(ValueError, match=f"grit.json: {name}: "):
+        GritSettings.load(file)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    settings = GritSettings(
+        pooling_method="lasttoken",
+        normalized=False,
+        attn="cbil",
+        embed_eos="</e>",
+        instruction_count="reference",
+        bidirectional_window="full",
+        projection=8,
+        projection_activation="tanh",
+        special_tokens="bos",
+        format="zephyr",
+    )
+    defaults = GritSettings()
+    changed = {field.name for field in fields(GritSettings)} - {"embed_instruction"}
+    assert all(getattr(settings, name) != getattr(defaults, name) for name in changed)
+    settings.save(tmp_path)
+    assert GritSettings.load(tmp_path / "grit.json") == settings
+    assert json.loads((tmp_path / "grit.json").read_text())["version"] == VERSION
+
+
+def test_a_file_without_a_version_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    file = tmp_path / "grit.json"
+    file.write_text(json.dumps(UNVERSIONED))
+    assert GritSettings.load(file) == GritSettings(
+        pooling_method="lasttoken",
+        normalized=False,
+        attn="cccc",
+        embed_eos="</e>",
+        instruction_count="reference",
+        bidirectional_window="full",
+        special_tokens="bos",  # every text began with BOS then
+    )
+    file.write_text(json.dumps({"attn": None}))
+    assert GritSettings.load(file) == GritSettings(special_tokens="bos")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"version": VERSION + 1}, f"version: expected at most {VERSION}, got {VERSION + 1}"),
+        ({"version": "1"}, "version: expected at most"),
+        ({**UNVERSIONED, "special_tokens": "bos"}, r"unknown fields \['special_tokens'\]"),
+        ({**UNVERSIONED, "pooling": "mean"}, r"unknown fields \['pooling'\]"),
+        ({"version": 1, **asdict(GritSettings()), "rope": 1}, r"unknown fields \['rope'\]"),
+        ({"version": 1, "attn": "bbcc"}, "missing fields"),
+        ([], "expected an object, got list"),
+        ("{", "not a JSON file"),
+    ],
+)
+def test_a_newer_file_and_what_is_not_understood_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "grit.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        GritSettings.load(file)
