@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.settings import GritSettings
 from tests.python_model.training_samples import toy_config, toy_trainer
 
 
