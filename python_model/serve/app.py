@@ -30,8 +30,8 @@ from python_model.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": p.Error} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
