@@ -6,8 +6,8 @@
 
 The kernel tests run first: a benchmark of wrong results is worth nothing, so red tests end it. Then the machine's ceilings are
 measured, then each benchmark in a process of its own; each interleaves its variants. Records go to bench/results/latest, with
-``--keep`` to bench/results, and docs/benchmarks.md is written from those. Run again after an interruption, it goes on with
-the benchmarks that have not finished on this commit.
+``--keep`` to the folder of this kind of machine, whose plots and page (docs/benchmarks.md) are then renewed. Run again after an
+interruption, it goes on with the benchmarks that have not finished on this commit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A module of this package with its arguments; ``{record}`` and ``{plot}`` become paths."""
+    """A module of this package with its arguments; ``{record}`` becomes a path."""
 
     name: str
     module: str
@@ -46,43 +46,41 @@ class Benchmark:
 
     def command(self, folder: Path, full: bool) -> list[str]:
         text = self.full if full else self.quick
-        paths = {
-            kind: shlex.quote(str(folder / f"{self.name}.{end}")) for kind, end in (("record", "json"), ("plot", "png"))
-        }
-        return [sys.executable, "-m", self.module, *shlex.split(text.format(**paths))]
+        record = shlex.quote(str(folder / f"{self.name}.json"))
+        return [sys.executable, "-m", self.module, *shlex.split(text.format(record=record))]
 
 
 CPU = (
     Benchmark(
         "attention_cpu",
         "bench.attention",
-        "--device cpu --repeats 3 --peers 'grit;sdpa loop;sdpa masked;matmul only' --record {record} --plot {plot}",
-        "--device cpu --record {record} --plot {plot}",
+        "--device cpu --repeats 3 --peers 'grit;sdpa loop;sdpa masked;matmul only' --record {record}",
+        "--device cpu --record {record}",
     ),
-    Benchmark("model_cpu", "bench.model", "--record {record} --plot {plot}", "--record {record} --plot {plot}", 300),
+    Benchmark("model_cpu", "bench.model", "--record {record}", "--record {record}", 300),
     Benchmark(
         "train_cpu",
         "bench.train",
-        "--repeats 3 --record {record} --plot {plot}",
-        "--repeats 7 --record {record} --plot {plot}",
+        "--repeats 3 --record {record}",
+        "--repeats 7 --record {record}",
     ),
     Benchmark(
         "pooling_cpu",
         "bench.pooling",
-        "--repeats 5 --record {record} --plot {plot}",
-        "--record {record} --plot {plot}",
+        "--repeats 5 --record {record}",
+        "--record {record}",
     ),
     Benchmark(
         "contrastive_cpu",
         "bench.contrastive",
-        "--repeats 3 --record {record} --plot {plot}",
-        "--large --record {record} --plot {plot}",
+        "--repeats 3 --record {record}",
+        "--large --record {record}",
     ),
     Benchmark(
         "generative_loss_cpu",
         "bench.generative_loss",
-        "--repeats 2 --record {record} --plot {plot}",
-        "--record {record} --plot {plot}",
+        "--repeats 2 --record {record}",
+        "--record {record}",
     ),
     Benchmark(
         "generate_cpu",
@@ -94,8 +92,8 @@ CPU = (
         "rag_cpu",
         "bench.rag",
         "--dtype bfloat16 --repeats 3 --lengths 1000 --modes document_first query_cache document_cache"
-        " --record {record} --plot {plot}",
-        "--dtype bfloat16 --record {record} --plot {plot}",
+        " --record {record}",
+        "--dtype bfloat16 --record {record}",
     ),
 )
 CUDA = (
@@ -200,10 +198,17 @@ def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool, minute
 
 
 def compare(folder: Path) -> list[str]:
-    """What moved between the committed records and those in ``folder``."""
-    lines = []
+    """What moved between the committed records of a like machine and those in ``folder``."""
+    kind = common.machine_kind(common.machine())
+    committed = common.RESULTS / kind
+    if not committed.is_dir():
+        kinds = ", ".join(
+            sorted(path.name for path in common.RESULTS.iterdir() if path.is_dir() and path.name != LATEST.name)
+        )
+        return [f"no records of a machine like this one ({kind}) to compare with; there are {kinds}"]
+    lines = [f"compared with the records of {kind}:"]
     for path in sorted(folder.glob("*.json")):
-        old = common.RESULTS / path.name
+        old = committed / path.name
         if path.name == PROGRESS or not old.exists() or "rows" not in records.read(path):
             continue
         count, moves = records.moved(records.read(old)["rows"], records.read(path)["rows"])
@@ -216,14 +221,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--full", action="store_true", help="every size and peer")
-    parser.add_argument("--keep", action="store_true", help="write to bench/results and renew docs/benchmarks.md")
+    parser.add_argument("--keep", action="store_true", help="write to bench/results/KIND and renew docs/benchmarks.md")
     parser.add_argument("--minutes", type=float, help="start no benchmark after so many")
     parser.add_argument("--only", default="", help="benchmarks whose name contains this text")
     parser.add_argument("--skip-tests", action="store_true", help="when they have just passed")
     arguments = parser.parse_args(argv)
     if not arguments.skip_tests and not tests_pass(arguments.device):
         raise SystemExit("bench: the kernel tests are red; nothing is measured")
-    folder = common.RESULTS if arguments.keep else LATEST
+    folder = common.RESULTS / common.machine_kind(common.machine()) if arguments.keep else LATEST
     chosen = [b for b in (CUDA if arguments.device == "cuda" else CPU) if arguments.only in b.name]
     rates = ceilings(arguments.device)
     print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()), flush=True)
@@ -232,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder / f"ceilings_{arguments.device}.json", [{"ceiling": name, "rate": rate} for name, rate in rates.items()]
     )
     if arguments.keep:
-        report.write()
+        report.write(plots=[folder])
     else:
         print("\n".join(compare(folder)))
     print(common.table([{"benchmark": k, "result": v} for k, v in outcome.items()], ["benchmark", "result"]))

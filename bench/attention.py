@@ -1,6 +1,6 @@
 """Attention speed: dense, mixed causal and bidirectional packs, windows, decoding, backward, against the field.
 
-    python -m bench.attention [--device cpu|cuda] [--only mixed] [--peers grit,flex] [--record NAME.json] [--plot NAME.png]
+    python -m bench.attention [--device cpu|cuda] [--only mixed] [--peers grit,flex] [--record NAME.json]
 
 Variants run interleaved; a row keeps the median. Printed per variant: ms, TFLOP/s on visible pairs, its time over this package's
 time in the same rounds, its rate over that of a large matrix product in the same run; for decoding, GB/s of keys and values and
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,29 +193,10 @@ def measure(regime: Regime, device: str, peers: Sequence[str], repeats: int) -> 
     ]
 
 
-def draw(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """One group of bars per regime: rate of each variant, decoding left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if "of_gemm" in row]
-    regimes = list(dict.fromkeys(row["regime"] for row in rows))
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.14 * len(rows)))
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        own = {row["regime"]: row["tflops"] for row in rows if row["variant"] == name}
-        places = [regimes.index(regime) + (i - len(names) / 2) * height for regime in own]
-        axes.barh(places, list(own.values()), height, label=name)
-    axes.set_yticks(range(len(regimes)), regimes, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("TFLOP/s on visible pairs")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def measured_in(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
+    """Whether a row of an earlier record belongs to a regime that was measured anew."""
+    done = {row["regime"] for row in rows}
+    return lambda row: row["regime"] in done
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -225,8 +205,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="regimes whose name contains this text")
     parser.add_argument("--peers", default=";".join(PEERS), help="names separated by ';', this package first")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results")
-    parser.add_argument("--plot", help="PNG file")
+    parser.add_argument(
+        "--record",
+        help="JSON file, a bare name lands in bench/results/KIND; --only replaces its rows only",
+    )
     arguments = parser.parse_args(argv)
     peers = [name.strip() for name in arguments.peers.split(";")]
     if unknown := set(peers) - set(PEERS):
@@ -239,9 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(common.table(measured, COLUMNS), flush=True)
             rows += measured
             if arguments.record:
-                common.write_records(arguments.record, rows)
-    if arguments.plot:
-        draw(rows, arguments.plot)
+                # after each regime: an interrupted run keeps what it has, and the rest of an earlier record
+                common.write_records(arguments.record, rows, measured_in(rows) if arguments.only else None)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Smaller products stay below what the machine can do."""
+CPU_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "amx_fp16",
+    "asimd",
+    "bf16",
+    "sve",
+)
+"""Instruction sets that a record names, as /proc/cpuinfo spells them."""
 
 
 def synchronizer(device: str | torch.device) -> Callable[[], None]:
@@ -115,10 +131,17 @@ def peak_resident_bytes() -> int:
 def gemm_ceiling(
     device: str | torch.device, dtype: torch.dtype, size: int | None = None
 ) -> tuple[Callable[[], Any], float]:
-    """A large square matrix product ``(run, flops)``: put ``run`` among the variants to get its rate in the same run."""
-    n = size or (8192 if torch.device(device).type == "cuda" else 1024)
+    """A large square matrix product ``(run, flops)``: put ``run`` among the variants to get its rate in the same run. Its result
+    goes into memory that is there: fresh pages would cost a part of the time."""
+    n = size or GEMM_SIZE[torch.device(device).type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return (lambda: a @ b), 2.0 * n**3
+    out = torch.empty_like(a)
+
+    def run() -> Any:
+        with torch.no_grad():  # out= knows no gradients, and a backward pass is timed with them enabled
+            return torch.mm(a, b, out=out)
+
+    return run, 2.0 * n**3
 
 
 def copy_ceiling(device: str | torch.device, megabytes: int | None = None) -> tuple[Callable[[], Any], float]:
@@ -150,13 +173,35 @@ def _command(*arguments: str) -> str:
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
-def _processor() -> str:
+def _cpuinfo(name: str) -> str:
+    """The first value of a field of /proc/cpuinfo; nothing where there is none."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.split(":", 1)[0].strip() == name:
                 return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return ""
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets of this CPU, of those that decide about speed here."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [name for name in CPU_FEATURES if name in flags]
+
+
+def machine_kind(described: Mapping[str, Any]) -> str:
+    """The folder of a machine's records: its GPU, or its CPU's maker and the widest instruction set it has for bfloat16. Ratios
+    between variants carry over within a kind, not from one to another."""
+    if "gpu" in described:
+        return re.sub(r"[^a-z0-9]+", "-", described["gpu"]["name"].lower()).strip("-")
+    processor = str(described["processor"]).lower()
+    maker = next((name for name in ("amd", "intel", "apple", "neoverse", "arm") if name in processor), "cpu")
+    # older records name what the library could use
+    features = described.get("cpu_features") or described.get("instruction_sets", [])
+    best = next(
+        (n for n in ("amx_bf16", "avx512_bf16", "avx512f", "avx512", "avx2", "sve", "asimd") if n in features), ""
+    )
+    return "-".join(filter(None, (maker, {"amx_bf16": "amx", "avx512f": "avx512"}.get(best, best))))
 
 
 def machine() -> dict[str, Any]:
@@ -166,13 +211,14 @@ def machine() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "grit_kernels": grit_kernels.__version__,
+        "cpu_features": cpu_features(),
         "instruction_sets": _library.cpu_isas() if _library.status().loaded else [],
         "commit": _command("git", "rev-parse", "HEAD"),
         "modified": bool(
@@ -197,13 +243,43 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write the rows with the machine's description; a bare name lands in bench/results."""
+def result_path(path: str | Path) -> Path:
+    """Where a record or plot goes: a bare name into the folder of this kind of machine."""
     target = Path(path)
     if not target.is_absolute() and target.parent == Path("."):
-        target = RESULTS / target
+        target = RESULTS / machine_kind(machine()) / target
+    return target
+
+
+def write_records(
+    path: str | Path, rows: Iterable[dict[str, Any]], replaces: Callable[[dict[str, Any]], bool] | None = None
+) -> Path:
+    """Write the rows with the machine's description; a bare name lands in bench/results, in the folder of this kind of machine.
+
+    Args:
+        replaces: whether a row of the record that is there is measured anew; the others stay where they are and name the commit
+            and date that they are of. Default: all are.
+
+    Raises:
+        ValueError: rows would stay that another kind of machine measured.
+    """
+    target = result_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "command": " ".join(["python", "-m", *_module_arguments()]), "rows": list(rows)}
+    here, kept, found = machine(), [], list(rows)
+    if replaces is not None and target.exists():
+        before = json.loads(target.read_text())
+        kept = [row for row in before["rows"] if not replaces(row)]
+        if kept and machine_kind(before["machine"]) != machine_kind(here):
+            raise ValueError(
+                f"{target}: expected a record of this kind of machine ({machine_kind(here)}), got one of "
+                f"{machine_kind(before['machine'])}"
+            )
+        place = next((i for i, row in enumerate(before["rows"]) if replaces(row)), len(before["rows"]))
+        start = sum(not replaces(row) for row in before["rows"][:place])
+        origin = f"{before['machine']['commit'][:10]}, {before['machine']['time'][:10]}"
+        kept = [{**row, "measured": row.get("measured", origin)} for row in kept]
+        found = [*kept[:start], *found, *kept[start:]]
+    record = {"machine": here, "command": " ".join(["python", "-m", *_module_arguments()]), "rows": found}
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(target)
@@ -216,7 +292,6 @@ def kernel_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--record", help="file below bench/results")
-    parser.add_argument("--plot", help="file below bench/results")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     return parser
 

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import grit_kernels as gk
-from bench.bars import draw
 from bench.common import (
     gemm_ceiling,
     interleave,
@@ -183,11 +182,6 @@ def main() -> None:
         if options.record:
             write_records(options.record, rows)
     print(table(rows, COLUMNS))
-    if options.plot:
-        bars = [row for row in rows if row["variant"] != "gemm"]
-        draw(
-            bars, options.plot, ("dtype", "queries", "passages"), (("step_ms", "step, ms"), ("memory_mb", "memory, MB"))
-        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import grit_kernels as gk
-from bench.bars import draw
 from bench.common import gemm_ceiling, interleave, kernel_parser, measure_shapes, medians, ratios, synchronizer, table
 from bench.memory import growth
 
@@ -109,14 +108,6 @@ def main() -> None:
     shapes = [(1024, 576, 49152)] if options.device == "cpu" else [(8192, 4096, 32000), (8192, 4096, 128256)]
     rows = measure_shapes(options, shapes, measure)
     print(table(rows, COLUMNS))
-    if options.plot:
-        bars = [row for row in rows if row["variant"] != "gemm"]
-        draw(
-            bars,
-            options.plot,
-            ("dtype", "vocabulary"),
-            (("milliseconds", "forward and backward, ms"), ("memory_mb", "memory, MB")),
-        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """End-to-end forward of the 135M model on mixed-length batches: one packed pass against what people run today.
 
-    python -m bench.model [--texts 24] [--repeats 3] [--record NAME.json] [--plot NAME.png] [--no-profile]
+    python -m bench.model [--texts 24] [--repeats 3] [--record NAME.json] [--no-profile]
 
 Lengths are log-uniform in 8..512 tokens of the bundled corpus; half of the samples are causal (chats), half bidirectional (texts
 to embed). Every repeat is a batch of its own lengths. Variants, interleaved in one run, in bfloat16:
@@ -25,7 +25,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -175,36 +174,6 @@ def profile_rows(variants: dict[str, Variant], decoders: dict[str, Any], batch: 
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Left: tokens/s of each variant. Right: the profile's seconds, stacked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    speeds = [row for row in rows if "tokens_per_second" in row]
-    parts = [row for row in rows if "part" in row]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.2), constrained_layout=True)
-    names = [row["variant"] for row in speeds]
-    bars = left.barh(names, [row["tokens_per_second"] for row in speeds], color=["tab:blue", "0.7"] * len(names))
-    left.bar_label(bars, [f"{row['tokens_per_second']:.0f}" for row in speeds], padding=3, fontsize=8)
-    left.set(xlabel="real tokens/s", title="135M model, lengths 8..512")
-    left.margins(x=0.15)
-    left.invert_yaxis()
-    passes = list(dict.fromkeys(row["variant"] for row in parts))
-    begins = dict.fromkeys(passes, 0.0)
-    for part in dict.fromkeys(row["part"] for row in parts):
-        own = {row["variant"]: row["seconds"] for row in parts if row["part"] == part}
-        right.barh(passes, [own[name] for name in passes], left=list(begins.values()), label=part)
-        begins = {name: begins[name] + own[name] for name in passes}
-    right.set(xlabel="seconds of one batch", title="where a pass spends its time")
-    right.invert_yaxis()
-    if parts:
-        right.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.splitlines()[0])
@@ -212,7 +181,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="batches, each of its own lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", default="model_cpu.json", help="file in bench/results")
-    parser.add_argument("--plot", default="model_cpu.png", help="file in bench/results")
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -234,14 +202,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows += measure("encode", encode_variants(path), batches, [sum(map(len, ids)) for ids in encoded])
     gemm, flops = common.gemm_ceiling("cpu", torch.bfloat16)
     ceiling = flops / statistics.median(common.interleave({"gemm": gemm}, 5)["gemm"])
-    rows.append({"group": "ceiling", "variant": "bfloat16 matrix product 1024^3", "tflops": ceiling / 1e12})
+    rows.append(
+        {
+            "group": "ceiling",
+            "variant": f"bfloat16 matrix product {common.GEMM_SIZE['cpu']}^3",
+            "tflops": ceiling / 1e12,
+        }
+    )
     speeds = [row for row in rows if "tokens_per_second" in row]
     print(common.table(speeds, ["group", "variant", "tokens_per_second", "time_over_first"]))
     print(common.table([row for row in rows if "part" in row], ["variant", "part", "seconds", "share"]))
-    record = common.write_records(arguments.record, rows)
-    plot = record.parent / arguments.plot
-    draw(rows, plot)
-    print(f"record: {record}\nplot: {plot}")
+    print(f"record: {common.write_records(arguments.record, rows)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import grit_kernels as gk
-from bench.bars import draw
 from bench.common import (
     copy_ceiling,
     interleave,
@@ -108,14 +107,6 @@ def main() -> None:
         shapes += [(131072, 4096, 64)]
     rows = measure_shapes(options, shapes, measure)
     print(table(rows, COLUMNS))
-    if options.plot:
-        bars = [row for row in rows if row["variant"] != "ceiling"]
-        draw(
-            bars,
-            options.plot,
-            ("dtype", "tokens", "hidden", "samples"),
-            (("milliseconds", "ms"), ("memory_mb", "memory, MB")),
-        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Latency of answering from a document, each way of the GRIT paper's table, over the lengths of its figure.
 
-    python -m bench.rag --lengths 250 1000 4000 --record rag.json --plot rag.png
+    python -m bench.rag --lengths 250 1000 4000 --record rag.json
     python -m bench.rag --shape mistral-7b --lengths 250 4000 --repeats 3 --dtype bfloat16     # random weights
 
 Two samples: a 1-token question with a document of ``length`` tokens, and the mirror. Timed: embedding the question, the search,
@@ -14,7 +14,6 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,29 +93,6 @@ def cell(model: GritLM, sample: str, length: int, modes: list[str], new: int, re
     ]
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over length, one panel per sample, one line per mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
-
-    samples = list(dict.fromkeys(row["sample"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(samples), figsize=(5.5 * len(samples), 4), sharey=True, squeeze=False)
-    for panel, sample in zip(axes[0], samples, strict=True):
-        for mode in dict.fromkeys(row["variant"] for row in rows):
-            line = [r for r in rows if r["sample"] == sample and r["variant"] == mode]
-            x, y, spread = ([r[name] for r in line] for name in ("length", "median_s", "spread_s"))
-            panel.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=mode)
-        panel.set_title(sample)
-        panel.set_xlabel("tokens")
-        panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel("seconds to the last new token")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.rag", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -128,7 +104,6 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
-    parser.add_argument("--plot", type=Path, help="image file")
     arguments = parser.parse_args()
     modes = list(dict.fromkeys([BASE, *arguments.modes]))
     rows: list[dict[str, Any]] = []
@@ -144,8 +119,6 @@ def main() -> None:
                 print(table(found, columns), flush=True)
                 if arguments.record:  # after each cell: an interrupted run keeps what it has
                     write_records(arguments.record, rows)
-    if arguments.plot:
-        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

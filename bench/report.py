@@ -1,25 +1,28 @@
 """docs/benchmarks.md: every committed record as a table with its machine and command.
 
-    python -m bench.report
+    python -m bench.report [--plots]
 
+One section per benchmark, in it one table per kind of machine, from bench/results/KIND/NAME.json. ``--plots`` draws the plots
+anew.
 tests/bench/test_records.py compares the committed page with what this writes, so no figure can go stale or be typed by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import records
+from bench import charts, records
 from bench.common import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEADER = """# Benchmarks
 
-Written by `python -m bench.report` from the records in `bench/results`. Variants of a table ran interleaved in one process on one
-machine; figures are medians. Compare ratios within a table, not figures between tables. `make bench` repeats the CPU ones in
-about 15 minutes and says what moved.
+Written by `python -m bench.report` from the records in `bench/results`, one folder per kind of machine. Variants of a table ran
+interleaved in one process on one machine; figures are medians. Compare ratios within a table, not figures between tables.
+`make bench` repeats the CPU ones in about 15 minutes and says what moved.
 """
 
 TITLES: dict[str, tuple[str, str]] = {
@@ -63,6 +66,11 @@ TITLES: dict[str, tuple[str, str]] = {
         "The same with random weights of a 1.1B shape on a CPU",
         "22 layers of size 2048, 32 query and 4 key heads, bfloat16; 3 repeats.",
     ),
+    "demo_seeds_cpu": (
+        "The demo over seeds",
+        "`make demo-seeds`: SmolLM2-135M after one epoch of the bundled sample's triples, on rows held out by entity; BM25 with "
+        "stemming, stop words and the parts of identifiers on the same rows.",
+    ),
     "proof_cpu": (
         "One model against two specialists",
         "SmolLM2-135M after the same number of steps on the bundled sample with both losses, or one of them; retrieval and "
@@ -103,43 +111,67 @@ def cell(value: Any, digits: int = 3) -> str:
     return str(value)
 
 
-def section(path: Path) -> str:
-    """One record."""
+def section(name: str, paths: Sequence[Path]) -> str:
+    """One benchmark on every kind of machine that has a record of it."""
+    title, note = TITLES.get(name, (name.replace("_", " "), ""))
+    lines = [f"## {title}", "", *([note, ""] if note else [])]
+    for path in paths:
+        lines += _table(path, title, named=len(paths) > 1)
+    return "\n".join(lines)
+
+
+def _table(path: Path, title: str, named: bool) -> list[str]:
     record = records.read(path)
     rows: list[dict[str, Any]] = record["rows"]
-    title, note = TITLES.get(path.stem, (path.stem.replace("_", " "), ""))
     machine = record["machine"]
     gpu = f", {machine['gpu']['name']}" if "gpu" in machine else ""
+    features = ", ".join(machine.get("cpu_features") or machine.get("instruction_sets", []))
     columns = columns_of(rows)
-    lines = [
-        f"## {title}",
-        "",
-        *([note, ""] if note else []),
-        f"{machine['processor']}{gpu}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['time'][:10]}, commit "
-        f"{machine['commit'][:10]}. `{record['command']}`",
+    plot = path.with_suffix(".png")
+    return [
+        *([f"### {path.parent.name}", ""] if named else []),
+        f"{machine['processor']}{gpu} ({features}), {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"{machine['time'][:10]}, commit {machine['commit'][:10]}. `{record['command']}`",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
         *("| " + " | ".join(cell(row.get(name), 8 if name in EXACT else 3) for name in columns) + " |" for row in rows),
         "",
+        *([f"![{title}](../{plot.relative_to(ROOT).as_posix()})", ""] if plot.exists() else []),
     ]
-    if path.with_suffix(".png").exists():
-        lines += [f"![{title}](../bench/results/{path.stem}.png)", ""]
-    return "\n".join(lines)
+
+
+def committed() -> dict[str, list[Path]]:
+    """The records of each benchmark, in the order of the page."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        if path.parent.name != "latest" and path.stem != "progress" and "rows" in records.read(path):
+            found.setdefault(path.stem, []).append(path)
+    order = list(TITLES)
+    names = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return {name: found[name] for name in names}
 
 
 def page() -> str:
     """The whole page."""
-    order = list(TITLES)
-    paths = [p for p in RESULTS.glob("*.json") if p.stem != "progress" and "rows" in records.read(p)]
-    paths.sort(key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
-    return HEADER + "\n" + "\n".join(section(path) for path in paths)
+    return HEADER + "\n" + "\n".join(section(name, paths) for name, paths in committed().items())
 
 
-def write() -> None:
-    """Renew docs/benchmarks.md."""
+def write(plots: Iterable[Path] = ()) -> None:
+    """Renew docs/benchmarks.md, and the plots of the records in these folders."""
+    for folder in plots:
+        for path in folder.glob("*.json"):
+            if path.stem != "progress" and "rows" in (record := records.read(path)):
+                charts.draw(path, record["rows"])
     PAGE.write_text(page(), encoding="utf-8")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--plots", action="store_true", help="draw the plots of all committed records anew")
+    folders = {path.parent for paths in committed().values() for path in paths}
+    write(sorted(folders) if parser.parse_args(argv).plots else ())
+
+
 if __name__ == "__main__":
-    write()
+    main()

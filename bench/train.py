@@ -1,6 +1,6 @@
 """One unified training step of the 135M model: one packed pass against three padded passes of stock transformers.
 
-    python -m bench.train [--repeats 7] [--record train_cpu.json] [--plot bench/results/train_cpu.png]
+    python -m bench.train [--repeats 7] [--record train_cpu.json]
 
 Same weights, same samples (random token ids, lengths log-uniform: 6 queries of 8..64 tokens, 12 passages of 16..256, 2
 conversations of 64..512 with the second half as reply), same losses, bfloat16 autocast over FP32 weights; losses and gradients
@@ -166,32 +166,11 @@ def _measure_memory(name: str, seed: int) -> None:
     print(json.dumps((common.peak_resident_bytes() - before) / 2**20))
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Tokens per second and memory, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 2.6), constrained_layout=True)
-    names = [row["variant"] for row in rows][::-1]
-    for panel, key, label in (
-        (panels[0], "tokens_per_second", "real tokens per second"),
-        (panels[1], "memory_mib", "MiB of one step"),
-    ):
-        panel.barh(names, [row[key] for row in rows][::-1], color=["0.7", "tab:cyan", "tab:blue"])
-        panel.set_xlabel(label)
-    panels[1].set_yticklabels([])
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", default="train_cpu.json", help="file in bench/results")
-    parser.add_argument("--plot", help="file for the plot")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.memory_of:
@@ -220,8 +199,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     print(common.table(rows, ["variant", "tokens_per_second", "speedup", "memory_mib", "loss", "seconds"]))
     print(f"record: {common.write_records(arguments.record, rows)}")
-    if arguments.plot:
-        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,12 @@ from grit_kernels.visibility import dense_mask
 SMALL = Regime("small", (20, 7), (20, 7), (True, False), 4, 2, 32, dtype=torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def small_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured here."""
+    monkeypatch.setitem(common.GEMM_SIZE, "cpu", 128)
+
+
 @pytest.mark.parametrize("window", [(-1, -1), (5, 3)])
 def test_pairs_are_those_of_the_dense_mask(window: tuple[int, int]) -> None:
     regime = Regime("x", (20, 7, 1), (20, 9, 30), (True, False, True), 1, 1, 32, window=window)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import bench.__main__ as everything
-from bench import common, records, report
+from bench import charts, common, records, report
 
 
 def _rows(slow: float, scatter: float = 0.01) -> list[dict[str, Any]]:
@@ -43,7 +43,10 @@ def test_a_slower_machine_moves_nothing() -> None:
     assert records.moved(_rows(3.0), slower) == (2, [])
 
 
-@pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.json")), ids=lambda path: path.name)
+COMMITTED = [path for paths in report.committed().values() for path in paths]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_committed_records_name_their_machine_commit_and_command(path: Path) -> None:
     record = records.read(path)
     assert record["rows"] and record["command"].startswith("python -m bench.")
@@ -54,6 +57,69 @@ def test_committed_records_name_their_machine_commit_and_command(path: Path) -> 
 
 def test_the_page_shows_the_committed_records() -> None:
     assert report.PAGE.read_text(encoding="utf-8") == report.page(), "run python -m bench.report"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_record_stands_in_the_folder_of_its_kind_of_machine(path: Path) -> None:
+    assert common.machine_kind(records.read(path)["machine"]) == path.parent.name
+
+
+@pytest.mark.parametrize(
+    ("described", "kind"),
+    [
+        ({"processor": "AMD EPYC", "instruction_sets": ["avx512_bf16", "avx2"]}, "amd-avx512_bf16"),
+        (
+            {"processor": "Intel(R) Xeon(R)", "cpu_features": ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]},
+            "intel-amx",
+        ),
+        ({"processor": "Intel(R) Core(TM) i5", "cpu_features": ["avx2"]}, "intel-avx2"),
+        ({"processor": "something else", "cpu_features": []}, "cpu"),
+        ({"processor": "AMD EPYC", "gpu": {"name": "NVIDIA H200"}}, "nvidia-h200"),
+    ],
+)
+def test_machines_are_of_one_kind_by_their_maker_and_widest_instruction_set(described: Any, kind: str) -> None:
+    assert common.machine_kind(described) == kind
+
+
+def test_a_part_that_is_measured_anew_replaces_its_rows_alone(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    first = [{"regime": regime, "variant": "ours", "value": 1} for regime in ("a", "b", "b2", "c")]
+    common.write_records(path, first)
+    origin = records.read(path)["machine"]
+    common.write_records(path, [{"regime": "b", "value": 2}], lambda row: row["regime"] == "b")
+    common.write_records(path, [{"regime": "d", "value": 3}], lambda row: row["regime"] == "d")
+    rows = records.read(path)["rows"]
+    assert [(row["regime"], row["value"]) for row in rows] == [("a", 1), ("b", 2), ("b2", 1), ("c", 1), ("d", 3)]
+    assert rows[0]["measured"] == f"{origin['commit'][:10]}, {origin['time'][:10]}" and "measured" not in rows[-1]
+
+
+def test_rows_of_different_kinds_of_machines_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    common.write_records(path, [{"regime": "a"}, {"regime": "b"}])
+    record = records.read(path)
+    record["machine"] |= {"processor": "another", "cpu_features": ["sve"]}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="record of this kind of machine"):
+        common.write_records(path, [{"regime": "b"}], lambda row: row["regime"] == "b")
+    common.write_records(path, [{"regime": "b"}])  # the whole record is another machine's now
+    assert len(records.read(path)["rows"]) == 1
+
+
+def test_a_run_is_compared_with_the_records_of_a_like_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "machine_kind", lambda described: "here")
+    for folder, slow in (("here", 3.0), ("there", 9.0), ("latest", 2.0)):
+        common.write_records(tmp_path / folder / "x_cpu.json", _rows(slow))
+    lines = everything.compare(tmp_path / "latest")
+    assert "here" in lines[0] and lines[1].startswith("x_cpu: 1 of 2") and "3.00x -> 2.00x" in lines[2]
+    monkeypatch.setattr(common, "machine_kind", lambda described: "elsewhere")
+    assert everything.compare(tmp_path / "latest")[0].endswith("there are here, there")
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_chart_draws_its_record(path: Path, tmp_path: Path) -> None:
+    drawn = charts.draw(tmp_path / path.name, records.read(path)["rows"])
+    assert drawn is None or drawn.stat().st_size > 5000
 
 
 def test_red_tests_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

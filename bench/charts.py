@@ -1,0 +1,212 @@
+"""The plots of records, all in one style; ``python -m bench.report`` draws them anew from the committed rows.
+
+Most show speed-ups: a row per setting, a facet per named peer, the peer's time over this package's. Right of the line at 1 this
+package is faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[dict[str, Any]]
+Table = dict[str, dict[str, float]]
+"""Ratio by setting and peer."""
+
+FASTER, SLOWER, NEUTRAL = "#2a6fbb", "#d1712b", "#9a9a9a"
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 130,
+}
+PEERS = {
+    "sdpa masked": "SDPA, dense mask",
+    "sdpa loop": "SDPA, per sample",
+    "sdpa split": "SDPA, two launches",
+    "flex": "FlexAttention,\ncompiled",
+}
+
+
+@contextlib.contextmanager
+def figure(path: Path, rows: int, columns: int, size: tuple[float, float], **options: Any) -> Iterator[Any]:
+    """An array (rows, columns) of panels; saved to ``path`` at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context(STYLE):
+        drawing, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, **options)
+        yield panels
+        drawing.savefig(path)
+        pyplot.close(drawing)
+
+
+def facets(table: Table, path: Path, *, unit: str = "peer's time over grit_kernels'") -> None:
+    """A panel per peer with a bar per setting; what a peer did not run has none."""
+    peers = list(dict.fromkeys(peer for ratios in table.values() for peer in ratios))
+    settings = list(table)
+    most = max(ratio for ratios in table.values() for ratio in ratios.values())
+    least = min(ratio for ratios in table.values() for ratio in ratios.values())
+    size = (2.2 + 1.75 * len(peers), 0.8 + 0.21 * len(settings))
+    with figure(path, 1, len(peers), size, sharey=True, sharex=True) as panels:
+        for panel, peer in zip(panels[0], peers, strict=True):
+            for place, setting in enumerate(settings):
+                ratio = table[setting].get(peer)
+                if ratio is None:
+                    continue
+                panel.barh(place, ratio - 1, left=1, height=0.7, color=FASTER if ratio >= 1 else SLOWER)
+                panel.annotate(
+                    f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x",
+                    (max(ratio, 1), place),
+                    xytext=(3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                )
+            panel.axvline(1, color="black", linewidth=0.8)
+            panel.set_xscale("log", base=2)
+            panel.set_xlim(min(0.5, least / 1.2), max(2.0, most) * 2.2)
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.set_title(peer)
+        panels[0][0].set_yticks(range(len(settings)), settings)
+        panels[0][0].invert_yaxis()
+        panels[0][len(peers) // 2].set_xlabel(unit)
+
+
+def speedups(
+    rows: Rows, setting: Callable[[dict[str, Any]], str], values: dict[str, str], peers: dict[str, str] | None = None
+) -> Table:
+    """The table of :func:`facets` from rows that hold their own ratio to this package.
+
+    Args:
+        setting: the name of a row's setting.
+        values: fields that hold a ratio, and what stands behind the setting's name for each.
+        peers: title by variant; default: each variant that is not this package's.
+    """
+    table: Table = {}
+    for field, suffix in values.items():
+        for row in rows:
+            name = str(row["variant"])
+            ours = name.startswith(("grit", "decode", "packed"))
+            if (name not in peers if peers else ours) or not isinstance(row.get(field), float):
+                continue
+            table.setdefault(setting(row) + suffix, {})[peers[name] if peers else name] = row[field]
+    return table
+
+
+def attention(rows: Rows, path: Path) -> None:
+    """Every regime against each way of the field."""
+    facets(speedups(rows, lambda row: str(row["regime"]), {"times_grit": ""}, PEERS), path)
+
+
+def pooling(rows: Rows, path: Path) -> None:
+    """Every shape against each way to take the same mean."""
+
+    def setting(row: dict[str, Any]) -> str:
+        return f"{row['dtype']}, {row['tokens']} x {row['hidden']}, {row['samples']} texts"
+
+    facets(speedups([row for row in rows if row["variant"] != "ceiling"], setting, {"speedup": ""}), path)
+
+
+def contrastive(rows: Rows, path: Path) -> None:
+    """Forward alone, and a whole step."""
+    shown = [row for row in rows if "queries" in row]
+
+    def setting(row: dict[str, Any]) -> str:
+        return f"{row['dtype']}, {row['queries']} x {row['passages']}"
+
+    facets(speedups(shown, setting, {"forward_speedup": ", forward", "step_speedup": ", step"}), path)
+
+
+def generative_loss(rows: Rows, path: Path) -> None:
+    """Forward and backward."""
+    shown = [row for row in rows if row["variant"] != "gemm"]
+    facets(speedups(shown, lambda row: f"{row['dtype']}, vocabulary {row['vocabulary']}", {"speedup": ""}), path)
+
+
+def model(rows: Rows, path: Path) -> None:
+    """Left: the same work in less time. Right: where a pass spends its time."""
+    parts = [row for row in rows if "part" in row]
+    speeds = [row for row in rows if "time_over_first" in row and row["time_over_first"] != 1.0]
+    with figure(path, 1, 2, (9, 2.4)) as panels:
+        left, right = panels[0]
+        names = [f"{row['group']}:\n{row['variant']}" for row in speeds]
+        bars = left.barh(names, [row["time_over_first"] for row in speeds], color=FASTER)
+        left.bar_label(bars, [f"{row['time_over_first']:.1f}x" for row in speeds], padding=3, fontsize=7)
+        left.set(xlabel="peer's time over grit_kernels'", title="135M model, texts of 8 to 512 tokens")
+        left.margins(x=0.15)
+        left.invert_yaxis()
+        passes = list(dict.fromkeys(str(row["variant"]) for row in parts))
+        begins = dict.fromkeys(passes, 0.0)
+        for part in dict.fromkeys(str(row["part"]) for row in parts):
+            own = {str(row["variant"]): float(row["seconds"]) for row in parts if row["part"] == part}
+            right.barh(passes, [own.get(name, 0.0) for name in passes], left=list(begins.values()), label=part)
+            begins = {name: begins[name] + own.get(name, 0.0) for name in passes}
+        right.set(xlabel="seconds of one batch", title="where a pass spends its time")
+        right.invert_yaxis()
+        if parts:
+            right.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def train(rows: Rows, path: Path) -> None:
+    """Tokens per second beside the memory of a step."""
+    names = [str(row["variant"]) for row in rows]
+    colours = [FASTER if name.startswith("packed") else NEUTRAL for name in names]
+    with figure(path, 1, 2, (8, 0.8 + 0.3 * len(rows)), sharey=True) as panels:
+        for panel, field, label in (
+            (panels[0][0], "tokens_per_second", "tokens per second"),
+            (panels[0][1], "memory_mib", "MiB of one step"),
+        ):
+            bars = panel.barh(names, [row[field] for row in rows], color=colours)
+            panel.bar_label(bars, [f"{row[field]:,.0f}" for row in rows], padding=3, fontsize=7)
+            panel.set_xlabel(label)
+            panel.margins(x=0.2)
+        panels[0][0].invert_yaxis()
+
+
+def rag(rows: Rows, path: Path) -> None:
+    """Time over length, one panel per sample, one line per mode."""
+    samples = list(dict.fromkeys(str(row["sample"]) for row in rows))
+    with figure(path, 1, len(samples), (4.5 * len(samples), 3), sharey=True) as panels:
+        for panel, sample in zip(panels[0], samples, strict=True):
+            for mode in dict.fromkeys(str(row["variant"]) for row in rows):
+                line = [r for r in rows if r["sample"] == sample and r["variant"] == mode]
+                x, y, spread = ([r[name] for r in line] for name in ("length", "median_s", "spread_s"))
+                panel.errorbar(x, y, yerr=spread, marker="o", markersize=3, capsize=2, linewidth=1, label=mode)
+            panel.set(title=sample, xlabel="tokens")
+            panel.grid(True)
+        panels[0][0].set_ylabel("seconds to the last new token")
+        panels[0][-1].legend(fontsize=7)
+
+
+CHARTS: dict[str, Callable[[Rows, Path], None]] = {
+    "attention": attention,
+    "pooling": pooling,
+    "contrastive": contrastive,
+    "generative_loss": generative_loss,
+    "model": model,
+    "train": train,
+    "rag": rag,
+}
+"""By the record's name without its device."""
+
+
+def draw(record: Path, rows: Rows) -> Path | None:
+    """The plot beside a record; None where its kind has none."""
+    chart = CHARTS.get(record.stem.removesuffix("_cpu").removesuffix("_cuda"))
+    if chart is None:
+        return None
+    path = record.with_suffix(".png")
+    chart(rows, path)
+    return path
