@@ -80,12 +80,34 @@ test-floor: install .floor/.installed  ## on the oldest supported transformers a
 test-newest: install  ## tests and a two-step demo with everything but torch at its newest; prints what differs
 	$(BIN)/python -m tools.newest --torch "$(TORCH)" --jobs $(JOBS)
 
-test-model: install  ## tests on the real 135M model
-	$(BIN)/grit fetch-model
-	$(BIN)/python -m pytest -m "model and not gpu"
+test-model: fetch-model  ## tests on the real 135M model
+	$(call marked,model)
 
 test-slow: install  ## tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(call marked,slow)
+
+test-load: install  ## the server under load
+	$(call marked,load)
+
+test-browser: install  ## the server's page, in a Chromium that is installed
+	$(call marked,browser)
+
+test-ray: install  ## replicas of the server, where Ray is installed
+	$(call marked,ray)
+
+test-nvcc: install  ## compile the CUDA sources, where nvcc is installed
+	$(call marked,nvcc)
+
+test-notebook: install  ## run the notebooks
+	$(call marked,notebook)
+
+test-all: test test-floor test-slow test-model test-load test-browser test-ray test-nvcc test-notebook families demo test-newest  ## everything but the GPU; an hour
+
+# exit status 5: no test has the marker
+marked = $(BIN)/python -m pytest -rs -m "$(1) and not gpu" || test $$? -eq 5
+
+fetch-model: install
+	$(BIN)/grit fetch-model
 
 families: install  ## docs/families.md: what patch() does for each family, from a run of its tests
 	$(BIN)/python -m tests.families_table
@@ -109,16 +131,13 @@ asan: install  ## the CPU kernels with the address and undefined-behaviour sanit
 
 # -- measurements
 
-bench: install  ## about 15 minutes on 2 quiet cores: compares with the committed records and says what moved
-	$(BIN)/grit fetch-model
+bench: fetch-model  ## about 15 minutes on 2 quiet cores: compares with the committed records and says what moved
 	$(BIN)/python -m bench
 
-bench-full: install  ## every size and peer; the records become the committed ones
-	$(BIN)/grit fetch-model
+bench-full: fetch-model  ## every size and peer; the records become the committed ones
 	$(BIN)/python -m bench --full --keep
 
-proof: install  ## unified training against two specialists of the same length; an interrupted run goes on
-	$(BIN)/grit fetch-model
+proof: fetch-model  ## unified training against two specialists of the same length; an interrupted run goes on
 	$(BIN)/python -m bench.proof
 
 # -- code and pages

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TESTS = ROOT / "tests" / "grit_kernels" / "test_families.py"
+TESTS = ROOT / "tests" / "grit_kernels" / "hf" / "test_families.py"
 TABLE = ROOT / "docs" / "families.md"
 YES, NO, NONE = "yes", "**failed**", "-"
 
