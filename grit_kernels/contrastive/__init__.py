@@ -28,7 +28,6 @@ def contrastive_loss(
     weights: Tensor | None = None,
     normalize: bool = False,
     process_group: Any = None,
-    gradient_scale: Literal["exact", "reference"] = "exact",
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,9 +43,8 @@ def contrastive_loss(
         symmetric: add the reverse direction (positive passage to queries) and halve the sum.
         weights: (Q), weight of each query's loss; ``mean`` divides by their sum.
         normalize: L2-normalise both sides first.
-        process_group: gather queries and passages across its ranks; every rank returns the loss over all queries.
-        gradient_scale: ``"exact"`` scales gradients so that a mean over ranks (DDP, FSDP) is the gradient of the global loss;
-            ``"reference"`` leaves the public implementation's 1/world_size.
+        process_group: gather queries and passages across its ranks; every rank returns the loss over all queries, and gradients
+            are scaled so that their mean over ranks (DDP, FSDP) is the gradient of that loss.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (per-query losses).
         return_accuracy: also return the share of queries whose target scores highest.
 
@@ -62,8 +60,6 @@ def contrastive_loss(
     Source: GRIT, arXiv 2402.09906 equation 1.
     """
     _check(queries, passages)
-    if gradient_scale not in ("exact", "reference"):
-        raise ValueError(f"gradient_scale: expected 'exact' or 'reference', got {gradient_scale!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected one of 'mean', 'sum', 'none', got {reduction!r}")
     _check_temperature(temperature)
@@ -80,7 +76,7 @@ def contrastive_loss(
         from grit_kernels.contrastive.distributed import gather
 
         queries, passages, targets, mask_ids, weights = gather(
-            queries, passages, targets, mask_ids, weights, process_group, gradient_scale
+            queries, passages, targets, mask_ids, weights, process_group
         )
     count, candidates = queries.shape[0], passages.shape[0]
     if targets is None:

@@ -43,15 +43,13 @@ def gather(
     mask_ids: tuple[Tensor, Tensor] | None,
     weights: Tensor | None,
     group: Any,
-    gradient_scale: str,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
     """Everything :func:`contrastive_loss` needs, of all ranks; targets are shifted to the gathered passages.
 
-    DDP and FSDP average gradients over ranks, and each rank keeps only its own rows' part, so ``"exact"`` multiplies by the
-    world size; ``"reference"`` does not.
+    DDP and FSDP average gradients over ranks, and each rank keeps only its own rows' part, so that part is multiplied by the
+    world size.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    scale = float(world) if gradient_scale == "exact" else 1.0
     query_counts = _counts(queries.shape[0], queries.device, group)
     passage_counts = _counts(passages.shape[0], passages.device, group)
     if targets is None:
@@ -63,8 +61,8 @@ def gather(
     shifted = rows(targets.to(queries.device) + sum(passage_counts[:rank]), query_counts)
     ids = None if mask_ids is None else (rows(mask_ids[0], query_counts), rows(mask_ids[1], passage_counts))
     return (
-        rows(queries, query_counts, scale),
-        rows(passages, passage_counts, scale),
+        rows(queries, query_counts, float(world)),
+        rows(passages, passage_counts, float(world)),
         shifted,
         ids,
         None if weights is None else rows(weights, query_counts),

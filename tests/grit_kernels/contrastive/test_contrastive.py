@@ -152,24 +152,22 @@ def _rank(rank: int, file: str, q: Tensor, p: Tensor, weights: Tensor, results: 
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(UNEVEN))
     first = sum(UNEVEN[:rank])
     own, own_passages = slice(first, first + UNEVEN[rank]), slice(2 * first, 2 * (first + UNEVEN[rank]))
-    for scale in ("exact", "reference"):
-        leaves = [q[own].clone(), p[own_passages].clone(), torch.tensor(0.1)]
-        queries, passages, temperature = (x.requires_grad_() for x in leaves)
-        loss = gk.contrastive_loss(
-            queries,
-            passages,
-            temperature=temperature,
-            weights=weights[own],
-            mask_ids=(torch.arange(5)[own] % 4, torch.arange(10)[own_passages] // 2 % 4),
-            process_group=dist.group.WORLD,
-            gradient_scale=scale,  # type: ignore[arg-type]
-        )
-        grads = torch.autograd.grad(loss, leaves)
-        results[scale, rank] = (float(loss), *(g.tolist() for g in grads))
+    leaves = [q[own].clone(), p[own_passages].clone(), torch.tensor(0.1)]
+    queries, passages, temperature = (x.requires_grad_() for x in leaves)
+    loss = gk.contrastive_loss(
+        queries,
+        passages,
+        temperature=temperature,
+        weights=weights[own],
+        mask_ids=(torch.arange(5)[own] % 4, torch.arange(10)[own_passages] // 2 % 4),
+        process_group=dist.group.WORLD,
+    )
+    grads = torch.autograd.grad(loss, leaves)
+    results[rank] = (float(loss), *(g.tolist() for g in grads))
     dist.destroy_process_group()
 
 
-def test_two_processes_with_uneven_batches_equal_one_process_in_both_gradient_scales(tmp_path: Path) -> None:
+def test_two_processes_with_uneven_batches_equal_one_process(tmp_path: Path) -> None:
     q, p, weights = unit(5).requires_grad_(), unit(10).requires_grad_(), torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
     temperature = torch.tensor(0.1, requires_grad=True)
     ids = (torch.arange(5) % 4, torch.arange(10) // 2 % 4)
@@ -179,15 +177,14 @@ def test_two_processes_with_uneven_batches_equal_one_process_in_both_gradient_sc
         results = manager.dict()
         mp.spawn(_rank, (str(tmp_path / "store"), q.detach(), p.detach(), weights, results), nprocs=len(UNEVEN))
         found = dict(results)
-    for scale, factor in (("exact", len(UNEVEN)), ("reference", 1)):
-        by_rank = [found[scale, rank] for rank in range(len(UNEVEN))]
-        for rank_loss, _, _, temperature_grad in by_rank:
-            assert rank_loss == pytest.approx(loss.item(), rel=1e-5)
-            # every rank sees the loss of all rows: the mean over ranks of this gradient is the global one
-            assert temperature_grad == pytest.approx(expected[2].item(), rel=1e-4)
-        for index in (0, 1):
-            rows = torch.cat([torch.tensor(rank[1 + index]) for rank in by_rank])
-            torch.testing.assert_close(rows, expected[index] * factor, rtol=1e-4, atol=1e-6)
+    by_rank = [found[rank] for rank in range(len(UNEVEN))]
+    for rank_loss, _, _, temperature_grad in by_rank:
+        assert rank_loss == pytest.approx(loss.item(), rel=1e-5)
+        # every rank sees the loss of all rows: the mean over ranks of this gradient is the global one
+        assert temperature_grad == pytest.approx(expected[2].item(), rel=1e-4)
+    for index in (0, 1):
+        rows = torch.cat([torch.tensor(rank[1 + index]) for rank in by_rank])
+        torch.testing.assert_close(rows / len(UNEVEN), expected[index], rtol=1e-4, atol=1e-6)
 
 
 # ---- refused
@@ -225,7 +222,6 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         call(mask_ids=(torch.ones(2), torch.ones(4, device="meta"))),
     ),
     "reduction": ("reduction: expected .*got 'max'", call(reduction="max")),
-    "gradient scale": ("gradient_scale: expected .*got 'half'", call(gradient_scale="half")),
 }
 
 
