@@ -154,6 +154,10 @@ class GritSettings:
         ):
             check_choice(name, getattr(self, name), accepted)
         object.__setattr__(self, "attn", str(AttentionVariant.parse(str(self.attn))))
+        if self.embed_instruction and not self.attention.embedding_is_uniform:
+            raise ValueError(
+                f"embed_instruction: expected False with attn {self.attn!r}, which reads it apart, got True"
+            )
         if self.projection is not None:
             if isinstance(self.projection, bool) or not isinstance(self.projection, int):
                 raise TypeError(f"projection: expected an int or None, got {self.projection!r}")

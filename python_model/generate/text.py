@@ -11,8 +11,8 @@ import torch
 from python_model.data.files import read_objects
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
+from python_model.model.chat_template import template_ids
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import escape
 from python_model.support.arguments import check_at_least, check_choice
 
 ChatFormat = Literal["grit", "template"]
@@ -45,11 +45,11 @@ def conversation_ids(
     Args:
         turns: user, assistant, .., user.
         format: ``"grit"`` (the text format of the model's settings) or ``"template"`` (the chat template of the tokenizer).
-        system: a system message. The GRIT format has no such role: it opens the first user turn there.
+        system: a system message. It opens the first user turn where the format has no such role.
         prefix: the opening of the reply.
 
     Raises:
-        ValueError: an unknown format, an even number of turns, or a tokenizer without a chat template.
+        ValueError: an unknown format, an even number of turns, or a chat template that is missing or fails.
     """
     check_choice("format", format, FORMATS)
     if model.attention.generative == "il" and len(turns) > 1:
@@ -57,29 +57,7 @@ def conversation_ids(
     if format == "grit":
         opened = [f"{system}\n\n{turns[0]}", *turns[1:]] if system and turns else list(turns)
         return prompt_ids(model, model.formatter.chat_prompt(opened) + prefix)
-    if len(turns) % 2 == 0:
-        raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
-    tokenizer = model.tokenizer
-    if not tokenizer.chat_template:
-        raise ValueError("format: expected 'grit', since the tokenizer has no chat template, got 'template'")
-    messages = [{"role": "system", "content": _plain(model, system)}] if system else []
-    messages += [
-        {"role": "assistant" if index % 2 else "user", "content": _plain(model, turn)}
-        for index, turn in enumerate(turns)
-    ]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prefix
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _plain(model: GritLM, text: str) -> str:
-    """``text`` with role markers and the tokenizer's special tokens, where a user spelled them out, broken up by a space."""
-    text = escape(text)
-    # more tokens are special than those with a role of their own: Llama 3 opens a turn with <|start_header_id|>
-    added = (str(token) for token in model.tokenizer.added_tokens_decoder.values() if token.special)
-    for token in sorted({*model.tokenizer.all_special_tokens, *added}, key=len, reverse=True):
-        if len(token) > 1:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
+    return template_ids(model.tokenizer, turns, system=system, prefix=prefix)
 
 
 class TextStream:

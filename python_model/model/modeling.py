@@ -226,8 +226,12 @@ class GritLM(nn.Module):
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         if not texts:
             raise ValueError("sentences: expected at least one text, got an empty list")
+        if embed_instruction and not self.attention.embedding_is_uniform:
+            raise ValueError(
+                f"embed_instruction: expected False with attn {self.attn!r}, which reads it apart, got True"
+            )
         samples = self._encode_texts(texts, instruction, max_length, add_special_tokens)
-        skips = [0 if embed_instruction or self.settings.embed_instruction else s.instruction_len for s in samples]
+        skips = [0 if embed_instruction else s.instruction_len for s in samples]
         batches = _batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:
             raise ValueError(f"get_cache: expected one batch, got {len(texts)} texts in {len(batches)} batches")

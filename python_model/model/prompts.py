@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from python_model.settings import (
@@ -112,8 +112,11 @@ class Formatter:
     def text(
         self, prefix: str, text: str, max_length: int, *, add_special_tokens: bool = True, suffix: bool = True
     ) -> EncodedSample:
-        """A text to embed, see :func:`encode_text`; ``suffix=False`` leaves ``embed_eos`` out."""
-        return encode_text(
+        """A text to embed, see :func:`encode_text`; ``suffix=False`` leaves ``embed_eos`` out.
+
+        No token is left out of the pooling where the settings say ``embed_instruction``.
+        """
+        sample = encode_text(
             self.tokenizer,
             prefix,
             text,
@@ -122,6 +125,7 @@ class Formatter:
             special_tokens=self.special_tokens if add_special_tokens else SpecialTokens(),
             instruction_count=self.settings.instruction_count,
         )
+        return replace(sample, instruction_len=0) if self.settings.embed_instruction else sample
 
     def chat_prompt(self, turns: Sequence[str]) -> str:
         """The prompt that asks for the next reply, see :func:`chat_prompt`."""

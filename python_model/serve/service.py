@@ -128,11 +128,6 @@ class Service:
             return conversation_ids(self.reader, turns, format=self.format, system=system)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-        except Exception:
-            if not system:
-                raise
-            # a template without a system role: it opens the first turn, as in the GRIT format
-            return conversation_ids(self.reader, [f"{system}\n\n{turns[0]}", *turns[1:]], format=self.format)
 
     def _generations(
         self, param: str, prompts: list[list[int]], request: Any, limit: int | None, logprobs: int | None
