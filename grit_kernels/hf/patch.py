@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_kernels.checks import described
+from grit_kernels.hf import fuse as fused_modules
 from grit_kernels.hf import gptj
 from grit_kernels.hf.interface import BIDIRECTIONAL_WINDOWS, NAME, AttentionPass, register
 from grit_kernels.packing import SamplePack
@@ -54,14 +55,14 @@ class PatchRecord:
     attn_implementation: str
     bidirectional_window: str
     packing: bool
-    fuse: bool = True
+    fuse: bool
 
 
 # a 4-D mask is passed through by transformers untouched; a packed pass needs none, and this one costs nothing
 _NO_MASK_SHAPE = (1, 1, 1, 1)
 
 
-def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bool = True) -> Any:
+def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bool = True, fuse: bool = True) -> Any:
     """Make ``model``'s decoder switch its attention per sample, in place; returns ``model``.
 
     After it, ``model(...)`` and the bare decoder accept
@@ -83,6 +84,8 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
         bidirectional_window: what a bidirectional sample sees under ``sliding_window=W``: ``"transformers"`` (``|i - j| <= W``,
             as the unpatched model) or ``"full"`` (everything, as the published GritLM models' sdpa path). Equal up to W tokens.
         packing: compute only real tokens when no cache is involved and nothing is compiled. False keeps the padded layout.
+        fuse: run RMSNorm, rotary embedding and gated activations as one op each where a module behaves as the formula; the
+            result differs from the unfused one by roundings. Layers with weights are called as they are, hooks included.
 
     Raises:
         TypeError: the model's class is not supported; the message lists what is.
@@ -114,7 +117,10 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
             gptj.attach(_unwrapped(model), decoder)
             forward = functools.partial(gptj.decoder_forward, _forward, decoder)
         setattr(decoder, _forward_slot(decoder), forward)
-    decoder._grit_patch = PatchRecord(before, bidirectional_window, packing)
+    fused_modules.detach(decoder)
+    if fuse:
+        fused_modules.attach(decoder)
+    decoder._grit_patch = PatchRecord(before, bidirectional_window, packing, fuse)
     return model
 
 
@@ -127,6 +133,7 @@ def unpatch(model: Any) -> Any:
         if not (isinstance(installed, functools.partial) and installed.func in (_forward, gptj.decoder_forward)):
             raise RuntimeError("model: its decoder's forward was replaced after patch(); undo that first")
         before = decoder._grit_patch.attn_implementation
+        fused_modules.detach(decoder)
         if slot == "forward":
             del decoder.__dict__[slot]
         else:
