@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import logging
 import os
@@ -11,24 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import Command, add_model, load
+from python_model.support.optional import require
+
 KEY_VARIABLE = "GRIT_API_KEY"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit serve``."""
-    arguments = _parser().parse_args(argv)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise SystemExit(f"grit serve: {error.name} is missing; pip install 'grit-kernels[serve]'") from error
-    try:
-        keys = api_keys(arguments.api_key_file)
-        check_address(arguments.host, keys)
-        app = build_app(arguments, keys)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"grit serve: {error}") from error
+def run(arguments: Namespace) -> None:
+    """Serve until the process is told to stop."""
+    uvicorn = require("uvicorn", "serve")
+    for module in ("fastapi", "prometheus_client"):
+        require(module, "serve")
+    keys = api_keys(arguments.api_key_file)
+    check_address(arguments.host, keys)
+    app = build_app(arguments, keys)
     _set_up_logging()
     config = uvicorn.Config(
         app,
@@ -42,21 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     uvicorn.Server(config).run()
 
 
-def build_app(arguments: argparse.Namespace, keys: Sequence[str]) -> Any:
+def build_app(arguments: Namespace, keys: Sequence[str]) -> Any:
     """The application that the arguments describe."""
     import torch
 
-    from python_model.corpora.small_model import resolve_model
-    from python_model.model.modeling import GritLM
     from python_model.serve.app import create_app
     from python_model.serve.engine import Engine
     from python_model.serve.service import Limits, Service
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    path = resolve_model(arguments.model)
     options = {} if arguments.dtype == "auto" else {"dtype": getattr(torch, arguments.dtype)}
-    model = GritLM(path, mode=arguments.mode, device=arguments.device, **options)
+    model = load(arguments, mode=arguments.mode, **options)
     engine = Engine(
         model,
         arena_rows=arguments.kv_tokens,
@@ -68,7 +62,7 @@ def build_app(arguments: argparse.Namespace, keys: Sequence[str]) -> Any:
     )
     service = Service(
         engine,
-        name=arguments.served_model_name or Path(path).name,
+        name=arguments.served_model_name or Path(arguments.model).name,
         format=arguments.format,
         query_instruction=arguments.query_instruction,
         limits=Limits(
@@ -154,38 +148,43 @@ def _set_up_logging() -> None:
     access.handlers, access.propagate = [lines], False
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="grit serve", description="Serve chat and embeddings from one copy of the weights (docs/serving.md)."
-    )
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit serve``."""
+    add_model(parser)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
     add("--mode", choices=("unified", "embedding", "generative"), default="unified", help="embedding: no chat")
-    add("--served-model-name", help="what clients call it (default: the folder's name)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the checkpoint's")
-    add("--device", help="default: CUDA if there is one, else the CPU")
+    add("--served-model-name", help="what clients call it; the default is the folder's name")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights; auto: as in the checkpoint",
+    )
     add("--threads", type=int, help="CPU threads of the model")
     add("--host", default="127.0.0.1", help="another address than this machine's own needs an API key")
     add("--port", type=int, default=8000)
     add("--api-key-file", type=Path, help=f"file with an accepted key per line; {KEY_VARIABLE} adds one")
-    add("--format", choices=("grit", "template"), default="grit", help="of chat prompts (default: grit)")
+    add(
+        "--format",
+        choices=("grit", "template"),
+        default="grit",
+        help="of chat prompts: the model's own, or the tokenizer's chat template",
+    )
     add("--query-instruction", default="", help="for texts with input_type 'query', and questions to an index")
     add(
         "--index", action="append", default=[], metavar="[NAME=]FOLDER", help="an index to answer from; may be repeated"
     )
     add("--store", action="append", default=[], metavar="[NAME=]FOLDER", help="states of the documents of that index")
-    add("--kv-tokens", type=int, default=16384, help="key-value memory: tokens of all chats together (default: 16384)")
-    add("--max-step-tokens", type=int, default=2048, help="largest step, and longest text to embed (default: 2048)")
-    add("--target-ms", type=float, default=100.0, help="time between tokens that steps aim at (default: 100)")
-    add("--ageing", type=float, default=5.0, help="seconds after which bulk texts are served like chats (default: 5)")
-    add("--max-sequences", type=int, default=64, help="chats at the same time (default: 64)")
+    add("--kv-tokens", type=int, default=16384, help="key-value memory: tokens of all chats together")
+    add("--max-step-tokens", type=int, default=2048, help="largest step, and longest text to embed")
+    add("--target-ms", type=float, default=100.0, help="time between tokens that steps aim at")
+    add("--ageing", type=float, default=5.0, help="seconds after which bulk texts are served like chats")
+    add("--max-sequences", type=int, default=64, help="chats at the same time")
     add("--max-queued-tokens", type=int, default=1 << 18, help="waiting tokens from which on 429 is sent")
-    add("--max-tokens", type=int, default=256, help="of a reply whose request does not say (default: 256)")
-    add("--timeout", type=float, default=600.0, help="seconds after which a request fails (default: 600)")
-    add("--max-body-mb", type=int, default=8, help="largest request (default: 8)")
-    add("--drain-seconds", type=int, default=30, help="for running requests when the server is stopped (default: 30)")
-    return parser
+    add("--max-tokens", type=int, default=256, help="of a reply whose request does not say")
+    add("--timeout", type=float, default=600.0, help="seconds after which a request fails")
+    add("--max-body-mb", type=int, default=8, help="largest request")
+    add("--drain-seconds", type=int, default=30, help="for running requests when the server is stopped")
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("serve", "Serve chat and embeddings from one copy of the weights (docs/serving.md).", configure, run)

@@ -200,12 +200,13 @@ class Service:
             ) from None
         if sample.truncated:
             self._too_long(param, self.text_tokens)
+        skip = 0 if model.settings.embed_instruction else sample.instruction_len
         return TextWork(
             sample.input_ids,
             deadline=self._deadline(),
             causal=model.attention.embedding_causal,
-            causal_prefix=sample.instruction_len if not model.attention.embedding_is_uniform else None,
-            instruction_len=sample.instruction_len,
+            causal_prefix=None if model.attention.embedding_is_uniform else skip,
+            instruction_len=skip,
             bulk=bulk,
         )
 

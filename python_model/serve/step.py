@@ -123,7 +123,7 @@ class PackedStep:
         # the second half of the table for -sin: rotate_half becomes two products
         rope = cos, -sin[..., :half], sin[..., half:]  # each (tokens, 1, D or D / 2)
         windows = {
-            window: [_window_sizes(part.causal, window, self.model.bidirectional_window) for part in parts]
+            window: [_window_sizes(part.causal, window, self.model.settings.bidirectional_window) for part in parts]
             for window in set(self.windows)
         }
         for index, layer in enumerate(decoder.layers):
