@@ -57,6 +57,26 @@ class _Block:
     ids: Tensor  # int64 (rows)
 
 
+def stable_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row of ``scores`` (rows, n), largest first, and their columns; equal scores keep their order.
+
+    ``torch.topk`` is several times faster than a sort of everything, but may take any of equal scores. So its choice is put in
+    order, and only rows in which an equal of the k-th score was left out are sorted whole.
+    """
+    k = min(k, scores.shape[1])
+    best = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more, to see whether the k-th has an equal outside
+    columns = best.indices[:, :k].sort(dim=1).values
+    values = scores.gather(1, columns)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    values, columns = values.gather(1, order), columns.gather(1, order)
+    if 0 < k < scores.shape[1]:
+        tied = best.values[:, k - 1] == best.values[:, k]
+        if bool(tied.any()):
+            sorted_scores, sorted_columns = scores[tied].sort(dim=1, descending=True, stable=True)
+            values[tied], columns[tied] = sorted_scores[:, :k], sorted_columns[:, :k]
+    return values, columns
+
+
 class Index(StoreFolder):
     """Documents with vectors of one size, made by one model.
 
@@ -207,12 +227,11 @@ class Index(StoreFolder):
         for block in self._blocks:
             for start in range(0, len(block.ids), ROWS_AT_ONCE):
                 part = slice(start, start + ROWS_AT_ONCE)
-                scores = queries @ _unpack(block, part).T
+                scores, places = stable_top_k(queries @ _unpack(block, part).T, k)
                 best = torch.cat([best, scores], dim=1)
-                found = torch.cat([found, block.ids[part].expand(len(queries), -1)], dim=1)
-                # a stable sort instead of topk: equal scores keep the order of the documents
-                order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
-                best, found = best.gather(1, order), found.gather(1, order)
+                found = torch.cat([found, block.ids[part][places]], dim=1)
+                best, order = stable_top_k(best, k)
+                found = found.gather(1, order)
         return best, found
 
     def _search_faiss(self, queries: Tensor, k: int, factory: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from python_model import GritLM
 from python_model.rag import StoreCorruptError
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, read_documents
-from python_model.rag.index import Index, add_documents, open_index
+from python_model.rag.index import Index, add_documents, open_index, stable_top_k
 from python_model.rag.modes import Document
 
 
@@ -215,7 +215,7 @@ def test_a_model_fills_an_index_that_another_model_cannot_open(checkpoint: Path,
     assert answer.documents[0] == documents[0] and len(answer.scores) == 2 and answer.scores[0] > 0.99
     cached = RAG(model, index=index).answer("A river flows.", mode="query_cache", max_new_tokens=2)
     assert cached.cached_tokens > 0  # the states of the pass that embedded the question
-    with pytest.raises(ValueError, match="settings: got"):
+    with pytest.raises(ValueError, match="settings: expected"):
         open_index(tmp_path / "i", GritLM(checkpoint, pooling_method="cls", device="cpu", dtype="float32"))
     other = GritLM(checkpoint, device="cpu", dtype="float32")
     with torch.no_grad():
@@ -232,5 +232,13 @@ def test_an_embedding_head_with_other_weights_is_another_model(checkpoint: Path,
     first, second = (GritLM(checkpoint, projection=8, device="cpu", dtype="float32") for _ in range(2))
     open_index(tmp_path / "i", first)
     open_index(tmp_path / "i", first)
-    with pytest.raises(ValueError, match="settings: got"):
+    with pytest.raises(ValueError, match="settings: expected"):
         open_index(tmp_path / "i", second)
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 50), st.integers(2, 6))
+def test_top_k_equals_a_stable_sort_also_where_scores_are_equal(rows: int, n: int, k: int, values: int) -> None:
+    scores = torch.randint(values, (rows, n)).float()
+    best, columns = stable_top_k(scores, k)
+    expected, order = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(best, expected[:, :k]) and torch.equal(columns, order[:, :k])
