@@ -7,7 +7,6 @@ a document that was found. Writes ``results.json``, ``loss.png``, ``log.jsonl`` 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import random
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from python_model.commands import demo_report as report
+from python_model.commands.runner import SMALL_MODEL, Command
 from python_model.corpora.small_model import resolve_model
 from python_model.data import sample_dir
 from python_model.data.reading import read_generative
@@ -177,7 +178,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return results
 
 
-def demo_config(output_dir: str, steps: int = STEPS, seed: int = 0, model: str = "smollm2-135m") -> TrainConfig:
+def demo_config(output_dir: str, steps: int = STEPS, seed: int = 0, model: str = SMALL_MODEL) -> TrainConfig:
     """The demo's recipe, that of configs/demo.yaml."""
     return TrainConfig(
         model=model,
@@ -196,26 +197,24 @@ def demo_config(output_dir: str, steps: int = STEPS, seed: int = 0, model: str =
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit demo``."""
-    parser = argparse.ArgumentParser(
-        prog="grit demo", description="One set of weights learns to search and goes on chatting, on a real small model."
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="checkpoint to start from (default: the small model)")
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit demo``."""
+    parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint to start from; the default is the small model")
     parser.add_argument("--output-dir", default="demo_output", help="for the checkpoint, the figures and the plot")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--started", type=float, help="Unix time at which the installation began, to report it as well")
-    arguments = parser.parse_args(argv)
-    try:
-        results = run(demo_config(arguments.output_dir, arguments.steps, arguments.seed, arguments.model))
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"grit demo: {error}") from error
+
+
+def show(arguments: Namespace) -> None:
+    """Run the demo and print what it found."""
+    results = run(demo_config(arguments.output_dir, arguments.steps, arguments.seed, arguments.model))
     since = None if arguments.started is None else time.time() - arguments.started
     print("\n".join(report.lines(results, arguments.output_dir, since)))
     if not report.both_better(results):
         raise SystemExit(1)
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command(
+    "demo", "One set of weights learns to search and goes on chatting, on a real small model.", configure, show
+)
