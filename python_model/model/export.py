@@ -1,26 +1,34 @@
 """The embedding side of a GRIT model as a sentence-transformers folder.
 
 :func:`export_sentence_transformers` writes a folder that ``SentenceTransformer(folder)`` loads without any code of this
-package, with the same embeddings. With ``packed=True`` its first module is :class:`GritTransformer`, which patches the decoder
-when it is loaded, so that a batch of unequal lengths costs no padding; loading it needs this package and
-``trust_remote_code=True``.
+package, with the embeddings of :meth:`GritLM.encode`, with a prompt or without one. With ``packed=True`` its first module is
+:class:`GritTransformer`, which patches the decoder when it is loaded, so that a batch of unequal lengths costs no padding; it
+needs this package and ``trust_remote_code=True``.
+
+sentence-transformers pools in the dtype of the decoder. A folder of a bfloat16 model therefore says float32 (its weights stay
+bfloat16 on the disk); the packed form computes in bfloat16 and pools in float32, as GritLM does.
 
 Source of the module layout: sentence-transformers >= 6.2. Its prompts are plain text in front of each text; the number of
-prompt tokens it leaves out of the pooling is that of the prompt tokenised alone.
+prompt tokens it leaves out of the pooling is that of the prompt tokenised alone (``instruction_count="reference"``); that
+differs from the default where a text merges with its prompt, as one that begins with a space may.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import grit_kernels as gk
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import embed_instruction
-from python_model.support.files import new_folder
+from python_model.model.prompts import TURN_END, SpecialTokens
+from python_model.support.files import new_folder, write_json
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -34,12 +42,27 @@ except ImportError as error:
 _TEXT_ONLY: dict[str, Any] = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+}
+
+
 class GritTransformer(Transformer):
-    """sentence-transformers' Transformer over a patched decoder: padded batches are packed inside the forward pass."""
+    """sentence-transformers' Transformer over a patched decoder: padded batches are packed inside the forward pass, and token
+    embeddings leave it in float32."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         gk.patch(self.auto_model)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """``features`` with ``token_embeddings`` (B, T, hidden)."""
+        features = super().forward(features, **kwargs)
+        features["token_embeddings"] = features["token_embeddings"].float()
+        return features
 
 
 def export_sentence_transformers(
@@ -55,28 +78,23 @@ def export_sentence_transformers(
     Args:
         model: any GritLM whose embedding attention is ``bb`` or ``cc``.
         folder: replaced if it exists.
-        instructions: prompt name to instruction text; default ``{"query": "", "document": ""}``. Each becomes the prompt
-            ``<|user|>\\n{instruction}\\n<|embed|>\\n`` (or the bare embed marker), left out of the pooling.
+        instructions: prompt name to instruction text; default ``{"query": "", "document": ""}``. Each becomes the prefix of the
+            model's format (``<|user|>\\n{instruction}\\n<|embed|>\\n``, or the bare embed marker), left out of the pooling unless
+            the settings say ``embed_instruction``.
         max_length: longer texts lose their end.
         packed: load through :class:`GritTransformer`.
 
     Raises:
-        ValueError: the model's attention variant, pooling or text suffix has no counterpart in sentence-transformers.
+        ValueError: a setting of the model has no counterpart in sentence-transformers; the message names it.
     """
-    letters = model.attn[:2]
-    if letters not in ("bb", "cc"):
-        raise ValueError(f"model: got attn {model.attn!r}, accepted for an export are 'bb' and 'cc' embeddings")
-    if model.pooling_method == "weightedmean":
-        raise ValueError(
-            "model: got pooling_method 'weightedmean', whose weights start at the first pooled token; sentence-transformers' "
-            "start at the prompt. Accepted for an export are 'mean', 'lasttoken' and 'cls'"
-        )
-    if model.embed_eos:
-        raise ValueError(f"model: got embed_eos {model.embed_eos!r}, accepted for an export is none")
+    settings = model.settings
+    _check(model)
     target = Path(folder)
+    formatter = model.formatter
+    special = formatter.special_tokens
     with tempfile.TemporaryDirectory() as decoder_folder:
         model.decoder[0].save_pretrained(decoder_folder)
-        model.tokenizer.save_pretrained(decoder_folder)
+        _tokenizer(model).save_pretrained(decoder_folder)
         kind = GritTransformer if packed else Transformer
         transformer = kind(
             decoder_folder,
@@ -86,35 +104,86 @@ def export_sentence_transformers(
             max_seq_length=max_length,
         )
         # set after loading: given as an argument it would be dropped; saved, it is what a later load reads
-        transformer.auto_model.config.is_causal = letters == "cc"
+        config = transformer.auto_model.config
+        config.is_causal = settings.attention.embedding_causal
+        if settings.bidirectional_window == "full" and not settings.attention.embedding_causal:
+            config.sliding_window = None
         modules: list[Any] = [
             transformer,
-            # "cls" is the first token of all, prompt included
+            # "cls" is the first token of all, prompt included, and of "lasttoken" the prompt is no part
             Pooling(
                 transformer.get_embedding_dimension(),
-                model.pooling_method,
-                include_prompt=model.pooling_method == "cls",
+                settings.pooling_method,
+                include_prompt=settings.embed_instruction or settings.pooling_method in ("cls", "lasttoken"),
             ),
         ]
         if model.projection is not None:
-            import torch
-
+            head: Any = model.projection
             dense = Dense(
-                model.projection.in_features, model.projection.out_features, activation_function=torch.nn.Identity()
+                head.in_features,
+                head.out_features,
+                activation_function=_ACTIVATIONS[settings.projection_activation](),
             )
-            dense.linear.load_state_dict(model.projection.state_dict())
+            dense.linear.load_state_dict(head.state_dict())
             modules.append(dense)
-        if model.normalized:
+        if settings.normalized:
             modules.append(Normalize())
         names = {"query": "", "document": ""} if instructions is None else instructions
-        prompts = {name: _bos_text(model.tokenizer) + embed_instruction(text) for name, text in names.items()}
+        prefixes = {name: formatter.embed_instruction(text) for name, text in names.items()}
+        prompts = {name: text.replace(TURN_END, str(model.tokenizer.eos_token)) for name, text in prefixes.items()}
+        for name, prefix in {"": "", **prefixes}.items():
+            theirs = transformer.tokenizer(prompts.get(name, "") + "a")["input_ids"]
+            if theirs != formatter.text(prefix, "a", max_length).input_ids:
+                raise ValueError(
+                    f"instructions: expected texts that the tokenizer divides alike in sentence-transformers "
+                    f"(it would give {theirs} for {name!r} and the text 'a'), got {prompts.get(name, '')!r}"
+                )
+        if len(special.end) > 1 and settings.pooling_method == "mean" and any(prompts.values()):
+            raise ValueError(f"special_tokens: expected at most one behind a text, got {list(special.end)}")
         with new_folder(target) as finished:
             SentenceTransformer(modules=modules, prompts=prompts).save(str(finished))
+            if not packed:
+                file = finished / "config.json"
+                write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"})
     return target
 
 
-def _bos_text(tokenizer: Any) -> str:
-    """The BOS token as text where the tokenizer does not put it in front by itself."""
-    if tokenizer.bos_token_id is None or tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        return ""
-    return str(tokenizer.bos_token)
+def _check(model: GritLM) -> None:
+    settings = model.settings
+    if not settings.attention.embedding_is_uniform:
+        raise ValueError(f"attn: expected 'bb' or 'cc' embeddings for an export, got {settings.attn!r}")
+    if settings.pooling_method == "weightedmean" and not settings.embed_instruction:
+        raise ValueError(
+            "pooling_method: expected 'mean', 'lasttoken' or 'cls' for an export, got 'weightedmean', whose weights start at the "
+            "first pooled token; sentence-transformers' start at the prompt"
+        )
+    if settings.embed_eos and settings.pooling_method not in ("lasttoken", "cls") and not settings.embed_instruction:
+        raise ValueError(
+            f"embed_eos: expected none for an export with pooling_method {settings.pooling_method!r} "
+            f"(sentence-transformers counts it as part of the prompt), got {settings.embed_eos!r}"
+        )
+    if model.projection is not None and type(model.projection) is not nn.Linear:
+        raise TypeError(f"projection: expected an nn.Linear for an export, got {type(model.projection).__name__}")
+    layers = set(getattr(model.model.config, "layer_types", None) or ())
+    if settings.bidirectional_window == "full" and not settings.attention.embedding_causal and len(layers) > 1:
+        raise ValueError(
+            "bidirectional_window: expected 'transformers' for an export of a model with two kinds of layers, got 'full'"
+        )
+
+
+def _tokenizer(model: GritLM) -> Any:
+    """The model's tokenizer, made to add by itself what stands around a text: special tokens and ``embed_eos``."""
+    formatter = model.formatter
+    special, suffix = formatter.special_tokens, formatter.suffix
+    if not suffix and special == SpecialTokens.of(model.tokenizer):
+        return model.tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(model.tokenizer)
+    around = {"before": list(special.start), "behind": [*suffix, *special.end]}
+    known = [
+        {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in around.items() if ids
+    ]
+    single = [name for name in ("before", "$A", "behind") if around.get(name, True)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=known)
+    return tokenizer

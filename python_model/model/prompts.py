@@ -105,6 +105,11 @@ class Formatter:
         self.tokenizer, self.settings = tokenizer, settings
         self.special_tokens = SpecialTokens.of(tokenizer, settings.special_tokens)
 
+    @property
+    def suffix(self) -> list[int]:
+        """The tokens of ``embed_eos``."""
+        return _suffix(self.tokenizer, self.settings.embed_eos)
+
     def embed_instruction(self, instruction: str) -> str:
         """The prefix of a text to embed, see :func:`embed_instruction`."""
         return embed_instruction(instruction, format=self.settings.format)

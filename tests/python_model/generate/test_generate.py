@@ -252,7 +252,9 @@ def test_a_prefix_lm_reads_its_prompt_as_training_showed_it(checkpoint: Path, at
     for _ in range(6):
         ids = [*prompt, *new]
         run = [t < len(prompt) for t in range(len(ids))]
-        chunk = build_chunk([], [dataclasses.replace(sample, input_ids=ids, labels=None, bidirectional=run)], attn=attn)
+        chunk = build_chunk(
+            [], [dataclasses.replace(sample, input_ids=ids, labels=None, bidirectional=run)], attention=model.attention
+        )
         hidden = model.hidden_states(chunk.input_ids, chunk.pack)
         new.append(int((hidden[-1] @ model.model.get_output_embeddings().weight.T).argmax()))
     assert text == model.tokenizer.decode(new, skip_special_tokens=True)

@@ -30,6 +30,11 @@ def _load(folder: Path, **options: Any) -> Any:
         {"attn": "cccc", "pooling_method": "lasttoken"},
         {"attn": "bbcc", "pooling_method": "cls", "normalized": False},
         {"attn": "bbcc", "pooling_method": "mean", "projection": 16},
+        {"pooling_method": "mean", "projection": 16, "projection_activation": "tanh"},
+        {"pooling_method": "mean", "format": "zephyr"},
+        {"pooling_method": "weightedmean", "embed_instruction": True},
+        {"pooling_method": "lasttoken", "embed_eos": "</e>"},
+        {"pooling_method": "mean", "bidirectional_window": "full"},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )
@@ -41,9 +46,11 @@ def test_export_gives_the_same_embeddings(
     folder = export_sentence_transformers(model, tmp_path / "st", instructions=instructions, packed=packed)
     loaded = _load(folder, trust_remote_code=packed)
     for name, instruction in instructions.items():
-        want = model.encode(TEXTS, instruction=embed_instruction(instruction))
+        want = model.encode(TEXTS, instruction=model.formatter.embed_instruction(instruction))
         got = loaded.encode(TEXTS, prompt_name=name)
         np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=1e-5)
+    want = model.encode(TEXTS)
+    np.testing.assert_allclose(loaded.encode(TEXTS), want, atol=2e-6 * np.abs(want).max(), rtol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["st"]
 
 
@@ -130,11 +137,54 @@ def test_the_trainer_trains_the_packed_module_like_the_padded_one(checkpoint: Pa
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_variants_without_a_counterpart_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="attn 'cbcc'"):
-        export_sentence_transformers(GritLM(checkpoint, attn="cbcc", device="cpu"), tmp_path / "st")
-    with pytest.raises(ValueError, match="pooling_method 'weightedmean'"):
-        export_sentence_transformers(GritLM(checkpoint, pooling_method="weightedmean", device="cpu"), tmp_path / "st")
-    with pytest.raises(ValueError, match="embed_eos '</e>'"):
-        export_sentence_transformers(GritLM(checkpoint, embed_eos="</e>", device="cpu"), tmp_path / "st")
+@pytest.mark.parametrize("pooling_method", ["mean", "lasttoken", "cls"])
+def test_the_packed_export_of_a_bfloat16_model_gives_its_own_vectors(
+    checkpoint: Path, tmp_path: Path, pooling_method: str
+) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype=torch.bfloat16, pooling_method=pooling_method)
+    loaded = _load(export_sentence_transformers(model, tmp_path / "st", packed=True), trust_remote_code=True)
+    assert loaded[0].auto_model.dtype == torch.bfloat16
+    # one text at a time: in bfloat16 the tiles of a matrix product depend on its rows
+    for text in TEXTS:
+        np.testing.assert_allclose(loaded.encode(text), model.encode(text), atol=1e-6)
+
+
+def test_the_plain_export_of_a_bfloat16_model_gives_the_vectors_of_its_weights_in_float32(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    model = GritLM(checkpoint, device="cpu", dtype=torch.bfloat16)
+    folder = export_sentence_transformers(model, tmp_path / "st")
+    loaded = _load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    exact = GritLM(tmp_path / "saved", device="cpu", dtype=torch.float32).encode(TEXTS)
+    np.testing.assert_allclose(loaded.encode(TEXTS), exact, atol=2e-6)
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    mine = model.encode(TEXTS)
+    assert np.linalg.norm(loaded.encode(TEXTS) - mine) <= 1.001 * np.linalg.norm(exact - mine)
+
+
+def test_bos_that_the_tokenizer_does_not_add_is_added_by_the_exported_one(
+    checkpoint_without_bos: Path, tmp_path: Path
+) -> None:
+    model = GritLM(checkpoint_without_bos, special_tokens="bos", device="cpu", dtype="float32")
+    bare = GritLM(checkpoint_without_bos, device="cpu", dtype="float32")
+    assert np.abs(model.encode(TEXTS) - bare.encode(TEXTS)).max() > 1e-2
+    for grit in (model, bare):
+        loaded = _load(export_sentence_transformers(grit, tmp_path / "st", instructions={"query": "Find the text"}))
+        np.testing.assert_allclose(loaded.encode(TEXTS), grit.encode(TEXTS), atol=2e-6)
+        want = grit.encode(TEXTS, instruction=embed_instruction("Find the text"))
+        np.testing.assert_allclose(loaded.encode(TEXTS, prompt_name="query"), want, atol=2e-6)
+
+
+def test_settings_without_a_counterpart_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    refused: dict[str, dict[str, Any]] = {
+        "attn": {"attn": "cbcc"},
+        "pooling_method": {"pooling_method": "weightedmean"},
+        "embed_eos": {"embed_eos": "</e>"},
+    }
+    for name, settings in refused.items():
+        with pytest.raises(ValueError, match=f"{name}: expected .*got"):
+            export_sentence_transformers(GritLM(checkpoint, device="cpu", **settings), tmp_path / "st")
     assert list(tmp_path.iterdir()) == []
