@@ -126,7 +126,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     print(report.opening(len(sample.queries), len(sample.documents), len(sample.conversations)), flush=True)
     before = measure(model, sample)
     questions = draw_chats(sample)
-    chats = [{"question": question, "before": chat(model, [question])} for question in questions]
+    chats: list[dict[str, str]] = [{"question": question, "before": chat(model, [question])} for question in questions]
     print(report.measured(before.scores), flush=True)
 
     with contextlib.redirect_stdout(io.StringIO()):  # the plan of the memory and the like: the bar says enough here
@@ -135,7 +135,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
     after = measure(model, sample)
     print(report.measured(after.scores), flush=True)
-    searches = []
+    searches: list[dict[str, Any]] = []
     for index in draw_searches(sample.rows, SEARCHES):
         found = find(model, after.corpus, sample.queries[index])
         searches.append(
@@ -152,7 +152,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
         shown["after"] = chat(model, [shown["question"]])
     word = next(row for row in searches if row["kind"] == "wordnet_definition")
     question = f'What does the word "{re.split(r", | [(]", word["query"])[0]}" mean?'
-    answer = {"question": question, "document": word["found"], "is_right": word["found"] == word["right"]}
+    answer: dict[str, Any] = {
+        "question": question,
+        "document": word["found"],
+        "is_right": word["found"] == word["right"],
+    }
     answer["answer"] = chat(model, rag_prompt(question, word["found"]))
     checkpoint = trainer.save()
     output = Path(config.output_dir)
