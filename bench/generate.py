@@ -22,8 +22,6 @@ from python_model.generate.states import TextStates
 
 def variants(plain: Any, patched: Any, batch: int, context: int, new: int) -> dict[str, Any]:
     """What is timed; both give the same number of tokens."""
-    from transformers import DynamicCache
-
     config = plain.config
     generator = torch.Generator().manual_seed(0)
     shape = (config.num_hidden_layers, 2, config.num_key_value_heads, context, config.head_dim)
@@ -36,11 +34,11 @@ def variants(plain: Any, patched: Any, batch: int, context: int, new: int) -> di
     mask = torch.ones(batch, context + 1, dtype=torch.int64)
 
     def by_transformers() -> Any:
-        cache = DynamicCache([(layer[:, 0], layer[:, 1]) for layer in layers])
+        cache = gk.hf.new_cache((layer[:, 0], layer[:, 1]) for layer in layers)
         return plain.generate(
             prompt,
             attention_mask=mask,
-            past_key_values=cache,
+            **gk.hf.cache_keyword(plain, cache),
             max_new_tokens=new,
             min_new_tokens=new,
             do_sample=False,

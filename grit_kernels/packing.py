@@ -102,20 +102,41 @@ class SamplePack:
         attention_mask: Tensor,
         causal: bool | Tensor = True,
         instruction_lens: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
     ) -> SamplePack:
         """The pack of a padded batch: ``attention_mask`` (B, T) is non-zero at real tokens; left padding and holes are fine.
 
-        Lengths and flags are read back from the device, once for all layers. ``causal``: bool or bool (B).
+        A row is one sample unless it says otherwise: a mask of integers may number the samples of a row (1, 1, 2, 2, 0), and
+        ``position_ids`` (B, T) that start over begin a sample, as in :meth:`from_position_ids`; behind a hole only positions
+        that go back do. Lengths and flags are read back from the device, once for all layers. ``causal``: bool or bool (B), the
+        flag of each row's samples. ``instruction_lens``: int (B), for rows of one sample.
         """
         if attention_mask.ndim != 2:
             raise ValueError(f"attention_mask: expected (B, T), got {tuple(attention_mask.shape)}")
+        batch, length = attention_mask.shape
+        if position_ids is not None and tuple(position_ids.shape) != (batch, length):
+            raise ValueError(f"position_ids: expected {(batch, length)}, got {tuple(position_ids.shape)}")
         device = attention_mask.device
         real = attention_mask != 0
-        flags = causal.to("cpu") if isinstance(causal, Tensor) else causal
-        lens = None if instruction_lens is None else instruction_lens.to("cpu")
-        pack = cls.from_lengths(real.sum(dim=1).to("cpu"), flags, lens, device=device)
         indices = real.reshape(-1).nonzero()[:, 0]
-        return replace(pack, indices=indices, padded_shape=(real.shape[0], real.shape[1]))
+        sizes, rows = real.sum(dim=1).to("cpu"), torch.arange(batch)
+        begins = _begins_inside_rows(attention_mask, position_ids, indices)
+        if begins is not None and bool(begins.any()):
+            if instruction_lens is not None:
+                raise ValueError("instruction_lens: expected one sample per row, got rows of several samples")
+            row = indices.to("cpu") // length
+            first = torch.cat([begins.new_ones(1), begins]).to("cpu")
+            first[1:] |= row.diff() != 0
+            starts = first.nonzero()[:, 0]
+            empty = (sizes == 0).nonzero()[:, 0]
+            ends = torch.cat([starts[1:], starts.new_tensor([row.shape[0]])])
+            rows, order = torch.cat([row[starts], empty]).sort(stable=True)
+            sizes = torch.cat([ends - starts, torch.zeros_like(empty)])[order]
+        flags = causal.to("cpu")[rows] if isinstance(causal, Tensor) and causal.ndim else causal
+        lens = None if instruction_lens is None else instruction_lens.to("cpu")
+        pack = cls.from_lengths(sizes, flags, lens, device=device)
+        return replace(pack, indices=indices, padded_shape=(batch, length))
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, causal: bool | Tensor = True) -> SamplePack:
@@ -183,6 +204,21 @@ class SamplePack:
             None if self.indices is None else self.indices.to(device),
             self.padded_shape,
         )
+
+
+def _begins_inside_rows(attention_mask: Tensor, position_ids: Tensor | None, indices: Tensor) -> Tensor | None:
+    """bool (tokens - 1): whether the real token after each one begins a sample in the same row; None where no row can say so."""
+    numbered = attention_mask.dtype != torch.bool and not attention_mask.is_floating_point()
+    if indices.shape[0] < 2 or not (numbered or position_ids is not None):
+        return None
+    row = indices // attention_mask.shape[1]
+    begins = torch.zeros_like(row[1:], dtype=torch.bool)
+    if numbered:
+        begins |= attention_mask.reshape(-1)[indices].diff() != 0
+    if position_ids is not None:
+        step, gap = position_ids.reshape(-1)[indices].diff(), indices.diff()
+        begins |= torch.where(gap == 1, step != 1, step <= 0)
+    return begins & (row.diff() == 0)
 
 
 def _check_staircase(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:

@@ -1,1 +1,53 @@
-"""The seam to transformers: the only place of this package that imports it."""
+"""The seam to transformers: the only place of this package that imports it, and what other code needs to know of it.
+
+* :func:`patch`, :func:`unpatch`, :func:`patched`, :func:`is_patched`: the decoder that takes its attention mode per sample.
+* caches, whatever this version of transformers calls the argument: :func:`new_cache`, :func:`cached_states`,
+  :func:`cache_keyword`, and ``StaticCache``, which has the layout that the kernels read without a copy.
+* :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`depends_on_length`: whether its rotary
+  frequencies change with the length of a text.
+* :func:`checkpoint_activations`, :func:`checkpoints_activations`, :func:`expert_balance_loss`: for training.
+
+compat.py alone knows what differs between versions of transformers; importing this package does not import it.
+"""
+
+from typing import Any
+
+from grit_kernels.hf.compat import (
+    cache_keyword,
+    cached_states,
+    checkpoint_activations,
+    checkpoints_activations,
+    decoder_of,
+    expert_balance_loss,
+    layers_of,
+    new_cache,
+    rotary_of,
+)
+from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
+from grit_kernels.hf.rope import depends_on_length
+
+__all__ = [
+    "StaticCache",
+    "cache_keyword",
+    "cached_states",
+    "checkpoint_activations",
+    "checkpoints_activations",
+    "decoder_of",
+    "depends_on_length",
+    "expert_balance_loss",
+    "is_patched",
+    "layers_of",
+    "new_cache",
+    "patch",
+    "patched",
+    "rotary_of",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StaticCache":  # a class of transformers' kind: importing it imports transformers
+        from grit_kernels.hf.static_cache import StaticCache
+
+        return StaticCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

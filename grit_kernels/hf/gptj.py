@@ -1,23 +1,27 @@
-"""GPT-J's way in: neither its layers nor its language-model head hand keyword arguments down, and its attention is a method.
+"""GPT-J's way in, up to transformers 5.23: neither its layers nor its language-model head hand keyword arguments down, and its
+attention is a method of the layer. (Later versions use the AttentionInterface like everyone else and need none of this.)
 
-The head's ``forward`` leaves the call's flags with the decoder. transformers passes a 4-D mask through to the layers
-untouched, so what the layers of one pass share travels as an attribute of that tensor, and each attention module's
-``_attn`` is replaced on the instance.
+transformers passes a 4-D mask through to the layers untouched, so what the layers of one pass share travels as an attribute of
+that tensor, and each attention module's ``_attn`` is replaced on the instance. In the same way the head's ``forward`` leaves
+the call's flags with the tensor of inputs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grit_kernels.hf.interface import NAME, AttentionPass, grit_attention
+from grit_kernels.hf import compat
+from grit_kernels.hf.interface import AttentionPass, grit_attention
 
-CALL_ARGUMENTS = ("is_causal", "sample_pack", "cu_seq_lens_q", "max_length_q")
+CALL_ARGUMENTS = (
+    *("is_causal", "sample_pack", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *compat.CACHE_NAMES,
+)
 
 
 @dataclass
@@ -26,21 +30,19 @@ class _Carried:
     relative: Tensor | None
 
 
+def attends_by_itself(decoder: Any) -> bool:
+    """Whether attention is a method of the layers, outside of transformers' AttentionInterface."""
+    attention = getattr(compat.layers_of(decoder)[0], "attn", None)
+    return hasattr(attention, "_attn")
+
+
 def carry(decoder: Any, grit_pass: AttentionPass, inputs: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
     """The 4-D tensor to hand to the decoder as its mask. ``inputs``: (B, T) ids or (B, T, hidden) states."""
     relative: Any = None
     if grit_pass.pack is None:
-        from transformers.masking_utils import create_causal_mask
-
-        # the mask function of NAME answers: None, or the distance of every key slot to the first query
+        # the mask function of our name answers: None, or the distance of every key slot to the first query
         shape_only = inputs if inputs.ndim == 3 else inputs[..., None]
-        relative = create_causal_mask(
-            config=decoder.config,
-            inputs_embeds=shape_only,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=None,
-        )
+        relative = compat.causal_mask(decoder.config, shape_only, attention_mask, cache)
     carrier = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=inputs.device)
     carrier._grit = _Carried(grit_pass, relative)  # type: ignore[attr-defined]
     return carrier
@@ -65,44 +67,39 @@ def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: 
     return out.transpose(1, 2), None
 
 
-def decoder_forward(
-    forward: Callable[..., Any],
-    self: Any,
-    input_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    """``forward`` of a patched decoder in GPT-J's order of arguments, with what the head left for it."""
-    kwargs.update(self.__dict__.get("_grit_call", {}))
-    return forward(self, input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
-
-
 def _head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    decoder = self.base_model
-    decoder._grit_call = {name: kwargs.pop(name) for name in CALL_ARGUMENTS if name in kwargs}
-    try:
-        return type(self).forward(self, *args, **kwargs)
-    finally:
-        del decoder._grit_call
+    call = {name: kwargs.pop(name) for name in CALL_ARGUMENTS if name in kwargs}
+
+    def marked(inputs: Tensor) -> Tensor:
+        inputs = inputs.view_as(inputs)  # the caller's tensor stays as it is
+        inputs._grit_call = call  # type: ignore[attr-defined]
+        return inputs
+
+    if args and args[0] is not None:
+        args = (marked(args[0]), *args[1:])
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = marked(kwargs[name])
+    return type(self).forward(self, *args, **kwargs)
+
+
+def left_by_the_head(bound: dict[str, Any]) -> dict[str, Any]:
+    """What the head's caller said that the head does not hand down."""
+    inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
+    return dict(getattr(inputs, "_grit_call", {}))
 
 
 def attach(model: Any, decoder: Any) -> None:
-    """Replace the attention of every layer and the head's ``forward``.
-
-    GPT-J's classes ignore ``_attn_implementation``, but transformers' mask functions follow it.
-    """
+    """Replace the attention of every layer and the head's ``forward``."""
     if model is not decoder:
         model.forward = functools.partial(_head_forward, model)
-    decoder.config._attn_implementation = NAME
-    for block in decoder.h:
-        block.attn._attn = functools.partial(_attn, block.attn)
+    for block in compat.layers_of(decoder):
+        attention: Any = block.attn
+        attention._attn = functools.partial(_attn, attention)
 
 
-def detach(model: Any, decoder: Any, attn_implementation: str) -> None:
+def detach(model: Any, decoder: Any) -> None:
     """Undo :func:`attach`."""
-    if model is not decoder:
-        del model.__dict__["forward"]
-    decoder.config._attn_implementation = attn_implementation
-    for block in decoder.h:
-        del block.attn.__dict__["_attn"]
+    model.__dict__.pop("forward", None) if model is not decoder else None
+    for block in compat.layers_of(decoder):
+        block.attn.__dict__.pop("_attn", None)  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ masks through untouched, which static caches rely on.) What a packed pass needs 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,17 +28,42 @@ BIDIRECTIONAL_WINDOWS = ("transformers", "full")
 """Visible keys of a bidirectional sample under ``sliding_window=W``: ``|i - j| <= W`` as transformers, or all."""
 
 
+HARMLESS_TO_ATTENTION = frozenset(
+    (
+        *("output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict", "use_cache"),
+        *("cache_position", "position_embeddings", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    )
+)
+"""Keywords that layers hand to every attention function and that do not change what a token sees."""
+
+HARMLESS_TO_MASKS = frozenset(
+    ("allow_is_causal_skip", "allow_is_bidirectional_skip", "allow_torch_fix", "dtype", "config", "local_size")
+)
+"""Keywords of a mask function that say how to build a dense mask, which ours does not."""
+
+KNOWN_MASKS = frozenset(
+    (
+        *("causal_mask_function", "bidirectional_mask_function", "and_masks", "sliding_window_overlay"),
+        *("sliding_window_bidirectional_overlay", "padding_mask_function"),
+        *("packed_sequence_mask_function", "remap_positions_for_packed_sequence"),
+    )
+)
+"""What a mask may be made of to be ours: causal or bidirectional, a window, padding, samples that positions tell apart."""
+
+
 @dataclass
 class AttentionPass:
     """What all layers of one forward pass share: the flags, and for a packed pass the pack.
 
-    ``windows`` caches the bounds per ``sliding_window`` value, so alternating layers compute them once each.
+    ``windows`` caches the bounds per ``sliding_window`` value, so alternating layers compute them once each. ``witness`` notes
+    that attention was called; a dict, so that copies of a pass share it.
     """
 
     causal: Tensor
     bidirectional_window: str = "transformers"
     pack: SamplePack | None = None
     windows: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    witness: dict[str, bool] = field(default_factory=dict)
 
     def bounds(self, sliding_window: int | None) -> tuple[Tensor, Tensor]:
         """``left`` and ``right`` (int32 (B)) of the packed samples."""
@@ -65,11 +91,27 @@ def grit_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
-    **unused: Any,
+    use_vmap: bool = False,
+    **others: Any,
 ) -> Tensor | None:
-    """See the top of the file. Arguments as transformers passes them to a mask function."""
+    """See the top of the file. Arguments as transformers passes them to a mask function.
+
+    Raises:
+        ValueError: the mask is made of parts that are not causality, a window or padding.
+        TypeError: a keyword that is not known to be harmless.
+    """
+    _refuse_unknown("mask function", others, HARMLESS_TO_MASKS)
+    if use_vmap:
+        raise ValueError(
+            "mask_function: expected causality, a window and padding, got a mask of the model's own beside them"
+        )
+    if mask_function is not None and not torch.compiler.is_compiling():
+        for part in _parts(mask_function):
+            if part not in KNOWN_MASKS:
+                raise ValueError(f"mask_function: expected a mask made of {', '.join(sorted(KNOWN_MASKS))}, got {part}")
     aligned = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     if attention_mask is None and aligned:
         return None
@@ -82,6 +124,26 @@ def grit_mask(
         valid = valid & attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     relative = torch.where(valid, (slot - q_offset)[None], NO_KEY).to(torch.int32)
     return relative.expand(batch_size, kv_length)[:, None, None, :]
+
+
+def _refuse_unknown(where: str, others: dict[str, Any], harmless: frozenset[str]) -> None:
+    for name, value in others.items():
+        if value is not None and name not in harmless:
+            given = described(value) if isinstance(value, Tensor) else repr(value)[:80]
+            raise TypeError(
+                f"{name}: expected no such argument of the {where}, which would ignore it: this model asks for something that "
+                f"{NAME!r} does not compute; got {given}"
+            )
+
+
+def _parts(function: Callable[..., Any]) -> Iterator[str]:
+    """Names of the functions that a transformers mask function was put together from."""
+    yield function.__qualname__.split(".")[0]
+    for cell in getattr(function, "__closure__", None) or ():
+        content = cell.cell_contents
+        for inner in content if isinstance(content, tuple) else (content,):
+            if callable(inner) and hasattr(inner, "__qualname__"):
+                yield from _parts(inner)
 
 
 @dataclass(frozen=True)
@@ -139,13 +201,18 @@ def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
     return layout
 
 
-def _flattened(
-    position_ids: Tensor | None, cu_seq_lens_q: Tensor | None, causal: bool, batch: int, length: int
+def _samples_of_rows(
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    relative: Tensor | None,
+    causal: bool,
+    batch: int,
+    length: int,
 ) -> AttentionPass | None:
-    """The pass of flattened input to a model that runs this implementation without patch(), None for other input.
+    """The pass of rows that hold several samples, in a model that runs this implementation without patch(); else None.
 
-    transformers marks flattened samples by a table or by positions that start over (see
-    :meth:`SamplePack.from_position_ids`). Found once per pass and kept on the tensor that all layers share.
+    transformers marks such samples by a table or by positions that start over (see :meth:`SamplePack.from_position_ids`).
+    Found once per pass and kept on the tensor that all layers share.
     """
     marker = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
     if marker is None:
@@ -162,7 +229,12 @@ def _flattened(
         pack = SamplePack.from_lengths(cu_seq_lens_q.to("cpu").diff(), causal, device=cu_seq_lens_q.device)
         found = AttentionPass(pack.causal, pack=pack)
     else:
-        pack = SamplePack.from_position_ids(marker.expand(batch, length), causal)
+        positions = marker.expand(batch, length)
+        if relative is None:
+            pack = SamplePack.from_position_ids(positions, causal)
+        else:
+            real = (relative[:, 0, 0] < NO_KEY).expand(batch, length)
+            pack = SamplePack.from_mask(real, causal, position_ids=positions)
         found = AttentionPass(pack.causal, pack=pack) if len(pack) > batch else None
     marker._grit_pass = (causal, found)  # type: ignore[attr-defined]
     return found
@@ -182,36 +254,58 @@ def grit_attention(
     grit_pass: AttentionPass | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    **unused: Any,
+    output_attentions: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' AttentionInterface.
 
-    query (B, H, Q, D), key and value (B, Hkv, K, D) -> ((B, Q, H, D), None); a packed pass has B = 1.
+    query (B, H, Q, D), key (B, Hkv, K, D), value (B, Hkv, K, Dv) -> ((B, Q, H, Dv), None); a packed pass has B = 1.
+
+    Raises:
+        TypeError: a keyword that would change the result and is not understood, such as attention sinks (``s_aux``).
     """
+    _refuse_unknown("attention function", others, HARMLESS_TO_ATTENTION)
+    if output_attentions:
+        raise ValueError("output_attentions: expected False, got True: the kernels keep no attention weights")
     if dropout:
         raise ValueError(f"attention_dropout: expected 0: these kernels have no dropout, got {dropout}")
     cap = softcap or 0.0
     batch, _, q_length, _ = query.shape
+    size = value.shape[-1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _with_served_size(query, key, value)
     flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    if grit_pass is None and attention_mask is None and key.shape[2] == q_length:
-        grit_pass = _flattened(position_ids, cu_seq_lens_q, flag, batch, q_length)
+    if grit_pass is None and key.shape[2] == q_length:
+        grit_pass = _samples_of_rows(position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length)
+    elif grit_pass is not None:
+        grit_pass.witness["called"] = True
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
     if grit_pass is not None and grit_pass.pack is not None:
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [tokens, H, D]
-        out = packed_attention(
-            q, k, v, grit_pass.pack, grit_pass.bounds(sliding_window), softmax_scale=scaling, softcap=cap
-        )
-        return out.unflatten(0, (batch, q_length)), None
+        pack, packed = grit_pass.pack, grit_pass.pack.tokens == batch * q_length
+        q, k, v = (x.flatten(0, 1) if packed else pack.pack(x) for x in (q, k, v))  # [tokens, H, D]
+        out = packed_attention(q, k, v, pack, grit_pass.bounds(sliding_window), softmax_scale=scaling, softcap=cap)
+        out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
+        return out[..., :size], None
     if grit_pass is not None:
         causal, convention = grit_pass.causal, grit_pass.bidirectional_window
     else:
         causal, convention = torch.full((batch,), flag, dtype=torch.bool, device=query.device), "transformers"
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return (
-        _padded_attention(
-            q, k, v, attention_mask, causal, window_sizes(causal, sliding_window, convention), scaling, cap
-        ),
-        None,
-    )
+    window = window_sizes(causal, sliding_window, convention)
+    return _padded_attention(q, k, v, attention_mask, causal, window, scaling, cap)[..., :size], None
+
+
+SERVED_SIZE = 32
+"""Least head dimension of the kernels; they also want a multiple of 8, and keys and values of one size."""
+
+
+def _with_served_size(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The states with zeros behind their last dimension where the kernels want a larger one: no score and no sum changes."""
+    widest = max(query.shape[-1], value.shape[-1], SERVED_SIZE)
+    size = (widest + 7) // 8 * 8
+    if query.shape[-1] == size and value.shape[-1] == size:
+        return query, key, value
+    a, b, c = (torch.nn.functional.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
+    return a, b, c
 
 
 def _padded_attention(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
+import grit_kernels as gk
 from python_model.generate.step import Step, supports
 from python_model.support.arguments import check_at_least
 
@@ -57,71 +57,21 @@ class Sampling:
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-class StaticLayer(CacheLayerMixin):
-    """One layer of a :class:`StaticCache`: keys and values of ``slots`` slots, handed out as (B, heads, slots, D) views."""
-
-    is_sliding = False
-
-    def __init__(self, slots: int) -> None:
-        super().__init__()
-        self.slots = slots
-        self.filled = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room; transformers calls it with the first states."""
-        batch, heads, _, dim = key_states.shape
-        # zeros: the attention skips unused slots, but a kernel may load what it then ignores
-        data = key_states.new_zeros(2, batch, self.slots, heads, dim)
-        self.slots_of_keys, self.slots_of_values = data[0], data[1]
-        self.keys, self.values = data[0].transpose(1, 2), data[1].transpose(1, 2)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new states behind those that are there; returns all slots, also empty ones."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        end = self.filled + key_states.shape[-2]
-        self.keys[:, :, self.filled : end] = key_states
-        self.values[:, :, self.filled : end] = value_states
-        self.filled = end
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Slots that a mask covers, and where the first of them stands."""
-        return self.slots, 0
-
-    def get_seq_length(self) -> int:
-        """Slots in use."""
-        return self.filled
-
-    def get_max_length(self) -> int:
-        """Slots."""
-        return self.slots
-
-
-class StaticCache(Cache):
-    """A transformers cache with ``slots`` slots per row for ``layers`` layers."""
-
-    def __init__(self, layers: int, slots: int) -> None:
-        self.static_layers = [StaticLayer(slots) for _ in range(layers)]
-        super().__init__(layers=list(self.static_layers))
-
-    def fill(self, states: Sequence[TextStates | None], slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Put each row's states at the end of the first ``slots`` slots."""
-        given = [(row, part) for row, part in enumerate(states) if part is not None]
-        if not given:
-            return
-        _, heads, dim = given[0][1].geometry
-        like = torch.empty(len(states), heads, 1, dim, device=device, dtype=dtype)
-        for index, layer in enumerate(self.static_layers):
-            layer.lazy_initialization(like, like)
-            layer.filled = slots
-            assert layer.keys is not None and layer.values is not None
-            for row, part in given:
-                layer.keys[row, :, slots - len(part) : slots] = part.keys_values[index, 0]
-                layer.values[row, :, slots - len(part) : slots] = part.keys_values[index, 1]
+def _fill(
+    cache: Any, states: Sequence[TextStates | None], slots: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put each row's states at the end of the first ``slots`` slots of a static cache."""
+    given = [(row, part) for row, part in enumerate(states) if part is not None]
+    if not given:
+        return
+    _, heads, dim = given[0][1].geometry
+    like = torch.empty(len(states), heads, 1, dim, device=device, dtype=dtype)
+    for index, layer in enumerate(cache.static_layers):
+        layer.lazy_initialization(like, like)
+        layer.filled = slots
+        for row, part in given:
+            layer.keys[row, :, slots - len(part) : slots] = part.keys_values[index, 0]
+            layer.values[row, :, slots - len(part) : slots] = part.keys_values[index, 1]
 
 
 @torch.no_grad()
@@ -172,8 +122,9 @@ def decode(
     used[:, past + longest :] = 1
     used, ids, positions = used.to(device), ids.to(device), positions.to(device)
     whole = bool((used == 1).all())
-    cache = StaticCache(model.config.num_hidden_layers, slots)
-    cache.fill(before, past, device, model.dtype)
+    cache = gk.hf.StaticCache(model.config.num_hidden_layers, slots)
+    _fill(cache, before, past, device, model.dtype)
+    keyword = gk.hf.cache_keyword(model, cache)
     ends = torch.tensor(sorted(eos_token_ids), device=device)
     alive = [True] * batch
     found: list[list[int]] = [[] for _ in prompts]
@@ -189,9 +140,9 @@ def decode(
                 input_ids=ids,
                 attention_mask=None if whole else used[:, :filled],
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **keyword,
             ).logits[:, -1]
             if not gaps and supports(model):
                 first = torch.tensor([past + longest - len(p) - n for n, p in zip(read, prompts, strict=True)])

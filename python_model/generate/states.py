@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import grit_kernels as gk
+
 
 @dataclass(frozen=True)
 class TextStates:
@@ -79,19 +81,13 @@ def concatenate(parts: Sequence[TextStates]) -> TextStates:
 
 
 def to_cache(states: TextStates) -> Any:
-    """A transformers ``DynamicCache`` with the states as its only row.
-
-    Made without a config on purpose: such a cache keeps every state, while transformers' default for a model with a sliding
-    window drops those beyond it; the window is applied by the attention.
-    """
-    from transformers import DynamicCache
-
-    return DynamicCache([(layer[0][None], layer[1][None]) for layer in states.keys_values])
+    """A transformers cache with the states as its only row."""
+    return gk.hf.new_cache((layer[0][None], layer[1][None]) for layer in states.keys_values)
 
 
 def from_cache(cache: Any, input_ids: Sequence[Tensor], causal: bool) -> list[TextStates]:
-    """One TextStates per row of a right-padded ``DynamicCache`` whose rows start at position 0."""
-    layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]  # each [2, B, H, S, D]
+    """One TextStates per row of a right-padded cache whose rows start at position 0."""
+    layers = [torch.stack(states) for states in gk.hf.cached_states(cache)]  # each [2, B, H, S, D]
     found = []
     for row, ids in enumerate(input_ids):
         length = ids.shape[0]

@@ -20,20 +20,42 @@ from torch.nn import functional
 import grit_kernels as gk
 
 if TYPE_CHECKING:
-    from python_model.generate.decode import StaticCache
+    from grit_kernels.hf.static_cache import StaticCache
 
-KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer")
+KNOWN = ("Llama", "Mistral")
+PARTS = {
+    "self_attn": "Attention",
+    "mlp": "MLP",
+    "input_layernorm": "RMSNorm",
+    "post_attention_layernorm": "RMSNorm",
+}
+"""What a known layer consists of, by attribute and end of the class's name. Whatever wraps one of them has another name."""
 
 
 def supports(model: Any) -> bool:
     """Whether :class:`Step` computes what ``model`` (a causal language model) does."""
     decoder = model.get_decoder()
-    # a hook (a device map's, say) expects the layer's own forward to be called
-    return gk.is_patched(model) and all(
-        type(layer).__name__ in KNOWN_LAYERS
-        and not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in layer.modules())
+    kind = type(decoder).__name__.removesuffix("Model")
+    if not gk.is_patched(model) or kind not in KNOWN or gk.hf.depends_on_length(decoder):
+        return False
+    plain = all(
+        type(layer).__name__ == f"{kind}DecoderLayer"
+        and all(type(getattr(layer, name)).__name__ == kind + end for name, end in PARTS.items())
         for layer in decoder.layers
     )
+    # a hook (a device map's, say) or a forward of an instance's own expects to be called
+    touched = any(
+        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") or _has_foreign_forward(m)
+        for layer in decoder.layers
+        for m in (layer, *(getattr(layer, name) for name in PARTS))
+    )
+    return plain and not touched and type(decoder.norm).__name__ == f"{kind}RMSNorm"
+
+
+def _has_foreign_forward(module: Any) -> bool:
+    """Whether the instance has a forward that is not one of patch()'s, which compute the same."""
+    own = module.__dict__.get("forward")
+    return own is not None and not getattr(own, "func", own).__module__.startswith("grit_kernels.")
 
 
 class Step:
@@ -47,7 +69,9 @@ class Step:
 
     def __init__(self, model: Any, cache: StaticCache, first: Tensor) -> None:
         self.model, self.decoder, self.cache, self.first = model, model.get_decoder(), cache, first
-        window = getattr(model.config, "sliding_window", None)
+        # Llama's attention has no window, whatever its config carries
+        mistral = type(self.decoder).__name__ == "MistralModel"
+        window = self.decoder.config.sliding_window if mistral else None
         self.window = (-1, -1) if window is None else (window - 1, 0)
         self.flags = torch.ones(first.shape[0], dtype=torch.bool, device=first.device)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+import grit_kernels as gk
 from python_model.data.files import read_objects
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
@@ -168,13 +169,11 @@ def _bidirectional_states(model: GritLM, prompts: Sequence[Sequence[int]]) -> li
 
     The last token of the run sees all of it either way, so decoding computes it again, causally, and goes on from there.
     """
-    from transformers import DynamicCache
-
     found: list[TextStates | None] = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
-        cache: Any = DynamicCache()
-        model.decoder[0](input_ids=ids, past_key_values=cache, is_causal=False)
+        cache = gk.hf.new_cache()
+        model.decoder[0](input_ids=ids, cache=cache, is_causal=False)
         states = from_cache(cache, [ids[0]], causal=False)[0]
         found.append(states.slice(0, len(prompt) - 1) if len(prompt) > 1 else None)
     return found

@@ -327,8 +327,6 @@ class GritLM(nn.Module):
 
     def _cached_states(self, samples: list[EncodedSample], pack: gk.SamplePack) -> tuple[Tensor, Any]:
         """Hidden states of the pack, and the cache a padded pass fills (a transformers cache holds padded rows)."""
-        from transformers import DynamicCache
-
         if pack.hi is not None:
             raise ValueError("get_cache: attn 'cb' fills no cache; accepted are 'bb' and 'cc'")
         longest = pack.max_seqlen
@@ -337,10 +335,9 @@ class GritLM(nn.Module):
         for row, sample in enumerate(samples):
             ids[row, : len(sample)] = torch.tensor(sample.input_ids, device=self.device)
             mask[row, : len(sample)] = 1
-        # without a config the cache keeps every state; transformers' default would drop those beyond the sliding window
-        cache: Any = DynamicCache()
+        cache = gk.hf.new_cache()
         states = self.decoder[0](
-            input_ids=ids, attention_mask=mask, is_causal=pack.causal, past_key_values=cache
+            input_ids=ids, attention_mask=mask, is_causal=pack.causal, cache=cache
         ).last_hidden_state
         cache.seqlens = pack.lengths
         return states[mask.bool()], cache

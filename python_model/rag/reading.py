@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+import grit_kernels as gk
 from python_model.generate.states import TextStates, concatenate, from_cache, to_cache
 from python_model.model.modeling import GritLM
 
@@ -14,8 +15,6 @@ from python_model.model.modeling import GritLM
 @torch.no_grad()
 def read(model: GritLM, texts: Sequence[Sequence[int]], *, causal: bool, start: int = 0) -> list[TextStates]:
     """States of each text (token ids, at least one each), keys at positions from ``start`` on; padding is left out."""
-    from transformers import DynamicCache
-
     if not texts or not all(len(ids) for ids in texts):
         raise ValueError("texts: expected at least one token per text, got none or an empty one")
     longest = max(map(len, texts))
@@ -24,14 +23,13 @@ def read(model: GritLM, texts: Sequence[Sequence[int]], *, causal: bool, start: 
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(text)
         mask[row, : len(text)] = 1
-    # without a config the cache keeps every state; transformers' default would drop those beyond the sliding window
-    cache = DynamicCache()
+    cache = gk.hf.new_cache()
     model.decoder[0](
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device) if len(texts) > 1 else None,
         position_ids=torch.arange(start, start + longest, device=model.device)[None],
         is_causal=causal,
-        past_key_values=cache,
+        cache=cache,
     )
     found = from_cache(cache, [torch.tensor(text) for text in texts], causal)
     return [replace(states, positions=states.positions + start) for states in found]
@@ -55,9 +53,9 @@ def recompute_first(model: GritLM, states: TextStates, starts: Sequence[int], co
         model.decoder[0](
             input_ids=part.input_ids[None].to(model.device),
             position_ids=part.positions[None].to(model.device),
-            past_key_values=cache,
+            cache=cache,
         )
-        fresh = torch.stack([torch.stack([layer.keys[0], layer.values[0]])[:, :, start:] for layer in cache.layers])
+        fresh = torch.stack([torch.stack([k[0], v[0]])[:, :, start:] for k, v in gk.hf.cached_states(cache)])
         redone = replace(part, keys_values=fresh.to(states.keys_values))
         states = concatenate([states.slice(0, start), redone, states.slice(start + size)])
     return states

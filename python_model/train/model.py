@@ -65,12 +65,10 @@ class TrainingModel(nn.Module):
         if not self.router_loss:
             states = self.grit.hidden_states(chunk.input_ids, chunk.pack)
             return states, states.new_zeros((), dtype=torch.float32)
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
         decoder = self.grit.decoder[0]
         output = decoder(input_ids=chunk.input_ids[None], sample_pack=chunk.pack, output_router_logits=True)
         # a pack has no padding, so no token needs to be left out of the balance
-        loss: Any = load_balancing_loss_func(
+        loss = gk.hf.expert_balance_loss(
             output.router_logits, decoder.config.num_local_experts, decoder.config.num_experts_per_tok
         )
         return output.last_hidden_state[0], loss.float()

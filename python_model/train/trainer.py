@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+import grit_kernels as gk
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import EncodedSample
 from python_model.support.files import new_folder, write_json
@@ -69,11 +70,7 @@ class Trainer:
         self.ranks = ranks or Ranks(0, 1, model.device)
         _check_batches(config, self.ranks)
         if config.gradient_checkpointing:
-            # transformers renamed it; the old name is deprecated
-            (
-                getattr(model.model, "activation_checkpointing_enable", None)
-                or model.model.gradient_checkpointing_enable
-            )()
+            gk.hf.checkpoint_activations(model.model)
         router = router_loss_weight(model, config)
         training_model = TrainingModel(model, router_loss=router > 0)
         training_model.touch_all = self.ranks.group is not None

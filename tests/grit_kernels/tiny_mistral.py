@@ -57,6 +57,11 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
+def output_cache(output: Any) -> Any:
+    """The KV cache in a model's output, whatever this version of transformers calls it."""
+    return next((value for name, value in output.items() if name in ("cache", "past_key_values")), None)
+
+
 def positions(mask: Tensor) -> Tensor:
     """Explicit positions, the same for both models: with holes and left padding the defaults of generate() and forward differ."""
     return (mask.cumsum(1) - 1).clamp(min=0)

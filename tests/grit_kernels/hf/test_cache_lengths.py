@@ -34,7 +34,7 @@ def continue_per_sample(model: Any, mask: Tensor, cache: Any, chunks: list[int])
             IDS[:, start : start + size],
             attention_mask=mask[:, : start + size],
             position_ids=positions(mask)[:, start : start + size],
-            past_key_values=cache,
+            **gk.hf.cache_keyword(model, cache),
             use_cache=True,
         ).logits
         here = (last_slot >= start) & (last_slot < start + size)
@@ -45,7 +45,11 @@ def continue_per_sample(model: Any, mask: Tensor, cache: Any, chunks: list[int])
         mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
         where = (lengths + len(tokens) - 1)[:, None]
         logits = model(
-            tokens[-1][:, None], attention_mask=mask, past_key_values=cache, use_cache=True, position_ids=where
+            tokens[-1][:, None],
+            attention_mask=mask,
+            use_cache=True,
+            position_ids=where,
+            **gk.hf.cache_keyword(model, cache),
         ).logits
         tokens.append(logits[:, -1].argmax(-1))
     return torch.stack(tokens, dim=1)

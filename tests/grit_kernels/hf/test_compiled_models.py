@@ -99,7 +99,7 @@ def test_compiled_steps_over_a_static_cache_equal_the_unpatched_model(window: in
     ):
         mask = MASKS["left"]
         cache = transformers.StaticCache(stock.config, max_cache_len=32)
-        options = {"past_key_values": cache, "use_cache": True}
+        options = {**gk.hf.cache_keyword(stock, cache), "use_cache": True}
         prefill(IDS, attention_mask=mask, position_ids=positions(mask), **options)
         for i in range(5):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

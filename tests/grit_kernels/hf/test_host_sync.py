@@ -42,7 +42,7 @@ def generate(model: Any) -> None:
 
 def train(use_reentrant: bool) -> Callable[[Any], None]:
     def run(model: Any) -> None:
-        model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        gk.hf.checkpoint_activations(model.train(), {"use_reentrant": use_reentrant})
         model.enable_input_require_grads()
         model(IDS, attention_mask=MASKS["left"], is_causal=FLAGS).logits.sum().backward()
 

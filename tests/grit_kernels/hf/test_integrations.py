@@ -274,7 +274,7 @@ def _fsdp_rank(rank: int, file: str, results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     module = Wrapper(gk.patch(tiny_model()))
-    module.lm.gradient_checkpointing_enable()
+    gk.hf.checkpoint_activations(module.lm)
     module.train()
     for layer in module.lm.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -66,8 +66,8 @@ def test_holes_in_a_cache_equal_the_unpatched_model_without_a_window(query_hole:
     outputs = []
     for m in (stock, model):
         cache = transformers.DynamicCache()
-        m(IDS[:, :9], attention_mask=mask[:, :9], is_causal=False, past_key_values=cache, use_cache=True)
-        outputs.append(m(IDS[:, 9:], attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        m(IDS[:, :9], attention_mask=mask[:, :9], is_causal=False, use_cache=True, **gk.hf.cache_keyword(m, cache))
+        outputs.append(m(IDS[:, 9:], attention_mask=mask, use_cache=True, **gk.hf.cache_keyword(m, cache)).logits)
     real = mask[:, 9:].bool()
     close(outputs[0][real], outputs[1][real])
 
@@ -174,7 +174,7 @@ def test_gradients_equal_those_of_separate_runs(stock: Any, checkpointing: bool,
 
     model = gk.patch(copy.deepcopy(stock), packing=packing).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        gk.hf.checkpoint_activations(model)
     expected = gradients(copy.deepcopy(stock).train(), separate)
     for a, b in zip(gradients(model, mixed), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
@@ -295,31 +295,31 @@ def test_an_unsupported_class_is_refused_with_the_list() -> None:
 
 def test_attention_dropout_is_refused_and_leaves_the_model_alone() -> None:
     model = tiny_model(attention_dropout=0.1)
-    with pytest.raises(ValueError, match="attention_dropout: the model's config has 0.1"):
+    with pytest.raises(ValueError, match="attention_dropout: expected 0, .*got 0.1"):
         gk.patch(model)
     assert not gk.is_patched(model) and model.config._attn_implementation != "grit"
 
 
 def test_bad_arguments_are_refused_by_name(stock: Any, model: Any) -> None:
-    with pytest.raises(ValueError, match="bidirectional_window: expected .*got 'none'.*'transformers', 'full'"):
+    with pytest.raises(ValueError, match="bidirectional_window: expected one of 'transformers', 'full', got 'none'"):
         gk.patch(copy.deepcopy(stock), bidirectional_window="none")
     pack = gk.SamplePack.from_lengths([14], True)
     for arguments, message in (
-        ({"is_causal": torch.tensor([True])}, r"is_causal: got torch.bool \(1,\)"),
-        ({"is_causal": torch.tensor([1, 0, 1, 0])}, "is_causal: got torch.int64"),
-        ({"is_causal": "yes"}, "is_causal: got 'yes'"),
+        ({"is_causal": torch.tensor([True])}, r"is_causal: expected .*got torch.bool \(1,\)"),
+        ({"is_causal": torch.tensor([1, 0, 1, 0])}, "is_causal: expected .*got torch.int64"),
+        ({"is_causal": "yes"}, "is_causal: expected .*got 'yes'"),
         (
             {"attention_mask": torch.ones(4, 1, 14, 14, dtype=torch.bool)},
-            r"attention_mask: got torch.bool \(4, 1, 14, 14\)",
+            r"attention_mask: expected .*got torch.bool \(4, 1, 14, 14\)",
         ),
-        ({"attention_mask": torch.zeros(4, 1, 14, 14)}, r"attention_mask: got torch.float32"),
-        ({"sample_pack": pack}, r"input_ids: got shape \(4, 14\), the sample_pack wants \(1, 14\)"),
+        ({"attention_mask": torch.zeros(4, 1, 14, 14)}, r"attention_mask: expected .*got torch.float32"),
+        ({"sample_pack": pack}, r"input_ids: expected \(1, 14\) .*got shape \(4, 14\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model(IDS, **arguments)
     for arguments, message in (
-        ({"is_causal": True}, "is_causal: a sample_pack carries its own"),
-        ({"use_cache": True}, "past_key_values, use_cache: packed input"),
+        ({"is_causal": True}, "is_causal: expected none beside a sample_pack"),
+        ({"use_cache": True}, "cache, use_cache: expected none: packed input"),
     ):
         with pytest.raises(ValueError, match=message):
             model(IDS[:1], sample_pack=pack, **arguments)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import grit_kernels as gk
-from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, WINDOW, close, tiny_model
+from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, WINDOW, close, output_cache, tiny_model
 
 GENERATE: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -75,9 +75,9 @@ def test_a_bidirectional_prefill_may_be_continued_causally(stock: Any, model: An
     caches, logits = [], []
     for m in (stock, model):
         cache = transformers.DynamicCache()  # without config: keeps all tokens, not the last window only
-        m(document, is_causal=False, past_key_values=cache, use_cache=True)
+        m(document, is_causal=False, use_cache=True, **gk.hf.cache_keyword(m, cache))
         caches.append(cache)
-        logits.append(m(query, past_key_values=cache, use_cache=True).logits)
+        logits.append(m(query, use_cache=True, **gk.hf.cache_keyword(m, cache)).logits)
     close(*logits)
     for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
         close(a.keys, b.keys)
@@ -89,24 +89,24 @@ def test_generation_from_a_bidirectional_document_cache_equals_the_unpatched_mod
     outputs = []
     for m in (stock, model):
         cache = transformers.DynamicCache()
-        m.model(IDS[:, :9], is_causal=False, past_key_values=cache, use_cache=True)
-        outputs.append(m.generate(IDS, past_key_values=cache, max_new_tokens=6, do_sample=False))
+        m.model(IDS[:, :9], is_causal=False, use_cache=True, **gk.hf.cache_keyword(m, cache))
+        outputs.append(m.generate(IDS, max_new_tokens=6, do_sample=False, **gk.hf.cache_keyword(m, cache)))
     assert torch.equal(*outputs)
 
 
 @torch.no_grad()
 def test_a_mixed_prefill_fills_each_samples_cache_in_its_own_mode(stock: Any, model: Any) -> None:
     cache = transformers.DynamicCache()
-    model(IDS, is_causal=FLAGS, past_key_values=cache, use_cache=True)
+    model(IDS, is_causal=FLAGS, use_cache=True, **gk.hf.cache_keyword(model, cache))
     for flag in (True, False):
         alone = transformers.DynamicCache()
-        stock(IDS, is_causal=flag, past_key_values=alone, use_cache=True)
+        stock(IDS, is_causal=flag, use_cache=True, **gk.hf.cache_keyword(stock, alone))
         for a, b in zip(cache.layers, alone.layers, strict=True):
             close(a.keys[flag == FLAGS], b.keys[flag == FLAGS])
 
 
 @torch.no_grad()
 def test_a_cache_is_built_only_when_asked_for(model: Any) -> None:
-    assert model.model(IDS).past_key_values is None
-    assert model.model(IDS, use_cache=False).past_key_values is None
-    assert model.model(IDS, use_cache=True).past_key_values.get_seq_length() == 14
+    assert output_cache(model.model(IDS)) is None
+    assert output_cache(model.model(IDS, use_cache=False)) is None
+    assert output_cache(model.model(IDS, use_cache=True)).get_seq_length() == 14

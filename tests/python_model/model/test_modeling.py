@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import grit_kernels as gk
 from python_model import GritLM
 from python_model.model.prompts import EMBED, embed_instruction, encode_text
 
@@ -117,7 +118,7 @@ def test_cache_of_encode_continues_like_one_forward(checkpoint: Path, model: Gri
     vector, cache = model.encode(texts[1], instruction=EMBED, get_cache=True)
     document, tail = samples[1].input_ids, [7, 8, 9, 10]
     with torch.no_grad():
-        got = model.model(torch.tensor([tail]), past_key_values=cache, use_cache=True).logits[0]
+        got = model.model(torch.tensor([tail]), use_cache=True, **gk.hf.cache_keyword(model.model, cache)).logits[0]
     length = len(document) + len(tail)
     row, column = torch.arange(length)[:, None], torch.arange(length)[None]
     visible = (column <= row) | ((row < len(document)) & (column < len(document)))

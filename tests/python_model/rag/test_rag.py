@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import grit_kernels as gk
 from python_model import GritLM
 from python_model.evaluation import answers as metrics
 from python_model.rag.answer import RAG, open_store
@@ -93,7 +94,7 @@ def test_a_cached_answer_equals_one_from_the_states_by_hand(model: GritLM, mode:
         output = model.model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, length + len(prompt), dtype=torch.int64),
-            past_key_values=cache,
+            **gk.hf.cache_keyword(model.model, cache),
             max_new_tokens=8,
             min_new_tokens=1,
             do_sample=False,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import grit_kernels as gk
 from python_model import GritLM
 from python_model.generate.states import TextStates, concatenate, to_cache
 from python_model.rag import rope
@@ -99,7 +100,7 @@ def test_recomputing_whole_causal_texts_equals_reading_them_in_one_go(model: Gri
 def test_a_cache_made_of_states_continues_like_the_text(model: GritLM) -> None:
     (states,) = read(model, [A], causal=True)
     with torch.no_grad():
-        got = model.model(torch.tensor([B]), past_key_values=to_cache(states)).logits
+        got = model.model(torch.tensor([B]), **gk.hf.cache_keyword(model.model, to_cache(states))).logits
         want = model.model(torch.tensor([A + B])).logits[:, len(A) :]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 

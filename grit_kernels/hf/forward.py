@@ -1,0 +1,340 @@
+"""The ``forward`` of a patched decoder: binds a call to the class's own signature, then takes the packed or the padded way.
+
+Whatever a call says that is neither understood nor known to leave the result alone is an error: a keyword that is dropped
+silently is a wrong answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grit_kernels.checks import described
+from grit_kernels.hf import compat, gptj, rope
+from grit_kernels.hf.interface import AttentionPass
+from grit_kernels.packing import SamplePack
+
+UNDERSTOOD = (
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "is_causal", "sample_pack"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
+HARMLESS = ("output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict", "cache_position")
+"""Keywords that change neither what a token sees nor how many rows a tensor has; handed to the class's own forward."""
+
+# a 4-D mask is passed through by transformers untouched. A packed pass needs none, and this one is of a shape that any other
+# attention than ours, were it called by mistake, cannot add to its scores
+_NO_MASK_SHAPE = (1, 1, 0, 0)
+
+
+@dataclass(frozen=True)
+class PatchRecord:
+    """What a patched decoder's ``forward`` must know: options of patch(), and what was found out about the class once.
+
+    It is bound to the forward, so a call keeps the record it began with, and copies of the model carry it.
+    """
+
+    attn_implementation: str
+    bidirectional_window: str
+    packing: bool
+    fuse: bool
+    """Fused ops stand in for norms, gated MLPs and rotary embeddings (fuse.py)."""
+    names: tuple[str, ...]
+    """Arguments of the class's forward, in order."""
+    cache_name: str
+    own_attention: bool
+    """Attention is the model's own method (gptj.py), not transformers' AttentionInterface."""
+    has_head: bool
+    """The model generates: its calls are causal unless they say otherwise, whatever the config says."""
+    rope_by_length: bool
+    """The rotary frequencies depend on the length of the text (rope.py)."""
+
+
+# ---- calls that run while another thread patches or unpatches
+
+
+class _Gate:
+    """Calls of one decoder that are under way, by thread."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.running: dict[int, int] = {}
+
+
+_gates: weakref.WeakKeyDictionary[nn.Module, _Gate] = weakref.WeakKeyDictionary()
+_gates_lock = threading.Lock()
+
+
+def _gate(decoder: nn.Module) -> _Gate:
+    with _gates_lock:
+        return _gates.setdefault(decoder, _Gate())
+
+
+@contextlib.contextmanager
+def exclusive(decoder: nn.Module) -> Iterator[None]:
+    """Waits until no other thread runs ``decoder``; calls that begin inside the block wait for its end."""
+    gate = _gate(decoder)
+    with gate.condition:
+        if threading.get_ident() in gate.running:
+            raise RuntimeError("model: expected a model at rest, got one inside its own forward pass")
+        gate.condition.wait_for(lambda: not gate.running)
+        yield
+
+
+def forward(decoder: Any, record: PatchRecord, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of a patched decoder. See :func:`grit_kernels.patch` for the arguments beside the class's own."""
+    if torch.compiler.is_compiling():
+        return _forward(decoder, record, args, kwargs)
+    gate, thread = _gate(decoder), threading.get_ident()
+    with gate.condition:
+        stale = decoder.__dict__.get("_grit_patch") is None
+        if not stale:
+            gate.running[thread] = gate.running.get(thread, 0) + 1
+    if stale:  # unpatched by another thread since this call was looked up
+        return decoder.forward(*args, **kwargs)
+    try:
+        return _forward(decoder, record, args, kwargs)
+    finally:
+        with gate.condition:
+            gate.running[thread] -= 1
+            if not gate.running[thread]:
+                del gate.running[thread]
+                gate.condition.notify_all()
+
+
+# ---- one call
+
+
+def bind(record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, without those that are None; unknown ones are an error."""
+    if len(args) > len(record.names):
+        raise TypeError(f"forward: expected at most {len(record.names)} arguments without names, got {len(args)}")
+    bound: dict[str, Any] = {}
+    for name, value in zip(record.names, args, strict=False):
+        if name in kwargs:
+            raise TypeError(f"{name}: expected once, got it with and without its name")
+        bound[name] = value
+    bound.update(kwargs)
+    bound.update(gptj.left_by_the_head(bound) if record.own_attention else {})
+    bound = {name: value for name, value in bound.items() if value is not None}
+    if bound.pop("output_attentions", False):
+        raise ValueError("output_attentions: expected False, got True: the kernels keep no attention weights")
+    for name, value in bound.items():
+        if name not in UNDERSTOOD and name not in HARMLESS and name not in compat.CACHE_NAMES:
+            raise TypeError(
+                f"{name}: expected one of the keywords that a patched decoder understands "
+                f"({', '.join((*UNDERSTOOD, *HARMLESS, *compat.CACHE_NAMES))}), got {name}={_short(value)}"
+            )
+    return bound
+
+
+def _short(value: Any) -> str:
+    return described(value) if isinstance(value, Tensor) else repr(value)[:80]
+
+
+def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    bound = bind(record, args, kwargs)
+    input_ids, inputs_embeds = bound.pop("input_ids", None), bound.pop("inputs_embeds", None)
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            f"input_ids, inputs_embeds: expected exactly one of them, got {'neither' if input_ids is None else 'both'}"
+        )
+    name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    batch, length = inputs.shape[:2]
+    cache, use_cache = compat.take_cache(bound), bool(bound.pop("use_cache", False))
+    caching = cache is not None or use_cache
+    mask, positions = bound.pop("attention_mask", None), bound.pop("position_ids", None)
+    is_causal, sample_pack = bound.pop("is_causal", None), bound.pop("sample_pack", None)
+    table = {key: bound.pop(key, None) for key in UNDERSTOOD[-4:]}
+    if positions is not None and positions.ndim == 1:
+        positions = positions[None]
+    call = _Call(decoder, record, name, bound)
+    compiling = torch.compiler.is_compiling()
+
+    # a checkpoint that was saved as an embedder generates causally all the same; without a head or a cache it does not generate
+    default = record.has_head or caching or bool(getattr(decoder.config, "is_causal", True))
+    if table["cu_seq_lens_q"] is not None and sample_pack is None:
+        sample_pack = _pack_of_table(table, default if is_causal is None else is_causal, inputs.device)
+        is_causal = None
+    if sample_pack is not None:
+        if batch != 1 or sample_pack.tokens != length:
+            raise ValueError(
+                f"{name}: expected (1, {sample_pack.tokens}) as the sample_pack, got shape {(batch, length)}"
+            )
+        if is_causal is not None:
+            raise ValueError("is_causal: expected none beside a sample_pack, which carries its own flags")
+        if mask is not None and (compiling or not isinstance(mask, Tensor) or not bool((mask != 0).all())):
+            raise ValueError("attention_mask: expected none beside packed input, which has no padding")
+        if caching:
+            raise ValueError("cache, use_cache: expected none: packed input cannot fill a transformers cache")
+        if positions is None:
+            positions = sample_pack.position_ids[None]
+        return call.packed(inputs, sample_pack, positions)
+
+    causal = _flags(default if is_causal is None else is_causal, batch, inputs.device)
+    if length and not caching:
+        pack = _pack_of_rows(record, inputs, mask, positions, causal)
+        if pack is not None:
+            if positions is None:
+                positions = torch.arange(length, device=inputs.device)[None]
+            outputs = call.packed(pack.pack(inputs)[None], pack, pack.pack(positions.expand(batch, length))[None])
+            return _unpack_outputs(outputs, pack)
+    elif length > 1 and not compiling:
+        _refuse_several_samples_in_a_cache(cache, mask, positions, batch, length)
+    return call.padded(inputs, causal, mask, positions, cache, use_cache)
+
+
+class _Call:
+    """The class's own forward with what this call hands through. (No dataclass: torch.compile traces this one.)"""
+
+    def __init__(self, decoder: Any, record: PatchRecord, name: str, extra: dict[str, Any]) -> None:
+        self.decoder, self.record, self.name, self.extra = decoder, record, name, extra
+
+    def packed(self, inputs: Tensor, pack: SamplePack, positions: Tensor) -> Any:
+        """inputs (1, tokens, ...), positions (1, tokens)."""
+        grit_pass = AttentionPass(pack.causal, self.record.bidirectional_window, pack)
+        if self.record.rope_by_length:
+            positions = rope.with_lengths(positions, rope.lengths_in_pack(positions, pack))
+        if self.record.own_attention:
+            mask = gptj.carry(self.decoder, grit_pass, inputs, None, None)
+        else:
+            mask = torch.zeros(_NO_MASK_SHAPE, dtype=torch.int32, device=inputs.device)
+        return self._run(inputs, grit_pass, attention_mask=mask, position_ids=positions, use_cache=False)
+
+    def padded(
+        self, inputs: Tensor, causal: Tensor, mask: Any, positions: Tensor | None, cache: Any, use_cache: bool
+    ) -> Any:
+        """inputs (B, T, ...) with padding, before or after a cache."""
+        grit_pass = AttentionPass(causal, self.record.bidirectional_window)
+        if self.record.rope_by_length:
+            batch, length = inputs.shape[:2]
+            past = 0 if cache is None else int(cache.get_seq_length())
+            if positions is None:
+                positions = past + torch.arange(length, device=inputs.device)[None]
+            positions = positions.expand(batch, length)
+            known = isinstance(mask, Tensor) and mask.ndim == 2
+            real = mask[:, past : past + length] != 0 if known else None
+            positions = rope.with_lengths(positions, rope.lengths_in_rows(positions, real))
+        if self.record.own_attention:
+            mask = gptj.carry(self.decoder, grit_pass, inputs, mask, cache)
+        caching = {} if cache is None else {self.record.cache_name: cache}
+        return self._run(inputs, grit_pass, attention_mask=mask, position_ids=positions, use_cache=use_cache, **caching)
+
+    def _run(self, inputs: Tensor, grit_pass: AttentionPass, **arguments: Any) -> Any:
+        if not self.record.own_attention:
+            arguments["grit_pass"] = grit_pass
+        # the class's forward, not the instance's: that one is ours
+        outputs = type(self.decoder).forward(self.decoder, **{self.name: inputs}, **arguments, **self.extra)
+        if inputs.shape[1] and not grit_pass.witness:
+            raise RuntimeError(
+                f"model: no layer of this {type(self.decoder).__name__} called the attention that patch() put in, so the "
+                "result would ignore is_causal and packing; another library has replaced its layers, or they attend by "
+                "themselves"
+            )
+        return outputs
+
+
+def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.device) -> SamplePack:
+    """The pack behind transformers' ``cu_seq_lens_q``."""
+    queries, keys = table["cu_seq_lens_q"], table["cu_seq_lens_k"]
+    if torch.compiler.is_compiling():
+        raise ValueError("cu_seq_lens_q: a compiled pass cannot read its values; give it a sample_pack")
+    lengths = queries.to("cpu").diff()
+    if keys is not None and keys is not queries and not torch.equal(keys.to("cpu").diff(), lengths):
+        raise ValueError("cu_seq_lens_k: expected the same samples as cu_seq_lens_q, got others")
+    return SamplePack.from_lengths(lengths, causal.to("cpu") if isinstance(causal, Tensor) else causal, device=device)
+
+
+def _pack_of_rows(
+    record: PatchRecord, inputs: Tensor, mask: Any, positions: Tensor | None, causal: Tensor
+) -> SamplePack | None:
+    """The pack of a pass without a cache; None where it keeps the padded layout."""
+    batch, length = inputs.shape[:2]
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        return None  # ours, or refused by the attention function, which knows what to say
+    if mask is not None and tuple(mask.shape) != (batch, length):
+        raise ValueError(
+            f"attention_mask: expected {(batch, length)} as {inputs.ndim}-D inputs, got {tuple(mask.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        if positions is not None and mask is None:
+            raise ValueError(
+                "position_ids: a compiled pass cannot look for samples that start over in them; "
+                "give it an attention_mask or a sample_pack too"
+            )
+        if mask is not None:
+            _assert_one_sample_per_row(mask, positions)
+        return None
+    positions = None if positions is None else positions.expand(batch, length)
+    if mask is None and positions is not None:
+        pack = SamplePack.from_position_ids(positions, causal)
+    else:
+        if mask is None:
+            mask = torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
+        pack = SamplePack.from_mask(mask.to(inputs.device), causal, position_ids=positions)
+    # several samples in a row cannot be told apart in the padded layout
+    return pack if record.packing or len(pack) > batch else None
+
+
+def _assert_one_sample_per_row(mask: Tensor, positions: Tensor | None) -> None:
+    """For a compiled pass, which cannot look: an assertion inside the graph."""
+    if mask.dtype != torch.bool:
+        torch._assert_async(
+            (mask <= 1).all(), "attention_mask: a compiled pass cannot tell apart the samples that a mask numbers"
+        )
+    if positions is not None and mask.shape[1] > 1:
+        both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        torch._assert_async(
+            (~both | (positions.diff(dim=1) == 1)).all(),
+            "position_ids: a compiled pass cannot tell apart samples that start over; give it a sample_pack",
+        )
+
+
+def _refuse_several_samples_in_a_cache(
+    cache: Any, mask: Any, positions: Tensor | None, batch: int, length: int
+) -> None:
+    """A cache holds one sample per row; looked at when one begins to be filled."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        return  # masks that generate() built with our mask function, one per kind of layer
+    if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool and bool((mask > 1).any()):
+        raise ValueError("attention_mask: expected 0 and 1 beside a cache, which holds one sample per row, got numbers")
+    if positions is None or (cache is not None and int(cache.get_seq_length())):
+        return
+    positions = positions.expand(batch, length)
+    if mask is None:
+        mask = torch.ones_like(positions, dtype=torch.bool)
+    if tuple(mask.shape) == (batch, length) and len(SamplePack.from_mask(mask != 0, position_ids=positions)) > batch:
+        raise ValueError("position_ids: expected one sample per row beside a cache, got positions that start over")
+
+
+def _unpack_outputs(outputs: Any, pack: SamplePack) -> Any:
+    """Bring every (1, tokens, ...) tensor of a decoder's output back to (B, T, ...)."""
+
+    def unpack(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == (1, pack.tokens):
+            return pack.unpack(x[0])
+        if isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] == pack.tokens:
+            # router logits, one row per token: the padded places are masked by their user
+            return pack.unpack(x).flatten(0, 1)
+        return tuple(unpack(y) for y in x) if isinstance(x, tuple) else x
+
+    if isinstance(outputs, tuple):
+        return unpack(outputs)
+    for key, value in list(outputs.items()):
+        outputs[key] = unpack(value)
+    return outputs
+
+
+def _flags(is_causal: bool | Tensor, batch: int, device: torch.device) -> Tensor:
+    if isinstance(is_causal, bool):
+        return torch.full((batch,), is_causal, dtype=torch.bool, device=device)
+    if not isinstance(is_causal, Tensor) or is_causal.dtype != torch.bool or is_causal.shape != (batch,):
+        given = described(is_causal) if isinstance(is_causal, Tensor) else repr(is_causal)
+        raise ValueError(f"is_causal: expected a bool or a bool tensor ({batch},), got {given}")
+    return is_causal.to(device)

@@ -1,0 +1,100 @@
+"""Rotary scaling that depends on the length of a text (``dynamic``, ``longrope``), decided per text.
+
+transformers' rotary modules take one length per call, the largest position plus 1, and ``dynamic`` remembers it from call to
+call; so what a text becomes would depend on its neighbours in the batch and on earlier batches. A patched pass notes, on the
+tensor of positions that reaches the rotary module, how long each token's text is, and every group of equal length gets the
+tables that a new module gives it alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit_kernels.hf import compat
+from grit_kernels.packing import SamplePack
+
+
+def _kinds(rotary: Any) -> list[str]:
+    kind = getattr(rotary, "rope_type", None) or "default"
+    return [str(k) for k in kind.values()] if isinstance(kind, dict) else [str(kind)]
+
+
+def depends_on_length(decoder: Any) -> bool:
+    """Whether the decoder's rotary frequencies change with the length of the text."""
+    rotary = compat.rotary_of(decoder)
+    return rotary is not None and any("dynamic" in kind or kind == "longrope" for kind in _kinds(rotary))
+
+
+def with_lengths(positions: Tensor, lengths: Tensor) -> Tensor:
+    """``positions`` (B, T) with the length of each token's text, int64 (B, T), noted on a view of it."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "rope_parameters: a compiled pass cannot decide a scaling that depends on each text's length; run it uncompiled"
+        )
+    noted = positions.view_as(positions)
+    noted._grit_lengths = lengths  # type: ignore[attr-defined]
+    return noted
+
+
+def lengths_in_pack(positions: Tensor, pack: SamplePack) -> Tensor:
+    """Largest position of each token's sample plus 1; positions and result (1, tokens)."""
+    sample = torch.repeat_interleave(
+        torch.arange(len(pack), device=positions.device), pack.lengths.long(), output_size=pack.tokens
+    )
+    largest = positions.new_zeros(len(pack)).scatter_reduce(0, sample, positions[0], "amax")
+    return (largest[sample] + 1)[None]
+
+
+def lengths_in_rows(positions: Tensor, real: Tensor | None) -> Tensor:
+    """Largest position of each row's real tokens plus 1; positions, ``real`` and result (B, T)."""
+    if real is not None and real.shape == positions.shape:
+        positions = positions.masked_fill(~real, 0)
+    return (positions.amax(dim=1, keepdim=True) + 1).expand(positions.shape)
+
+
+def _scaled_beyond(rotary: Any) -> int:
+    """Texts up to this length have the same tables."""
+    parameters = rotary.config.rope_parameters
+    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    known = [int(p["original_max_position_embeddings"]) for p in nested if p.get("original_max_position_embeddings")]
+    return min([int(rotary.original_max_seq_len), *known])
+
+
+def _tables(rotary: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for ``rotary.forward``: what it returns for x (B, T, ...) and positions (B, T)."""
+    lengths = getattr(position_ids, "_grit_lengths", None)
+    if lengths is None:
+        raise RuntimeError(
+            "a rotary module whose scaling depends on the length was called outside of its patched decoder, or something "
+            "between them copied position_ids"
+        )
+    shortest = _scaled_beyond(rotary)
+    group = torch.where(lengths <= shortest, 0, lengths)
+    if not any("dynamic" in kind for kind in _kinds(rotary)):
+        group = group.clamp(max=shortest + 1)  # longrope has two sets of frequencies
+    found: list[Tensor] = []
+    for length in group.unique().tolist():
+        here = group == length
+        with torch.device(x.device):
+            alone = type(rotary)(rotary.config)
+        parts = type(alone).forward(alone, x, position_ids[here][None], *args, **kwargs)
+        for index, part in enumerate(parts):
+            if len(found) <= index:
+                found.append(part.new_zeros(*position_ids.shape, part.shape[-1]))
+            found[index][here] = part[0]
+    return tuple(found)
+
+
+def attach(decoder: Any) -> None:
+    """Replace the rotary module's forward, on the instance."""
+    rotary = compat.rotary_of(decoder)
+    rotary.forward = functools.partial(_tables, rotary)
+
+
+def detach(decoder: Any) -> None:
+    """Undo :func:`attach`."""
+    compat.rotary_of(decoder).__dict__.pop("forward", None)
