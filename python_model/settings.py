@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -32,7 +32,7 @@ Activation = Literal["identity", "tanh", "gelu", "relu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 SpecialTokenRule = Literal["tokenizer", "bos"]
 SPECIAL_TOKEN_RULES: tuple[str, ...] = get_args(SpecialTokenRule)
-Format = Literal["grit", "zephyr"]
+Format = Literal["grit", "zephyr", "plain"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 SETTINGS_FILE = "grit.json"
@@ -120,7 +120,10 @@ class GritSettings:
         projection_activation: what follows it: ``"identity"``, ``"tanh"``, ``"gelu"`` or ``"relu"``.
         special_tokens: what stands around a text where special tokens are asked for. ``"tokenizer"``: what the checkpoint's
             tokenizer adds by itself. ``"bos"``: BOS in front, whether the tokenizer adds one or not.
-        format: text format, ``"grit"`` or ``"zephyr"`` (an EOS ends each instruction and user turn).
+        format: text format, ``"grit"``, ``"zephyr"`` (an EOS ends each instruction and user turn) or ``"plain"`` (an instruction
+            stands before a text as it is; there are no roles, so no conversations).
+        prompts: instructions by name, for ``encode(prompt_name=..)``.
+        default_prompt_name: which of them stands before a text that comes without an instruction.
 
     Raises:
         ValueError, TypeError: a value that is not accepted; the message names the setting.
@@ -137,6 +140,8 @@ class GritSettings:
     projection_activation: Activation = "identity"
     special_tokens: SpecialTokenRule = "tokenizer"
     format: Format = "grit"
+    prompts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    default_prompt_name: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("normalized", "embed_instruction"):
@@ -153,6 +158,15 @@ class GritSettings:
             ("format", FORMATS),
         ):
             check_choice(name, getattr(self, name), accepted)
+        texts = isinstance(self.prompts, Mapping) and all(
+            isinstance(x, str) for pair in self.prompts.items() for x in pair
+        )
+        if not texts:
+            raise TypeError(f"prompts: expected texts by name, got {self.prompts!r}")
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ValueError(
+                f"default_prompt_name: expected one of {sorted(self.prompts)}, got {self.default_prompt_name!r}"
+            )
         object.__setattr__(self, "attn", str(AttentionVariant.parse(str(self.attn))))
         if self.embed_instruction and not self.attention.embedding_is_uniform:
             raise ValueError(
@@ -177,11 +191,18 @@ class GritSettings:
     def of_embeddings(self) -> dict[str, Any]:
         """The settings that an embedding depends on, as plain values.
 
-        Left out are the generative attention and the format: they reach an embedding only by its prefix, which the caller writes.
+        Left out are the generative attention, and format and prompts: they reach an embedding only by its prefix, which the
+        caller writes; but for the prompt that stands before a text without one.
         """
         values = asdict(self)
-        del values["format"]
-        return {**values, "attn": self.attention.embedding}
+        for name in ("format", "prompts", "default_prompt_name"):
+            del values[name]
+        return {**values, "attn": self.attention.embedding, "default_prompt": self.default_prompt}
+
+    @property
+    def default_prompt(self) -> str:
+        """What stands before a text that comes without an instruction."""
+        return "" if self.default_prompt_name is None else self.prompts[self.default_prompt_name]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``grit.json`` to ``folder``."""
@@ -206,7 +227,7 @@ class GritSettings:
             raise ValueError(f"{file}: {error}") from None
 
 
-NAMES: tuple[str, ...] = tuple(field.name for field in fields(GritSettings))
+NAMES: tuple[str, ...] = tuple(entry.name for entry in fields(GritSettings))
 """Of all settings."""
 
 

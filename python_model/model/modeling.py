@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import grit_kernels as gk
+from python_model.model.modules_json import head_of_modules, settings_of_modules
 from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, SETTINGS_FILE, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
@@ -51,8 +53,9 @@ class GritLM(nn.Module):
         from_pretrained_kwargs: the other settings of :class:`python_model.settings.GritSettings` by name; the rest is passed to
             ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...), to the tokenizer's what says where the files are.
 
-    Settings that are not given are those saved with the checkpoint, in a folder or on the hub (``grit.json``). Attributes:
-    ``settings`` (all of them), ``model``, ``tokenizer``, ``projection`` (a module or None).
+    Settings that are not given are those saved with the checkpoint, in a folder or on the hub: ``grit.json``, else what
+    sentence-transformers saves (``modules.json`` and the files beside it). Attributes: ``settings`` (all of them), ``model``,
+    ``tokenizer``, ``projection`` (a module or None).
     """
 
     def __init__(
@@ -89,27 +92,35 @@ class GritLM(nn.Module):
             **others,
         )
         loader = AutoModel if mode == "embedding" else AutoModelForCausalLM
-        self.model = gk.patch(
-            loader.from_pretrained(path, **from_pretrained_kwargs),
-            bidirectional_window=self.settings.bidirectional_window,
+        loaded, report = loader.from_pretrained(
+            path, output_loading_info=True, **_one_flag_per_sample(path, from_pretrained_kwargs)
         )
+        if is_inference and (missing := sorted(report["missing_keys"])):
+            warnings.warn(
+                f"mode: {path} has no {', '.join(missing[:3])}, which start at random with mode={mode!r}; an embedding model "
+                "without a language-model head is loaded with mode='embedding'",
+                stacklevel=2,
+            )
+        self.model = gk.patch(loaded, bidirectional_window=self.settings.bidirectional_window)
         remote = {
             name: from_pretrained_kwargs[name] for name in ("trust_remote_code",) if name in from_pretrained_kwargs
         }
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right", **where, **remote)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        special = [token for token in self.tokenizer.all_special_tokens if len(token) > 1]
+        for name, text in self.settings.prompts.items():
+            if found := [token for token in special if token in text]:
+                raise ValueError(f"prompts: expected plain texts, got the special token {found[0]!r} in {name!r}")
         self.decoder = [
             self.model if mode == "embedding" else self.model.get_decoder()
         ]  # in a list: not registered twice
         self.projection: nn.Module | None = None
         if self.settings.projection is not None:
             self.projection = nn.Linear(self.model.config.hidden_size, self.settings.projection, dtype=self.model.dtype)
-            head = _file(path, HEAD_FILE, **where)
+            head = saved_head(path, **where)
             if head is not None:
-                from safetensors.torch import load_file
-
-                self.projection.load_state_dict(load_file(head))
+                self.projection.load_state_dict(head)
             elif is_inference:
                 warnings.warn(
                     f"projection: there is no {HEAD_FILE} in {path}, so the embedding head starts at random",
@@ -202,6 +213,7 @@ class GritLM(nn.Module):
         recast: bool = False,
         add_special_tokens: bool = True,
         *,
+        prompt_name: str | None = None,
         show_progress_bar: bool | None = None,
         devices: Sequence[str | torch.device] | None = None,
     ) -> Any:
@@ -211,13 +223,15 @@ class GritLM(nn.Module):
             sentences: a text or texts; an empty one is an error that names its index.
             batch_size: most texts in one forward pass (a pass also ends at 16384 tokens).
             max_length: longer texts lose their end; counts instruction and special tokens.
-            instruction: the formatted prefix, e.g. ``prompts.embed_instruction("Find the article")``.
+            instruction: the formatted prefix, e.g. ``prompts.embed_instruction("Find the article")``; by default that of
+                ``prompt_name``.
             embed_instruction: pool the instruction as well (always, where the settings say so).
             get_cache: also return the key-value states as a ``DynamicCache`` (one batch only), right-padded, with the number of
                 real slots per text in its attribute ``seqlens``.
             convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
             recast: round the embedding to the model's dtype (the paper's "BF16 embedding").
             add_special_tokens: add what ``settings.special_tokens`` says, as a rule what the tokenizer adds.
+            prompt_name: one of ``settings.prompts``; by default ``settings.default_prompt_name``, if there is one.
             show_progress_bar: default: when there is more than one batch.
             devices: share the batches among copies of the model on these devices (with gradients: not accepted); the copies
                 live as long as the call.
@@ -230,6 +244,9 @@ class GritLM(nn.Module):
             raise ValueError(
                 f"embed_instruction: expected False with attn {self.attn!r}, which reads it apart, got True"
             )
+        if instruction and prompt_name is not None:
+            raise ValueError(f"prompt_name: expected none beside an instruction, got {prompt_name!r}")
+        instruction = instruction or self._prompt(prompt_name)
         samples = self._encode_texts(texts, instruction, max_length, add_special_tokens)
         skips = [0 if embed_instruction else s.instruction_len for s in samples]
         batches = _batches([len(s) for s in samples], batch_size)
@@ -252,6 +269,12 @@ class GritLM(nn.Module):
         embeddings = embeddings[0] if single else embeddings
         result: Any = embeddings if convert_to_tensor else embeddings.detach().float().cpu().numpy().astype(np.float32)
         return (result, cache) if get_cache else result
+
+    def _prompt(self, name: str | None) -> str:
+        if name is None:
+            return self.settings.default_prompt
+        check_choice("prompt_name", name, sorted(self.settings.prompts))
+        return self.settings.prompts[name]
 
     def _pool_batch(self, hidden: Tensor, pack: gk.SamplePack, recast: bool) -> Tensor:
         pooled = self.pool(hidden, pack.cu_seqlens, pack.instruction_lens)
@@ -358,9 +381,46 @@ def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
 
 
 def saved_settings(path: str | os.PathLike[str], **where: Any) -> GritSettings | None:
-    """The settings saved with a checkpoint, a folder or a name on the hub; None if it has none. ``where``: see ``WHERE``."""
-    file = _file(str(path), SETTINGS_FILE, **where)
-    return None if file is None else GritSettings.load(file)
+    """The settings saved with a checkpoint, a folder or a name on the hub; None if it has none. ``where``: see ``WHERE``.
+
+    Raises:
+        ValueError: a file of settings says something that is not understood.
+    """
+    if (file := _file(str(path), SETTINGS_FILE, **where)) is not None:
+        return GritSettings.load(file)
+    try:
+        return settings_of_modules(functools.partial(_file, str(path), **where))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def saved_head(path: str | os.PathLike[str], **where: Any) -> dict[str, Tensor] | None:
+    """Weight and bias of the embedding head saved with a checkpoint, or None."""
+    from safetensors.torch import load_file
+
+    if (file := _file(str(path), HEAD_FILE, **where)) is not None:
+        return load_file(file)
+    if _file(str(path), SETTINGS_FILE, **where) is not None:
+        return None
+    return head_of_modules(functools.partial(_file, str(path), **where))
+
+
+def _one_flag_per_sample(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """``from_pretrained``'s arguments, with a config whose attention follows the flag of each sample.
+
+    A Gemma 3 that is bidirectional by its config sees ``|i - j| < sliding_window``; by the flag it sees ``<=``.
+    """
+    if "config" in arguments:
+        return arguments
+    from transformers import AutoConfig
+
+    names = (*WHERE, "trust_remote_code")
+    config: Any = AutoConfig.from_pretrained(path, **{name: arguments[name] for name in names if name in arguments})
+    if not getattr(config, "use_bidirectional_attention", False):
+        return arguments
+    config.use_bidirectional_attention = False
+    config.sliding_window -= 1
+    return {**arguments, "config": config}
 
 
 def _file(path: str, name: str, **where: Any) -> Path | None:

@@ -161,7 +161,12 @@ def escape(text: str) -> str:
 
 
 def embed_instruction(instruction: str, *, format: Format = "grit") -> str:
-    """The prefix of a text to embed: with an instruction, or the bare embed marker for an empty one."""
+    """The prefix of a text to embed: with an instruction, or the bare embed marker for an empty one.
+
+    The format ``"plain"`` has no markers: the instruction as it is.
+    """
+    if format == "plain":
+        return escape(instruction)
     instruction = instruction.strip("\t\n :")
     return f"{USER}{escape(instruction)}{_user_end(format)}{TURN_SEPARATOR}{EMBED}" if instruction else EMBED
 
@@ -361,4 +366,6 @@ def _eos(tokenizer: Any) -> int:
 
 def _user_end(format: Format) -> str:
     check_choice("format", format, FORMATS)
+    if format == "plain":
+        raise ValueError("format: expected 'grit' or 'zephyr' for a conversation, got 'plain', which has no roles")
     return TURN_END if format == "zephyr" else ""

@@ -208,7 +208,7 @@ class TrainConfig:
     @property
     def settings_given(self) -> dict[str, Any]:
         """The model's settings that are not left to the checkpoint."""
-        given = {name: getattr(self, name) for name in NAMES}
+        given = {name: getattr(self, name, None) for name in NAMES}
         return {name: value for name, value in given.items() if value is not None}
 
     def _check_combinations(self) -> None:

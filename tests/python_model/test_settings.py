@@ -58,6 +58,8 @@ BROKEN: dict[str, Any] = {
     "projection_activation": "tanh",  # without a projection
     "special_tokens": "eos",
     "format": "tulu",
+    "prompts": {"query": 1},
+    "default_prompt_name": "query",  # which is not there
 }
 
 
@@ -83,6 +85,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
         projection_activation="tanh",
         special_tokens="bos",
         format="zephyr",
+        prompts={"query": "Find: "},
+        default_prompt_name="query",
     )
     defaults = GritSettings()
     changed = {field.name for field in fields(GritSettings)} - {"embed_instruction"}

@@ -1,0 +1,160 @@
+"""Settings and embedding head of a sentence-transformers folder (EmbeddingGemma, Qwen3-Embedding, e5-mistral, ..).
+
+    modules.json                          which modules follow each other: a decoder, pooling, linear layers, normalisation
+    1_Pooling/config.json, ..             each module's options (and weights, for a linear layer)
+    config_sentence_transformers.json     prompts by name
+    sentence_bert_config.json             the decoder's options
+
+What GritLM cannot do like sentence-transformers is refused by name: such a folder gives its vectors, or an error.
+Source of the layout: sentence-transformers, 2.x to 6.x.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from python_model.settings import POOLING_METHODS, Activation, GritSettings
+
+Read = Callable[[str], Path | None]
+"""A file of the checkpoint by its name (with folder), or None."""
+MODULES = "modules.json"
+_KINDS = ("Transformer", "GritTransformer", "Pooling", "Dense", "Normalize")
+# one flag per kind of pooling, before there was pooling_mode
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
+
+
+def settings_of_modules(read: Read) -> GritSettings | None:
+    """What ``modules.json`` and the files beside it say; None if there is no such file.
+
+    Raises:
+        ValueError: a module, or an option of one, that changes embeddings in a way GritLM has not.
+    """
+    modules = _modules(read)
+    if modules is None:
+        return None
+    decoder = _json(read, "sentence_bert_config.json") or {}
+    if decoder.get("do_lower_case"):
+        raise ValueError("sentence_bert_config.json: do_lower_case: expected false, got true")
+    if "text" not in decoder.get("modality_config", {"text": None}):
+        raise ValueError(
+            "sentence_bert_config.json: modality_config: expected an entry 'text', got chat messages alone"
+        )
+    pooling = _options(read, modules, "Pooling")
+    method = pooling.get("pooling_mode") or [name for flag, name in _FLAGS.items() if pooling.get(flag)]
+    method = method[0] if isinstance(method, list) and len(method) == 1 else method
+    if method not in POOLING_METHODS:
+        raise ValueError(f"{MODULES}: pooling: expected one of {', '.join(POOLING_METHODS)}, got {method!r}")
+    texts = _json(read, "config_sentence_transformers.json") or {}
+    if texts.get("truncate_dim"):
+        raise ValueError(f"config_sentence_transformers.json: truncate_dim: expected none, got {texts['truncate_dim']}")
+    prompts = {name: text or "" for name, text in (texts.get("prompts") or {}).items()}
+    include_prompt = bool(pooling.get("include_prompt", True))
+    if not include_prompt and method in ("cls", "weightedmean") and any(prompts.values()):
+        raise ValueError(f"{MODULES}: include_prompt: expected true with pooling {method!r} and prompts, got false")
+    layers = _dense(read, modules)
+    config = _json(read, "config.json") or {}
+    bidirectional = config.get("use_bidirectional_attention") or config.get("is_causal") is False
+    return GritSettings(
+        pooling_method=method,
+        normalized=modules[-1][0] == "Normalize",
+        attn="bbcc" if bidirectional else "cccc",
+        # prompts are counted alone there
+        instruction_count="reference",
+        embed_instruction=include_prompt,
+        projection=layers[-1][1]["out_features"] if layers else None,
+        projection_activation=_activation(layers[-1][1]) if layers else "identity",
+        format="plain",
+        prompts=prompts,
+        default_prompt_name=texts.get("default_prompt_name"),
+    )
+
+
+def head_of_modules(read: Read) -> dict[str, Tensor] | None:
+    """Weight and bias of the linear layers as one (they have no activation between them); None without such a layer."""
+    modules = _modules(read)
+    layers = [] if modules is None else _dense(read, modules)
+    if not layers:
+        return None
+    from safetensors.torch import load_file
+
+    weight = bias = None
+    for folder, options in layers:
+        file = read(f"{folder}/model.safetensors")
+        if file is None:
+            raise FileNotFoundError(f"{MODULES}: expected the weights {folder}/model.safetensors, got no such file")
+        state = {name.removeprefix("linear."): value.double() for name, value in load_file(file).items()}
+        own = state.get("bias", torch.zeros(options["out_features"], dtype=torch.float64))
+        bias = own if bias is None else state["weight"] @ bias + own
+        weight = state["weight"] if weight is None else state["weight"] @ weight
+    assert weight is not None and bias is not None
+    return {"weight": weight.float(), "bias": bias.float()}
+
+
+def _modules(read: Read) -> list[tuple[str, str]] | None:
+    """(kind, folder) of each module, in an order that GritLM has."""
+    listed = _json(read, MODULES)
+    if listed is None:
+        return None
+    modules = [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in listed]
+    kinds = [kind for kind, _ in modules]
+    for kind in kinds:
+        if kind not in _KINDS:
+            raise ValueError(f"{MODULES}: expected modules {', '.join(_KINDS)}, got {kind}")
+    order = [_KINDS.index(kind) for kind in kinds]
+    counts = [kinds.count(kind) for kind in ("Pooling", "Normalize")]
+    if len(kinds) < 2 or order[0] > 1 or order[1] != 2 or order != sorted(order) or counts[0] != 1 or counts[1] > 1:
+        raise ValueError(
+            f"{MODULES}: expected a decoder, pooling, linear layers and normalisation in turn, got {kinds}"
+        )
+    if modules[0][1] not in ("", "."):
+        raise ValueError(f"{MODULES}: expected the decoder in the folder itself, got {modules[0][1]!r}")
+    return modules
+
+
+def _dense(read: Read, modules: list[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
+    """(folder, options) of the linear layers."""
+    layers = []
+    for kind, folder in modules:
+        if kind == "Dense":
+            options = _json(read, f"{folder}/config.json") or {}
+            for name in ("module_input_name", "module_output_name"):
+                if options.get(name, "sentence_embedding") != "sentence_embedding":
+                    raise ValueError(f"{folder}: {name}: expected 'sentence_embedding', got {options[name]!r}")
+            if options.get("use_residual"):
+                raise ValueError(f"{folder}: use_residual: expected false, got true")
+            if layers and _activation(layers[-1][1]) != "identity":
+                raise ValueError(f"{folder}: expected no linear layer behind an activation, got one")
+            _activation(options)
+            layers.append((folder, options))
+    return layers
+
+
+def _activation(options: dict[str, Any]) -> Activation:
+    name = str(options.get("activation_function", "Tanh"))
+    if (last := name.rpartition(".")[2]) not in _ACTIVATIONS:
+        raise ValueError(f"activation_function: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return cast(Activation, _ACTIVATIONS[last])
+
+
+def _options(read: Read, modules: list[tuple[str, str]], wanted: str) -> dict[str, Any]:
+    folder = next(folder for kind, folder in modules if kind == wanted)
+    return cast(dict[str, Any], _json(read, f"{folder}/config.json") or {})
+
+
+def _json(read: Read, name: str) -> Any:
+    file = read(name)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8"))

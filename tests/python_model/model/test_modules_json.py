@@ -1,0 +1,178 @@
+"""Folders of sentence-transformers load with one line and give the vectors that sentence-transformers gives from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from python_model import GritLM
+
+st = pytest.importorskip("sentence_transformers")
+
+# the last one is longer than every window
+TEXTS = ["A river flows.", "def add(first, second):", "x", "The capital of France is a city with a river in it. " * 4]
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
+
+def save_decoder(folder: Path, kind: str, tokenizer: Any, single: str, **config: Any) -> str:
+    """A decoder without a language-model head, whose tokenizer adds what the template ``single`` says."""
+    import transformers
+    from tokenizers.processors import TemplateProcessing
+
+    torch.manual_seed(0)
+    own = copy.deepcopy(tokenizer)
+    special = [("<s>", 1), ("</s>", 2)]
+    own.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    settings = getattr(transformers, f"{kind}Config")(**{**SMALL, "vocab_size": len(own), **config})
+    getattr(transformers, f"{kind}Model")(settings).save_pretrained(folder)
+    own.save_pretrained(folder)
+    return str(folder)
+
+
+def modules_of(decoder: str, pooling: str, dense: list[tuple[int, int, bool, Any]] = [], **options: Any) -> list[Any]:  # noqa: B006
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    torch.manual_seed(1)
+    text = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    first = Transformer(decoder, modality_config=text, module_output_name="token_embeddings", max_seq_length=512)
+    layers = [Dense(i, o, bias=bias, activation_function=activation) for i, o, bias, activation in dense]
+    return [first, Pooling(64, pooling, **options), *layers, Normalize()]
+
+
+def embedding_gemma(folder: Path, tokenizer: Any) -> None:
+    """Bidirectional by its config, a window in five of six layers, mean pooling over the prompt too, two linear layers."""
+    decoder = save_decoder(
+        folder / "decoder",
+        "Gemma3Text",
+        tokenizer,
+        "<s> $A </s>",
+        num_hidden_layers=3,
+        sliding_window=64,
+        sliding_window_pattern=3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        query_pre_attn_scalar=32,
+        use_bidirectional_attention=True,
+    )
+    modules = modules_of(decoder, "mean", [(64, 96, False, torch.nn.Identity()), (96, 48, False, torch.nn.Identity())])
+    prompts = {"query": "task: search result | query: ", "document": "title: none | text: "}
+    st.SentenceTransformer(modules=modules, prompts=prompts).save(str(folder / "model"))
+
+
+def qwen3_embedding(folder: Path, tokenizer: Any) -> None:
+    """Causal, last token, which is the end token that the tokenizer adds."""
+    decoder = save_decoder(folder / "decoder", "Qwen3", tokenizer, "$A </s>", num_hidden_layers=2)
+    prompts = {"query": "Instruct: Given a web search query, find the page\nQuery:", "document": ""}
+    st.SentenceTransformer(modules=modules_of(decoder, "lasttoken"), prompts=prompts).save(str(folder / "model"))
+
+
+def e5_mistral(folder: Path, tokenizer: Any) -> None:
+    """As older versions wrote it: one flag per kind of pooling."""
+    decoder = save_decoder(
+        folder / "decoder", "Mistral", tokenizer, "<s> $A </s>", num_hidden_layers=2, sliding_window=64
+    )
+    prompts = {"web_search_query": "Instruct: Given a web search query, find the page\nQuery: "}
+    st.SentenceTransformer(modules=modules_of(decoder, "lasttoken"), prompts=prompts).save(str(folder / "model"))
+    flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    pooling: dict[str, Any] = {f"pooling_mode_{flag}": flag == "lasttoken" for flag in flags}
+    pooling |= {"word_embedding_dimension": 64, "include_prompt": True}
+    (folder / "model" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+def instructor_like(folder: Path, tokenizer: Any) -> None:
+    """The prompt is left out of the pooling, a head with an activation, a prompt that stands there by default."""
+    decoder = save_decoder(folder / "decoder", "Llama", tokenizer, "<s> $A", num_hidden_layers=2)
+    modules = modules_of(decoder, "mean", [(64, 32, True, torch.nn.Tanh())], include_prompt=False)
+    prompts = {"query": "Represent the question:\n", "document": "Represent the text:\n"}
+    model = st.SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name="document")
+    model.save(str(folder / "model"))
+
+
+@pytest.mark.parametrize("mode", ["unified", "embedding"])
+@pytest.mark.parametrize("layout", [embedding_gemma, qwen3_embedding, e5_mistral, instructor_like])
+def test_vectors_are_those_of_sentence_transformers(
+    layout: Callable[[Path, Any], None], mode: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    layout(tmp_path, tokenizer)
+    folder = tmp_path / "model"
+    theirs = st.SentenceTransformer(str(folder), device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="mode: .* has no lm_head")
+        ours = GritLM(folder, mode=mode, device="cpu", dtype="float32")
+    assert ours.settings.prompts == theirs.prompts
+    for name in [None, *theirs.prompts]:
+        want = np.concatenate([theirs.encode([text], prompt_name=name) for text in TEXTS])
+        np.testing.assert_allclose(ours.encode(TEXTS, prompt_name=name), want, atol=1e-5)
+    want = theirs.encode(TEXTS, prompt="find this: ")
+    np.testing.assert_allclose(ours.encode(TEXTS, instruction="find this: "), want, atol=1e-5)
+    ours.save_pretrained(tmp_path / "again")
+    again = GritLM(tmp_path / "again", mode=mode, device="cpu", dtype="float32")
+    assert again.settings == ours.settings
+    np.testing.assert_allclose(again.encode(TEXTS), ours.encode(TEXTS), atol=1e-6)
+
+
+def test_arguments_and_grit_json_go_before_modules_json(tokenizer: Any, tmp_path: Path) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    folder = tmp_path / "model"
+    model = GritLM(folder, mode="embedding", device="cpu", pooling_method="mean")
+    assert (model.pooling_method, model.attn) == ("mean", "cccc")
+    model.settings.changed(attn="bb").save(folder)
+    assert GritLM(folder, mode="embedding", device="cpu").attn == "bbcc"
+
+
+def test_a_checkpoint_without_a_language_model_head_says_so(tokenizer: Any, tmp_path: Path) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    with pytest.warns(UserWarning, match="mode: .*has no lm_head.weight, .*mode='embedding'"):
+        GritLM(tmp_path / "model", device="cpu")
+
+
+def test_prompts_are_named_and_exclude_an_instruction(tokenizer: Any, tmp_path: Path) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    model = GritLM(tmp_path / "model", mode="embedding", device="cpu")
+    with pytest.raises(ValueError, match="prompt_name: expected one of 'document', 'query', got 'passage'"):
+        model.encode("a", prompt_name="passage")
+    with pytest.raises(ValueError, match="prompt_name: expected none beside an instruction, got 'query'"):
+        model.encode("a", instruction="Find", prompt_name="query")
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("modules.json", {"append": "sentence_transformers.models.LayerNorm"}, "expected modules .*got LayerNorm"),
+    ("modules.json", {"append": "sentence_transformers.models.Pooling"}, "in turn, got"),
+    ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling: expected one of mean, .*got 'max'"),
+    ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, "pooling: expected one of"),
+    ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case: expected false"),
+    ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config: expected an entry 'text'"),
+    ("config_sentence_transformers.json", {"truncate_dim": 32}, "truncate_dim: expected none, got 32"),
+    ("config_sentence_transformers.json", {"prompts": {"query": "<s>Find"}}, "special token '<s>' in 'query'"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED)
+def test_what_would_give_other_vectors_is_refused(
+    name: str, change: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    file = tmp_path / "model" / name
+    content = json.loads(file.read_text())
+    if isinstance(content, list):
+        content.append({"idx": 9, "name": "9", "path": "9_More", "type": change["append"]})
+    else:
+        content |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        GritLM(tmp_path / "model", mode="embedding", device="cpu")
