@@ -45,7 +45,9 @@ class Sampling:
         """logits (B, vocabulary) -> tokens (B)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        scaled = logits.float() / self.temperature
+        # a temperature next to 0 leaves the best token alone, and no quotient that is not a number
+        scaled = logits.float()
+        scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-30)
         if self.top_k and self.top_k < scaled.shape[-1]:
             least = scaled.topk(self.top_k, dim=-1).values[:, -1:]
             scaled = scaled.masked_fill(scaled < least, float("-inf"))
@@ -53,6 +55,7 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = probabilities.sort(dim=-1, descending=True)
             beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # what stands before it reaches top_p already
+            beyond[:, 0] = False  # a top_p that float32 rounds to 0 leaves the best one
             probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 

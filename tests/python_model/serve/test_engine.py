@@ -324,3 +324,16 @@ def test_a_closing_engine_finishes_what_it_has_begun(served_model: GritLM) -> No
     engine.submit([work])
     engine.close(drain_seconds=60)
     assert isinstance(events[-1], Token) and events[-1].finish is not None
+
+
+@pytest.mark.parametrize("sampling", [Sampling(5e-324), Sampling(1.0, 0, 5e-324), Sampling(2.0, 1)])
+def test_draws_that_leave_one_token_are_greedy(served_model: GritLM, sampling: Sampling) -> None:
+    engine = SteppedEngine(served_model, arena_rows=200, max_step_tokens=96)
+    tokens = []
+    for chosen in (sampling, Sampling()):
+        work = Generation(ids(random.Random(1), 20), max_tokens=6, sampling=chosen)
+        events = collect(work)
+        engine.submit([work])
+        engine.run()
+        tokens.append([event.token for event in events if isinstance(event, Token)])
+    assert tokens[0] == tokens[1]

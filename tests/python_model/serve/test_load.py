@@ -159,10 +159,11 @@ def test_a_server_that_was_killed_starts_again_at_the_same_place(checkpoint: Pat
             answers.append(httpx.post(f"{url}{CHAT}", json=question("What is a city?"), timeout=60).json())
             body = question("What is a city?", max_tokens=400, stream=True)
             with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=60) as stream:
-                next(stream.iter_lines())
+                lines = stream.iter_lines()
+                next(lines)
                 running.send_signal(signal.SIGKILL)
                 with pytest.raises(httpx.TransportError):
-                    list(stream.iter_lines())
+                    list(lines)
             assert running.wait(30) == -signal.SIGKILL
     assert answers[0]["choices"] == answers[1]["choices"]
 

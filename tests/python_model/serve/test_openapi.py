@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
 from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis.errors import Unsatisfiable  # noqa: E402
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
 from python_model.serve.service import Limits  # noqa: E402
 from tests.python_model.serve.server import serving  # noqa: E402
@@ -21,7 +24,7 @@ pytestmark = pytest.mark.load
 
 EXCLUDED = [
     # a request that the schema allows may still be refused: a model of another name, a conversation that ends with a reply
-    schemathesis.checks.CHECKS.get_one("positive_data_acceptance"),
+    positive_data_acceptance,
 ]
 
 
@@ -40,19 +43,16 @@ def test_every_reply_is_one_that_the_document_tells_of(served_model: Any) -> Non
         operations = [found.ok() for found in document.get_all_operations()]
         assert len(operations) > 10
         for operation in operations:
-            for mode in schemathesis.GenerationMode.all():
-                try:
-                    cases = operation.as_strategy(generation_mode=mode)
-                except Exception as error:  # an operation without parameters has no wrong ones
-                    assert type(error).__name__ in ("UnsatisfiableError", "Unsatisfiable"), error
-                    continue
+            for mode in schemathesis.GenerationMode:
 
                 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-                @given(case=cases)
+                @given(case=operation.as_strategy(generation_mode=mode))
                 def check(case: Any) -> None:
                     small(case)
                     case.call_and_validate(excluded_checks=EXCLUDED, timeout=60)
 
-                check()
+                # an operation without a body has no wrong requests
+                with contextlib.suppress(*([Unsatisfiable] if operation.method == "get" else [])):
+                    check()
         running.settle()
         assert running.engine.alive
