@@ -233,7 +233,8 @@ def _rebound(cls: type) -> _Rebound | None:
 
 
 def _rebind(cls: type) -> _Rebound | None:
-    forward, renamed = getattr(cls, "forward", None), set()
+    forward: Any = getattr(cls, "forward", None)
+    renamed = set()
     while hasattr(forward, "__wrapped__"):
         wrapper = inspect.getclosurevars(forward)
         if "old_name" not in wrapper.nonlocals or forward.__globals__["__name__"] != "transformers.utils.deprecation":
@@ -300,9 +301,9 @@ def _mlp_forward(self: Any, what: GatedMlp, *args: Any, **kwargs: Any) -> Any:
         gate, up = getattr(self, what.gate)(x).chunk(2, dim=-1)
     else:
         gate, up = getattr(self, what.gate)(x), getattr(self, what.up)(x)
-    activation = getattr(self, what.activation)
+    activation: Any = getattr(self, what.activation)
     fits = _takes_part(gate, "gated_forward") and type(up) is Tensor and up.dtype == gate.dtype
-    if fits and type(activation) is what.activation_type and not _watched(activation):
+    if fits and not _watched(activation) and type(activation) is what.activation_type:
         inner = ACTIVATIONS[what.kind][1](gate, up)
     else:
         inner = activation(gate) * up

@@ -4,7 +4,7 @@ transformers' layers serve any batch, mask and cache; for one token per row most
 that generality. This is the same computation, with the model's own modules for everything that has weights:
 
     x = x + o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n))),  n = rms_norm(x)
-    x = x + down_proj(act(gate_proj(m)) * up_proj(m)),                       m = rms_norm(x)
+    x = x + mlp(rms_norm(x))
 
 It writes into the cache that the prefill has filled. Models it does not know are decoded by their own forward.
 """
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import grit_kernels as gk
 
@@ -80,38 +79,29 @@ class Step:
         decoder = self.decoder
         x = decoder.embed_tokens(ids)[:, 0]  # [B, C]
         cos, sin = decoder.rotary_emb(x, positions)  # [B, 1, D]
-        half = cos.shape[-1] // 2
-        # the second half of the table for -sin: rotate_half becomes two products
-        low, high = -sin[..., :half], sin[..., half:]
         slot = self.cache.static_layers[0].filled
         ends = torch.full_like(self.first, slot + 1)
+        branch: Tensor | None = None  # of the layer before, not yet added to x
         for layer, stored in zip(decoder.layers, self.cache.static_layers, strict=True):
-            x = x + self._attention(layer, stored, x, (cos, low, high), slot, ends)
-            norm, mlp = layer.post_attention_layernorm, layer.mlp
-            h = functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-            x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
+            h, x = _add_and_norm(x, branch, layer.input_layernorm)
+            h, x = _add_and_norm(
+                x, self._attention(layer, stored, h, cos, sin, slot, ends), layer.post_attention_layernorm
+            )
+            branch = layer.mlp(h)
             stored.filled = slot + 1
-        x = functional.rms_norm(x, x.shape[-1:], decoder.norm.weight, decoder.norm.variance_epsilon)
-        return self.model.get_output_embeddings()(x)
+        h, _ = _add_and_norm(x, branch, decoder.norm)
+        return self.model.get_output_embeddings()(h)
 
     def _attention(
-        self, layer: Any, stored: Any, x: Tensor, rope: tuple[Tensor, Tensor, Tensor], slot: int, ends: Tensor
+        self, layer: Any, stored: Any, h: Tensor, cos: Tensor, sin: Tensor, slot: int, ends: Tensor
     ) -> Tensor:
-        attention, norm = layer.self_attn, layer.input_layernorm
-        cos, low, high = rope
-        batch, dim = x.shape[0], cos.shape[-1]
-        h = functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-        q, k = attention.q_proj(h), attention.k_proj(h)
-        heads = q.shape[1] // dim
-        both = torch.cat([q, k], dim=1).view(batch, -1, dim)  # [B, Hq + Hkv, D]
-        turned = both * cos
-        half = dim // 2
-        turned[..., :half].addcmul_(both[..., half:], low)
-        turned[..., half:].addcmul_(both[..., :half], high)
-        stored.slots_of_keys[:, slot] = turned[:, heads:]
-        stored.slots_of_values[:, slot] = attention.v_proj(h).view(batch, -1, dim)
+        attention = layer.self_attn
+        shape = (h.shape[0], 1, -1, cos.shape[-1])
+        q, k = gk.rotary(attention.q_proj(h).view(shape), attention.k_proj(h).view(shape), cos, sin)
+        stored.slots_of_keys[:, slot] = k[:, 0]
+        stored.slots_of_values[:, slot] = attention.v_proj(h).view(shape)[:, 0]
         out = gk.switch_attention_with_kvcache(
-            turned[:, None, :heads],
+            q,
             stored.slots_of_keys,
             stored.slots_of_values,
             ends,
@@ -121,4 +111,11 @@ class Step:
             softmax_scale=attention.scaling,
         )
         assert isinstance(out, Tensor)
-        return attention.o_proj(out.view(batch, -1))
+        return attention.o_proj(out.view(h.shape[0], -1))
+
+
+def _add_and_norm(x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + branch), x + branch)."""
+    if branch is None:
+        return gk.rms_norm(x, norm.weight, norm.variance_epsilon), x
+    return gk.rms_norm(branch, norm.weight, norm.variance_epsilon, residual=x)
