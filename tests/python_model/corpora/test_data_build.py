@@ -194,7 +194,7 @@ def test_a_wheel_comes_from_the_cache_only_if_it_is_the_pinned_one(
         (folder / path.name).write_bytes(downloads.pop(0))
 
     monkeypatch.setattr(packages, "run", pip)
-    with pytest.raises(packages.SourceError, match="expected " + pinned.sha256):
+    with pytest.raises(packages.SourceError, match="expected SHA-256 " + pinned.sha256):
         packages.fetch_wheel(pinned, tmp_path)
     assert not path.exists()
     assert packages.fetch_wheel(pinned, tmp_path) == content

