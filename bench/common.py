@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from python_model.support.tables import aligned
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -322,11 +324,7 @@ def _module_arguments() -> list[str]:
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     """The rows as aligned text."""
     cells = [[_text(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(c), *(len(line[i]) for line in cells)) if cells else len(c) for i, c in enumerate(columns)]
-    lines = [columns, ["-" * w for w in widths], *cells]
-    return "\n".join(
-        "  ".join(value.ljust(w) for value, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned([columns, ["-" * len(column) for column in columns], *cells])
 
 
 def _text(value: Any) -> str:

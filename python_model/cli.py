@@ -14,7 +14,7 @@ COMMANDS = {
     ),
     "demo": ("python_model.commands.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
     "data": (
-        "python_model.corpora.build",
+        "python_model.commands.data",
         "training and held-out data: of real text from packages, or of your own rows",
     ),
     "convert": (

@@ -7,12 +7,14 @@ grit convert sts.jsonl ROWS.jsonl --positive-score 4     # sentence pairs: which
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import Command
 from python_model.data.reading import tolerant_rows
 from python_model.data.report import DataReport
 from python_model.data.rows import Row, to_object
@@ -33,31 +35,28 @@ def shown(value: Any, indent: str = "  ") -> list[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit convert``."""
-    parser = argparse.ArgumentParser(
-        prog="grit convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit convert``."""
     parser.add_argument("input", help="file or folder: jsonl, json, either with .gz, parquet; or an address for fsspec")
     parser.add_argument("output", nargs="?", type=Path, help=".jsonl file to write")
     parser.add_argument(
         "--positive-score", type=float, help="least score (or label) of a sentence pair that is a positive"
     )
-    parser.add_argument("--show", type=int, default=3, help="rows to print (default: 3)")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--show", type=int, default=3, help="rows to print")
+
+
+def run(arguments: Namespace) -> None:
+    """Read, show, write, report."""
     report = DataReport()
-    try:
-        rows = tolerant_rows(arguments.input, report, positive_score=arguments.positive_score)
-        if arguments.output is None:
-            _print(rows, arguments.show)
-        else:
-            with new_file(arguments.output) as file:
-                _print(_written(rows, file), arguments.show)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"grit convert: {error}") from error
+    rows = tolerant_rows(arguments.input, report, positive_score=arguments.positive_score)
+    if arguments.output is None:
+        _print(rows, arguments.show)
+    else:
+        with new_file(arguments.output) as file:
+            _print(_written(rows, file), arguments.show)
     print("\n".join(report.lines()))
     if not report.used:
-        raise SystemExit("grit convert: no row can be used")
+        raise ValueError("no row can be used")
 
 
 def _written(rows: Iterator[Row], file: Any) -> Iterator[Row]:
@@ -72,5 +71,7 @@ def _print(rows: Iterator[Row], count: int) -> None:
             print("\n".join([row.origin, *shown(to_object(row))]))
 
 
-if __name__ == "__main__":
-    main()
+DESCRIPTION = (
+    "Show what training reads in a file of any tool, what is left out and which columns are ignored; write it as rows."
+)
+COMMAND = Command("convert", DESCRIPTION, configure, run)

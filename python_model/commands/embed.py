@@ -5,16 +5,20 @@ A file is written while it is made: the same command goes on where an interrupte
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from python_model.model.modeling import GritLM
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import SMALL_MODEL, Command
 from python_model.support.resume import ResumableArray
+
+if TYPE_CHECKING:
+    from python_model.model.modeling import GritLM
 
 BLOCK = 2048
 """Texts that are embedded between two writes, of each device."""
@@ -38,76 +42,80 @@ def _cut(model: GritLM, texts: Sequence[str], prefix: str, max_length: int) -> i
     return sum(formatter.text(prefix, text, max_length).truncated for text in doubtful)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit embed``."""
-    parser = argparse.ArgumentParser(prog="grit embed", description="Embed texts, one per line of standard input.")
-    parser.add_argument("--model", default="smollm2-135m", help="checkpoint folder or name (default: the small model)")
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit embed``."""
+    parser.add_argument(
+        "--model", default=SMALL_MODEL, help="checkpoint folder or name; the default is the small model"
+    )
     parser.add_argument("--text", action="append", help="a text to embed, instead of standard input; may be repeated")
     parser.add_argument("--input", type=Path, help="jsonl or text file, or a folder of documents, instead")
     parser.add_argument("--instruction", default="", help="what the embedding is for, e.g. 'Find the answer'")
-    parser.add_argument(
-        "--output", type=Path, help=".npy file for the vectors (texts, size); an interrupted run goes on"
-    )
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; the rest is cut (default: 512)")
+    parser.add_argument("--output", type=Path, help=".npy file for the vectors; an interrupted run goes on")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; the rest is cut")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", action="append", help="may be repeated: the texts are shared among the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
-    arguments = parser.parse_args(argv)
+
+
+def run(arguments: Namespace) -> None:
+    """Embed the texts block by block."""
     from tqdm.auto import tqdm
 
     from python_model.corpora.small_model import resolve_model
-    from python_model.rag.documents import read_documents
+    from python_model.model.modeling import GritLM
 
     if not arguments.json and arguments.output is None:
-        parser.error("give --output FILE.npy or --json")
-    try:
-        if arguments.text is not None:
-            texts = list(arguments.text)
-        elif arguments.input is not None:
-            texts = [document.content for document in read_documents(arguments.input)]
-        else:
-            texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        if not texts:
-            raise ValueError("expected at least one text, got none")
-        devices = arguments.device or [None]
-        model = GritLM(resolve_model(arguments.model), mode="embedding", device=devices[0])
-        prefix = model.formatter.embed_instruction(arguments.instruction)
-        file = None
-        if arguments.output is not None:
-            file = ResumableArray(arguments.output, len(texts), _key(model, texts, prefix, arguments.max_length))
-        start = 0 if file is None or arguments.json else file.done
-        if start:
-            print(f"going on after {start} of {len(texts)} texts", file=sys.stderr)
-        cut = 0
-        block = BLOCK * len(devices)
-        with tqdm(total=len(texts), initial=start, unit="text", disable=len(texts) <= arguments.batch_size) as bar:
-            for place in range(start, len(texts), block):
-                part = texts[place : place + block]
-                vectors = model.encode(
-                    part,
-                    instruction=prefix,
-                    max_length=arguments.max_length,
-                    batch_size=arguments.batch_size,
-                    devices=devices if len(devices) > 1 else None,
-                    show_progress_bar=False,
-                )
-                cut += _cut(model, part, prefix, arguments.max_length)
-                if file is not None and place >= file.done:
-                    file.append(vectors)
-                if arguments.json:
-                    for text, vector in zip(part, vectors.tolist(), strict=True):
-                        print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False), flush=True)
-                bar.update(len(part))
-        if file is not None:
-            rows, size = file.finish()
-            if not arguments.json:
-                print(f"{rows} vectors of size {size} in {arguments.output}")
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"grit embed: {error}") from error
+        raise ValueError("output: expected --output FILE.npy or --json, got neither")
+    texts = _texts(arguments)
+    devices = arguments.device or [None]
+    model = GritLM(resolve_model(arguments.model), mode="embedding", device=devices[0])
+    prefix = model.formatter.embed_instruction(arguments.instruction)
+    file = None
+    if arguments.output is not None:
+        file = ResumableArray(arguments.output, len(texts), _key(model, texts, prefix, arguments.max_length))
+    start = 0 if file is None or arguments.json else file.done
+    if start:
+        print(f"going on after {start} of {len(texts)} texts", file=sys.stderr)
+    cut, block = 0, BLOCK * len(devices)
+    with tqdm(total=len(texts), initial=start, unit="text", disable=len(texts) <= arguments.batch_size) as bar:
+        for place in range(start, len(texts), block):
+            part = texts[place : place + block]
+            vectors = model.encode(
+                part,
+                instruction=prefix,
+                max_length=arguments.max_length,
+                batch_size=arguments.batch_size,
+                devices=devices if len(devices) > 1 else None,
+                show_progress_bar=False,
+            )
+            cut += _cut(model, part, prefix, arguments.max_length)
+            if file is not None and place >= file.done:
+                file.append(vectors)
+            if arguments.json:
+                for text, vector in zip(part, vectors.tolist(), strict=True):
+                    print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False), flush=True)
+            bar.update(len(part))
+    if file is not None:
+        rows, size = file.finish()
+        if not arguments.json:
+            print(f"{rows} vectors of size {size} in {arguments.output}")
     if cut:
         what = f"{cut} of {len(texts) - start} texts are longer than --max-length {arguments.max_length} tokens"
         print(f"grit embed: {what}; their ends are not in the vectors", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    main()
+def _texts(arguments: Namespace) -> list[str]:
+    from python_model.rag.documents import read_documents
+
+    if arguments.text is not None:
+        texts = list(arguments.text)
+    elif arguments.input is not None:
+        texts = [document.content for document in read_documents(arguments.input)]
+    else:
+        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("texts: expected at least one, got none")
+    return texts
+
+
+COMMAND = Command("embed", "Embed texts, one per line of standard input.", configure, run)

@@ -8,7 +8,6 @@ DATA is a folder as python_model.evaluation.held_out describes (default: the bun
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from tqdm.auto import tqdm
 
+from python_model.commands.runner import SMALL_MODEL, Command, add_json, load
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TooLong
 from python_model.support.files import write_json
+from python_model.support.tables import aligned
 
 COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "recall_at_100", "next_token_loss")
 EVERYTHING = "all"
@@ -79,24 +81,27 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         if answers := result.get("answers"):
             text = ", ".join(f"{key} {value:.1f}" for key, value in answers.items() if key != "questions")
             lines.append([result["model"], f"answers to {answers['questions']} questions: {text}"])
-    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)).rstrip() for line in lines)
+    return aligned(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit eval``."""
-    parser = argparse.ArgumentParser(prog="grit eval", description="Measure checkpoints on held-out data.")
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit eval``."""
     parser.add_argument("--model", action="append", help="checkpoint folder or name; may be repeated")
-    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl and test/ (default: the bundled sample)")
+    parser.add_argument("--device", help="where to compute; the default is CUDA if there is one")
+    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl and test/; the bundled sample unless given")
     parser.add_argument("--questions", type=Path, help="jsonl of {question, answers}: also score generated answers")
     parser.add_argument("--mode", choices=["unified", "embedding"], default="unified")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default: 512)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="compute in bfloat16")
+    parser.add_argument(
+        "--bf16", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="compute in bfloat16"
+    )
     parser.add_argument("--output", type=Path, help="JSON file; checkpoints it has under the same options are kept")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args(argv)
-    from python_model.corpora.small_model import resolve_model
+    add_json(parser, "JSON instead of a table")
+
+
+def run(arguments: Namespace) -> None:
+    """Measure each checkpoint that has no result yet."""
     from python_model.data import sample_dir
 
     data = arguments.data or sample_dir()
@@ -108,24 +113,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "bf16": arguments.bf16,
     }
-    try:
-        if arguments.questions is not None and arguments.mode == "embedding":
-            raise ValueError("questions: a model in mode 'embedding' answers none")
-        held_out = HeldOut(data)
-        results = _saved(arguments.output)
-        for name in tqdm(arguments.model or ["smollm2-135m"], desc="checkpoints", unit="checkpoint"):
-            if any(r["model"] == name and r["options"] == options for r in results):
-                continue
-            model = GritLM(resolve_model(name), mode=arguments.mode)
-            scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16)
-            result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
-            if arguments.questions is not None:
-                result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)
-            results.append(result)
-            if arguments.output is not None:
-                write_json(arguments.output, results)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"grit eval: {error}") from error
+    if arguments.questions is not None and arguments.mode == "embedding":
+        raise ValueError("questions: a model in mode 'embedding' answers none")
+    held_out = HeldOut(data)
+    results = _saved(arguments.output)
+    for name in tqdm(arguments.model or [SMALL_MODEL], desc="checkpoints", unit="checkpoint"):
+        if any(r["model"] == name and r["options"] == options for r in results):
+            continue
+        model = load(Namespace(model=name, device=arguments.device), mode=arguments.mode)
+        scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16)
+        result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
+        if arguments.questions is not None:
+            result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)
+        results.append(result)
+        if arguments.output is not None:
+            write_json(arguments.output, results)
     print(json.dumps(results, indent=2) if arguments.json else table(results))
 
 
@@ -141,5 +143,4 @@ def _saved(path: Path | None) -> list[dict[str, Any]]:
     return saved
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("eval", "Measure checkpoints on held-out data.", configure, run)

@@ -10,14 +10,15 @@ what scores higher is too often right as well. Negatives that a row has are kept
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from jsonargparse import ArgumentParser, Namespace
 
+from python_model.commands.runner import Command, load
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, SKIPPED_RANKS, Embeddings, Scorer, mine_negatives
 from python_model.data.files import read_objects
 from python_model.data.reading import tolerant_rows
@@ -77,64 +78,58 @@ def mined(
         yield replace(row, neg=tuple(neg))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit mine``."""
-    parser = argparse.ArgumentParser(
-        prog="grit mine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit mine``."""
     parser.add_argument("input", help="file or folder of rows, of any tool (see grit convert)")
     parser.add_argument("output", type=Path, help=".jsonl file to write")
-    parser.add_argument("--model", help="checkpoint that scores (default: BM25)")
+    parser.add_argument("--model", help="checkpoint that scores; BM25 unless given")
+    parser.add_argument("--device", help="where the model computes")
     parser.add_argument("--corpus", help="further passages to choose from")
-    parser.add_argument("--negatives", type=int, default=4, help="of each query (default: 4)")
-    parser.add_argument("--margin", type=float, default=SCORE_CAP, help="share of the positive's score (default: 0.95)")
-    parser.add_argument("--skip", type=int, default=SKIPPED_RANKS, help="best wrong passages to pass over (default: 2)")
+    parser.add_argument("--negatives", type=int, default=4, help="of each query")
+    parser.add_argument("--margin", type=float, default=SCORE_CAP, help="share of the positive's score")
+    parser.add_argument("--skip", type=int, default=SKIPPED_RANKS, help="best wrong passages to pass over")
     parser.add_argument("--scores", action="store_true", help="write the scores, as a teacher's")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text for --model (default: 512)")
-    arguments = parser.parse_args(argv)
-    report = DataReport()
-    try:
-        check_at_least("negatives", arguments.negatives, 1)
-        check_at_least("skip", arguments.skip, 0)
-        if not 0 < arguments.margin <= 1:
-            raise ValueError(f"margin: expected a share above 0 and up to 1, got {arguments.margin}")
-        rows = [row for row in tolerant_rows(arguments.input, report) if isinstance(row, EmbeddingRow)]
-        if not rows:
-            raise ValueError(f"{arguments.input}: no rows with a query")
-        corpus = []
-        if arguments.corpus is not None:
-            corpus = [check_text(item.get("text"), "text", origin) for origin, item in read_objects(arguments.corpus)]
-        pool = Pool(rows, corpus)
-        passages = [text.text for text in pool.texts]
-        scorer: Scorer
-        if arguments.model is None:
-            scorer = BM25([row.query.text for row in rows], passages)
-        else:
-            from python_model.corpora.small_model import resolve_model
-            from python_model.model.modeling import GritLM
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text for --model")
 
-            model = GritLM(resolve_model(arguments.model), mode="embedding")
-            scorer = Embeddings(model, [row.query for row in rows], passages, max_length=arguments.max_length)
-        found = mined(
-            rows,
-            scorer,
-            pool,
-            arguments.negatives,
-            margin=arguments.margin,
-            skipped_ranks=arguments.skip,
-            scores=arguments.scores,
-        )
-        added = 0
-        with new_file(arguments.output) as file:
-            for before, row in zip(rows, found, strict=True):
-                added += len(row.neg) - len(before.neg)
-                file.write(json.dumps(to_object(row), ensure_ascii=False).encode() + b"\n")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        raise SystemExit(f"grit mine: {error}") from error
+
+def run(arguments: Namespace) -> None:
+    """Read the rows, score, choose, write."""
+    check_at_least("negatives", arguments.negatives, 1)
+    check_at_least("skip", arguments.skip, 0)
+    if not 0 < arguments.margin <= 1:
+        raise ValueError(f"margin: expected a share above 0 and up to 1, got {arguments.margin}")
+    report = DataReport()
+    rows = [row for row in tolerant_rows(arguments.input, report) if isinstance(row, EmbeddingRow)]
+    if not rows:
+        raise ValueError(f"{arguments.input}: no rows with a query")
+    corpus = []
+    if arguments.corpus is not None:
+        corpus = [check_text(item.get("text"), "text", origin) for origin, item in read_objects(arguments.corpus)]
+    pool = Pool(rows, corpus)
+    passages = [text.text for text in pool.texts]
+    scorer: Scorer
+    if arguments.model is None:
+        scorer = BM25([row.query.text for row in rows], passages)
+    else:
+        model = load(arguments, mode="embedding")
+        scorer = Embeddings(model, [row.query for row in rows], passages, max_length=arguments.max_length)
+    found = mined(
+        rows,
+        scorer,
+        pool,
+        arguments.negatives,
+        margin=arguments.margin,
+        skipped_ranks=arguments.skip,
+        scores=arguments.scores,
+    )
+    added = 0
+    with new_file(arguments.output) as file:
+        for before, row in zip(rows, found, strict=True):
+            added += len(row.neg) - len(before.neg)
+            file.write(json.dumps(to_object(row), ensure_ascii=False).encode() + b"\n")
     print("\n".join(report.lines()))
     positives = np.mean([len(row.pos) for row in rows])
     print(f"{added} negatives for {len(rows)} queries ({positives:.1f} positives each) in {arguments.output}")
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("mine", "Mine hard negatives for one's own rows, by BM25 or by a model's embeddings.", configure, run)

@@ -15,7 +15,6 @@ real text, the user turns around them are templates.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -27,10 +26,9 @@ from tqdm.auto import tqdm
 from python_model.corpora.hard_negatives import BM25, mine_negatives
 from python_model.corpora.own import own_files
 from python_model.corpora.rows import conversation, row
-from python_model.corpora.sources.packages import SourceError
 from python_model.corpora.split import digest, held_out, in_hash_order
 from python_model.corpora.tasks import SOURCES, Material, Pair, dataset_weights, without_repetitions
-from python_model.support.files import cache_folder, new_folder
+from python_model.support.files import new_folder
 
 Row = dict[str, Any]
 
@@ -194,64 +192,3 @@ def settings(output: Path, weights: dict[str, float]) -> str:
         *(f"  {name}: {weight}" for name, weight in weights.items()),
     ]
     return "\n".join(lines) + "\n"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit data``."""
-    parser = argparse.ArgumentParser(
-        prog="grit data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path, help="new folder")
-    parser.add_argument(
-        "--from", dest="paths", nargs="+", metavar="ROWS", help="files or folders of one's own rows instead"
-    )
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")
-    parser.add_argument("--negatives", type=int, default=4, help="hard negatives of a query (default: 4)")
-    parser.add_argument("--held-out", type=int, default=5, help="percent of the entities (default: 5)")
-    parser.add_argument("--max-rows", type=int, default=40_000, help="of a training data set (default: 40000)")
-    parser.add_argument("--test-rows", type=int, default=200, help="of a data set that are asked (default: 200)")
-    parser.add_argument(
-        "--corpus-rows", type=int, default=2000, help="passages of a data set to search (default: 2000)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
-    parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
-    arguments = parser.parse_args(argv)
-    for name in ("negatives", "held_out", "max_rows", "test_rows", "corpus_rows"):
-        value = getattr(arguments, name)
-        if value < 1 or (name == "held_out" and value > 50):
-            limit = "1 to 50" if name == "held_out" else "1 and more"
-            raise SystemExit(f"grit data: {name.replace('_', '-')}: expected {limit}, got {value}")
-    if arguments.output.exists() and not arguments.overwrite:
-        raise SystemExit(f"grit data: output: {arguments.output} exists; choose another folder or add --overwrite")
-    told: list[str] = []
-    try:
-        if arguments.paths:
-            manifest, told = build_own(
-                arguments.output, arguments.paths, percent=arguments.held_out, test_rows=arguments.test_rows
-            )
-        else:
-            manifest = build(
-                arguments.output,
-                list(dict.fromkeys(arguments.sources)),
-                cache_folder() / "packages",
-                negatives=arguments.negatives,
-                percent=arguments.held_out,
-                max_rows=arguments.max_rows,
-                test_rows=arguments.test_rows,
-                corpus_rows=arguments.corpus_rows,
-            )
-    except (SourceError, ValueError, OSError) as error:
-        raise SystemExit(f"grit data: {error}") from error
-    except ImportError as error:
-        raise SystemExit(f"grit data: {error}") from error
-    if arguments.json:
-        print(json.dumps(manifest, indent=2, ensure_ascii=False))
-        return
-    print("\n".join(told), end="\n" if told else "")
-    for path, facts in manifest["files"].items():
-        print(f"{arguments.output / path}: {facts['rows']} rows")
-    print(f"train with: grit train --config {arguments.output / 'train.yaml'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from python_model.commands.convert import main
+from python_model.commands.convert import COMMAND as main
 from python_model.data.reading import read_embedding
 from tests.python_model.data.test_data import write
 

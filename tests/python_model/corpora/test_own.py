@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from python_model.commands.data import COMMAND as data
+from python_model.commands.mine import COMMAND as mine
 from python_model.commands.mine import Pool, mined
-from python_model.commands.mine import main as mine
-from python_model.corpora.build import main as data
 from python_model.corpora.hard_negatives import mine_negatives
 from python_model.corpora.own import split_rows
 from python_model.data.reading import read_embedding, read_rows

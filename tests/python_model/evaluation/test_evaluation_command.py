@@ -11,7 +11,7 @@ import torch
 
 from python_model import GritLM
 from python_model.commands import evaluate as command
-from python_model.commands.evaluate import main
+from python_model.commands.evaluate import COMMAND as main
 from python_model.data.rows import GenerativeRow
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut

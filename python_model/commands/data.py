@@ -1,0 +1,71 @@
+"""``grit data``: training and held-out data, of real text from packages or of one's own rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import Command, add_json
+from python_model.support.files import cache_folder
+
+SIZES = {"negatives": None, "held_out": 50, "max_rows": None, "test_rows": None, "corpus_rows": None}
+"""The largest value of each option that counts something, where there is one."""
+
+
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit data``."""
+    from python_model.corpora.build import SOURCES
+
+    parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument(
+        "--from", dest="paths", nargs="+", metavar="ROWS", help="files or folders of one's own rows instead"
+    )
+    parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="packages to read")
+    parser.add_argument("--negatives", type=int, default=4, help="hard negatives of a query")
+    parser.add_argument("--held-out", type=int, default=5, help="percent of the entities")
+    parser.add_argument("--max-rows", type=int, default=40_000, help="of a training data set")
+    parser.add_argument("--test-rows", type=int, default=200, help="of a data set that are asked")
+    parser.add_argument("--corpus-rows", type=int, default=2000, help="passages of a data set to search")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    add_json(parser, "the manifest instead of a table")
+
+
+def run(arguments: Namespace) -> None:
+    """Build the folder and say what is in it."""
+    from python_model.corpora.build import build, build_own
+
+    for name, most in SIZES.items():
+        value = getattr(arguments, name)
+        if value < 1 or (most is not None and value > most):
+            raise ValueError(
+                f"{name.replace('_', '-')}: expected {f'1 to {most}' if most else '1 and more'}, got {value}"
+            )
+    output = arguments.output
+    if output.exists() and not arguments.overwrite:
+        raise ValueError(f"output: {output} exists; choose another folder or add --overwrite")
+    told: list[str] = []
+    if arguments.paths:
+        manifest, told = build_own(output, arguments.paths, percent=arguments.held_out, test_rows=arguments.test_rows)
+    else:
+        manifest = build(
+            output,
+            list(dict.fromkeys(arguments.sources)),
+            cache_folder() / "packages",
+            negatives=arguments.negatives,
+            percent=arguments.held_out,
+            max_rows=arguments.max_rows,
+            test_rows=arguments.test_rows,
+            corpus_rows=arguments.corpus_rows,
+        )
+    if arguments.json:
+        print(json.dumps(manifest, indent=2, ensure_ascii=False))
+        return
+    lines = [*told, *(f"{output / path}: {facts['rows']} rows" for path, facts in manifest["files"].items())]
+    print("\n".join([*lines, f"train with: grit train --config {output / 'train.yaml'}"]))
+
+
+COMMAND = Command(
+    "data", "Training and held-out data: of real text from packages, or of your own rows.", configure, run
+)
