@@ -5,12 +5,12 @@
 Lengths are log-uniform in 8..512 tokens of the bundled corpus; half of the samples are causal (chats), half bidirectional (texts
 to embed). Every repeat is a batch of its own lengths. Variants, interleaved in one run, in bfloat16:
 
-* forward: ``packed``, the patched model, all samples in one pass; ``sdpa, two padded passes``, unpatched transformers, causal
-  rows and bidirectional rows apart, each padded to its longest
-* encode: python_model.GritLM.encode on the texts, against the class of the package gritlm 1.0.2 where it is importable
-  (``pip install --no-deps gritlm==1.0.2``)
+* forward: ``packed``, the patched model, all samples in one pass; ``packed, not fused``, patched with ``fuse=False``;
+  ``sdpa, two padded passes``, unpatched transformers, causal rows and bidirectional rows apart, each padded to its longest
+* encode: python_model.GritLM.encode on the texts, with and without fused ops, against the class of the package gritlm 1.0.2
+  where it is importable (``pip install --no-deps gritlm==1.0.2``)
 
-Speeds are reported only after both variants of a group gave the same result, within what bfloat16 allows. The profile says
+Speeds are reported only after all variants of a group gave the same result, within what bfloat16 allows. The profile says
 where a pass spends its time, per group of modules (model_profile.py).
 """
 
@@ -39,8 +39,8 @@ from python_model.data import sample_dir
 from python_model.model.prompts import EMBED
 
 SHORTEST, LONGEST = 8, 512
-PACKED, TWO_PASSES = "packed", "sdpa, two padded passes"
-ENCODE, REFERENCE = "encode", "encode, gritlm 1.0.2"
+PACKED, UNFUSED, TWO_PASSES = "packed", "packed, not fused", "sdpa, two padded passes"
+ENCODE, ENCODE_UNFUSED, REFERENCE = "encode", "encode, not fused", "encode, gritlm 1.0.2"
 
 
 class Batch(NamedTuple):
@@ -112,14 +112,16 @@ def two_padded_passes(stock: Any) -> Variant:
 
 
 def encode_variants(path: str) -> dict[str, Variant]:
-    """GritLM.encode of this package, and of gritlm 1.0.2 where it is installed."""
+    """GritLM.encode of this package, fused and not, and of gritlm 1.0.2 where it is installed."""
 
     def encoder(model: Any) -> Variant:
         # the model's tokenizer puts no BOS in front; GritLM here would, unless told not to
         options = {"instruction": EMBED, "max_length": LONGEST, "add_special_tokens": False}
         return lambda batch: torch.as_tensor(model.encode(batch.texts, batch_size=len(batch.texts), **options))
 
-    variants = {ENCODE: encoder(GritLM(path, device="cpu", dtype="bfloat16"))}
+    ours, unfused = (GritLM(path, device="cpu", dtype="bfloat16") for _ in range(2))
+    gk.patch(unfused.model, bidirectional_window=unfused.settings.bidirectional_window, fuse=False)
+    variants = {ENCODE: encoder(ours), ENCODE_UNFUSED: encoder(unfused)}
     if importlib.util.find_spec("gritlm") is not None:
         from gritlm import GritLM as Reference
 
@@ -190,8 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus, generator = corpus_ids(tokenizer), random.Random(arguments.seed)
     batches = [draw_batch(corpus, tokenizer, arguments.texts, generator) for _ in range(arguments.repeats)]
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa").eval().model
-    decoders = {PACKED: gk.patch(copy.deepcopy(stock)), TWO_PASSES: stock}
-    forwards = {PACKED: packed_forward(decoders[PACKED]), TWO_PASSES: two_padded_passes(stock)}
+    decoders = {
+        PACKED: gk.patch(copy.deepcopy(stock)),
+        UNFUSED: gk.patch(copy.deepcopy(stock), fuse=False),
+        TWO_PASSES: stock,
+    }
+    forwards = {name: packed_forward(decoders[name]) for name in (PACKED, UNFUSED)}
+    forwards[TWO_PASSES] = two_padded_passes(stock)
     rows = measure("forward, 50 % causal", forwards, batches, [sum(map(len, batch.samples)) for batch in batches])
     if arguments.profile:
         rows += profile_rows(forwards, decoders, batches[0])

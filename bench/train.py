@@ -9,6 +9,7 @@ Variants, interleaved in one run:
 
 * ``packed``: python_model.train, texts in one pass and conversations in another
 * ``packed, chunks of 1024``: the same gradients by gradient caching, which embeds twice and keeps one chunk's activations
+* ``packed, not fused``: as the first, patched with ``fuse=False``
 * ``three padded passes``: unpatched transformers with sdpa, one padded pass each for conversations, queries and passages, full
   logits, as the public implementation trains
 
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import grit_kernels as gk
 from bench import common
 from python_model import GritLM
 from python_model.corpora.small_model import resolve_model
@@ -39,7 +41,7 @@ from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
 from python_model.train.step import StepGradients, plan_step
 
-VARIANTS = ("packed", "packed, chunks of 1024", "three padded passes")
+VARIANTS = ("packed", "packed, chunks of 1024", "packed, not fused", "three padded passes")
 TEMPERATURE = 0.02
 VOCABULARY = 49152
 
@@ -76,7 +78,9 @@ def make_batch(seed: int, queries: int = 6, conversations: int = 2, scale: float
     )
 
 
-def packed(path: str, batch: Batch, chunk_tokens: int = 0, dtype_bf16: bool = True) -> tuple[Callable[[], float], Any]:
+def packed(
+    path: str, batch: Batch, chunk_tokens: int = 0, dtype_bf16: bool = True, fuse: bool = True
+) -> tuple[Callable[[], float], Any]:
     """A step of python_model.train: the closure returns its loss; and the model."""
     config = TrainConfig(
         train_data=".",
@@ -90,6 +94,7 @@ def packed(path: str, batch: Batch, chunk_tokens: int = 0, dtype_bf16: bool = Tr
         bf16=dtype_bf16,
     )
     grit = GritLM(path, is_inference=False, device="cpu", dtype="float32")
+    gk.patch(grit.model, bidirectional_window=grit.settings.bidirectional_window, fuse=fuse)
     ranks = Ranks(0, 1, torch.device("cpu"))
     gradients = StepGradients(TrainingModel(grit), config, ranks)
 
@@ -140,7 +145,7 @@ def make(name: str, path: str, batch: Batch, bf16: bool = True) -> tuple[Callabl
     """A variant by its name."""
     if name == "three padded passes":
         return three_passes(path, batch, bf16)
-    return packed(path, batch, 1024 if "chunks" in name else 0, bf16)
+    return packed(path, batch, 1024 if "chunks" in name else 0, bf16, "not fused" not in name)
 
 
 def memory_growth(name: str, seed: int) -> float:
