@@ -72,6 +72,7 @@ def _tables(rotary: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: 
             "a rotary module whose scaling depends on the length was called outside of its patched decoder, or something "
             "between them copied position_ids"
         )
+    position_ids = position_ids.minimum(lengths - 1)  # padding behind a text does not lengthen it
     shortest = _scaled_beyond(rotary)
     group = torch.where(lengths <= shortest, 0, lengths)
     if not any("dynamic" in kind for kind in _kinds(rotary)):

@@ -1,0 +1,317 @@
+"""What a call may say to a patched model, and that nothing it says is dropped silently."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import grit_kernels as gk
+from grit_kernels.hf import compat
+from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, close, output_cache, tiny_config, tiny_model
+
+peft = pytest.importorskip("peft")
+
+# two samples in one row, each starting over at position 0
+ROW = torch.cat([IDS[0, :6], IDS[1, :8]])[None]
+STARTS_OVER = torch.cat([torch.arange(6), torch.arange(8)])[None]
+NUMBERED = torch.tensor([[1] * 6 + [2] * 8])
+
+
+# ---- the cache under either name
+
+
+@pytest.mark.parametrize("name", compat.CACHE_NAMES)
+@pytest.mark.parametrize("part", ["model", "decoder"])
+@torch.no_grad()
+def test_a_cache_is_understood_under_either_name(stock: Any, model: Any, name: str, part: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of the head
+        outputs = []
+        for m in (stock, model):
+            called, cache = m if part == "model" else m.model, gk.hf.new_cache()
+            called(IDS[:, :9], **{name: cache if m is model else None} if m is model else gk.hf.cache_keyword(m, cache))
+            assert cache.get_seq_length() == 9
+            out = called(IDS[:, 9:], **({name: cache} if m is model else gk.hf.cache_keyword(m, cache)))
+            outputs.append(out[0])
+    close(outputs[1], outputs[0])
+
+
+def test_a_cache_under_both_names_is_an_error(model: Any) -> None:
+    both = dict.fromkeys(compat.CACHE_NAMES, gk.hf.new_cache())
+    with pytest.raises(ValueError, match="cache, past_key_values: expected one of these names"):
+        model.model(IDS, **both)
+
+
+def test_a_pack_with_a_cache_under_either_name_is_an_error(model: Any) -> None:
+    pack = gk.SamplePack.from_lengths([14], True)
+    for name in compat.CACHE_NAMES:
+        with pytest.raises(ValueError, match="cache, use_cache: expected none"):
+            model.model(IDS[:1], sample_pack=pack, **{name: gk.hf.new_cache()})
+
+
+@torch.no_grad()
+def test_our_own_calls_draw_no_warning(model: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = gk.hf.new_cache()
+        model(IDS, **gk.hf.cache_keyword(model, cache))
+        for name in compat.CACHE_NAMES:
+            model.model(IDS[:, :1], **{name: cache})
+        model(IDS, is_causal=FLAGS)
+        gk.hf.checkpoint_activations(model)
+        assert gk.hf.checkpoints_activations(model)
+
+
+@pytest.mark.parametrize("mask_name", ["none", "left"])
+@torch.no_grad()
+def test_prefix_tuning_equals_the_unpatched_model(mask_name: str) -> None:
+    # without a window: between prefix and prompt there is padding, which transformers' windows count
+    stock, mask, logits = tiny_model(sliding_window=None), MASKS[mask_name], []
+    for wrap in (lambda m: m, gk.patch):
+        torch.manual_seed(1)
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        tuned = wrap(peft.get_peft_model(copy.deepcopy(stock), config).eval())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's own calls
+            logits.append(tuned(IDS, attention_mask=mask).logits[mask.bool()])
+    close(logits[1], logits[0])
+
+
+@torch.no_grad()
+def test_cached_states_make_a_cache_that_continues_like_the_text(model: Any) -> None:
+    cache = gk.hf.new_cache()
+    model.model(IDS[:, :9], cache=cache)
+    twin = gk.hf.new_cache(gk.hf.cached_states(cache))
+    close(model.model(IDS[:, 9:], cache=twin)[0], model.model(IDS)[0][:, 9:])
+    with pytest.raises(ValueError, match="cache: expected keys and values in every layer"):
+        gk.hf.cached_states(output_cache({"cache": transformers.StaticCache(model.config, max_cache_len=4)}))
+
+
+# ---- several samples in a row
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+@torch.no_grad()
+def test_samples_of_one_row_are_kept_apart_by_positions_or_a_numbered_mask(is_causal: bool, packing: bool) -> None:
+    model = gk.patch(tiny_model(), packing=packing).model
+    parts = [model(ROW[:, s], is_causal=is_causal)[0] for s in (slice(0, 6), slice(6, None))]
+    truth = torch.cat(parts, dim=1)
+    ones, padded = torch.ones_like(ROW), torch.ones_like(ROW)
+    padded[0, -2:] = 0
+    for options in (
+        {"position_ids": STARTS_OVER},
+        {"position_ids": STARTS_OVER, "attention_mask": ones},
+        {"position_ids": STARTS_OVER, "attention_mask": ones.bool()},
+        {"position_ids": STARTS_OVER, "attention_mask": NUMBERED},
+        {"position_ids": STARTS_OVER[0], "attention_mask": ones},
+    ):
+        close(model(ROW, is_causal=is_causal, **options)[0], truth)
+    by_numbers = model(ROW, is_causal=is_causal, attention_mask=NUMBERED)[
+        0
+    ]  # positions go on, and only distances count
+    close(by_numbers, truth)
+    cut = model(ROW, is_causal=is_causal, position_ids=STARTS_OVER, attention_mask=padded)[0][:, :-2]
+    close(cut, torch.cat([parts[0], model(ROW[:, 6:-2], is_causal=is_causal)[0]], dim=1))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@torch.no_grad()
+def test_positions_that_start_over_beside_a_mask_are_kept_apart_without_patch(stock: Any, is_causal: bool) -> None:
+    plain = copy.deepcopy(stock)
+    plain.set_attn_implementation("grit")
+    truth = torch.cat([stock(ROW[:, s], is_causal=is_causal).logits for s in (slice(0, 6), slice(6, None))], dim=1)
+    mask = torch.ones_like(ROW)
+    for real in (14, 12):
+        mask[0, real:] = 0
+        found = plain(ROW, attention_mask=mask, position_ids=STARTS_OVER, is_causal=is_causal, use_cache=False).logits
+        if is_causal or real == 14:
+            close(found[:, :real], truth[:, :real])
+
+
+def test_several_samples_in_a_row_of_a_cache_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="position_ids: expected one sample per row beside a cache"):
+        model(ROW, position_ids=STARTS_OVER, use_cache=True)
+    with pytest.raises(ValueError, match="attention_mask: expected 0 and 1 beside a cache"):
+        model(ROW, attention_mask=NUMBERED, use_cache=True)
+
+
+def test_a_mask_that_numbers_samples_makes_a_pack_of_them() -> None:
+    mask = torch.tensor([[1, 1, 2, 2, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 3]])
+    pack = gk.SamplePack.from_mask(mask, torch.tensor([True, False, False]))
+    assert pack.lengths.tolist() == [2, 2, 0, 3, 1]
+    assert pack.causal.tolist() == [True, True, False, False, False]
+    values = torch.arange(15).view(3, 5)
+    assert torch.equal(pack.unpack(pack.pack(values)), values * (mask != 0))
+    holes = torch.tensor([[1, 1, 0, 1, 1]])
+    assert len(gk.SamplePack.from_mask(holes, position_ids=torch.tensor([[0, 1, 0, 2, 3]]))) == 1
+    assert len(gk.SamplePack.from_mask(holes, position_ids=torch.arange(5)[None])) == 1
+    assert len(gk.SamplePack.from_mask(holes, position_ids=torch.tensor([[0, 1, 0, 0, 1]]))) == 2
+    with pytest.raises(ValueError, match="instruction_lens: expected one sample per row"):
+        gk.SamplePack.from_mask(mask, instruction_lens=torch.tensor([0, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"attention_mask": NUMBERED},
+        {"attention_mask": torch.ones_like(ROW), "position_ids": STARTS_OVER},
+    ],
+    ids=["numbered mask", "positions"],
+)
+@torch.no_grad()
+def test_a_compiled_pass_refuses_rows_of_several_samples(bad: dict[str, Any]) -> None:
+    model = gk.patch(tiny_model(num_hidden_layers=1)).model
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    mask, positions = torch.ones_like(ROW), torch.arange(14)[None]
+    good = {name: {"attention_mask": mask, "position_ids": positions}[name] for name in bad}
+    close(compiled(ROW, **good)[0], model(ROW, **good)[0])
+    with pytest.raises(RuntimeError, match="a compiled pass cannot tell apart"):
+        compiled(ROW, **bad)
+
+
+# ---- what is not understood
+
+
+def test_unknown_keywords_are_errors_and_none_is_not(model: Any) -> None:
+    model(IDS, token_type_ids=None, output_hidden_states=True, num_items_in_batch=torch.tensor(3))
+    for name, value in (("token_type_ids", torch.zeros_like(IDS)), ("cache_params", gk.hf.new_cache()), ("typo", 1)):
+        with pytest.raises(TypeError, match=f"^{name}: expected one of the keywords"):
+            model(IDS, **{name: value})
+    with pytest.raises(ValueError, match="^output_attentions: expected False"):
+        model(IDS, output_attentions=True)
+    with pytest.raises(TypeError, match="input_ids: expected once"):
+        model.model(IDS, input_ids=IDS)
+
+
+def test_attention_sinks_are_an_error_and_not_ignored() -> None:
+    config = transformers.GptOssConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="grit")
+    with pytest.raises(TypeError, match="^s_aux: expected no such argument of the attention function"):
+        model(IDS)
+
+
+def test_masks_of_other_shapes_are_an_error_and_not_ignored() -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    config = tiny_config()
+    config._attn_implementation = "grit"
+    options = {"config": config, "inputs_embeds": torch.zeros(1, 4, 8), "attention_mask": None}
+    options |= {"position_ids": None, compat.cache_argument(create_causal_mask): None}
+    assert create_causal_mask(**options) is None
+    with pytest.raises(ValueError, match="^mask_function: expected causality"):
+        create_causal_mask(**options, or_mask_function=lambda b, h, q, k: q == k)
+    with pytest.raises(ValueError, match="^mask_function: expected a mask made of .*got or_masks"):
+        create_causal_mask(**options, block_sequence_ids=torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_layers_that_attend_by_themselves_are_an_error(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(RuntimeError, match="no layer of this MistralModel called the attention"):
+        model(IDS)
+
+
+# ---- what the config says
+
+
+@torch.no_grad()
+def test_generation_is_causal_whatever_the_config_says(stock: Any) -> None:
+    embedder = copy.deepcopy(stock)
+    embedder.config.is_causal = False
+    bidirectional = embedder.model(IDS).last_hidden_state
+    gk.patch(embedder)
+    for caching in (True, False):
+        options = {"max_new_tokens": 5, "do_sample": False, "use_cache": caching}
+        assert torch.equal(embedder.generate(IDS, **options), stock.generate(IDS, **options))
+    close(embedder(IDS).logits, stock(IDS).logits)
+    # a bare decoder generates nothing: it does what its config says, as unpatched
+    bare = gk.patch(gk.unpatch(embedder).model)
+    close(bare(IDS).last_hidden_state, bidirectional)
+    close(bare(IDS, is_causal=True).last_hidden_state, stock.model(IDS).last_hidden_state)
+
+
+# ---- shared objects
+
+
+@torch.no_grad()
+def test_models_that_share_a_config_object_are_independent() -> None:
+    config = tiny_config()
+    a, b, plain = (transformers.MistralForCausalLM(config).eval() for _ in range(3))
+    before = b(IDS).logits
+    gk.patch(a), gk.patch(b)
+    assert plain.config._attn_implementation != "grit"
+    mixed = b(IDS, is_causal=FLAGS).logits
+    gk.unpatch(a)
+    assert torch.equal(b(IDS, is_causal=FLAGS).logits, mixed)
+    b.config.pad_token_id = 5  # what is set while patched stays
+    gk.unpatch(b)
+    assert b.config.pad_token_id == 5 and b.config._attn_implementation == plain.config._attn_implementation
+    assert b.config is b.model.config is b.model.layers[0].self_attn.config
+    close(b(IDS).logits, before)
+
+
+@torch.no_grad()
+def test_patching_and_unpatching_while_another_thread_calls_gives_right_results(stock: Any) -> None:
+    model, expected = copy.deepcopy(stock), stock(IDS).logits
+    gk.patch(model)
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def call() -> None:
+        try:
+            while not done.is_set():
+                with torch.no_grad():
+                    close(model(IDS).logits, expected)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for round in range(12):
+        gk.patch(model, packing=bool(round % 2))
+    gk.unpatch(model)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_unpatching_inside_a_pass_is_an_error(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda *_: gk.unpatch(model))
+    with pytest.raises(RuntimeError, match="model: expected a model at rest"):
+        model(IDS)
+    assert gk.is_patched(model)
+
+
+@pytest.mark.parametrize("head_dim", [8, 12, 16])
+@torch.no_grad()
+def test_small_head_dimensions_are_served(head_dim: int) -> None:
+    stock = tiny_model(head_dim=head_dim)
+    model = gk.patch(copy.deepcopy(stock))
+    for mask in (MASKS["right"], MASKS["left"]):
+        real = mask.bool()
+        truth = [stock(IDS, attention_mask=mask, is_causal=flag).logits for flag in (True, False)]
+        mixed = torch.where(FLAGS[:, None, None], *truth)
+        for caching in (False, True):
+            found = model(IDS, attention_mask=mask, is_causal=FLAGS, use_cache=caching).logits
+            close(found[real], mixed[real])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **options), stock.generate(IDS, **options))
