@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +47,21 @@ def test_a_missing_compiler_is_named_with_the_way_out(tmp_path: Path) -> None:
 def test_an_old_torch_is_named_with_the_version_needed(tmp_path: Path) -> None:
     message = _build(tmp_path, PYTHONPATH=_fake_torch(tmp_path, "2.9.1+cpu"))
     assert "torch 2.9.1+cpu is too old" in message and "torch>=2.11" in message
+
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+
+
+@pytest.mark.nvcc
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_the_cuda_library_compiles(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path / "lib")],
+        cwd=ROOT,
+        env={**os.environ, "GRIT_KERNELS_CUDA": "1", "CUDACXX": str(NVCC)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert list((tmp_path / "lib").rglob("_C_cuda*.so"))
