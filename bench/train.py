@@ -35,8 +35,9 @@ import grit_kernels as gk
 from bench import common
 from python_model import GritLM
 from python_model.corpora.small_model import resolve_model
+from python_model.data.config import BatchConfig
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
-from python_model.train.config import TrainConfig
+from python_model.train.config import LossConfig
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
 from python_model.train.step import StepGradients, plan_step
@@ -82,25 +83,15 @@ def packed(
     path: str, batch: Batch, chunk_tokens: int = 0, dtype_bf16: bool = True, fuse: bool = True
 ) -> tuple[Callable[[], float], Any]:
     """A step of python_model.train: the closure returns its loss; and the model."""
-    config = TrainConfig(
-        train_data=".",
-        embedding_batch_size=len(batch.queries),
-        generative_batch_size=len(batch.conversations),
-        query_max_len=512,
-        passage_max_len=512,
-        generative_max_len=512,
-        chunk_tokens=chunk_tokens,
-        temperature=TEMPERATURE,
-        bf16=dtype_bf16,
-    )
+    chunking, losses = BatchConfig(chunk_tokens=chunk_tokens), LossConfig(temperature=TEMPERATURE)
     grit = GritLM(path, is_inference=False, device="cpu", dtype="float32")
     gk.patch(grit.model, bidirectional_window=grit.settings.bidirectional_window, fuse=fuse)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    gradients = StepGradients(TrainingModel(grit), config, ranks)
+    gradients = StepGradients(TrainingModel(grit), losses, ranks, bf16=dtype_bf16)
 
     def step() -> float:
-        share = plan_step(batch.queries, batch.passages, batch.conversations, None, config, ranks)
-        loss = gradients(share, seed=0).total
+        planned = plan_step(batch.queries, batch.passages, batch.conversations, None, chunking, losses, ranks)
+        loss = gradients(planned, seed=0).total
         grit.model.zero_grad()
         return loss
 

@@ -25,6 +25,7 @@ from python_model.commands import demo_report as report
 from python_model.commands.runner import SMALL_MODEL, Command
 from python_model.corpora.small_model import resolve_model
 from python_model.data import sample_dir
+from python_model.data.config import DataConfig
 from python_model.data.reading import read_generative
 from python_model.data.rows import EmbeddingRow
 from python_model.data.stream import open_stream
@@ -34,7 +35,7 @@ from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, 
 from python_model.generate.text import rag_prompt, reply
 from python_model.model.modeling import GritLM
 from python_model.support.files import write_json
-from python_model.train.config import TrainConfig
+from python_model.train.config import LoggingConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from python_model.train.plot import plot_losses
 from python_model.train.trainer import Trainer
 
@@ -122,7 +123,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     sample = HeldOut(sample_dir())
-    model = GritLM(resolve_model(config.model), attn=config.attn, is_inference=True, device="cpu", dtype="float32")
+    model = GritLM(
+        resolve_model(config.model.name), **config.settings_given, is_inference=True, device="cpu", dtype="float32"
+    )
     print(report.opening(len(sample.queries), len(sample.documents), len(sample.conversations)), flush=True)
     before = measure(model, sample)
     questions = draw_chats(sample)
@@ -130,7 +133,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     print(report.measured(before.scores), flush=True)
 
     with contextlib.redirect_stdout(io.StringIO()):  # the plan of the memory and the like: the bar says enough here
-        trainer = Trainer(model, config, open_stream(config, model.tokenizer))
+        stream = open_stream(config.data, config.batch, model.tokenizer, settings=model.settings, seed=config.seed)
+        trainer = Trainer(model, config, stream)
         records = trainer.train()
 
     after = measure(model, sample)
@@ -169,7 +173,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         "searches": searches,
         "chats": chats,
         "answer": answer,
-        "config": asdict(config),
+        "config": config.to_dict(),
         "seconds": {
             "total": time.perf_counter() - start,
             "training": sum(seconds),
@@ -185,19 +189,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def demo_config(output_dir: str, steps: int = STEPS, seed: int = 0, model: str = SMALL_MODEL) -> TrainConfig:
     """The demo's recipe, that of configs/demo.yaml."""
     return TrainConfig(
-        model=model,
-        train_data=str(sample_dir() / "train"),
         output_dir=output_dir,
         steps=steps,
         seed=seed,
-        query_max_len=MAX_LENGTH,
-        passage_max_len=MAX_LENGTH,
-        generative_max_len=MAX_LENGTH,
-        learning_rate=1e-4,
-        warmup_ratio=0.1,
-        objective_grad_norm=1.0,
-        temperature=0.05,
-        resume=False,
+        model=ModelConfig(name=model),
+        data=DataConfig(
+            train_data=str(sample_dir() / "train"),
+            query_max_len=MAX_LENGTH,
+            passage_max_len=MAX_LENGTH,
+            generative_max_len=MAX_LENGTH,
+        ),
+        optimizer=OptimizerConfig(lr=1e-4, warmup_ratio=0.1, objective_grad_norm=1.0),
+        losses=LossConfig(temperature=0.05),
+        logging=LoggingConfig(resume=False),
     )
 
 

@@ -187,8 +187,9 @@ def settings(output: Path, weights: dict[str, float]) -> str:
     """``train.yaml``: where the rows are and how they are mixed."""
     lines = [
         "# Written by `grit data`. dataset_weights: rows per epoch as a multiple of a data set's size; one-liners are many.",
-        f"train_data: {json.dumps(str((output / 'train').resolve()), ensure_ascii=False)}",
-        "dataset_weights:" if weights else "dataset_weights: {}",
-        *(f"  {name}: {weight}" for name, weight in weights.items()),
+        "data:",
+        f"  train_data: {json.dumps(str((output / 'train').resolve()), ensure_ascii=False)}",
+        "  dataset_weights:" if weights else "  dataset_weights: {}",
+        *(f"    {name}: {weight}" for name, weight in weights.items()),
     ]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from python_model.data.config import DataConfig
 from python_model.data.datasets import Problem
 from python_model.data.rows import GenerativeRow, InstructedText, Row
 from python_model.data.token_cache import TokenCache, tokenizer_fingerprint
@@ -21,14 +22,11 @@ _FORMAT = 48
 
 
 class RowEncoder:
-    """Tokenises the texts of rows; ``config`` is a :class:`python_model.train.config.TrainConfig`.
+    """Tokenises the texts of rows, as a model with these ``settings`` reads them."""
 
-    ``settings``: of the model that is trained; default: what ``config`` gives, over the defaults.
-    """
-
-    def __init__(self, tokenizer: Any, config: Any, settings: GritSettings | None = None) -> None:
+    def __init__(self, tokenizer: Any, config: DataConfig, settings: GritSettings | None = None) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.settings = settings or GritSettings().changed(**config.settings_given)
+        self.settings = settings or GritSettings()
         self.formatter = Formatter(tokenizer, self.settings)
         special = self.formatter.special_tokens
         parts = [self.settings.embed_eos, self.settings.instruction_count, self.settings.embed_instruction]

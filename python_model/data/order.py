@@ -9,6 +9,11 @@ import numpy as np
 from python_model.support.arguments import check_at_least
 
 
+def rank_share(count: int, rank: int, world: int) -> range:
+    """The rows of a step that are this rank's: contiguous, as even as possible."""
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
 class BatchOrder:
     """Batches without end, each a function of the seed and its number.
 

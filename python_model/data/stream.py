@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from python_model.data.config import BatchConfig, DataConfig
 from python_model.data.datasets import DataSet, select
 from python_model.data.encoding import RowEncoder
 from python_model.data.files import data_files, dataset_name
 from python_model.data.index import FileIndex, index_file
-from python_model.data.order import BatchOrder
+from python_model.data.order import BatchOrder, rank_share
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText
 from python_model.model.prompts import EncodedSample, TooLong
@@ -66,26 +67,35 @@ class TrainingStream(Dataset[StepSamples]):
     Args:
         data: data sets (:func:`open_stream` reads them); those that the mode does not train on are ignored.
         encoder: tokenises.
-        config: a :class:`python_model.train.config.TrainConfig`.
-        rank, world: this process' share of each step: rows ``n * rank // world`` to ``n * (rank + 1) // world``.
+        config, batch: how rows become samples, and how many a step has.
+        mode: ``"unified"``, or ``"embedding"`` or ``"generative"`` for rows of one kind.
+        seed: of every choice.
+        rank, world: this process' share of each step, see :func:`rank_share`.
     """
 
     def __init__(
         self,
         data: Sequence[Sequence[Any]],
         encoder: RowEncoder,
-        config: Any,
+        config: DataConfig,
+        batch: BatchConfig,
+        *,
+        mode: str = "unified",
+        seed: int = 0,
         rank: int = 0,
         world: int = 1,
         report: DataReport | None = None,
     ) -> None:
-        self.encoder, self.config, self.rank, self.world = encoder, config, rank, world
+        self.encoder, self.config, self.batch, self.rank, self.world = encoder, config, batch, rank, world
+        self.mode, self.seed = mode, seed
         self.report = report or DataReport()
         generative = [isinstance(rows[0], GenerativeRow) for rows in data]
-        self._embedding = [rows for rows, kind in zip(data, generative, strict=True) if config.embeds and not kind]
-        self._generative = [rows for rows, kind in zip(data, generative, strict=True) if config.generates and kind]
-        self._embedding_order = self._order("embedding") if config.embeds else None
-        self._generative_order = self._order("generative") if config.generates else None
+        self._embedding = [
+            rows for rows, kind in zip(data, generative, strict=True) if mode != "generative" and not kind
+        ]
+        self._generative = [rows for rows, kind in zip(data, generative, strict=True) if mode != "embedding" and kind]
+        self._embedding_order = self._order("embedding") if mode != "generative" else None
+        self._generative_order = self._order("generative") if mode != "embedding" else None
 
     def steps(self, start: int, stop: int) -> Iterator[StepSamples]:
         """The samples of steps ``start`` .. ``stop - 1``, the same for any number of ``data_workers``."""
@@ -109,10 +119,10 @@ class TrainingStream(Dataset[StepSamples]):
         samples = StepSamples()
         if self._embedding_order is not None:
             batch = self._embedding_order.batch(step)
-            share = self._share(len(batch))
+            share = rank_share(len(batch), self.rank, self.world)
             # a rank reads its own rows, and of the others those whose query stands twice in the step
             groups = {
-                place: self._draw(*batch[place], random.Random(f"{self.config.seed}:{step}:{place}"))
+                place: self._draw(*batch[place], random.Random(f"{self.seed}:{step}:{place}"))
                 for place in sorted({*share, *self._repeated(batch)})
             }
             number = _numbering(list(groups.values()))
@@ -125,7 +135,7 @@ class TrainingStream(Dataset[StepSamples]):
                 samples.passage_scores += group.scores
         if self._generative_order is not None:
             batch = self._generative_order.batch(step)
-            for place in self._share(len(batch)):
+            for place in rank_share(len(batch), self.rank, self.world):
                 dataset, index = batch[place]
                 row = self._generative[dataset][index]
                 with _naming(row.origin):
@@ -138,7 +148,7 @@ class TrainingStream(Dataset[StepSamples]):
         data = self._embedding if kind == "embedding" else self._generative
         config = self.config
         if not data:
-            raise ValueError(_lacking(config, kind))
+            raise ValueError(_lacking(config.train_data, self.mode, kind))
         weights = [config.dataset_weights.get(_name(rows), 1.0) for rows in data]
         wanted = [
             0 if not weight else max(1, round(weight * len(rows))) for weight, rows in zip(weights, data, strict=True)
@@ -148,8 +158,8 @@ class TrainingStream(Dataset[StepSamples]):
         embeds = kind == "embedding"
         return BatchOrder(
             [len(rows) for rows in data],
-            config.embedding_batch_size if embeds else config.generative_batch_size,
-            2 * config.seed + embeds,
+            self.batch.embedding_batch_size if embeds else self.batch.generative_batch_size,
+            2 * self.seed + embeds,
             same_dataset=embeds and config.same_dataset,
             rows_per_epoch=wanted,
         )
@@ -160,9 +170,6 @@ class TrainingStream(Dataset[StepSamples]):
         for place, (dataset, row) in enumerate(batch):
             places.setdefault(_query_hash(self._embedding[dataset], row), []).append(place)
         return [place for same in places.values() if len(same) > 1 for place in same]
-
-    def _share(self, count: int) -> range:
-        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def _draw(self, dataset: int, index: int, draw: random.Random) -> _Group:
         rows = self._embedding[dataset]
@@ -198,18 +205,28 @@ class TrainingStream(Dataset[StepSamples]):
         return query, [encode(passage, config.passage_max_len, example) for passage in group.passages]
 
 
-def check_data(config: Any) -> None:
+def check_data(config: DataConfig, mode: str = "unified", *, in_batch_negatives: bool = True) -> None:
     """Raise what :func:`open_stream` would, but for texts that are too long: it needs no tokenizer, so a run can call it before
     it loads a model."""
-    _indexed(config)
+    _indexed(config, mode, in_batch_negatives)
 
 
 def open_stream(
-    config: Any, tokenizer: Any, rank: int = 0, world: int = 1, *, settings: GritSettings | None = None
+    config: DataConfig,
+    batch: BatchConfig,
+    tokenizer: Any,
+    *,
+    settings: GritSettings | None = None,
+    mode: str = "unified",
+    in_batch_negatives: bool = True,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> TrainingStream:
     """The stream over ``config.train_data``; rank 0 prints what is used and what is left out.
 
-    ``settings``: of the model that is trained; default: what ``config`` gives, over the defaults.
+    ``settings``: of the model that is trained. ``in_batch_negatives``: whether its loss takes them. The others as in
+    :class:`TrainingStream`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -218,18 +235,18 @@ def open_stream(
     """
     encoder = RowEncoder(tokenizer, config, settings)
     report, data = DataReport(), []
-    for index in _indexed(config):
-        if _wanted(config, index):
+    for index in _indexed(config, mode, in_batch_negatives):
+        if _wanted(mode, index):
             found, left_out = select(index, encoder)
             _check_left_out(config, index.file, left_out)
-            data += [rows.choice(config.max_rows_per_dataset or len(rows), config.seed) for rows in found]
+            data += [rows.choice(config.max_rows_per_dataset or len(rows), seed) for rows in found]
             report.add(left_out)
         else:
             report.notes += index.report.notes if index.kind is None else []
     report.used = {}
     for rows in data:
         report.used[rows.name] = report.used.get(rows.name, 0) + len(rows)
-    for size, generative in ((config.embedding_batch_size, False), (config.generative_batch_size, True)):
+    for size, generative in ((batch.embedding_batch_size, False), (batch.generative_batch_size, True)):
         count = sum(len(rows) for rows in data if rows.generative == generative)
         if 0 < count < size:
             kind = "generative" if generative else "embedding"
@@ -238,26 +255,26 @@ def open_stream(
             )
     if rank == 0:
         print("\n".join(report.lines()), flush=True)
-    return TrainingStream(data, encoder, config, rank, world, report)
+    return TrainingStream(data, encoder, config, batch, mode=mode, seed=seed, rank=rank, world=world, report=report)
 
 
-def _indexed(config: Any) -> list[FileIndex]:
+def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool) -> list[FileIndex]:
     files = data_files(config.train_data)
     indexes = [index_file(file) for file in files]
     names = {*map(dataset_name, files)}
     for index in indexes:
         names |= set(index.names)
-        if _wanted(config, index):
+        if _wanted(mode, index):
             _check_left_out(config, index.file, index.report)
-            if "no_in_batch_neg" in dataset_name(index.file) and not index.kind and config.in_batch_negatives:
+            if "no_in_batch_neg" in dataset_name(index.file) and not index.kind and in_batch_negatives:
                 raise DataError(
                     f"{index.file}: its name says no_in_batch_neg: FlagEmbedding takes no other query's passage as a negative. "
                     "Here in_batch_negatives holds for all data sets: set it to false for a run on such files, or rename the file"
                 )
     kinds = {index.kind for index in indexes}
-    for generative, needed in ((False, config.embeds), (True, config.generates)):
+    for generative, needed in ((False, mode != "generative"), (True, mode != "embedding")):
         if needed and generative not in kinds:
-            raise ValueError(_lacking(config, "generative" if generative else "embedding"))
+            raise ValueError(_lacking(config.train_data, mode, "generative" if generative else "embedding"))
     if unknown := sorted(set(config.dataset_weights) - names):
         close = difflib.get_close_matches(unknown[0], names, 1)
         meant = f"; did you mean {close[0]!r}?" if close else ""
@@ -265,16 +282,16 @@ def _indexed(config: Any) -> list[FileIndex]:
     return indexes
 
 
-def _wanted(config: Any, index: FileIndex) -> bool:
+def _wanted(mode: str, index: FileIndex) -> bool:
     """Whether the mode trains on the file's rows; of a file without a good row, whatever is wrong with it counts."""
     return (
         index.kind is None
         and bool(index.report.left_out)
-        or bool(index.kind is not None and (config.generates if index.kind else config.embeds))
+        or (index.kind is not None and mode != ("embedding" if index.kind else "generative"))
     )
 
 
-def _check_left_out(config: Any, file: str, report: DataReport) -> None:
+def _check_left_out(config: DataConfig, file: str, report: DataReport) -> None:
     """Stop where more than ``max_left_out`` of a file's rows cannot be used."""
     bad, used = sum(report.left_out.values()), sum(report.used.values())
     if bad > config.max_left_out * (bad + used):
@@ -289,10 +306,10 @@ def _check_left_out(config: Any, file: str, report: DataReport) -> None:
         raise DataError(f"{file}: {bad} of {bad + used} rows cannot be used, {limit}\n{detail}{advice}")
 
 
-def _lacking(config: Any, kind: str) -> str:
+def _lacking(train_data: str, mode: str, kind: str) -> str:
     other = "embedding" if kind == "generative" else "generative"
-    needs = f"which mode {config.mode!r} needs; mode {other!r} trains without them"
-    return f"train_data: {config.train_data} has no {kind} rows, {needs}"
+    needs = f"which mode {mode!r} needs; mode {other!r} trains without them"
+    return f"train_data: {train_data} has no {kind} rows, {needs}"
 
 
 def _name(rows: Sequence[Any]) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from python_model.data.rows import GenerativeRow
-from python_model.model.chunks import build_chunk
+from python_model.model.chunks import build_chunk, reach
+from python_model.model.losses import next_token_losses
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX, TooLong
-from python_model.train.model import next_token_losses, reach
 
 log = logging.getLogger(__name__)
 

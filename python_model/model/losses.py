@@ -1,13 +1,18 @@
-"""Aggregation of the next-token loss over tokens and samples. The per-token and contrastive losses themselves are grit_kernels'.
+"""The next-token loss of each token, and its aggregation over tokens and samples.
 
 Source: GRIT, arXiv 2402.09906 equations 1-3 and the loss ablation (appendix).
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+import grit_kernels as gk
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import IGNORE_INDEX
 from python_model.support.arguments import check_choice
 
 GENERATIVE_LOSSES = ("mixed", "token", "sample")
@@ -40,3 +45,26 @@ def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Te
         raise ValueError(f"group: expected a divisor of the number of samples ({samples}), got {group}")
     means = counts.view(-1, size).sum(dim=1).clamp(min=1)
     return (size / (samples * means)).repeat_interleave(size)
+
+
+def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
+    used = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    head: Any = model.model.get_output_embeddings()
+    weight, rows = head.weight, hidden[used]
+    if getattr(head, "bias", None) is not None:
+        # GPT-J's head has a bias: one more column that meets a constant 1
+        weight = torch.cat([weight, head.bias[:, None].to(weight.dtype)], dim=1)
+        rows = nn.functional.pad(rows, (0, 1), value=1.0)
+    softcap = getattr(model.model.config, "final_logit_softcapping", None)
+    losses = gk.linear_cross_entropy(rows, weight, labels[used], softcap=softcap)
+    return losses.new_zeros(labels.shape[0]).index_copy(0, used, losses)
+
+
+def sums_per_sample(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(samples): the sum of each sample's (tokens) values."""
+    samples = cu_seqlens.shape[0] - 1
+    sample = torch.repeat_interleave(
+        torch.arange(samples, device=values.device), cu_seqlens.diff(), output_size=values.shape[0]
+    )
+    return values.new_zeros(samples).index_add(0, sample, values)

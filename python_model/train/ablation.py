@@ -3,10 +3,12 @@
     output_dir: ablation_output
     evaluation: python_model/data/sample     # folder with corpus.jsonl and test/ (default: the bundled sample)
     max_length: 192                          # tokens of a text when measuring
-    base: {steps: 100, train_data: ..., ...} # settings of python_model.train that all variants share
+    base:                                    # settings of python_model.train that all variants share
+      steps: 100
+      data: {train_data: ...}
     variants:
-      - {group: attention and pooling, name: BBCC mean, changes: {attn: bbcc}}
-      - {group: attention and pooling, name: CCCC wmean, changes: {attn: cccc, pooling_method: weightedmean}}
+      - {group: attention and pooling, name: BBCC mean, changes: {grit.attn: bbcc}}
+      - {group: attention and pooling, name: CCCC wmean, changes: {grit.attn: cccc, grit.pooling_method: weightedmean}}
       - {group: attention and pooling, name: base model, untrained: true}
 
 A variant that has finished under the same settings is not run again, one that was interrupted goes on where it stopped.
@@ -20,8 +22,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from tqdm.auto import tqdm
 
 from python_model.evaluation.held_out import HeldOut, evaluate
 from python_model.support.files import write_json, write_text
-from python_model.train.config import TrainConfig
+from python_model.train.config import TrainConfig, dotted, flatten
 
 COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss")
 
@@ -63,7 +65,7 @@ class Ablation:
     def config(self, variant: Variant) -> TrainConfig:
         """The settings that the variant is trained under."""
         folder = Path(self.output_dir) / variant.folder
-        return TrainConfig(**{**self.base, **variant.changes, "output_dir": str(folder)})
+        return TrainConfig.from_dict({**flatten(self.base), **flatten(variant.changes), "output_dir": str(folder)})
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -71,8 +73,8 @@ class Ablation:
         return {"evaluation": self.evaluation, "max_length": self.max_length}
 
 
-def read_ablation(path: Path, **changes: Any) -> Ablation:
-    """The file's ablation, with ``changes`` over its shared settings.
+def read_ablation(path: Path, changes: Mapping[str, Any] | None = None) -> Ablation:
+    """The file's ablation, with ``changes`` (dotted keys) over its shared settings.
 
     Raises:
         ValueError: the file has an unknown entry or setting, no variants, or two of one name.
@@ -86,12 +88,13 @@ def read_ablation(path: Path, **changes: Any) -> Ablation:
     if not isinstance(content, dict) or (unknown := set(content) - accepted):
         given = sorted(unknown) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected {sorted(accepted)}, got {given}")
-    settings = {entry.name for entry in fields(TrainConfig)}
     variants = [Variant(**entry) for entry in content.get("variants") or []]
-    base = {**(content.get("base") or {}), **changes}
+    base = {**dotted(content.get("base") or {}), **(changes or {})}
     for where, settings_given in (("base", base), *((f"variant {v.name!r}", v.changes) for v in variants)):
-        if unknown := set(settings_given) - settings:
-            raise ValueError(f"{path}: {where}: {sorted(unknown)} are no settings of python_model.train")
+        try:
+            flatten(settings_given)
+        except ValueError as error:
+            raise ValueError(f"{path}: {where}: {error}") from None
     names = [variant.folder for variant in variants]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path}: variants: expected variants with different names, got {names or 'none'}")
@@ -136,7 +139,7 @@ def _finished(config: TrainConfig, variant: Variant, ablation: Ablation) -> dict
     if not file.exists():
         return None
     row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    same = row["config"] == asdict(config) and row["steps"] == (0 if variant.untrained else config.steps)
+    same = row["config"] == config.to_dict() and row["steps"] == (0 if variant.untrained else config.steps)
     same = same and row.get("measured_on", ablation.measured_on) == ablation.measured_on
     return {**row, "variant": variant.name, "group": variant.group} if same else None
 
@@ -150,18 +153,18 @@ def _measure(
 
     tqdm.write(f"{variant.group}: {variant.name}")
     if variant.untrained:
-        checkpoint: str | Path = resolve_model(config.model)
-        options = {name: value for name, value in config.settings_given.items() if name != "projection"}
+        checkpoint: str | Path = resolve_model(config.model.name)
+        options = {name: value for name, value in config.settings_given.items() if not name.startswith("projection")}
     else:
         checkpoint, options = train(config), {}  # a trained checkpoint brings its own
     model = GritLM(checkpoint, mode=config.mode, **options)
-    scores, _ = evaluate(model, held_out, max_length=ablation.max_length, bf16=config.bf16)
+    scores, _ = evaluate(model, held_out, max_length=ablation.max_length, bf16=config.model.bf16)
     row = {
         "variant": variant.name,
         "group": variant.group,
         "scores": scores,
         "steps": 0 if variant.untrained else config.steps,
-        "config": asdict(config),
+        "config": config.to_dict(),
         "measured_on": ablation.measured_on,
     }
     write_json(Path(config.output_dir) / "result.json", row)
@@ -183,9 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from python_model.corpora.small_model import SmallModelError
     from python_model.train.trainer import Interrupted
 
-    given = {"model": arguments.model, "train_data": arguments.train_data, "steps": arguments.steps}
+    given = {"model.name": arguments.model, "data.train_data": arguments.train_data, "steps": arguments.steps}
     try:
-        ablation = read_ablation(arguments.config, **{k: v for k, v in given.items() if v is not None})
+        ablation = read_ablation(arguments.config, {k: v for k, v in given.items() if v is not None})
         rows = run(ablation, keep_checkpoints=arguments.keep_checkpoints)
     except (ValueError, TypeError, OSError, FloatingPointError, SmallModelError) as error:
         raise SystemExit(f"grit ablation: {error}") from error

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from python_model.model.modeling import GritLM
-from python_model.train.config import TrainConfig
+from python_model.train.config import Mode, ModelConfig
 
 
-def quantization_arguments(config: TrainConfig) -> dict[str, Any]:
+def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
     """What ``from_pretrained`` needs to load the frozen weights as QLoRA does (nf4, double quantisation)."""
     if not config.quantization:
         return {}
@@ -32,7 +32,7 @@ def quantization_arguments(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def add_adapters(grit: GritLM, config: TrainConfig) -> None:
+def add_adapters(grit: GritLM, config: ModelConfig, mode: Mode) -> None:
     """Freeze ``grit``'s weights and put an adapter on each linear layer (in place); an embedding head stays trained."""
     if not config.lora_rank:
         return
@@ -54,7 +54,7 @@ def add_adapters(grit: GritLM, config: TrainConfig) -> None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        task_type="FEATURE_EXTRACTION" if config.mode == "embedding" else "CAUSAL_LM",
+        task_type="FEATURE_EXTRACTION" if mode == "embedding" else "CAUSAL_LM",
     )
     grit.model = get_peft_model(grit.model, settings)
 

@@ -1,52 +1,91 @@
 """Saved states of a run: what resuming needs, written whole or not at all, the oldest removed.
 
 A state is a folder ``states/step-00000040`` of torch.distributed.checkpoint files (weights that are trained, optimiser,
-temperature; every rank writes its shards) with ``state.json`` (step, settings). Data order, sampling and dropout are functions of
-seed and step, so nothing else has to be kept. DCP's index is a pickle: resume only folders that you wrote.
+temperature; every rank writes its shards) with ``state.json`` (format version, step, settings). Data order, sampling and dropout
+are functions of seed and step, so nothing else has to be kept. DCP's index is a pickle: resume only folders that you wrote.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from python_model.support.files import write_json
-from python_model.train.config import TrainConfig
+from python_model.train.config import MOVED, REMOVED, dotted
 from python_model.train.distributed import Ranks
-from python_model.train.optimizers import Learner
 
-# what may differ between the run that saved and the run that resumes
+VERSION = 2
+"""Of state.json. 1 (no version in the file): settings were flat."""
+
+# what may differ between the run that saved and the run that resumes: it changes speed, memory or what is shown, not the run
 FREE_SETTINGS = frozenset(
-    ("output_dir", "train_data", "model", "save_steps", "save_total", "resume", "trackers", "chunk_tokens", "chunking")
-    + (
-        "gradient_checkpointing",
-        "parallel",
-        "shard_size",
-        "reduce_each_chunk",
-        "cpu_offload",
-        "exploding_loss",
+    (
+        "output_dir",
         "dry_run",
-        "architecture",
-        "device_memory",
+        "model.architecture",
+        "model.gradient_checkpointing",
+        "data.data_workers",
+        "data.token_cache",
+        "batch.chunk_tokens",
+        "batch.chunking",
+        "parallel.strategy",
+        "parallel.shard_size",
+        "parallel.reduce_each_chunk",
+        "parallel.cpu_offload",
+        "parallel.device_memory",
+        "logging.save_steps",
+        "logging.save_total",
+        "logging.resume",
+        "logging.trackers",
+        "logging.exploding_loss",
     )
-    + ("data_workers", "token_cache")
 )
+# paths: what they held is compared instead (``identity``)
+_PATHS = frozenset(("data.train_data", "model.name"))
 
 
-class States:
-    """The states of one run in ``folder``."""
+class Stateful(Protocol):
+    """Holds the tensors of a state."""
 
-    def __init__(self, folder: Path, config: TrainConfig, ranks: Ranks) -> None:
-        self.folder, self.config, self.ranks = folder, config, ranks
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, as nested dicts of tensors."""
+        ...
 
-    def newest(self) -> Path | None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set all that changes."""
+        ...
+
+
+class Checkpointer:
+    """The states of one run in ``folder``.
+
+    Args:
+        settings: of the run, nested; a state of other settings is not loaded (but for FREE_SETTINGS).
+        identity: name to digest of what the run reads, its data and the model it starts from; a state of others is not loaded.
+        save_total: states that are kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        ranks: Ranks,
+        *,
+        identity: Mapping[str, str] | None = None,
+        save_total: int = 2,
+    ) -> None:
+        self.folder, self.settings, self.ranks = folder, settings, ranks
+        self.identity, self.save_total = dict(identity or {}), save_total
+
+    def latest(self) -> Path | None:
         """The last state that was written completely."""
         found = sorted(path.parent for path in self.folder.glob("step-*/state.json"))
         return found[-1] if found else None
 
-    def save(self, step: int, learner: Learner) -> Path:
+    def save(self, step: int, trained: Stateful) -> Path:
         """Write the state after ``step`` steps; then drop the oldest beyond ``save_total``."""
         import torch.distributed.checkpoint as dcp
 
@@ -56,34 +95,70 @@ class States:
             shutil.rmtree(temporary, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()
-        dcp.save(learner.tensors(), checkpoint_id=temporary, no_dist=self.ranks.group is None)
+        dcp.save(trained.state_dict(), checkpoint_id=temporary, no_dist=self.ranks.group is None)
         if self.ranks.first:
-            write_json(temporary / "state.json", {"step": step, "config": asdict(self.config)})
+            state = {"version": VERSION, "step": step, "config": self.settings, "identity": self.identity}
+            write_json(temporary / "state.json", state)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-            for old in sorted(self.folder.glob("step-*"))[: -self.config.save_total]:
+            for old in sorted(self.folder.glob("step-*"))[: -self.save_total]:
                 shutil.rmtree(old)
             for broken in self.folder.glob(".step-*"):
                 shutil.rmtree(broken)
         self.ranks.barrier()
         return target
 
-    def load(self, path: Path, learner: Learner) -> int:
+    def load(self, path: Path, trained: Stateful) -> int:
         """Restore everything from ``path``; returns how many steps it has done.
 
         Raises:
-            ValueError: the state was written under settings that make another run; names the first that differs.
+            ValueError: the state was written under settings, data or a model that make another run, or by a newer version; names
+                the first that differs.
         """
         import torch.distributed.checkpoint as dcp
 
-        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        for name, value in asdict(self.config).items():
-            if name not in FREE_SETTINGS and saved["config"].get(name, value) != value:
+        saved = upgrade(json.loads((path / "state.json").read_text(encoding="utf-8")), path)
+        way_out = "give the same, logging.resume=false, or another output_dir"
+        current = dotted(self.settings)
+        for name, value in dotted(saved["config"]).items():
+            known = name in current and name not in FREE_SETTINGS | _PATHS
+            if known and value != current[name]:
                 raise ValueError(
-                    f"{name}: expected {saved['config'][name]!r}, with which {path} was written, got {value!r}; "
-                    "give the same value, resume=false, or another output_dir"
+                    f"{name}: expected {value!r}, with which {path} was written, got {current[name]!r}; {way_out}"
                 )
-        tensors = learner.tensors()
+        for name, digest in saved["identity"].items():
+            if self.identity.get(name, digest) != digest:
+                raise ValueError(f"{name}: expected the content with which {path} was written, got another; {way_out}")
+        tensors = trained.state_dict()
         dcp.load(tensors, checkpoint_id=path, no_dist=self.ranks.group is None)
-        learner.restore(tensors)
+        trained.load_state_dict(tensors)
         return int(saved["step"])
+
+
+def upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a ``state.json`` of any version, as this version writes it.
+
+    Raises:
+        ValueError: it is of a newer version, or its run used a setting that is gone.
+    """
+    version = state.get("version", 1)
+    if version > VERSION:
+        raise ValueError(
+            f"{path}: expected a state of version {VERSION} at most, got {version}; a newer grit_kernels wrote it"
+        )
+    if version == VERSION:
+        return state
+    flat = dict(state["config"])
+    for name, accepted in zip(REMOVED, (False, False, "exact"), strict=True):
+        if flat.pop(name, accepted) != accepted:
+            raise ValueError(
+                f"{path}: it was trained with {name}, which is gone since version 0.2; start anew "
+                "(logging.resume=false or another output_dir), or finish the run with version 0.1"
+            )
+    config: dict[str, Any] = {}
+    for name, value in flat.items():
+        group, _, field = MOVED.get(name, name).rpartition(".")
+        (config.setdefault(group, {}) if group else config)[field] = value
+    config.setdefault("grit", {})["special_tokens"] = "bos"  # every text began with it, whatever the tokenizer says
+    # which data and model these were was not kept
+    return {"version": VERSION, "step": state["step"], "config": config, "identity": {}}

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from python_model.train.config import TrainConfig
+from python_model.data.order import rank_share
+from python_model.train.config import ParallelConfig
 from python_model.train.model import TrainingModel
 
 
@@ -34,7 +35,7 @@ class Ranks:
 
     def share(self, count: int) -> range:
         """The rows of a step that are this rank's: contiguous, as even as possible."""
-        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+        return rank_share(count, self.rank, self.world)
 
     def all_values(self, values: Sequence[float]) -> Tensor:
         """float64 (world, len(values)): every rank's values, the same on all ranks."""
@@ -83,18 +84,18 @@ def ranks() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def wrap(model: TrainingModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
+def wrap(model: TrainingModel, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -> nn.Module:
     """The model as the ranks train it: itself, DDP or FSDP2. Weights of rank 0 become everyone's."""
     if ranks.group is None:
         return model
-    if config.parallel == "ddp":
+    if config.strategy == "ddp":
         # a tied or frozen weight is one parameter for DDP; touch_all gives each weight a gradient on each rank
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-    return _shard(model, config, ranks)
+    return _shard(model, config, ranks, bf16)
 
 
-def _shard(model: TrainingModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
+def _shard(model: TrainingModel, config: ParallelConfig, ranks: Ranks, bf16: bool) -> nn.Module:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -107,7 +108,7 @@ def _shard(model: TrainingModel, config: TrainConfig, ranks: Ranks) -> nn.Module
     )
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     options: dict[str, Any] = {"mesh": mesh}
-    if config.bf16:
+    if bf16:
         # float inputs of a layer are hidden states; rotary tables stay as the model made them
         options["mp_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False

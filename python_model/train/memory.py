@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from python_model.train.config import TrainConfig
+from python_model.data.config import BatchConfig, DataConfig
+from python_model.train.config import Mode, ModelConfig, ParallelConfig
 
 GIB = 2**30
 
@@ -77,13 +78,30 @@ class MemoryPlan:
         return [*found, total]
 
 
-def plan_memory(model: nn.Module, model_config: Any, config: TrainConfig, world: int) -> MemoryPlan:
-    """The plan of training ``model`` (on any device, meta included) on ``world`` ranks."""
+@dataclass(frozen=True)
+class StepTokens:
+    """Tokens of a step over all ranks, of a rank's largest chunk, and chunks of one objective per rank (between which FSDP keeps
+    whole gradients)."""
+
+    step: int
+    chunk: int
+    rounds: int
+
+
+def plan_memory(
+    model: nn.Module,
+    model_config: Any,
+    tokens: StepTokens,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    mode: Mode,
+    world: int,
+) -> MemoryPlan:
+    """The plan of training ``model`` (on any device, meta included; ``model_config`` is transformers') on ``world`` ranks."""
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sharded = world > 1 and config.parallel == "fsdp"
-    shards = (config.shard_size or world) if sharded else 1
-    chunk = chunk_size(config, world)
+    sharded = world > 1 and parallel.strategy == "fsdp"
+    shards = (parallel.shard_size or world) if sharded else 1
     layers = model_config.num_hidden_layers
     per_layer = max(0, parameters - 2 * model_config.vocab_size * model_config.hidden_size) / layers
     working = 0.0
@@ -92,25 +110,25 @@ def plan_memory(model: nn.Module, model_config: Any, config: TrainConfig, world:
         working = (2 * per_layer + outside) * (2 if config.bf16 else 4)
     elif config.bf16:
         working = 2.0 * parameters
-    whole_gradient = not sharded or not (config.reduce_each_chunk or rounds(config, world) == 1)
+    whole_gradient = not sharded or not (parallel.reduce_each_chunk or tokens.rounds == 1)
     state = activation_bytes(model_config, config.bf16, residual_fp32=not sharded)
     residual = (2 if sharded and config.bf16 else 4) * model_config.hidden_size
     if config.gradient_checkpointing:
-        activations = chunk * (layers * residual + state)
+        activations = tokens.chunk * (layers * residual + state)
     else:
-        activations = chunk * layers * state
-    offloaded = 0.0 if config.cpu_offload and sharded else 1.0
+        activations = tokens.chunk * layers * state
+    offloaded = 0.0 if parallel.cpu_offload and sharded else 1.0
     return MemoryPlan(
         parameters,
         trained,
         4.0 * parameters / shards * offloaded,
         4.0 * trained / (1 if whole_gradient else shards),
-        4.0 * trained / shards * offloaded if config.embeds and config.generates else 0.0,
+        4.0 * trained / shards * offloaded if mode == "unified" else 0.0,
         8.0 * trained / shards * offloaded,
         working,
         float(activations),
-        step_tokens(config),
-        chunk,
+        tokens.step,
+        tokens.chunk,
         world,
     )
 
@@ -130,38 +148,20 @@ def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) 
     return norms + attention + residual + 4 * s * inner * active
 
 
-def step_tokens(config: TrainConfig) -> int:
-    """Tokens of a step, over all ranks, when every text is as long as it may be."""
-    return _text_tokens(config) + _conversation_tokens(config)
-
-
-def _text_tokens(config: TrainConfig) -> int:
-    if not config.embeds:
-        return 0
-    return config.embedding_batch_size * (config.query_max_len + config.train_group_size * config.passage_max_len)
-
-
-def _conversation_tokens(config: TrainConfig) -> int:
-    return config.generative_batch_size * config.generative_max_len if config.generates else 0
-
-
-def chunk_size(config: TrainConfig, world: int) -> int:
-    """Tokens of a rank's largest chunk."""
-    texts, conversations = (math.ceil(n / world) for n in (_text_tokens(config), _conversation_tokens(config)))
-    if config.chunking == "triplet":
-        queries = math.ceil(config.embedding_batch_size / world) if config.embeds else 0
-        negatives = (config.train_group_size - 1) * config.passage_max_len
-        return max(queries * max(config.passage_max_len, negatives, config.query_max_len), conversations)
-    largest = max(texts, conversations)
-    return min(largest, config.chunk_tokens) if config.chunk_tokens else largest
-
-
-def rounds(config: TrainConfig, world: int) -> int:
-    """Chunks of one objective per rank and step, at the longest: between them FSDP keeps whole gradients."""
-    if config.chunking == "triplet":
-        return 3 if config.embeds else 1
-    largest = max(math.ceil(n / world) for n in (_text_tokens(config), _conversation_tokens(config)))
-    return math.ceil(largest / chunk_size(config, world))
+def plan_tokens(mode: Mode, data: DataConfig, batch: BatchConfig, world: int) -> StepTokens:
+    """How many tokens a step has when every text is as long as it may be."""
+    queries = batch.embedding_batch_size if mode != "generative" else 0
+    conversations = batch.generative_batch_size if mode != "embedding" else 0
+    texts = queries * (data.query_max_len + data.train_group_size * data.passage_max_len)
+    talks = conversations * data.generative_max_len
+    if batch.chunking == "triplet":
+        negatives = (data.train_group_size - 1) * data.passage_max_len
+        longest = max(data.passage_max_len, negatives, data.query_max_len)
+        chunk = max(math.ceil(queries / world) * longest, math.ceil(talks / world))
+        return StepTokens(texts + talks, chunk, 3 if queries else 1)
+    largest = max(math.ceil(texts / world), math.ceil(talks / world))
+    chunk = min(largest, batch.chunk_tokens or largest)
+    return StepTokens(texts + talks, chunk, math.ceil(largest / chunk))
 
 
 def device_limit(device: torch.device) -> float | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import grit_kernels as gk
 from python_model.model.chunks import Chunk
+from python_model.model.losses import next_token_losses, sums_per_sample
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import IGNORE_INDEX
 
 
 class TrainingModel(nn.Module):
@@ -72,32 +71,3 @@ class TrainingModel(nn.Module):
             output.router_logits, decoder.config.num_local_experts, decoder.config.num_experts_per_tok
         )
         return output.last_hidden_state[0], loss.float()
-
-
-def reach(model: GritLM) -> int:
-    """How far ahead a bidirectional token sees: the sliding window, or -1."""
-    window = getattr(model.model.config, "sliding_window", None)
-    return -1 if window is None or model.settings.bidirectional_window == "full" else int(window)
-
-
-def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
-    used = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    head: Any = model.model.get_output_embeddings()
-    weight, rows = head.weight, hidden[used]
-    if getattr(head, "bias", None) is not None:
-        # GPT-J's head has a bias: one more column that meets a constant 1
-        weight = torch.cat([weight, head.bias[:, None].to(weight.dtype)], dim=1)
-        rows = nn.functional.pad(rows, (0, 1), value=1.0)
-    softcap = getattr(model.model.config, "final_logit_softcapping", None)
-    losses = gk.linear_cross_entropy(rows, weight, labels[used], softcap=softcap)
-    return losses.new_zeros(labels.shape[0]).index_copy(0, used, losses)
-
-
-def sums_per_sample(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(samples): the sum of each sample's (tokens) values."""
-    samples = cu_seqlens.shape[0] - 1
-    sample = torch.repeat_interleave(
-        torch.arange(samples, device=values.device), cu_seqlens.diff(), output_size=values.shape[0]
-    )
-    return values.new_zeros(samples).index_add(0, sample, values)

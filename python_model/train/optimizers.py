@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from python_model.train.config import TrainConfig
+from python_model.train.balance import limit_factor, total_norm
+from python_model.train.config import LossConfig, OptimizerConfig
 from python_model.train.distributed import Ranks
 
 BETAS = (0.9, 0.999)
@@ -24,38 +25,44 @@ BETAS = (0.9, 0.999)
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-class Learner:
+class Optimizers:
     """AdamW over the trainable weights of ``model`` (alone or wrapped for the ranks), linear warm-up and decay."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
-        self.model, self.config, self.ranks = model, config, ranks
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, losses: LossConfig, ranks: Ranks, *, steps: int, embeds: bool
+    ) -> None:
+        self.model, self.config, self.losses, self.ranks, self.steps = model, config, losses, ranks, steps
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("model: it has no weight that is trained")
         self.optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS, fused=True
+            trained, lr=config.lr, weight_decay=config.weight_decay, betas=BETAS, fused=True
         )
         self.log_temperature: nn.Parameter | None = None
         self.temperature_optimizer: torch.optim.Optimizer | None = None
-        if config.learn_temperature and config.embeds:
-            start = torch.tensor([math.log(config.temperature)], device=ranks.device)
+        if losses.learn_temperature and embeds:
+            start = torch.tensor([math.log(losses.temperature)], device=ranks.device)
             self.log_temperature = nn.Parameter(start)
             self.temperature_optimizer = torch.optim.AdamW(
-                [self.log_temperature], lr=config.learning_rate, weight_decay=0.0, betas=BETAS
+                [self.log_temperature], lr=config.lr, weight_decay=0.0, betas=BETAS
             )
 
-    def rate(self, step: int) -> float:
+    def lr(self, step: int) -> float:
         """Learning rate of the step with this index: up to its full height over the warm-up, then down to 0 at the end."""
-        warmup = max(1, round(self.config.steps * self.config.warmup_ratio))
+        warmup = max(1, round(self.steps * self.config.warmup_ratio))
         if step < warmup:
-            return self.config.learning_rate * (step + 1) / warmup
-        return self.config.learning_rate * (self.config.steps - step) / max(1, self.config.steps - warmup + 1)
+            return self.config.lr * (step + 1) / warmup
+        return self.config.lr * (self.steps - step) / max(1, self.steps - warmup + 1)
 
     def clip(self) -> float:
         """Clip the gradients; returns their norm before, the same on all ranks."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm: Any = torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = total_norm([p.grad for p in trained if p.grad is not None])
+        factor = limit_factor(norm, self.config.max_grad_norm)
+        for p in trained:
+            if p.grad is not None and factor != 1.0:
+                p.grad.mul_(factor)
+        return norm
 
     def update(self, step: int) -> None:
         """Take one optimiser step and drop the gradients."""
@@ -67,7 +74,7 @@ class Learner:
                 self.log_temperature.grad /= self.ranks.world
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate(step)
+                group["lr"] = self.lr(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -75,11 +82,11 @@ class Learner:
     def temperature(self) -> float:
         """Of the contrastive loss, now."""
         if self.log_temperature is None:
-            return self.config.temperature
+            return self.losses.temperature
         return float(self.log_temperature.detach().exp())
 
-    def tensors(self) -> dict[str, Any]:
-        """Everything that changes, as nested dicts of tensors (sharded ones stay sharded); what :meth:`restore` takes."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, as nested dicts of tensors; sharded ones stay sharded."""
         found: dict[str, Any] = {
             "model": get_model_state_dict(self.model, options=_OPTIONS),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)["state"],
@@ -95,14 +102,14 @@ class Learner:
             }
         return found
 
-    def restore(self, tensors: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Set everything that changes."""
-        set_model_state_dict(self.model, tensors["model"], options=_OPTIONS)
+        set_model_state_dict(self.model, state_dict["model"], options=_OPTIONS)
         groups = get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)["param_groups"]
-        state: Any = {"state": tensors["optimizer"], "param_groups": groups}
+        state: Any = {"state": state_dict["optimizer"], "param_groups": groups}
         set_optimizer_state_dict(self.model, self.optimizer, state, options=_OPTIONS)
         if self.log_temperature is not None and self.temperature_optimizer is not None:
-            saved: dict[str, Tensor] = dict(tensors["temperature"])
+            saved: dict[str, Tensor] = dict(state_dict["temperature"])
             with torch.no_grad():
                 self.log_temperature.copy_(saved.pop("log_temperature"))
             self.temperature_optimizer.state[self.log_temperature] = saved

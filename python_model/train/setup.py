@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,50 +11,69 @@ import torch
 from python_model.corpora.small_model import resolve_model
 from python_model.model.modeling import GritLM
 from python_model.train.adapters import add_adapters, quantization_arguments
-from python_model.train.config import TrainConfig
-from python_model.train.memory import GIB, MemoryPlan, plan_memory
+from python_model.train.config import Mode, ModelConfig, ParallelConfig
+from python_model.train.memory import GIB, MemoryPlan, StepTokens, plan_memory
 
 
-def load_model(config: TrainConfig, device: torch.device, *, weights: bool = True) -> GritLM:
-    """The model a run starts from, with adapters where asked for; ``weights=False`` leaves it on the meta device."""
+def load_model(
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    mode: Mode = "unified",
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    weights: bool = True,
+) -> GritLM:
+    """The model a run starts from, with adapters where asked for.
+
+    ``settings``: over those that the checkpoint brings. ``weights=False`` leaves the model on the meta device.
+    """
     arguments: dict[str, Any] = quantization_arguments(config)
     if not weights:
         arguments["device_map"] = "meta"
-    torch.manual_seed(config.seed)  # a new embedding head and new adapters start at random
+    torch.manual_seed(seed)  # a new embedding head and new adapters start at random
     grit = GritLM(
-        resolve_model(config.model),
-        mode=config.mode,
+        resolve_model(config.name),
+        mode=mode,
         device=device,
         is_inference=False,
         dtype="float32",
-        **config.settings_given,
+        **(settings or {}),
         **arguments,
     )
-    add_adapters(grit, config)
+    add_adapters(grit, config, mode)
     return grit
 
 
-def plan_dry_run(config: TrainConfig, world: int) -> tuple[MemoryPlan, float]:
+def plan_dry_run(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    tokens: StepTokens,
+    world: int,
+    *,
+    mode: Mode = "unified",
+    projection: int | None = None,
+) -> tuple[MemoryPlan, float]:
     """The memory plan of a run on ``world`` ranks, from the architecture alone; and the bytes a device has."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    source = config.architecture or str(resolve_model(config.model))
+    source = config.architecture or str(resolve_model(config.name))
     if not (Path(source) / "config.json").exists():
-        raise FileNotFoundError(f"architecture: there is no {source}/config.json")
-    settings = AutoConfig.from_pretrained(source)
-    kind = AutoModel if config.mode == "embedding" else AutoModelForCausalLM
+        raise FileNotFoundError(f"model.architecture: there is no {source}/config.json")
+    architecture = AutoConfig.from_pretrained(source)
+    kind = AutoModel if mode == "embedding" else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(settings, dtype=torch.float32)
-        if config.projection is not None:
-            model.embedding_head = torch.nn.Linear(settings.hidden_size, config.projection)
+        model = kind.from_config(architecture, dtype=torch.float32)
+        if projection is not None:
+            model.embedding_head = torch.nn.Linear(architecture.hidden_size, projection)
     if config.lora_rank:
         holder = _Holder(model)
-        add_adapters(cast(GritLM, holder), config)
+        add_adapters(cast(GritLM, holder), config, mode)
         model = holder.model
-    limit = config.device_memory * GIB
+    limit = parallel.device_memory * GIB
     if torch.cuda.is_available():
         limit = float(torch.cuda.get_device_properties(0).total_memory)
-    return plan_memory(model, settings, config, world), limit
+    return plan_memory(model, architecture, tokens, config, parallel, mode, world), limit
 
 
 class _Holder:

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 
 import grit_kernels as gk
+from python_model.data.config import BatchConfig
 from python_model.model.chunks import Chunk, build_chunk, first_fit, plan_texts
 from python_model.model.losses import sample_weights
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.settings import AttentionVariant
 from python_model.train.balance import ObjectiveGradients
-from python_model.train.config import TrainConfig
+from python_model.train.config import LossConfig
 from python_model.train.distributed import Ranks, gradient_sync
 
 
 @dataclass(frozen=True)
-class Share:
+class RankBatch:
     """This rank's chunks of a step, and the numbers that all ranks share.
 
     Attributes:
@@ -37,7 +38,7 @@ class Share:
         queries, texts: this rank's queries, and its queries and passages together.
         mask_ids: identity of each query's and each passage's text, or None.
         weights: float64 (conversations), what each conversation's summed token losses count in the step's loss.
-        conversations: conversations of the step, on all ranks.
+        conversations, all_queries: conversations and queries of the step, on all ranks.
         tokens: of the step, on all ranks.
     """
 
@@ -48,6 +49,7 @@ class Share:
     mask_ids: tuple[Tensor, Tensor] | None
     weights: Tensor
     conversations: int
+    all_queries: int
     tokens: int
 
     @property
@@ -76,20 +78,21 @@ def plan_step(
     passages: Sequence[EncodedSample],
     conversations: Sequence[EncodedSample],
     mask_ids: tuple[Sequence[int], Sequence[int]] | None,
-    config: TrainConfig,
+    batch: BatchConfig,
+    losses: LossConfig,
     ranks: Ranks,
     *,
     attention: AttentionVariant | None = None,
     right: int = -1,
-) -> Share:
+) -> RankBatch:
     """Chunks of this rank's samples, and what the ranks must agree on. ``attention`` and ``right`` as in :func:`build_chunk`."""
     texts = [*queries, *passages]
     text_plan = plan_texts(
         len(queries),
         [len(s) for s in texts],
-        budget=config.chunk_tokens,
-        chunking=config.chunking,
-        group_size=config.train_group_size,
+        budget=batch.chunk_tokens,
+        chunking=batch.chunking,
+        group_size=len(passages) // len(queries) if queries else 1,
     )
     text_chunks = [
         build_chunk([texts[i] for i in chosen], [], attention=attention, right=right, embedded_index=chosen)
@@ -97,23 +100,23 @@ def plan_step(
     ]
     conversation_chunks = [
         build_chunk([], [conversations[i] for i in chosen], attention=attention, right=right, conversation_index=chosen)
-        for chosen in first_fit([len(s) for s in conversations], config.chunk_tokens)
+        for chosen in first_fit([len(s) for s in conversations], batch.chunk_tokens)
     ]
     counts = [sum(label != IGNORE_INDEX for label in s.labels or []) for s in conversations]
     everyone = ranks.all_lists(counts)
     tokens = sum(c.pack.tokens for c in [*text_chunks, *conversation_chunks])
-    shared = ranks.all_values([len(text_chunks), len(conversation_chunks), tokens, len(conversations)])
+    shared = ranks.all_values([len(text_chunks), len(conversation_chunks), tokens, len(conversations), len(queries)])
     before = int(shared[: ranks.rank, 3].sum())
     weights = torch.zeros(0, dtype=torch.float64)
     if everyone:
         every_weight = sample_weights(
-            torch.tensor(everyone), kind=config.generative_loss, group=config.generative_group
+            torch.tensor(everyone), kind=losses.generative_loss, group=losses.generative_group
         )
         weights = every_weight[before : before + len(conversations)]
     ids = None if mask_ids is None else (torch.tensor(mask_ids[0]), torch.tensor(mask_ids[1]))
     for index, chunks in enumerate((text_chunks, conversation_chunks)):
         chunks += [_empty_chunk() for _ in range(int(shared[:, index].max()) - len(chunks))]
-    return Share(
+    return RankBatch(
         [c.to(ranks.device) for c in text_chunks],
         [c.to(ranks.device) for c in conversation_chunks],
         len(queries),
@@ -121,6 +124,7 @@ def plan_step(
         None if ids is None else (ids[0].to(ranks.device), ids[1].to(ranks.device)),
         weights.to(ranks.device),
         len(everyone),
+        int(shared[:, 4].sum()),
         int(shared[:, 2].sum()),
     )
 
@@ -142,96 +146,101 @@ class StepGradients:
     def __init__(
         self,
         model: nn.Module,
-        config: TrainConfig,
+        losses: LossConfig,
         ranks: Ranks,
+        *,
+        bf16: bool = True,
+        objective_grad_norm: float = 0.0,
+        reduce_each_chunk: bool = False,
         log_temperature: nn.Parameter | None = None,
         router_loss_weight: float = 0.0,
     ) -> None:
-        self.model, self.config, self.ranks = model, config, ranks
+        self.model, self.losses, self.ranks = model, losses, ranks
+        self.bf16, self.objective_grad_norm, self.reduce_each_chunk = bf16, objective_grad_norm, reduce_each_chunk
         self.log_temperature = log_temperature
         self.router_loss_weight = router_loss_weight
         self._router = torch.zeros((), dtype=torch.float64)
 
-    def __call__(self, share: Share, seed: int) -> StepLosses:
+    def __call__(self, batch: RankBatch, seed: int) -> StepLosses:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = ObjectiveGradients(trained, self.config.objective_grad_norm)
+        gradients = ObjectiveGradients(trained, self.objective_grad_norm)
         self._router = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         contrastive = generative = contrastive_norm = generative_norm = None
-        if share.text_chunks:
-            contrastive = self._text_gradients(share, seed)
+        if batch.text_chunks:
+            contrastive = self._text_gradients(batch, seed)
             contrastive_norm = gradients.take()
-        if share.conversation_chunks:
-            generative = self._conversation_gradients(share, seed)
+        if batch.conversation_chunks:
+            generative = self._conversation_gradients(batch, seed)
             generative_norm = gradients.take()
         gradients.add()
         return self._report(contrastive, generative, contrastive_norm, generative_norm)
 
-    def _text_gradients(self, share: Share, seed: int) -> Tensor:
+    def _text_gradients(self, batch: RankBatch, seed: int) -> Tensor:
         """Adds the contrastive loss' gradients; returns this rank's part of the loss."""
-        slopes: Tensor | None = None
+        embedding_grads: Tensor | None = None
         contrastive: Tensor | None = None
-        if len(share.text_chunks) > 1:
-            leaves = self._embed(share, seed)
-            contrastive = self._contrastive(leaves, share)
-            (contrastive * self.config.contrastive_weight).backward()
-            slopes = leaves.grad
-        for index, chunk in enumerate(share.text_chunks):
-            with self._pass(share, chunk, seed, index, last=chunk is share.text_chunks[-1]) as (vectors, _, objective):
-                if vectors is not None and slopes is not None:
-                    objective = objective + (vectors * slopes[chunk.embedded]).sum()
+        if len(batch.text_chunks) > 1:
+            leaves = self._embed(batch, seed)
+            contrastive = self._contrastive(leaves, batch)
+            (contrastive * self.losses.contrastive_weight).backward()
+            embedding_grads = leaves.grad
+        for index, chunk in enumerate(batch.text_chunks):
+            with self._pass(batch, chunk, seed, index, last=chunk is batch.text_chunks[-1]) as (vectors, _, objective):
+                if vectors is not None and embedding_grads is not None:
+                    objective = objective + (vectors * embedding_grads[chunk.embedded]).sum()
                 elif vectors is not None:
-                    contrastive = self._contrastive(vectors, share)
-                    objective = objective + contrastive * self.config.contrastive_weight
+                    contrastive = self._contrastive(vectors, batch)
+                    objective = objective + contrastive * self.losses.contrastive_weight
                 objective.backward()
         assert contrastive is not None
         return contrastive.detach()
 
-    def _conversation_gradients(self, share: Share, seed: int) -> Tensor:
+    def _conversation_gradients(self, batch: RankBatch, seed: int) -> Tensor:
         """Adds the next-token loss' gradients; returns this rank's part of the loss."""
         generative = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for index, chunk in enumerate(share.conversation_chunks):
-            last = chunk is share.conversation_chunks[-1]
-            with self._pass(share, chunk, seed, len(share.text_chunks) + index, last=last) as (_, sums, objective):
+        for index, chunk in enumerate(batch.conversation_chunks):
+            last = chunk is batch.conversation_chunks[-1]
+            with self._pass(batch, chunk, seed, len(batch.text_chunks) + index, last=last) as (_, sums, objective):
                 if sums is not None:
-                    weighted = (sums * share.weights[chunk.conversations].float()).sum()
-                    objective = objective + weighted * (self.config.generative_weight * self.ranks.world)
+                    weighted = (sums * batch.weights[chunk.conversations].float()).sum()
+                    objective = objective + weighted * (self.losses.generative_weight * self.ranks.world)
                     generative += weighted.detach().double()
                 objective.backward()
         return generative
 
     @contextlib.contextmanager
     def _pass(
-        self, share: Share, chunk: Chunk, seed: int, index: int, *, last: bool
+        self, batch: RankBatch, chunk: Chunk, seed: int, index: int, *, last: bool
     ) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
         """One forward: embeddings, sums of token losses, and the router loss' part of the objective. The block inside calls
         backward, which sums gradients over the ranks after an objective's last chunk."""
-        with gradient_sync(self.model, last or self.config.reduce_each_chunk):
+        with gradient_sync(self.model, last or self.reduce_each_chunk):
             with self._computing(seed, index):
                 vectors, sums, router_loss = self.model(chunk)
             real = chunk.embedded.shape[0] or chunk.conversations.shape[0]
-            portion = chunk.pack.tokens / share.tokens if real else 0.0
+            portion = chunk.pack.tokens / batch.tokens if real else 0.0
             self._router += router_loss.detach().double() * portion
             # a mean over ranks follows, so sums over ranks are scaled up
             yield vectors, sums, router_loss * (self.router_loss_weight * portion * self.ranks.world)
 
-    def _embed(self, share: Share, seed: int) -> Tensor:
+    def _embed(self, batch: RankBatch, seed: int) -> Tensor:
         """float32 (texts, size) embeddings of this rank without a graph, ready to collect their gradient."""
         rows: Tensor | None = None
         with torch.no_grad():
-            for index, chunk in enumerate(share.text_chunks):
+            for index, chunk in enumerate(batch.text_chunks):
                 with self._computing(seed, index):
                     vectors, _, _ = self.model(chunk)
                 if vectors is None:
                     continue
                 if rows is None:
-                    rows = vectors.new_empty((share.texts, vectors.shape[1]))
+                    rows = vectors.new_empty((batch.texts, vectors.shape[1]))
                 rows[chunk.embedded] = vectors
         assert rows is not None
         return rows.requires_grad_()
 
-    def _contrastive(self, vectors: Tensor, share: Share) -> Tensor:
+    def _contrastive(self, vectors: Tensor, batch: RankBatch) -> Tensor:
         """The contrastive loss over all ranks' texts, with gradients that a mean over ranks makes exact."""
-        config, ranks = self.config, self.ranks
+        config, ranks = self.losses, self.ranks
         across = config.cross_device_negatives and ranks.group is not None
         temperature: float | Tensor = config.temperature
         if self.log_temperature is not None:
@@ -239,11 +248,11 @@ class StepGradients:
         loss = cast(
             Tensor,
             gk.contrastive_loss(
-                vectors[: share.queries],
-                vectors[share.queries :],
+                vectors[: batch.queries],
+                vectors[batch.queries :],
                 temperature=temperature,
                 in_batch_negatives=config.in_batch_negatives,
-                mask_ids=share.mask_ids,
+                mask_ids=batch.mask_ids,
                 symmetric=config.symmetric,
                 process_group=ranks.group if across else None,
             ),
@@ -251,7 +260,7 @@ class StepGradients:
         if across or ranks.group is None:
             return loss
         # ranks may hold one query more or less: the mean over all queries is the mean over ranks of this
-        return loss * (share.queries * ranks.world / config.embedding_batch_size)
+        return loss * (batch.queries * ranks.world / batch.all_queries)
 
     @contextlib.contextmanager
     def _computing(self, seed: int, index: int) -> Iterator[None]:
@@ -259,7 +268,7 @@ class StepGradients:
         # torch takes 64 bits
         torch.manual_seed(((seed * 1_000_003 + index) * 4096 + self.ranks.rank) % 2**63)
         autocast: Any = contextlib.nullcontext()
-        if self.config.bf16:
+        if self.bf16:
             autocast = torch.autocast(self.ranks.device.type, torch.bfloat16)
         with autocast:
             yield
@@ -271,7 +280,7 @@ class StepGradients:
         contrastive_norm: float | None,
         generative_norm: float | None,
     ) -> StepLosses:
-        config = self.config
+        config = self.losses
         mine = [0.0 if loss is None else float(loss) for loss in (contrastive, generative, self._router)]
         shared = self.ranks.all_values(mine)
         rep = float(shared[:, 0].mean()) if contrastive is not None else None

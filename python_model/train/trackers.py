@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from python_model.support.resume import JsonLines
-from python_model.train.config import TrainConfig
 
 
 class Tracker(Protocol):
@@ -57,11 +56,9 @@ class _TensorBoard:
 class _Run:
     """wandb, and trackio, which has wandb's interface."""
 
-    def __init__(self, package: str, config: TrainConfig) -> None:
-        from dataclasses import asdict
-
+    def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]) -> None:
         self._module = _need(package, package)
-        self._module.init(project="grit_kernels", name=Path(config.output_dir).name, config=asdict(config))
+        self._module.init(project="grit_kernels", name=folder.name, config=dict(settings))
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         self._module.log({name: value for name, value in figures.items() if value is not None}, step=step)
@@ -70,12 +67,9 @@ class _Run:
         self._module.finish()
 
 
-def open_trackers(config: TrainConfig) -> list[Tracker]:
-    """The trackers a run asks for; ValueError names a package that is missing."""
-    made: list[Tracker] = []
-    for name in config.trackers:
-        made.append(_TensorBoard(Path(config.output_dir)) if name == "tensorboard" else _Run(name, config))
-    return made
+def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of a run with these settings and this output folder; ValueError names a package that is missing."""
+    return [_TensorBoard(folder) if name == "tensorboard" else _Run(name, folder, settings) for name in names]
 
 
 def _need(module: str, package: str) -> Any:

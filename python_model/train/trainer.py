@@ -18,17 +18,18 @@ import torch
 from tqdm.auto import tqdm
 
 import grit_kernels as gk
+from python_model.model.chunks import reach
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import EncodedSample
 from python_model.support.files import new_folder, write_json
 from python_model.train.adapters import merge_adapters
-from python_model.train.checkpointer import States
-from python_model.train.config import TrainConfig
+from python_model.train.checkpointer import Checkpointer
+from python_model.train.config import LossConfig, TrainConfig
 from python_model.train.distributed import Ranks, wrap
-from python_model.train.memory import GIB, device_limit, plan_memory
-from python_model.train.model import TrainingModel, reach
-from python_model.train.optimizers import Learner
-from python_model.train.step import Share, StepGradients, StepLosses, plan_step
+from python_model.train.memory import GIB, device_limit, plan_memory, plan_tokens
+from python_model.train.model import TrainingModel
+from python_model.train.optimizers import Optimizers
+from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
 
 WINDOW = 50
@@ -68,52 +69,83 @@ class Trainer:
     def __init__(self, model: GritLM, config: TrainConfig, stream: Stream, ranks: Ranks | None = None) -> None:
         self.grit, self.config, self.stream = model, config, stream
         self.ranks = ranks or Ranks(0, 1, model.device)
-        _check_batches(config, self.ranks)
-        if config.gradient_checkpointing:
+        self._check_batches()
+        if config.model.gradient_checkpointing:
             gk.hf.checkpoint_activations(model.model)
-        router = router_loss_weight(model, config)
+        router = router_loss_weight(model, config.losses)
         training_model = TrainingModel(model, router_loss=router > 0)
         training_model.touch_all = self.ranks.group is not None
-        self.memory = plan_memory(training_model, model.model.config, config, self.ranks.world)
-        self.model = wrap(training_model, config, self.ranks)
-        self.learner = Learner(self.model, config, self.ranks)
-        self.gradients = StepGradients(self.model, config, self.ranks, self.learner.log_temperature, router)
+        self.memory = plan_memory(
+            training_model,
+            model.model.config,
+            plan_tokens(config.mode, config.data, config.batch, self.ranks.world),
+            config.model,
+            config.parallel,
+            config.mode,
+            self.ranks.world,
+        )
+        self.model = wrap(training_model, config.parallel, self.ranks, bf16=config.model.bf16)
+        self.optimizers = Optimizers(
+            self.model, config.optimizer, config.losses, self.ranks, steps=config.steps, embeds=config.embeds
+        )
+        self.gradients = StepGradients(
+            self.model,
+            config.losses,
+            self.ranks,
+            bf16=config.model.bf16,
+            objective_grad_norm=config.optimizer.objective_grad_norm,
+            reduce_each_chunk=config.parallel.reduce_each_chunk,
+            log_temperature=self.optimizers.log_temperature,
+            router_loss_weight=router,
+        )
         self.folder = Path(config.output_dir)
-        self.states = States(self.folder / "states", config, self.ranks)
+        # what the checkpoint brought is part of what the run is
+        self.settings = {**config.to_dict(), "grit": asdict(model.settings)}
+        self.checkpointer = Checkpointer(
+            self.folder / "states", self.settings, self.ranks, save_total=config.logging.save_total
+        )
         self._stop = False
+
+    def _check_batches(self) -> None:
+        queries, world = self.config.batch.embedding_batch_size, self.ranks.world
+        if self.config.embeds and queries < world:
+            raise ValueError(
+                f"batch.embedding_batch_size: expected at least one query for each of the {world} ranks, got {queries}"
+            )
 
     def step(self, samples: Samples, index: int) -> dict[str, Any]:
         """One optimiser step on this rank's samples; returns what the log records."""
-        share = plan_step(
+        batch = plan_step(
             samples.queries,
             samples.passages,
             samples.conversations,
-            (samples.query_ids, samples.passage_ids) if self.config.mask_duplicates else None,
-            self.config,
+            (samples.query_ids, samples.passage_ids) if self.config.losses.mask_duplicates else None,
+            self.config.batch,
+            self.config.losses,
             self.ranks,
             attention=self.grit.attention,
             right=reach(self.grit),
         )
-        losses = self.gradients(share, self.config.seed * 2**20 + index)
+        losses = self.gradients(batch, self.config.seed * 2**20 + index)
         if not math.isfinite(losses.total):
-            self._stop_at_bad_batch(share, samples, losses, "it is not finite")
-        temperature = self.learner.temperature
-        norm = self.learner.clip()
+            self._stop_at_bad_batch(batch, samples, losses, "it is not finite")
+        temperature = self.optimizers.temperature
+        norm = self.optimizers.clip()
         if not math.isfinite(norm):  # before it is in the weights, and in a saved state
-            self._stop_at_bad_batch(share, samples, losses, f"its gradient has norm {norm}")
-        self.learner.update(index)
+            self._stop_at_bad_batch(batch, samples, losses, f"its gradient has norm {norm}")
+        self.optimizers.update(index)
         return {
             "loss": losses.total,
             "contrastive_loss": losses.contrastive,
             "generative_loss": losses.generative,
             **({} if losses.router is None else {"router_loss": losses.router}),
-            **({"temperature": temperature} if self.config.learn_temperature else {}),
+            **({"temperature": temperature} if self.optimizers.log_temperature is not None else {}),
             "gradient_norm": norm,
             "contrastive_grad_norm": losses.contrastive_grad_norm,
             "generative_grad_norm": losses.generative_grad_norm,
-            "learning_rate": self.learner.rate(index),
-            "tokens": share.tokens,
-            "chunks": share.num_chunks,
+            "lr": self.optimizers.lr(index),
+            "tokens": batch.tokens,
+            "chunks": batch.num_chunks,
         }
 
     def train(self) -> list[dict[str, Any]]:
@@ -127,11 +159,11 @@ class Trainer:
         start = self._resume()
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", asdict(self.config))
+            write_json(self.folder / "config.json", self.settings)
             for line in self.memory.lines(device_limit(self.ranks.device)):
                 tqdm.write(line)
         # first those that may be missing: a new log drops what an earlier run wrote
-        others = open_trackers(self.config) if self.ranks.first else []
+        others = open_trackers(self.config.logging.trackers, self.folder, self.settings) if self.ranks.first else []
         log = StepLog(self.folder / "log.jsonl", start) if self.ranks.first else None
         trackers: list[Tracker] = [log, *others] if log else []
         recent = [record["loss"] for record in log.records[-WINDOW:]] if log else []
@@ -187,26 +219,30 @@ class Trainer:
         weights = get_model_state_dict(self.model, options=options)
         if not self.ranks.first:
             return None
-        fresh = TrainingModel(load_model(self.config, torch.device("cpu")))
+        config = self.config
+        grit = load_model(config.model, torch.device("cpu"), mode=config.mode, settings=config.settings_given)
+        fresh = TrainingModel(grit)
         missing = fresh.load_state_dict(weights, strict=False).missing_keys
         if missing:
             raise RuntimeError(f"the gathered weights lack {missing[:3]}")
         return fresh.grit
 
     def _resume(self) -> int:
-        state = self.states.newest() if self.config.resume else None
+        state = self.checkpointer.latest() if self.config.logging.resume else None
         if state is None:
             return 0
-        done = self.states.load(state, self.learner)
+        done = self.checkpointer.load(state, self.optimizers)
         if self.ranks.first:
             tqdm.write(f"resuming after step {done} ({state})")
         return done
 
     def _save_state(self, done: int) -> None:
         stop = bool(self.ranks.all_values([self._stop])[:, 0].any())
-        due = self.config.save_steps and (done % self.config.save_steps == 0 or done == self.config.steps)
+        due = self.config.logging.save_steps and (
+            done % self.config.logging.save_steps == 0 or done == self.config.steps
+        )
         if due or (stop and done < self.config.steps):
-            saved = self.states.save(done, self.learner)
+            saved = self.checkpointer.save(done, self.optimizers)
             if stop and done < self.config.steps:
                 raise Interrupted(f"stopped after step {done}; the same command continues from {saved}")
 
@@ -231,20 +267,20 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _check_explosion(self, losses: list[float], samples: Samples) -> list[float]:
-        limit = self.config.exploding_loss
+        limit = self.config.logging.exploding_loss
         if limit and len(losses) > 5 and losses[-1] > statistics.fmean(losses[:-1]) + limit:
             mean = statistics.fmean(losses[:-1])
             raise FloatingPointError(
-                f"loss: got {losses[-1]:.4g}, which is more than exploding_loss={limit} above the mean of the last "
+                f"loss: got {losses[-1]:.4g}, which is more than logging.exploding_loss={limit} above the mean of the last "
                 f"{len(losses) - 1} steps ({mean:.4g}); its samples are in {self._save_bad_batch(samples)}"
             )
         return losses
 
-    def _stop_at_bad_batch(self, share: Share, samples: Samples, losses: StepLosses, why: str) -> None:
+    def _stop_at_bad_batch(self, batch: RankBatch, samples: Samples, losses: StepLosses, why: str) -> None:
         file = self._save_bad_batch(samples)
         raise FloatingPointError(
             f"loss: got {losses.total} (contrastive {losses.contrastive}, generative {losses.generative}), {why}; "
-            f"the samples of rank {self.ranks.rank} ({share.num_chunks} chunks) are in {file}"
+            f"the samples of rank {self.ranks.rank} ({batch.num_chunks} chunks) are in {file}"
         )
 
     def _save_bad_batch(self, samples: Samples) -> Path:
@@ -265,24 +301,18 @@ class Trainer:
         return file
 
 
-def router_loss_weight(model: GritLM, config: TrainConfig) -> float:
+def router_loss_weight(model: GritLM, config: LossConfig) -> float:
     """Factor of the load-balancing loss: 0 for a model without experts."""
     settings = model.model.config
     if not getattr(settings, "num_local_experts", 0):
         if config.router_loss_weight:
-            raise ValueError(f"router_loss_weight: got {config.router_loss_weight}, but the model has no experts")
+            raise ValueError(
+                f"losses.router_loss_weight: got {config.router_loss_weight}, but the model has no experts"
+            )
         return 0.0
     if config.router_loss_weight is not None:
         return config.router_loss_weight
     return float(getattr(settings, "router_aux_loss_coef", 0.0))
-
-
-def _check_batches(config: TrainConfig, ranks: Ranks) -> None:
-    if config.embeds and config.embedding_batch_size < ranks.world:
-        raise ValueError(
-            f"embedding_batch_size: expected at least one query for each of the {ranks.world} ranks, "
-            f"got {config.embedding_batch_size}"
-        )
 
 
 def _memory_gib(device: torch.device) -> float | None:
@@ -300,7 +330,7 @@ def _show(bar: Any, record: dict[str, Any]) -> None:
     shown = {
         "rep": record["contrastive_loss"],
         "gen": record["generative_loss"],
-        "lr": record["learning_rate"],
+        "lr": record["lr"],
         "tok/s": record["tokens_per_second"],
         "GiB": record["memory_gib"],
     }

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
+from python_model import GritLM
 from python_model.model.prompts import EncodedSample, embed_instruction, encode_conversation, encode_text
 from python_model.train import TrainConfig, Trainer
 from python_model.train.distributed import Ranks
 from python_model.train.setup import load_model
+from tests.python_model.training_config import make_config
 
 WORDS = ["river", "city", "code", "word", "capital", "France", "space", "line"]
 LENGTH = 64
-SAME = ("loss", "contrastive_loss", "generative_loss", "gradient_norm", "learning_rate", "tokens")
+SAME = ("loss", "contrastive_loss", "generative_loss", "gradient_norm", "lr", "tokens")
 
 
 @dataclass
@@ -85,13 +87,20 @@ def toy_config(checkpoint: Path, folder: Path, **changes: Any) -> TrainConfig:
         "bf16": False,
         "temperature": 0.1,
     }
-    return TrainConfig(**{**options, **changes})
+    return make_config(**{**options, **changes})
+
+
+def toy_model(config: TrainConfig) -> GritLM:
+    """The model that a run starts from."""
+    return load_model(
+        config.model, torch.device("cpu"), mode=config.mode, settings=config.settings_given, seed=config.seed
+    )
 
 
 def toy_trainer(config: TrainConfig) -> Trainer:
     """A run on the toy task: the settings' queries and two conversations a step."""
-    model = load_model(config, torch.device("cpu"))
-    queries = config.embedding_batch_size if config.embeds else 0
+    model = toy_model(config)
+    queries = config.batch.embedding_batch_size if config.embeds else 0
     return Trainer(model, config, ToyStream(model.tokenizer, queries, 2 if config.generates else 0))
 
 

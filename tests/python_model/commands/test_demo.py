@@ -82,6 +82,8 @@ def test_the_demo_measures_trains_and_writes_its_results(
 
 
 def test_the_recipe_in_configs_is_the_demos() -> None:
-    data = demo.demo_config("demo_output").train_data
-    written = parse(["--config", str(ROOT / "configs" / "demo.yaml"), "--train_data", data, "--resume", "false"])
+    data = demo.demo_config("demo_output").data.train_data
+    written = parse(
+        ["--config", str(ROOT / "configs" / "demo.yaml"), "--data.train_data", data, "--logging.resume", "false"]
+    )
     assert written == demo.demo_config("demo_output")

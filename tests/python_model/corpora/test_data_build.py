@@ -361,4 +361,4 @@ def test_the_command_writes_settings_that_train(built: Path, capsys: pytest.Capt
     grit_data([str(target), "--sources", "things", "--json", "--held-out", "20", "--negatives", "2"])
     assert json.loads(capsys.readouterr().out)["settings"]["percent"] == 20
     config = parse(["--config", str(target / "train.yaml")])
-    assert config.train_data == str(target / "train") and config.dataset_weights == {}
+    assert config.data.train_data == str(target / "train") and config.data.dataset_weights == {}

@@ -18,7 +18,9 @@ from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Instr
 from python_model.data.stream import StepSamples, TrainingStream, check_data, open_stream
 from python_model.model.few_shot import few_shot_instruction
 from python_model.model.prompts import IGNORE_INDEX, TooLong, embed_instruction, encode_text
+from python_model.settings import GritSettings
 from python_model.train.config import TrainConfig
+from tests.python_model.training_config import make_config
 
 WORDS = ["river", "city", "code", "word", "capital", "France", "space", "line"]
 TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60).filter(
@@ -36,7 +38,25 @@ def config_of(**changes: Any) -> TrainConfig:
         "passage_max_len": 256,
         "generative_max_len": 256,
     }
-    return TrainConfig(**{**options, **changes})
+    return make_config(**{**options, **changes})
+
+
+def _open(config: TrainConfig, tokenizer: Any, rank: int = 0, world: int = 1) -> TrainingStream:
+    return open_stream(
+        config.data,
+        config.batch,
+        tokenizer,
+        settings=GritSettings().changed(**config.settings_given),
+        mode=config.mode,
+        in_batch_negatives=config.losses.in_batch_negatives,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+    )
+
+
+def _check(config: TrainConfig) -> None:
+    check_data(config.data, config.mode, in_batch_negatives=config.losses.in_batch_negatives)
 
 
 def folder_of(folder: Path, **files: list[dict[str, Any]]) -> str:
@@ -59,36 +79,36 @@ def decoded(tokenizer: Any, samples: list[Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stream(tokenizer: Any) -> TrainingStream:
-    return open_stream(config_of(), tokenizer)
+    return _open(config_of(), tokenizer)
 
 
 def test_any_step_can_be_asked_for_first(stream: TrainingStream, tokenizer: Any) -> None:
     expected = list(stream.steps(0, 6))
-    again = open_stream(config_of(), tokenizer)
+    again = _open(config_of(), tokenizer)
     assert list(again.steps(4, 6)) == expected[4:]
     assert again[2] == expected[2]
-    assert open_stream(config_of(seed=1), tokenizer)[0] != expected[0]
+    assert _open(config_of(seed=1), tokenizer)[0] != expected[0]
 
 
 def test_workers_change_neither_samples_nor_the_random_state_and_fill_the_cache(
     stream: TrainingStream, tokenizer: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "tokens.sqlite"
-    other = open_stream(config_of(data_workers=2, token_cache=str(file)), tokenizer)
+    other = _open(config_of(data_workers=2, token_cache=str(file)), tokenizer)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     found = list(other.steps(1, 6))
     assert found == list(stream.steps(1, 6))
     assert torch.equal(torch.get_rng_state(), before)
     # what two processes wrote, a third finds
-    third = open_stream(config_of(token_cache=str(file)), tokenizer)
+    third = _open(config_of(token_cache=str(file)), tokenizer)
     assert list(third.steps(1, 6)) == found
     assert third.encoder.cache is not None and third.encoder.cache.misses == 0 < third.encoder.cache.hits
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_a_step(stream: TrainingStream, tokenizer: Any, world: int) -> None:
-    parts = [open_stream(config_of(), tokenizer, rank, world)[5] for rank in range(world)]
+    parts = [_open(config_of(), tokenizer, rank, world)[5] for rank in range(world)]
     together = StepSamples()
     for part in parts:
         for name, values in vars(part).items():
@@ -97,9 +117,9 @@ def test_ranks_share_a_step(stream: TrainingStream, tokenizer: Any, world: int) 
 
 
 def test_only_rank_0_reports(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    open_stream(config_of(), tokenizer, 1, 2)
+    _open(config_of(), tokenizer, 1, 2)
     assert capsys.readouterr().out == ""
-    open_stream(config_of(), tokenizer)
+    _open(config_of(), tokenizer)
     assert capsys.readouterr().out.startswith("data: 930 rows (")
 
 
@@ -122,7 +142,7 @@ def test_batches_of_texts_to_embed_keep_to_a_data_set(stream: TrainingStream, to
     steps = [_datasets(stream, step) for step in range(40)]
     assert len(set().union(*steps)) > 1
     assert sum(len(datasets) > 1 for datasets in steps) <= 3  # the left-overs
-    mixed = open_stream(config_of(same_dataset=False), tokenizer)
+    mixed = _open(config_of(same_dataset=False), tokenizer)
     assert sum(len(_datasets(mixed, step)) > 1 for step in range(40)) > 20
 
 
@@ -134,7 +154,7 @@ def _datasets(stream: TrainingStream, step: int) -> set[int]:
 def test_passages_are_one_positive_and_different_negatives(tokenizer: Any, tmp_path: Path) -> None:
     data = folder_of(tmp_path, a=[query(n) for n in range(6)])
     config = config_of(train_data=data, mode="embedding", embedding_batch_size=6, train_group_size=4)
-    stream = open_stream(config, tokenizer)
+    stream = _open(config, tokenizer)
     positives = set()
     for step in range(12):
         samples = stream[step]
@@ -153,7 +173,7 @@ def test_passages_are_one_positive_and_different_negatives(tokenizer: Any, tmp_p
 def test_a_short_list_of_negatives_is_repeated(tokenizer: Any, tmp_path: Path) -> None:
     data = folder_of(tmp_path, a=[query(0, negatives=2)])
     config = config_of(train_data=data, mode="embedding", embedding_batch_size=1, train_group_size=6)
-    texts = decoded(tokenizer, open_stream(config, tokenizer)[0].passages)
+    texts = decoded(tokenizer, _open(config, tokenizer)[0].passages)
     assert len(texts) == 6 and len(set(texts[1:])) == 2 and texts[1:].count(texts[1]) in (2, 3)
 
 
@@ -165,7 +185,7 @@ def test_identical_positives_and_identical_queries_share_an_id(tokenizer: Any, t
         {"query": "fourth", "pos": ["four"], "neg": ["m"]},
     ]
     config = config_of(train_data=folder_of(tmp_path, a=rows), mode="embedding", embedding_batch_size=4)
-    samples = open_stream(config, tokenizer)[0]
+    samples = _open(config, tokenizer)[0]
     by_line = {
         int(origin.split(":")[-1]): (samples.query_ids[i], *samples.passage_ids[2 * i : 2 * i + 2])
         for i, origin in enumerate(samples.query_origins)
@@ -181,7 +201,7 @@ def test_weights_and_limits_change_how_often_rows_come(tokenizer: Any, tmp_path:
     data = folder_of(tmp_path, a=[query(n, "a") for n in range(8)], b=[query(n, "b") for n in range(8)])
 
     def counts(**changes: Any) -> dict[str, int]:
-        stream = open_stream(config_of(train_data=data, mode="embedding", embedding_batch_size=4, **changes), tokenizer)
+        stream = _open(config_of(train_data=data, mode="embedding", embedding_batch_size=4, **changes), tokenizer)
         rows = stream._embedding_order.rows if stream._embedding_order else 0
         origins = [origin for step in range(rows // 4) for origin in stream[step].query_origins]
         return {name: sum(f"{name}.jsonl" in origin for origin in origins) for name in "ab"}
@@ -198,8 +218,15 @@ def test_weights_and_limits_change_how_often_rows_come(tokenizer: Any, tmp_path:
 
 def test_a_few_shot_instruction_shows_another_row_of_the_data_set(tokenizer: Any, tmp_path: Path) -> None:
     data = folder_of(tmp_path, a=[query(n) for n in range(4)])
-    config = config_of(train_data=data, mode="embedding", embedding_batch_size=4, few_shot=1.0, query_max_len=512)
-    samples = open_stream(config, tokenizer)[0]
+    options = {
+        "train_data": data,
+        "mode": "embedding",
+        "embedding_batch_size": 4,
+        "few_shot": 1.0,
+        "query_max_len": 512,
+    }
+    config = config_of(**options)
+    samples = _open(config, tokenizer)[0]
     for text, origin in zip(decoded(tokenizer, samples.queries), samples.query_origins, strict=True):
         mine = int(origin.split(":")[-1]) - 1
         accepted = [
@@ -211,9 +238,9 @@ def test_a_few_shot_instruction_shows_another_row_of_the_data_set(tokenizer: Any
         assert text.removesuffix(f" query {mine}") in accepted
     assert all(text.startswith("<|embed|>\n") for text in decoded(tokenizer, samples.passages))  # empty ones stay empty
     # where the example does not fit, the row goes without
-    plain = open_stream(config_of(**{**vars(config), "query_max_len": 64}), tokenizer)[0]
+    plain = _open(config_of(**{**options, "query_max_len": 64}), tokenizer)[0]
     assert all("For example" not in text for text in decoded(tokenizer, plain.queries))
-    share = open_stream(config_of(**{**vars(config), "few_shot": 0.5}), tokenizer)
+    share = _open(config_of(**{**options, "few_shot": 0.5}), tokenizer)
     shown = ["For example" in text for step in range(25) for text in decoded(tokenizer, share[step].queries)]
     assert 30 <= sum(shown) <= 70
 
@@ -230,7 +257,7 @@ def test_bare_strings_have_the_format_without_an_instruction(tokenizer: Any, tmp
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    ours = open_stream(config_of(**options), tokenizer)[0]
+    ours = _open(config_of(**options), tokenizer)[0]
     assert ours.queries[0].input_ids == [bos, *ids("<|embed|>\na river"), *ids("</e>")]
     talk = ours.conversations[0]
     assert talk.input_ids == [bos, *ids("A river flows through the city."), eos]
@@ -249,7 +276,7 @@ def test_rows_that_cannot_be_trained_on_are_reported(
     )
     options = {"query_max_len": 48, "passage_max_len": 64, "generative_max_len": 64}
     config = config_of(train_data=data, embedding_batch_size=1, generative_batch_size=1, max_left_out=0.9, **options)
-    stream = open_stream(config, tokenizer)
+    stream = _open(config, tokenizer)
     assert stream.report.used == {"e": 1, "g": 1}
     assert stream.report.left_out == {"too long": 3, "no negatives": 1, "empty": 1, "broken": 1}
     too_long = stream.report.examples["too long"]
@@ -259,7 +286,7 @@ def test_rows_that_cannot_be_trained_on_are_reported(
     assert "left out, no negatives: 1 row(s)" in printed and f"{data}/e.jsonl:4: neg" in printed
     assert stream[0].conversations[0].truncated
     # without hard negatives the row without them is fine
-    pairs = open_stream(
+    pairs = _open(
         config_of(train_data=data, train_group_size=1, mode="embedding", max_left_out=0.9, **options), tokenizer
     )
     assert pairs.report.used == {"e": 3} and len(pairs[0].passages) == len(pairs[0].queries)
@@ -267,20 +294,20 @@ def test_rows_that_cannot_be_trained_on_are_reported(
 
 @pytest.mark.parametrize(("mode", "missing"), [("embedding", "generative"), ("generative", "embedding")])
 def test_a_mode_reads_only_its_kind(tokenizer: Any, mode: str, missing: str) -> None:
-    stream = open_stream(config_of(mode=mode), tokenizer)
+    stream = _open(config_of(mode=mode), tokenizer)
     samples = stream[0]
     assert bool(samples.queries) == (mode == "embedding") and bool(samples.conversations) == (mode == "generative")
     file = str(sample_dir() / "train" / f"{missing}.jsonl")
     with pytest.raises(ValueError, match=f"has no {mode} rows, which mode '{mode}' needs"):
-        open_stream(config_of(mode=mode, train_data=file), tokenizer)
+        _open(config_of(mode=mode, train_data=file), tokenizer)
 
 
 def test_the_variant_reaches_the_conversations(tokenizer: Any) -> None:
-    assert all(s.bidirectional is None for s in open_stream(config_of(), tokenizer)[0].conversations)
+    assert all(s.bidirectional is None for s in _open(config_of(), tokenizer)[0].conversations)
     for attn in ("bbbc", "bbil"):
-        talks = open_stream(config_of(attn=attn), tokenizer)[0].conversations
+        talks = _open(config_of(attn=attn), tokenizer)[0].conversations
         assert all(s.bidirectional is not None and any(s.bidirectional) for s in talks)
-    zephyr = open_stream(config_of(format="zephyr"), tokenizer)[0]
+    zephyr = _open(config_of(format="zephyr"), tokenizer)[0]
     assert all(s.input_ids.count(tokenizer.eos_token_id) >= 2 for s in zephyr.conversations)
     assert all(s.input_ids.count(tokenizer.eos_token_id) == 1 for s in zephyr.queries)
 
@@ -298,7 +325,7 @@ def test_a_row_without_a_problem_can_be_encoded_and_one_with_cannot(
 ) -> None:
     """The check may stop at the length in bytes, so it must never let a row through that fails later."""
     limits = dict.fromkeys(("query_max_len", "passage_max_len", "generative_max_len"), limit)
-    encoder = RowEncoder(tokenizer, config_of(format="zephyr" if zephyr else "grit", **limits))
+    encoder = RowEncoder(tokenizer, config_of(**limits).data, GritSettings(format="zephyr" if zephyr else "grit"))
     row = EmbeddingRow(InstructedText(instruction, text), (PlainText("", text),), (PlainText("", text),))
     talk = GenerativeRow((first * 2, text))
     for problem, encode in (
@@ -318,7 +345,7 @@ def test_an_end_of_text_survives_truncation(tokenizer: Any, tmp_path: Path) -> N
     config = config_of(
         train_data=folder_of(tmp_path, a=[row]), mode="embedding", embedding_batch_size=1, embed_eos="</e>"
     )
-    samples = open_stream(config, tokenizer)[0]
+    samples = _open(config, tokenizer)[0]
     tail = tokenizer("</e>", add_special_tokens=False)["input_ids"]
     for sample in (*samples.queries, *samples.passages):
         assert sample.input_ids[-len(tail) :] == tail
@@ -332,9 +359,9 @@ def test_cached_samples_are_those_that_were_encoded(tokenizer: Any, tmp_path: Pa
         {"attn": "bbil", "format": "zephyr"},
         {"generative_max_len": 40, "max_left_out": 0.5},
     ):
-        plain = open_stream(config_of(**changes), tokenizer)
-        cached = open_stream(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
-        again = open_stream(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
+        plain = _open(config_of(**changes), tokenizer)
+        cached = _open(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
+        again = _open(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
         expected = [plain[step] for step in range(3)]
         assert [cached[step] for step in range(3)] == expected == [again[step] for step in range(3)]
         first, second = cached.encoder.cache, again.encoder.cache
@@ -346,14 +373,14 @@ def test_a_file_that_is_no_token_cache_is_refused(tokenizer: Any, tmp_path: Path
     file = tmp_path / "tokens"
     file.write_text("something else" * 100)
     with pytest.raises(ValueError, match="token_cache: cannot use .*tokens .*delete it or name another"):
-        open_stream(config_of(token_cache=str(file)), tokenizer)[0]
+        _open(config_of(token_cache=str(file)), tokenizer)[0]
 
 
 def test_errors_about_a_row_name_its_line(tokenizer: Any, tmp_path: Path) -> None:
     rows = [EmbeddingRow(InstructedText("word " * 100, "t"), (PlainText("", "p"),), origin="memory:7")]
     config = config_of(mode="embedding", train_group_size=1, embedding_batch_size=1, query_max_len=32)
     with pytest.raises(ValueError, match="memory:7: max_length: expected .*got 32"):
-        TrainingStream([rows], RowEncoder(tokenizer, config), config)[0]
+        TrainingStream([rows], RowEncoder(tokenizer, config.data), config.data, config.batch, mode=config.mode)[0]
     assert encode_text(tokenizer, "", "t", 8).instruction_len == 0
 
 
@@ -368,23 +395,23 @@ def test_a_run_stops_before_a_model_is_loaded_where_its_rows_cannot_be_used(tmp_
     with pytest.raises(
         ValueError, match="no generative rows, which mode 'unified' needs; mode 'embedding' trains without"
     ):
-        check_data(config_of(train_data=str(folders["chats"])))
+        _check(config_of(train_data=str(folders["chats"])))
     folder_of(folders["broken"], e=[*many, {"query": "q", "pos": "p"}, {"query": "q"}], g=[chat])
     with pytest.raises(
         DataError, match=r"e.jsonl: 2 of 11 rows cannot be used, more than max_left_out \(0.1\)(.|\n)*:10: pos"
     ):
-        check_data(config_of(train_data=str(folders["broken"])))
-    check_data(config_of(train_data=str(folders["broken"]), max_left_out=0.2))
-    check_data(config_of(train_data=str(folders["broken"]), mode="generative"))  # the file is not read then
+        _check(config_of(train_data=str(folders["broken"])))
+    _check(config_of(train_data=str(folders["broken"]), max_left_out=0.2))
+    _check(config_of(train_data=str(folders["broken"]), mode="generative"))  # the file is not read then
     folder_of(folders["few"], e_no_in_batch_neg=[good], g=[chat])
     with pytest.raises(DataError, match="no_in_batch_neg"):
-        check_data(config_of(train_data=str(folders["few"])))
-    check_data(config_of(train_data=str(folders["few"]), in_batch_negatives=False))
+        _check(config_of(train_data=str(folders["few"])))
+    _check(config_of(train_data=str(folders["few"]), in_batch_negatives=False))
     folder_of(folders["typo"], wikipedia=[good], g=[chat])
     with pytest.raises(ValueError, match="got 'wikipdia'; did you mean 'wikipedia'"):
-        check_data(config_of(train_data=str(folders["typo"]), dataset_weights={"wikipdia": 1.0}))
+        _check(config_of(train_data=str(folders["typo"]), dataset_weights={"wikipdia": 1.0}))
     folder_of(folders["kind"], e=[bare], g=[chat])
-    check_data(config_of(train_data=str(folders["kind"]), train_group_size=1))
+    _check(config_of(train_data=str(folders["kind"]), train_group_size=1))
 
 
 def test_rows_without_negatives_name_the_setting_and_the_command(
@@ -392,8 +419,8 @@ def test_rows_without_negatives_name_the_setting_and_the_command(
 ) -> None:
     folder = folder_of(tmp_path, e=[{"query": "q", "pos": ["p"]}, {"query": "r", "pos": ["s"], "neg": None}], empty=[])
     with pytest.raises(DataError, match=r"train_group_size 1 (.|\n)*grit mine .*e.jsonl"):
-        open_stream(config_of(train_data=folder, mode="embedding"), tokenizer)
-    stream = open_stream(config_of(train_data=folder, mode="embedding", train_group_size=1), tokenizer)
+        _open(config_of(train_data=folder, mode="embedding"), tokenizer)
+    stream = _open(config_of(train_data=folder, mode="embedding", train_group_size=1), tokenizer)
     assert len(stream[0].passages) == 8
     printed = capsys.readouterr().out
     assert "empty.jsonl: no rows" in printed and "2 embedding rows are fewer than a batch of 8" in printed
@@ -404,7 +431,7 @@ def test_a_teachers_scores_come_with_the_passages_they_belong_to(tokenizer: Any,
     folder = folder_of(tmp_path, e=[row, query(1)])
     config = config_of(train_data=folder, mode="embedding", train_group_size=3, embedding_batch_size=2)
     for step in range(6):
-        samples = open_stream(config, tokenizer)[step]
+        samples = _open(config, tokenizer)[step]
         texts = decoded(tokenizer, samples.passages)
         for text, score in zip(texts, samples.passage_scores, strict=True):
             kind, row_number, number = text.split()[-3:]
@@ -415,8 +442,8 @@ def test_a_teachers_scores_come_with_the_passages_they_belong_to(tokenizer: Any,
 def test_a_rank_reads_its_own_rows_and_those_whose_query_is_repeated(tokenizer: Any, tmp_path: Path) -> None:
     rows = [query(n) for n in range(30)] + [{**query(3), "pos": [["", "another positive 3 9"]]}]
     config = config_of(train_data=folder_of(tmp_path, e=rows), mode="embedding", embedding_batch_size=31)
-    whole = open_stream(config, tokenizer)[0]
-    joined = [open_stream(config, tokenizer, rank, 4) for rank in range(4)]
+    whole = _open(config, tokenizer)[0]
+    joined = [_open(config, tokenizer, rank, 4) for rank in range(4)]
     for stream in joined:
         read: list[int] = []
         (data,) = stream._embedding

@@ -33,18 +33,20 @@ def _file(tmp_path: Path, checkpoint: Path, **changes: Any) -> Path:
         "evaluation": str(tmp_path),
         "max_length": 64,
         "base": {
-            "model": str(checkpoint),
-            "train_data": str(tmp_path / "train"),
             "steps": 2,
-            "embedding_batch_size": 2,
-            "generative_batch_size": 2,
-            "bf16": False,
+            "model": {"name": str(checkpoint), "bf16": False},
+            "data": {"train_data": str(tmp_path / "train")},
+            "batch": {"embedding_batch_size": 2, "generative_batch_size": 2},
         },
         "variants": [
             {"group": "unified", "name": "BBCC mean", "changes": {}},
-            {"group": "unified", "name": "CCCC wmean", "changes": {"attn": "cccc", "pooling_method": "weightedmean"}},
+            {
+                "group": "unified",
+                "name": "CCCC wmean",
+                "changes": {"grit.attn": "cccc", "grit.pooling_method": "weightedmean"},
+            },
             {"group": "alone", "name": "embedding", "changes": {"mode": "embedding"}},
-            {"group": "alone", "name": "prefix-LM", "changes": {"mode": "generative", "attn": "bbbc"}},
+            {"group": "alone", "name": "prefix-LM", "changes": {"mode": "generative", "grit.attn": "bbbc"}},
             {"group": "alone", "name": "base", "untrained": True},
         ],
         **changes,
@@ -77,7 +79,7 @@ def test_variants_are_trained_measured_and_tabled_once(
     run(read_ablation(file))
     assert again == []
     content = yaml.safe_load(file.read_text())
-    content["variants"][1]["changes"]["temperature"] = 0.5
+    content["variants"][1]["changes"]["losses.temperature"] = 0.5
     file.write_text(yaml.safe_dump(content))
     run(read_ablation(file))
     assert again == ["CCCC wmean"]
@@ -88,8 +90,8 @@ def test_variants_are_trained_measured_and_tabled_once(
 
 
 def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    file = _file(tmp_path, checkpoint, variants=[{"name": "a", "changes": {"atn": "cccc"}}])
-    with pytest.raises(SystemExit, match=r"variant 'a': \['atn'\] are no settings"):
+    file = _file(tmp_path, checkpoint, variants=[{"name": "a", "changes": {"grit.atn": "cccc"}}])
+    with pytest.raises(SystemExit, match=r"variant 'a': grit.atn: unknown setting; did you mean grit.attn"):
         main(["--config", str(file)])
     file.write_text(yaml.safe_dump({"base": {}, "variants": [], "more": 1}))
     with pytest.raises(ValueError, match=r"got \['more'\]"):

@@ -8,19 +8,24 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import yaml
 
 from python_model import GritLM
 from python_model.train.__main__ import main, parse
+from python_model.train.config import TYPES
 from tests.python_model.training_samples import data_folder, figures
 
 
 def test_command_line_trains_and_the_checkpoint_loads(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     data = data_folder(tmp_path / "data")
     config = tmp_path / "run.yaml"
-    config.write_text(f"model: {checkpoint}\ntrain_data: {data}\nsteps: 5\nembedding_batch_size: 4\nbf16: false\n")
+    config.write_text(
+        f"steps: 5\nmodel: {{name: {checkpoint}, bf16: false}}\ndata: {{train_data: {data}}}\n"
+        "batch: {embedding_batch_size: 4}\n"
+    )
     main(["--config", str(config), "--steps", "2", "--output_dir", str(tmp_path / "out")])
     folder = tmp_path / "out" / "checkpoint"
     printed = capsys.readouterr().out
@@ -35,8 +40,17 @@ def test_a_plot_that_fails_or_has_nothing_to_show_costs_no_weights(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, out = data_folder(tmp_path / "data"), tmp_path / "out"
-    arguments = ["--model", str(checkpoint), "--train_data", str(data), "--output_dir", str(out), "--steps", "1"]
-    arguments += ["--embedding_batch_size", "2", "--bf16", "false", "--save_steps", "1"]
+    arguments = [
+        "--model.name",
+        str(checkpoint),
+        "--data.train_data",
+        str(data),
+        "--output_dir",
+        str(out),
+        "--steps",
+        "1",
+    ]
+    arguments += ["--batch.embedding_batch_size", "2", "--model.bf16", "false", "--logging.save_steps", "1"]
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(ImportError):
@@ -49,29 +63,54 @@ def test_a_plot_that_fails_or_has_nothing_to_show_costs_no_weights(
 
 def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="no file or folder nowhere"):
-        main(["--train_data", "nowhere"])
+        main(["--data.train_data", "nowhere"])
     data = data_folder(tmp_path / "data")
     with pytest.raises(SystemExit, match="mode: expected .*got 'both'"):
-        main(["--train_data", str(data), "--mode", "both"])
+        main(["--data.train_data", str(data), "--mode", "both"])
     for name, value in (
-        ("warmup_ratio", "1.5"),
-        ("projection", "0"),
-        ("query_max_len", "0"),
-        ("few_shot", "-1"),
-        ("generative_weight", ".nan"),
+        ("optimizer.warmup_ratio", "1.5"),
+        ("grit.projection", "0"),
+        ("data.query_max_len", "0"),
+        ("data.few_shot", "-1"),
+        ("losses.generative_weight", ".nan"),
     ):
-        with pytest.raises(SystemExit, match=f"{name}: expected .*, got .*"):
-            main(["--train_data", str(data), f"--{name}", value])
-    with pytest.raises(SystemExit, match="chunk_tokens: expected .*, got 10"):
-        main(["--train_data", str(data), "--chunk_tokens", "10"])
-    with pytest.raises(SystemExit):
-        parse(["--train_data", str(data), "--no_such_option", "1"])
-    assert "no_such_option" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="router_loss_weight: got 1.0, but the model has no experts"):
+        with pytest.raises(SystemExit, match=f"{name}: expected a.*, got"):
+            main(["--data.train_data", str(data), f"--{name}", value])
+    with pytest.raises(SystemExit, match="chunk_tokens: expected 0 or at least .* got 10"):
+        main(["--data.train_data", str(data), "--batch.chunk_tokens", "10"])
+    with pytest.raises(ValueError, match="no_such_option"):
+        parse(["--data.train_data", str(data), "--no_such_option", "1"])
+    with pytest.raises(SystemExit, match="losses.router_loss_weight: got 1.0, but the model has no experts"):
         main(
-            ["--model", str(checkpoint), "--train_data", str(data), "--router_loss_weight", "1.0"]
+            ["--model.name", str(checkpoint), "--data.train_data", str(data), "--losses.router_loss_weight", "1.0"]
             + ["--output_dir", str(tmp_path / "out")]
         )
+
+
+def test_a_flat_setting_of_version_0_1_is_refused_with_its_new_place(tmp_path: Path) -> None:
+    for name, place in (("embedding_batch_size", "batch.embedding_batch_size"), ("learning_rate", "optimizer.lr")):
+        with pytest.raises(SystemExit, match=f"{name}: expected its new name {place}"):
+            main([f"--{name}", "4"])
+    with pytest.raises(SystemExit, match="model: expected its new name model.name"):
+        main(["--model", "smollm2-135m"])
+    with pytest.raises(SystemExit, match="plain_text: this setting of version 0.1 is gone"):
+        main(["--plain_text=true"])
+    file = tmp_path / "old.yaml"
+    file.write_text("steps: 2\ntemperature: 0.1\n")
+    with pytest.raises(SystemExit, match="old.yaml: temperature: expected its new name losses.temperature"):
+        main(["--config", str(file)])
+
+
+def test_the_help_explains_every_setting_and_lists_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, hint in TYPES.items():
+        described = printed[printed.index(f" --{name} ", printed.index("options:")) :]
+        explanation = described[: described.index("(type:")]
+        assert len(explanation.split()) > 3, name
+        if get_origin(hint) is Literal:
+            assert "{" + ",".join(get_args(hint)) + "}" in explanation, name
 
 
 @pytest.mark.slow
@@ -81,11 +120,16 @@ def test_torchrun_trains_resumes_and_exports_what_one_process_does(
 ) -> None:
     """Two ranks, stopped after two steps and started again, against one process that was never stopped."""
     data = data_folder(tmp_path / "data")
-    common = [
-        *("--model", str(checkpoint), "--train_data", str(data), "--embedding_batch_size", "4", "--bf16", "false"),
-        *("--generative_batch_size", "3", "--learning_rate", "1e-3", "--passage_max_len", "64"),
-        *("--generative_max_len", "64", "--query_max_len", "64", "--chunk_tokens", "128", "--save_steps", "2"),
-    ]
+    file = tmp_path / "run.yaml"
+    settings = {
+        "model": {"name": str(checkpoint), "bf16": False},
+        "data": {"train_data": str(data), "query_max_len": 64, "passage_max_len": 64, "generative_max_len": 64},
+        "batch": {"embedding_batch_size": 4, "generative_batch_size": 3, "chunk_tokens": 128},
+        "optimizer": {"lr": 1e-3},
+        "logging": {"save_steps": 2},
+    }
+    file.write_text(yaml.safe_dump(settings))
+    common = ["--config", str(file)]
     main([*common, "--steps", "4", "--output_dir", str(tmp_path / "one")])
 
     def ranks(*more: str) -> str:
@@ -95,7 +139,7 @@ def test_torchrun_trains_resumes_and_exports_what_one_process_does(
                 "-m",
                 "python_model.train",
                 *common,
-                "--parallel",
+                "--parallel.strategy",
                 parallel,
                 "--output_dir",
                 str(tmp_path / "two"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from python_model.train import Interrupted
+from python_model.train.checkpointer import VERSION
 from tests.python_model.training_samples import LENGTH, figures, toy_config, toy_trainer
 
 
@@ -54,7 +56,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert figures(resumed.train()) == figures(expected)
     for (name, mine), (_, theirs) in zip(resumed.grit.named_parameters(), whole.grit.named_parameters(), strict=True):
         assert torch.equal(mine, theirs), name
-    assert resumed.learner.temperature == whole.learner.temperature
+    assert resumed.optimizers.temperature == whole.optimizers.temperature
 
 
 KILLED = """
@@ -102,8 +104,8 @@ def test_a_killed_run_resumes_exactly(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_state_of_another_run_is_refused_by_the_setting_that_differs(checkpoint: Path, tmp_path: Path) -> None:
     toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1)).train()
-    with pytest.raises(ValueError, match="learning_rate: expected .*got 0.5"):
-        toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1, learning_rate=0.5)).train()
+    with pytest.raises(ValueError, match="optimizer.lr: expected .*, got 0.5"):
+        toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1, lr=0.5)).train()
     # what only changes speed and memory may change
     toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1, chunk_tokens=LENGTH)).train()
 
@@ -114,5 +116,53 @@ def test_states_rotate_and_a_half_written_one_is_ignored(checkpoint: Path, tmp_p
     states = tmp_path / "out" / "states"
     assert sorted(p.name for p in states.iterdir()) == ["step-00000003", "step-00000004"]
     (states / "step-00000009").mkdir()
-    newest = trainer.states.newest()
+    newest = trainer.checkpointer.latest()
     assert newest is not None and newest.name == "step-00000004"
+
+
+# what version 0.1 (commit bdb9736) wrote: four steps of a toy run, and its state after two
+STATE_0_1 = Path(__file__).parent / "state_0_1"
+RUN_0_1: dict[str, Any] = {"steps": 4, "lora_rank": 1, "lora_targets": "layers.1.self_attn.v_proj"}
+RUN_0_1["special_tokens"] = "bos"
+
+
+def _state_0_1(folder: Path, **changes: Any) -> Path:
+    shutil.copytree(STATE_0_1, folder / "out")
+    file = folder / "out" / "states" / "step-00000002" / "state.json"
+    content = json.loads(file.read_text())
+    content["config"] |= changes
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_a_run_of_version_0_1_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    _state_0_1(tmp_path)
+    records = toy_trainer(toy_config(checkpoint, tmp_path, **RUN_0_1)).train()
+    expected = [json.loads(line) for line in (STATE_0_1 / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for mine, theirs in zip(records, expected, strict=True):
+        for name in ("loss", "contrastive_loss", "generative_loss", "gradient_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_a_state_of_version_0_1_is_refused_where_its_settings_are_gone_or_differ(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    _state_0_1(tmp_path / "gone", plain_text=True)
+    with pytest.raises(ValueError, match="trained with plain_text, which is gone since version 0.2; start anew"):
+        toy_trainer(toy_config(checkpoint, tmp_path / "gone", **RUN_0_1)).train()
+    _state_0_1(tmp_path / "other", learning_rate=0.5)
+    with pytest.raises(ValueError, match="optimizer.lr: expected 0.5, with which .* was written, got 2e-05"):
+        toy_trainer(toy_config(checkpoint, tmp_path / "other", **RUN_0_1)).train()
+
+
+def test_a_state_of_a_newer_version_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1))
+    trainer.train()
+    state = trainer.checkpointer.latest()
+    assert state is not None
+    content = json.loads((state / "state.json").read_text())
+    assert content["version"] == VERSION
+    (state / "state.json").write_text(json.dumps({**content, "version": VERSION + 1}))
+    with pytest.raises(ValueError, match=f"expected a state of version {VERSION} at most, got {VERSION + 1}"):
+        toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1)).train()

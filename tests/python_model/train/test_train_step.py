@@ -20,10 +20,10 @@ from python_model.train.balance import limit_factor
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.model import TrainingModel
-from python_model.train.optimizers import Learner
-from python_model.train.setup import load_model
+from python_model.train.optimizers import Optimizers
 from python_model.train.step import StepGradients, StepLosses, plan_step
-from tests.python_model.training_samples import LENGTH, ToySamples, ToyStream, toy_config
+from tests.python_model.training_config import make_config
+from tests.python_model.training_samples import LENGTH, ToySamples, ToyStream, toy_config, toy_model
 
 QUERIES, CONVERSATIONS = 6, 3
 
@@ -39,7 +39,7 @@ def config_of(**changes: Any) -> TrainConfig:
         "temperature": 0.1,
         "bf16": False,
     }
-    return TrainConfig(**{**options, **changes})
+    return make_config(**{**options, **changes})
 
 
 def load(checkpoint: Path, config: TrainConfig) -> GritLM:
@@ -47,14 +47,12 @@ def load(checkpoint: Path, config: TrainConfig) -> GritLM:
     grit = GritLM(
         checkpoint,
         mode=config.mode,
-        attn=config.attn,
-        pooling_method=config.pooling_method,
-        projection=config.projection,
+        **config.settings_given,
         is_inference=False,
         device="cpu",
         dtype="float32",
     )
-    add_adapters(grit, config)
+    add_adapters(grit, config.model, config.mode)
     return grit
 
 
@@ -63,10 +61,10 @@ def test_any_seed_that_is_not_negative_is_accepted(checkpoint: Path) -> None:
     config = config_of(mode="generative", seed=20251231)
     samples = ToyStream(load(checkpoint, config).tokenizer, 0, CONVERSATIONS)[0]
     ranks = Ranks(0, 1, torch.device("cpu"))
-    share = plan_step([], [], samples.conversations, None, config, ranks)
-    runner = StepGradients(TrainingModel(load(checkpoint, config)), config, ranks)
-    assert runner(share, config.seed * 2**20 + 5).total > 0
-    with pytest.raises(ValueError, match="seed: expected .*, got -1"):
+    batch = plan_step([], [], samples.conversations, None, config.batch, config.losses, ranks)
+    runner = StepGradients(TrainingModel(load(checkpoint, config)), config.losses, ranks)
+    assert runner(batch, config.seed * 2**20 + 5).total > 0
+    with pytest.raises(ValueError, match="seed: .*-1"):
         config_of(seed=-1)
 
 
@@ -77,25 +75,35 @@ def gradients_of(
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     training_model = TrainingModel(load(checkpoint, config))
     training_model.touch_all = ranks.group is not None
-    model = wrap(training_model, config, ranks)
-    learner = Learner(model, config, ranks)
-    share = plan_step(
+    model = wrap(training_model, config.parallel, ranks, bf16=False)
+    optimizers = Optimizers(model, config.optimizer, config.losses, ranks, steps=1, embeds=config.embeds)
+    batch = plan_step(
         samples.queries if config.embeds else [],
         samples.passages if config.embeds else [],
         samples.conversations if config.generates else [],
         (samples.query_ids, samples.passage_ids),
-        config,
+        config.batch,
+        config.losses,
         ranks,
         attention=training_model.grit.attention,
     )
-    losses = StepGradients(model, config, ranks, learner.log_temperature)(share, seed=3)
+    gradients = StepGradients(
+        model,
+        config.losses,
+        ranks,
+        bf16=False,
+        objective_grad_norm=config.optimizer.objective_grad_norm,
+        reduce_each_chunk=config.parallel.reduce_each_chunk,
+        log_temperature=optimizers.log_temperature,
+    )
+    losses = gradients(batch, seed=3)
     found = {}
     for name, parameter in model.named_parameters():
         grad: Any = parameter.grad
         if grad is not None:
             found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-    if learner.log_temperature is not None:
-        found["log_temperature"] = learner.log_temperature.grad  # type: ignore[assignment]
+    if optimizers.log_temperature is not None:
+        found["log_temperature"] = optimizers.log_temperature.grad  # type: ignore[assignment]
     return losses, found
 
 
@@ -252,11 +260,12 @@ def test_a_mixtures_router_loss_is_that_of_transformers_and_joins_the_gradient(t
     tokenizer.save_pretrained(tmp_path)
     config = config_of(mode="generative")
     model = TrainingModel(load(tmp_path, config), router_loss=True)
-    weight = router_loss_weight(model.grit, config)
+    weight = router_loss_weight(model.grit, config.losses)
     assert weight == 0.3
     ranks = Ranks(0, 1, torch.device("cpu"))
     sample = ToyStream(tokenizer, 0, 1)[0].conversations
-    losses = StepGradients(model, config, ranks, None, weight)(plan_step([], [], sample, None, config, ranks), seed=0)
+    batch = plan_step([], [], sample, None, config.batch, config.losses, ranks)
+    losses = StepGradients(model, config.losses, ranks, bf16=False, router_loss_weight=weight)(batch, seed=0)
     ids = torch.tensor([sample[0].input_ids])
     labels = torch.tensor([[-100, *(sample[0].labels or [])[:-1]]])
     expected = plain(ids, labels=labels)
@@ -275,12 +284,12 @@ def test_one_packed_pass_equals_three_padded_passes_of_transformers(checkpoint: 
     from transformers import AutoModelForCausalLM
 
     config = toy_config(checkpoint, tmp_path)
-    model = load_model(config, torch.device("cpu"))
+    model = toy_model(config)
     samples = ToyStream(model.tokenizer, 4, 2)[0]
     ids = (samples.query_ids, samples.passage_ids)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    share = plan_step(samples.queries, samples.passages, samples.conversations, ids, config, ranks)
-    losses = StepGradients(TrainingModel(model), config, ranks)(share, seed=0)
+    batch = plan_step(samples.queries, samples.passages, samples.conversations, ids, config.batch, config.losses, ranks)
+    losses = StepGradients(TrainingModel(model), config.losses, ranks, bf16=False)(batch, seed=0)
 
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
@@ -297,7 +306,7 @@ def test_one_packed_pass_equals_three_padded_passes_of_transformers(checkpoint: 
 
     queries, passages = embed(samples.queries), embed(samples.passages)
     targets = torch.arange(4) * 2
-    contrastive = torch.nn.functional.cross_entropy(queries @ passages.T / config.temperature, targets)
+    contrastive = torch.nn.functional.cross_entropy(queries @ passages.T / config.losses.temperature, targets)
     mask = padded([[1] * len(s) for s in samples.conversations])
     logits = plain(padded([s.input_ids for s in samples.conversations]), attention_mask=mask).logits
     labels = padded([s.labels for s in samples.conversations], IGNORE_INDEX)
@@ -316,14 +325,16 @@ def test_one_packed_pass_equals_three_padded_passes_of_transformers(checkpoint: 
 def test_chunked_dropout_draws_the_same_mask_in_both_passes(checkpoint: Path, tmp_path: Path) -> None:
     """With dropout, the loss of the first pass is that of the vectors the second pass differentiates."""
     config = toy_config(checkpoint, tmp_path, lora_rank=4, lora_dropout=0.5, chunk_tokens=2 * LENGTH)
-    model = TrainingModel(load_model(config, torch.device("cpu")))
+    model = TrainingModel(toy_model(config))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     ranks = Ranks(0, 1, torch.device("cpu"))
     samples = ToyStream(model.grit.tokenizer, 4, 2)[0]
-    share = plan_step(samples.queries, samples.passages, samples.conversations, None, config, ranks)
-    gradients = StepGradients(model, config, ranks)
+    share = plan_step(
+        samples.queries, samples.passages, samples.conversations, None, config.batch, config.losses, ranks
+    )
+    gradients = StepGradients(model, config.losses, ranks, bf16=False)
     first = gradients._embed(share, seed=5).detach()
     assert len(share.text_chunks) > 1
     for index, chunk in enumerate(share.text_chunks):
@@ -336,8 +347,14 @@ def test_staircases_follow_the_runs_of_a_conversation() -> None:
     """Prefix-LM: tokens of the run see to its end (at most ``right`` ahead), the others only their past."""
     talk = EncodedSample([5, 6, 7, 8, 9], labels=[-100] * 5, bidirectional=[True, True, True, False, False])
     text = EncodedSample([3, 4])
-    attention = AttentionVariant.parse("bbbc")
-    far = build_chunk([text], [talk], attention=attention).pack.hi
-    near = build_chunk([text], [talk], attention=attention, right=1).pack.hi
-    assert far is not None and far.tolist() == [2, 2, 3, 3, 3, 4, 5]
+    assert build_chunk([text], [talk], attention=AttentionVariant.parse("bbbc")).pack.hi.tolist() == [
+        2,
+        2,
+        3,
+        3,
+        3,
+        4,
+        5,
+    ]  # type: ignore[union-attr]
+    near = build_chunk([text], [talk], attention=AttentionVariant.parse("bbbc"), right=1).pack.hi
     assert near is not None and near.tolist() == [2, 2, 2, 3, 3, 4, 5]
