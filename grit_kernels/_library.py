@@ -99,13 +99,35 @@ def _handle() -> ctypes.CDLL:
     handle = ctypes.CDLL(str(library.path))
     handle.grit_kernels_cpu_isas.restype = ctypes.c_char_p
     handle.grit_kernels_set_cpu_isa.argtypes = [ctypes.c_char_p]
+    handle.grit_kernels_cpu_isa_of.restype = ctypes.c_char_p
+    handle.grit_kernels_amx_reason.restype = ctypes.c_char_p
     handle.grit_kernels_visited_key_blocks.restype = ctypes.c_int64
     return handle
 
 
 def cpu_isas() -> list[str]:
-    """Instruction sets of the library that this CPU can run, best first. GRIT_KERNELS_CPU_ISA=NAME chooses at start."""
+    """Instruction sets of the library that this CPU can run, best first. GRIT_KERNELS_CPU_ISA=NAME chooses at start.
+
+    The best is what the CPU is quickest with: Intel's multiply FP32 twice as fast as pairs of bfloat16 outside of AMX, so there
+    ``avx512`` stands before ``avx512_bf16``. ``amx_emulated`` computes what ``amx`` does, slowly, on any CPU with avx512_bf16.
+    """
     return _handle().grit_kernels_cpu_isas().decode().split(",")
+
+
+@dataclass(frozen=True)
+class CpuChoice:
+    """The instruction sets that serve now, by work."""
+
+    bfloat16_products: str  # attention and contrastive kernels, and with them the per-token loss
+    others: str  # these in other dtypes, and every other kernel
+    amx_reason: str  # why AMX is not used, empty where it is available
+
+
+def cpu_choice() -> CpuChoice:
+    """What runs on this CPU now."""
+    handle = _handle()
+    sets = [handle.grit_kernels_cpu_isa_of(products).decode() for products in (1, 0)]
+    return CpuChoice(*sets, handle.grit_kernels_amx_reason().decode())
 
 
 @contextmanager

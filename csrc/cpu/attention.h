@@ -54,8 +54,9 @@ struct Layout {
   int64_t padded_dim;
   int64_t row_words;   // words of one row: padded_dim / values
   int64_t tile_lanes;  // lanes * vectors
+  int64_t key_step;    // keys are padded to whole steps
 
-  GRIT_MEMBER int64_t padded_keys(int64_t keys) const { return (keys + 15) / 16 * 16; }
+  GRIT_MEMBER int64_t padded_keys(int64_t keys) const { return (keys + key_step - 1) / key_step * key_step; }
   GRIT_MEMBER int64_t key_words(int64_t keys) const { return padded_keys(keys) * row_words; }    // one packed copy of K or V
   GRIT_MEMBER int64_t query_words() const { return tile_lanes * row_words; }                     // one packed copy of a tile's rows
   GRIT_MEMBER int64_t slots(const Sample& s, int64_t group) const { return (s.q_len + lanes - 1) / lanes * group; }

@@ -16,24 +16,42 @@ namespace {
 
 constexpr int KEYS = BACKWARD_KEYS;
 
+// Tiles whose P and dS are multiplied together. Sums of tile products lie in memory, where a visit must bring enough.
+#if defined(GRIT_ISA_TILES)
+constexpr int GROUP = 4;
+#else
+constexpr int GROUP = 1;
+#endif
+constexpr int GROUP_LANES = GROUP * TILE;
+
 struct Scratch {
-  uint32_t *p, *ds;         // [KEYS][TILE / values]: operands of dV and dK
-  uint32_t* ds_columns;     // [KEYS / values][TILE]: operand of dQ
-  float *dk, *dv;           // [KEYS][padded_dim]
-  float *lanes, *slope;     // [PANEL][TILE]
+  uint32_t *p, *ds;             // [KEYS][GROUP_LANES / values]: operands of dV and dK
+  uint32_t* ds_columns;         // [KEYS / values][TILE]: operand of dQ
+  float *dk, *dv;               // [KEYS][padded_dim]
+  float *scores, *grad_scores;  // [KEYS][TILE], of tiled formats
+  float *lanes, *slope;         // [PANEL][TILE]
 };
 
 GRIT_INLINE Scratch split(void* memory, int64_t wide) {
   uint32_t* p = (uint32_t*)memory;
-  uint32_t *ds = p + KEYS * TILE, *columns = ds + KEYS * TILE;
-  float* dk = (float*)(columns + KEYS * TILE);
-  return {p, ds, columns, dk, dk + KEYS * wide, dk + 2 * KEYS * wide, dk + 2 * KEYS * wide + PANEL * TILE};
+  uint32_t *ds = p + KEYS * GROUP_LANES, *columns = ds + KEYS * GROUP_LANES;
+  float *dk = (float*)(columns + KEYS * TILE), *dv = dk + KEYS * wide, *scores = dv + KEYS * wide;
+  float *grad_scores = scores + KEYS * TILE, *lanes = grad_scores + KEYS * TILE;
+  return {p, ds, columns, dk, dv, scores, grad_scores, lanes, lanes + PANEL * TILE};
 }
 
-// out (KEYS rows) += a^T-style product: a [KEYS][TILE / values], rows [TILE / values][wide]
+// out (KEYS rows) += a x rows: a [KEYS][GROUP_LANES / values], rows [lanes / values][wide]; the rows of the group's tiles lie
+// `step` words apart
 template <class F>
-GRIT_INLINE void add_rows(const uint32_t* a, const uint32_t* rows, int64_t wide, int64_t keys, int64_t lanes, float* out) {
-  const int64_t stride = TILE / F::values, count = lanes / F::values;
+GRIT_INLINE void add_rows(const uint32_t* a, const uint32_t* rows, [[maybe_unused]] int64_t step, int64_t wide, int64_t keys,
+                          int64_t lanes, float* out) {
+  const int64_t stride = GROUP_LANES / F::values, count = lanes / F::values;
+#if defined(GRIT_ISA_TILES)
+  if constexpr (F::tiled) {
+    multiply_tiles(out, wide, keys / 16, wide / 16, {a, 16 * stride, 16, stride}, {rows, step, wide}, count / 16, true);
+    return;
+  }
+#endif
   for (int64_t j = 0; j < keys; j += PANEL) {
     int64_t d = 0;
     for (; d + ROW_VECTORS * W <= wide; d += ROW_VECTORS * W) {
@@ -57,9 +75,9 @@ template <class F>
 GRIT_INLINE void store_row_operand(uint32_t* out, int64_t row, int v, vf x) {
   if constexpr (F::values == 2) {
     const vh h = to_bf16(x);
-    std::memcpy((uint16_t*)out + row * TILE + v * W, &h, sizeof(h));
+    std::memcpy((uint16_t*)out + row * GROUP_LANES + v * W, &h, sizeof(h));
   } else {
-    store((float*)out + row * TILE + v * W, x);
+    store((float*)out + row * GROUP_LANES + v * W, x);
   }
 }
 
@@ -71,6 +89,28 @@ GRIT_INLINE void finish_scores(const Attention& a, float* raw, float* slope) {
     for (int v = 0; v < NV; ++v) scale_scores(raw + v * W, PANEL, a.scale_log2, splat_int(-1));
 }
 
+// Of the keys from `begin` on: whole steps that some lane of the tiles sees
+struct Span {
+  int64_t begin, keys;
+};
+
+template <class F>
+Span seen_by(const QueryPack* packs, int64_t tiles, int64_t last_lanes, int64_t begin, int64_t keys) {
+  constexpr int64_t STEP = F::tiled ? ROW_STEP : PANEL;
+  int64_t first = begin + keys, last = begin;
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t i = 0; i < (t + 1 < tiles ? TILE : last_lanes); i += W) {  // both bounds never decrease within a slot
+      first = smaller<int64_t>(first, packs[t].lo[i]);
+      last = larger<int64_t>(last, packs[t].hi[i + W - 1]);
+    }
+  const int64_t skipped = larger<int64_t>(0, first - begin) / STEP * STEP;
+  return {begin + skipped, smaller(keys - skipped, round_up(last - begin - skipped, STEP))};
+}
+
+// From this log-sum-exp on (in powers of 2) the rounding of a row's one number would show in its probabilities.
+template <class T>
+constexpr float LARGE_LSE = sizeof(T) == 4 ? 64 : 1024;
+
 // The highest score of each row of a tile, and log2 of what all keys sum up to above it.
 template <class F, int NV>
 void take_apart_tile(const Attention& a, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t padded, int64_t wide) {
@@ -80,10 +120,12 @@ void take_apart_tile(const Attention& a, const Scratch& b, const QueryPack& q, c
     maximum[v] = splat(MINUS_INFINITY);
     total[v] = vf{};
   }
-  for (int64_t j = 0; j < padded; j += PANEL) {
+  const Span span = seen_by<F>(&q, 1, NV * W, 0, padded);
+  for (int64_t n = 0; n < span.keys; n += PANEL) {
+    const int64_t j = span.begin + n;
+    if (n % KEYS == 0) compute_sums<F, NV>(b.scores, smaller<int64_t>(KEYS, span.keys - n), k.k_panels + j * words, q.q, words);
     vf x[PANEL][NV];
-    set_zero(x);
-    multiply_panel<F, NV>(k.k_panels + j * words, q.q, words, x);
+    panel_sums<F, NV>(b.scores + n % KEYS * TILE, k.k_panels + j * words, q.q, words, x);
     store_all(b.lanes, x);
     finish_scores<NV>(a, b.lanes, nullptr);
     GRIT_UNROLL for (int v = 0; v < NV; ++v) {
@@ -108,14 +150,15 @@ void take_apart_tile(const Attention& a, const Scratch& b, const QueryPack& q, c
     }
 }
 
-// One tile against one block of keys.
+// One tile against keys [begin, begin + keys): adds to dq; P and dS go to b.p and b.ds as the group's tile number `number`.
 template <class F, int NV>
 void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t begin, int64_t keys,
-                int64_t padded, int64_t wide, float* dq) {
+                int64_t padded, int64_t wide, int64_t number, float* dq) {
   const int64_t words = wide / F::values;
+  uint32_t *const p_rows = b.p + number * TILE / F::values, *const ds_rows = b.ds + number * TILE / F::values;
   vi lo[NV], hi[NV];
   vf lse[NV], delta[NV];
-  int64_t full_begin = 0, full_end = padded, first = padded, last = 0;
+  int64_t full_begin = 0, full_end = padded;
   GRIT_UNROLL for (int v = 0; v < NV; ++v) {
     std::memcpy(&lo[v], q.lo + v * W, sizeof(vi));
     std::memcpy(&hi[v], q.hi + v * W, sizeof(vi));
@@ -123,19 +166,13 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
     delta[v] = load(q.delta + v * W);
     full_begin = larger<int64_t>(full_begin, q.lo[v * W + W - 1]);
     full_end = smaller<int64_t>(full_end, q.hi[v * W]);
-    first = smaller<int64_t>(first, q.lo[v * W]);
-    last = larger<int64_t>(last, q.hi[v * W + W - 1]);
   }
-  // only the panels that some lane sees
-  const int64_t skipped = larger<int64_t>(0, first - begin) / PANEL * PANEL;
-  begin += skipped;
-  keys = smaller(keys - skipped, round_up(last - begin, PANEL));
-  float *dk = b.dk + skipped * wide, *dv = b.dv + skipped * wide;
+  compute_sums<F, NV>(b.scores, keys, k.k_panels + begin * words, q.q, words);
+  compute_sums<F, NV>(b.grad_scores, keys, k.v_panels + begin * words, q.grad_out, words);
   const float scale = q.apart || a.capped ? 1.0f : a.scale_log2;
   for (int64_t j = 0; j < keys; j += PANEL) {
     vf p[PANEL][NV];
-    set_zero(p);
-    multiply_panel<F, NV>(k.k_panels + (begin + j) * words, q.q, words, p);
+    panel_sums<F, NV>(b.scores + j * TILE, k.k_panels + (begin + j) * words, q.q, words, p);
     if (a.capped || q.apart) [[unlikely]] {
       store_all(b.lanes, p);
       finish_scores<NV>(a, b.lanes, b.slope);
@@ -152,17 +189,16 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
           p[i][v] = ((key >= lo[v]) & (key < hi[v])) ? p[i][v] : vf{};
         }
         store(b.lanes + i * TILE + v * W, p[i][v]);
-        store_row_operand<F>(b.p, j + i, v, p[i][v]);
+        store_row_operand<F>(p_rows, j + i, v, p[i][v]);
       }
     }
     vf ds[PANEL][NV];
-    set_zero(ds);
-    multiply_panel<F, NV>(k.v_panels + (begin + j) * words, q.grad_out, words, ds);
+    panel_sums<F, NV>(b.grad_scores + j * TILE, k.v_panels + (begin + j) * words, q.grad_out, words, ds);
     GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
       GRIT_UNROLL for (int v = 0; v < NV; ++v) {
         ds[i][v] = load(b.lanes + i * TILE + v * W) * (ds[i][v] - delta[v]);
         if (a.capped) [[unlikely]] ds[i][v] *= load(b.slope + i * TILE + v * W);
-        store_row_operand<F>(b.ds, j + i, v, ds[i][v]);
+        store_row_operand<F>(ds_rows, j + i, v, ds[i][v]);
       }
     GRIT_UNROLL for (int i = 0; i < PANEL; i += F::values)
       GRIT_UNROLL for (int v = 0; v < NV; ++v) {
@@ -171,13 +207,17 @@ void tile_block(const Attention& a, const Scratch& b, const QueryPack& q, const 
         else store_words(out, (vu)ds[i][v]);
       }
   }
-  add_rows<F>(b.p, q.grad_out_rows, wide, keys, NV * W, dv);
-  add_rows<F>(b.ds, q.q_rows, wide, keys, NV * W, dk);
+#if defined(GRIT_ISA_TILES)
+  if constexpr (F::tiled) {
+    multiply_tiles(dq, TILE, wide / 16, NV, column_tiles(k.k_columns, padded, begin), lane_tiles(b.ds_columns), keys / 32, true);
+    return;
+  }
+#endif
   const uint32_t* columns = k.k_columns + begin / F::values * PANEL;
   for (int64_t d = 0; d < wide; d += PANEL) {
     vf x[PANEL][NV];
     load_all(dq + d * TILE, x);
-    multiply_panel<F, NV>(columns + d / PANEL * (padded / F::values * PANEL), b.ds_columns, keys / F::values, x);
+    multiply_panel<F, NV>(columns + d * (padded / F::values), b.ds_columns, keys / F::values, x);
     store_all(dq + d * TILE, x);
   }
 }
@@ -195,23 +235,33 @@ GRIT_INLINE void store_rows(const float* rows, int64_t wide, int64_t count, int6
 template <class F, class T>
 int64_t run_keys(const Attention& a, const Gradients& g, const Sample& s, int64_t kv_head, int64_t begin, int64_t end,
                  int64_t first_tile, const KeyPack& k, const QueryPack* packs, float* dq, void* memory) {
-  const int64_t wide = padded_dim(a.dim), padded = round_up(s.k_len, 16);
+  const int64_t wide = padded_dim(a.dim), padded = round_up(s.k_len, ROW_STEP);
   const Scratch b = split(memory, wide);
   const int64_t slots = (s.q_len + W - 1) / W * a.group;
   int64_t blocks = 0;
   for (int64_t j = begin; j < end; j += KEYS) {
-    const int64_t count = smaller<int64_t>(KEYS, end - j), keys = round_up(count, PANEL);
+    const int64_t count = smaller<int64_t>(KEYS, end - j), keys = round_up(count, F::tiled ? ROW_STEP : PANEL);
     std::memset(b.dk, 0, (size_t)(2 * KEYS * wide) * sizeof(float));
     const RowRange rows = rows_that_see(s, j, j + count);
     if (rows.first < rows.last) {
       const int64_t from = rows.first / W * a.group / VECTORS;
-      const int64_t until = smaller((rows.last + W - 1) / W * a.group, slots);
-      for (int64_t tile = from; tile * VECTORS < until; ++tile, ++blocks) {
-        float* out = dq + (tile - first_tile) * wide * TILE;
-        const int64_t slots_here = smaller<int64_t>(VECTORS, slots - tile * VECTORS);
-        if (slots_here == 3) tile_block<F, 3>(a, b, packs[tile], k, j, keys, padded, wide, out);
-        else if (slots_here == 2) tile_block<F, 2>(a, b, packs[tile], k, j, keys, padded, wide, out);
-        else tile_block<F, 1>(a, b, packs[tile], k, j, keys, padded, wide, out);
+      const int64_t until = (smaller((rows.last + W - 1) / W * a.group, slots) + VECTORS - 1) / VECTORS;
+      for (int64_t tile = from; tile < until; tile += GROUP) {
+        const int64_t tiles = smaller<int64_t>(GROUP, until - tile);
+        // slots of the last tile; a tiled format has packed zeros in those that do not exist
+        const int64_t last = F::tiled ? VECTORS : smaller<int64_t>(VECTORS, slots - (tile + tiles - 1) * VECTORS);
+        const Span span = seen_by<F>(packs + tile, tiles, last * W, j, keys);
+        blocks += tiles;
+        if (span.keys <= 0) continue;
+        for (int64_t n = 0; n < tiles; ++n)
+          with_count(n + 1 < tiles ? VECTORS : last, [&](auto slots_here) {
+            tile_block<F, decltype(slots_here)::value>(a, b, packs[tile + n], k, span.begin, span.keys, padded, wide, n,
+                                                       dq + (tile + n - first_tile) * wide * TILE);
+          });
+        const int64_t lanes = (tiles - 1) * TILE + last * W, at = (span.begin - j) * wide;
+        const QueryPack &q = packs[tile], &next = packs[tile + (tiles > 1)];
+        add_rows<F>(b.p, q.grad_out_rows, next.grad_out_rows - q.grad_out_rows, wide, span.keys, lanes, b.dv + at);
+        add_rows<F>(b.ds, q.q_rows, next.q_rows - q.q_rows, wide, span.keys, lanes, b.dk + at);
       }
     }
     const int64_t at = ((s.k_start + j) * a.heads_kv + kv_head) * a.dim, stride = a.heads_kv * a.dim;
@@ -234,6 +284,23 @@ GRIT_INLINE void pack_row_operand(const T* data, int64_t stride, int64_t rows, i
       }
       store_words(out + i / F::values * wide + d, word ^ flip);
     }
+}
+
+// slot v as lanes without a row: zeros that see what the slot before sees
+template <class F>
+void clear_slot(const QueryPack& out, int64_t v, int64_t wide) {
+  for (int64_t n = 0; n < wide / F::values; ++n) {
+    store_words(out.q + n * TILE + v * W, vu{});
+    store_words(out.grad_out + n * TILE + v * W, vu{});
+  }
+  const int64_t rows = W / F::values * wide;
+  std::memset(out.q_rows + v * rows, 0, (size_t)rows * 4);
+  std::memset(out.grad_out_rows + v * rows, 0, (size_t)rows * 4);
+  for (int64_t i = v * W; i < (v + 1) * W; ++i) {
+    out.lse_log2[i] = out.delta[i] = 0;
+    out.lo[i] = out.lo[v * W - 1];
+    out.hi[i] = out.hi[v * W - 1];
+  }
 }
 
 template <class F, class T>
@@ -265,10 +332,12 @@ bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const
       const float lse = g.lse[number];
       // a row that sees nothing is masked everywhere; its infinity must not meet an infinity
       out.lse_log2[at] = lse == MINUS_INFINITY ? 0.0f : lse * LOG2_E;
-      large |= __builtin_fabsf(out.lse_log2[at]) >= LARGE_SCORE;
+      large |= __builtin_fabsf(out.lse_log2[at]) >= LARGE_LSE<T>;
       out.delta[at] = sum_lanes(sum) - (g.grad_lse ? g.grad_lse[number] : 0.0f);
     }
   }
+  if constexpr (F::tiled)
+    for (int64_t v = tile.count; v < VECTORS; ++v) clear_slot<F>(out, v, wide);
   return large;
 }
 
@@ -279,7 +348,7 @@ void backward_pack_keys(const Attention& a, const Sample& s, int64_t kv_head, ui
   with_format(a.dtype, [&](auto format, auto type) {
     using F = decltype(format);
     using T = decltype(type);
-    const int64_t padded = round_up(s.k_len, 16);
+    const int64_t padded = round_up(s.k_len, ROW_STEP);
     const T* k = (const T*)a.k.data + s.k_start * a.k.row + kv_head * a.k.head;
     const T* v = (const T*)a.v.data + s.k_start * a.v.row + kv_head * a.v.head;
     pack_row_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_panels);
@@ -298,16 +367,15 @@ void backward_take_apart(const Attention& a, const Sample& s, const Tile& tile, 
                          void* scratch) {
   with_format(a.dtype, [&](auto format, auto) {
     using F = decltype(format);
-    const int64_t padded = round_up(s.k_len, 16), wide = padded_dim(a.dim);
+    const int64_t padded = round_up(s.k_len, ROW_STEP), wide = padded_dim(a.dim);
     const Scratch b = split(scratch, wide);
-    if (tile.count == 3) take_apart_tile<F, 3>(a, b, q, k, padded, wide);
-    else if (tile.count == 2) take_apart_tile<F, 2>(a, b, q, k, padded, wide);
-    else take_apart_tile<F, 1>(a, b, q, k, padded, wide);
+    with_count(F::tiled ? VECTORS : tile.count,
+               [&](auto count) { take_apart_tile<F, decltype(count)::value>(a, b, q, k, padded, wide); });
   });
 }
 
 int64_t backward_scratch(DType, int64_t dim) {
-  return (3 * KEYS * TILE + 2 * KEYS * padded_dim(dim) + 2 * PANEL * TILE) * (int64_t)sizeof(float);
+  return (2 * KEYS * GROUP_LANES + 3 * KEYS * TILE + 2 * KEYS * padded_dim(dim) + 2 * PANEL * TILE) * (int64_t)sizeof(float);
 }
 
 int64_t backward_keys(const Attention& a, const Gradients& g, const Sample& s, int64_t kv_head, int64_t begin, int64_t end,

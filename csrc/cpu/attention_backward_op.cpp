@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
     zero(g.dv, a.heads_kv, gap.first, gap.last);
   }
 
-  const Kernels& isa = kernels();
+  const Kernels& isa = product_kernels(a.dtype);
   const Layout layout = isa.layout(a.dtype, a.dim);
   const int64_t dq_tile = layout.padded_dim * layout.tile_lanes;
   std::vector<SamplePlan> plans(call.samples.size());
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
     return KeyPack{keys, keys + n, keys + 2 * n};
   };
   std::atomic<bool> any_apart{false};
-  run_items((int64_t)pack_items.size(), 0, [&](int64_t i, void*) {
+  run_items(isa.thread, (int64_t)pack_items.size(), 0, [&](int64_t i, void*) {
     const HeadItem& item = pack_items[i];
     const Sample& s = call.samples[item.sample];
     if (item.tile < 0) {
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
   });
   const int64_t scratch_bytes = isa.backward_scratch(a.dtype, a.dim);
   if (any_apart)
-    run_items((int64_t)tile_items.size(), scratch_bytes, [&](int64_t i, void* scratch) {
+    run_items(isa.thread, (int64_t)tile_items.size(), scratch_bytes, [&](int64_t i, void* scratch) {
       const HeadItem& item = tile_items[i];
       const QueryPack& pack = pack_of(item);
       if (pack.apart) isa.backward_take_apart(a, call.samples[item.sample], tile_of(item), key_pack_of(item.sample, item.kv_head), pack, scratch);
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
   std::vector<int64_t> order(chunks.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = (int64_t)i;
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return chunks[x].cost > chunks[y].cost; });
-  run_items((int64_t)order.size(), scratch_bytes, [&](int64_t i, void* scratch) {
+  run_items(isa.thread, (int64_t)order.size(), scratch_bytes, [&](int64_t i, void* scratch) {
     const ChunkItem& c = chunks[order[i]];
     const Sample& s = call.samples[c.sample];
     const SamplePlan& plan = plans[c.sample];
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
     count_visited_blocks(isa.backward_keys(a, g, s, c.kv_head, c.begin, c.end, c.first_tile, key_pack_of(c.sample, c.kv_head),
                                            query_packs.data() + plan.first_pack + c.kv_head * plan.tiles, added, scratch));
   });
-  run_items((int64_t)tile_items.size(), scratch_bytes, [&](int64_t i, void* scratch) {
+  run_items(isa.thread, (int64_t)tile_items.size(), scratch_bytes, [&](int64_t i, void* scratch) {
     const HeadItem& item = tile_items[i];
     const SamplePlan& plan = plans[item.sample];
     const float* parts[MOST_CHUNKS];

@@ -34,7 +34,7 @@ AttentionCall take_apart(const AttentionArguments& x) {
   a.heads_q = x.q.size(1);
   a.heads_kv = x.k.size(1);
   STD_TORCH_CHECK(a.dim > 0 && a.dim <= 256 && a.dim % 8 == 0, "q: expected a head dim that is a multiple of 8 up to 256, got ", a.dim);
-  STD_TORCH_CHECK(a.heads_kv > 0 && a.heads_q % a.heads_kv == 0, "q: ", a.heads_q, " heads are no multiple of k's ", a.heads_kv);
+  STD_TORCH_CHECK(a.heads_kv > 0 && a.heads_q % a.heads_kv == 0, "q: expected a multiple of k's ", a.heads_kv, " heads, got ", a.heads_q);
   a.group = a.heads_q / a.heads_kv;
   call.rows_q = x.q.size(0);
   call.rows_k = x.k.size(0);

@@ -74,6 +74,36 @@ void store_results(const Attention& a, const Sample& s, const Tile& tile, const 
   }
 }
 
+// O^T = rescale * O^T (0 when fresh) + V^T P^T for keys [j0, j0 + keys)
+template <class F, int NV>
+GRIT_INLINE void add_values(const uint32_t* v_columns, int64_t padded, int64_t j0, int64_t keys, int64_t wide, const uint32_t* p_words,
+                            const vf (&rescale)[NV], bool fresh, float* out) {
+#if defined(GRIT_ISA_TILES)
+  if constexpr (F::tiled) {
+    bool changed = false;
+    GRIT_UNROLL for (int v = 0; v < NV; ++v) changed |= any(rescale[v] != 1.0f);
+    if (!fresh && changed)
+      for (int64_t d = 0; d < wide; ++d)
+        GRIT_UNROLL for (int v = 0; v < NV; ++v) store(out + d * TILE + v * W, load(out + d * TILE + v * W) * rescale[v]);
+    multiply_tiles(out, TILE, wide / 16, NV, column_tiles(v_columns, padded, j0), lane_tiles(p_words), keys / 32, !fresh);
+    return;
+  }
+#endif
+  const uint32_t* columns = v_columns + j0 / F::values * PANEL;
+  for (int64_t d = 0; d < wide; d += PANEL) {
+    vf x[PANEL][NV];
+    if (fresh) {
+      set_zero(x);
+    } else {
+      load_all(out + d * TILE, x);
+      GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
+        GRIT_UNROLL for (int v = 0; v < NV; ++v) x[i][v] *= rescale[v];
+    }
+    multiply_panel<F, NV>(columns + d * (padded / F::values), p_words, keys / F::values, x);
+    store_all(out + d * TILE, x);
+  }
+}
+
 // O^T (unnormalised), maximum and total of all lanes; returns the number of key blocks
 template <class F, int NV>
 int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, const uint32_t* v_columns, const Scratch& b,
@@ -94,16 +124,17 @@ int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, c
   const vf scale = splat(a.capped ? 1.0f : a.scale_log2);
   bool fresh = true;
   int64_t blocks = 0;
-  for (int64_t j0 = begin / PANEL * PANEL; j0 < end; j0 += FORWARD_KEYS, ++blocks) {
-    const int64_t keys = round_up(smaller<int64_t>(FORWARD_KEYS, end - j0), PANEL);
+  constexpr int64_t STEP = F::tiled ? ROW_STEP : PANEL;
+  for (int64_t j0 = begin / STEP * STEP; j0 < end; j0 += FORWARD_KEYS, ++blocks) {
+    const int64_t keys = round_up(smaller<int64_t>(FORWARD_KEYS, end - j0), STEP);
     const bool unmasked = j0 >= full_begin && j0 + keys <= full_end;
+    compute_sums<F, NV>(b.scores, keys, k_panels + j0 * words, b.q, words);
 
     vf top[NV];
     GRIT_UNROLL for (int v = 0; v < NV; ++v) top[v] = splat(MINUS_INFINITY);
     for (int64_t j = 0; j < keys; j += PANEL) {
       vf x[PANEL][NV];
-      set_zero(x);
-      multiply_panel<F, NV>(k_panels + (j0 + j) * words, b.q, words, x);
+      panel_sums<F, NV>(b.scores + j * TILE, k_panels + (j0 + j) * words, b.q, words, x);
       if (a.capped) [[unlikely]] {
         store_all(b.scores + j * TILE, x);
         cap_scores(b.scores + j * TILE, a.cap_in, a.cap_out, nullptr);
@@ -155,19 +186,7 @@ int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, c
       }
     }
 
-    const uint32_t* columns = v_columns + j0 / F::values * PANEL;
-    for (int64_t d = 0; d < wide; d += PANEL) {
-      vf x[PANEL][NV];
-      if (fresh) {
-        set_zero(x);
-      } else {
-        load_all(b.out + d * TILE, x);
-        GRIT_UNROLL for (int i = 0; i < PANEL; ++i)
-          GRIT_UNROLL for (int v = 0; v < NV; ++v) x[i][v] *= rescale[v];
-      }
-      multiply_panel<F, NV>(columns + d / PANEL * (padded / F::values * PANEL), p_words, keys / F::values, x);
-      store_all(b.out + d * TILE, x);
-    }
+    add_values<F, NV>(v_columns, padded, j0, keys, wide, p_words, rescale, fresh, b.out);
     fresh = false;
   }
 
@@ -184,7 +203,7 @@ int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, c
 Layout layout(DType dtype, int64_t dim) {
   return with_format(dtype, [&](auto format, auto) {
     constexpr int64_t values = decltype(format)::values;
-    return Layout{W, VECTORS, values, padded_dim(dim), padded_dim(dim) / values, TILE};
+    return Layout{W, VECTORS, values, padded_dim(dim), padded_dim(dim) / values, TILE, ROW_STEP};
   });
 }
 
@@ -192,7 +211,7 @@ void pack_keys(const Attention& a, const Sample& s, int64_t kv_head, uint32_t* k
   with_format(a.dtype, [&](auto format, auto type) {
     using F = decltype(format);
     using T = decltype(type);
-    const int64_t padded = round_up(s.k_len, 16);
+    const int64_t padded = round_up(s.k_len, ROW_STEP);
     const T* k = (const T*)a.k.data + s.k_start * a.k.row + kv_head * a.k.head;
     const T* v = (const T*)a.v.data + s.k_start * a.v.row + kv_head * a.v.head;
     pack_row_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_panels);
@@ -210,13 +229,13 @@ int64_t forward_tile(const Attention& a, const Sample& s, const Tile& tile, cons
   return with_format(a.dtype, [&](auto format, auto type) {
     using F = decltype(format);
     using T = decltype(type);
-    const int64_t padded = round_up(s.k_len, 16);
+    const int64_t padded = round_up(s.k_len, ROW_STEP);
     const Scratch b = split(scratch, padded_dim(a.dim) / F::values);
     Lanes lanes;
     load_queries<F, T>(a, s, tile, b, lanes);
-    const int64_t blocks = tile.count == 3   ? run_tile<F, 3>(a, padded, k_panels, v_columns, b, lanes)
-                           : tile.count == 2 ? run_tile<F, 2>(a, padded, k_panels, v_columns, b, lanes)
-                                             : run_tile<F, 1>(a, padded, k_panels, v_columns, b, lanes);
+    const int64_t blocks = with_count(tile.count, [&](auto count) {
+      return run_tile<F, decltype(count)::value>(a, padded, k_panels, v_columns, b, lanes);
+    });
     store_results<T>(a, s, tile, b, lanes);
     return blocks;
   });

@@ -61,12 +61,12 @@ void run_tiles(const AttentionCall& call, const Kernels& isa, const std::vector<
   auto keys_of = [&](int64_t b, int64_t head) {
     return (uint32_t*)memory.get() + at[b] + 2 * layout.key_words(call.samples[b].k_len) * head;
   };
-  run_items((int64_t)packs.size(), 0, [&](int64_t i, void*) {
+  run_items(isa.thread, (int64_t)packs.size(), 0, [&](int64_t i, void*) {
     const Sample& s = call.samples[packs[i].sample];
     uint32_t* k = keys_of(packs[i].sample, packs[i].kv_head);
     isa.pack_keys(a, s, packs[i].kv_head, k, k + layout.key_words(s.k_len));
   });
-  run_items((int64_t)tiles.size(), isa.forward_scratch(a.dtype, a.dim), [&](int64_t i, void* scratch) {
+  run_items(isa.thread, (int64_t)tiles.size(), isa.forward_scratch(a.dtype, a.dim), [&](int64_t i, void* scratch) {
     const Sample& s = call.samples[tiles[i].sample];
     const uint32_t* k = keys_of(tiles[i].sample, tiles[i].tile.kv_head);
     count_visited_blocks(isa.forward_tile(a, s, tiles[i].tile, k, k + layout.key_words(s.k_len), scratch));
@@ -104,7 +104,7 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
   float *sums = (float*)memory.get(), *total = sums + states * wide, *maximum = total + states * lanes;
   // parts that follow each other stay together, so that what is fetched ahead is used by the thread that asked for it
   const int64_t count = (int64_t)parts.size(), run = std::clamp<int64_t>(count / (8 * torch::stable::get_num_threads()), 1, 8);
-  run_items((count + run - 1) / run, 0, [&](int64_t i, void*) {
+  run_items(isa.thread, (count + run - 1) / run, 0, [&](int64_t i, void*) {
     const int64_t last = std::min(count, (i + 1) * run);
     for (int64_t n = i * run; n < last; ++n) {
       const PartItem& p = parts[n];
@@ -116,7 +116,7 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
     }
   });
   const int64_t grain = 64;
-  run_items(((int64_t)joins.size() + grain - 1) / grain, 0, [&](int64_t i, void*) {
+  run_items(isa.thread, ((int64_t)joins.size() + grain - 1) / grain, 0, [&](int64_t i, void*) {
     for (int64_t n = i * grain; n < std::min((int64_t)joins.size(), (i + 1) * grain); ++n) {
       const DecodeItem& item = items[joins[n].item];
       const Sample& s = call.samples[item.sample];
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Tenso
     // the choice looks at the sample alone: a batch gives each sample the bits it would get by itself
     else (s.q_len <= DECODE_ROWS && s.k_len > 4 * s.q_len ? decoded : tiled).push_back(b);
   }
-  const Kernels& isa = kernels();
+  const Kernels& isa = product_kernels(a.dtype);
   if (!tiled.empty()) run_tiles(call, isa, tiled);
   if (!decoded.empty()) run_decode(call, isa, decoded);
   return {out, lse};

@@ -60,12 +60,32 @@ GRIT_INLINE void load_lanes(const Contrastive& p, int64_t query, Lanes& l) {
   }
 }
 
+// Products of passages with the queries of a tile: those of tiled formats are computed a few panels ahead.
+template <class F>
+struct Products {
+  static constexpr int64_t AHEAD = 2 * ROW_STEP;
+  const uint32_t *panels, *lanes;
+  int64_t words, last, first = 0, known = -1;  // sums of passages [first, known)
+  alignas(64) float sums[F::tiled ? AHEAD * TILE : 1];
+
+  GRIT_INLINE Products(const uint32_t* panels, const uint32_t* lanes, int64_t words, int64_t last)
+      : panels(panels), lanes(lanes), words(words), last(last) {}
+
+  GRIT_INLINE void of(int64_t j, vf (&s)[PANEL][VECTORS]) {
+    if (F::tiled && j >= known) {
+      const int64_t rows = smaller(AHEAD, last - j);
+      compute_sums<F, VECTORS>(sums, rows, panels + j * words, lanes, words);
+      first = j;
+      known = j + rows;
+    }
+    panel_sums<F, VECTORS>(sums + (j - first) * TILE, panels + j * words, lanes, words, s);
+  }
+};
+
 // Scores of passages [j, j + PANEL), MASKED where the passage is no candidate. Returns whether the panel may hold a target.
 template <class F>
-GRIT_INLINE bool score_panel(const Contrastive& p, const Lanes& l, const uint32_t* panels, const uint32_t* lanes, int64_t words,
-                             int64_t j, vf (&s)[PANEL][VECTORS]) {
-  GRIT_UNROLL for (int i = 0; i < PANEL; ++i) GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) s[i][v] = vf{};
-  multiply_panel<F, VECTORS>(panels + j * words, lanes, words, s);
+GRIT_INLINE bool score_panel(const Contrastive& p, const Lanes& l, Products<F>& products, int64_t j, vf (&s)[PANEL][VECTORS]) {
+  products.of(j, s);
   const bool has_target = j <= l.last_target && j + PANEL > l.first_target;
   const bool plain = j + PANEL <= p.passages && !p.query_low && !p.own && !p.passage_scale;
   if (plain) {
@@ -96,7 +116,7 @@ GRIT_INLINE bool score_panel(const Contrastive& p, const Lanes& l, const uint32_
 template <class F>
 void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first,
                    int64_t last, const ContrastiveState& state) {
-  const int64_t words = padded_dim(p.width) / F::values;
+  Products<F> products{panels, lanes, padded_dim(p.width) / F::values, last};
   Lanes l;
   load_lanes(p, query, l);
   // These passages get sums of their own: over very many, what one adds would be lost in the rounding of the whole sum.
@@ -110,7 +130,7 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
   }
   for (int64_t j = first; j < last; j += PANEL) {
     vf s[PANEL][VECTORS];
-    const bool has_target = score_panel<F>(p, l, panels, lanes, words, j, s);
+    const bool has_target = score_panel(p, l, products, j, s);
     if (state.scores) store_all(state.scores + (j - first) * TILE, s);
     if (has_target) {
       GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
@@ -164,7 +184,8 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
 template <class F>
 void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first,
                    int64_t last, const ContrastiveWeights& w) {
-  const int64_t words = padded_dim(p.width) / F::values;
+  Products<F> products{panels, lanes, padded_dim(p.width) / F::values, last};
+  [[maybe_unused]] vu columns[VECTORS][W];  // of a tiled format: the words of a step, to be turned
   Lanes l;
   load_lanes(p, query, l);
   vf top[VECTORS], log_total[VECTORS], a[VECTORS];
@@ -177,7 +198,7 @@ void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
     vf s[PANEL][VECTORS];
     bool has_target = j <= l.last_target && j + PANEL > l.first_target;
     if (w.scores) load_all(w.scores + (j - first) * TILE, s);
-    else has_target = score_panel<F>(p, l, panels, lanes, words, j, s);
+    else has_target = score_panel(p, l, products, j, s);
     GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
       const float scale = p.passage_scale && j + i < p.passages ? p.passage_scale[j + i] : 1.0f;
       GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
@@ -200,6 +221,14 @@ void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
         vu x;
         if constexpr (F::values == 2) x = pair_words(s[i][v], s[i + 1][v]);
         else x = (vu)s[i][v];
+        if constexpr (F::tiled) {
+          columns[v][word % W] = x;
+          if (word % W + 1 < W) continue;
+          transpose(columns[v]);
+          uint32_t* tile = w.columns + word / W * (W * TILE) + v * W * W;
+          GRIT_UNROLL for (int n = 0; n < W; ++n) store_words(tile + n * W, columns[v][n]);
+          continue;
+        }
         GRIT_UNROLL for (int b = 0; b < W; b += PANEL)
           std::memcpy(w.columns + ((v * W + b) / PANEL * w.words + word) * PANEL, (const uint32_t*)&x + b, PANEL * sizeof(uint32_t));
       }
@@ -228,8 +257,29 @@ void product_typed(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, i
   }
 }
 
+#if defined(GRIT_ISA_TILES)
+// TILE rows and columns; where the matrix ends within them the sums take the way over a block of their own
+void product_of_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, const ContrastiveBlock& c) {
+  const TileRows rows = a_stride ? TileRows{a, 16 * a_stride, 16, a_stride} : TileRows{a, TILE_SIZE, TILE / 16 * TILE_SIZE, 16};
+  if (c.rows == TILE && c.columns >= TILE) {
+    multiply_tiles(c.data, c.stride, TILE / 16, VECTORS, rows, lane_tiles(lanes), count / 16, add);
+    return;
+  }
+  alignas(64) float sums[TILE * TILE];
+  multiply_tiles(sums, TILE, TILE / 16, VECTORS, rows, lane_tiles(lanes), count / 16, false);
+  for (int64_t i = 0; i < c.rows; ++i)
+    for (int64_t v = 0; v < smaller<int64_t>(TILE, c.columns); ++v) {
+      float& out = c.data[i * c.stride + v];
+      out = add ? out + sums[i * TILE + v] : sums[i * TILE + v];
+    }
+}
+#endif
+
 template <class F>
 void product_of(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, const ContrastiveBlock& c) {
+#if defined(GRIT_ISA_TILES)
+  if constexpr (F::tiled) return product_of_tiles(a, a_stride, lanes, count, add, c);
+#endif
   if (c.columns > 2 * W) product_typed<F, VECTORS>(a, a_stride, lanes, count, add, c);
   else if (c.columns > W) product_typed<F, 2>(a, a_stride, lanes, count, add, c);
   else product_typed<F, 1>(a, a_stride, lanes, count, add, c);
@@ -241,11 +291,7 @@ void pack_columns_typed(const T* data, int64_t stride, int64_t real, int64_t fir
   const int64_t words = padded / F::values;
   for (int64_t j = first; j < last; j += F::values) {
     for (int64_t d = 0; d < width; d += W) {
-      vu word = j < real ? row_words<Single>(data + j * stride, d, width) : vu{};
-      if constexpr (F::values == 2) {
-        const vu next = j + 1 < real ? row_words<Single>(data + (j + 1) * stride, d, width) : vu{};
-        word = word >> 16 | next;  // a bfloat16 widened to FP32 has zeros below its 16 bits
-      }
+      const vu word = column_words<F>(data, stride, real, j, d, width);
       store_words(out + (d / TILE * words + j / F::values) * TILE + d % TILE, word);
     }
     // the last tile may be wider than the row
@@ -288,11 +334,15 @@ void scale_typed(const float* grad, float scale, int64_t count, T* out) {
 
 // ---- by dtype
 
-void layout(DType dtype, int64_t width, int64_t* values, int64_t* panel, int64_t* tile, int64_t* lanes) {
-  with_words(dtype, width, [&](auto f, auto) { *values = decltype(f)::values; });
-  *panel = PANEL;
-  *tile = TILE;
-  *lanes = W;
+constexpr int64_t BLOCK_WORDS = 24 << 10;  // the lanes of a product stay in the second-level cache
+
+ContrastiveLayout layout(DType dtype, int64_t width) {
+  return with_words(dtype, width, [&](auto f, auto) {
+    using F = decltype(f);
+    // tile products read the lanes faster than the second-level cache gives them: a share that the first one holds
+    const int64_t inner = F::tiled ? 256 : larger<int64_t>(16, BLOCK_WORDS / TILE / 16 * 16);
+    return ContrastiveLayout{F::values, padded_dim(width) / F::values, F::tiled ? TILE : PANEL, TILE, ROW_STEP, inner};
+  });
 }
 
 void norms(DType dtype, const void* data, int64_t stride, int64_t rows, int64_t width, float* out) {

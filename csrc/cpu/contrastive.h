@@ -1,7 +1,8 @@
 // Plain arguments of the contrastive kernels.
 //
 // All three matrix products run on packed operands: a *panel* (`panel` rows side by side, the broadcast side) times *lanes*
-// (`tile` columns, the vector side). A word is one FP32 value or, where the CPU multiplies bfloat16, a pair of them.
+// (`tile` columns, the vector side). A word is one FP32 value or, where the CPU multiplies bfloat16, a pair of them. Where it
+// multiplies matrix tiles (tiles.h), [words][panel] below means [words / 16][panel / 16] tiles of 16 rows of 16 words.
 //   scores^T  [passages, queries]   passages as row panels    x queries as lanes               over the width
 //   grad_q    [queries, width]      weights as column panels  x passages as columns of words   over the passages
 //   grad_p    [passages, width]     weights as rows           x queries as columns of words    over the queries
@@ -49,11 +50,19 @@ struct ContrastiveBlock {
   int64_t stride, rows, columns;
 };
 
+// How an instruction set lays out the operands of one dtype and width.
+struct ContrastiveLayout {
+  int64_t values;  // per word
+  int64_t words;   // of a row
+  int64_t panel, tile;
+  int64_t step;   // passages are padded to whole steps, and every range of them starts at one
+  int64_t inner;  // words that one product should take at a time
+};
+
 struct ContrastiveKernels {
-  // values per word, rows of a panel, columns of a tile, columns packed at a time
-  void (*layout)(DType, int64_t width, int64_t* values, int64_t* panel, int64_t* tile, int64_t* lanes);
+  ContrastiveLayout (*layout)(DType, int64_t width);
   void (*norms)(DType, const void* row, int64_t stride, int64_t rows, int64_t width, float* out);
-  // rows as row panels [rows / panel][words][panel]; `rows` of which `real` exist
+  // rows as row panels [rows / panel][words][panel]; `rows` of which `real` exist; panels of 16 rows where they hold tiles
   void (*pack_panels)(DType, const void* data, int64_t stride, int64_t real, int64_t rows, int64_t width, uint32_t* out);
   // up to `tile` rows as lanes [words][tile]
   void (*pack_lanes)(DType, const void* data, int64_t stride, int64_t real, int64_t width, uint32_t* out);

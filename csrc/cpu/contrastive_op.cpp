@@ -32,19 +32,21 @@ const int64_t* int64_data(const Tensor& t, int64_t count, const char* name) {
 
 // The call's arguments, checked, padded and with packed operands.
 struct Call {
-  const ContrastiveKernels& kernels;
+  const Kernels& isa;
+  const ContrastiveKernels& kernels = *isa.contrastive;
+  const ThreadState& thread = isa.thread;
   Contrastive problem = {};
   const char *queries, *passages;
   int64_t item, stride_q, stride_p;  // bytes of an element; elements
-  int64_t values, panel, tile, lanes;
-  int64_t words, tiles, padded_passages;
+  int64_t values, words, panel, tile, step, inner;  // ContrastiveLayout
+  int64_t tiles, padded_passages;
   std::vector<float> query_scale, passage_scale;
   std::vector<int32_t> targets, query_low, query_high, passage_low, passage_high;
   Memory query_lanes, passage_panels;
 
   Call(const Tensor& q, const Tensor& p, const Tensor& temperature, const Tensor& target, const std::optional<Tensor>& query_ids,
        const std::optional<Tensor>& passage_ids, bool in_batch_negatives, bool normalize)
-      : kernels(*grit::kernels().contrastive) {
+      : isa(product_kernels(dtype_of(q, "queries"))) {
     STD_TORCH_CHECK(q.dim() == 2 && p.dim() == 2 && q.size(1) == p.size(1) && q.scalar_type() == p.scalar_type(),
                     "queries, passages: expected (Q, D) and (P, D) of one dtype");
     STD_TORCH_CHECK(q.size(0) > 0 && p.size(0) > 0, "queries, passages: expected at least one row each");
@@ -61,10 +63,10 @@ struct Call {
     item = problem.dtype == DType::float32 ? 4 : 2;
     stride_q = q.stride(0);
     stride_p = p.stride(0);
-    kernels.layout(problem.dtype, problem.width, &values, &panel, &tile, &lanes);
-    words = up(problem.width, 16) / values;
+    const ContrastiveLayout layout = kernels.layout(problem.dtype, problem.width);
+    values = layout.values, words = layout.words, panel = layout.panel, tile = layout.tile, step = layout.step, inner = layout.inner;
     tiles = (problem.queries + tile - 1) / tile;
-    padded_passages = up(problem.passages, 16);
+    padded_passages = up(problem.passages, step);
     const int64_t padded_queries = tiles * tile;
 
     const float inverse = 1.0f / *float_data(temperature, 1, "temperature");
@@ -100,12 +102,12 @@ struct Call {
     problem.own = in_batch_negatives ? 0 : problem.passages / problem.queries;
 
     query_lanes = allocate(tiles * words * tile * 4);
-    run_items(tiles, 0, [&](int64_t t, void*) {
+    run_items(thread, tiles, 0, [&](int64_t t, void*) {
       kernels.pack_lanes(problem.dtype, queries + t * tile * stride_q * item, stride_q, problem.queries - t * tile,
                          problem.width, lanes_of(t));
     });
     passage_panels = allocate(padded_passages * words * 4);
-    run_items((padded_passages + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
+    run_items(thread, (padded_passages + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       const int64_t first = i * PACK_ROWS, rows = std::min(PACK_ROWS, padded_passages - first);
       kernels.pack_panels(problem.dtype, passages + first * stride_p * item, stride_p,
                           std::max<int64_t>(0, problem.passages - first), rows, problem.width, panels() + first * words);
@@ -113,7 +115,7 @@ struct Call {
   }
 
   void row_norms(const char* data, int64_t stride, int64_t rows, std::vector<float>& out) const {
-    run_items((rows + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
+    run_items(thread, (rows + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       const int64_t first = i * PACK_ROWS;
       kernels.norms(problem.dtype, data + first * stride * item, stride, std::min(PACK_ROWS, rows - first), problem.width,
                     out.data() + first);
@@ -132,15 +134,15 @@ struct Call {
   uint32_t* lanes_of(int64_t t) const { return (uint32_t*)query_lanes.get() + t * words * tile; }
   uint32_t* panels() const { return (uint32_t*)passage_panels.get(); }
 
-  // passages that the queries of tiles [first, last) may have as candidates, widened to whole panels
+  // passages that the queries of tiles [first, last) may have as candidates, widened to whole steps
   std::pair<int64_t, int64_t> seen(int64_t first, int64_t last) const {
     if (!problem.own) return {0, padded_passages};
     const int64_t begin = first * tile * problem.own, end = std::min(last * tile, problem.queries) * problem.own;
-    return {begin / 16 * 16, std::min(up(end, 16), padded_passages)};
+    return {begin / step * step, std::min(up(end, step), padded_passages)};
   }
 
-  // passages per block, a multiple of 16
-  int64_t block() const { return std::max<int64_t>(16, BLOCK_BYTES / (words * 4) / 16 * 16); }
+  // passages per block, whole steps
+  int64_t block() const { return std::max(step, BLOCK_BYTES / (words * 4) / step * step); }
 };
 
 Tensor empty_floats(std::initializer_list<int64_t> sizes) {
@@ -174,7 +176,7 @@ void compute_losses(const Call& call, int64_t first, int64_t last, float* scores
   float* const all_below = all_total + shares * padded;
   float* const all_positive = all_below + shares * padded;
   std::fill(all_top, all_total, NO_CANDIDATE);
-  run_items(groups * shares, 0, [&](int64_t index, void*) {
+  run_items(call.thread, groups * shares, 0, [&](int64_t index, void*) {
     const int64_t share = index % shares, first_tile = first + index / shares * step, last_tile = std::min(first_tile + step, last);
     const auto [begin, end] = call.seen(first_tile, last_tile);
     const int64_t here = (end - begin + block - 1) / block;
@@ -220,6 +222,7 @@ void compute_losses(const Call& call, int64_t first, int64_t last, float* scores
 void compute_gradients(const Call& call, const float* coefficients, bool known, const Losses& numbers, bool normalize, float* dq,
                        float* dp) {
   const ContrastiveKernels& kernels = call.kernels;
+  const ThreadState& thread = call.thread;
   const Contrastive& problem = call.problem;
   const int64_t tile = call.tile, panel = call.panel, values = call.values, width = problem.width, count = problem.queries;
   const int64_t padded_queries = call.tiles * tile, padded = call.padded_passages;
@@ -230,7 +233,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   // both inputs once more, as columns of words: the vector side of the two gradient products
   Memory query_columns = allocate(padded_queries / values * wide * 4), passage_columns = allocate(padded / values * wide * 4);
   auto pack = [&](const char* data, int64_t stride, int64_t real, int64_t rows, Memory& out) {
-    run_items((rows + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
+    run_items(thread, (rows + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       kernels.pack_columns(problem.dtype, data, stride, real, i * PACK_ROWS, std::min(rows, (i + 1) * PACK_ROWS), rows, width,
                            (uint32_t*)out.get());
     });
@@ -252,11 +255,11 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   const int64_t chunks = (call.tiles + chunk_tiles - 1) / chunk_tiles;
   chunk_tiles = (call.tiles + chunks - 1) / chunks;
   const auto [first_begin, first_end] = call.seen(0, chunk_tiles);
-  int64_t most = std::min(padded, first_end - first_begin + 32);
+  int64_t most = std::min(padded, first_end - first_begin + 2 * call.step);
   if (!keep && !problem.own) {
-    const int64_t wanted = std::max<int64_t>(16, pairs / (chunk_tiles * tile));
+    const int64_t wanted = std::max(call.step, pairs / (chunk_tiles * tile));
     const int64_t shares = std::max<int64_t>(1, (padded + wanted / 2) / wanted);
-    most = up((padded + shares - 1) / shares, 16);
+    most = up((padded + shares - 1) / shares, call.step);
   }
   // rows of weights end off a power of two, so that the rows of a panel do not share cache sets
   const int64_t row_stride = chunk_tiles * tile * weight_bytes + 64;
@@ -266,8 +269,8 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   uint32_t* const columns = (uint32_t*)column_memory.get();
   float* const scores = (float*)score_memory.get();
   const int64_t block = call.block();
-  const int64_t inner = std::max<int64_t>(16, BLOCK_BYTES / 4 / (tile * 4) / 16 * 16);  // words per pass of a product
-  const int64_t group = std::max<int64_t>(1, BLOCK_BYTES / (inner * panel * 4));        // panels that share the lanes
+  const int64_t inner = call.inner;                                               // words per pass of a product
+  const int64_t group = std::max<int64_t>(1, BLOCK_BYTES / (inner * panel * 4));  // panels that share the lanes
 
   for (int64_t first_tile = 0; first_tile < call.tiles; first_tile += chunk_tiles) {
     const int64_t last_tile = std::min(first_tile + chunk_tiles, call.tiles), here = last_tile - first_tile;
@@ -277,7 +280,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
       const bool first_passages = begin == seen_begin;
       const int64_t seen = std::min(most, seen_end - begin), seen_words = seen / values, blocks = (seen + block - 1) / block;
 
-      run_items(here * blocks, 0, [&](int64_t index, void*) {
+      run_items(thread, here * blocks, 0, [&](int64_t index, void*) {
         const int64_t t = first_tile + index % here, from = index / here * block, to = std::min(from + block, seen);
         kernels.weights(problem, call.panels(), call.lanes_of(t), t * tile, begin + from, begin + to,
                         {numbers.top + t * tile, numbers.log_total + t * tile, a.data() + t * tile,
@@ -288,7 +291,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
 
       // grad_q: what the chunk's passages add
       const int64_t query_panels = here * tile / panel, query_groups = (query_panels + group - 1) / group;
-      run_items(query_groups * dim_tiles, 0, [&](int64_t index, void*) {
+      run_items(thread, query_groups * dim_tiles, 0, [&](int64_t index, void*) {
         const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, query_panels);
         const uint32_t* vectors = (uint32_t*)passage_columns.get() + (d * (padded / values) + begin / values) * tile;
         for (int64_t n = 0; n < seen_words; n += inner)
@@ -304,7 +307,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
       // grad_p: what the chunk's queries add
       const int64_t passage_panels = seen / panel, passage_groups = (passage_panels + group - 1) / group;
       const int64_t chunk_words = here * tile / values;
-      run_items(passage_groups * dim_tiles, 0, [&](int64_t index, void*) {
+      run_items(thread, passage_groups * dim_tiles, 0, [&](int64_t index, void*) {
         const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, passage_panels);
         const uint32_t* vectors =
             (uint32_t*)query_columns.get() + (d * (padded_queries / values) + first_tile * tile / values) * tile;
@@ -321,7 +324,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   }
   if (!normalize) return;
   auto project = [&](float* grad, const char* data, int64_t stride, int64_t total) {
-    run_items((total + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
+    run_items(thread, (total + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       for (int64_t r = i * PACK_ROWS; r < std::min(total, (i + 1) * PACK_ROWS); ++r)
         kernels.project(problem.dtype, data + r * stride * call.item, width, grad + r * width);
     });
@@ -339,8 +342,10 @@ Tensor scaled(const Tensor& grad, float scale, const Tensor& like) {
   const float* from = (const float*)grad.const_data_ptr();
   char* to = (char*)out.mutable_data_ptr();
   const DType dtype = dtype_of(like, "queries");
-  const ContrastiveKernels& kernels = *grit::kernels().contrastive;
-  run_items((total + PART - 1) / PART, 0, [&](int64_t i, void*) {
+  const Kernels& isa = product_kernels(dtype);
+  const ContrastiveKernels& kernels = *isa.contrastive;
+  const ThreadState& thread = isa.thread;
+  run_items(thread, (total + PART - 1) / PART, 0, [&](int64_t i, void*) {
     kernels.scale(dtype, from + i * PART, scale, std::min(PART, total - i * PART), to + i * PART * item);
   });
   return out;

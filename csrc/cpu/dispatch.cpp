@@ -1,100 +1,112 @@
-// Chooses the instruction set at run time.
+// Chooses the instruction set at run time, by what it gives and not by the flag alone.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "cpu_features.h"
 #include "kernels.h"
 
 namespace grit {
 
+#define GRIT_TABLE(isa)         \
+  namespace isa {               \
+  extern const Kernels table;   \
+  }
 #if defined(__x86_64__)
-namespace avx512_bf16 {
-extern const Kernels table;
-}
-namespace avx512 {
-extern const Kernels table;
-}
-namespace avx2 {
-extern const Kernels table;
-}
+#if defined(GRIT_HAS_AMX)
+GRIT_TABLE(amx)
+GRIT_TABLE(amx_emulated)
 #endif
-namespace portable {
-extern const Kernels table;
-}
+GRIT_TABLE(avx512_bf16)
+GRIT_TABLE(avx512)
+GRIT_TABLE(avx2)
+#endif
+GRIT_TABLE(portable)
 
 namespace {
 
-struct Candidate {
-  const Kernels* table;
-  bool usable;
+struct Choice {
+  const Kernels* bf16_products;
+  const Kernels* others;
+
+  const char* name() const { return bf16_products->name; }
 };
 
-// best first
-const Candidate* candidates(int* count) {
+// those that this CPU runs, best first; the emulation is for tests and comes last
+std::vector<Choice> usable() {
+  std::vector<Choice> list;
+  auto add = [&](const Kernels& table) { list.push_back({&table, &table}); };
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  static const Candidate list[] = {
-      {&avx512_bf16::table, has_bf16}, {&avx512::table, has_avx512}, {&avx2::table, has_avx2}, {&portable::table, true}};
-  *count = 4;
-#else
-  static const Candidate list[] = {{&portable::table, true}};
-  *count = 1;
+  const CpuFeatures& cpu = cpu_features();
+#if defined(GRIT_HAS_AMX)
+  if (cpu.amx) list.push_back({&amx::table, &avx512_bf16::table});
+#endif
+  if (cpu.avx512_bf16 && !cpu.slow_bf16_pairs) add(avx512_bf16::table);
+  if (cpu.avx512) add(avx512::table);
+  if (cpu.avx512_bf16 && cpu.slow_bf16_pairs) add(avx512_bf16::table);
+  if (cpu.avx2) add(avx2::table);
+#endif
+  add(portable::table);
+#if defined(GRIT_HAS_AMX)
+  if (cpu.avx512_bf16) list.push_back({&amx_emulated::table, &avx512_bf16::table});
 #endif
   return list;
 }
 
-const Kernels* find(const char* wanted) {
-  int count;
-  const Candidate* list = candidates(&count);
-  std::string usable;
-  for (int i = 0; i < count; ++i) {
-    if (!list[i].usable) continue;
-    if (!wanted || !std::strcmp(wanted, list[i].table->name)) return list[i].table;
-    usable += (usable.empty() ? "" : ", ") + std::string(list[i].table->name);
-  }
-  throw std::runtime_error("GRIT_KERNELS_CPU_ISA: expected one of " + usable + " on this CPU, got '" + std::string(wanted) + "'");
+const std::vector<Choice>& choices() {
+  static const std::vector<Choice> list = usable();
+  return list;
 }
 
-std::atomic<const Kernels*> chosen{nullptr};
+std::string names(const char* separator) {
+  std::string all;
+  for (const Choice& choice : choices()) all += (all.empty() ? "" : separator) + std::string(choice.name());
+  return all;
+}
+
+const Choice* find(const char* wanted) {
+  for (const Choice& choice : choices())
+    if (!wanted || !std::strcmp(wanted, choice.name())) return &choice;
+  throw std::runtime_error("GRIT_KERNELS_CPU_ISA: expected one of " + names(", ") + " on this CPU, got '" + wanted + "'");
+}
+
+std::atomic<const Choice*> chosen{nullptr};
+
+const Choice& choice() {
+  const Choice* found = chosen.load(std::memory_order_acquire);
+  if (!found) {
+    const char* wanted = std::getenv("GRIT_KERNELS_CPU_ISA");
+    found = find(wanted && *wanted ? wanted : nullptr);
+    chosen.store(found, std::memory_order_release);
+  }
+  return *found;
+}
 
 }  // namespace
 
-const Kernels& kernels() {
-  const Kernels* table = chosen.load(std::memory_order_acquire);
-  if (!table) {
-    const char* wanted = std::getenv("GRIT_KERNELS_CPU_ISA");
-    table = find(wanted && *wanted ? wanted : nullptr);
-    chosen.store(table, std::memory_order_release);
-  }
-  return *table;
+const Kernels& kernels() { return *choice().others; }
+
+const Kernels& product_kernels(DType dtype) {
+  const Choice& found = choice();
+  return dtype == DType::bfloat16 ? *found.bf16_products : *found.others;
 }
 
 }  // namespace grit
 
 // For tests and `grit doctor` through ctypes; they hold no state of torch, so they need no op.
+#define GRIT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Names of the usable sets, best first, separated by commas.
-extern "C" __attribute__((visibility("default"))) const char* grit_kernels_cpu_isas() {
-  static const std::string names = [] {
-    int count;
-    const grit::Candidate* list = grit::candidates(&count);
-    std::string all;
-    for (int i = 0; i < count; ++i)
-      if (list[i].usable) all += (all.empty() ? "" : ",") + std::string(list[i].table->name);
-    return all;
-  }();
-  return names.c_str();
+GRIT_EXPORT const char* grit_kernels_cpu_isas() {
+  static const std::string all = grit::names(",");
+  return all.c_str();
 }
 
 // Uses the named set from now on (nullptr: the best); 0 on success, 1 when this CPU does not have it.
-extern "C" __attribute__((visibility("default"))) int grit_kernels_set_cpu_isa(const char* name) {
+GRIT_EXPORT int grit_kernels_set_cpu_isa(const char* name) {
   try {
     grit::chosen.store(grit::find(name), std::memory_order_release);
     return 0;
@@ -102,3 +114,15 @@ extern "C" __attribute__((visibility("default"))) int grit_kernels_set_cpu_isa(c
     return 1;
   }
 }
+
+// The set that runs now: products of bfloat16, or everything else. Empty when GRIT_KERNELS_CPU_ISA names none.
+GRIT_EXPORT const char* grit_kernels_cpu_isa_of(int bf16_products) {
+  try {
+    return bf16_products ? grit::product_kernels(grit::DType::bfloat16).name : grit::kernels().name;
+  } catch (const std::runtime_error&) {
+    return "";
+  }
+}
+
+// Why the tile registers are not used, empty when they are.
+GRIT_EXPORT const char* grit_kernels_amx_reason() { return grit::cpu_features().amx_reason; }

@@ -41,7 +41,7 @@ struct QueryPack {
   float* log2_total;                 // [tile_lanes], with `apart` only
   int32_t *lo, *hi;                  // [tile_lanes]
   // lse_log2 holds the highest score alone and log2_total what the other keys add: scores so large that their sum in one number
-  // would cost the probabilities digits (LARGE_SCORE)
+  // would cost the probabilities digits
   bool apart;
 };
 
@@ -50,12 +50,19 @@ struct KeyPack {
   const uint32_t* k_columns;            // columns: [padded_dim / panel][keys / values][panel]
 };
 
+// What a thread does before and after it runs kernels of a set, or null.
+struct ThreadState {
+  void (*enter)();
+  void (*leave)();
+};
+
 struct Kernels {
   const char* name;
+  ThreadState thread;
   void (*pool_rows)(const PoolRows&);
   void (*pool_backward_rows)(const PoolBackwardRows&);
-  const ContrastiveKernels* contrastive;
   const FusedKernels* fused;
+  const ContrastiveKernels* contrastive;
 
   Layout (*layout)(DType, int64_t dim);
   // K as row panels and V as column panels of one (sample, key head)
@@ -90,7 +97,9 @@ struct Kernels {
                             const float* const* partial, void* scratch);
 };
 
-// The best set this CPU runs, or the one that GRIT_KERNELS_CPU_ISA names.
+// The best set on this CPU, or the one that GRIT_KERNELS_CPU_ISA names; kernels whose work is matrix products (attention,
+// contrastive) may have a set of their own for a dtype.
 const Kernels& kernels();
+const Kernels& product_kernels(DType);
 
 }  // namespace grit

@@ -13,6 +13,7 @@
 #endif
 
 #include "../torch_api.h"
+#include "kernels.h"
 
 namespace grit {
 
@@ -63,10 +64,26 @@ inline Memory allocate(int64_t bytes) {
   return Memory((char*)block + HEADER);
 }
 
+// A thread's state while it runs kernels of one set.
+class Entered {
+ public:
+  explicit Entered(const ThreadState& state) : state(state) {
+    if (state.enter) state.enter();
+  }
+  ~Entered() {
+    if (state.leave) state.leave();
+  }
+  Entered(const Entered&) = delete;
+  Entered& operator=(const Entered&) = delete;
+
+ private:
+  const ThreadState& state;
+};
+
 // Calls f(index, scratch) for every index below count, each once, in any order, on torch's threads; scratch: `bytes` per thread.
-// Items are handed out one by one, so put the longest first.
+// Items are handed out one by one, so put the longest first. `state`: of the set whose kernels f runs.
 template <class Function>
-void run_items(int64_t count, int64_t scratch_bytes, const Function& f) {
+void run_items(const ThreadState& state, int64_t count, int64_t scratch_bytes, const Function& f) {
   if (count == 0) return;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
@@ -75,12 +92,18 @@ void run_items(int64_t count, int64_t scratch_bytes, const Function& f) {
     // an exception must not cross torch's C interface
     try {
       Memory scratch = allocate(scratch_bytes);
+      Entered entered(state);
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i, scratch.get());
     } catch (const std::bad_alloc&) {
       failed = true;
     }
   });
   if (failed) throw std::bad_alloc();
+}
+
+template <class Function>
+void run_items(int64_t count, int64_t scratch_bytes, const Function& f) {
+  run_items({}, count, scratch_bytes, f);
 }
 
 }  // namespace grit

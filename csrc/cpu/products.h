@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace grit::GRIT_ISA {
 
@@ -13,15 +14,25 @@ constexpr int ROW_VECTORS = 2;
 constexpr int PANEL = 4;
 constexpr int ROW_VECTORS = 3;
 #endif
+#if defined(GRIT_ISA_TILES)
+constexpr int VECTORS = 2;       // tiles are multiplied two by two
+constexpr int64_t ROW_STEP = 32;  // keys (or passages) and head dimensions are padded to whole steps: 32 make 16 pairs
+#else
 constexpr int VECTORS = 3;
+constexpr int64_t ROW_STEP = 16;
+#endif
 constexpr int TILE = VECTORS * W;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr float MINUS_INFINITY = -__builtin_inff();
 
 // ---- formats of a packed word: one FP32 value, or two bfloat16 values whose products are summed in FP32
+//
+// panel: rows side by side in a packed operand. tiled: products leave their sums in memory (tiles.h), and panels hold tiles.
 
 struct Single {
   static constexpr int values = 1;
+  static constexpr bool tiled = false;
+  static constexpr int panel = PANEL;
   static constexpr int exp_degree = 5;
   static GRIT_INLINE vf multiply_add(vf sum, uint32_t a, vu b) { return fma(splat(bits_as<float>(a)), (vf)b, sum); }
   static GRIT_INLINE vf multiply_add(vf sum, vu a, vu b) { return fma((vf)a, (vf)b, sum); }
@@ -30,6 +41,13 @@ struct Single {
 #if defined(GRIT_ISA_AVX512_BF16)
 struct Pair {
   static constexpr int values = 2;
+#if defined(GRIT_ISA_TILES)
+  static constexpr bool tiled = true;
+  static constexpr int panel = TILE_ROWS;
+#else
+  static constexpr bool tiled = false;
+  static constexpr int panel = PANEL;
+#endif
   static constexpr int exp_degree = 4;  // 3e-6: far below the rounding of a bfloat16 probability
   static GRIT_INLINE vf multiply_add(vf sum, uint32_t a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
@@ -42,7 +60,10 @@ struct Pair {
 
 // Calls f with the word format and the storage type of a dtype.
 template <class Function>
-GRIT_INLINE auto with_format(DType dtype, Function f) {
+GRIT_INLINE auto with_format([[maybe_unused]] DType dtype, Function f) {
+#if defined(GRIT_ISA_TILES)
+  return f(Pair{}, bf16{});  // the other dtypes have no tiles: dispatch.cpp gives them another set
+#else
   switch (dtype) {
 #if defined(GRIT_ISA_AVX512_BF16)
     case DType::bfloat16:
@@ -56,10 +77,23 @@ GRIT_INLINE auto with_format(DType dtype, Function f) {
     default:
       return f(Single{}, float{});
   }
+#endif
+}
+
+// Calls f(Count<n>) for 1 <= n <= VECTORS, so that a loop over a tile's slots has constant bounds.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <class Function>
+GRIT_INLINE auto with_count(int64_t n, Function f) {
+  if constexpr (VECTORS == 3)
+    if (n == 3) return f(Count<3>{});
+  return n == 2 ? f(Count<2>{}) : f(Count<1>{});
 }
 
 GRIT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-GRIT_INLINE int64_t padded_dim(int64_t dim) { return round_up(dim, 16); }
+GRIT_INLINE int64_t padded_dim(int64_t dim) { return round_up(dim, ROW_STEP); }
 
 // W words of a row from word d on; 0 behind the row's end and when the row does not exist
 template <class F, class T>
@@ -125,9 +159,16 @@ GRIT_INLINE vf sums_of_each(vf (&x)[W]) {
 // ---- packing
 
 // Rows [0, rows) of T as panels of PANEL rows: out [padded / PANEL][words][PANEL], 0 behind the last row and the last word.
+// Tiled: out [padded / 16][words / 16][16 rows][16 words]. In both the panels of rows from j on start at out + j * words.
 template <class F, class T>
 void pack_row_panels(const T* data, int64_t stride, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
   const int64_t words = padded_dim(dim) / F::values;
+  if constexpr (F::tiled) {
+    for (int64_t j = 0; j < padded; ++j)
+      for (int64_t d = 0; d < words; d += W)
+        store_words(out + (j / 16 * words + d) * 16 + j % 16 * 16, j < rows ? row_words<F>(data + j * stride, d, dim) : vu{});
+    return;
+  }
   for (int64_t j = 0; j < padded; j += W) {
     for (int64_t d = 0; d < words; d += W) {
       vu r[W];
@@ -141,18 +182,34 @@ void pack_row_panels(const T* data, int64_t stride, int64_t rows, int64_t padded
   }
 }
 
+// W columns from d on of a word that holds `values` consecutive rows, from row j on
+template <class F, class T>
+GRIT_INLINE vu column_words(const T* data, int64_t stride, int64_t rows, int64_t j, int64_t d, int64_t dim) {
+  const T* row = data + j * stride;
+  const vu word = j < rows ? row_words<Single>(row, d, dim) : vu{};
+  if constexpr (F::values == 1) return word;
+  const vu next = j + 1 < rows ? row_words<Single>(row + stride, d, dim) : vu{};
+  return word >> 16 | next;  // a bfloat16 widened to FP32 has zeros below its 16 bits
+}
+
 // Rows as column panels: out [padded_dim / PANEL][padded / values][PANEL]; a word holds `values` consecutive rows of a column.
+// Tiled: out [padded_dim / 16][padded / 32][16 columns][16 words].
 template <class F, class T>
 void pack_column_panels(const T* data, int64_t stride, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
   const int64_t wide = padded_dim(dim), panel = padded / F::values * PANEL;
-  for (int64_t j = 0; j < padded; j += F::values) {
-    const T* row = data + j * stride;
-    for (int64_t d = 0; d < wide; d += W) {
-      vu word = j < rows ? row_words<Single>(row, d, dim) : vu{};
-      if constexpr (F::values == 2) {
-        vu next = j + 1 < rows ? row_words<Single>(row + stride, d, dim) : vu{};
-        word = word >> 16 | next;  // a bfloat16 widened to FP32 has zeros below its 16 bits
+  if constexpr (F::tiled) {
+    for (int64_t j = 0; j < padded; j += 2 * W)
+      for (int64_t d = 0; d < wide; d += W) {
+        vu r[W];
+        GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = column_words<F>(data, stride, rows, j + 2 * i, d, dim);
+        transpose(r);
+        GRIT_UNROLL for (int i = 0; i < W; ++i) store_words(out + (d * (padded / 2) + j / 2 * W) + i * W, r[i]);
       }
+    return;
+  }
+  for (int64_t j = 0; j < padded; j += F::values) {
+    for (int64_t d = 0; d < wide; d += W) {
+      const vu word = column_words<F>(data, stride, rows, j, d, dim);
       GRIT_UNROLL for (int p = 0; p < W; p += PANEL)
         std::memcpy(out + (d + p) / PANEL * panel + j / F::values * PANEL, (const uint32_t*)&word + p, PANEL * sizeof(uint32_t));
     }
@@ -233,6 +290,36 @@ GRIT_INLINE void multiply_panel(const uint32_t* panel, const uint32_t* vectors, 
   }
 }
 
+#if defined(GRIT_ISA_TILES)
+// operands as they were packed: panels of `count` words, column panels of `padded` rows from row j on, lanes [words][TILE]
+GRIT_INLINE TileRows panel_tiles(const uint32_t* panels, int64_t count) { return {panels, 16 * count, TILE_SIZE, 16}; }
+GRIT_INLINE TileRows column_tiles(const uint32_t* columns, int64_t padded, int64_t j) {
+  return {columns + j / 2 * 16, padded / 2 * 16, TILE_SIZE, 16};
+}
+GRIT_INLINE TileLanes lane_tiles(const uint32_t* lanes) { return {lanes, 16 * TILE, TILE}; }
+#endif
+
+// sums [rows][TILE] of a tiled format = row panels x lanes; other formats compute them panel by panel (panel_sums)
+template <class F, int NV>
+GRIT_INLINE void compute_sums([[maybe_unused]] float* sums, [[maybe_unused]] int64_t rows, [[maybe_unused]] const uint32_t* panels,
+                              [[maybe_unused]] const uint32_t* lanes, [[maybe_unused]] int64_t words) {
+#if defined(GRIT_ISA_TILES)
+  if constexpr (F::tiled) multiply_tiles(sums, TILE, rows / 16, NV, panel_tiles(panels, words), lane_tiles(lanes), words / 16, false);
+#endif
+}
+
+// PANEL rows of those sums: x = panel x lanes, or what compute_sums has left at `sums`
+template <class F, int NV>
+GRIT_INLINE void panel_sums([[maybe_unused]] const float* sums, [[maybe_unused]] const uint32_t* panel, [[maybe_unused]] const uint32_t* lanes,
+                            [[maybe_unused]] int64_t words, vf (&x)[PANEL][NV]) {
+  if constexpr (F::tiled) {
+    load_all(sums, x);
+  } else {
+    set_zero(x);
+    multiply_panel<F, NV>(panel, lanes, words, x);
+  }
+}
+
 // sum[i][v] += sum over n of a[i * a_stride + n] * rows[n * row_stride + v * W]
 template <class F, int NV>
 GRIT_INLINE void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32_t* rows, int64_t row_stride, int64_t count,
@@ -252,6 +339,16 @@ GRIT_INLINE void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32
 // 2^x for x <= about 1; exactly 1 at 0. x below -126 gives 2^-126: whoever masks must write its own 0. A NaN stays a NaN.
 template <int DEGREE>
 GRIT_INLINE vf exp2_of(vf x) {
+#if defined(GRIT_ISA_TILES)
+  if constexpr (DEGREE == 4) {  // beside tile products exponentials are what costs: 6 instructions instead of 10, 0 for -inf
+    const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+    vf p = fma(splat(1.342667e-2f), f, splat(5.22425e-2f));
+    p = fma(p, f, splat(2.4128019e-1f));
+    p = fma(p, f, splat(6.9304485e-1f));
+    p = fma(p, f, splat(1.0f));
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
+#endif
   x = vmax(splat(-126.0f), x);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
   const vf shifted = x + magic;
@@ -286,8 +383,7 @@ GRIT_INLINE vf tanh_of(vf x) {
 }
 
 // From this score on (in powers of 2) a product with the scale is rounded before the highest one is subtracted, as SDPA does it:
-// fused, the difference keeps digits that the maximum has lost, and 2 to the power of it may overflow from 2^31 on. In the
-// backward pass such a row's log-sum-exp is no longer kept in one number.
+// fused, the difference keeps digits that the maximum has lost, and 2 to the power of it may overflow from 2^31 on.
 constexpr float LARGE_SCORE = 4096;
 
 // `rows` rows of raw products times the scale, rounded, in the lanes that are chosen

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "tiles.h"
 
 namespace grit::GRIT_ISA {
 
@@ -26,11 +27,35 @@ extern const FusedKernels fused_table;
 #define GRIT_STRING_(x) #x
 #define GRIT_STRING(x) GRIT_STRING_(x)
 
+// A set with tiles has the kernels whose work is products, and these of bfloat16 only; another set does the rest.
+#if defined(GRIT_ISA_TILES)
+constexpr ThreadState THREAD = {enter_tiles, leave_tiles};
+#define GRIT_NO_PRODUCT(kernel) nullptr
+#else
+constexpr ThreadState THREAD = {};
+#define GRIT_NO_PRODUCT(kernel) kernel
+#endif
+
 extern const Kernels table;
 const Kernels table = {
-    GRIT_STRING(GRIT_ISA), pool_rows, pool_backward_rows, &contrastive_table, &fused_table, layout,        pack_keys,          forward_scratch,
-    forward_tile,          decode_part, decode_join,   backward_pack_keys, backward_pack_queries,
-    backward_take_apart,   backward_scratch, backward_keys, backward_store_dq,
+    GRIT_STRING(GRIT_ISA),
+    THREAD,
+    GRIT_NO_PRODUCT(pool_rows),
+    GRIT_NO_PRODUCT(pool_backward_rows),
+    GRIT_NO_PRODUCT(&fused_table),
+    &contrastive_table,
+    layout,
+    pack_keys,
+    forward_scratch,
+    forward_tile,
+    decode_part,
+    decode_join,
+    backward_pack_keys,
+    backward_pack_queries,
+    backward_take_apart,
+    backward_scratch,
+    backward_keys,
+    backward_store_dq,
 };
 
 }  // namespace grit::GRIT_ISA

@@ -75,7 +75,6 @@ def test_a_torch_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
 def test_an_unknown_instruction_set_is_refused_with_the_usable_ones() -> None:
-    assert _library.cpu_isas()[-1] == "portable"
     with pytest.raises(ValueError, match="portable.*'mmx'"), _library.cpu_isa("mmx"):
         pass
     script = "import torch, grit_kernels as gk; gk.pool(torch.ones(1, 2, 8))"
@@ -86,3 +85,25 @@ def test_an_unknown_instruction_set_is_refused_with_the_usable_ones() -> None:
         text=True,
     )
     assert run.returncode != 0 and "got 'mmx'" in run.stderr
+
+
+@pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
+def test_every_set_is_usable_and_the_first_one_serves() -> None:
+    names = _library.cpu_isas()
+    assert "portable" in names and names[0] != "amx_emulated"
+    for name in names:
+        with _library.cpu_isa(name):
+            choice = _library.cpu_choice()
+            assert choice.bfloat16_products == name
+            # tiles multiply bfloat16 alone; everything else takes a set that has it all
+            assert choice.others == ("avx512_bf16" if name.startswith("amx") else name)
+    assert ("amx" in names) == (not _library.cpu_choice().amx_reason)
+
+
+@pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
+def test_bfloat16_never_takes_the_set_that_is_slower_than_fp32() -> None:
+    names = [name for name in _library.cpu_isas() if name.startswith("avx512")]
+    if len(names) < 2:
+        pytest.skip("this CPU has at most one of the two sets")
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    assert names == (["avx512", "avx512_bf16"] if is_intel else ["avx512_bf16", "avx512"])
