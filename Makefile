@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(LOCK) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: $(shell grep -oE '^[a-z][a-z-]*:' $(lastword $(MAKEFILE_LIST)) | tr -d :)
+.PHONY: fuzz $(shell grep -oE '^[a-z][a-z-]*:' $(lastword $(MAKEFILE_LIST)) | tr -d :)
 
 help:  ## this list
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
