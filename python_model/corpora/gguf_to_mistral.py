@@ -84,13 +84,16 @@ def convert(gguf_file: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat1
 
 def _tokenizer(fields: dict[str, Any], gguf_file: Path, max_length: int) -> Any:
     """The byte-level BPE tokenizer of the file, with the pre-tokenizer that llama.cpp calls "smollm"."""
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     special = {f"{role}_token": tokens[int(fields[f"tokenizer.ggml.{name}_token_id"])] for role, name in ROLES.items()}
     backend = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).backend_tokenizer
     backend.model.unk_token = special["unk_token"]
+    # older versions of transformers take it for a SentencePiece tokenizer
+    backend.model.byte_fallback = backend.model.fuse_unk = False
+    backend.decoder = decoders.ByteLevel()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

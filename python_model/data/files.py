@@ -207,5 +207,5 @@ def _open(name: str) -> IO[bytes]:
     if is_remote(name):
         import fsspec
 
-        return fsspec.open(name, "rb", compression="gzip" if name.endswith(".gz") else None).open()  # type: ignore[no-any-return]
-    return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")  # type: ignore[return-value]
+        return fsspec.open(name, "rb", compression="gzip" if name.endswith(".gz") else None).open()
+    return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")

@@ -71,6 +71,7 @@ class TrainingStream(Dataset[StepSamples]):
         mode: ``"unified"``, or ``"embedding"`` or ``"generative"`` for rows of one kind.
         seed: of every choice.
         rank, world: this process' share of each step, see :func:`rank_share`.
+        digest: of the files' contents.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class TrainingStream(Dataset[StepSamples]):
         rank: int = 0,
         world: int = 1,
         report: DataReport | None = None,
+        digest: str = "",
     ) -> None:
         self.encoder, self.config, self.batch, self.rank, self.world = encoder, config, batch, rank, world
         self.mode, self.seed = mode, seed
-        self.report = report or DataReport()
+        self.report, self.digest = report or DataReport(), digest
         generative = [isinstance(rows[0], GenerativeRow) for rows in data]
         self._embedding = [
             rows for rows, kind in zip(data, generative, strict=True) if mode != "generative" and not kind
@@ -235,8 +237,10 @@ def open_stream(
     """
     encoder = RowEncoder(tokenizer, config, settings)
     report, data = DataReport(), []
+    contents = hashlib.blake2b(digest_size=16)
     for index in _indexed(config, mode, in_batch_negatives):
         if _wanted(mode, index):
+            contents.update(f"{dataset_name(index.file)} {index.digest}".encode())
             found, left_out = select(index, encoder)
             _check_left_out(config, index.file, left_out)
             data += [rows.choice(config.max_rows_per_dataset or len(rows), seed) for rows in found]
@@ -255,7 +259,10 @@ def open_stream(
             )
     if rank == 0:
         print("\n".join(report.lines()), flush=True)
-    return TrainingStream(data, encoder, config, batch, mode=mode, seed=seed, rank=rank, world=world, report=report)
+    share = {"rank": rank, "world": world}
+    return TrainingStream(
+        data, encoder, config, batch, mode=mode, seed=seed, **share, report=report, digest=contents.hexdigest()
+    )
 
 
 def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool) -> list[FileIndex]:

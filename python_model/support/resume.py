@@ -129,7 +129,7 @@ class ResumableArray:
         """Write the next rows (n, size); when this returns they are on the disk."""
         if self._array is None:
             again = {} if self.done else {"dtype": np.float32, "shape": (self.rows, block.shape[1])}
-            self._array = np.lib.format.open_memmap(self._part, mode="r+" if self.done else "w+", **again)  # type: ignore[arg-type]
+            self._array = np.lib.format.open_memmap(self._part, mode="r+" if self.done else "w+", **again)
         self._array[self.done : self.done + len(block)] = block
         self._array.flush()
         self.done += len(block)

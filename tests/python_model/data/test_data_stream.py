@@ -426,6 +426,15 @@ def test_rows_without_negatives_name_the_setting_and_the_command(
     assert "empty.jsonl: no rows" in printed and "2 embedding rows are fewer than a batch of 8" in printed
 
 
+def test_a_digest_is_that_of_the_contents_wherever_the_files_are(tokenizer: Any, tmp_path: Path) -> None:
+    digests = []
+    for name, rows in (("one", [query(0)]), ("same", [query(0)]), ("other", [query(1)])):
+        (tmp_path / name).mkdir()
+        folder = folder_of(tmp_path / name, e=rows, g=[{"text": ["q", name]}])
+        digests.append(_open(config_of(train_data=folder, mode="embedding"), tokenizer).digest)
+    assert digests[0] == digests[1] != digests[2]  # the chats are not read in this mode
+
+
 def test_a_teachers_scores_come_with_the_passages_they_belong_to(tokenizer: Any, tmp_path: Path) -> None:
     row = {**query(0), "pos_scores": [10.0, 11.0], "neg_scores": [0.0, 1.0, 2.0]}
     folder = folder_of(tmp_path, e=[row, query(1)])

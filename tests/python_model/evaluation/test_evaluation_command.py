@@ -15,7 +15,7 @@ from python_model.commands.evaluate import COMMAND as main
 from python_model.data.rows import GenerativeRow
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut
-from python_model.evaluation.retrieval import ranks_of_relevant, scores_from_ranks
+from python_model.evaluation.retrieval import embed_documents, ranks_of_relevant, retrieval_ranks, scores_from_ranks
 from python_model.model.prompts import TooLong, encode_conversation
 
 WORDS = ("river", "city", "code", "word")
@@ -46,6 +46,26 @@ def data(tmp_path: Path) -> Path:
 def test_recall_counts_ranks_within_the_cut() -> None:
     scores = scores_from_ranks(torch.tensor([1, 2, 10, 11, 100, 101]), 500)
     assert (scores.recall_at_1, scores.recall_at_10, scores.recall_at_100) == (1 / 6, 3 / 6, 5 / 6)
+
+
+def test_ndcg_discounts_by_the_logarithm_of_one_more_than_the_rank() -> None:
+    """nDCG = 1 / log2(1 + rank) with one relevant document (Jarvelin and Kekalainen 2002), 0 beyond rank 10; MRR = 1 / rank."""
+    by_hand = {1: 1.0, 2: 0.6309297535714574, 3: 0.5, 7: 1 / 3, 10: 0.2890648263178879, 11: 0.0}
+    for rank, expected in by_hand.items():
+        scores = scores_from_ranks(torch.tensor([rank]), 500)
+        assert scores.ndcg_at_10 == pytest.approx(expected, abs=1e-12)
+        assert scores.mrr_at_10 == pytest.approx(1 / rank if rank <= 10 else 0.0, abs=1e-12)
+    both = scores_from_ranks(torch.tensor([3, 11]), 500)
+    assert both.ndcg_at_10 == pytest.approx(0.25) and both.mrr_at_10 == pytest.approx(1 / 6)
+
+
+def test_the_rank_leaves_out_what_answers_the_query_too(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, device="cpu")
+    texts = [f"where is {w}" for w in WORDS]
+    corpus = embed_documents(model, [*texts, texts[0]])
+    queries = [("", texts[0])]
+    assert retrieval_ranks(model, queries, corpus, [0]).tolist() == [2]  # the same text stands twice: a tie
+    assert retrieval_ranks(model, queries, corpus, [0], also_relevant=[[4]]).tolist() == [1]
 
 
 def test_ties_and_vectors_that_are_not_finite_count_against_the_relevant_document() -> None:
