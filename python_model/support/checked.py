@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -44,8 +45,8 @@ NotNegative = Annotated[float, Range(0)]
 class Checked:
     """Base of a dataclass: creating one checks each field against its annotation.
 
-    Understood are int, float (finite; an int is one), bool, str, None, Literal, unions, list, dict, ``Annotated[.., Range(..)]``
-    and dataclasses.
+    Understood are int, float (finite; an int is one), bool, str, None, Literal, unions, list, dict, Mapping, dataclasses and
+    ``Annotated[.., Range(..)]``.
 
     Raises:
         ValueError: "FIELD: expected X, got Y".
@@ -69,8 +70,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(
             _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
         )
     if hint is float:
@@ -91,7 +92,7 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, arguments))
     if origin is list:
         return f"a list, each {describe(arguments[0])}"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return f"a mapping from {describe(arguments[0])} to {describe(arguments[1])}"
     if hint is type(None):
         return "None"
