@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(LOCK) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: fuzz $(shell grep -oE '^[a-z][a-z-]*:' $(lastword $(MAKEFILE_LIST)) | tr -d :)
+.PHONY: $(shell grep -oE '^[a-z][a-z-]*:' $(lastword $(MAKEFILE_LIST)) | tr -d :)
 
 help:  ## this list
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,9 @@ test-newest: install  ## tests and a two-step demo with everything but torch at 
 test-model: fetch-model  ## tests on the real 135M model
 	$(call marked,model)
 
+fuzz: install  ## thousands of random calls of every kernel against float64 definitions, with counts
+	$(BIN)/python -m tests.grit_kernels.fuzz --calls 2000
+
 test-slow: install  ## tests that take minutes
 	$(call marked,slow)
 
@@ -127,7 +130,8 @@ asan: install  ## the CPU kernels with the address and undefined-behaviour sanit
 	$(BIN)/cmake --build $(SANITIZED)
 	GRIT_KERNELS_LIBRARY=$(SANITIZED)/_C.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest tests/grit_kernels/pooling tests/grit_kernels/attention tests/grit_kernels/contrastive/test_cpu_contrastive.py
+		$(BIN)/python -m pytest tests/grit_kernels/pooling tests/grit_kernels/attention tests/grit_kernels/contrastive/test_cpu_contrastive.py \
+		tests/grit_kernels/linear_cross_entropy tests/grit_kernels/test_fuzz.py
 
 # -- measurements
 

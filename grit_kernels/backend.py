@@ -9,6 +9,7 @@ GRIT_KERNELS_BACKEND overrules the choice and never falls back.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -174,7 +175,10 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def describe_backends() -> dict[str, Any]:
-    """What can run here and what each op uses: ``{"available": [{name, usable, reason}], "ops": {op: {device: choice}}}``."""
+    """What can run here and what each op uses: ``{"available": [{name, usable, reason}], "ops": {op: {device: choice}}}``.
+
+    ``"cpu_sets"``: the instruction sets that the C++ kernels use on this CPU, and why AMX is not among them; None without them.
+    """
     library = _library.status()
     triton = triton_reason()
     return {
@@ -184,5 +188,6 @@ def describe_backends() -> dict[str, Any]:
             {"name": "cpu", "usable": library.loaded, "reason": library.reason or f"compiled library {library.path}"},
             {"name": "triton", "usable": not triton, "reason": triton or "CUDA tensors"},
         ],
+        "cpu_sets": dataclasses.asdict(_library.cpu_choice()) if library.loaded else None,
         "ops": {name: dict(choices) for name, choices in sorted(_choices.items())},
     }

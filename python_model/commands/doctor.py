@@ -70,6 +70,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield "backends:"
     for backend in found["backends"]["available"]:
         yield f"  {backend['name']:<10} {'yes' if backend['usable'] else 'no ':<4} {backend['reason']}"
+    if sets := found["backends"]["cpu_sets"]:
+        products, others = sets["bfloat16_products"], sets["others"]
+        yield f"CPU instruction sets: {products} for attention and losses in bfloat16, {others} for the rest"
+        yield f"AMX: {sets['amx_reason'] or 'available'}"
     yield "implementation of each op by device:"
     for op, devices in found["backends"]["ops"].items():
         yield f"  {op:<32} " + ", ".join(f"{device}: {choice}" for device, choice in devices.items())
