@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from python_model.data.order import BatchOrder
+from python_model.data.order import BatchOrder, Permutation, permutation
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 0)
-MANY = settings(max_examples=150, deadline=None)
+MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=["sorted", "computed"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every property holds for orders that are computed place by place too, which only large data have."""
+    if request.param == "computed":
+        monkeypatch.setattr(Permutation, "SORTED", -1)
+    return str(request.param)
 
 
 def rows_of(order: BatchOrder, steps: int) -> list[tuple[int, int]]:
@@ -84,12 +94,47 @@ def test_data_sets_alternate_within_an_epoch() -> None:
     assert kinds.count(0) == kinds.count(1) == 100 and changes > 60
 
 
-def test_the_order_is_the_same_everywhere() -> None:
+def test_the_order_is_the_same_everywhere(kind: str) -> None:
     """A run resumed on another machine must go on with the same rows, so the order itself is part of the contract."""
-    assert [row for _, row in BatchOrder([10], 10, seed=7).batch(0)] == EXPECTED
+    assert [row for _, row in BatchOrder([10], 10, seed=7).batch(0)] == EXPECTED[kind]
 
 
-EXPECTED = [0, 5, 6, 1, 7, 3, 4, 9, 8, 2]
+EXPECTED = {"sorted": [0, 5, 6, 1, 7, 3, 4, 9, 8, 2], "computed": [3, 1, 6, 8, 4, 5, 7, 9, 2, 0]}
+
+
+@MANY
+@given(count=st.integers(1, 300), key=st.integers(0, 2**40))
+def test_a_permutation_takes_every_number_once(count: int, key: int) -> None:
+    found = Permutation(count, key)(np.arange(count))
+    assert sorted(found.tolist()) == list(range(count))
+    assert found.tolist() == [int(Permutation(count, key)(np.array([n]))[0]) for n in range(count)]
+
+
+def test_computed_places_are_spread_as_sorted_ones_are() -> None:
+    """Neighbours go anywhere: the mean distance of two random places is a third of all."""
+    count = 20_000
+    for found in (Permutation(count, 3)(np.arange(count)), permutation(count, 3)):
+        steps = np.abs(np.diff(found))
+        assert (
+            abs(steps.mean() / count - 1 / 3) < 0.01
+            and abs(np.abs(found - np.arange(count)).mean() / count - 1 / 3) < 0.01
+        )
+        assert np.corrcoef(found, np.arange(count))[0, 1] < 0.03
+
+
+def test_a_hundred_million_rows_take_no_memory_and_no_time(kind: str) -> None:
+    tracemalloc.start()
+    try:
+        order = BatchOrder([100_000_000, 7_000_001], 2048, seed=0)
+        batches = [order.batch(step) for step in (0, 30_000, 60_000)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40e6  # the order itself would be 800 MB
+    for batch in batches:
+        assert len(set(batch)) == 2048 and len({dataset for dataset, _ in batch}) == 1
+    rows = np.array([row for _, row in batches[0]])
+    assert rows.max() > 0.9 * order.sizes[batches[0][0][0]] and abs(np.diff(np.sort(rows))).max() < 0.01 * rows.max()
 
 
 @pytest.mark.parametrize(
