@@ -15,6 +15,7 @@ inside torch.compile always, because the compiler fuses these functions itself.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -117,16 +118,22 @@ def _fused_forward(module: nn.Module, found: dict[Any, Any]) -> Any:
     return functools.partial(_attention_forward, module) if what is ROTARY else None
 
 
-def _recognised(module: nn.Module) -> Norm | GatedMlp | str | None:
-    # own random numbers and no autocast: patching must not depend on, or disturb, what is around it
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """A trial neither depends on what is set around it nor disturbs it; its random numbers are its own, too."""
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        if _rebound(type(module)) is not None:
-            return ROTARY
-        children = dict(module.named_children())
-        if not children and [name for name, _ in module.named_parameters()] == ["weight"]:
-            return _as_norm(module)
-        if 3 <= len(children) <= 4 and not dict(module.named_parameters(recurse=False)):
-            return _as_mlp(module, children)
+        yield
+
+
+@_apart()
+def _recognised(module: nn.Module) -> Norm | GatedMlp | str | None:
+    if _rebound(type(module)) is not None:
+        return ROTARY
+    children = dict(module.named_children())
+    if not children and [name for name, _ in module.named_parameters()] == ["weight"]:
+        return _as_norm(module)
+    if 3 <= len(children) <= 4 and not dict(module.named_parameters(recurse=False)):
+        return _as_mlp(module, children)
     return None
 
 
@@ -157,7 +164,7 @@ def _same(module: Any, x: Tensor, expected: Tensor) -> bool:
 
 
 def _draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 
 
 def _as_norm(module: nn.Module) -> Norm | None:
@@ -166,7 +173,7 @@ def _as_norm(module: nn.Module) -> Norm | None:
         return None
     weight, rows = _draw(2, *shape)[1], _draw(4, *shape)
     # rows of several sizes: where mean(x^2) is of the order of epsilon, its place and value show
-    rows = rows * torch.tensor([1.0, 30.0, 1e-2, 1e-3])[:, None]
+    rows = rows * torch.tensor([1.0, 30.0, 1e-2, 1e-3], dtype=torch.float32)[:, None]
     stand_in = _stand_in(module, weight=nn.Parameter(weight))
     wide = rows.double()
     for eps, value in vars(module).items():
@@ -232,6 +239,7 @@ def _rebound(cls: type) -> _Rebound | None:
     return _rebound_classes[cls]
 
 
+@_apart()
 def _rebind(cls: type) -> _Rebound | None:
     forward: Any = getattr(cls, "forward", None)
     renamed = set()

@@ -249,6 +249,18 @@ def test_patching_neither_draws_random_numbers_nor_touches_weights(stock: Any) -
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
+def test_recognition_depends_on_nothing_that_is_set_around_it(stock: Any) -> None:
+    model = copy.deepcopy(stock)
+    fuse._rebound_classes.clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            gk.patch(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert fuse.kinds(model.model) == {"norm": 5, "mlp": 2, "rotary": 2}
+
+
 def test_models_without_weights_yet_are_recognised() -> None:
     with torch.device("meta"):
         model = tiny_model()
