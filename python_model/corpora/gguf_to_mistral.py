@@ -55,16 +55,20 @@ def convert(gguf_file: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat1
     kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"{gguf_file}: expected tokenizer ('gpt2', 'smollm'), got {kind}")
-    model, found = LlamaForCausalLM.from_pretrained(
+    loaded: Any = LlamaForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, dtype=dtype, output_loading_info=True
     )
+    model, found = loaded
     wrong = sorted(set(found["missing_keys"]) | set(found["unexpected_keys"]) | set(found["mismatched_keys"]))
     if wrong:
         raise ValueError(f"{gguf_file}: {len(wrong)} tensors do not fit a Llama of its sizes, the first is {wrong[0]}")
 
-    ids = {f"{r}_token_id": int(fields[f"tokenizer.ggml.{ROLES[r]}_token_id"]) for r in ("bos", "eos", "pad")}
+    ids: dict[str, Any] = {
+        f"{r}_token_id": int(fields[f"tokenizer.ggml.{ROLES[r]}_token_id"]) for r in ("bos", "eos", "pad")
+    }
+    same: dict[str, Any] = {name: getattr(model.config, name) for name in _SAME}
     config = MistralConfig(
-        **{name: getattr(model.config, name) for name in _SAME},
+        **same,
         # GGUF holds float32: 9.9999997e-06 is the 1e-5 the model was made with
         rms_norm_eps=float(f"{model.config.rms_norm_eps:.6g}"),
         sliding_window=SLIDING_WINDOW,

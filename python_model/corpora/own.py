@@ -82,8 +82,8 @@ def own_files(
             name = f"train/{row.dataset}_{kind}.jsonl"
         files.setdefault(name, []).append(to_object(row))
     asked = _first(sorted(test, key=lambda row: digest(f"test:{_names(row)[0]}")), max_queries)
-    for kind in (EmbeddingRow, GenerativeRow):
-        if any(isinstance(row, kind) for row in rows) and not any(isinstance(row, kind) for row in asked):
+    for kept in (EmbeddingRow, GenerativeRow):
+        if any(isinstance(row, kept) for row in rows) and not any(isinstance(row, kept) for row in asked):
             raise ValueError(
                 f"held-out: {percent} percent of these rows hold out none of one kind; give more rows or percent"
             )

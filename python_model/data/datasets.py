@@ -6,12 +6,15 @@ What can never be trained on is left out by the index (index.py); what the setti
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock
 
 from python_model.data.files import Location, parse_line
 from python_model.data.forms import Reader
@@ -19,13 +22,19 @@ from python_model.data.index import FileIndex, index_file, placed
 from python_model.data.order import permutation
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, Row
+from python_model.support.files import write_json
 
 Problem = tuple[str, str]
 """Why a row is left out: a reason to count by, and what exactly is wrong."""
 
 
 class RowCheck(Protocol):
-    """What the settings of a run ask of rows."""
+    """What the settings of a run ask of rows.
+
+    ``check_key`` names all that :meth:`problem` depends on.
+    """
+
+    check_key: str
 
     def refused(self, facts: np.ndarray, generative: bool) -> tuple[np.ndarray, Problem]:
         """bool (rows): those that cannot be used, and why."""
@@ -130,16 +139,38 @@ def select(index: FileIndex, check: RowCheck | None = None) -> tuple[list[DataSe
             report.leave_out(reason, f"{index.file}:{facts[number]['line']}: {what}", 0)
         if refused.any():
             report.left_out[reason] += int(refused.sum())
-        doubtful = check.doubtful(facts, kind) & ~refused
+        problems = _problems(index, datasets, check, np.flatnonzero(check.doubtful(facts, kind) & ~refused))
+        for number, why, text in problems:
+            report.leave_out(why, f"{index.file}:{facts[number]['line']}: {text}")
+            refused[number] = True
+        skipped = np.flatnonzero(refused)
         kept = []
         for rows in datasets:
-            skipped = [*(np.flatnonzero(refused[rows._start : rows._stop]) + rows._start)]
-            for place in np.flatnonzero(doubtful[rows._start : rows._stop]):
-                row = rows[int(place)]
-                if (problem := check.problem(row)) is not None:
-                    report.leave_out(problem[0], f"{row.origin}: {problem[1]}")
-                    skipped.append(place + rows._start)
-            kept.append(DataSet(index, rows.name, rows._start, rows._stop, np.sort(np.array(skipped, dtype=np.int64))))
+            own = skipped[np.searchsorted(skipped, rows._start) : np.searchsorted(skipped, rows._stop)]
+            kept.append(DataSet(index, rows.name, rows._start, rows._stop, own))
         datasets = [rows for rows in kept if len(rows)]
     report.used = {rows.name: len(rows) for rows in datasets}
     return datasets, report
+
+
+def _problems(
+    index: FileIndex, datasets: Sequence[DataSet], check: RowCheck, doubtful: np.ndarray
+) -> list[tuple[int, str, str]]:
+    """(row's number, reason, what is wrong) of the doubtful rows that cannot be used; kept beside an index that is kept."""
+    if not index.kept or len(doubtful) == 0:
+        return _found_problems(datasets, check, doubtful)
+    key = hashlib.blake2b(check.check_key.encode(), digest_size=16).hexdigest()
+    kept = Path(index.kept).with_name(f"{Path(index.kept).name}.{key}.json")
+    with FileLock(f"{kept}.lock"):  # of the ranks on a machine one reads the rows
+        if not kept.exists():
+            write_json(kept, _found_problems(datasets, check, doubtful))
+        return [(int(number), str(reason), str(what)) for number, reason, what in json.loads(kept.read_text("utf-8"))]
+
+
+def _found_problems(datasets: Sequence[DataSet], check: RowCheck, doubtful: np.ndarray) -> list[tuple[int, str, str]]:
+    found = []
+    for rows in datasets:
+        for number in doubtful[(doubtful >= rows._start) & (doubtful < rows._stop)].tolist():
+            if (problem := check.problem(rows[number - rows._start])) is not None:
+                found.append((number, *problem))
+    return found

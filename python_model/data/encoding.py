@@ -32,6 +32,8 @@ class RowEncoder:
         parts = [self.settings.embed_eos, self.settings.instruction_count, self.settings.embed_instruction]
         parts += [self.settings.format, self.settings.attention.generative, special.start, special.end]
         self.key = json.dumps([*parts, tokenizer_fingerprint(tokenizer)])
+        limits = [config.query_max_len, config.passage_max_len, config.generative_max_len, config.train_group_size]
+        self.check_key = f"{self.key} {limits}"
         self.cache = TokenCache(config.token_cache, self.key) if config.token_cache else None
         self._lengths: dict[str, int] = {}
 

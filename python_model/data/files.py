@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from filelock import FileLock
 
@@ -208,4 +208,4 @@ def _open(name: str) -> IO[bytes]:
         import fsspec
 
         return fsspec.open(name, "rb", compression="gzip" if name.endswith(".gz") else None).open()
-    return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")
+    return cast(IO[bytes], gzip.open(name, "rb")) if name.endswith(".gz") else open(name, "rb")

@@ -124,8 +124,9 @@ class TrainingStream(Dataset[StepSamples]):
             share = rank_share(len(batch), self.rank, self.world)
             # a rank reads its own rows, and of the others those whose query stands twice in the step
             groups = {
-                place: self._draw(*batch[place], random.Random(f"{self.seed}:{step}:{place}"))
+                place: self._draw(dataset, row, random.Random(f"{self.seed}:{step}:{place}"))
                 for place in sorted({*share, *self._repeated(batch)})
+                for dataset, row in (batch[place],)
             }
             number = _numbering(list(groups.values()))
             for place in share:

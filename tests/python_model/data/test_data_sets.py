@@ -102,6 +102,9 @@ def test_a_report_counts_all_and_shows_the_first(tmp_path: Path) -> None:
 class Odd:
     """Refuses every third row by its facts, and of the rest the odd ones by their text."""
 
+    def __init__(self, check_key: str = "") -> None:
+        self.check_key, self.asked = check_key, 0
+
     def refused(self, facts: np.ndarray, generative: bool) -> tuple[np.ndarray, tuple[str, str]]:
         return facts["line"] % 3 == 0, ("third", "a third row")
 
@@ -109,6 +112,7 @@ class Odd:
         return facts["line"] % 2 == 0
 
     def problem(self, row: Any) -> tuple[str, str] | None:
+        self.asked += 1
         return ("odd", row.turns[1]) if int(row.turns[1].split()[1]) % 4 == 1 else None
 
 
@@ -124,6 +128,19 @@ def test_a_check_leaves_rows_out(tmp_path: Path) -> None:
     assert report.examples["third"][0] == f"{file}:3: a third row" and report.left_out["third"] == 20
     assert report.examples["odd"][0] == f"{file}:2: reply 1"
     assert report.used == {"a": sum(n <= 30 for n in kept), "b": sum(n > 30 for n in kept)}
+
+
+def test_what_was_found_out_about_rows_is_kept_for_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "CACHED_BYTES", 0)
+    file = write(tmp_path / "data.jsonl", *({"text": ["question", f"reply {n}"]} for n in range(20)))
+    checks = [Odd("a"), Odd("a"), Odd("b")]
+    results = [open_file(file, check) for check in checks]
+    assert [check.asked for check in checks] == [checks[0].asked, 0, checks[0].asked] and checks[0].asked > 0
+    first, *others = [([row for rows in found for row in rows], report) for found, report in results]
+    assert all(other == first for other in others) and first[1].left_out["odd"] > 0
 
 
 def test_an_empty_file_is_a_note_and_a_missing_one_an_error(tmp_path: Path) -> None:
