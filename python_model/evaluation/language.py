@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from python_model.data.rows import GenerativeRow
-from python_model.model.chunks import build_chunk, reach
+from python_model.model.chunks import build_chunk
 from python_model.model.losses import next_token_losses
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX, TooLong
@@ -47,7 +47,7 @@ def next_token_loss(
     total, count = 0.0, 0
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]
-        chunk = build_chunk([], part, attention=model.attention, right=reach(model)).to(model.device)
+        chunk = build_chunk([], part, attention=model.attention, right=model.reach).to(model.device)
         hidden = model.hidden_states(chunk.input_ids, chunk.pack)
         total += float(next_token_losses(model, hidden, chunk.labels).double().sum())
         count += int((chunk.labels != IGNORE_INDEX).sum())

@@ -19,14 +19,20 @@ def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
     """lm-eval's ``HFLM`` around the patched model; ``options`` go to it (``add_bos_token``, ``max_length``, ...).
 
     Raises:
-        ValueError: the model has no language-model head.
+        ValueError: the model has no language-model head, or reads prompts in both directions.
+
+    A text begins as the model's settings say (``special_tokens``). Its words are lm-eval's own: the text format does not reach
+    them, and settings of embeddings have no part in it.
     """
     if model.mode == "embedding":
         raise ValueError(
             "mode: 'embedding' loads no language-model head; load with mode='unified' to evaluate generation"
         )
+    if not model.attention.generates_causally:
+        raise ValueError(f"attn: expected a model that generates causally for lm-eval, got {model.attn!r}")
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(
-        pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, device=str(model.device), **options
-    )
+    formatter = model.formatter
+    # a text goes on, so only what is in front stands there
+    tokenizer = formatter.tokenizer_that_adds(formatter.special_tokens.start, ())
+    return HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **options)

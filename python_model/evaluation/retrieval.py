@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import EMBED
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ def scores_from_ranks(ranks: Tensor, documents: int) -> RetrievalScores:
 
 def embed_documents(model: GritLM, documents: Sequence[str], *, max_length: int = 512) -> Tensor:
     """Embeddings (N, size) of documents, which carry no instruction."""
-    vectors: Tensor = model.encode(documents, instruction=EMBED, max_length=max_length, convert_to_tensor=True)
+    prefix = model.formatter.embed_instruction("")
+    vectors: Tensor = model.encode(documents, instruction=prefix, max_length=max_length, convert_to_tensor=True)
     return vectors
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import grit_kernels as gk
-from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.settings import AttentionVariant
 
@@ -129,9 +128,3 @@ def first_fit(lengths: Sequence[int], budget: int = 0) -> list[list[int]]:
         chunks[place].append(index)
         room[place] -= lengths[index]
     return [sorted(chosen) for chosen in chunks]
-
-
-def reach(model: GritLM) -> int:
-    """How far ahead a bidirectional token sees: the sliding window, or -1."""
-    window = getattr(model.model.config, "sliding_window", None)
-    return -1 if window is None or model.settings.bidirectional_window == "full" else int(window)

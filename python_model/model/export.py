@@ -15,7 +15,6 @@ differs from the default where a text merges with its prompt, as one that begins
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import tempfile
@@ -27,7 +26,7 @@ from torch import nn
 
 import grit_kernels as gk
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import TURN_END, SpecialTokens
+from python_model.model.prompts import TURN_END
 from python_model.support.files import new_folder, write_json
 
 try:
@@ -78,7 +77,8 @@ def export_sentence_transformers(
     Args:
         model: any GritLM whose embedding attention is ``bb`` or ``cc``.
         folder: replaced if it exists.
-        instructions: prompt name to instruction text; default ``{"query": "", "document": ""}``. Each becomes the prefix of the
+        instructions: prompt name to instruction text, beside the settings' own prompts; where there are none by default
+            ``{"query": "", "document": ""}``. Each becomes the prefix of the
             model's format (``<|user|>\\n{instruction}\\n<|embed|>\\n``, or the bare embed marker), left out of the pooling unless
             the settings say ``embed_instruction``.
         max_length: longer texts lose their end.
@@ -94,7 +94,7 @@ def export_sentence_transformers(
     special = formatter.special_tokens
     with tempfile.TemporaryDirectory() as decoder_folder:
         model.decoder[0].save_pretrained(decoder_folder)
-        _tokenizer(model).save_pretrained(decoder_folder)
+        formatter.tokenizer_that_adds(special.start, [*formatter.suffix, *special.end]).save_pretrained(decoder_folder)
         kind = GritTransformer if packed else Transformer
         transformer = kind(
             decoder_folder,
@@ -128,8 +128,12 @@ def export_sentence_transformers(
             modules.append(dense)
         if settings.normalized:
             modules.append(Normalize())
-        names = {"query": "", "document": ""} if instructions is None else instructions
-        prefixes = {name: formatter.embed_instruction(text) for name, text in names.items()}
+        names = instructions or {}
+        if instructions is None and not settings.prompts:
+            names = {"query": "", "document": ""}
+        if taken := sorted(set(names) & set(settings.prompts)):
+            raise ValueError(f"instructions: expected other names than the settings' prompts have, got {taken[0]!r}")
+        prefixes = {**settings.prompts, **{name: formatter.embed_instruction(text) for name, text in names.items()}}
         prompts = {name: text.replace(TURN_END, str(model.tokenizer.eos_token)) for name, text in prefixes.items()}
         for name, prefix in {"": "", **prefixes}.items():
             theirs = transformer.tokenizer(prompts.get(name, "") + "a")["input_ids"]
@@ -141,7 +145,8 @@ def export_sentence_transformers(
         if len(special.end) > 1 and settings.pooling_method == "mean" and any(prompts.values()):
             raise ValueError(f"special_tokens: expected at most one behind a text, got {list(special.end)}")
         with new_folder(target) as finished:
-            SentenceTransformer(modules=modules, prompts=prompts).save(str(finished))
+            default = settings.default_prompt_name
+            SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name=default).save(str(finished))
             if not packed:
                 file = finished / "config.json"
                 write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"})
@@ -169,21 +174,3 @@ def _check(model: GritLM) -> None:
         raise ValueError(
             "bidirectional_window: expected 'transformers' for an export of a model with two kinds of layers, got 'full'"
         )
-
-
-def _tokenizer(model: GritLM) -> Any:
-    """The model's tokenizer, made to add by itself what stands around a text: special tokens and ``embed_eos``."""
-    formatter = model.formatter
-    special, suffix = formatter.special_tokens, formatter.suffix
-    if not suffix and special == SpecialTokens.of(model.tokenizer):
-        return model.tokenizer
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = copy.deepcopy(model.tokenizer)
-    around = {"before": list(special.start), "behind": [*suffix, *special.end]}
-    known = [
-        {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in around.items() if ids
-    ]
-    single = [name for name in ("before", "$A", "behind") if around.get(name, True)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=known)
-    return tokenizer

@@ -18,6 +18,7 @@ Source: GRIT, arXiv 2402.09906 section 2 and appendix; the public implementation
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,8 +111,27 @@ class Formatter:
         """The tokens of ``embed_eos``."""
         return _suffix(self.tokenizer, self.settings.embed_eos)
 
+    def tokenizer_that_adds(self, start: Sequence[int], end: Sequence[int]) -> Any:
+        """The tokenizer, or a copy of it, that puts these tokens around a text by itself, for tools that tokenise alone."""
+        if SpecialTokens(tuple(start), tuple(end)) == SpecialTokens.of(self.tokenizer):
+            return self.tokenizer
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer = copy.deepcopy(self.tokenizer)
+        around = {"before": list(start), "behind": list(end)}
+        known = [
+            {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
+            for name, ids in around.items()
+            if ids
+        ]
+        single = [name for name in ("before", "$A", "behind") if around.get(name, True)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=known)
+        return tokenizer
+
     def embed_instruction(self, instruction: str) -> str:
-        """The prefix of a text to embed, see :func:`embed_instruction`."""
+        """The prefix of a text to embed, see :func:`embed_instruction`; without an instruction the default prompt, if any."""
+        if not instruction and self.settings.default_prompt:
+            return self.settings.default_prompt
         return embed_instruction(instruction, format=self.settings.format)
 
     def text(
@@ -168,7 +188,7 @@ def embed_instruction(instruction: str, *, format: Format = "grit") -> str:
     if format == "plain":
         return escape(instruction)
     instruction = instruction.strip("\t\n :")
-    return f"{USER}{escape(instruction)}{_user_end(format)}{TURN_SEPARATOR}{EMBED}" if instruction else EMBED
+    return f"{USER}{escape(instruction)}{user_end(format)}{TURN_SEPARATOR}{EMBED}" if instruction else EMBED
 
 
 def chat_prompt(turns: Sequence[str], *, format: Format = "grit") -> str:
@@ -181,7 +201,7 @@ def chat_prompt(turns: Sequence[str], *, format: Format = "grit") -> str:
     parts = []
     for index, turn in enumerate(turns):
         parts.append(
-            f"{ASSISTANT}{escape(turn.strip())}{TURN_END}" if index % 2 else f"{USER}{escape(turn)}{_user_end(format)}"
+            f"{ASSISTANT}{escape(turn.strip())}{TURN_END}" if index % 2 else f"{USER}{escape(turn)}{user_end(format)}"
         )
     return TURN_SEPARATOR.join(parts) + TURN_SEPARATOR + ASSISTANT
 
@@ -321,7 +341,7 @@ def _labels(ids: list[int], learned: list[bool], bidirectional: list[bool] | Non
 
 def _user_turn(user: str, format: Format) -> str:
     """A user turn and the marker of the reply."""
-    return f"{USER}{escape(user)}{_user_end(format)}{TURN_SEPARATOR}{ASSISTANT}"
+    return f"{USER}{escape(user)}{user_end(format)}{TURN_SEPARATOR}{ASSISTANT}"
 
 
 def _tokenize(tokenizer: Any, *pieces: str, reserved: Sequence[int] = ()) -> tuple[list[int], list[int], int]:
@@ -364,7 +384,8 @@ def _eos(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _user_end(format: Format) -> str:
+def user_end(format: Format) -> str:
+    """What stands between a user turn or an instruction and what follows it."""
     check_choice("format", format, FORMATS)
     if format == "plain":
         raise ValueError("format: expected 'grit' or 'zephyr' for a conversation, got 'plain', which has no roles")

@@ -84,6 +84,10 @@ class RAG:
                 f"attn: expected a model that generates causally ('cc' at the end), got {model.attn!r}: "
                 "answers continue a cache of texts that were read before the prompt"
             )
+        if model.settings.format == "plain":
+            raise ValueError(
+                "format: expected a model of 'grit' or 'zephyr' to answer, got 'plain', which has no roles"
+            )
         check_at_least("recompute", recompute, 0)
         self.model, self.index, self.store = model, index, store
         self.causal = _states_attention(model, causal_states)
@@ -199,7 +203,7 @@ class RAG:
     ) -> tuple[TextStates | None, list[int], int, int]:
         """What a reply continues: joined states (None without any) and the ids of the prompt after them; then how many tokens had
         states already, and how many were read for them just now."""
-        text = prompt_text(mode, question, documents, answer_prefix)
+        text = prompt_text(mode, question, documents, answer_prefix, format=self.model.settings.format)
         prompt = prompt_ids(self.model, text, add_special_tokens=not cached_parts(mode))
         states, stored, fresh = self._states(mode, question, documents, query_states)
         return states, prompt, stored, fresh
@@ -296,7 +300,13 @@ def _states_attention(model: GritLM, causal_states: bool) -> bool:
 
 def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]:
     """What a key-value store records about how its documents were read."""
-    return {"prefix": DOCUMENT_PREFIX, "causal": _states_attention(model, causal_states)}
+    special, causal = model.formatter.special_tokens, _states_attention(model, causal_states)
+    return {
+        "prefix": DOCUMENT_PREFIX,
+        "causal": causal,
+        "special_tokens": [list(special.start), list(special.end)],
+        "bidirectional_window": None if causal else model.settings.bidirectional_window,
+    }
 
 
 def open_store(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from python_model.model.modeling import GritLM
 from python_model.rag.fingerprint import embedding_settings, fingerprint
-from python_model.rag.modes import DOCUMENT_PREFIX, Document
+from python_model.rag.modes import Document
 from python_model.rag.store import shards
 from python_model.rag.store.folder import StoreCorruptError, StoreFolder, set_meta
 from python_model.support.arguments import check_at_least, check_choice
@@ -297,14 +297,15 @@ def open_index(
     path: str | os.PathLike[str],
     model: GritLM,
     *,
-    prefix: str = DOCUMENT_PREFIX,
+    prefix: str | None = None,
     format: VectorFormat | None = None,
     create: bool = True,
 ) -> Index:
     """The index at ``path`` for this model, made when missing; one made by another model, or with other settings, is refused.
 
-    ``prefix``: the format before each document (the paper's: no instruction).
+    ``prefix``: the format before each document; default: the model's without an instruction, as in the paper.
     """
+    prefix = model.formatter.embed_instruction("") if prefix is None else prefix
     settings = {**embedding_settings(model), "prefix": prefix}
     return Index(path, fingerprint=fingerprint(model), settings=settings, format=format, create=create)
 

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from python_model.model.prompts import ASSISTANT, EMBED, USER, escape
+from python_model.model.prompts import ASSISTANT, EMBED, USER, escape, user_end
+from python_model.settings import Format
 from python_model.support.arguments import check_choice
 
 Mode = Literal[
@@ -70,7 +71,14 @@ def cached_parts(mode: str) -> tuple[Part, ...]:
     return _CACHED.get(mode, ())
 
 
-def prompt_text(mode: str, question: str, documents: Sequence[Document], answer_prefix: str = ANSWER_PREFIX) -> str:
+def prompt_text(
+    mode: str,
+    question: str,
+    documents: Sequence[Document],
+    answer_prefix: str = ANSWER_PREFIX,
+    *,
+    format: Format = "grit",
+) -> str:
     """The prompt that follows the cached states (or, without any, BOS). Several documents are separated by blank lines."""
     check_choice("mode", mode, MODES)
     query = escape(question)
@@ -85,7 +93,7 @@ def prompt_text(mode: str, question: str, documents: Sequence[Document], answer_
         "document_query_cache": [AFTER_DOCUMENT],
     }[mode]
     start = "\n" if cached_parts(mode) else ""
-    return f"{start}{USER}" + "\n\n".join(body) + f"\n{ASSISTANT}{answer_prefix}"
+    return f"{start}{USER}" + "\n\n".join(body) + f"{user_end(format)}\n{ASSISTANT}{answer_prefix}"
 
 
 def choose_mode(query_tokens: int, document_tokens: int, documents_are_stored: bool) -> Mode:

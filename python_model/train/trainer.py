@@ -18,7 +18,6 @@ import torch
 from tqdm.auto import tqdm
 
 import grit_kernels as gk
-from python_model.model.chunks import reach
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import EncodedSample
 from python_model.support.files import new_folder, write_json
@@ -124,7 +123,7 @@ class Trainer:
             self.config.losses,
             self.ranks,
             attention=self.grit.attention,
-            right=reach(self.grit),
+            right=self.grit.reach,
         )
         losses = self.gradients(batch, self.config.seed * 2**20 + index)
         if not math.isfinite(losses.total):
