@@ -10,6 +10,7 @@ import importlib
 from jsonargparse import ArgumentParser, Namespace
 
 from python_model.commands.runner import Command
+from python_model.support.optional import require
 
 SHELLS = ("bash", "zsh")
 
@@ -21,11 +22,9 @@ def configure(parser: ArgumentParser) -> None:
 
 def script(shell: str) -> str:
     """The completion script of ``bash`` or ``zsh``, from the parsers of all commands."""
-    try:
-        import shtab
-    except ImportError as error:
-        raise ImportError("completion needs shtab: pip install 'grit-kernels[completion]'") from error
     from python_model.cli import COMMANDS
+
+    shtab = require("shtab", "completion")
 
     root = ArgumentParser(prog="grit")
     commands = root.add_subcommands()

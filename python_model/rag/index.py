@@ -26,6 +26,7 @@ from python_model.rag.modes import Document
 from python_model.rag.store import shards
 from python_model.rag.store.folder import StoreCorruptError, StoreFolder, set_meta
 from python_model.support.arguments import check_at_least, check_choice
+from python_model.support.optional import require
 
 VectorFormat = Literal["float32", "float16", "int8"]
 FORMATS: tuple[str, ...] = get_args(VectorFormat)
@@ -235,12 +236,7 @@ class Index(StoreFolder):
         return best, found
 
     def _search_faiss(self, queries: Tensor, k: int, factory: str) -> tuple[Tensor, Tensor]:
-        try:
-            import faiss
-        except ImportError as error:
-            raise ImportError(
-                "engine: FAISS is not installed; pip install 'grit-kernels[rag]', or search exactly"
-            ) from error
+        faiss = require("faiss", "rag")
         assert self._state is not None
         built = self._faiss.get(factory)
         if built is None or built[0] != self._state:
