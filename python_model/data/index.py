@@ -122,7 +122,7 @@ class _Part:
 def _build(file: Location, place: tuple[str, int, int]) -> FileIndex:
     reader = file_reader(file)
     starts = range(0, max(place[1], 1), PART_BYTES)
-    read = partial(_read_part, place[0], reader.dataset, reader.instructed)
+    read = partial(_read_part, place[0], reader.dataset, reader.instructed, PART_BYTES)
     parts = list(_mapped(read, starts))
     names: dict[tuple[str, bool], int] = {}
     report = DataReport(notes=[f"{os.fspath(file)}: {note}" for note in reader.notes])
@@ -173,8 +173,8 @@ def _mapped(read: Any, starts: range) -> Iterator[_Part]:
         yield from pool.map(read, starts)
 
 
-def _read_part(path: str, dataset: str, instructed: bool, start: int) -> _Part:
-    """The rows whose lines begin in the part of the file at ``start``; line numbers count from its first line."""
+def _read_part(path: str, dataset: str, instructed: bool, size: int, start: int) -> _Part:
+    """The rows whose lines begin in the ``size`` bytes at ``start``; line numbers count from its first line."""
     reader = Reader(dataset, instructed=instructed)
     found: list[tuple[int, ...]] = []
     names: dict[tuple[str, bool], int] = {}
@@ -187,7 +187,7 @@ def _read_part(path: str, dataset: str, instructed: bool, start: int) -> _Part:
         if start:
             file.seek(start - 1)
             offset += len(file.readline()) - 1  # the line that began before belongs to the part before
-        while offset < start + PART_BYTES and (line := file.readline()):
+        while offset < start + size and (line := file.readline()):
             number += 1
             digest.update(line)
             try:
