@@ -53,8 +53,9 @@ class Arena:
             raise ValueError(f"rows: expected layers * rows + scratch below 2**31, got {layers} * {rows} + {scratch}")
         self.layers, self.rows, self.scratch = layers, rows, scratch
         shape = (layers * rows + scratch, kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # empty: on a CPU the system gives memory to rows only when they are first written; what a row held before is never read
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
         self.intervals: list[Interval] = []  # in the order of their rows
 
     @property

@@ -20,6 +20,8 @@ class SteppedEngine(Engine):
         self.now = 0.0
         self.logits: dict[int, list[Tensor]] = {}
         super().__init__(model, clock=lambda: self.now, **options)
+        for memory in (self.arena.keys, self.arena.values):
+            memory.fill_(float("nan"))  # rows that no sequence has written are never read
 
     def _next_token(self, work: Generation, logits: Tensor) -> Any:
         self.logits.setdefault(id(work), []).append(logits.float().clone())
