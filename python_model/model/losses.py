@@ -5,16 +5,19 @@ Source: GRIT, arXiv 2402.09906 equations 1-3 and the loss ablation (appendix).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import grit_kernels as gk
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.support.arguments import check_choice
 
+ROWS = 1024
+"""Tokens whose logits exist at once where the head must be called as a module."""
 GENERATIVE_LOSSES = ("mixed", "token", "sample")
 
 
@@ -51,14 +54,38 @@ def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
     """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
     used = (labels != IGNORE_INDEX).nonzero()[:, 0]
     head: Any = model.model.get_output_embeddings()
+    softcap = getattr(model.model.config, "final_logit_softcapping", None)
+    if not _is_plain(head):
+        losses = _losses_of_module(head, hidden[used], labels[used], softcap)
+        return losses.new_zeros(labels.shape[0]).index_copy(0, used, losses)
     weight, rows = head.weight, hidden[used]
     if getattr(head, "bias", None) is not None:
         # GPT-J's head has a bias: one more column that meets a constant 1
         weight = torch.cat([weight, head.bias[:, None].to(weight.dtype)], dim=1)
         rows = nn.functional.pad(rows, (0, 1), value=1.0)
-    softcap = getattr(model.model.config, "final_logit_softcapping", None)
     losses = gk.linear_cross_entropy(rows, weight, labels[used], softcap=softcap)
     return losses.new_zeros(labels.shape[0]).index_copy(0, used, losses)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the head is its weight and bias alone: no adapter, quantisation, parametrisation or hook says more."""
+    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def _losses_of_module(head: nn.Module, rows: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """The losses through the module as it is; logits of ROWS tokens at a time, computed again in the backward pass."""
+
+    def losses(part: Tensor, wanted: Tensor) -> Tensor:
+        logits = head(part).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return nn.functional.cross_entropy(logits, wanted, reduction="none")
+
+    parts = [
+        cast(Tensor, checkpoint(losses, part, wanted, use_reentrant=False))
+        for part, wanted in zip(rows.split(ROWS), labels.split(ROWS), strict=True)
+    ]
+    return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float32)
 
 
 def sums_per_sample(values: Tensor, cu_seqlens: Tensor) -> Tensor:

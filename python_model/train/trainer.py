@@ -22,12 +22,14 @@ from python_model.model.modeling import GritLM
 from python_model.model.prompts import EncodedSample
 from python_model.support.files import new_folder, write_json
 from python_model.train.adapters import merge_adapters
+from python_model.train.balance import total_norm
 from python_model.train.checkpointer import Checkpointer
 from python_model.train.config import LossConfig, TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.memory import GIB, device_limit, plan_memory, plan_tokens
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
+from python_model.train.setup import load_model, model_digest
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
 
@@ -83,6 +85,9 @@ class Trainer:
             config.mode,
             self.ranks.world,
         )
+        # rank 0 has the weights; float64 holds 48 bits exactly
+        weights = int(self.ranks.all_values([model_digest(model.model)])[0, 0])
+        identity = {"data.train_data": getattr(stream, "digest", ""), "model.name": f"{weights:012x}"}
         self.model = wrap(training_model, config.parallel, self.ranks, bf16=config.model.bf16)
         self.optimizers = Optimizers(
             self.model, config.optimizer, config.losses, self.ranks, steps=config.steps, embeds=config.embeds
@@ -101,9 +106,10 @@ class Trainer:
         # what the checkpoint brought is part of what the run is
         self.settings = {**config.to_dict(), "grit": asdict(model.settings)}
         self.checkpointer = Checkpointer(
-            self.folder / "states", self.settings, self.ranks, save_total=config.logging.save_total
+            self.folder / "states", self.settings, self.ranks, identity=identity, save_total=config.logging.save_total
         )
         self._stop = False
+        self._executed = 0
 
     def _check_batches(self) -> None:
         queries, world = self.config.batch.embedding_batch_size, self.ranks.world
@@ -132,6 +138,9 @@ class Trainer:
         norm = self.optimizers.clip()
         if not math.isfinite(norm):  # before it is in the weights, and in a saved state
             self._stop_at_bad_batch(batch, samples, losses, f"its gradient has norm {norm}")
+        self._executed += 1
+        if self._executed == 2:  # in the first step the inner half of an adapter has none yet
+            self._report_unreached(index)
         self.optimizers.update(index)
         return {
             "loss": losses.total,
@@ -212,8 +221,6 @@ class Trainer:
             return self.grit
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        from python_model.train.setup import load_model
-
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
         if not self.ranks.first:
@@ -281,6 +288,17 @@ class Trainer:
             f"loss: got {losses.total} (contrastive {losses.contrastive}, generative {losses.generative}), {why}; "
             f"the samples of rank {self.ranks.rank} ({batch.num_chunks} chunks) are in {file}"
         )
+
+    def _report_unreached(self, index: int) -> None:
+        """Say which trained weights the step's gradient does not reach: they stay as they are."""
+        names = [
+            name.removeprefix("module.grit.").removeprefix("grit.")
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and (p.grad is None or total_norm([p.grad]) == 0.0)
+        ]
+        if names and self.ranks.first:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            tqdm.write(f"no gradient reached {len(names)} trained weight(s) in step {index + 1}: {shown}")
 
     def _save_bad_batch(self, samples: Samples) -> Path:
         name = "bad_batch.json" if self.ranks.world == 1 else f"bad_batch.rank{self.ranks.rank}.json"

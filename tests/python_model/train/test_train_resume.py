@@ -166,3 +166,29 @@ def test_a_state_of_a_newer_version_is_refused(checkpoint: Path, tmp_path: Path)
     (state / "state.json").write_text(json.dumps({**content, "version": VERSION + 1}))
     with pytest.raises(ValueError, match=f"expected a state of version {VERSION} at most, got {VERSION + 1}"):
         toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1)).train()
+
+
+def test_a_resumed_run_goes_on_with_the_same_data_and_model_wherever_they_lie(checkpoint: Path, tmp_path: Path) -> None:
+    """A moved copy goes on; other rows or weights under the same name are refused."""
+    from safetensors.torch import load_file, save_file
+
+    def run(model: Path, digest: str, steps: int) -> None:
+        trainer = toy_trainer(toy_config(model, tmp_path, steps=6, save_steps=1, exploding_loss=0.0))
+        trainer.checkpointer.identity["data.train_data"] = digest
+        stream = trainer.stream
+        trainer.stream = type("Short", (), {"steps": lambda self, start, stop: stream.steps(start, steps)})()
+        trainer.train()
+
+    run(checkpoint, "rows", 1)
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    run(moved, "rows", 2)
+    with pytest.raises(
+        ValueError, match="data.train_data: expected the content with which .* was written, got another"
+    ):
+        run(moved, "other rows", 3)
+    weights = load_file(moved / "model.safetensors")
+    weights = {name: weight + 0.01 if "norm" in name else weight for name, weight in weights.items()}
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.name: expected the content with which .* was written, got another"):
+        run(moved, "rows", 3)

@@ -1,0 +1,141 @@
+"""What must reach the loss and its gradient: trained weights, adapters on the head, the mask of duplicates, router shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from python_model.model.chunks import build_chunk
+from python_model.model.losses import next_token_losses, sums_per_sample
+from python_model.train.distributed import Ranks
+from python_model.train.model import TrainingModel
+from python_model.train.step import StepGradients, plan_step
+from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model, toy_trainer
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save"])
+def test_adapters_on_the_head_count_in_the_loss_and_learn(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    """The loss through the adapters is that of the model they are merged into, and they get its gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    model = toy_model(toy_config(checkpoint, tmp_path))
+    model.model.config.tie_word_embeddings = False
+    model.model.lm_head.weight = torch.nn.Parameter(model.model.lm_head.weight.detach().clone())
+    settings: dict[str, Any] = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+    if kind != "modules_to_save":
+        settings = {"target_modules": ["lm_head"], "use_dora": kind == "dora"}
+    model.model = get_peft_model(model.model, LoraConfig(r=2, lora_dropout=0.0, **settings))
+    generator = torch.Generator().manual_seed(0)
+    trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad and "lm_head" in name}
+    assert trained
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+
+    def loss() -> torch.Tensor:
+        chunk = build_chunk([], ToyStream(model.tokenizer, 0, 2)[0].conversations)
+        return next_token_losses(model, model.hidden_states(chunk.input_ids, chunk.pack), chunk.labels)
+
+    through_adapters = loss()
+    through_adapters.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    model.model = model.model.merge_and_unload()
+    torch.testing.assert_close(through_adapters, loss(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_on_the_head_counts(checkpoint: Path, tmp_path: Path) -> None:
+    model = toy_model(toy_config(checkpoint, tmp_path))
+    chunk = build_chunk([], ToyStream(model.tokenizer, 0, 2)[0].conversations)
+    hidden = model.hidden_states(chunk.input_ids, chunk.pack)
+    plain = next_token_losses(model, hidden, chunk.labels)
+    handle = model.model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0)
+    flat = next_token_losses(model, hidden, chunk.labels)
+    handle.remove()
+    uniform = torch.tensor(float(len(model.tokenizer))).log()
+    torch.testing.assert_close(flat[flat > 0], uniform.expand(int((flat > 0).sum())))
+    assert not torch.allclose(flat, plain)
+
+
+def test_a_run_names_trained_weights_that_no_gradient_reaches(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=2))
+    trainer.grit.decoder[0].idle = torch.nn.Parameter(torch.ones(3))
+    trainer = type(trainer)(trainer.grit, trainer.config, trainer.stream)
+    trainer.train()
+    printed = capsys.readouterr()
+    assert "no gradient reached 1 trained weight(s) in step 2: model.model.idle" in printed.out + printed.err
+
+
+def test_a_run_that_reaches_all_weights_names_none(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes in ({}, {"lora_rank": 2}):
+        toy_trainer(toy_config(checkpoint, tmp_path, steps=2, resume=False, **changes)).train()
+    printed = capsys.readouterr()
+    assert "no gradient" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_step_takes_no_duplicate_of_a_positive_as_negative(checkpoint: Path, tmp_path: Path, masked: bool) -> None:
+    """The trainer's contrastive loss against its definition, where two queries share a positive."""
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, mode="embedding", mask_duplicates=masked, normalized=True))
+    samples = trainer.stream[0]  # type: ignore[index]
+    samples.passages[2] = samples.passages[0]
+    samples.query_ids[1] = samples.passage_ids[2] = samples.query_ids[0]
+    chunk = build_chunk([*samples.queries, *samples.passages], [])
+    with torch.no_grad():
+        vectors, _, _ = TrainingModel(trainer.grit)(chunk)
+    queries = len(samples.queries)
+    scores = vectors[:queries] @ vectors[queries:].T / trainer.config.losses.temperature
+    own = 2 * torch.arange(queries)
+    if masked:
+        same = torch.tensor(samples.query_ids)[:, None] == torch.tensor(samples.passage_ids)[None]
+        same[torch.arange(queries), own] = False
+        assert int(same.sum()) == 2
+        scores = scores.masked_fill(same, float("-inf"))
+    expected = torch.nn.functional.cross_entropy(scores, own)
+    assert trainer.step(samples, 0)["contrastive_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_chunks_router_loss_counts_by_its_share_of_the_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    """Chunks of unequal length: the step's router loss is the mean over tokens, and its gradient is that of this mean."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    settings = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+    )  # fmt: skip
+    MixtralForCausalLM(settings).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = toy_config(tmp_path, tmp_path, chunk_tokens=LENGTH, generative_weight=0.0, mode="generative")
+    model = TrainingModel(toy_model(config), router_loss=True)
+    talks = [s for seed in range(8) for s in ToyStream(tokenizer, 0, 2)[seed].conversations]
+    talks = [max(talks, key=len), min(talks, key=len)]
+    batch = plan_step([], [], talks, None, config.batch, config.losses, ALONE)
+    lengths = [chunk.pack.tokens for chunk in batch.conversation_chunks]
+    assert len(lengths) == 2 and max(lengths) > min(lengths)
+    losses = StepGradients(model, config.losses, ALONE, bf16=False, router_loss_weight=2.0)(batch, seed=0)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected = torch.zeros(())
+    for chunk in batch.conversation_chunks:
+        _, _, router = model(chunk)
+        expected = expected + router * (chunk.pack.tokens / sum(lengths))
+    (2.0 * expected).backward()
+    assert losses.router == pytest.approx(float(expected.detach()), rel=1e-5)
+    gates = [name for name in found if "gate" in name and "gate_up" not in name]
+    assert gates
+    for name in gates:
+        torch.testing.assert_close(found[name], dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-7)
+
+
+def test_sums_per_sample_are_sums() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert sums_per_sample(values, torch.tensor([0, 1, 1, 4])).tolist() == [1.0, 0.0, 9.0]
