@@ -32,8 +32,8 @@ class _Carried:
 
 def attends_by_itself(decoder: Any) -> bool:
     """Whether attention is a method of the layers, outside of transformers' AttentionInterface."""
-    attention = getattr(compat.layers_of(decoder)[0], "attn", None)
-    return hasattr(attention, "_attn")
+    layers = getattr(decoder, "h", None)
+    return bool(layers) and hasattr(getattr(layers[0], "attn", None), "_attn") and decoder.config.model_type == "gptj"
 
 
 def carry(decoder: Any, grit_pass: AttentionPass, inputs: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:

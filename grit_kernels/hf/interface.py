@@ -285,13 +285,13 @@ def grit_attention(
         q, k, v = (x.flatten(0, 1) if packed else pack.pack(x) for x in (q, k, v))  # [tokens, H, D]
         out = packed_attention(q, k, v, pack, grit_pass.bounds(sliding_window), softmax_scale=scaling, softcap=cap)
         out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
-        return out[..., :size], None
+        return _narrowed(out, size), None
     if grit_pass is not None:
         causal, convention = grit_pass.causal, grit_pass.bidirectional_window
     else:
         causal, convention = torch.full((batch,), flag, dtype=torch.bool, device=query.device), "transformers"
     window = window_sizes(causal, sliding_window, convention)
-    return _padded_attention(q, k, v, attention_mask, causal, window, scaling, cap)[..., :size], None
+    return _narrowed(_padded_attention(q, k, v, attention_mask, causal, window, scaling, cap), size), None
 
 
 SERVED_SIZE = 32
@@ -306,6 +306,11 @@ def _with_served_size(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
         return query, key, value
     a, b, c = (torch.nn.functional.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
     return a, b, c
+
+
+def _narrowed(out: Tensor, size: int) -> Tensor:
+    """Undoes :func:`_with_served_size`; contiguous, because layers view the result in another shape."""
+    return out if out.shape[-1] == size else out[..., :size].contiguous()
 
 
 def _padded_attention(

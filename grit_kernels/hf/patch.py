@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from grit_kernels.hf import compat, gptj, rope
+from grit_kernels.hf import compat, gptj, proof, rope
 from grit_kernels.hf import fuse as fused_modules
 from grit_kernels.hf.forward import PatchRecord, exclusive, forward
 from grit_kernels.hf.interface import BIDIRECTIONAL_WINDOWS, NAME, register
@@ -70,13 +70,21 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
     if bidirectional_window not in BIDIRECTIONAL_WINDOWS:
         accepted = ", ".join(map(repr, BIDIRECTIONAL_WINDOWS))
         raise ValueError(f"bidirectional_window: expected one of {accepted}, got {bidirectional_window!r}")
+    if not is_patched(model):
+        _refuse_what_is_wrong(compat.unwrapped(model), decoder)
+    install(model, decoder, bidirectional_window=bidirectional_window, packing=packing, fuse=fuse)
+    return model
+
+
+def install(model: Any, decoder: Any, *, bidirectional_window: str, packing: bool, fuse: bool) -> None:
+    """:func:`patch` without its checks."""
     record = decoder.__dict__.get("_grit_patch")
     if record is not None:
         record = dataclasses.replace(record, bidirectional_window=bidirectional_window, packing=packing, fuse=fuse)
     else:
-        _refuse_what_no_kernel_has(decoder.config)
         cache_name = compat.cache_argument(type(decoder).forward)
-        assert cache_name is not None
+        if cache_name is None:
+            raise TypeError(f"model: expected a decoder that takes a KV cache, got {type(decoder).__name__}")
         register()
         record = PatchRecord(
             attn_implementation=decoder.config._attn_implementation,
@@ -103,7 +111,6 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
         decoder._grit_patch = record
         # a partial, not a closure: deepcopy and pickle carry it over to the copy
         setattr(decoder, _forward_slot(decoder), functools.partial(forward, decoder, record))
-    return model
 
 
 def unpatch(model: Any) -> Any:
@@ -133,7 +140,16 @@ def unpatch(model: Any) -> Any:
     return model
 
 
-def _refuse_what_no_kernel_has(config: Any) -> None:
+def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
+    """Configs that no kernel serves, and kinds of models on which a trial goes wrong."""
+    tested = inner.config.model_type in FAMILIES
+    reason = proof.attention_is_reached(inner) if tested else proof.verdict(inner).refusal
+    if reason is not None:
+        raise TypeError(
+            f"model: expected a decoder on which patch() is right, got {type(inner).__name__} (model type "
+            f"{inner.config.model_type!r}): {reason}. Tested are {', '.join(FAMILIES)}; others are tried on a tiny model"
+        )
+    config = decoder.config
     for name in DROPOUT:
         if dropout := getattr(config, name, None):
             raise ValueError(f"{name}: expected 0, since no kernel has dropout, got {dropout} in the model's config")
@@ -180,9 +196,6 @@ def _decoder(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers decoder, got {type(model).__name__}")
     inner = compat.unwrapped(model)
-    model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
-        raise TypeError(
-            f"model: expected one of type {', '.join(FAMILIES)}, got {type(inner).__name__} (model type {model_type!r})"
-        )
+    if not hasattr(getattr(inner, "config", None), "model_type"):
+        raise TypeError(f"model: expected a transformers decoder, got {type(inner).__name__}")
     return compat.decoder_of(inner)

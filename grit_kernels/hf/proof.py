@@ -1,0 +1,346 @@
+"""Whether patch() is right for a kind of decoder, found by trying it on a tiny random model of the same class and config.
+
+The tiny model has the config of the real one with its sizes made small: at least one layer of every kind, the same ratio of
+heads, windows and original lengths shorter than the texts. On it, a text in a pack must become what it becomes alone in the
+unpatched model with eager attention, causally and bidirectionally; and so must a padded batch, and tokens after a cache. What
+is true of the class and this kind of config is true of every size of it; a number that could matter beyond the texts tried here
+and that this file does not know how to make small is a reason to refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit_kernels.hf import compat
+
+TOLERANCE = 1e-4
+"""Largest accepted difference, as a fraction of the largest value; FP32 sums in another order give 1e-6."""
+
+TEXTS = (5, 23, 11)
+WINDOW = 6
+"""What windows, chunks and original lengths become: shorter than a third of the longest text."""
+LARGEST = 20_000_000
+"""Parameters; a tiny model that is larger has a size this file does not know."""
+
+HEADS, HEAD_DIM, HIDDEN = 4, 16, 64
+LAYER_KINDS = ("full_attention", "sliding_attention")
+
+SIZES: dict[str, int] = {
+    "vocab_size": 97,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim"), HIDDEN),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "hidden_size_per_head"), HEAD_DIM),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), HEAD_DIM // 2),
+    **dict.fromkeys(("qk_head_dim",), HEAD_DIM + HEAD_DIM // 2),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 64),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "ffn_hidden_size"), 32),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp"), 32),
+    **dict.fromkeys(("dense_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_shared_experts", "n_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index"), 1),
+    **dict.fromkeys(("vocab_size_per_layer_input", "per_layer_vocab_size"), 97),
+    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 16),
+}
+KEY_VALUE_HEADS = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+REACHES = (
+    "sliding_window",
+    "window_size",
+    "attention_window",
+    "attention_chunk_size",
+    "chunk_size",
+    "local_window_size",
+    "local_attention",
+)
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
+ATTENTION_WORDS = (
+    "attention",
+    "attn",
+    "window",
+    "chunk",
+    "block",
+    "sink",
+    "sparse",
+    "index",
+    "stride",
+    "local",
+    "compress",
+)
+"""A number called like this that is as large as the texts may begin to matter only beyond them."""
+HARMLESS = (
+    *("query_pre_attn_scalar", "max_window_layers", "original_max_position_embeddings", "max_length"),
+    *("chunk_size_feed_forward", "block_multiple_of", "mamba_chunk_size"),
+)
+"""Numbers called so that are sizes, scales or, of other kinds of layers, no reach of attention."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``error``: the largest difference found, a fraction of the largest value; ``refusal``: why not, or None."""
+
+    error: float
+    refusal: str | None = None
+
+
+class _Unknown(ValueError):
+    """A config that cannot be made small, with the reason."""
+
+
+def verdict(model: Any) -> Verdict:
+    """Whether patch() is right for models of this class with a config of this kind; ``model`` itself is not run.
+
+    Tried once per process and kind; about half a second.
+    """
+    inner = compat.unwrapped(model)
+    model_class, config = type(inner), inner.config
+    try:
+        values = tiny_values(config)
+        key = json.dumps(values, sort_keys=True, default=repr)
+    except _Unknown as reason:
+        return Verdict(float("nan"), str(reason))
+    # what adapters and other libraries put around the model's own parts is called by them, and does not attend
+    parts = frozenset(type(m) for m in inner.modules() if type(m).__module__ == model_class.__module__)
+    return _tried(model_class, type(config), key, parts, _Values(values))
+
+
+_reaches: dict[type, str | None] = {}
+
+
+def attention_is_reached(model: Any) -> str | None:
+    """None when a model of this class calls the attention that patch() puts in, else what it does; for tested families, whose
+    modelling code may be another in this version of transformers. Tried once per class, in milliseconds."""
+    inner = compat.unwrapped(model)
+    model_class, config = type(inner), inner.config
+    if model_class not in _reaches:
+        _reaches[model_class] = None
+        try:
+            with _alone():
+                _patched_copy(model_class(type(config)(**tiny_values(config))))
+        except Exception as error:
+            _reaches[model_class] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return _reaches[model_class]
+
+
+def _patched_copy(stock: Any) -> Any:
+    """A patched copy, after one pass: a pass says so if no layer called our attention."""
+    from grit_kernels.hf.patch import install  # which asks this file
+
+    model = copy.deepcopy(stock).eval()
+    decoder = compat.decoder_of(model)
+    install(model, decoder, bidirectional_window="transformers", packing=True, fuse=True)
+    decoder(torch.full((1, 3), 3), cache=compat.new_cache())
+    return model
+
+
+class _Values(dict[str, Any]):
+    """A dict that takes no part in the key of a cache."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Values)
+
+
+@functools.cache
+def _tried(model_class: type, config_class: type, key: str, parts: frozenset[type], values: _Values) -> Verdict:
+    try:
+        with _alone():
+            return _try(model_class, config_class(**values), parts)
+    except Exception as error:
+        return Verdict(float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Nothing around decides about the trial, and it disturbs nothing: own random numbers, the CPU, float32, no autocast."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+# ---- a small config of the same kind
+
+
+def tiny_values(config: Any) -> dict[str, Any]:
+    """The arguments that make a small config of the same kind and class."""
+    given = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in ("transformers_version",)}
+    nested = [name for name, value in given.items() if isinstance(value, dict) and "model_type" in value]
+    if nested:
+        raise _Unknown(f"a model of several parts ({', '.join(nested)}): patch its language model")
+    values = {k: v for k, v in given.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
+    heads = next((given[k] for k in ("num_attention_heads", "n_head", "n_heads", "num_heads") if given.get(k)), None)
+    rotary = given.get("qk_rope_head_dim")
+    for name, value in values.items():
+        if name == "head_dim" and rotary and value == rotary:
+            values[name] = SIZES["qk_rope_head_dim"]  # some configs call the rotated part so
+        elif name in SIZES and isinstance(value, int) and not isinstance(value, bool) and value:
+            values[name] = SIZES[name]
+        elif name in KEY_VALUE_HEADS and isinstance(value, int):
+            values[name] = HEADS if value == heads else 1 if value == 1 else 2
+        elif name in REACHES and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            values[name] = WINDOW
+        elif name in TOKEN_IDS:
+            values[name] = None if value is None else 0
+        elif name == "rope_parameters" and isinstance(value, dict):
+            values[name] = _tiny_rope(value)
+        elif name == "original_max_position_embeddings" and isinstance(value, int):
+            values[name] = WINDOW
+        elif "dropout" in name or name.endswith("pdrop"):
+            values[name] = 0.0 if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        elif isinstance(value, list) and name in SIZES:
+            values[name] = [SIZES[name] for _ in value]
+    if "dynamic" in repr(given.get("rope_parameters")) and "max_position_embeddings" in values:
+        values["max_position_embeddings"] = WINDOW  # up to it dynamic scaling does nothing
+    _choose_layers(given, values)
+    for name, value in values.items():
+        large = isinstance(value, int) and not isinstance(value, bool) and value >= max(TEXTS)
+        if large and name not in SIZES and name not in HARMLESS and any(word in name for word in ATTENTION_WORDS):
+            raise _Unknown(f"{name}={value} in its config may matter beyond the texts of a trial")
+    return values
+
+
+def _tiny_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    if any(isinstance(p, dict) for p in parameters.values()):  # one set per kind of layer
+        return {k: _tiny_rope(p) if isinstance(p, dict) else p for k, p in parameters.items()}
+    small = dict(parameters)
+    if small.get("rope_theta") is None:
+        small["rope_theta"] = 1e4
+    if small.get("original_max_position_embeddings"):
+        small["original_max_position_embeddings"] = WINDOW
+    partial = small.get("partial_rotary_factor") or 1.0
+    for name in ("short_factor", "long_factor"):
+        if isinstance(small.get(name), list):
+            small[name] = small[name][: int(HEAD_DIM * partial) // 2]
+    return small
+
+
+def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
+    """The first layer of every kind, at least two of them; kinds are what the lists of one entry per layer say."""
+    name = next((name for name in LAYER_COUNTS if isinstance(given.get(name), int)), None)
+    if name is None:
+        raise _Unknown("its config has no number of layers by a known name")
+    count = given[name]
+    lists = {k: v for k, v in given.items() if isinstance(v, list) and len(v) == count and count > 2}
+    kinds = given.get("layer_types") or []
+    foreign = sorted({str(kind) for kind in kinds} - set(LAYER_KINDS))
+    if foreign:
+        raise _Unknown(
+            f"layers of kind {', '.join(foreign)}, which carry something from token to token, or see keys, otherwise than by "
+            "attention to a window"
+        )
+    first: dict[str, int] = {}
+    for index in range(count if lists else 0):
+        first.setdefault(repr([v[index] for v in lists.values()]), index)
+    chosen = list(first.values()) or [0, 0]
+    chosen = chosen if len(chosen) > 1 else chosen * 2
+    if given.get("num_kv_shared_layers"):  # the last layers take the keys and values of earlier ones of their kind
+        values["num_kv_shared_layers"] = len(chosen)
+        chosen = chosen * 2
+    for key in lists:
+        values[key] = [values[key][index] for index in chosen]
+    for key in LAYER_COUNTS:
+        if isinstance(given.get(key), int):
+            values[key] = len(chosen)
+    if "max_window_layers" in values:
+        values["max_window_layers"] = len(chosen)
+
+
+# ---- the trial
+
+
+def _draw_weights(model: Any) -> None:
+    """Weights under which attention is far from uniform, and every vector (sinks, biases, norms) counts."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=2.0 * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+
+
+def _try(model_class: Any, config: Any, parts: frozenset[type]) -> Verdict:
+    with torch.device("meta"):
+        shape = model_class(copy.deepcopy(config))
+    size, untried = sum(p.numel() for p in shape.parameters()), parts - {type(m) for m in shape.modules()}
+    if untried:
+        return Verdict(
+            float("nan"), f"parts that a trial does not reach: {', '.join(sorted(t.__name__ for t in untried))}"
+        )
+    if size > LARGEST:
+        return Verdict(float("nan"), f"a config of unknown sizes: the tiny model would have {size} parameters")
+    config._attn_implementation = "eager"
+    stock = model_class(config).eval().float()
+    _draw_weights(stock)
+    model = _patched_copy(stock)
+    plain, patched = compat.decoder_of(stock), compat.decoder_of(model)
+    texts = [torch.randint(3, 97, (1, length)) for length in TEXTS]
+    truth = {flag: [_alone_in_stock(plain, text, flag) for text in texts] for flag in (True, False)}
+    if _difference(truth[True], truth[False]) < 1e-2:
+        return Verdict(float("nan"), "unpatched, it ignores is_causal=False, so there is nothing to compare with")
+
+    padded = torch.zeros(len(texts), max(TEXTS), dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for row, text in enumerate(texts):
+        padded[row, : text.shape[1]], mask[row, : text.shape[1]] = text[0], 1
+
+    def rows(states: Tensor) -> list[Tensor]:
+        return [states[row : row + 1, : text.shape[1]] for row, text in enumerate(texts)]
+
+    flags = torch.tensor([False, True, False])
+    mixed = [truth[bool(flag)][row] for row, flag in enumerate(flags)]
+    found: dict[str, float] = {}
+    for flag in (True, False):
+        states = patched(padded, attention_mask=mask, is_causal=flag, use_cache=False)[0]
+        found[f"packed, is_causal={flag}"] = _difference(rows(states), truth[flag])
+    found["packed, mixed"] = _difference(rows(patched(padded, attention_mask=mask, is_causal=flags)[0]), mixed)
+    cache = compat.new_cache()
+    states = patched(padded, attention_mask=mask, is_causal=flags, cache=cache)[0]
+    found["padded, mixed"] = _difference(rows(states), mixed)
+    longest = max(range(len(texts)), key=TEXTS.__getitem__)
+    cache, parts, start = compat.new_cache(), [], 0
+    for piece in (TEXTS[longest] - 8, 6, 1, 1):
+        ids = texts[longest][:, start : start + piece]
+        parts.append(patched(ids, cache=cache)[0])
+        start += piece
+    found["after a cache"] = _difference([torch.cat(parts, dim=1)], [truth[True][longest]])
+    worst = max(found, key=lambda name: found[name] if found[name] == found[name] else float("inf"))
+    error = found[worst]
+    if not error <= TOLERANCE:
+        return Verdict(error, f"on a tiny random model it is off by {error:.2g} of the largest value ({worst})")
+    return Verdict(error)
+
+
+def _alone_in_stock(decoder: Any, text: Tensor, is_causal: bool) -> Tensor:
+    """transformers' masks follow the config, whether or not the forward hands the argument down. A copy: some models remember
+    the longest text they have seen."""
+    decoder = copy.deepcopy(decoder)
+    decoder.config.is_causal = is_causal
+    return decoder(text, use_cache=False)[0]
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    largest = max(float(b.abs().max()) for b in expected)
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / largest

@@ -1,0 +1,126 @@
+"""Every causal decoder of the installed transformers, tried as patch() tries an unlisted one: admitted, or refused with a reason.
+
+    python -m tests.families_sweep
+
+writes the table behind the marker in docs/families.md (``make families`` runs it after tests.families_table).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import grit_kernels as gk
+from grit_kernels.hf import proof
+from grit_kernels.hf.patch import DROPOUT, FAMILIES
+
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
+MARKER = "<!-- the rest of this page is written by `python -m tests.families_sweep` -->"
+LAYERS = 8
+"""Enough for every pattern of kinds; building the default number takes an hour."""
+HYBRID = {"layer_types": ["conv", "full_attention"] * 4, "num_hidden_layers": 8}
+REPRESENTATIVE: dict[str, dict[str, Any]] = {"lfm2": HYBRID, "lfm2_moe": HYBRID}
+"""Where the default config is no model that people use: LFM2's has no convolution."""
+COMPLETE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+"""What some default configs leave open and every checkpoint's says."""
+
+WRONG = (
+    *("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint", "qwen3_next", "qwen3_5_text"),
+    *("qwen3_5_moe_text", "lfm2", "lfm2_moe", "lfm3", "olmo_hybrid", "nemotron_h", "minimax", "bamba", "jamba"),
+    *("granitemoehybrid", "llama4_text"),
+)
+"""Types that attention as patch() has it computes wrongly: sinks, states carried across a pack, chunked layers."""
+
+
+def representative_model(model_type: str) -> Any:
+    """The model of a type with the config that its checkpoints are like, without memory for weights."""
+    changes = REPRESENTATIVE.get(model_type, {})
+    config = transformers.AutoConfig.for_model(model_type, **changes)
+    if not changes and getattr(config, "num_hidden_layers", 0) > LAYERS:
+        with contextlib.suppress(Exception):  # a pattern that wants more layers gets them
+            config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=LAYERS)
+    heads = getattr(config, "num_attention_heads", None)
+    for name, value in {**COMPLETE, "num_key_value_heads": heads}.items():
+        if getattr(config, name, 0) is None:
+            setattr(config, name, value)
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // heads
+    for name in DROPOUT:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)  # as for inference; patch() refuses it by name
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def tried(model_type: str) -> proof.Verdict:
+    """What patch() finds out about a type."""
+    try:
+        model = representative_model(model_type)
+    except Exception as error:
+        return proof.Verdict(float("nan"), f"its default config makes no model ({type(error).__name__})")
+    try:
+        if model_type in FAMILIES:
+            return proof.verdict(model)
+        gk.patch(model)
+    except (TypeError, ValueError) as error:
+        found = proof.verdict(model)
+        return found if found.refusal else proof.Verdict(found.error, str(error))
+    return proof.verdict(model)
+
+
+def render(verdicts: dict[str, proof.Verdict]) -> str:
+    """The part of the page behind the marker."""
+    admitted = {name: v for name, v in verdicts.items() if v.refusal is None}
+    refused = {name: v for name, v in verdicts.items() if v.refusal is not None}
+    version = importlib.metadata.version("transformers")
+    lines = [
+        MARKER,
+        "",
+        "## Every decoder of transformers",
+        "",
+        f"All {len(verdicts)} causal types of transformers {version} with their default configs, tried as `patch()` tries a type",
+        "that is not in the table above: a tiny random model of the same class and kind of config, packed and alone, causal and",
+        f"bidirectional, padded, and after a cache. {len(admitted)} are right and admitted, {len(refused)} are refused with the",
+        "reason, 0 are admitted and wrong. Another kind of config of the same type is tried by itself.",
+        "",
+        f"Right: {', '.join(f'`{name}`' for name in admitted)}.",
+        "",
+        "| refused | why |",
+        "|---|---|",
+        *(f"| `{name}` | {_cell(v.refusal or '')} |" for name, v in refused.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r"0x[0-9a-f]+", "0x..", " ".join(text.split())).replace("|", "\\|")
+    return text if len(text) <= 180 else text[:177] + "..."
+
+
+def main() -> int:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    verdicts: dict[str, proof.Verdict] = {}
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        verdicts[name] = found = tried(name)
+        print(f"{name:28} {found.error:8.2g}  {found.refusal or 'right'}", flush=True)
+    page = TABLE.read_text(encoding="utf-8").split(MARKER)[0].rstrip() + "\n\n"
+    TABLE.write_text(page + render(verdicts), encoding="utf-8")
+    wrong = [name for name in WRONG if name in verdicts and verdicts[name].refusal is None]
+    if wrong:
+        print(f"admitted, but known to be wrong: {', '.join(wrong)}")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Types without a test of their own are tried on a tiny model, and admitted or refused for a reason."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import grit_kernels as gk
+from grit_kernels.hf import proof
+from tests import families_sweep
+from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, tiny_model
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+OLMO3 = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+DEEPSEEK = {
+    "head_dim": 16,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+}
+ADMITTED = {"olmo3": OLMO3, "starcoder2": {}, "glm4": {}, "cohere2": OLMO3, "deepseek_v3": DEEPSEEK}
+
+
+def model_of(model_type: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    values = {**SMALL, **changes}
+    config = transformers.AutoConfig.for_model(model_type, **values)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ADMITTED)
+@torch.no_grad()
+def test_a_type_that_passes_its_trial_equals_the_unpatched_model(model_type: str) -> None:
+    stock = model_of(model_type, **ADMITTED[model_type])
+    before = torch.random.get_rng_state()
+    model = gk.patch(copy.deepcopy(stock))
+    assert torch.equal(torch.random.get_rng_state(), before), "a trial disturbs no random numbers"
+    assert proof.verdict(stock).error < proof.TOLERANCE
+    for mask in (MASKS["right"], MASKS["left"]):
+        real = mask.bool()
+        truth = [stock(IDS, attention_mask=mask, is_causal=flag, use_cache=False).logits for flag in (True, False)]
+        mixed = torch.where(FLAGS[:, None, None], *truth)
+        for caching in (False, True):
+            found = model(IDS, attention_mask=mask, is_causal=FLAGS, use_cache=caching).logits
+            assert (found - mixed)[real].abs().max() <= 1e-5 * max(1.0, float(mixed.abs().max()))
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASKS["left"]}
+    assert torch.equal(model.generate(IDS, **options), stock.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("model_type", families_sweep.WRONG)
+def test_types_known_to_be_wrong_are_refused(model_type: str) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {model_type}")
+    assert families_sweep.tried(model_type).refusal is not None
+
+
+def test_a_refusal_names_the_model_and_the_reason() -> None:
+    model = model_of("gpt_oss", num_local_experts=2)
+    with pytest.raises(TypeError, match=r"got GptOssForCausalLM \(model type 'gpt_oss'\): .*s_aux.* Tested are gemma2"):
+        gk.patch(model)
+    assert not gk.is_patched(model) and model.config._attn_implementation == "eager"
+
+
+def test_a_wrong_result_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grit_kernels.hf import interface
+
+    model = model_of("olmo3", **OLMO3, rms_norm_eps=1.25e-6)  # a kind that no other test has tried
+    honest = interface.window_sizes
+    monkeypatch.setattr(
+        interface, "window_sizes", lambda causal, window, convention: honest(causal, window and window + 1, "full")
+    )
+    with pytest.raises(TypeError, match=r"on a tiny random model it is off by 0\.\d+ of the largest value"):
+        gk.patch(model)
+
+
+def test_numbers_that_a_trial_cannot_reach_are_a_reason() -> None:
+    model = model_of("olmo3", **OLMO3)
+    model.config.attention_span_limit = 4096
+    assert proof.verdict(model).refusal == (
+        "attention_span_limit=4096 in its config may matter beyond the texts of a trial"
+    )
+
+
+def test_a_tested_family_whose_layers_attend_by_themselves_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = transformers.models.mistral.modeling_mistral.MistralAttention
+    monkeypatch.setattr(proof, "_reaches", {})
+    monkeypatch.setattr(kind, "forward", lambda self, hidden_states, *args, **kwargs: (hidden_states, None))
+    with pytest.raises(TypeError, match="no layer of this MistralModel called the attention"):
+        gk.patch(tiny_model())
