@@ -41,6 +41,7 @@ class BM25:
         self._index.index([words(text) for text in passages], show_progress=False)
 
     def rows(self) -> Iterator[np.ndarray]:
+        """BM25 of all passages, query by query."""
         for query in self._queries:
             terms = list(dict.fromkeys(word for word in words(query) if word in self._index.vocab_dict))
             yield self._index.get_scores(terms) if terms else np.zeros(self._count, np.float32)
@@ -58,6 +59,7 @@ class Embeddings:
         self._queries = embed_queries(model, queries, max_length=max_length)
 
     def rows(self) -> Iterator[np.ndarray]:
+        """Similarities of all passages, query by query."""
         for start in range(0, len(self._queries), 256):
             yield from (self._queries[start : start + 256] @ self._passages.T).float().cpu().numpy()
 
