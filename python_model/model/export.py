@@ -135,8 +135,9 @@ def export_sentence_transformers(
             raise ValueError(f"instructions: expected other names than the settings' prompts have, got {taken[0]!r}")
         prefixes = {**settings.prompts, **{name: formatter.embed_instruction(text) for name, text in names.items()}}
         prompts = {name: text.replace(TURN_END, str(model.tokenizer.eos_token)) for name, text in prefixes.items()}
+        tokenize: Any = transformer.tokenizer
         for name, prefix in {"": "", **prefixes}.items():
-            theirs = transformer.tokenizer(prompts.get(name, "") + "a")["input_ids"]
+            theirs = tokenize(prompts.get(name, "") + "a")["input_ids"]
             if theirs != formatter.text(prefix, "a", max_length).input_ids:
                 raise ValueError(
                     f"instructions: expected texts that the tokenizer divides alike in sentence-transformers "

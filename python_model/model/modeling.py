@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ MODES = ("unified", "embedding", "generative")
 HEAD_FILE = "embedding_head.safetensors"
 WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 """Arguments of ``from_pretrained`` that say where a checkpoint's files are."""
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": nn.Identity(),
     "tanh": nn.functional.tanh,
     "gelu": nn.functional.gelu,
@@ -91,7 +91,7 @@ class GritLM(nn.Module):
             instruction_count=instruction_count,
             **others,
         )
-        loader = AutoModel if mode == "embedding" else AutoModelForCausalLM
+        loader: Any = AutoModel if mode == "embedding" else AutoModelForCausalLM
         loaded, report = loader.from_pretrained(
             path, output_loading_info=True, **_one_flag_per_sample(path, from_pretrained_kwargs)
         )

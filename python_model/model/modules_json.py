@@ -127,7 +127,7 @@ def _modules(read: Read) -> list[tuple[str, str]] | None:
 
 def _dense(read: Read, modules: list[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
     """(folder, options) of the linear layers."""
-    layers = []
+    layers: list[tuple[str, dict[str, Any]]] = []
     for kind, folder in modules:
         if kind == "Dense":
             options = _json(read, f"{folder}/config.json") or {}

@@ -176,8 +176,8 @@ def test_lm_eval_runs_choices_and_generation_on_local_files(model: GritLM, tmp_p
 
 
 def _log_likelihood(model: GritLM, context: str, continuation: str) -> float:
-    before = model.tokenizer(context, add_special_tokens=False)["input_ids"]
-    ids = model.tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+    before = model.tokenizer(context)["input_ids"]
+    ids = model.tokenizer(context + continuation)["input_ids"]
     with torch.no_grad():
         logits = model.model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(float(logits[i - 1, ids[i]]) for i in range(len(before), len(ids)))

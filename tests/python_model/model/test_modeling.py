@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import grit_kernels as gk
 from python_model import GritLM
 from python_model.model.prompts import EMBED, embed_instruction, encode_text
+from python_model.settings import GritSettings
 
 TEXTS = ["A river flows.", "def add(first, second):", "x", "The capital of France is a city with a river in it. " * 4]
 INSTRUCTION = embed_instruction("Find the text")
@@ -179,6 +181,27 @@ def test_tokenizer_and_settings_come_from_where_the_weights_do(checkpoint: Path,
         warnings.simplefilter("error", UserWarning)
         again = GritLM(tmp_path, subfolder="step-2", device="cpu", dtype="float32")
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+
+
+def hub_cache(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """A cache of the hub that holds the checkpoint as someone/model, and the arguments that load from it alone."""
+    snapshot = folder / "models--someone--model" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(checkpoint, snapshot)
+    (folder / "models--someone--model" / "refs").mkdir()
+    (folder / "models--someone--model" / "refs" / "main").write_text(snapshot.name)
+    return {"cache_dir": str(folder), "local_files_only": True, "device": "cpu", "dtype": "float32"}
+
+
+@pytest.mark.filterwarnings("ignore:projection")
+def test_settings_and_head_of_a_hub_checkpoint_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = GritLM(checkpoint, pooling_method="lasttoken", attn="cccc", projection=8, device="cpu", dtype="float32")
+    model.save_pretrained(tmp_path / "saved")
+    hub = GritLM("someone/model", **hub_cache(tmp_path / "saved", tmp_path / "hub"))
+    assert hub.settings == model.settings
+    np.testing.assert_array_equal(hub.encode(TEXTS), model.encode(TEXTS))
+    bare = GritLM("someone/model", **hub_cache(checkpoint, tmp_path / "other"))
+    assert bare.settings == GritSettings()
 
 
 def test_embedding_mode_has_no_head(checkpoint: Path) -> None:

@@ -6,7 +6,6 @@ Runs where that package is installed (``pip install --no-deps gritlm==1.0.2``).
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +37,19 @@ def reference(path: Path, **options: Any) -> Any:
     return Reference(str(path), device="cpu", dtype=torch.float32, **options)
 
 
-@pytest.fixture(scope="module")
-def with_bos(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with a tokenizer that puts BOS in front by itself, as the published models' does."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("with_bos") / "checkpoint"
-    shutil.copytree(checkpoint, folder)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
+@pytest.fixture(params=["with BOS", "without BOS"])
+def folder(request: pytest.FixtureRequest, checkpoint: Path, checkpoint_without_bos: Path) -> Path:
+    """Tokenizers that put BOS in front by themselves, as the published models' does, or do not."""
+    return checkpoint if request.param == "with BOS" else checkpoint_without_bos
 
 
 @pytest.mark.parametrize("mode", ["unified", "embedding"])
 @pytest.mark.parametrize("method", ["mean", "weightedmean", "lasttoken", "cls"])
 @pytest.mark.parametrize(("attn", "allowed"), [("cccc", 1e-5), ("bbcc", 1e-3)])
-def test_embeddings_equal_the_packages(with_bos: Path, mode: str, method: str, attn: str, allowed: float) -> None:
+def test_embeddings_equal_the_packages(folder: Path, mode: str, method: str, attn: str, allowed: float) -> None:
     options: dict[str, Any] = {"mode": mode, "pooling_method": method, "attn": attn}
-    want = reference(with_bos, **options)
-    ours = GritLM(with_bos, device="cpu", dtype=torch.float32, instruction_count="reference", **options)
+    want = reference(folder, **options)
+    ours = GritLM(folder, device="cpu", dtype=torch.float32, instruction_count="reference", **options)
     for prefix in PREFIXES:
         for add_special_tokens in (True, False):
             for embed_instruction in (False, True):
@@ -73,10 +62,10 @@ def test_embeddings_equal_the_packages(with_bos: Path, mode: str, method: str, a
     np.testing.assert_allclose(ours.encode(TEXTS[0]), want.encode(TEXTS[0]), atol=1e-4)
 
 
-def test_the_other_arguments_and_methods_behave_as_in_the_package(with_bos: Path) -> None:
+def test_the_other_arguments_and_methods_behave_as_in_the_package(folder: Path) -> None:
     options: dict[str, Any] = {"attn": "cccc", "normalized": False}
-    want = reference(with_bos, **options)
-    ours = GritLM(with_bos, device="cpu", dtype=torch.float32, **options)
+    want = reference(folder, **options)
+    ours = GritLM(folder, device="cpu", dtype=torch.float32, **options)
     corpus = [{"title": "A", "text": "river"}, {"text": "flows."}]
     assert relative(ours.encode_corpus(corpus), want.encode_corpus(corpus)) < 1e-5
     assert relative(ours.encode_queries(TEXTS), want.encode_queries(TEXTS)) < 1e-5
@@ -93,9 +82,9 @@ def test_the_other_arguments_and_methods_behave_as_in_the_package(with_bos: Path
     assert ours.tokenizer.padding_side == want.tokenizer.padding_side == "right"
 
 
-def test_the_default_count_differs_only_where_tokens_merge_over_the_border(with_bos: Path) -> None:
-    default = GritLM(with_bos, device="cpu", dtype=torch.float32)
-    counted = GritLM(with_bos, device="cpu", dtype=torch.float32, instruction_count="reference")
+def test_the_default_count_differs_only_where_tokens_merge_over_the_border(folder: Path) -> None:
+    default = GritLM(folder, device="cpu", dtype=torch.float32)
+    counted = GritLM(folder, device="cpu", dtype=torch.float32, instruction_count="reference")
     for prefix in PREFIXES:
         assert relative(default.encode(TEXTS, instruction=prefix), counted.encode(TEXTS, instruction=prefix)) < 1e-6
 
@@ -112,6 +101,6 @@ def test_embeddings_of_the_small_model_equal_the_packages(method: str, attn: str
     want = reference(folder, **options)
     ours = GritLM(folder, device="cpu", dtype=torch.float32, instruction_count="reference", **options)
     for prefix in PREFIXES:
-        # this model's tokenizer puts no BOS in front, GritLM here does unless it is told not to
-        got = ours.encode(texts, instruction=prefix, add_special_tokens=False)
-        assert relative(got, want.encode(texts, instruction=prefix, add_special_tokens=False)) < allowed
+        for add_special_tokens in (True, False):
+            call: dict[str, Any] = {"instruction": prefix, "add_special_tokens": add_special_tokens}
+            assert relative(ours.encode(texts, **call), want.encode(texts, **call)) < allowed
