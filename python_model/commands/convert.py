@@ -20,17 +20,18 @@ from python_model.data.report import DataReport
 from python_model.data.rows import Row, to_object
 from python_model.support.files import new_file
 
-WIDTH = 88
+WIDTH = 80
 
 
-def shown(value: Any, indent: str = "  ") -> list[str]:
-    """A row for people: one line per text, cut."""
+def shown(row: dict[str, Any]) -> list[str]:
+    """A row for people: a line per text, cut; an instruction stands in brackets before its text."""
     found = []
-    for name, content in value.items():
-        items = content if isinstance(content, list) and name in ("pos", "neg", "text") else [content]
-        for item in items:
-            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-            line = f"{indent}{name:<8} {json.dumps(text, ensure_ascii=False)[1:-1]}"
+    for name, content in row.items():
+        many = name in ("pos", "neg", "text") and isinstance(content, list)
+        for item in content if many else [content]:
+            texts = item if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) else None
+            text = f"[{texts[0]}] {texts[1]}" if texts else str(item)
+            line = f"  {name:<8} {json.dumps(text, ensure_ascii=False)[1:-1]}"
             found.append(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…")
     return found
 

@@ -82,7 +82,10 @@ def to_object(row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {"text": row.turns[0] if plain else list(row.turns)}
     else:
         found = {"query": _to_json(row.query)}
-        found |= {name: [_to_json(text) for text in getattr(row, name)] for name in ("pos", "neg")}
+        for name in ("pos", "neg"):
+            texts = getattr(row, name)
+            # two bare strings might be read as instruction and text
+            found[name] = [list(text) if len(texts) == 2 else _to_json(text) for text in texts]
         found |= {name: list(scores) for name in ("pos_scores", "neg_scores") if (scores := getattr(row, name))}
     return found | {name: value for name in ("key", "dataset") if (value := getattr(row, name))}
 

@@ -18,10 +18,15 @@ def test_a_file_of_another_tool_is_shown_and_written(tmp_path: Path, capsys: pyt
     main([str(file), str(tmp_path / "out.jsonl"), "--show", "2"])
     printed = capsys.readouterr().out
     assert f"{file}:1\n  query    q 0\n  pos      p p" in printed and f"{file}:3" not in printed
-    assert all(len(line) <= 88 for line in printed.split("\n") if line.startswith("  query"))
+    assert all(len(line) <= 80 for line in printed.split("\n") if line.startswith("  query"))
     assert "data: 5 rows (x 5)" in printed and "left out, broken: 2 row(s)" in printed
     assert f"note: {file}: rows read: 5 as sentence-transformers" in printed and "column 'lang' is ignored" in printed
     assert [row.query.text for row in read_embedding(tmp_path / "out.jsonl")] == [f"q {n}" for n in range(5)]
+
+
+def test_an_instruction_stands_before_its_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(write(tmp_path / "x.jsonl", {"query": "a dog", "pos": [["as", "an animal"]], "prompt": "Find"}))])
+    assert "  query    [Find] a dog\n  pos      [as] an animal\n" in capsys.readouterr().out
 
 
 def test_scored_pairs_are_refused_until_a_threshold_is_given(

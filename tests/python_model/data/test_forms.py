@@ -189,6 +189,13 @@ def test_a_list_of_two_strings_is_settled_by_the_file_and_said(tmp_path: Path) -
     assert instructed.pos == (InstructedText("", "r"),) and not isinstance(instructed.pos[0], PlainText)
 
 
+def test_rows_that_were_written_are_never_taken_for_an_instruction_and_a_text(tmp_path: Path) -> None:
+    rows = [EmbeddingRow(PlainText("", f"q {n}"), plain("yes", f"p {n}"), plain("yes", f"n {n}")) for n in range(3)]
+    file = write(tmp_path / "x.jsonl", *map(to_object, rows))
+    assert [found.pos for found in read_rows(file)[0]] == [row.pos for row in rows]
+    assert index_file(file).report.notes == []
+
+
 def test_containers_hold_the_same_rows_as_lines_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
     rows = [{**FLAG, "query": f"naïve question {n}"} for n in range(5)]
