@@ -141,8 +141,10 @@ bench: fetch-model  ## about 15 minutes on 2 quiet cores: compares with the comm
 bench-full: fetch-model  ## every size and peer; the records become the committed ones
 	$(BIN)/python -m bench --full --keep
 
-proof: fetch-model  ## unified training against two specialists of the same length; an interrupted run goes on
-	$(BIN)/python -m bench.proof
+DATA ?= proof_data
+proof: fetch-model  ## unified training against two specialists of the same budget (hours); goes on where it stopped
+	test -d $(DATA) || $(BIN)/grit data $(DATA) --test-rows 700
+	$(BIN)/python -m bench.proof --data $(DATA)
 
 # -- code and pages
 

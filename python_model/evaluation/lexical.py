@@ -11,7 +11,12 @@ from python_model.evaluation.retrieval import RetrievalScores, ranks_of_relevant
 
 
 def bm25(queries: Sequence[str], documents: Sequence[str], relevant: Sequence[int]) -> RetrievalScores:
-    """Retrieval metrics of BM25 (Lucene's variant with Pyserini's k1 = 0.9 and b = 0.4) over English words.
+    """:func:`bm25_ranks`, scored."""
+    return scores_from_ranks(bm25_ranks(queries, documents, relevant), len(documents))
+
+
+def bm25_ranks(queries: Sequence[str], documents: Sequence[str], relevant: Sequence[int]) -> torch.Tensor:
+    """Rank (1 = best) of each query's document under BM25 (Lucene's variant, Pyserini's k1 = 0.9 and b = 0.4) over English words.
 
     Words are runs of letters and digits, so the parts of ``an_identifier`` count; stop words are left out, the rest is stemmed by
     Snowball's algorithm.
@@ -41,4 +46,4 @@ def bm25(queries: Sequence[str], documents: Sequence[str], relevant: Sequence[in
         known = [word for word in words(query) if word in index.vocab_dict]
         if known:  # a query without a known word finds nothing: every document ties
             scores[row] = torch.from_numpy(index.get_scores(known))
-    return scores_from_ranks(ranks_of_relevant(scores, torch.as_tensor(list(relevant))), len(documents))
+    return ranks_of_relevant(scores, torch.as_tensor(list(relevant)))

@@ -8,7 +8,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -108,6 +108,8 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder / "states", self.settings, self.ranks, identity=identity, save_total=config.logging.save_total
         )
+        self.after_step: Callable[[int], None] | None = None
+        """Called with the number of steps done, before the state is saved; may measure the model."""
         self._stop = False
         self._executed = 0
 
@@ -193,6 +195,9 @@ class Trainer:
                         tracker.log(index + 1, record)
                     _show(bar, record)
                     recent = self._check_explosion([*recent, record["loss"]][-WINDOW - 1 :], samples)
+                    if self.after_step is not None:
+                        self.after_step(index + 1)
+                        self.model.train()
                     self._save_state(index + 1)
                     begin = time.perf_counter()
         finally:

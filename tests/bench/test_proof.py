@@ -1,0 +1,122 @@
+"""The proof: a tiny plan starts, goes on, and tabulates; the intervals are those of a paired bootstrap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from bench import proof
+from bench.proof_table import ndcg, relative_difference, table
+from tests.conftest import needs_source_tree
+from tests.python_model.conftest import checkpoint, tokenizer  # noqa: F401  (fixtures)
+
+WORDS = ("river", "city", "code", "word", "capital", "France", "space", "line")
+
+
+def _data(folder: Path) -> Path:
+    rows = [
+        {"query": ["Find", f"where is {word}"], "pos": [["", f"{word} is here"]], "neg": [["", "nothing"]], "key": word}
+        for word in WORDS
+    ]
+    talks = [{"text": [f"say {word}", f"{word} it is"]} for word in WORDS]
+    for part in ("train", "test"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "embedding.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / part / "generative.jsonl").write_text("".join(json.dumps(r) + "\n" for r in talks))
+    questions = [{"question": f"say {word}", "answers": [word]} for word in WORDS]
+    (folder / "test" / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"key": r["key"], "text": r["pos"][0][1]}) + "\n" for r in rows)
+    )
+    return folder
+
+
+def _plan(folder: Path, model: Path) -> Path:
+    base = {
+        "steps": 4,
+        "model": {"name": str(model), "bf16": False},
+        "batch": {"embedding_batch_size": 4, "generative_batch_size": 2},
+        "logging": {"save_steps": 1},
+    }
+    plan = {"seeds": [0], "double_seeds": [0], "max_length": 64, "queries": 6, "curve_queries": 3, "base": base}
+    file = folder / "plan.yaml"
+    file.write_text(yaml.safe_dump(plan))
+    return file
+
+
+def test_a_tiny_plan_runs_goes_on_and_tabulates(
+    checkpoint: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("bm25s")
+    arguments = ["--config", str(_plan(tmp_path, checkpoint)), "--data", str(_data(tmp_path / "data"))]
+    arguments += ["--output", str(tmp_path / "out"), "--records", str(tmp_path / "records")]
+    proof.main([*arguments, "--only", "unified-0", "--only", "base"])
+    assert {p.stem for p in (tmp_path / "records").glob("*.json")} == {"unified-0", "base"}
+    # the record is what counts: a run that has one is not run again
+    trained: list[str] = []
+    run_one = proof.run_one
+    monkeypatch.setattr(proof, "run_one", lambda run, *rest: trained.append(run.name) or run_one(run, *rest))
+    proof.main(arguments)
+    assert trained == ["embedding-0", "generative-0", "embedding-double-0", "generative-double-0"]
+    records = {record["name"]: record for record in proof.records(tmp_path / "records")}
+    assert len(records["unified-0"]["ranks"]) == 6 and len(records["unified-0"]["matches"]) == 8
+    assert sorted(map(int, records["unified-0"]["curve"])) == [1, 2, 3, 4]
+    assert len(records["unified-0"]["curve"]["2"]["ranks"]) == 3
+    assert "losses" not in records["embedding-0"] and "ranks" not in records["generative-0"]
+    assert records["embedding-double-0"]["steps"] == 8
+    # specialists learn from the unified model's own rows: the same number of tokens over both objectives
+    steps = zip(*(records[f"{mode}-0"]["log"] for mode in ("unified", "embedding", "generative")), strict=True)
+    assert all(both["tokens"] == one["tokens"] + other["tokens"] for both, one, other in steps)
+    assert all(r["contrastive_grad_norm"] and r["generative_grad_norm"] for r in records["unified-0"]["log"])
+    written = (tmp_path / "records" / "table.md").read_text()
+    assert "| BM25 | 0 |" in written and "| base | 0 |" in written and "| all | 6 |" in written
+    assert (tmp_path / "records" / "proof.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit):
+        proof.main([*arguments, "--only", "no-such-run"])
+
+
+def test_intervals_are_of_the_paired_relative_difference() -> None:
+    draw = np.random.default_rng(1)
+    theirs = draw.random(400)
+    point, low, high = relative_difference(theirs * 1.1, theirs, rounds=200)
+    assert point == low == pytest.approx(0.1) and high == pytest.approx(0.1)  # pairs move together
+    mine = theirs + draw.normal(0, 0.1, 400)
+    point, low, high = relative_difference(mine, theirs, rounds=2000)
+    spread = (mine - theirs * (1 + point)).std() / theirs.mean() / 400**0.5
+    assert low < point < high and (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.15)
+
+
+def test_the_table_sets_unified_against_the_specialist_per_set() -> None:
+    described = {"sets": ["a", "a", "b"]}
+    records: list[dict[str, Any]] = [
+        {
+            "name": "unified-0",
+            "seed": 0,
+            "steps": 5,
+            "measured_on": described,
+            "ranks": [1, 3, 20],
+            "losses": {"x": 2.0},
+        },
+        {"name": "embedding-0", "seed": 0, "steps": 5, "measured_on": described, "ranks": [1, 1, 1]},
+    ]
+    assert ndcg([1, 3, 20]).tolist() == [1.0, 0.5, 0.0]
+    lines = table(records).splitlines()
+    assert "| unified-0 | 5 | 0.500 | 2.000 | - |" in lines
+    assert next(line for line in lines if line.startswith("| a |")).startswith("| a | 2 | 0.750 | 1.000 | -25.0%")
+    assert next(line for line in lines if line.startswith("| b |")).startswith("| b | 1 | 0.000 | 1.000 | -100.0%")
+
+
+@needs_source_tree
+def test_the_shipped_plan_is_accepted(tmp_path: Path) -> None:
+    plan = proof.read_plan(proof.common.ROOT / "configs" / "proof.yaml")
+    (tmp_path / "train").mkdir()
+    configs = [run.config(plan, tmp_path, tmp_path / "out") for run in plan.runs()]
+    assert [c.steps for c in configs] == [430] * 6 + [860] * 2
+    assert len({str(c.optimizer) for c in configs}) == 1
