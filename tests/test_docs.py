@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import grit_kernels
 import python_model
@@ -71,3 +72,16 @@ def test_every_public_name_is_explained(package: Any) -> None:
         if not thing.__doc__ or thing.__doc__.startswith(f"{getattr(thing, '__name__', '')}(")
     ]
     assert not missing, f"{len(missing)} without a docstring: {missing}"
+
+
+@needs_source_tree
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    """``make docs`` builds the site; this needs no mkdocs."""
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
+
+    assert sorted(pages(settings["nav"])) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
