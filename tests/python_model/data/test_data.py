@@ -233,7 +233,7 @@ def test_wordnet_files_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert pluto.instance_of == ("n00000003",) and pluto.known_name and not hound.known_name
     assert beast.words == ("beast",) and not beast.common
     (tmp_path / "data.verb").write_text("changed")
-    with pytest.raises(SourceError, match=r"data\.verb: SHA-256"):
+    with pytest.raises(SourceError, match=r"data\.verb: expected SHA-256"):
         read_wordnet(tmp_path)
 
 
