@@ -304,8 +304,7 @@ class Service:
     @property
     def dimensions(self) -> int:
         """Size of an embedding."""
-        projection = self.reader.projection
-        return int(self.reader.model.config.hidden_size if projection is None else projection.out_features)
+        return int(self.reader.settings.projection or self.reader.model.config.hidden_size)
 
     def _inputs(self, param: str, given: Any) -> list[str]:
         """Strings; tokens are taken for the text they spell, so they cannot smuggle in special tokens."""

@@ -204,6 +204,37 @@ def test_settings_and_head_of_a_hub_checkpoint_are_read(checkpoint: Path, tmp_pa
     assert bare.settings == GritSettings()
 
 
+@pytest.mark.filterwarnings("ignore:projection")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_wraps_the_embedding_head_counts(checkpoint: Path, dtype: torch.dtype) -> None:
+    """A low-rank adapter and a hook change the vector as they change the layer, and both get gradients."""
+    torch.manual_seed(1)
+    model = GritLM(checkpoint, projection=8, normalized=False, is_inference=False, device="cpu", dtype=dtype)
+    head: Any = model.projection
+    text = [TEXTS[3]]
+    before = model.encode(text, convert_to_tensor=True).detach()
+
+    class Adapted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.low = head, torch.nn.Linear(64, 8, bias=False, dtype=dtype)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.base(rows) + self.low(rows)
+
+    model.projection = Adapted()
+    pooled = []
+    model.projection.register_forward_hook(lambda module, rows, out: pooled.append(rows[0]) or out + 1)
+    got = model.encode(text, convert_to_tensor=True)
+    weight = model.projection.low.weight
+    torch.testing.assert_close(got, before + pooled[0] @ weight.float().T + 1, atol=1e-5, rtol=1e-5)
+    got.square().sum().backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in model.projection.parameters())  # type: ignore[union-attr]
+    with pytest.raises(TypeError, match="projection: expected an nn.Linear to save, got Adapted"):
+        model.save_pretrained(checkpoint.parent / "never")
+    assert not (checkpoint.parent / "never").exists()
+
+
 def test_embedding_mode_has_no_head(checkpoint: Path) -> None:
     model = GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32")
     assert model.encode("text").shape == (64,)
