@@ -75,11 +75,14 @@ def public_objects() -> list[tuple[str, Any]]:
     from python_model.generate import rerank
     from python_model.generate import text as generate
     from python_model.model import export as sentence_transformers_export
+    from python_model.settings import AttentionVariant, GritSettings
     from python_model.train import TrainConfig, Trainer
 
     found = [(f"grit_kernels.{name}", getattr(gk, name)) for name in gk.__all__ if not name.startswith("_")]
     found += [(f"python_model.{name}", getattr(python_model, name)) for name in python_model.__all__]
     found += [
+        ("python_model.settings.GritSettings", GritSettings),
+        ("python_model.settings.AttentionVariant", AttentionVariant),
         ("python_model.train.TrainConfig", TrainConfig),
         ("python_model.train.Trainer", Trainer),
         ("python_model.generate.reply", generate.reply),
