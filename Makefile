@@ -114,6 +114,7 @@ fetch-model: install
 
 families: install  ## docs/families.md: what patch() does for each family, from a run of its tests
 	$(BIN)/python -m tests.families_table
+	$(BIN)/python -m tests.families_sweep
 
 # on a machine with a CUDA device, with its own Python and torch; nothing is downloaded. Tests first, then the most valuable
 # benchmarks; run again, it goes on where it stopped

@@ -12,7 +12,6 @@ import importlib.metadata
 import re
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import grit_kernels as gk
 from grit_kernels.hf import proof
 from grit_kernels.hf.patch import DROPOUT, FAMILIES
+from tests.families_table import MARKER, TABLE
 
-TABLE = Path(__file__).parents[1] / "docs" / "families.md"
-MARKER = "<!-- the rest of this page is written by `python -m tests.families_sweep` -->"
 LAYERS = 8
 """Enough for every pattern of kinds; building the default number takes an hour."""
 HYBRID = {"layer_types": ["conv", "full_attention"] * 4, "num_hidden_layers": 8}

@@ -22,6 +22,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "grit_kernels" / "hf" / "test_families.py"
 TABLE = ROOT / "docs" / "families.md"
+MARKER = "<!-- the rest of this page is written by `python -m tests.families_sweep` -->"
 YES, NO, NONE = "yes", "**failed**", "-"
 
 Pair = tuple[str, str]  # feature, family
@@ -128,7 +129,11 @@ def main() -> int:
     TABLE.parent.mkdir(exist_ok=True)
     table = render(recorder.passed, families)
     version = importlib.metadata.version("transformers")
-    TABLE.write_text(TEXT.format(version=version, table=table, none=NONE), encoding="utf-8")
+    _, marker, sweep = TABLE.read_text(encoding="utf-8").partition(MARKER) if TABLE.exists() else ("", "", "")
+    TABLE.write_text(
+        TEXT.format(version=version, table=table, none=NONE) + ("\n" + marker + sweep if marker else ""),
+        encoding="utf-8",
+    )
     print(table)
     return int(status)
 

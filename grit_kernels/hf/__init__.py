@@ -6,6 +6,7 @@
 * :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`depends_on_length`: whether its rotary
   frequencies change with the length of a text.
 * :func:`checkpoint_activations`, :func:`checkpoints_activations`, :func:`expert_balance_loss`: for training.
+  :func:`check_plain_head`: that code which applies the language-model head by itself gets the model's logits.
 
 compat.py alone knows what differs between versions of transformers; importing this package does not import it.
 """
@@ -24,12 +25,14 @@ from grit_kernels.hf.compat import (
     rotary_of,
 )
 from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
+from grit_kernels.hf.proof import check_plain_head
 from grit_kernels.hf.rope import depends_on_length
 
 __all__ = [
     "StaticCache",
     "cache_keyword",
     "cached_states",
+    "check_plain_head",
     "checkpoint_activations",
     "checkpoints_activations",
     "decoder_of",

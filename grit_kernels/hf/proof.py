@@ -134,6 +134,38 @@ def attention_is_reached(model: Any) -> str | None:
     return _reaches[model_class]
 
 
+_plain_heads: dict[tuple[type, str], bool] = {}
+
+
+def check_plain_head(model: Any) -> None:
+    """For code that applies the language-model head by itself: that logits are ``head(states)``, softly capped if the config has
+    ``final_logit_softcapping``. Some families scale them beside; found out on a tiny model, once per class and kind.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    from grit_kernels.hf.patch import FAMILIES
+
+    inner = compat.unwrapped(model)
+    if inner.config.model_type in FAMILIES:
+        return
+    values = tiny_values(inner.config)
+    key = (type(inner), json.dumps(values, sort_keys=True, default=repr))
+    if key not in _plain_heads:
+        with _alone():
+            tiny = type(inner)(type(inner.config)(**values)).eval()
+            ids = torch.arange(3, 20)[None]
+            expected = tiny.get_output_embeddings()(compat.decoder_of(tiny)(ids, use_cache=False)[0])
+            cap = getattr(inner.config, "final_logit_softcapping", None)
+            expected = expected if cap is None else cap * torch.tanh(expected / cap)
+            _plain_heads[key] = torch.allclose(tiny(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-6)
+    if not _plain_heads[key]:
+        raise ValueError(
+            f"model: expected logits that are the output of the language-model head, got {type(inner).__name__} (model type "
+            f"{inner.config.model_type!r}), which scales them in its own way"
+        )
+
+
 def _patched_copy(stock: Any) -> Any:
     """A patched copy, after one pass: a pass says so if no layer called our attention."""
     from grit_kernels.hf.patch import install  # which asks this file

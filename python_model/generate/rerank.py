@@ -135,6 +135,7 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
     :func:`python_model.generate.complete` reads them."""
     causal = model.attention.generates_causally
     shared, yes, no = answer_tokens(model)
+    gk.hf.check_plain_head(model.model)
     scores: list[float] = []
     for start in range(0, len(passages), batch_size):
         prompts = [

@@ -53,6 +53,7 @@ def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Te
 def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
     """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
     used = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    gk.hf.check_plain_head(model.model)
     head: Any = model.model.get_output_embeddings()
     softcap = getattr(model.model.config, "final_logit_softcapping", None)
     if not _is_plain(head):

@@ -116,3 +116,13 @@ def test_a_tested_family_whose_layers_attend_by_themselves_is_refused(monkeypatc
     monkeypatch.setattr(kind, "forward", lambda self, hidden_states, *args, **kwargs: (hidden_states, None))
     with pytest.raises(TypeError, match="no layer of this MistralModel called the attention"):
         gk.patch(tiny_model())
+
+
+@pytest.mark.parametrize("model_type, plain", [("olmo3", True), ("cohere2", False), ("mistral", True)])
+def test_heads_that_scale_their_logits_are_known(model_type: str, plain: bool) -> None:
+    model = model_of(model_type, **(OLMO3 if model_type != "mistral" else {}))
+    if plain:
+        gk.hf.check_plain_head(model)
+        return
+    with pytest.raises(ValueError, match="model: expected logits that are the output of the language-model head"):
+        gk.hf.check_plain_head(model)
