@@ -59,12 +59,15 @@ class ModelConfig(Checked):
 
 @dataclass
 class OptimizerConfig(Checked):
-    """AdamW with a linear schedule, and what the gradients are limited to.
+    """AdamW, its schedule, and what the gradients are limited to.
 
     Attributes:
         lr: learning rate at its height, which the warm-up ends at.
-        warmup_ratio: share of the steps over which the rate rises; after them it falls to 0.
-        weight_decay: of AdamW.
+        warmup_ratio: share of the steps over which the rate rises.
+        schedule: of the rate after the warm-up: down to 0 in a line or along a cosine, ``constant``, or constant and then down in
+            a line over the last ``decay_ratio`` of the steps.
+        decay_ratio: see ``schedule``.
+        weight_decay: of AdamW, on matrices; norms and biases have none.
         objective_grad_norm: the gradient of each objective is limited to this norm before the two are added, so that neither
             drowns the other; 0: no limit. It costs nothing: both norms are measured and logged anyway.
         max_grad_norm: the sum of both gradients is limited to this norm.
@@ -72,6 +75,8 @@ class OptimizerConfig(Checked):
 
     lr: Positive = 2e-5
     warmup_ratio: Share = 0.03
+    schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"
+    decay_ratio: Share = 0.2
     weight_decay: NotNegative = 0.0
     objective_grad_norm: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
@@ -84,6 +89,8 @@ class LossConfig(Checked):
     Attributes:
         temperature: of the contrastive loss.
         learn_temperature: train it too (its logarithm, with the same learning rate).
+        matryoshka_dims: the contrastive loss is the mean over embeddings of full size and cut to each of these sizes, so that a
+            cut embedding serves as well as it can (Matryoshka, arXiv 2205.13147); ``[]``: full size alone.
         contrastive_weight: factor of the contrastive loss.
         generative_weight: factor of the next-token loss.
         router_loss_weight: factor of a mixture's load-balancing loss; default: the model config's ``router_aux_loss_coef``.
@@ -98,6 +105,7 @@ class LossConfig(Checked):
 
     temperature: Positive = 0.02
     learn_temperature: bool = False
+    matryoshka_dims: list[Count] = field(default_factory=list)
     contrastive_weight: NotNegative = 1.0
     generative_weight: NotNegative = 1.0
     router_loss_weight: NotNegative | None = None

@@ -26,7 +26,7 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Optimizers:
-    """AdamW over the trainable weights of ``model`` (alone or wrapped for the ranks), linear warm-up and decay."""
+    """AdamW over the trainable weights of ``model`` (alone or wrapped for the ranks), with a warm-up and a schedule."""
 
     def __init__(
         self, model: nn.Module, config: OptimizerConfig, losses: LossConfig, ranks: Ranks, *, steps: int, embeds: bool
@@ -35,9 +35,13 @@ class Optimizers:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("model: it has no weight that is trained")
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=config.lr, weight_decay=config.weight_decay, betas=BETAS, fused=True
-        )
+        # norms and biases have one dimension; pulling them to 0 regularises nothing
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
         self.log_temperature: nn.Parameter | None = None
         self.temperature_optimizer: torch.optim.Optimizer | None = None
         if losses.learn_temperature and embeds:
@@ -48,11 +52,23 @@ class Optimizers:
             )
 
     def lr(self, step: int) -> float:
-        """Learning rate of the step with this index: up to its full height over the warm-up, then down to 0 at the end."""
-        warmup = max(1, round(self.steps * self.config.warmup_ratio))
+        """Learning rate of the step with this index: up to its full height over the warm-up, then as ``schedule`` says.
+
+        A function of the step alone, so resuming keeps no state. It is transformers' schedule of the same name, one step on:
+        no step has the rate 0.
+        """
+        config = self.config
+        warmup = max(1, round(self.steps * config.warmup_ratio))
         if step < warmup:
-            return self.config.lr * (step + 1) / warmup
-        return self.config.lr * (self.steps - step) / max(1, self.steps - warmup + 1)
+            return config.lr * (step + 1) / warmup
+        left = (self.steps - step) / max(1, self.steps - warmup + 1)
+        if config.schedule == "constant":
+            return config.lr
+        if config.schedule == "cosine":
+            return config.lr * 0.5 * (1 - math.cos(math.pi * left))
+        if config.schedule == "warmup_stable_decay":
+            return config.lr * min(1.0, (self.steps - step) / max(1, round(self.steps * config.decay_ratio)))
+        return config.lr * left
 
     def clip(self) -> float:
         """Clip the gradients; returns their norm before, the same on all ranks."""

@@ -150,12 +150,14 @@ class StepGradients:
         ranks: Ranks,
         *,
         bf16: bool = True,
+        normalized: bool = True,
         objective_grad_norm: float = 0.0,
         reduce_each_chunk: bool = False,
         log_temperature: nn.Parameter | None = None,
         router_loss_weight: float = 0.0,
     ) -> None:
         self.model, self.losses, self.ranks = model, losses, ranks
+        self.normalized = normalized
         self.bf16, self.objective_grad_norm, self.reduce_each_chunk = bf16, objective_grad_norm, reduce_each_chunk
         self.log_temperature = log_temperature
         self.router_loss_weight = router_loss_weight
@@ -245,18 +247,25 @@ class StepGradients:
         temperature: float | Tensor = config.temperature
         if self.log_temperature is not None:
             temperature = self.log_temperature[0].exp()
-        loss = cast(
-            Tensor,
-            gk.contrastive_loss(
-                vectors[: batch.queries],
-                vectors[batch.queries :],
+        size = vectors.shape[1]
+        if wrong := [dim for dim in config.matryoshka_dims if dim >= size]:
+            raise ValueError(f"losses.matryoshka_dims: expected sizes below the embedding's {size}, got {wrong[0]}")
+        parts = []
+        for dim in (size, *config.matryoshka_dims):
+            cut = vectors[:, :dim]
+            if dim < size and self.normalized:
+                cut = nn.functional.normalize(cut, dim=-1)
+            loss = gk.contrastive_loss(
+                cut[: batch.queries],
+                cut[batch.queries :],
                 temperature=temperature,
                 in_batch_negatives=config.in_batch_negatives,
                 mask_ids=batch.mask_ids,
                 symmetric=config.symmetric,
                 process_group=ranks.group if across else None,
-            ),
-        )
+            )
+            parts.append(cast(Tensor, loss))
+        loss = torch.stack(parts).mean() if len(parts) > 1 else parts[0]
         if across or ranks.group is None:
             return loss
         # ranks may hold one query more or less: the mean over all queries is the mean over ranks of this

@@ -97,6 +97,7 @@ class Trainer:
             config.losses,
             self.ranks,
             bf16=config.model.bf16,
+            normalized=model.settings.normalized,
             objective_grad_norm=config.optimizer.objective_grad_norm,
             reduce_each_chunk=config.parallel.reduce_each_chunk,
             log_temperature=self.optimizers.log_temperature,

@@ -135,6 +135,7 @@ CHUNKED = [
     {"chunk_tokens": 2 * LENGTH, "attn": "cbcc", "mask_duplicates": False},
     {"chunk_tokens": 2 * LENGTH, "attn": "cccc", "pooling_method": "weightedmean"},
     {"chunk_tokens": 2 * LENGTH, "gradient_checkpointing": True},
+    {"chunk_tokens": 2 * LENGTH, "matryoshka_dims": [16, 32]},
     {"chunk_tokens": 2 * LENGTH, **LIMITED},
     {"chunking": "triplet", "projection": 16, "learn_temperature": True, **LIMITED},
     {"chunk_tokens": 2 * LENGTH, "lora_rank": 4, "lora_dropout": 0.0, **LIMITED},

@@ -1,0 +1,80 @@
+"""The rate's schedule, weight decay, and the Matryoshka loss against their definitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
+
+import grit_kernels as gk
+from python_model.model.chunks import build_chunk
+from python_model.train.config import LossConfig, OptimizerConfig
+from python_model.train.distributed import Ranks
+from python_model.train.model import TrainingModel
+from python_model.train.optimizers import Optimizers
+from python_model.train.step import StepGradients, plan_step
+from tests.python_model.training_samples import ToyStream, toy_config, toy_model, toy_trainer
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "warmup_stable_decay", "constant"])
+def test_schedules_are_those_of_transformers_one_step_on(schedule: str) -> None:
+    steps, warmup, decay = 40, 4, 10
+    config = OptimizerConfig(lr=2.0, warmup_ratio=0.1, schedule=schedule, decay_ratio=0.25)  # type: ignore[arg-type]
+    mine = Optimizers(torch.nn.Linear(2, 2), config, LossConfig(), ALONE, steps=steps, embeds=True)
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = {
+        "linear": lambda: get_linear_schedule_with_warmup(theirs, warmup, steps + 1),
+        "cosine": lambda: get_cosine_schedule_with_warmup(theirs, warmup, steps + 1),
+        "constant": lambda: get_constant_schedule_with_warmup(theirs, warmup),
+        "warmup_stable_decay": lambda: get_wsd_schedule(
+            theirs, warmup, decay, num_training_steps=steps + 1, decay_type="linear"
+        ),
+    }[schedule]()
+    for step in range(steps):
+        theirs.step()
+        scheduler.step()
+        assert mine.lr(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6), step
+        assert mine.lr(step) > 0
+
+
+def test_norms_and_biases_do_not_decay(checkpoint: Path, tmp_path: Path) -> None:
+    """With a gradient of 0, a step of AdamW only decays."""
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, weight_decay=0.5, lr=0.1, projection=8, warmup_ratio=0.0))
+    before = {name: p.detach().clone() for name, p in trainer.grit.named_parameters()}
+    for p in trainer.grit.parameters():
+        p.grad = torch.zeros_like(p)
+    trainer.optimizers.update(0)
+    for name, p in trainer.grit.named_parameters():
+        moved = not torch.equal(p, before[name])
+        assert moved == (p.ndim >= 2), name
+    assert any(p.ndim < 2 for p in before.values())
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_matryoshka_loss_is_the_mean_over_sizes(checkpoint: Path, tmp_path: Path, normalized: bool) -> None:
+    config = toy_config(checkpoint, tmp_path, mode="embedding", matryoshka_dims=[8, 32], normalized=normalized)
+    model = TrainingModel(toy_model(config))
+    samples = ToyStream(model.grit.tokenizer, 4, 0)[0]
+    batch = plan_step(samples.queries, samples.passages, [], None, config.batch, config.losses, ALONE)
+    gradients = StepGradients(model, config.losses, ALONE, bf16=False, normalized=normalized)
+    found = gradients(batch, seed=0).contrastive
+    with torch.no_grad():
+        vectors, _, _ = model(build_chunk([*samples.queries, *samples.passages], []))
+    losses = []
+    for dim in (64, 32, 8):
+        cut = vectors[:, :dim]
+        cut = torch.nn.functional.normalize(cut, dim=-1) if normalized else cut
+        losses.append(gk.contrastive_loss(cut[:4], cut[4:], temperature=config.losses.temperature))
+    assert found == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    wrong = StepGradients(model, LossConfig(matryoshka_dims=[64]), ALONE, bf16=False)
+    with pytest.raises(ValueError, match="matryoshka_dims: expected sizes below the embedding's 64, got 64"):
+        wrong(batch, seed=0)
