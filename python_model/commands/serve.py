@@ -25,6 +25,9 @@ def run(arguments: Namespace) -> None:
         require(module, "serve")
     keys = api_keys(arguments.api_key_file)
     check_address(arguments.host, keys)
+    if arguments.ray:
+        _serve_replicas(arguments, keys)
+        return
     app = build_app(arguments, keys)
     _set_up_logging()
     config = uvicorn.Config(
@@ -39,8 +42,29 @@ def run(arguments: Namespace) -> None:
     uvicorn.Server(config).run()
 
 
-def build_app(arguments: Namespace, keys: Sequence[str]) -> Any:
-    """The application that the arguments describe."""
+def _serve_replicas(arguments: Namespace, keys: Sequence[str]) -> None:
+    import torch
+
+    from python_model.serve.replicas import Replicas, start
+
+    def build(remember: Any) -> Any:
+        _set_up_logging()
+        return build_app(arguments, keys, on_index=remember)
+
+    gpu = torch.cuda.is_available() if arguments.device is None else arguments.device.startswith("cuda")
+    start(
+        build,
+        Replicas.parse(arguments.replicas),
+        host=arguments.host,
+        port=arguments.port,
+        cpus=arguments.threads or 1,
+        gpus=1 if gpu else 0,
+        drain_seconds=arguments.drain_seconds,
+    )
+
+
+def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None) -> Any:
+    """The application that the arguments describe; ``on_index``: see :func:`python_model.serve.app.create_app`."""
     import torch
 
     from python_model.serve.app import create_app
@@ -73,7 +97,7 @@ def build_app(arguments: Namespace, keys: Sequence[str]) -> Any:
     local = is_loopback(arguments.host) and not keys
     # another site's page could otherwise reach the server by a name that it makes point here
     hosts = ["localhost", "127.0.0.1", "[::1]", arguments.host] if local else []
-    return create_app(service, api_keys=keys, hosts=hosts)
+    return create_app(service, api_keys=keys, hosts=hosts, on_index=on_index)
 
 
 def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], query_instruction: str) -> None:
@@ -184,6 +208,8 @@ def configure(parser: ArgumentParser) -> None:
     add("--max-tokens", type=int, default=256, help="of a reply whose request does not say")
     add("--timeout", type=float, default=600.0, help="seconds after which a request fails")
     add("--max-body-mb", type=int, default=8, help="largest request")
+    add("--ray", action="store_true", help="replicas on Ray Serve (extra ray); joins the cluster of RAY_ADDRESS")
+    add("--replicas", default="1", metavar="N|LEAST:MOST", help="with --ray: how many, by the number of open requests")
     add("--drain-seconds", type=int, default=30, help="for running requests when the server is stopped")
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -107,13 +107,19 @@ async def _disconnected(request: Request) -> None:
 
 
 def create_app(
-    service: Service, *, metrics: Metrics | None = None, api_keys: Sequence[str] = (), hosts: Sequence[str] = ()
+    service: Service,
+    *,
+    metrics: Metrics | None = None,
+    api_keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    on_index: Callable[[str], Awaitable[Any]] | None = None,
 ) -> FastAPI:
     """The application. It starts the service's engine and stops it.
 
     Args:
         api_keys: what clients may show as ``Authorization: Bearer``; none: no key is asked for.
         hosts: accepted names in the Host header (against other sites' scripts on this machine's browsers); none: all.
+        on_index: awaited with the name of each index that is answered from.
     """
     metrics = metrics or Metrics()
     engine = service.engine
@@ -136,7 +142,7 @@ def create_app(
     app.add_middleware(Gate, metrics=metrics, api_keys=list(api_keys), hosts=list(hosts), limits=service.limits)
     _handle_errors(app)
     _add_model_endpoints(app, service)
-    _add_rag(app, service)
+    _add_rag(app, service, on_index)
     _add_status_endpoints(app, service, metrics)
     return app
 
@@ -228,7 +234,7 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
         return JSONResponse({"id": identity, "model": service.name, "results": found, "usage": usage, "meta": meta})
 
 
-def _add_rag(app: FastAPI, service: Service) -> None:
+def _add_rag(app: FastAPI, service: Service, on_index: Callable[[str], Awaitable[Any]] | None) -> None:
     engine = service.engine
 
     @app.post("/v1/rag", response_model=p.RagReply, responses={200: {"content": _STREAMED}})
@@ -238,6 +244,8 @@ def _add_rag(app: FastAPI, service: Service) -> None:
         if not engine.generates:
             raise p.ApiError(400, "model: it does not generate, which answering needs", param="model")
         where = service.searchable(body.index)
+        if on_index is not None:
+            await on_index(where.name)
         hits: list[Any] = []
         question_tokens = 0
         if body.mode != "none":

@@ -34,6 +34,7 @@ class Gate:
         self.app, self.metrics, self.limits = app, metrics, limits
         self.keys, self.hosts = [key.encode() for key in api_keys], set(hosts)
         self.open = 0
+        self.process = uuid.uuid4().hex[:12].encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,6 +61,7 @@ class Gate:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", identity.encode()),
+                    (b"x-served-by", self.process),  # tells replicas apart
                     (b"x-content-type-options", b"nosniff"),
                 ]
             await send(message)

@@ -1,0 +1,87 @@
+"""Replicas of the server on Ray Serve: the same application, many times, on one machine or many.
+
+Each replica is a process with its own copy of the weights; Ray's proxies take requests and hand each to the replica with fewer
+open ones, start and stop replicas with their number, and start a replica again that has died: what it was computing is lost,
+nothing else.
+
+A client that asks one index for long sends the header ``serve_multiplexed_model_id`` with the index's name: Ray then prefers a
+replica that has answered from that index before, whose memory holds the states of its documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from python_model.support.arguments import check_at_least
+from python_model.support.optional import require
+
+INDEXES_PER_REPLICA = 8
+"""Indexes that a replica is remembered for."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many: as many as keep ``target_requests`` open requests each, within ``least`` and ``most``."""
+
+    least: int = 1
+    most: int = 1
+    target_requests: int = 8
+
+    def __post_init__(self) -> None:
+        check_at_least("least", self.least, 1)
+        check_at_least("most", self.most, self.least)
+        check_at_least("target_requests", self.target_requests, 1)
+
+    @classmethod
+    def parse(cls, text: str) -> Replicas:
+        """``"2"`` is two, ``"1:8"`` one to eight."""
+        least, _, most = text.partition(":")
+        if not least.isdigit() or (most and not most.isdigit()):
+            raise ValueError(f"replicas: expected a number, or LEAST:MOST, got {text!r}")
+        return cls(int(least), int(most or least))
+
+
+def start(
+    build: Callable[[Callable[[str], Any]], Any],
+    replicas: Replicas,
+    *,
+    host: str,
+    port: int,
+    cpus: float = 1,
+    gpus: float = 0,
+    max_requests: int = 512,
+    drain_seconds: float = 30,
+    blocking: bool = True,
+) -> None:
+    """Serve until the process is told to stop (or, not ``blocking``, in the background).
+
+    Args:
+        build: makes the application in a replica; called with a coroutine function that the application awaits with the name
+            of each index that it answers from.
+        cpus, gpus: of a replica.
+        max_requests: open requests that a replica takes; the others wait at the proxy.
+    """
+    serve = require("ray.serve", "ray")
+
+    def application() -> Any:
+        @serve.multiplexed(max_num_models_per_replica=INDEXES_PER_REPLICA)
+        async def remember(index: str) -> str:
+            return index
+
+        return build(remember)
+
+    deployment = serve.deployment(
+        name="grit",
+        max_ongoing_requests=max_requests,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        graceful_shutdown_timeout_s=drain_seconds,
+        autoscaling_config={
+            "min_replicas": replicas.least,
+            "max_replicas": replicas.most,
+            "target_ongoing_requests": replicas.target_requests,
+        },
+    )(serve.ingress(application)())
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(deployment.bind(), name="grit", blocking=blocking)
