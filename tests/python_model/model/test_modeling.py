@@ -183,6 +183,34 @@ def test_tokenizer_and_settings_come_from_where_the_weights_do(checkpoint: Path,
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
 
 
+def test_a_checkpoint_of_before_settings_had_a_version_embeds_as_it_was_trained(
+    checkpoint_without_bos: Path, tmp_path: Path
+) -> None:
+    """Every text began with BOS then, whatever the tokenizer says; saved again, it stays so and says so."""
+    folder = tmp_path / "old"
+    shutil.copytree(checkpoint_without_bos, folder)
+    written = {
+        "pooling_method": "mean",
+        "normalized": True,
+        "attn": "bbcc",
+        "embed_eos": "",
+        "instruction_count": "offsets",
+        "bidirectional_window": "transformers",
+        "projection": None,
+    }
+    (folder / "grit.json").write_text(json.dumps(written, indent=2) + "\n")
+    old = GritLM(folder, device="cpu", dtype="float32")
+    bos = old.tokenizer.bos_token_id
+    assert old.formatter.text(EMBED, "x", 64).input_ids[0] == old.formatter.prompt("x")[0] == bos
+    new = GritLM(checkpoint_without_bos, device="cpu", dtype="float32")
+    assert new.formatter.text(EMBED, "x", 64).input_ids == old.formatter.text(EMBED, "x", 64).input_ids[1:]
+    assert np.abs(old.encode(TEXTS) - new.encode(TEXTS)).max() > 1e-3
+    old.save_pretrained(tmp_path / "again")
+    again = GritLM(tmp_path / "again", device="cpu", dtype="float32")
+    np.testing.assert_array_equal(again.encode(TEXTS), old.encode(TEXTS))
+    assert json.loads((tmp_path / "again" / "grit.json").read_text())["special_tokens"] == "bos"
+
+
 def hub_cache(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """A cache of the hub that holds the checkpoint as someone/model, and the arguments that load from it alone."""
     snapshot = folder / "models--someone--model" / "snapshots" / "0123456789abcdef"
