@@ -10,6 +10,14 @@ import logging
 import sys
 import warnings
 
+KNOWN_WARNINGS = (
+    # PEFT asks a model by the old name whether it recomputes activations (training with adapters)
+    (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
+    # torch's checkpoints of a run with one process, which is what was intended (states of `grit train`)
+    (UserWarning, r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent"),
+)
+"""Category and beginning of warnings between other packages, or about what was intended: there is nothing to do."""
+
 LOAD_REPORT = "LOAD REPORT"
 PROBLEMS = ("MISSING", "MISMATCH", "CONVERSION")
 
@@ -40,6 +48,8 @@ def quiet() -> None:
         # what Python shows to nobody but the author of a script
         for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", hidden)
+    for category, text in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", text, category)
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -61,3 +61,19 @@ def test_calling_it_again_changes_nothing() -> None:
     before = [len(handler.filters) for handler in logging.getLogger("transformers").handlers]
     quiet()
     assert [len(handler.filters) for handler in logging.getLogger("transformers").handlers] == before
+
+
+def test_known_warnings_are_hidden_and_others_shown_once() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        quiet()
+        for text, category in (
+            ("`is_gradient_checkpointing` is deprecated and goes", FutureWarning),
+            (
+                "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to save",
+                UserWarning,
+            ),
+            ("something to know", UserWarning),
+        ):
+            for _ in range(2):
+                warnings.warn(text, category, stacklevel=1)
+    assert {str(warning.message) for warning in shown} == {"something to know"}
