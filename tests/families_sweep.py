@@ -45,15 +45,20 @@ def representative_model(model_type: str) -> Any:
     config = transformers.AutoConfig.for_model(model_type, **changes)
     if not changes and getattr(config, "num_hidden_layers", 0) > LAYERS:
         with contextlib.suppress(Exception):  # a pattern that wants more layers gets them
-            config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=LAYERS)
+            return _built(transformers.AutoConfig.for_model(model_type, num_hidden_layers=LAYERS))
+    return _built(config)
+
+
+def _built(config: Any) -> Any:
     heads = getattr(config, "num_attention_heads", None)
+    given = config.to_dict()
     for name, value in {**COMPLETE, "num_key_value_heads": heads}.items():
-        if getattr(config, name, 0) is None:
+        if name in given and given[name] is None:
             setattr(config, name, value)
-    if getattr(config, "head_dim", 0) is None:
+    if "head_dim" in given and given["head_dim"] is None:
         config.head_dim = config.hidden_size // heads
     for name in DROPOUT:
-        if getattr(config, name, None):
+        if given.get(name):
             setattr(config, name, 0.0)  # as for inference; patch() refuses it by name
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -223,6 +223,8 @@ def tiny_values(config: Any) -> dict[str, Any]:
     nested = [name for name, value in given.items() if isinstance(value, dict) and "model_type" in value]
     if nested:
         raise _Unknown(f"a model of several parts ({', '.join(nested)}): patch its language model")
+    if given.get("per_layer_config"):
+        raise _Unknown("sizes that differ from layer to layer (per_layer_config)")
     values = {k: v for k, v in given.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
     heads = next((given[k] for k in ("num_attention_heads", "n_head", "n_heads", "num_heads") if given.get(k)), None)
     rotary = given.get("qk_rope_head_dim")
