@@ -10,9 +10,12 @@ too. Nothing is pickled. Scores are inner products: cosines for a model that nor
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -31,13 +34,18 @@ from python_model.support.optional import require
 VectorFormat = Literal["float32", "float16", "int8"]
 FORMATS: tuple[str, ...] = get_args(VectorFormat)
 ROWS_AT_ONCE = 1 << 16
+_DOCUMENT = "key, text, title, source, place"  # a Document's fields
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, checksum INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS documents (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
-    shard INTEGER NOT NULL REFERENCES shards (id), row INTEGER NOT NULL);
+    shard INTEGER NOT NULL REFERENCES shards (id), row INTEGER NOT NULL,
+    source TEXT NOT NULL DEFAULT '', place TEXT NOT NULL DEFAULT '');
 CREATE INDEX IF NOT EXISTS documents_of_shard ON documents (shard, row);
+CREATE INDEX IF NOT EXISTS documents_of_source ON documents (source);
+CREATE TABLE IF NOT EXISTS sources (
+    name TEXT PRIMARY KEY, path TEXT NOT NULL, digest TEXT NOT NULL, recipe TEXT NOT NULL);
 """
 
 
@@ -47,6 +55,20 @@ class Hit:
 
     document: Document
     score: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file whose documents are in the index.
+
+    ``path``: where it was read, absolute. ``digest``: of its content, empty while only a part of its documents is there.
+    ``recipe``: how it was divided.
+    """
+
+    name: str
+    path: str
+    digest: str
+    recipe: str
 
 
 @dataclass(frozen=True)
@@ -95,6 +117,8 @@ class Index(StoreFolder):
     kind = "index"
     schema = _SCHEMA
     files = "vectors"
+    version = 2  # 1 did not know which file a document is from
+    rebuild = "grit index NEW_INDEX --add FOLDER"
 
     def __init__(
         self,
@@ -127,7 +151,7 @@ class Index(StoreFolder):
 
     def document(self, key: str) -> Document:
         """The document of a key."""
-        row = self._db.execute("SELECT key, text, title FROM documents WHERE key = ?", (key,)).fetchone()
+        row = self._db.execute(f"SELECT {_DOCUMENT} FROM documents WHERE key = ?", (key,)).fetchone()
         if row is None:
             raise KeyError(f"{key!r} is not in the index {self.path}")
         return Document(*row)
@@ -139,36 +163,87 @@ class Index(StoreFolder):
             ValueError: a key is there already (and ``overwrite`` is False) or comes twice, or the vectors have another size,
                 another number, or values that are not finite.
         """
-        matrix = torch.as_tensor(vectors).detach().float().cpu()
-        if matrix.ndim != 2 or matrix.shape[0] != len(documents) or not len(documents):
-            raise ValueError(f"vectors: expected ({len(documents)}, size), at least one row, got {tuple(matrix.shape)}")
-        if not bool(matrix.isfinite().all()):
-            raise ValueError("vectors: some values are not finite")
-        keys = [document.key for document in documents]
-        if len(set(keys)) < len(keys):
-            raise ValueError("documents: a key comes twice")
-        tensors = _pack(matrix, self.format)
+        matrix = _checked(documents, vectors)
         with self._writing() as (db, undo, after):
-            size = self._meta(db).get("size")
-            if size is None:
-                set_meta(db, "size", matrix.shape[1])
-            elif size != matrix.shape[1]:
-                raise ValueError(f"vectors: expected size {size} as this index has, got {matrix.shape[1]}")
+            keys = [document.key for document in documents]
             present = [key for key in keys if db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone()]
             if present and not overwrite:
                 raise ValueError(f"key: {present[0]!r} is in the index already; pass overwrite=True to replace it")
             self._delete(db, present, after)
-            name = shards.new_name()
-            undo.append(name)
-            shards.write_shard(self._file_folder / name, tensors)
-            shard = db.execute(
-                "INSERT INTO shards (file, checksum) VALUES (?, ?)", (name, shards.checksum(tensors.values()))
-            ).lastrowid
+            self._insert(db, documents, matrix, undo)
+            _count_change(db)
+
+    def replace(
+        self,
+        stale: Sequence[str],
+        documents: Sequence[Document],
+        vectors: Tensor | np.ndarray | None,
+        sources: Sequence[Source] = (),
+    ) -> None:
+        """In one step: remove the keys ``stale``, put ``documents`` in (also for their keys), record their ``sources``."""
+        matrix = _checked(documents, vectors) if documents else None
+        with self._writing() as (db, undo, after):
+            self._delete(db, [*stale, *(document.key for document in documents)], after)
+            if matrix is not None:
+                self._insert(db, documents, matrix, undo)
             db.executemany(
-                "INSERT INTO documents (key, title, text, shard, row) VALUES (?, ?, ?, ?, ?)",
-                [(d.key, d.title, d.text, shard, row) for row, d in enumerate(documents)],
+                "INSERT OR REPLACE INTO sources (name, path, digest, recipe) VALUES (?, ?, ?, ?)",
+                [(s.name, s.path, s.digest, s.recipe) for s in sources],
             )
             _count_change(db)
+
+    def _insert(self, db: sqlite3.Connection, documents: Sequence[Document], matrix: Tensor, undo: list[str]) -> None:
+        size = self._meta(db).get("size")
+        if size is None:
+            set_meta(db, "size", matrix.shape[1])
+        elif size != matrix.shape[1]:
+            raise ValueError(f"vectors: expected size {size} as this index has, got {matrix.shape[1]}")
+        name = shards.new_name()
+        undo.append(name)
+        tensors = _pack(matrix, self.format)
+        shards.write_shard(self._file_folder / name, tensors)
+        shard = db.execute(
+            "INSERT INTO shards (file, checksum) VALUES (?, ?)", (name, shards.checksum(tensors.values()))
+        ).lastrowid
+        db.executemany(
+            f"INSERT INTO documents ({_DOCUMENT}, shard, row) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(d.key, d.text, d.title, d.source, d.place, shard, row) for row, d in enumerate(documents)],
+        )
+
+    def sources(self) -> dict[str, Source]:
+        """The files whose documents are here, by name."""
+        return {row[0]: Source(*row) for row in self._db.execute("SELECT name, path, digest, recipe FROM sources")}
+
+    def documents_of(self, source: str) -> dict[str, Document]:
+        """The documents of a file, by key."""
+        rows = self._db.execute(f"SELECT {_DOCUMENT} FROM documents WHERE source = ? ORDER BY id", (source,))
+        return {row[0]: Document(*row) for row in rows}
+
+    def matching(self, name: str) -> list[str]:
+        """The keys that ``name`` stands for: a document's key, a file's name, or a pattern (``*``, ``?``, ``[..]``) of either.
+
+        Raises:
+            KeyError: it stands for none.
+        """
+        rows = self._db.execute("SELECT key, source FROM documents ORDER BY id").fetchall()
+        found = [key for key, source in rows if name in (key, source)]
+        found = found or [key for key, source in rows if fnmatchcase(key, name) or fnmatchcase(source, name)]
+        if not found:
+            raise KeyError(f"{name!r} is no document, file or pattern of one in the index {self.path}")
+        return found
+
+    @property
+    def stores(self) -> list[str]:
+        """Folders of the key-value stores that keep states of these documents."""
+        return list(self._meta().get("stores", []))
+
+    def note_store(self, path: str | os.PathLike[str]) -> None:
+        """Record that the store at ``path`` keeps states of these documents."""
+        absolute = str(Path(path).resolve())
+        with self._transaction() as db:
+            known = self._meta(db).get("stores", [])
+            if absolute not in known:
+                set_meta(db, "stores", [*known, absolute])
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove documents. The space of their vectors is freed with the last one of their file.
@@ -181,6 +256,7 @@ class Index(StoreFolder):
                 if db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone() is None:
                     raise KeyError(f"{key!r} is not in the index {self.path}")
             self._delete(db, list(keys), after)
+            db.execute("DELETE FROM sources WHERE name NOT IN (SELECT source FROM documents)")
             _count_change(db)
 
     def search(self, queries: Tensor | np.ndarray, k: int = 10, *, engine: str = "exact") -> list[list[Hit]]:
@@ -251,7 +327,7 @@ class Index(StoreFolder):
         return torch.from_numpy(scores), torch.where(rows >= 0, built[2][rows.clamp(min=0)], -1)
 
     def _by_id(self, identity: int) -> Document:
-        row = self._db.execute("SELECT key, text, title FROM documents WHERE id = ?", (identity,)).fetchone()
+        row = self._db.execute(f"SELECT {_DOCUMENT} FROM documents WHERE id = ?", (identity,)).fetchone()
         return Document(*row)
 
     def _refresh(self) -> None:
@@ -284,6 +360,19 @@ class Index(StoreFolder):
         if shards.checksum(tensors.values()) != check:
             raise StoreCorruptError(f"{path}: the vectors do not have the checksum they were written with")
         return tensors["data"], tensors.get("scales")
+
+    def _upgrade(self, db: sqlite3.Connection, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Version 1: a file is what stands before ``#chunk`` and ``:line`` in a key; without a digest it is read again."""
+        columns = [row[1] for row in db.execute("PRAGMA table_info(documents)")]
+        for name in ("source", "place"):
+            if name not in columns:
+                db.execute(f"ALTER TABLE documents ADD COLUMN {name} TEXT NOT NULL DEFAULT ''")
+        for statement in self.schema.split(";"):
+            db.execute(statement)
+        rows = db.execute("SELECT id, key FROM documents").fetchall()
+        named = [(re.sub(r"(?<=\.jsonl):\d+$", "", re.sub(r"#\d+$", "", key)), identity) for identity, key in rows]
+        db.executemany("UPDATE documents SET source = ? WHERE id = ?", named)
+        return known
 
     def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
         return {**given, "format": given["format"] or "float32"}
@@ -322,24 +411,42 @@ def add_documents(
         ValueError: a document has more than ``max_length`` tokens (default: the model's positions); divide it with
             :func:`python_model.rag.documents.chunk`. Nothing is cut silently.
     """
-    prefix = index.recorded["settings"]["prefix"]
     limit = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
-    formatter = model.formatter
     for start in range(0, len(documents), batch):
         part = documents[start : start + batch]
-        for document in part:
-            if formatter.text(prefix, document.content, limit).truncated:
-                raise ValueError(f"documents: {document.key!r} has more than {limit} tokens; divide it into chunks")
-        vectors = model.encode(
-            [document.content for document in part],
-            instruction=prefix,
-            max_length=limit,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-        )
-        index.add(part, vectors, overwrite=overwrite)
+        if (long := too_long(index, model, part, limit)) is not None:
+            raise ValueError(f"documents: {long.key!r} has more than {limit} tokens; divide it into chunks")
+        index.add(part, embed(index, model, part, limit), overwrite=overwrite)
         if progress is not None:
             progress(start + len(part), len(documents))
+
+
+def too_long(index: Index, model: GritLM, documents: Sequence[Document], limit: int) -> Document | None:
+    """The first of ``documents`` that has more than ``limit`` tokens behind the index's prefix."""
+    prefix = index.recorded["settings"]["prefix"]
+    return next((d for d in documents if model.formatter.text(prefix, d.content, limit).truncated), None)
+
+
+def embed(index: Index, model: GritLM, documents: Sequence[Document], limit: int) -> Tensor:
+    """The vectors of ``documents``, as this index keeps them."""
+    return model.encode(
+        [document.content for document in documents],
+        instruction=index.recorded["settings"]["prefix"],
+        max_length=limit,
+        convert_to_tensor=True,
+        show_progress_bar=False,
+    )
+
+
+def _checked(documents: Sequence[Document], vectors: Tensor | np.ndarray | None) -> Tensor:
+    matrix = torch.as_tensor(vectors).detach().float().cpu()
+    if matrix.ndim != 2 or matrix.shape[0] != len(documents) or not len(documents):
+        raise ValueError(f"vectors: expected ({len(documents)}, size), at least one row, got {tuple(matrix.shape)}")
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("vectors: some values are not finite")
+    if len({document.key for document in documents}) < len(documents):
+        raise ValueError("documents: a key comes twice")
+    return matrix
 
 
 def _pack(matrix: Tensor, format: str) -> dict[str, Tensor]:

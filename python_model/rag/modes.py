@@ -19,7 +19,7 @@ Source: GRIT, arXiv 2402.09906, section on retrieval-augmented generation and it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from python_model.model.prompts import ASSISTANT, EMBED, USER, escape, user_end
@@ -54,11 +54,17 @@ LEAST_SAVING = 32
 
 @dataclass(frozen=True)
 class Document:
-    """A document of the index; ``key`` names its states in a key-value store."""
+    """A document of the index; ``key`` names its states in a key-value store.
+
+    ``source`` is the file it comes from and ``place`` where it stands there ("line 12", "page 3"); both are empty where there is
+    no file, and neither makes it another document.
+    """
 
     key: str
     text: str
     title: str = ""
+    source: str = field(default="", compare=False)
+    place: str = field(default="", compare=False)
 
     @property
     def content(self) -> str:

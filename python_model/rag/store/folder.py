@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-VERSION = 1
-
 
 class StoreError(RuntimeError):
     """A store cannot do what was asked."""
@@ -36,11 +34,21 @@ class StoreBusyError(StoreError):
 
 class StoreFolder:
     """See the top of the file. ``kind`` is for messages; ``schema`` are the tables, among them ``shards`` (id, file) and
-    ``documents`` (key, shard); ``files`` is the folder of the large files."""
+    ``documents`` (key, shard); ``files`` is the folder of the large files; ``version`` is that of the format, which the table
+    ``meta`` records; ``rebuild`` is the command that makes the folder anew."""
 
     kind: ClassVar[str]
     schema: ClassVar[str]
     files: ClassVar[str]
+    version: ClassVar[int]
+    rebuild: ClassVar[str]
+    settings_before: ClassVar[dict[str, Any]] = {
+        "instruction_count": "offsets",
+        "embed_instruction": False,
+        "bidirectional_window": "transformers",
+        "projection_activation": "identity",
+        "default_prompt": "",
+    }
 
     def __init__(self, path: str | os.PathLike[str], given: dict[str, Any], lock_timeout: float, create: bool) -> None:
         self.path, self.lock_timeout = Path(path), lock_timeout
@@ -88,16 +96,36 @@ class StoreFolder:
                     db.execute(statement)
                 known = self._meta(db)  # another process may have been faster
                 if not known:
-                    known = {**self._new_settings(given), "version": VERSION}
+                    known = {**self._new_settings(given), "version": self.version}
                     for name, value in known.items():
                         set_meta(db, name, value)
-        if known["version"] != VERSION:
-            raise StoreError(f"{self.path}: has format version {known['version']}, this code reads {VERSION}")
+        if known.get("version") not in range(1, self.version + 1):
+            raise StoreError(
+                f"{self.path}: the {self.kind} has format version {known.get('version')}, this code reads 1 to {self.version}: "
+                f"update grit-kernels, or make it anew with `{self.rebuild}`"
+            )
+        if known["version"] < self.version:
+            with self._transaction() as db:
+                known = self._meta(db)  # another process may have been faster
+                if known["version"] < self.version:
+                    known = {**self._upgrade(db, known, given), "version": self.version}
+                    for name, value in known.items():
+                        set_meta(db, name, value)
+        settings = _completed(known.get("settings"), given.get("settings"), self.settings_before)
+        if settings != known.get("settings"):
+            with self._transaction() as db:
+                set_meta(db, "settings", settings)
+            known["settings"] = settings
         for name, value in given.items():
             if value is not None and known.get(name) != value:
                 raise ValueError(
-                    f"{name}: expected {known.get(name)!r} as the {self.kind} {self.path} has, got {value!r}"
+                    f"{name}: expected {known.get(name)!r} as the {self.kind} {self.path} has, got {value!r}; "
+                    f"to change it, make the {self.kind} anew: `{self.rebuild}`"
                 )
+        return known
+
+    def _upgrade(self, db: sqlite3.Connection, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Bring the tables of an older version up to date, in the caller's transaction; returns what ``meta`` has to say then."""
         return known
 
     def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -165,6 +193,22 @@ class StoreFolder:
 def set_meta(db: sqlite3.Connection, name: str, value: Any) -> None:
     """Record a setting of the store."""
     db.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, json.dumps(value)))
+
+
+def _completed(recorded: Any, given: Any, before: dict[str, Any]) -> Any:
+    """Settings recorded by the first version, with those that it did not know: its code had the values ``before``.
+
+    It put one token (BOS) in front of every text and none behind it. Which token that is, the fingerprint fixes; so a model that
+    does the same may go on.
+    """
+    if not recorded or not given or "special_tokens" not in given or "special_tokens" in recorded:
+        return recorded
+    special = given["special_tokens"]
+    as_before = len(special[0]) == 1 and special[1] == []
+    missing = {name: value for name, value in before.items() if name in given}
+    if recorded.get("causal"):
+        missing["bidirectional_window"] = None
+    return {**missing, **recorded, "special_tokens": special if as_before else "one token in front"}
 
 
 def _is_full(error: BaseException) -> bool:

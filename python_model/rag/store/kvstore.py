@@ -65,6 +65,8 @@ class KVStore(StoreFolder):
     kind = "key-value store"
     schema = _SCHEMA
     files = "shards"
+    version = 1
+    rebuild = "grit index INDEX --add FOLDER --store NEW_STORE"
 
     def __init__(
         self,
@@ -214,6 +216,13 @@ class KVStore(StoreFolder):
             if self._row(key, db) is None:
                 raise KeyError(f"{key!r} is not in the key-value store {self.path}")
             self._delete(db, [key], after)
+
+    def discard(self, keys: Iterable[str]) -> int:
+        """Remove those of ``keys`` that are there; returns how many were."""
+        with self._writing() as (db, _, after):
+            present = [key for key in keys if self._row(key, db) is not None]
+            self._delete(db, present, after)
+        return len(present)
 
     def verify(self) -> list[str]:
         """Keys of the documents that cannot be read back as they were written."""

@@ -105,9 +105,9 @@ def test_a_store_refuses_another_model_another_format_and_other_shapes(tmp_path:
         KVStore(tmp_path / "s", fingerprint="two")
     with pytest.raises(ValueError, match="format: .*'bfloat16'.*'int8'"):
         KVStore(tmp_path / "s", format="int8")
-    with pytest.raises(ValueError, match="settings: got"):
+    with pytest.raises(ValueError, match="settings: expected"):
         KVStore(tmp_path / "s", settings={"prefix": "y"})
-    with pytest.raises(ValueError, match=r"kv_heads, head_dim\) \(3, 2, 16\), this store has \(3, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"kv_heads, head_dim\) \(3, 2, 8\) as this store has, got \(3, 2, 16\)"):
         store.append("b", TextStates(torch.zeros(3, 2, 2, 1, 16), torch.zeros(1), torch.zeros(1), True))
     with pytest.raises(ValueError, match="a key comes twice"):
         store.append_many([("b", make_states(), {}), ("b", make_states(), {})])

@@ -1,0 +1,68 @@
+"""What the first version wrote is brought up to date, what a newer one wrote is refused."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from python_model import GritLM
+from python_model.rag import KVStore, StoreError
+from python_model.rag.answer import RAG, open_store
+from python_model.rag.index import Index, add_documents, open_index
+from python_model.rag.modes import Document
+
+
+def as_version_1(folder: Path) -> None:
+    """Put a folder back to the layout and the settings of the first version."""
+    with sqlite3.connect(folder / "index.sqlite") as db:
+        known = dict(db.execute("SELECT name, value FROM meta"))
+        settings = json.loads(known["settings"])
+        kept = ("pooling_method", "normalized", "attn", "embed_eos", "projection", "prefix", "causal")
+        old = {name: value for name, value in settings.items() if name in kept}
+        db.execute("UPDATE meta SET value = ? WHERE name = 'settings'", (json.dumps(old),))
+        db.execute("UPDATE meta SET value = '1' WHERE name = 'version'")
+        if (folder / "vectors").exists():
+            db.execute("DROP TABLE sources")
+            db.execute("DROP INDEX documents_of_source")
+            for column in ("source", "place"):
+                db.execute(f"ALTER TABLE documents DROP COLUMN {column}")
+    db.close()
+
+
+def test_an_index_and_a_store_of_the_first_version_are_brought_up_to_date(checkpoint: Path, tmp_path: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    documents = [
+        Document("a.md#0", "A river"),
+        Document("a.md#1", "flows."),
+        Document("b.jsonl:3", "x"),
+        Document("7", "y"),
+    ]
+    add_documents(open_index(tmp_path / "i", model), model, documents)
+    RAG(model, store=open_store(str(tmp_path / "s"), model)).add_to_store(documents)
+    as_version_1(tmp_path / "i")
+    as_version_1(tmp_path / "s")
+    for _ in range(2):
+        index = open_index(tmp_path / "i", model)
+        assert [index.document(key).source for key in index.keys()] == ["a.md", "a.md", "b.jsonl", "7"]
+        assert index.recorded["version"] == 2 and len(index.search(index.vectors()[1], 4)[0]) == 4
+        assert open_store(str(tmp_path / "s"), model).verify() == []
+    as_version_1(tmp_path / "i")
+    Index(tmp_path / "i").close()  # without a model: its settings are completed by the next that has one
+    assert len(open_index(tmp_path / "i", model)) == 4
+    as_version_1(tmp_path / "i")
+    with pytest.raises(ValueError, match="settings: expected.*make the index anew: `grit index"):
+        open_index(tmp_path / "i", GritLM(checkpoint, device="cpu", dtype="float32", bidirectional_window="full"))
+
+
+def test_a_newer_version_is_refused_by_the_command_that_makes_it_anew(tmp_path: Path) -> None:
+    Index(tmp_path / "i").close()
+    KVStore(tmp_path / "s").close()
+    for kind, name in ((Index, "i"), (KVStore, "s")):
+        with sqlite3.connect(tmp_path / name / "index.sqlite") as db:
+            db.execute("UPDATE meta SET value = '9' WHERE name = 'version'")
+        db.close()
+        with pytest.raises(StoreError, match="format version 9.*anew with `grit index"):
+            kind(tmp_path / name)
