@@ -217,10 +217,26 @@ void compute_losses(const Call& call, int64_t first, int64_t last, float* scores
   }
 }
 
-// dq [queries, width] and dp [passages, width] of sum_i coefficient_i loss_i. `numbers` hold whole tiles; unless they are known
-// they are computed on the way, and the scores of a chunk then serve both the losses and the gradients.
-void compute_gradients(const Call& call, const float* coefficients, bool known, const Losses& numbers, bool normalize, float* dq,
-                       float* dp) {
+// scale * grad, `count` values, in the dtype
+void write_scaled(const Kernels& isa, DType dtype, const float* grad, float scale, int64_t count, char* out) {
+  constexpr int64_t PART = 1 << 16;
+  const int64_t item = dtype == DType::float32 ? 4 : 2;
+  run_items(isa.thread, (count + PART - 1) / PART, 0, [&](int64_t i, void*) {
+    isa.contrastive->scale(dtype, grad + i * PART, scale, std::min(PART, count - i * PART), out + i * PART * item);
+  });
+}
+
+// Where the gradients of queries and passages [.., width] go. Those of the passages may go to their dtype at once: of a large
+// vocabulary the FP32 sums of all rows would fill, and be written to and read from, more memory than everything else.
+struct GradientRows {
+  float *queries, *passages;
+  char* narrow_passages;  // instead of `passages`
+};
+
+// The gradients of sum_i coefficient_i loss_i. `numbers` hold whole tiles; unless they are known they are computed on the way, and
+// the scores of a chunk then serve both the losses and the gradients.
+void compute_gradients(const Call& call, const float* coefficients, bool known, const Losses& numbers, bool normalize,
+                       const GradientRows& out) {
   const ContrastiveKernels& kernels = call.kernels;
   const ThreadState& thread = call.thread;
   const Contrastive& problem = call.problem;
@@ -231,7 +247,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   for (int64_t i = 0; i < count; ++i) a[i] = coefficients[i] * call.query_scale[i];
 
   // both inputs once more, as columns of words: the vector side of the two gradient products
-  Memory query_columns = allocate(padded_queries / values * wide * 4), passage_columns = allocate(padded / values * wide * 4);
+  Memory query_columns = allocate(padded_queries / values * wide * 4);
   auto pack = [&](const char* data, int64_t stride, int64_t real, int64_t rows, Memory& out) {
     run_items(thread, (rows + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       kernels.pack_columns(problem.dtype, data, stride, real, i * PACK_ROWS, std::min(rows, (i + 1) * PACK_ROWS), rows, width,
@@ -239,9 +255,8 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
     });
   };
   pack(call.queries, call.stride_q, count, padded_queries, query_columns);
-  pack(call.passages, call.stride_p, problem.passages, padded, passage_columns);
   // a query's own passages: the chunks' panels may overlap at their ends, so every chunk adds
-  if (problem.own) std::fill(dp, dp + problem.passages * width, 0.0f);
+  if (problem.own) std::fill(out.passages, out.passages + problem.passages * width, 0.0f);
 
   const int64_t weight_bytes = 4 / values;  // a weight is stored twice
   const bool keep = !known && !problem.own && call.words >= KEEP_WORDS;
@@ -272,82 +287,101 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   const int64_t inner = call.inner;                                               // words per pass of a product
   const int64_t group = std::max<int64_t>(1, BLOCK_BYTES / (inner * panel * 4));  // panels that share the lanes
 
-  for (int64_t first_tile = 0; first_tile < call.tiles; first_tile += chunk_tiles) {
-    const int64_t last_tile = std::min(first_tile + chunk_tiles, call.tiles), here = last_tile - first_tile;
-    const auto [seen_begin, seen_end] = call.seen(first_tile, last_tile);
-    if (keep) compute_losses(call, first_tile, last_tile, scores, seen_end - seen_begin, numbers);
-    for (int64_t begin = seen_begin; begin < seen_end; begin += most) {
-      const bool first_passages = begin == seen_begin;
-      const int64_t seen = std::min(most, seen_end - begin), seen_words = seen / values, blocks = (seen + block - 1) / block;
+  // with known numbers a share of the passages meets all queries before the next share: only its columns and sums exist
+  const bool by_shares = known && !problem.own;
+  const int64_t column_rows = by_shares ? most : padded;
+  Memory passage_columns = allocate(column_rows / values * wide * 4);
+  auto pack_passages = [&](int64_t begin, int64_t rows) {
+    pack(call.passages + begin * call.stride_p * call.item, call.stride_p, problem.passages - begin, rows, passage_columns);
+  };
+  Memory sums = out.narrow_passages ? allocate(most * width * 4) : Memory();
+  // FP32 rows of the passages' gradients, the first of them of passage `begin`
+  auto rows_from = [&](int64_t begin) { return out.narrow_passages ? (float*)sums.get() : out.passages + begin * width; };
 
-      run_items(thread, here * blocks, 0, [&](int64_t index, void*) {
-        const int64_t t = first_tile + index % here, from = index / here * block, to = std::min(from + block, seen);
-        kernels.weights(problem, call.panels(), call.lanes_of(t), t * tile, begin + from, begin + to,
-                        {numbers.top + t * tile, numbers.log_total + t * tile, a.data() + t * tile,
-                         scores ? scores + ((t - first_tile) * seen + from) * tile : nullptr,
-                         rows + from * row_stride + (t - first_tile) * tile * weight_bytes, row_stride,
-                         columns + ((t - first_tile) * tile * seen_words) + from / values * panel, seen_words});
-      });
+  auto add_chunk = [&](int64_t first_tile, int64_t last_tile, int64_t begin, int64_t seen, bool first_passages) {
+    const int64_t here = last_tile - first_tile, seen_words = seen / values, blocks = (seen + block - 1) / block;
+    const int64_t packed = by_shares ? seen : padded, column = by_shares ? 0 : begin;  // what passage_columns hold
+    float* const dp = rows_from(begin);
 
-      // grad_q: what the chunk's passages add
-      const int64_t query_panels = here * tile / panel, query_groups = (query_panels + group - 1) / group;
-      run_items(thread, query_groups * dim_tiles, 0, [&](int64_t index, void*) {
-        const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, query_panels);
-        const uint32_t* vectors = (uint32_t*)passage_columns.get() + (d * (padded / values) + begin / values) * tile;
-        for (int64_t n = 0; n < seen_words; n += inner)
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t row = first_tile * tile + i * panel;
-            if (row >= count) break;
-            kernels.product(problem.dtype, width, columns + (i * seen_words + n) * panel, 0, vectors + n * tile,
-                            std::min(inner, seen_words - n), !first_passages || n > 0,
-                            {dq + row * width + d * tile, width, std::min(panel, count - row), width - d * tile});
-          }
-      });
+    run_items(thread, here * blocks, 0, [&](int64_t index, void*) {
+      const int64_t t = first_tile + index % here, from = index / here * block, to = std::min(from + block, seen);
+      kernels.weights(problem, call.panels(), call.lanes_of(t), t * tile, begin + from, begin + to,
+                      {numbers.top + t * tile, numbers.log_total + t * tile, a.data() + t * tile,
+                       scores ? scores + ((t - first_tile) * seen + from) * tile : nullptr,
+                       rows + from * row_stride + (t - first_tile) * tile * weight_bytes, row_stride,
+                       columns + ((t - first_tile) * tile * seen_words) + from / values * panel, seen_words});
+    });
 
-      // grad_p: what the chunk's queries add
-      const int64_t passage_panels = seen / panel, passage_groups = (passage_panels + group - 1) / group;
-      const int64_t chunk_words = here * tile / values;
-      run_items(thread, passage_groups * dim_tiles, 0, [&](int64_t index, void*) {
-        const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, passage_panels);
-        const uint32_t* vectors =
-            (uint32_t*)query_columns.get() + (d * (padded_queries / values) + first_tile * tile / values) * tile;
-        for (int64_t n = 0; n < chunk_words; n += inner)
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t row = begin + i * panel;
-            if (row >= problem.passages) break;
-            kernels.product(problem.dtype, width, (const uint32_t*)(rows + i * panel * row_stride) + n, row_stride / 4,
-                            vectors + n * tile, std::min(inner, chunk_words - n), problem.own || first_tile > 0 || n > 0,
-                            {dp + row * width + d * tile, width, std::min(panel, problem.passages - row), width - d * tile});
-          }
-      });
-    }
-  }
-  if (!normalize) return;
+    // grad_q: what the chunk's passages add
+    const int64_t query_panels = here * tile / panel, query_groups = (query_panels + group - 1) / group;
+    run_items(thread, query_groups * dim_tiles, 0, [&](int64_t index, void*) {
+      const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, query_panels);
+      const uint32_t* vectors = (uint32_t*)passage_columns.get() + (d * (packed / values) + column / values) * tile;
+      for (int64_t n = 0; n < seen_words; n += inner)
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t row = first_tile * tile + i * panel;
+          if (row >= count) break;
+          kernels.product(problem.dtype, width, columns + (i * seen_words + n) * panel, 0, vectors + n * tile,
+                          std::min(inner, seen_words - n), !first_passages || n > 0,
+                          {out.queries + row * width + d * tile, width, std::min(panel, count - row), width - d * tile});
+        }
+    });
+
+    // grad_p: what the chunk's queries add
+    const int64_t passage_panels = seen / panel, passage_groups = (passage_panels + group - 1) / group;
+    const int64_t chunk_words = here * tile / values;
+    run_items(thread, passage_groups * dim_tiles, 0, [&](int64_t index, void*) {
+      const int64_t d = index % dim_tiles, first = index / dim_tiles * group, last = std::min(first + group, passage_panels);
+      const uint32_t* vectors =
+          (uint32_t*)query_columns.get() + (d * (padded_queries / values) + first_tile * tile / values) * tile;
+      for (int64_t n = 0; n < chunk_words; n += inner)
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t row = begin + i * panel;
+          if (row >= problem.passages) break;
+          kernels.product(problem.dtype, width, (const uint32_t*)(rows + i * panel * row_stride) + n, row_stride / 4,
+                          vectors + n * tile, std::min(inner, chunk_words - n), problem.own || first_tile > 0 || n > 0,
+                          {dp + i * panel * width + d * tile, width, std::min(panel, problem.passages - row), width - d * tile});
+        }
+    });
+  };
   auto project = [&](float* grad, const char* data, int64_t stride, int64_t total) {
+    if (!normalize) return;
     run_items(thread, (total + PACK_ROWS - 1) / PACK_ROWS, 0, [&](int64_t i, void*) {
       for (int64_t r = i * PACK_ROWS; r < std::min(total, (i + 1) * PACK_ROWS); ++r)
         kernels.project(problem.dtype, data + r * stride * call.item, width, grad + r * width);
     });
   };
-  project(dq, call.queries, call.stride_q, count);
-  project(dp, call.passages, call.stride_p, problem.passages);
+
+  if (by_shares) {
+    for (int64_t begin = 0; begin < padded; begin += most) {
+      const int64_t seen = std::min(most, padded - begin), real = std::min(seen, problem.passages - begin);
+      pack_passages(begin, seen);
+      for (int64_t tile = 0; tile < call.tiles; tile += chunk_tiles)
+        add_chunk(tile, std::min(tile + chunk_tiles, call.tiles), begin, seen, begin == 0);
+      project(rows_from(begin), call.passages + begin * call.stride_p * call.item, call.stride_p, real);
+      if (out.narrow_passages)
+        write_scaled(call.isa, problem.dtype, rows_from(begin), 1.0f, real * width, out.narrow_passages + begin * width * call.item);
+    }
+  } else {
+    pack_passages(0, padded);
+    for (int64_t tile = 0; tile < call.tiles; tile += chunk_tiles) {
+      const int64_t last = std::min(tile + chunk_tiles, call.tiles);
+      const auto [begin, end] = call.seen(tile, last);
+      if (keep) compute_losses(call, tile, last, scores, end - begin, numbers);
+      for (int64_t j = begin; j < end; j += most) add_chunk(tile, last, j, std::min(most, end - j), j == begin);
+    }
+    project(out.passages, call.passages, call.stride_p, problem.passages);
+  }
+  project(out.queries, call.queries, call.stride_q, count);
 }
 
 // scale * grad in the dtype of `like`
 Tensor scaled(const Tensor& grad, float scale, const Tensor& like) {
-  constexpr int64_t PART = 1 << 16;
   const int64_t item = like.scalar_type() == ScalarType::Float ? 4 : 2, total = grad.numel();
   Tensor out = torch::stable::empty({grad.size(0), grad.size(1)}, like.scalar_type());
   use_large_pages(out.mutable_data_ptr(), total * item);
-  const float* from = (const float*)grad.const_data_ptr();
-  char* to = (char*)out.mutable_data_ptr();
   const DType dtype = dtype_of(like, "queries");
-  const Kernels& isa = product_kernels(dtype);
-  const ContrastiveKernels& kernels = *isa.contrastive;
-  const ThreadState& thread = isa.thread;
-  run_items(thread, (total + PART - 1) / PART, 0, [&](int64_t i, void*) {
-    kernels.scale(dtype, from + i * PART, scale, std::min(PART, total - i * PART), to + i * PART * item);
-  });
+  write_scaled(product_kernels(dtype), dtype, (const float*)grad.const_data_ptr(), scale, total, (char*)out.mutable_data_ptr());
   return out;
 }
 
@@ -375,11 +409,17 @@ std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queri
   std::vector<float> tops(call.tiles * call.tile, 0.0f), totals(call.tiles * call.tile, 0.0f);
   std::copy_n(float_data(top, count, "top"), count, tops.begin());
   std::copy_n(float_data(log_total, count, "log_total"), count, totals.begin());
-  Tensor dq = empty_floats({count, width}), dp = empty_floats({call.problem.passages, width});
+  const bool narrow = call.problem.dtype != DType::float32, at_once = narrow && in_batch_negatives;
+  Tensor dq = empty_floats({count, width});
+  Tensor dp = torch::stable::empty({call.problem.passages, width}, at_once ? passages.scalar_type() : ScalarType::Float);
+  use_large_pages(dp.mutable_data_ptr(), dp.numel() * (at_once ? 2 : 4));
+  GradientRows rows = {(float*)dq.mutable_data_ptr(), nullptr, nullptr};
+  if (at_once) rows.narrow_passages = (char*)dp.mutable_data_ptr();
+  else rows.passages = (float*)dp.mutable_data_ptr();
   compute_gradients(call, float_data(grad_losses, count, "grad_losses"), true, {nullptr, tops.data(), totals.data(), nullptr, nullptr},
-                    normalize, (float*)dq.mutable_data_ptr(), (float*)dp.mutable_data_ptr());
-  if (call.problem.dtype == DType::float32) return {dq, dp};
-  return {scaled(dq, 1.0f, queries), scaled(dp, 1.0f, passages)};
+                    normalize, rows);
+  if (!narrow) return {dq, dp};
+  return {scaled(dq, 1.0f, queries), at_once ? dp : scaled(dp, 1.0f, passages)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(Tensor queries, Tensor passages, Tensor temperature,
@@ -393,7 +433,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(Tensor queri
   Tensor best = torch::stable::empty({count}, ScalarType::Long);
   Tensor dq = empty_floats({count, width}), dp = empty_floats({call.problem.passages, width});
   compute_gradients(call, coefficient, false, {loss.data(), top.data(), log_total.data(), excess.data(), (int64_t*)best.mutable_data_ptr()},
-                    normalize, (float*)dq.mutable_data_ptr(), (float*)dp.mutable_data_ptr());
+                    normalize, {(float*)dq.mutable_data_ptr(), (float*)dp.mutable_data_ptr(), nullptr});
   double sum = 0, above = 0;
   for (int64_t i = 0; i < count; ++i) {
     sum += (double)coefficient[i] * loss[i];

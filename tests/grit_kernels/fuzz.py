@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -39,8 +40,8 @@ class Call:
     inputs: list[Tensor]
     kernel: Callable[..., Results]
     definition: Callable[..., Results]
-    # (inputs, definition's results, their gradients) in float64 -> per input, what the rounding of a saved result may change
-    saved: Callable[[list[Tensor], Results, Results], list[Tensor | float]] | None = None
+    # (inputs, definition's results, their gradients) in float64 -> per input, what the rounding of an intermediate may change
+    rounding: Callable[[list[Tensor], Results, Results], list[Tensor | float]] | None = None
     fixed_norms: Callable[..., Results] | None = None
 
 
@@ -117,7 +118,7 @@ def attention_call(rng: random.Random) -> Call:
             outs.append(torch.einsum("hqk,khd->qhd", p, c.repeat_interleave(group, 1)))
         return [torch.cat(outs)]
 
-    def saved(inputs: list[Tensor], outs: Results, grads: Results) -> list[Tensor | float]:
+    def rounding(inputs: list[Tensor], outs: Results, grads: Results) -> list[Tensor | float]:
         # dS = P (dP - delta), delta = rowsum(dO O) of the rounded O
         q, k, _ = inputs
         noise = (outs[0].abs() * grads[0].abs()).sum(-1).split(lens_q)
@@ -148,7 +149,7 @@ def attention_call(rng: random.Random) -> Call:
             out = gk.switch_attention_with_kvcache(*rows, lengths[1], flags, seqlens_q=lengths[0], **options)
         return [torch.cat([x[:n] for x, n in zip(out, lens_q, strict=True)])]
 
-    return Call([q, k, v], kernel, definition, saved)
+    return Call([q, k, v], kernel, definition, rounding)
 
 
 def contrastive_call(rng: random.Random) -> Call:
@@ -204,9 +205,16 @@ def contrastive_call(rng: random.Random) -> Call:
         assert isinstance(loss, Tensor)
         return [loss]
 
-    return Call(
-        [q, p], kernel, definition, fixed_norms=functools.partial(definition, fixed=True) if normalize else None
-    )
+    if not normalize:
+        return Call([q, p], kernel, definition)
+
+    def rounding(inputs: list[Tensor], outs: Results, grads: Results) -> list[Tensor | float]:
+        # the terms of a gradient, each a weight times a unit row, cancel where the rows are nearly the same
+        most = grads[0].abs().max() * (1 if weights is None else weights.max())
+        lengths = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in inputs)
+        return [4 * torch.finfo(dtype).eps * most / temperature / length for length in lengths]
+
+    return Call([q, p], kernel, definition, rounding, functools.partial(definition, fixed=True))
 
 
 def token_loss_call(rng: random.Random) -> Call:
@@ -291,8 +299,8 @@ def results_and_gradients(
     ]
 
 
-def fault(actual: Tensor, truth: Tensor, eager: Tensor, spread: Tensor, dtype: torch.dtype) -> str:
-    """Empty when ``actual`` is as near to ``truth`` as it must be."""
+def fault(actual: Tensor, truth: Tensor, eager: Tensor, spread: Tensor, dtype: torch.dtype, least: float) -> str:
+    """Empty when ``actual`` is as near to ``truth`` as it must be; ``least``: what counts as 0."""
     if actual.shape != truth.shape:
         return f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     judged = truth.isfinite() & (truth.abs() < torch.finfo(actual.dtype).max / 2)  # the others do not fit the dtype
@@ -305,10 +313,9 @@ def fault(actual: Tensor, truth: Tensor, eager: Tensor, spread: Tensor, dtype: t
     steady = spread <= 1e-3 * size
     slip = (eager - truth).abs()[steady & eager.isfinite()]
     allowed = 2 * float(slip.max()) if slip.numel() else 0.0
-    # roundings to dtype and FP32 on the way; probabilities below FP32's smallest normal number count as that one or as 0
-    allowed += (2 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps) * size + max(
-        2 * torch.finfo(dtype).tiny, 1e-30
-    )
+    # roundings to dtype and FP32 on the way
+    allowed += (2 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps) * size
+    allowed += max(2 * torch.finfo(dtype).tiny, least)
     over = (actual - truth).abs() - allowed - 4 * spread
     worst = int(over.argmax())
     if float(over[worst]) <= 0:
@@ -333,20 +340,23 @@ def run_call(kernel: str, number: int, gradients: bool = True) -> str:
         spread = [s.maximum((m - t).abs().nan_to_num(0)) for s, m, t in zip(spread, moved, truth, strict=True)]
     # a row whose best key changes changes as a whole
     spread = [s.amax(-1, keepdim=True).expand_as(s) if s.numel() and s.ndim else s for s in spread]
-    noise: list[Tensor | float] = []
-    if call.saved is not None and grads is not None:
-        noise = call.saved(wide, truth[: len(grads)], grads)
-    elif call.fixed_norms is not None and grads is not None:
-        _, whole = results_and_gradients(call.fixed_norms, wide, grads)
-        noise = [2 * torch.finfo(dtype).eps * x.abs().amax() if x.numel() else 0.0 for x in whole]
-    if noise and grads is not None:
+    if grads is not None:
+        noise: list[Tensor | float] = [0.0] * len(wide)
+        if call.rounding is not None:
+            noise = call.rounding(wide, truth[: len(grads)], grads)
+        if call.fixed_norms is not None:
+            _, whole = results_and_gradients(call.fixed_norms, wide, grads)
+            parts = [2 * torch.finfo(dtype).eps * x.abs().amax() if x.numel() else 0.0 for x in whole]
+            noise = [a + b for a, b in zip(noise, parts, strict=True)]
         spread = [*spread[: len(grads)], *(s + n for s, n in zip(spread[len(grads) :], noise, strict=True))]
     actual = sum(results_and_gradients(call.kernel, call.inputs, grads, rng), [])
+    # a probability below FP32's smallest normal number may count as that one
+    least = 64 * torch.finfo(torch.float32).tiny * math.prod(max(1.0, float(x.abs().max())) for x in wide if x.numel())
     names = [f"result {i}" for i in range(len(actual) - len(wide) * gradients)] + [
         f"gradient {i}" for i in range(len(wide))
     ]
     for name, *parts in zip(names, actual, truth, eager, spread, strict=False):
-        if message := fault(*parts, dtype):
+        if message := fault(*parts, dtype, least):
             return f"{kernel} {number}, {dtype}: {name} {message}"
     return ""
 
