@@ -95,7 +95,8 @@ test-load: install  ## the server under load
 test-browser: install  ## the server's page, in a Chromium that is installed
 	$(call marked,browser)
 
-test-ray: install  ## replicas of the server, where Ray is installed
+test-ray: install  ## replicas of the server on Ray, which it installs
+	$(PIP) "ray[serve]"
 	$(call marked,ray)
 
 test-nvcc: install  ## compile the CUDA sources, where nvcc is installed
