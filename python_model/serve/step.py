@@ -44,7 +44,7 @@ class Item:
         past: tokens before the new ones.
         causal: True sees its past only, False all of the text (which then must be whole).
         causal_prefix: leading tokens of a bidirectional text that are causal, for a model whose instructions are
-            (``attn="cb.."``); what follows them then sees all of the text, whatever the window. None for another model.
+            (``attn="cb.."``). None for another model.
     """
 
     ids: Sequence[int]
@@ -192,7 +192,7 @@ class PackedStep:
             total = sum(lens_q)
             hi = None
             if any(item.causal_prefix is not None for item in part):
-                hi = torch.from_numpy(np.concatenate([_staircase(item) for item in part])).to(device)
+                hi = torch.from_numpy(np.concatenate([_staircase(item, self.model.reach) for item in part])).to(device)
             parts.append(
                 _Part(
                     slice(first_row, first_row + total),
@@ -271,9 +271,13 @@ def _window_sizes(causal: Tensor, window: int | None, bidirectional_window: str)
     return torch.stack([torch.where(causal, window - 1, reach), torch.where(causal, 0, reach)], dim=1).to(torch.int32)
 
 
-def _staircase(item: Item) -> np.ndarray:
-    """The first key that each new token does not see, int32: for a step in which some instruction is causal."""
+def _staircase(item: Item, reach: int) -> np.ndarray:
+    """The first key that each new token does not see, int32: for a step in which some instruction is causal.
+
+    ``reach``: how far ahead a bidirectional token sees, -1 for all of its text.
+    """
     ends = np.arange(item.past + 1, item.past + len(item.ids) + 1, dtype=np.int32)
     if not item.causal:
-        ends[item.causal_prefix :] = ends[-1]
+        farthest = np.minimum(ends + reach, ends[-1]) if reach >= 0 else np.full_like(ends, ends[-1])
+        ends[item.causal_prefix or 0 :] = farthest[item.causal_prefix or 0 :]
     return ends
