@@ -10,6 +10,7 @@ balance.py      the gradients of the two objectives, limited and added
 optimizers.py      optimiser, schedule, temperature
 distributed.py  ranks, FSDP2, DDP
 checkpointer.py saving and resuming
+validation.py   measuring on held-out rows, best state, early stop
 trackers.py     where the figures go
 """
 

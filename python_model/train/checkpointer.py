@@ -36,6 +36,11 @@ FREE_SETTINGS = frozenset(
         "parallel.reduce_each_chunk",
         "parallel.cpu_offload",
         "parallel.device_memory",
+        "evaluation.data",
+        "evaluation.every",
+        "evaluation.metric",
+        "evaluation.patience",
+        "evaluation.max_length",
         "logging.save_steps",
         "logging.save_total",
         "logging.resume",
@@ -157,7 +162,7 @@ def upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
             )
     config: dict[str, Any] = {}
     for name, value in flat.items():
-        group, _, field = MOVED.get(name, name).rpartition(".")
+        group, _, field = str(MOVED.get(name, name)).rpartition(".")
         (config.setdefault(group, {}) if group else config)[field] = value
     config.setdefault("grit", {})["special_tokens"] = "bos"  # every text began with it, whatever the tokenizer says
     # which data and model these were was not kept

@@ -145,6 +145,30 @@ class ParallelConfig(Checked):
 
 
 @dataclass
+class EvaluationConfig(Checked):
+    """Measuring on held-out rows during the run.
+
+    Attributes:
+        data: folder with ``corpus.jsonl`` and ``test/`` (``grit data`` makes one, also of one's own rows); empty: no measuring.
+        every: steps between two measurements; the last step is always measured.
+        metric: what decides which state was best; ``checkpoint/`` is that state.
+        patience: stop after so many measurements without a better one; 0: never.
+        max_length: tokens of a text.
+    """
+
+    data: str = ""
+    every: Count = 100
+    metric: Literal["ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss"] = "ndcg_at_10"
+    patience: CountOrNone = 0
+    max_length: Count = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data and not Path(self.data).is_dir():
+            raise FileNotFoundError(f"data: there is no folder {self.data}")
+
+
+@dataclass
 class LoggingConfig(Checked):
     """What is kept and shown of a run.
 
@@ -181,6 +205,7 @@ class TrainConfig(Checked):
         optimizer: AdamW, its schedule and limits of the gradients.
         losses: the two losses.
         parallel: several ranks.
+        evaluation: measuring on held-out rows during the run.
         logging: what is kept and shown.
     """
 
@@ -197,6 +222,7 @@ class TrainConfig(Checked):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import statistics
 import threading
@@ -32,6 +33,7 @@ from python_model.train.optimizers import Optimizers
 from python_model.train.setup import load_model, model_digest
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
+from python_model.train.validation import Validation
 
 WINDOW = 50
 """Steps over which a loss counts as usual."""
@@ -109,6 +111,11 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder / "states", self.settings, self.ranks, identity=identity, save_total=config.logging.save_total
         )
+        if config.evaluation.data and self.ranks.world > 1:
+            raise ValueError(
+                "evaluation.data: expected '' with several ranks, whose weights may be shards; use grit eval"
+            )
+        self._best = Checkpointer(self.folder / "best", self.settings, self.ranks, save_total=1)
         self.after_step: Callable[[int], None] | None = None
         """Called with the number of steps done, before the state is saved; may measure the model."""
         self._stop = False
@@ -178,13 +185,15 @@ class Trainer:
         log = StepLog(self.folder / "log.jsonl", start) if self.ranks.first else None
         trackers: list[Tracker] = [log, *others] if log else []
         recent = [record["loss"] for record in log.records[-WINDOW:]] if log else []
+        validation = self._validation(start)
+        stop = start if validation is not None and validation.enough() else self.config.steps
         self.model.train()
         bar = tqdm(total=self.config.steps, initial=start, desc="train", unit="step", disable=not self.ranks.first)
         torch.use_deterministic_algorithms(self.config.deterministic)
         try:
             with bar, self._stoppable():
                 begin = time.perf_counter()
-                for index, samples in enumerate(self.stream.steps(start, self.config.steps), start):
+                for index, samples in enumerate(self.stream.steps(start, stop), start):
                     record = self.step(samples, index)
                     seconds = time.perf_counter() - begin
                     record |= {
@@ -199,12 +208,20 @@ class Trainer:
                     if self.after_step is not None:
                         self.after_step(index + 1)
                         self.model.train()
+                    enough = validation is not None and validation(index + 1, self.config.steps)
+                    self.model.train()
                     self._save_state(index + 1)
+                    if validation is not None and enough:
+                        bar.write(f"stopping after step {index + 1}: no better since step {validation.best()}")
+                        break
                     begin = time.perf_counter()
         finally:
             torch.use_deterministic_algorithms(False)
-            for tracker in trackers:
+            for tracker in [*trackers, *([validation.log] if validation else [])]:
                 tracker.close()
+        best = self._best.latest() if validation is not None else None
+        if best is not None:
+            self._best.load(best, self.optimizers)
         self.model.eval()
         return log.records if log else []
 
@@ -247,6 +264,15 @@ class Trainer:
         if self.ranks.first:
             tqdm.write(f"resuming after step {done} ({state})")
         return done
+
+    def _validation(self, start: int) -> Validation | None:
+        config = self.config.evaluation
+        if not config.data:
+            return None
+        bf16 = self.config.model.bf16
+        if not start:  # of an earlier run
+            shutil.rmtree(self._best.folder, ignore_errors=True)
+        return Validation(config, self.grit, self.optimizers, self.folder, self._best, bf16=bf16, start=start)
 
     def _save_state(self, done: int) -> None:
         stop = bool(self.ranks.all_values([self._stop])[:, 0].any())

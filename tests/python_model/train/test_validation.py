@@ -1,0 +1,74 @@
+"""A run measures itself on held-out rows, keeps its best state, and stops where it no longer improves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from python_model.train import validation
+from tests.python_model.training_samples import WORDS, toy_config, toy_trainer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    target = tmp_path / "held_out"
+    (target / "test").mkdir(parents=True)
+    rows = [{"query": ["Find", f"where is {w}"], "pos": [["", f"{w} is here"]], "key": w} for w in WORDS]
+    (target / "test" / "embedding.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    talks = [{"text": [f"say {w}", f"{w} it is"]} for w in WORDS]
+    (target / "test" / "generative.jsonl").write_text("".join(json.dumps(t) + "\n" for t in talks))
+    (target / "corpus.jsonl").write_text(
+        "".join(json.dumps({"key": r["key"], "text": r["pos"][0][1]}) + "\n" for r in rows)
+    )
+    return target
+
+
+def _scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> dict[float, torch.Tensor]:
+    """Scores in this order instead of measured ones, and a weight as it was at each."""
+    left, weights = list(losses), {}
+
+    def evaluate(model: Any, *_: Any, **__: Any) -> tuple[dict[str, Any], None]:
+        score = left.pop(0)
+        weights[score] = model.decoder[0].norm.weight.detach().clone()
+        return {"next_token_loss": score}, None
+
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    return weights
+
+
+def test_scores_are_logged_and_the_last_step_is_measured(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
+    config = toy_config(checkpoint, tmp_path, steps=5, **{"evaluation.data": str(folder), "evaluation.every": 2})
+    toy_trainer(config).train()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert all(0 <= line["ndcg_at_10"] <= 1 and line["next_token_loss"] > 0 for line in lines)
+
+
+def test_the_best_state_is_what_is_left_and_no_improvement_stops(
+    checkpoint: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = _scripted(monkeypatch, [3.0, 2.0, 2.5, 2.2, 1.0])
+    settings = {"evaluation.data": str(folder), "evaluation.every": 1, "evaluation.metric": "next_token_loss"}
+    config = toy_config(checkpoint, tmp_path, steps=9, lr=1e-2, save_steps=1, **settings, **{"evaluation.patience": 2})
+    trainer = toy_trainer(config)
+    records = trainer.train()
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert not torch.equal(weights[2.0], weights[2.2])
+    assert torch.equal(trainer.grit.decoder[0].norm.weight, weights[2.0])
+    # the same command finds the run finished
+    again = toy_trainer(config)
+    assert len(again.train()) == 4
+    assert torch.equal(again.grit.decoder[0].norm.weight, weights[2.0])
+
+
+def test_a_metric_that_the_run_does_not_give_is_refused(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
+    settings = {"evaluation.data": str(folder), "evaluation.every": 1, "evaluation.metric": "next_token_loss"}
+    config = toy_config(checkpoint, tmp_path, steps=2, mode="embedding", **settings)
+    with pytest.raises(ValueError, match="evaluation.metric: expected one that mode and data give .*ndcg_at_10"):
+        toy_trainer(config).train()
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
+        toy_config(checkpoint, tmp_path, **{"evaluation.data": "nowhere"})
