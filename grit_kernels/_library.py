@@ -126,8 +126,8 @@ class CpuChoice:
 def cpu_choice() -> CpuChoice:
     """What runs on this CPU now."""
     handle = _handle()
-    sets = [handle.grit_kernels_cpu_isa_of(products).decode() for products in (1, 0)]
-    return CpuChoice(*sets, handle.grit_kernels_amx_reason().decode())
+    products, others = (handle.grit_kernels_cpu_isa_of(of_products).decode() for of_products in (1, 0))
+    return CpuChoice(products, others, handle.grit_kernels_amx_reason().decode())
 
 
 @contextmanager
