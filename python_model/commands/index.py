@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from dataclasses import asdict
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from python_model.commands.runner import Command, add_json, add_model, load, progress, show
+
+if TYPE_CHECKING:
+    from python_model.model.modeling import GritLM
+    from python_model.rag.index import Hit, Index
+    from python_model.rag.sync import Report
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -15,51 +23,102 @@ def configure(parser: ArgumentParser) -> None:
 
     parser.add_argument("index", help="the index's folder")
     add_model(parser)
-    parser.add_argument("--add", action="append", default=[], help="jsonl or text file, or a folder; may be repeated")
-    parser.add_argument("--delete", action="append", default=[], help="key of a document to remove; may be repeated")
+    parser.add_argument(
+        "--add", action="append", default=[], help="file or folder to bring the index in line with; repeat it"
+    )
+    parser.add_argument("--sync", action="store_true", help="with --add: drop files that are no longer in the folder")
+    parser.add_argument(
+        "--delete",
+        action="append",
+        default=[],
+        help="file, pattern such as 'notes/*.md', or key to remove, with its states; repeat it",
+    )
     parser.add_argument("--search", help="a query")
     parser.add_argument("--instruction", default="", help="of the query")
     parser.add_argument("--k", type=int, default=5, help="documents to find")
     parser.add_argument("--chunk-tokens", type=int, default=256, help="divide documents; 0 leaves them whole")
-    parser.add_argument("--overlap", type=int, default=0, help="tokens that neighbouring chunks share")
+    parser.add_argument("--overlap", type=int, default=32, help="tokens that neighbouring chunks share")
     parser.add_argument("--format", choices=FORMATS, help="of the vectors in a new index; float32 unless given")
-    parser.add_argument("--overwrite", action="store_true", help="replace documents whose key is there")
     parser.add_argument("--store", help="folder of a key-value store that keeps the documents' states as well")
     add_json(parser)
 
 
 def run(arguments: Namespace) -> None:
     """Add, delete, search."""
-    from python_model.rag.answer import RAG, open_store
-    from python_model.rag.documents import chunk, read_documents
-    from python_model.rag.index import add_documents, open_index
+    from python_model.rag.index import Index, open_index
+    from python_model.rag.sync import delete, only_writer
 
-    model = load(arguments, mode="unified" if arguments.store else "embedding")
-    index = open_index(arguments.index, model, format=arguments.format, create=bool(arguments.add))
-    # before the work: a store that another model made is refused
-    store = open_store(arguments.store, model) if arguments.store else None
-    documents = [document for path in arguments.add for document in read_documents(path)]
-    if arguments.chunk_tokens:
-        parts = [chunk(d, model.tokenizer, arguments.chunk_tokens, arguments.overlap) for d in documents]
-        documents = [document for part in parts for document in part]
-    if documents:
-        with progress("embed", "document") as update:
-            add_documents(index, model, documents, overwrite=arguments.overwrite, progress=update)
-        if store is not None:
-            RAG(model, store=store).add_to_store(documents, overwrite=arguments.overwrite)
-    if arguments.delete:
-        index.delete(arguments.delete)
-    result: dict[str, Any] = {"documents": len(index), "added": len(documents), "deleted": len(arguments.delete)}
-    if arguments.search is not None:
+    if arguments.sync and not arguments.add:
+        raise ValueError("--sync: expected --add with the folder to be in line with, got none")
+    model = None
+    if arguments.add or arguments.search is not None:
+        model = load(arguments, mode="unified" if arguments.store else "embedding")
+        index = open_index(arguments.index, model, format=arguments.format, create=bool(arguments.add))
+    else:
+        index = Index(arguments.index, format=arguments.format, create=False)
+    result: dict[str, Any] = {}
+    lines = []
+    with only_writer(index, lambda: _tell(f"another process is adding to {arguments.index}; waiting for it")):
+        if model is not None and arguments.add:
+            report = _add(arguments, index, model)
+            result = {**asdict(report), "added": report.documents, "files_added": report.added}
+            lines.append(str(report))
+        if arguments.delete:
+            result["deleted"] = delete(index, arguments.delete)
+            lines.append(f"{result['deleted']} documents deleted")
+    result = {"added": 0, "deleted": 0, **result, "documents": len(index)}
+    lines.append(f"{result['documents']} documents in {arguments.index}")
+    if model is not None and arguments.search is not None:
         vector = model.encode([arguments.search], instruction=model.formatter.embed_instruction(arguments.instruction))
         hits = index.search(vector, arguments.k)[0]
-        result["hits"] = [
-            {"key": h.document.key, "score": h.score, "title": h.document.title, "text": h.document.text} for h in hits
-        ]
-    lines = [f"{result['documents']} documents in {arguments.index}"]
-    for hit in result.get("hits", []):
-        lines.append(f"{hit['score']:8.4f}  {hit['key']}  {hit['title']} {hit['text'][:80]}")
+        result["hits"] = [{**asdict(hit.document), "score": hit.score} for hit in hits]
+        lines += [_line(hit) for hit in hits]
     show(arguments, result, "\n".join(lines))
+
+
+def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
+    from python_model.rag.answer import RAG, open_store
+    from python_model.rag.sync import Report, add_files
+
+    rag = None
+    if arguments.store:
+        rag = RAG(model, store=open_store(arguments.store, model))  # refuses another model's store before the work
+        index.note_store(arguments.store)
+    report = Report()
+    try:
+        with progress("index", "file") as update:
+            add_files(
+                index,
+                model,
+                arguments.add,
+                rag=rag,
+                max_tokens=arguments.chunk_tokens,
+                overlap=arguments.overlap if arguments.chunk_tokens else 0,
+                sync=arguments.sync,
+                report=report,
+                progress=update,
+            )
+    except KeyboardInterrupt:
+        _tell(
+            f"interrupted: of {report.files} files, {report}. All of that is kept; the same command goes on from here."
+        )
+        raise
+    finally:
+        for file, reason in report.skipped:
+            _tell(f"skipped {file}: {reason}")
+    return report
+
+
+def _line(hit: Hit) -> str:
+    """One line: score, file and position (else the key), and how the text begins."""
+    document = hit.document
+    where = f"{document.source}, {document.place}" if document.source and document.place else document.key
+    title = f"{document.title}: " if document.title and document.title not in where else ""
+    return shorten(f"{hit.score:.4f}  {where}  {title}{document.text}", 160, placeholder=" ..")
+
+
+def _tell(text: str) -> None:
+    print(f"grit index: {text}", file=sys.stderr, flush=True)
 
 
 COMMAND = Command("index", "Make, extend, search and shrink an index.", configure, run)

@@ -1,23 +1,30 @@
-"""Documents from files, and their division into chunks of a number of tokens."""
+"""Documents from files and folders, and their division into chunks of a number of tokens."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from python_model.data.files import read_objects
+from python_model.rag.formats import SUFFIXES, UnreadableFileError, read_file
 from python_model.rag.modes import Document
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=[\u3002\uff01\uff1f])")
+SMALLEST_SHARE = 4
+"""A chunk has at least one of this many parts of the allowed tokens, where its neighbours can give it some."""
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder by name, but for hidden ones and those in hidden folders."""
+    found = (f for f in sorted(folder.rglob("*")) if f.is_file())
+    return [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
 def read_documents(path: str | os.PathLike[str]) -> Iterator[Document]:
-    """The documents of a file, or of all files below a folder in the order of their names.
-
-    ``.jsonl``: rows ``{"text": str, "title"?: str, "id"?: str or int}`` (or ``_id``, ``key``; default: file name and
-    line). ``.txt``, ``.md``, ``.rst``: one document, its title the file's name.
+    """The documents of a file, or of all files of a known kind below a folder, see :func:`python_model.rag.formats.read_file`.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -26,50 +33,30 @@ def read_documents(path: str | os.PathLike[str]) -> Iterator[Document]:
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"documents: there is no file or folder {root}")
-    if root.is_file():
-        yield from _read_file(root, root.name)
-        return
-    files = [f for f in sorted(root.rglob("*")) if f.is_file() and f.suffix in (".jsonl", *TEXT_SUFFIXES)]
+    files = [root] if root.is_file() else [f for f in files_below(root) if f.suffix.lower() in SUFFIXES]
     if not files:
-        raise ValueError(f"documents: {root} holds no .jsonl, {', '.join(TEXT_SUFFIXES)} file")
+        raise ValueError(f"documents: {root} holds no {', '.join(SUFFIXES)} file")
     for file in files:
-        yield from _read_file(file, file.relative_to(root).as_posix())
+        name = root.name if file == root else file.relative_to(root).as_posix()
+        try:
+            yield from read_file(file, name)
+        except UnreadableFileError as error:
+            raise ValueError(f"documents: {file} {error}") from error
 
 
-def _read_file(file: Path, name: str) -> Iterator[Document]:
-    if file.suffix == ".jsonl":
-        yield from _read_rows(file, name)
-        return
-    if file.suffix not in TEXT_SUFFIXES:
-        raise ValueError(f"documents: {file} is of no known kind, accepted are .jsonl, {', '.join(TEXT_SUFFIXES)}")
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"documents: {file} is not UTF-8 ({error})") from error
-    if not text:
-        raise ValueError(f"documents: {file} is empty")
-    yield Document(name, text, file.stem)
-
-
-def _read_rows(file: Path, name: str) -> Iterator[Document]:
-    empty = True
-    for origin, row in read_objects(file):
-        empty = False
-        text, title = row.get("text"), row.get("title") or ""
-        if not isinstance(text, str) or not isinstance(title, str) or not text.strip():
-            raise ValueError(f"{origin}: not a document row: text or title is missing, empty or not a text")
-        number = origin.rpartition(":")[2]
-        key = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), f"{name}:{number}")
-        yield Document(str(key), text, title)
-    if empty:
-        raise ValueError(f"documents: {file} is empty")
+def splitter_name() -> str:
+    """What :func:`chunk` cuts with, as it changes the chunks."""
+    return "white space" if _splitter() is None else "sentences"
 
 
 def chunk(document: Document, tokenizer: Any, max_tokens: int, overlap: int = 0) -> list[Document]:
-    """``document`` in pieces whose text has at most ``max_tokens`` tokens, cut at white space where there is some.
+    """``document`` in pieces whose text has at most ``max_tokens`` tokens.
 
-    Consecutive pieces share about ``overlap`` tokens; with 0 they are the text, piece by piece, less the white space between
-    them. A document that fits keeps its key; pieces are called ``key#0``, ``key#1``, ..; all keep the title.
+    They are cut at headings, paragraphs or sentences, the coarsest of them that fits, by semantic-text-splitter (of the extra
+    ``files``); without it at white space. Consecutive pieces share up to ``overlap`` tokens, in whole sentences; with 0 they are
+    the text, piece by piece, less the white space between them. A piece that would be tiny takes some of its neighbour's text.
+    A document that fits keeps its key; pieces are called ``key#0``, ``key#1``, ..; all keep the title, and each says at which
+    line it begins.
 
     Raises:
         ValueError: ``max_tokens`` < 1, or ``overlap`` is not below half of it.
@@ -79,7 +66,82 @@ def chunk(document: Document, tokenizer: Any, max_tokens: int, overlap: int = 0)
             f"max_tokens, overlap: expected max_tokens >= 1 and overlap below half of it, got {max_tokens}, {overlap}"
         )
     text = document.text
-    pieces: list[str] = []
+    spans = _spans(text, document.source or document.key, tokenizer, max_tokens, overlap)
+    pieces = []
+    for index, (start, end) in enumerate(spans):
+        key = document.key if len(spans) == 1 else f"{document.key}#{index}"
+        place = document.place or f"line {text.count(chr(10), 0, start) + 1}"
+        pieces.append(replace(document, key=key, text=text[start:end], place=place))
+    return pieces
+
+
+Span = tuple[int, int]
+
+
+def _spans(text: str, name: str, tokenizer: Any, max_tokens: int, overlap: int) -> list[Span]:
+    def count(span: Span) -> int:
+        return len(_ends(tokenizer, text[slice(*span)]))
+
+    if count((0, len(text))) <= max_tokens:
+        return [s for s in [_trimmed(text, (0, len(text)))] if s[0] < s[1]]
+    library = _splitter()
+    if library is None:
+        return _at_white_space(text, tokenizer, max_tokens, overlap)
+    kind = library.MarkdownSplitter if name.lower().endswith(".md") else library.TextSplitter
+
+    splitter = kind.from_callback(lambda piece: len(_ends(tokenizer, piece)), max_tokens, overlap=overlap)
+    spans = [_trimmed(text, (start, start + len(piece))) for start, piece in splitter.chunk_indices(text)]
+    spans = [s for s in spans if s[0] < s[1]]
+    done: list[Span] = []
+    for span in spans:
+        # the last one may be tiny, and so may one before a heading: share the text with the neighbour
+        if done and min(count(done[-1]), count(span)) * SMALLEST_SHARE < max_tokens:
+            done[-1:] = _shared(text, (done[-1][0], span[1]), max_tokens, overlap, count) or [done[-1], span]
+        else:
+            done.append(span)
+    return [
+        (span[0] + start, span[0] + end)
+        for span in done
+        # a single "word" may be longer than allowed
+        for start, end in (
+            [(0, span[1] - span[0])]
+            if count(span) <= max_tokens
+            else _at_white_space(text[slice(*span)], tokenizer, max_tokens, 0)
+        )
+    ]
+
+
+def _shared(text: str, span: Span, max_tokens: int, overlap: int, count: Callable[[Span], int]) -> list[Span] | None:
+    """``span``, which two neighbours cover, in one piece or in two, cut at the sentence end next to its middle; None if no cut
+    makes two pieces that are neither too long nor tiny."""
+    if count(span) <= max_tokens:
+        return [span]
+    part, middle = text[slice(*span)], (span[1] - span[0]) // 2
+    cuts = [match.end() for match in _SENTENCE_END.finditer(part)]
+    # a heading stays with what it is the heading of
+    cuts = [cut for cut in cuts if not part[:cut].rstrip().rpartition("\n")[2].startswith("#")]
+    for cut in sorted(cuts, key=lambda end: abs(end - middle)):
+        first, second = (_trimmed(text, s) for s in ((span[0], span[0] + cut), (span[0] + cut, span[1])))
+        sizes = count(first), count(second)
+        if max(sizes) <= max_tokens and min(sizes) * SMALLEST_SHARE >= max_tokens:
+            for earlier in (span[0] + end for end in cuts if end < cut):
+                longer = (earlier, second[1])
+                if count((earlier, first[1])) <= overlap and count(longer) <= max_tokens:
+                    return [first, longer]
+            return [first, second]
+    return None
+
+
+def _splitter() -> Any:
+    try:
+        import semantic_text_splitter
+    except ImportError:
+        return None
+    return semantic_text_splitter
+
+
+def _at_white_space(text: str, tokenizer: Any, max_tokens: int, overlap: int) -> list[Span]:
+    spans: list[Span] = []
     start = 0
     while start < len(text):
         # a token is seldom longer than 16 characters; looking at a bounded part keeps long documents linear
@@ -88,20 +150,22 @@ def chunk(document: Document, tokenizer: Any, max_tokens: int, overlap: int = 0)
         if len(ends) <= max_tokens:
             end = start + len(window)
             if end == len(text):
-                pieces.append(text[start:])
+                spans.append((start, end))
                 break
         else:
             end = start + max(_cut(window, ends[max_tokens - 1]), 1)
         # a piece tokenised alone may take more tokens than inside its text
         while end - start > 1 and len(_ends(tokenizer, text[start:end].strip())) > max_tokens:
             end = start + max(_cut(text[start:end], (end - start) * 9 // 10), 1)
-        pieces.append(text[start:end])
+        spans.append((start, end))
         start = max(end - _tail(tokenizer, text[start:end], overlap), start + 1)
-    pieces = [piece.strip() for piece in pieces]
-    pieces = [piece for piece in pieces if piece]
-    if len(pieces) == 1:
-        return [Document(document.key, pieces[0], document.title)]
-    return [Document(f"{document.key}#{i}", piece, document.title) for i, piece in enumerate(pieces)]
+    return [s for s in (_trimmed(text, s) for s in spans) if s[0] < s[1]]
+
+
+def _trimmed(text: str, span: Span) -> Span:
+    part = text[slice(*span)]
+    start = span[0] + len(part) - len(part.lstrip())
+    return start, start + len(part.strip())
 
 
 def _ends(tokenizer: Any, text: str) -> list[int]:

@@ -219,13 +219,17 @@ class Index(StoreFolder):
         rows = self._db.execute(f"SELECT {_DOCUMENT} FROM documents WHERE source = ? ORDER BY id", (source,))
         return {row[0]: Document(*row) for row in rows}
 
+    def owners(self) -> list[tuple[str, str]]:
+        """(key, file) of all documents."""
+        return self._db.execute("SELECT key, source FROM documents ORDER BY id").fetchall()
+
     def matching(self, name: str) -> list[str]:
         """The keys that ``name`` stands for: a document's key, a file's name, or a pattern (``*``, ``?``, ``[..]``) of either.
 
         Raises:
             KeyError: it stands for none.
         """
-        rows = self._db.execute("SELECT key, source FROM documents ORDER BY id").fetchall()
+        rows = self.owners()
         found = [key for key, source in rows if name in (key, source)]
         found = found or [key for key, source in rows if fnmatchcase(key, name) or fnmatchcase(source, name)]
         if not found:

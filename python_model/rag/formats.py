@@ -1,0 +1,126 @@
+"""What stands in a file: text, source code and rows by themselves; .pdf, .html, .docx by a library of the extra ``files``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from python_model.data.files import read_objects
+from python_model.rag.modes import Document
+from python_model.support.optional import require
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+CODE_SUFFIXES = tuple(
+    "." + name
+    for name in "bash c cc cpp cs css cu cuh go h hpp java jl js kt lua php pl proto py pyi r rb rs scala sh sql swift ts".split()
+)
+MAX_BYTES = 64 << 20
+"""Largest file that is read whole; rows (.jsonl) are read one by one, whatever the file's size."""
+
+
+class UnreadableFileError(ValueError):
+    """Why a file gives no documents."""
+
+
+def read_file(file: Path, name: str) -> list[Document]:
+    """The documents of a file that is called ``name`` in the index.
+
+    ``.jsonl``: a document per row ``{"text": str, "title"?: str, "id"?: str or int}`` (or ``_id``, ``key``; default: name and
+    line). ``.pdf``: one per page. Others: one, its title the file's name without its suffix.
+
+    Raises:
+        UnreadableFileError: an unknown kind, empty, too large, binary, not UTF-8, damaged, or a broken row (with its line).
+        ImportError: the library that reads this kind is not installed.
+    """
+    suffix = file.suffix.lower()
+    if suffix == ".jsonl":
+        documents = _rows(file, name)
+    elif (parse := _PARSERS.get(suffix)) is not None:
+        documents = [
+            Document(name + part, text.strip(), title or file.stem, name, place)
+            for part, place, title, text in parse(_content(file))
+            if text.strip()
+        ]
+    else:
+        raise UnreadableFileError(f"is of no known kind, accepted are {', '.join(SUFFIXES)}")
+    if not documents:
+        raise UnreadableFileError("is empty" if suffix != ".pdf" else "holds no text (a scan needs OCR)")
+    return documents
+
+
+Parts = list[tuple[str, str, str, str]]  # what follows the name in the key; place, title, text
+
+
+def _content(file: Path) -> bytes:
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise UnreadableFileError(f"is too large: {size / 2**20:.0f} MiB, read are up to {MAX_BYTES >> 20}")
+    return file.read_bytes()
+
+
+def _text(content: bytes) -> Parts:
+    if b"\0" in content:
+        raise UnreadableFileError("is not UTF-8 text but binary")
+    try:
+        return [("", "", "", content.decode("utf-8-sig"))]
+    except UnicodeDecodeError as error:
+        raise UnreadableFileError(f"is not UTF-8 ({error})") from error
+
+
+def _html(content: bytes) -> Parts:
+    page = require("bs4", "files").BeautifulSoup(content, "html.parser")
+    title = page.title.get_text(" ", strip=True) if page.title else ""
+    for hidden in page(["script", "style", "template", "noscript", "title"]):
+        hidden.decompose()
+    lines = (line.strip() for line in page.get_text("\n").splitlines())
+    return [("", "", title, "\n".join(line for line in lines if line))]
+
+
+def _docx(content: bytes) -> Parts:
+    document = require("docx", "files").Document(io.BytesIO(content))
+    blocks = []
+    for block in document.iter_inner_content():
+        if hasattr(block, "rows"):
+            blocks += [" | ".join(cell.text for cell in row.cells) for row in block.rows]
+        else:
+            blocks.append(block.text)
+    return [("", "", document.core_properties.title or "", "\n\n".join(block for block in blocks if block.strip()))]
+
+
+def _pdf(content: bytes) -> Parts:
+    pages = require("pypdf", "files").PdfReader(io.BytesIO(content)).pages
+    return [(f"#page{i}", f"page {i}", "", page.extract_text()) for i, page in enumerate(pages, 1)]
+
+
+def _by_library(parse: Callable[[bytes], Parts]) -> Callable[[bytes], Parts]:
+    def parsed(content: bytes) -> Parts:
+        try:
+            return parse(content)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # damaged files make these libraries raise nearly anything
+            raise UnreadableFileError(f"cannot be read ({type(error).__name__}: {error})") from error
+
+    return parsed
+
+
+_PARSERS: dict[str, Callable[[bytes], Parts]] = {
+    **dict.fromkeys((*TEXT_SUFFIXES, *CODE_SUFFIXES), _text),
+    **dict.fromkeys((".html", ".htm"), _by_library(_html)),
+    ".docx": _by_library(_docx),
+    ".pdf": _by_library(_pdf),
+}
+SUFFIXES = (".jsonl", *_PARSERS)
+
+
+def _rows(file: Path, name: str) -> list[Document]:
+    documents = []
+    for origin, row in read_objects(file):
+        text, title = row.get("text"), row.get("title") or ""
+        if not isinstance(text, str) or not isinstance(title, str) or not text.strip():
+            raise UnreadableFileError(f"{origin}: not a document row: text or title is missing, empty or not a text")
+        number = origin.rpartition(":")[2]
+        key = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), f"{name}:{number}")
+        documents.append(Document(str(key), text, title, name, f"line {number}"))
+    return documents

@@ -1,0 +1,237 @@
+"""Bringing an index in line with files: what changed is read again, what did not is left alone, what was begun is finished.
+
+A file counts as unchanged if its content's digest and the way it was divided are those that the index has. Documents are
+embedded in batches, and each batch is one step of the index: it removes what its files held before, puts the new documents in,
+and records the digests of the files that are complete now. So whatever ends the process, the next run goes on after the last
+batch. States in key-value stores are removed before the step and added after it: none outlives its text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from python_model.model.modeling import GritLM
+from python_model.rag.answer import RAG
+from python_model.rag.documents import chunk, files_below, splitter_name
+from python_model.rag.formats import UnreadableFileError, read_file
+from python_model.rag.index import Index, Source, embed, too_long
+from python_model.rag.modes import Document
+from python_model.rag.store.kvstore import KVStore
+
+BATCH = 32
+"""Documents embedded and written in one step."""
+
+
+@dataclass
+class Report:
+    """What has been done so far; ``skipped`` are (file, reason)."""
+
+    files: int = 0
+    unchanged: int = 0
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    documents: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.added} files added, {self.changed} changed, {self.unchanged} unchanged, {self.removed} removed, "
+            f"{len(self.skipped)} skipped; {self.documents} documents embedded"
+        )
+
+
+@contextlib.contextmanager
+def only_writer(index: Index, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Other processes that add to the index wait here until this one is done, or dead; ``waiting`` is called before a wait."""
+    lock = FileLock(str(index.path / "writer.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is not None:
+            waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def drop_states(index: Index, keys: Sequence[str]) -> int:
+    """Remove the states of documents from every store that keeps some for this index; returns how many were removed."""
+    stores = [Path(path) for path in index.stores if keys and (Path(path) / "index.sqlite").exists()]
+    return sum(KVStore(path, create=False).discard(keys) for path in stores)
+
+
+def delete(index: Index, names: Sequence[str]) -> int:
+    """Remove documents by key, file or pattern (see :meth:`Index.matching`), and their states; returns how many.
+
+    Raises:
+        KeyError: one of ``names`` stands for none; then nothing is removed.
+    """
+    keys = list(dict.fromkeys(key for name in names for key in index.matching(name)))
+    drop_states(index, keys)
+    index.delete(keys)
+    return len(keys)
+
+
+def add_files(
+    index: Index,
+    model: GritLM,
+    paths: Sequence[str | Path],
+    *,
+    rag: RAG | None = None,
+    max_tokens: int = 256,
+    overlap: int = 32,
+    sync: bool = False,
+    report: Report | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Bring ``index`` in line with files and folders.
+
+    Args:
+        rag: with a store: keep the documents' states there as well.
+        max_tokens: divide documents into chunks of so many tokens; 0 leaves them whole.
+        overlap: tokens that neighbouring chunks share.
+        sync: remove the documents of files that are no longer below the given folders, or cannot be read any more.
+        report: what is done is counted here, so that it can be told after an interruption.
+        progress: called with the files that are done and all of them.
+
+    Raises:
+        FileNotFoundError: there is nothing at a path. ValueError: two files would have one name.
+    """
+    report = report if report is not None else Report()
+    work = _Work(index, model, rag, f"{max_tokens} {overlap} {splitter_name()}" if max_tokens else "whole", report)
+    found = _find(index, paths)
+    report.files = len(found)
+    seen = set()
+    for number, (name, file) in enumerate(found.items()):
+        if progress is not None:
+            progress(number, len(found))
+        try:
+            work.add(name, file, max_tokens, overlap)
+            seen.add(name)
+        except (UnreadableFileError, ImportError, OSError, ValueError) as error:
+            report.skipped.append((str(file), str(error)))
+    work.flush()
+    if sync:
+        folders = [Path(path).resolve() for path in paths]
+        for source in index.sources().values():
+            if source.name not in seen and any(Path(source.path).is_relative_to(folder) for folder in folders):
+                delete(index, list(index.documents_of(source.name)))
+                report.removed += 1
+    if progress is not None:
+        progress(len(found), len(found))
+    return report
+
+
+def _find(index: Index, paths: Sequence[str | Path]) -> dict[str, Path]:
+    """All files by their names in the index: those they have, else the path below the given folder."""
+    known = index.sources()
+    names = {source.path: source.name for source in known.values()}
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"documents: there is no file or folder {path}")
+        root = path.resolve() if path.is_dir() else path.resolve().parent
+        for file in files_below(root) if path.is_dir() else [path.resolve()]:
+            name = names.get(str(file), file.relative_to(root).as_posix())
+            others = [found.get(name), Path(known[name].path) if name in known else None]
+            other = next((o for o in others if o not in (None, file) and o.exists()), None)
+            if other is not None:
+                raise ValueError(
+                    f"documents: {file} and {other} would both be {name!r} in the index; "
+                    "add the folder that holds both, or use an index for each"
+                )
+            found[name] = file
+    return found
+
+
+class _Work:
+    """The batch that is being filled."""
+
+    def __init__(self, index: Index, model: GritLM, rag: RAG | None, recipe: str, report: Report) -> None:
+        self.index, self.model, self.recipe, self.report = index, model, recipe, report
+        self.rag = rag if rag is not None and rag.store is not None else None
+        self.limit = int(model.model.config.max_position_embeddings)
+        self.known = index.sources()
+        self.owners = dict(index.owners())
+        self.stale: list[str] = []
+        self.documents: list[Document] = []
+        self.sources: list[Source] = []
+        self.counts: list[str] = []
+
+    def add(self, name: str, file: Path, max_tokens: int, overlap: int) -> None:
+        digest = _digest(file)
+        source = Source(name, str(file), digest, self.recipe)
+        before = self.known.get(name)
+        if before is not None and (before.digest, before.recipe) == (digest, self.recipe):
+            if before.path != source.path:
+                self.sources.append(source)
+            self._complete_states(name)
+            self.report.unchanged += 1
+            return
+        documents = read_file(file, name)
+        if max_tokens:
+            documents = [part for d in documents for part in chunk(d, self.model.tokenizer, max_tokens, overlap)]
+        self._check(name, documents)
+        old = self.index.documents_of(name)
+        new = {document.key: document for document in documents}
+        self.stale += [key for key in old if key not in new]
+        self.owners.update(dict.fromkeys(new, name))
+        self.known[name] = source
+        # chunks that are as they were keep their vectors
+        fresh = [d for key, d in new.items() if old.get(key) != d or old[key].place != d.place]
+        for start in range(0, len(fresh), BATCH):
+            self.documents += fresh[start : start + BATCH]
+            if start + BATCH < len(fresh):
+                self.sources.append(replace(source, digest=""))  # not complete yet
+                self.flush()
+        self.sources.append(source)
+        self.counts.append("changed" if before is not None or old else "added")
+        if len(self.documents) >= BATCH or len(self.stale) >= 10 * BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """One step of the index."""
+        if not (self.stale or self.documents or self.sources):
+            return
+        vectors = embed(self.index, self.model, self.documents, self.limit) if self.documents else None
+        drop_states(self.index, [*self.stale, *(document.key for document in self.documents)])
+        self.index.replace(self.stale, self.documents, vectors, self.sources)
+        if self.rag is not None and self.documents:
+            self.rag.add_to_store(self.documents, overwrite=True)
+        self.report.documents += len(self.documents)
+        self.report.added += self.counts.count("added")
+        self.report.changed += self.counts.count("changed")
+        self.stale, self.documents, self.sources, self.counts = [], [], [], []
+
+    def _complete_states(self, name: str) -> None:
+        if self.rag is not None and self.rag.store is not None:
+            store = self.rag.store
+            self.rag.add_to_store([d for key, d in self.index.documents_of(name).items() if key not in store])
+
+    def _check(self, name: str, documents: Sequence[Document]) -> None:
+        """Keys must be this file's own, and texts no longer than the model reads."""
+        seen = set()
+        for document in documents:
+            owner = self.owners.get(document.key, name)
+            if document.key in seen or (owner != name and owner in self.known):
+                raise UnreadableFileError(f"has the key {document.key!r} that {owner} has, too")
+            seen.add(document.key)
+        if (long := too_long(self.index, self.model, documents, self.limit)) is not None:
+            raise UnreadableFileError(f"{long.key!r} has more than {self.limit} tokens; divide it with --chunk-tokens")
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,244 @@
+"""A folder is the truth: an index holds what its files hold now, whatever happened to them or to the process before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from python_model import GritLM
+from python_model.cli import main
+from python_model.rag import sync
+from python_model.rag.answer import RAG, open_store
+from python_model.rag.documents import chunk
+from python_model.rag.formats import UnreadableFileError, read_file
+from python_model.rag.index import Index, open_index
+from python_model.rag.modes import Document
+from python_model.rag.store.kvstore import KVStore
+
+ROOT = Path(__file__).parents[3]
+LONG = "\n\n".join(f"Paragraph {i}. A river flows through the city." for i in range(12))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> GritLM:
+    return GritLM(checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    notes = tmp_path / "notes"
+    (notes / "sub").mkdir(parents=True)
+    (notes / "a.md").write_text(LONG)
+    (notes / "sub" / "b.py").write_text("def add(first, second):\n    return first + second\n")
+    (notes / "rows.jsonl").write_text('{"text": "one", "id": 7}\n{"text": "two"}\n')
+    return notes
+
+
+def add(index: Index, model: GritLM, *paths: Path, **options: Any) -> sync.Report:
+    return sync.add_files(index, model, paths, max_tokens=60, overlap=0, **options)
+
+
+def test_files_are_read_again_when_they_change_and_only_then(model: GritLM, folder: Path, tmp_path: Path) -> None:
+    index = open_index(tmp_path / "i", model)
+    first = add(index, model, folder)
+    assert (first.added, first.unchanged, first.documents) == (3, 0, len(index)) and "a.md#3" in index
+    assert {d.source for d in map(index.document, index.keys())} == {"a.md", "sub/b.py", "rows.jsonl"}
+    assert index.document("rows.jsonl:2").place == "line 2" and index.document("a.md#1").place != "line 1"
+    again = add(index, model, folder)
+    assert (again.added, again.changed, again.unchanged, again.documents) == (0, 0, 3, 0)
+    (folder / "a.md").write_text("A short note.")
+    assert add(index, model, folder).changed == 1
+    assert [key for key in index.keys() if key.startswith("a.md")] == ["a.md"]  # none of the old chunks stays
+    (folder / "a.md").write_text(LONG)
+    (folder / "rows.jsonl").unlink()
+    add(index, model, folder)
+    assert "a.md" not in index and "a.md#3" in index and "7" in index
+    gone = add(index, model, folder, sync=True)
+    assert gone.removed == 1 and "7" not in index and set(index.sources()) == {"a.md", "sub/b.py"}
+    other = sync.add_files(index, model, [folder], max_tokens=30, overlap=0)
+    assert other.changed == 1 and other.unchanged == 0 or other.changed == 2  # divided otherwise: read again
+
+
+def test_a_file_is_one_file_whichever_folder_it_was_named_by(model: GritLM, folder: Path, tmp_path: Path) -> None:
+    index = open_index(tmp_path / "i", model)
+    add(index, model, folder)
+    assert add(index, model, folder / "sub", folder / "sub" / "b.py").unchanged == 1 and "b.py" not in index
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.md").write_text("Another text.")
+    with pytest.raises(ValueError, match=r"would both be 'a.md'"):
+        add(index, model, tmp_path / "other")
+    os.rename(folder, tmp_path / "moved")
+    assert add(index, model, tmp_path / "moved").unchanged == 3
+
+
+def test_states_leave_the_store_with_their_text(model: GritLM, folder: Path, tmp_path: Path) -> None:
+    index, store = open_index(tmp_path / "i", model), open_store(str(tmp_path / "s"), model)
+    rag = RAG(model, store=store)
+    index.note_store(tmp_path / "s")
+    add(index, model, folder)
+    assert len(store) == 0
+    add(index, model, folder, rag=rag)  # unchanged files, but without states
+    assert set(store.keys()) == set(index.keys())
+    (folder / "a.md").write_text("A short note.")
+    add(index, model, folder)  # no store is named: the states of what is gone go all the same
+    assert not [key for key in store.keys() if key.startswith("a.md")]
+    add(index, model, folder, rag=rag)
+    assert set(store.keys()) == set(index.keys())
+    assert sync.delete(index, ["sub/b.py", "7"]) == 2 and set(store.keys()) == {"a.md", "rows.jsonl:2"}
+    assert sync.delete(index, ["*.md"]) == 1 and store.keys() == index.keys() == ["rows.jsonl:2"]
+    with pytest.raises(KeyError, match="'nothing' is no document, file or pattern"):
+        sync.delete(index, ["rows.jsonl:2", "nothing"])
+    assert len(index) == 1
+
+
+def test_files_that_cannot_be_read_are_named_and_skipped(model: GritLM, folder: Path, tmp_path: Path) -> None:
+    (folder / "binary.txt").write_bytes(b"a\0b")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.md").write_text(" \n")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "broken.jsonl").write_text('{"text": "one"\n')
+    (folder / "twice.jsonl").write_text('{"text": "one", "id": 7}\n')
+    (folder / ".hidden.md").write_text("secret")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x.md").write_text("secret")
+    index = open_index(tmp_path / "i", model)
+    report = add(index, model, folder)
+    reasons = {Path(file).name: reason for file, reason in report.skipped}
+    words = {
+        "binary.txt": "binary",
+        "latin.txt": "not UTF-8",
+        "empty.md": "is empty",
+        "picture.png": "no known kind",
+        "broken.jsonl": "broken.jsonl:1",
+        "twice.jsonl": "has the key '7' that rows.jsonl has",
+    }
+    assert set(reasons) == set(words) and all(words[name] in reasons[name] for name in words)
+    assert report.added == 3 and not any("secret" in index.document(key).text for key in index.keys())
+
+
+def test_a_killed_or_interrupted_run_goes_on_where_it_was(
+    model: GritLM, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sync, "BATCH", 2)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for i in range(8):
+        (notes / f"{i}.txt").write_text(f"Note {i}.")
+    code = f"""
+import os, signal
+from python_model import GritLM
+from python_model.rag import sync
+from python_model.rag.index import open_index
+sync.BATCH = 2
+model = GritLM({str(checkpoint)!r}, device="cpu", dtype="float32")
+index = open_index({str(tmp_path / "i")!r}, model)
+with sync.only_writer(index):
+    sync.add_files(index, model, [{str(notes)!r}],
+                   progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == 5 else None)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    index = open_index(tmp_path / "i", model)
+    with sync.only_writer(index, lambda: pytest.fail("the lock of a dead process is held")):
+        assert len(index) == 4
+    real, calls = Index.replace, []
+
+    def interrupted(self: Index, *arguments: Any) -> None:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(real(self, *arguments))
+
+    monkeypatch.setattr(Index, "replace", interrupted)
+    command = ["index", str(tmp_path / "i"), "--model", str(checkpoint), "--add", str(notes)]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 130
+    told = capsys.readouterr().err
+    assert "of 8 files, 2 files added, 0 changed, 4 unchanged" in told and "goes on from here" in told
+    monkeypatch.setattr(Index, "replace", real)
+    main([*command, "--search", "Note 3.", "--k", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 files added, 0 changed, 6 unchanged") and lines[1].startswith("8 documents")
+    assert len(lines) == 4 and "3.txt, line 1" in lines[2]
+
+
+def test_a_large_file_that_was_begun_keeps_the_chunks_it_has(
+    model: GritLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync, "BATCH", 2)
+    real = sync.embed
+
+    def fails_later(index: Index, *arguments: Any) -> Any:
+        if len(index) >= 2:
+            raise KeyboardInterrupt
+        return real(index, *arguments)
+
+    index = open_index(tmp_path / "i", model)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sync, "embed", fails_later)
+        add(index, model, folder / "a.md")
+    assert len(index) == 2 and index.sources()["a.md"].digest == ""
+    report = add(index, model, folder / "a.md")
+    assert report.documents == len(index) - 2 > 0 and index.sources()["a.md"].digest
+
+
+def test_the_second_writer_waits_and_then_adds(model: GritLM, folder: Path, tmp_path: Path) -> None:
+    index = open_index(tmp_path / "i", model)
+    waiting, done = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with sync.only_writer(index, waiting.set):
+            done.set()
+
+    with sync.only_writer(index):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(30) and not done.is_set()
+        add(index, model, folder)
+    thread.join(30)
+    assert done.is_set()
+
+
+def test_chunks_follow_sentences_and_headings_without_tiny_ones(tokenizer: Any) -> None:
+    pytest.importorskip("semantic_text_splitter")
+    text = (
+        "# Rivers\n\nShort.\n\n"
+        + "A river flows through the city. " * 30
+        + "\n\n# Code\n\n"
+        + "Blank lines are common. " * 20
+    )
+    text += "\n\nThe end."
+    pieces = chunk(Document("k", text, "T", "k.md"), tokenizer, 80, overlap=16)
+    counts = [len(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in pieces]
+    assert max(counts) <= 80 and min(counts) >= 20 and "The end." in pieces[-1].text
+    last = [piece.text.splitlines()[-1] for piece in pieces]
+    assert [line for line in last if not line.endswith(".") and not line.startswith("#")] == []  # no sentence is cut
+    assert all(text.splitlines()[int(p.place.split()[1]) - 1].find(p.text.splitlines()[0][:20]) >= 0 for p in pieces)
+
+
+def test_pages_and_documents_are_read_by_their_libraries(tmp_path: Path) -> None:
+    docx, _ = pytest.importorskip("docx"), pytest.importorskip("bs4")
+    made = docx.Document()
+    made.add_paragraph("A river flows.")
+    made.add_table(1, 2).cell(0, 1).text = "Paris"
+    made.save(str(tmp_path / "a.docx"))
+    (document,) = read_file(tmp_path / "a.docx", "a.docx")
+    assert document.text.startswith("A river flows.") and "Paris" in document.text
+    (tmp_path / "b.html").write_text("<title>T</title><script>x()</script><h1>Head</h1><p>A <b>river</b>.")
+    (document,) = read_file(tmp_path / "b.html", "b.html")
+    assert document.title == "T" and "Head" in document.text and "river" in document.text and "x()" not in document.text
+    for name in ("c.pdf", "c.docx"):
+        (tmp_path / name).write_bytes(b"no such thing")
+        with pytest.raises(UnreadableFileError, match="cannot be read"):
+            read_file(tmp_path / name, name)
+
+
+def test_a_store_forgets_the_keys_it_has_and_no_others(tmp_path: Path) -> None:
+    assert KVStore(tmp_path / "s").discard(["a", "b"]) == 0
