@@ -270,7 +270,7 @@ class TrainConfig(Checked):
     @property
     def settings_given(self) -> dict[str, Any]:
         """The model's settings that are not left to the checkpoint."""
-        return {name: value for name, value in asdict(self.grit).items() if value is not None}  # type: ignore[call-overload]
+        return {name: value for name, value in asdict(self.grit).items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
