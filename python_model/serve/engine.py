@@ -234,10 +234,10 @@ class Engine:
             self.scheduler.report(tokens, seconds, decoding)
             for (work, count), outcome in zip(plan, outcomes, strict=True):
                 told += [(work, event) for event in self._apply(work, count, outcome)]
+            if self.metrics is not None:
+                self.metrics.step(self.scheduler, tokens, decoding, seconds)
         for work, event in told:
             self._tell(work, event)
-        if self.metrics is not None:
-            self.metrics.step(self.scheduler, tokens, decoding, seconds)
         return True
 
     def _run(self) -> None:

@@ -337,3 +337,21 @@ def test_draws_that_leave_one_token_are_greedy(served_model: GritLM, sampling: S
         engine.run()
         tokens.append([event.token for event in events if isinstance(event, Token)])
     assert tokens[0] == tokens[1]
+
+
+def test_requests_that_come_while_numbers_are_told_fail_no_step(served_model: GritLM) -> None:
+    """Metrics walk through the queues, which other threads append to."""
+    pytest.importorskip("prometheus_client")
+    from python_model.serve.metrics import Metrics
+
+    class Watched(Metrics):
+        def step(self, scheduler: Any, *numbers: Any) -> None:
+            assert engine._changed._is_owned(), "the queues may change meanwhile"  # type: ignore[attr-defined]
+            super().step(scheduler, *numbers)
+
+    engine = SteppedEngine(served_model, arena_rows=200, max_step_tokens=96, metrics=Watched())
+    work = TextWork(ids(random.Random(0), 20))
+    events = collect(work)
+    engine.submit([work])
+    engine.run()
+    assert isinstance(events[0], Vector)
