@@ -106,8 +106,11 @@ def backward(
     step = _chunk_rows(weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         chunk = slice(start, start + step)
-        logits = _cap(_product(hidden[chunk], weight.T), softcap)
-        slope = None if softcap is None else 1 - (logits / softcap).square()
+        logits, slope = _product(hidden[chunk], weight.T), None
+        if softcap is not None:
+            # from tanh itself: near 1 a product with the cap, divided by it again, would cost the difference its digits
+            slope = 1 - logits.div_(softcap).tanh_().square()
+            logits.mul_(softcap)
         p = logits.sub_(top[chunk, None]).sub_(log_total[chunk, None]).exp_()
         target = torch.where(used[chunk], labels[chunk], 0)[:, None]
         p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
