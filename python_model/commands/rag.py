@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from python_model.commands.runner import Command, add_json, add_model, load, show
+
+if TYPE_CHECKING:
+    from python_model.rag.modes import Document
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -22,6 +26,11 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--question", help="one question; without it and --questions, one per line of standard input")
     parser.add_argument(
         "--questions", type=Path, help='jsonl of {"question": .., "answers": [..]}: answers and scores them'
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="with --questions: measure cached states, so that --mode auto may use them with this checkpoint",
     )
     parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="what is cached (docs/rag.md)")
     parser.add_argument("--k", type=int, default=1, help="documents per question")
@@ -54,6 +63,16 @@ def run(arguments: Namespace) -> None:
         query_prefix=model.formatter.embed_instruction(arguments.instruction),
     )
     questions = None if arguments.questions is None else read_questions(arguments.questions)
+    if arguments.calibrate:
+        from python_model.rag.calibration import calibrate
+
+        if questions is None:
+            raise ValueError("--calibrate: expected --questions with answers, got none")
+        result = calibrate(rag, questions, k=arguments.k, max_new_tokens=arguments.max_new_tokens)
+        table = "  ".join(f"{mode} {value:.1f}" for mode, value in result["f1"].items())
+        chosen = ", ".join(result["trusted"]) or "none, so documents are read in full"
+        show(arguments, result, f"F1: {table}\ncached states that --mode auto may use: {chosen}")
+        return
     if questions is not None:
         texts: Any = [question.question for question in questions]
     else:
@@ -67,11 +86,17 @@ def run(arguments: Namespace) -> None:
         if arguments.json:
             print(json.dumps({"question": text, **asdict(answer)}, ensure_ascii=False), flush=True)
         else:
-            print(answer.text, f"   [{answer.mode}: {', '.join(d.key for d in answer.documents)}]", flush=True)
+            print(answer.text, f"   [{answer.mode}] {_sources(answer.documents)}", flush=True)
     if questions is not None:
         scores = score(replies, questions)
         text = f"match {scores.match:.2f}  exact match {scores.exact_match:.2f}  F1 {scores.f1:.2f}"
         show(arguments, asdict(scores), f"{text}  ({scores.questions} questions)")
+
+
+def _sources(documents: Sequence[Document]) -> str:
+    """``[1] file, place  [2] ..``, with the numbers that the documents have in the prompt."""
+    cited = [f"{d.source}, {d.place}" if d.source and d.place else d.key for d in documents]
+    return "  ".join(f"[{number}] {text}" for number, text in enumerate(cited, 1))
 
 
 COMMAND = Command("rag", "Answer questions from an index of documents.", configure, run)

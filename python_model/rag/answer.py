@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.generate.text import eos_token_ids, prompt_ids
 from python_model.model.modeling import GritLM
+from python_model.rag.calibration import trusted_modes
 from python_model.rag.fingerprint import fingerprint
 from python_model.rag.modes import (
     ANSWER_PREFIX,
@@ -61,6 +62,8 @@ class RAG:
             what the model would have computed had the text opened the conversation.
         recompute: the first tokens of each cached text but the first to read again, now seeing what stands before.
         reference_positions: as the public implementation: joined texts keep overlapping positions and their own BOS.
+        marked: tell the model that documents are data, and number them; False: the paper's prompts as they are.
+        trusted: the modes with cached states that ``"auto"`` may choose; default: those that were measured for this checkpoint.
         max_length: most tokens of one question with its documents and reply; default: the model's. More is an error, never cut.
         query_prefix: the format before a question to embed (see :func:`python_model.model.prompts.embed_instruction`).
     """
@@ -74,6 +77,8 @@ class RAG:
         causal_states: bool = False,
         recompute: int = 0,
         reference_positions: bool = False,
+        marked: bool = True,
+        trusted: Collection[str] | None = None,
         max_length: int | None = None,
         query_prefix: str = QUERY_PREFIX,
     ) -> None:
@@ -100,7 +105,8 @@ class RAG:
                 )
         self.recompute, self.reference_positions = recompute, reference_positions
         self.max_length = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
-        self.query_prefix = query_prefix
+        self.query_prefix, self.marked = query_prefix, marked
+        self.trusted = frozenset(trusted) if trusted is not None else trusted_modes(self)
 
     def answer(
         self,
@@ -203,16 +209,21 @@ class RAG:
     ) -> tuple[TextStates | None, list[int], int, int]:
         """What a reply continues: joined states (None without any) and the ids of the prompt after them; then how many tokens had
         states already, and how many were read for them just now."""
-        text = prompt_text(mode, question, documents, answer_prefix, format=self.model.settings.format)
+        text = prompt_text(
+            mode, question, documents, answer_prefix, format=self.model.settings.format, marked=self.marked
+        )
         prompt = prompt_ids(self.model, text, add_special_tokens=not cached_parts(mode))
         states, stored, fresh = self._states(mode, question, documents, query_states)
         return states, prompt, stored, fresh
 
     def choose(self, question: str, documents: Sequence[Document]) -> str:
-        """The mode that ``"auto"`` stands for (see :func:`python_model.rag.modes.choose_mode`)."""
+        """The mode that ``"auto"`` stands for (see :func:`python_model.rag.modes.choose_mode`).
+
+        Cached states are chosen only where their quality was measured for this checkpoint (see calibration.py).
+        """
         stored = self.store is not None and all(document.key in self.store for document in documents)
         tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in documents]
-        return choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored)
+        return choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored, self.trusted)
 
     def add_to_store(self, documents: Sequence[Document], *, overwrite: bool = False) -> None:
         """Read documents and keep their states; each is on the disk before the next is read."""

@@ -1,0 +1,86 @@
+"""Whether cached states answer as well as reading the documents, measured for one checkpoint and kept beside it.
+
+``rag_calibration.json`` holds F1 per mode. It counts only for the weights it was measured with (by fingerprint) and for states
+that are made in the same way. A mode is trusted if its F1 is at least :data:`KEEPS` of that of reading the documents, and if
+those help at all: a checkpoint that answers no better with them than without says nothing about how well they were cached.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from python_model.evaluation.answers import Question, score
+from python_model.rag.fingerprint import fingerprint
+from python_model.support.files import write_json
+
+if TYPE_CHECKING:
+    from python_model.rag.answer import RAG
+
+FILE = "rag_calibration.json"
+KEEPS = 0.98
+HELPS = 1.5
+"""How many times the F1 without documents reading them must reach."""
+LEAST_QUESTIONS = 50
+FULL, WITHOUT, CACHED = "document_first", "none", ("document_cache", "query_cache")
+
+
+def calibrate(rag: RAG, questions: Sequence[Question], *, k: int = 1, max_new_tokens: int = 16) -> dict[str, Any]:
+    """Answer ``questions`` without documents, reading them, and from cached states; keep the scores beside the checkpoint.
+
+    Raises:
+        ValueError: fewer than :data:`LEAST_QUESTIONS` questions, or a model that was not loaded from a folder.
+    """
+    if len(questions) < LEAST_QUESTIONS:
+        raise ValueError(f"questions: expected at least {LEAST_QUESTIONS} to calibrate with, got {len(questions)}")
+    file = _file(rag)
+    if file is None:
+        raise ValueError("model: expected a checkpoint in a folder, beside which to keep the scores")
+    scores = {}
+    for mode in (WITHOUT, FULL, *CACHED):
+        options = {"mode": mode, "k": k, "max_new_tokens": max_new_tokens}
+        scores[mode] = score([rag.answer(q.question, **options).text for q in questions], questions).f1
+    entry = {"f1": scores, "questions": len(questions), "k": k}
+    known = _read(file)
+    kept = known["measured"] if known.get("fingerprint") == fingerprint(rag.model) else {}
+    content = {"version": 1, "fingerprint": fingerprint(rag.model), "measured": {**kept, _states(rag): entry}}
+    write_json(file, content)
+    return {**entry, "trusted": sorted(trusted_modes(rag))}
+
+
+def trusted_modes(rag: RAG) -> frozenset[str]:
+    """The modes with cached states whose quality was measured for this checkpoint, and found to be kept."""
+    file = _file(rag)
+    content = {} if file is None else _read(file)
+    if content.get("version") != 1 or content.get("fingerprint") != fingerprint(rag.model):
+        return frozenset()
+    scores = content.get("measured", {}).get(_states(rag), {}).get("f1", {})
+    full = scores.get(FULL, 0)
+    if full <= 0 or full < HELPS * scores.get(WITHOUT, full):
+        return frozenset()
+    return frozenset(mode for mode in CACHED if scores.get(mode, 0) >= KEEPS * full)
+
+
+def _states(rag: RAG) -> str:
+    """What the quality of cached states depends on, beside the model."""
+    stored = rag.store.format if rag.store is not None else "as read"
+    return f"{'causal' if rag.causal else 'bidirectional'}, {stored}, recompute {rag.recompute}"
+
+
+def _file(rag: RAG) -> Path | None:
+    folder = Path(str(getattr(rag.model.model.config, "_name_or_path", "") or ""))
+    return folder / FILE if folder.name and folder.is_dir() else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON file ({error}); remove it and calibrate again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("measured"), dict):
+        raise ValueError(f"{file}: not a calibration; remove it and calibrate again")
+    return content
