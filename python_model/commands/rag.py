@@ -38,7 +38,6 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--instruction", default="", help="for embedding the question")
     parser.add_argument("--causal-states", action="store_true", help="read cached texts causally")
     parser.add_argument("--recompute", type=int, default=0, help="first tokens of joined texts to read again")
-    parser.add_argument("--reference-positions", action="store_true", help="join as the public implementation does")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in tokens")
     add_json(parser, "one JSON object per question, and one with the scores")
 
@@ -59,7 +58,6 @@ def run(arguments: Namespace) -> None:
         store=store,
         causal_states=arguments.causal_states,
         recompute=arguments.recompute,
-        reference_positions=arguments.reference_positions,
         query_prefix=model.formatter.embed_instruction(arguments.instruction),
     )
     questions = None if arguments.questions is None else read_questions(arguments.questions)

@@ -61,7 +61,6 @@ class RAG:
         causal_states: read documents and questions causally instead of with the model's embedding attention. Such states are
             what the model would have computed had the text opened the conversation.
         recompute: the first tokens of each cached text but the first to read again, now seeing what stands before.
-        reference_positions: as the public implementation: joined texts keep overlapping positions and their own BOS.
         marked: tell the model that documents are data, and number them; False: the paper's prompts as they are.
         trusted: the modes with cached states that ``"auto"`` may choose; default: those that were measured for this checkpoint.
         max_length: most tokens of one question with its documents and reply; default: the model's. More is an error, never cut.
@@ -76,7 +75,6 @@ class RAG:
         store: KVStore | None = None,
         causal_states: bool = False,
         recompute: int = 0,
-        reference_positions: bool = False,
         marked: bool = True,
         trusted: Collection[str] | None = None,
         max_length: int | None = None,
@@ -103,7 +101,7 @@ class RAG:
                     f"store: {store.path} was made by model {store.fingerprint} with {store.settings}, "
                     f"this model is {fingerprint(model)} with {expected}"
                 )
-        self.recompute, self.reference_positions = recompute, reference_positions
+        self.recompute = recompute
         self.max_length = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
         self.query_prefix, self.marked = query_prefix, marked
         self.trusted = frozenset(trusted) if trusted is not None else trusted_modes(self)
@@ -258,14 +256,14 @@ class RAG:
             return None, 0, 0
         stored = sum(map(len, parts)) - fresh
         parts = [part.to(device=self.model.device, dtype=self.model.model.dtype) for part in parts]
-        joined, starts = join(parts, self.model, reference_positions=self.reference_positions)
+        joined, starts = self._join(parts)
         if self.recompute:
             joined = recompute_first(self.model, joined, starts, self.recompute)
         return joined, stored, fresh
 
     def _document_states(self, document: Document, bos: bool) -> TextStates | None:
         """A document's stored states, or None."""
-        if self.store is None or document.key not in self.store or (self.reference_positions and not bos):
+        if self.store is None or document.key not in self.store:
             return None
         states = self.store.load(document.key, dtype=self.model.model.dtype)
         if states.input_ids.tolist() != self._ids(DOCUMENT_PREFIX, document.content):
@@ -275,11 +273,11 @@ class RAG:
         return states
 
     def _document_ids(self, document: Document, bos: bool) -> list[int]:
-        if (
-            self.reference_positions and not bos
-        ):  # behind a question the reference opens a document on a new line, without BOS
-            return self._ids("\n" + DOCUMENT_PREFIX, document.content, bos=False)
+        """The tokens of a document that is read now; ``bos``: it opens the cache (without one it stands behind a question)."""
         return self._ids(DOCUMENT_PREFIX, document.content)
+
+    def _join(self, parts: list[TextStates]) -> tuple[TextStates, list[int]]:
+        return join(parts, self.model)
 
     def _ids(self, prefix: str, text: str, *, bos: bool = True) -> list[int]:
         sample = self.model.formatter.text(prefix, text, self.max_length, add_special_tokens=bos, suffix=False)

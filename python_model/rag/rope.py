@@ -70,24 +70,19 @@ def move(states: TextStates, positions: Tensor, model: GritLM) -> TextStates:
     )
 
 
-def join(
-    parts: Sequence[TextStates], model: GritLM, *, reference_positions: bool = False
-) -> tuple[TextStates, list[int]]:
+def join(parts: Sequence[TextStates], model: GritLM) -> tuple[TextStates, list[int]]:
     """One cache of several texts, and where each of them starts in it: each text's keys are moved behind those before it.
 
-    A BOS at the start of any but the first text is left out. ``reference_positions=True`` does neither, as the public
-    implementation of the paper: every text keeps the positions it was read at, so they overlap.
+    A BOS at the start of any but the first text is left out.
     """
     bos = model.tokenizer.bos_token_id
     moved: list[TextStates] = []
     starts: list[int] = []
     end = 0
     for part in parts:
-        if not reference_positions:
-            if moved and bos is not None and len(part) > 1 and int(part.input_ids[0]) == bos:
-                part = part.slice(1)
-            part = move(part, torch.arange(end, end + len(part)), model)
-        moved.append(part)
+        if moved and bos is not None and len(part) > 1 and int(part.input_ids[0]) == bos:
+            part = part.slice(1)
+        moved.append(move(part, torch.arange(end, end + len(part)), model))
         starts.append(end)
         end += len(part)
     return concatenate(moved), starts

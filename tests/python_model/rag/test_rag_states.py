@@ -76,10 +76,6 @@ def test_a_join_places_texts_one_behind_the_other_with_one_bos(model: GritLM) ->
     # positions count BOS as the text's first token, so the text behind it is moved by one less
     (far,) = read(model, [B], causal=False, start=len(A) - 1)
     assert relative(joined.slice(len(A), len(A) + len(B) - 1).keys_values, far.slice(1).keys_values) < 1e-5
-    overlapping, starts = rope.join(parts, model, reference_positions=True)
-    assert overlapping.input_ids.tolist() == A + B + C and starts == [0, len(A), len(A) + len(B)]
-    assert overlapping.positions.tolist() == [*range(len(A)), *range(len(B)), *range(len(C))]
-    assert torch.equal(overlapping.keys_values, concatenate(parts).keys_values)
 
 
 def test_recomputing_whole_causal_texts_equals_reading_them_in_one_go(model: GritLM) -> None:
@@ -131,7 +127,7 @@ def test_states_refuse_other_shapes(model: GritLM) -> None:
     (states,) = read(model, [A], causal=True)
     with pytest.raises(ValueError, match="keys_values: expected"):
         TextStates(states.keys_values[0], states.input_ids, states.positions, True)
-    with pytest.raises(ValueError, match="positions: expected .*got shape"):
+    with pytest.raises(ValueError, match=r"positions: expected \(5,\).*got \(4,\)"):
         TextStates(states.keys_values, states.input_ids, states.positions[1:], True)
     with pytest.raises(ValueError, match="parts: expected .*got none"):
         concatenate([])
