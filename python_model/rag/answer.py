@@ -33,6 +33,9 @@ from python_model.support.arguments import check_at_least, check_choice
 if TYPE_CHECKING:
     from python_model.rag.index import Index
 
+TOKENS_AT_ONCE = 8192
+"""Of documents that are embedded and kept in one pass."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -223,13 +226,53 @@ class RAG:
         tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in documents]
         return choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored, self.trusted)
 
-    def add_to_store(self, documents: Sequence[Document], *, overwrite: bool = False) -> None:
-        """Read documents and keep their states; each is on the disk before the next is read."""
+    def add_to_store(
+        self,
+        documents: Sequence[Document],
+        *,
+        overwrite: bool = False,
+        states: Sequence[TextStates] | None = None,
+    ) -> None:
+        """Read documents and keep their states, each on the disk before the next is read; or keep ``states`` in one step."""
         if self.store is None:
             raise ValueError("store: this RAG has none")
+        if states is not None:
+            items = [(d.key, part, {"title": d.title}) for d, part in zip(documents, states, strict=True)]
+            self.store.append_many(items, overwrite=overwrite)
+            return
         for document in documents:
-            (states,) = read(self.model, [self._ids(DOCUMENT_PREFIX, document.content)], causal=self.causal)
-            self.store.append(document.key, states, {"title": document.title}, overwrite=overwrite)
+            (found,) = read(self.model, [self._ids(DOCUMENT_PREFIX, document.content)], causal=self.causal)
+            self.store.append(document.key, found, {"title": document.title}, overwrite=overwrite)
+
+    def embed_and_read(
+        self, documents: Sequence[Document], prefix: str
+    ) -> tuple[torch.Tensor, list[TextStates]] | None:
+        """The documents' vectors behind ``prefix`` and their states, from one pass; None where one pass does not give both."""
+        if not self._one_pass or prefix != DOCUMENT_PREFIX:
+            return None
+        ids = [torch.tensor(self._ids(prefix, document.content)) for document in documents]
+        vectors, states = [], []
+        start = 0
+        while start < len(ids):
+            end = start + 1
+            while end < len(ids) and sum(map(len, ids[start : end + 1])) <= TOKENS_AT_ONCE:
+                end += 1
+            found, cache = self.model.encode(
+                [document.content for document in documents[start:end]],
+                instruction=prefix,
+                max_length=self.max_length,
+                convert_to_tensor=True,
+                get_cache=True,
+            )
+            vectors.append(found)
+            states += from_cache(cache, ids[start:end], self.causal)
+            start = end
+        return torch.cat(vectors), states
+
+    @property
+    def _one_pass(self) -> bool:
+        """Whether the pass that embeds a text leaves the states that this object would read."""
+        return self.causal == self.model.attention.embedding_causal and not self.model.embed_eos
 
     def _states(
         self, mode: str, question: str, documents: list[Document], query_states: TextStates | None
@@ -292,8 +335,7 @@ class RAG:
         """The question's vector (1, size) and, where one pass gives both, its states."""
         ids = self._ids(self.query_prefix, question)
         options: dict[str, Any] = {"instruction": self.query_prefix, "max_length": self.max_length}
-        one_pass = self.causal == self.model.attention.embedding_causal and not self.model.embed_eos
-        if not one_pass:
+        if not self._one_pass:
             return self.model.encode([question], convert_to_tensor=True, **options), None
         vector, cache = self.model.encode([question], convert_to_tensor=True, get_cache=True, **options)
         (states,) = from_cache(cache, [torch.tensor(ids)], self.causal)

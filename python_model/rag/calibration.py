@@ -40,8 +40,8 @@ def calibrate(rag: RAG, questions: Sequence[Question], *, k: int = 1, max_new_to
         raise ValueError("model: expected a checkpoint in a folder, beside which to keep the scores")
     scores = {}
     for mode in (WITHOUT, FULL, *CACHED):
-        options = {"mode": mode, "k": k, "max_new_tokens": max_new_tokens}
-        scores[mode] = score([rag.answer(q.question, **options).text for q in questions], questions).f1
+        replies = [rag.answer(q.question, mode=mode, k=k, max_new_tokens=max_new_tokens).text for q in questions]
+        scores[mode] = score(replies, questions).f1
     entry = {"f1": scores, "questions": len(questions), "k": k}
     known = _read(file)
     kept = known["measured"] if known.get("fingerprint") == fingerprint(rag.model) else {}

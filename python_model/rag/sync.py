@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
+from python_model.generate.states import TextStates
 from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, files_below, splitter_name
@@ -202,15 +204,25 @@ class _Work:
         """One step of the index."""
         if not (self.stale or self.documents or self.sources):
             return
-        vectors = embed(self.index, self.model, self.documents, self.limit) if self.documents else None
+        vectors, states = self._embed()
         drop_states(self.index, [*self.stale, *(document.key for document in self.documents)])
         self.index.replace(self.stale, self.documents, vectors, self.sources)
         if self.rag is not None and self.documents:
-            self.rag.add_to_store(self.documents, overwrite=True)
+            self.rag.add_to_store(self.documents, overwrite=True, states=states)
         self.report.documents += len(self.documents)
         self.report.added += self.counts.count("added")
         self.report.changed += self.counts.count("changed")
         self.stale, self.documents, self.sources, self.counts = [], [], [], []
+
+    def _embed(self) -> tuple[Tensor | None, list[TextStates] | None]:
+        """The batch's vectors and, where one pass gives both, its states."""
+        if not self.documents:
+            return None, None
+        if self.rag is not None:
+            both = self.rag.embed_and_read(self.documents, self.index.recorded["settings"]["prefix"])
+            if both is not None:
+                return both
+        return embed(self.index, self.model, self.documents, self.limit), None
 
     def _complete_states(self, name: str) -> None:
         if self.rag is not None and self.rag.store is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from python_model import GritLM
 from python_model.cli import main
@@ -96,6 +97,31 @@ def test_states_leave_the_store_with_their_text(model: GritLM, folder: Path, tmp
     with pytest.raises(KeyError, match="'nothing' is no document, file or pattern"):
         sync.delete(index, ["rows.jsonl:2", "nothing"])
     assert len(index) == 1
+
+
+def test_one_pass_gives_the_vectors_and_the_states_of_two(
+    model: GritLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(name: str) -> tuple[Index, KVStore]:
+        index = open_index(tmp_path / f"i{name}", model)
+        path = str(tmp_path / f"s{name}")
+        store = open_store(path, model, format="float32")
+        rag = RAG(model, store=store)
+        add(index, model, folder, rag=rag)
+        return index, store
+
+    assert RAG(model).embed_and_read([Document("k", "A river")], "<|embed|>\n") is not None
+    assert RAG(model, causal_states=True).embed_and_read([Document("k", "A river")], "<|embed|>\n") is None
+    index, store = made("once")
+    with monkeypatch.context() as patch:
+        patch.setattr(RAG, "embed_and_read", lambda *arguments: None)
+        wanted_index, wanted = made("twice")
+    torch.testing.assert_close(index.vectors()[1], wanted_index.vectors()[1], atol=2e-6, rtol=0)
+    assert store.keys() == wanted.keys() and len(store) > 4
+    for key in store.keys():
+        got, want = store.load(key), wanted.load(key)
+        assert torch.equal(got.input_ids, want.input_ids) and torch.equal(got.positions, want.positions)
+        torch.testing.assert_close(got.keys_values, want.keys_values, atol=2e-5, rtol=1e-4)
 
 
 def test_files_that_cannot_be_read_are_named_and_skipped(model: GritLM, folder: Path, tmp_path: Path) -> None:
