@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from python_model.rag.index import Hit, Index
     from python_model.rag.sync import Report
 
+BYTES_PER_TOKEN = 4
+"""Of English text, for estimates."""
+
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit index``."""
     from python_model.rag.index import FORMATS
+    from python_model.rag.store.kvstore import FORMATS as STORE_FORMATS
 
     parser.add_argument("index", help="the index's folder")
     add_model(parser)
@@ -40,6 +44,10 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--overlap", type=int, default=32, help="tokens that neighbouring chunks share")
     parser.add_argument("--format", choices=FORMATS, help="of the vectors in a new index; float32 unless given")
     parser.add_argument("--store", help="folder of a key-value store that keeps the documents' states as well")
+    parser.add_argument("--store-format", choices=STORE_FORMATS, help="of the states in a new store; int8 unless given")
+    parser.add_argument(
+        "--store-limit", type=float, default=20.0, help="stop before the work if states would take more GiB"
+    )
     add_json(parser)
 
 
@@ -77,12 +85,24 @@ def run(arguments: Namespace) -> None:
 
 
 def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
-    from python_model.rag.answer import RAG, open_store
-    from python_model.rag.sync import Report, add_files
+    from python_model.rag.answer import RAG, bytes_per_token, open_store
+    from python_model.rag.sync import Report, add_files, bytes_to_read
 
     rag = None
+    overlap = arguments.overlap if arguments.chunk_tokens else 0
     if arguments.store:
-        rag = RAG(model, store=open_store(arguments.store, model))  # refuses another model's store before the work
+        store = open_store(arguments.store, model, format=arguments.store_format)  # another model's is refused here
+        rag = RAG(model, store=store)
+        size = bytes_to_read(index, arguments.add, arguments.chunk_tokens, overlap, store)
+        tokens = size / BYTES_PER_TOKEN * (1 + overlap / max(arguments.chunk_tokens, 1))
+        states = tokens * bytes_per_token(model, store.format) / 2**30
+        cost = f"about {tokens:,.0f} tokens; their states take about {states:.2f} GiB ({store.format})"
+        _tell(f"{size / 2**20:.1f} MiB to read, {cost}")
+        if states + store.bytes_used / 2**30 > arguments.store_limit:
+            raise ValueError(
+                f"--store-limit: expected at most {arguments.store_limit:g} GiB of states, got about {states:.2f} beside "
+                f"{store.bytes_used / 2**30:.2f} in the store; nothing was read. Raise it, or index without --store"
+            )
         index.note_store(arguments.store)
     report = Report()
     try:
@@ -93,7 +113,7 @@ def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
                 arguments.add,
                 rag=rag,
                 max_tokens=arguments.chunk_tokens,
-                overlap=arguments.overlap if arguments.chunk_tokens else 0,
+                overlap=overlap,
                 sync=arguments.sync,
                 report=report,
                 progress=update,

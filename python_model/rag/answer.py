@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -360,6 +361,14 @@ def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]
     }
 
 
+def bytes_per_token(model: GritLM, format: str) -> int:
+    """What a token's states take in a store; int8 scales are left out."""
+    config = model.model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim
+    return int(values * (1 if format == "int8" else getattr(torch, format).itemsize))
+
+
 def open_store(
     path: str,
     model: GritLM,
@@ -368,7 +377,12 @@ def open_store(
     format: Format | None = None,
     max_bytes: int | None = None,
 ) -> KVStore:
-    """The key-value store at ``path`` for this model, made when missing; another model's is refused."""
+    """The key-value store at ``path`` for this model, made when missing; another model's is refused.
+
+    ``format``: default: the store's own, int8 for a new one (half of bfloat16).
+    """
+    if format is None and not (Path(path) / "index.sqlite").exists():
+        format = "int8"
     return KVStore(
         path,
         fingerprint=fingerprint(model),

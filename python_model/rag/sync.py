@@ -21,7 +21,7 @@ from python_model.generate.states import TextStates
 from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, files_below, splitter_name
-from python_model.rag.formats import UnreadableFileError, read_file
+from python_model.rag.formats import SUFFIXES, UnreadableFileError, read_file
 from python_model.rag.index import Index, Source, embed, too_long
 from python_model.rag.modes import Document
 from python_model.rag.store.kvstore import KVStore
@@ -109,7 +109,7 @@ def add_files(
         FileNotFoundError: there is nothing at a path. ValueError: two files would have one name.
     """
     report = report if report is not None else Report()
-    work = _Work(index, model, rag, f"{max_tokens} {overlap} {splitter_name()}" if max_tokens else "whole", report)
+    work = _Work(index, model, rag, _recipe(max_tokens, overlap), report)
     found = _find(index, paths)
     report.files = len(found)
     seen = set()
@@ -131,6 +131,26 @@ def add_files(
     if progress is not None:
         progress(len(found), len(found))
     return report
+
+
+def bytes_to_read(
+    index: Index, paths: Sequence[str | Path], max_tokens: int, overlap: int, store: KVStore | None = None
+) -> int:
+    """Bytes of the files that :func:`add_files` would read: new, changed, or without states in ``store``."""
+    known, recipe = index.sources(), _recipe(max_tokens, overlap)
+
+    def is_done(name: str, file: Path) -> bool:
+        source = known.get(name)
+        if source is None or source.recipe != recipe or source.digest != _digest(file):
+            return False
+        return store is None or all(key in store for key in index.documents_of(name))
+
+    files = [(name, file) for name, file in _find(index, paths).items() if file.suffix.lower() in SUFFIXES]
+    return sum(file.stat().st_size for name, file in files if not is_done(name, file))
+
+
+def _recipe(max_tokens: int, overlap: int) -> str:
+    return f"{max_tokens} {overlap} {splitter_name()}" if max_tokens else "whole"
 
 
 def _find(index: Index, paths: Sequence[str | Path]) -> dict[str, Path]:

@@ -16,11 +16,12 @@ import torch
 from python_model import GritLM
 from python_model.cli import main
 from python_model.rag import sync
-from python_model.rag.answer import RAG, open_store
+from python_model.rag.answer import RAG, bytes_per_token, open_store
 from python_model.rag.documents import chunk
 from python_model.rag.formats import UnreadableFileError, read_file
 from python_model.rag.index import Index, open_index
 from python_model.rag.modes import Document
+from python_model.rag.reading import read
 from python_model.rag.store.kvstore import KVStore
 
 ROOT = Path(__file__).parents[3]
@@ -268,3 +269,34 @@ def test_pages_and_documents_are_read_by_their_libraries(tmp_path: Path) -> None
 
 def test_a_store_forgets_the_keys_it_has_and_no_others(tmp_path: Path) -> None:
     assert KVStore(tmp_path / "s").discard(["a", "b"]) == 0
+
+
+def test_the_cost_is_told_before_the_work_and_a_limit_stops_it(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = [
+        "index",
+        str(tmp_path / "i"),
+        "--model",
+        str(checkpoint),
+        "--add",
+        str(folder),
+        "--store",
+        str(tmp_path / "s"),
+    ]
+    with pytest.raises(SystemExit, match="--store-limit: expected at most 0 GiB.*nothing was read"):
+        main([*command, "--store-limit", "0"])
+    told = capsys.readouterr().err
+    assert "tokens; their states take about" in told and "(int8)" in told
+    assert len(Index(tmp_path / "i")) == 0
+    main(command)
+    assert len(KVStore(tmp_path / "s")) == len(Index(tmp_path / "i")) > 0
+    capsys.readouterr()
+    main(command)
+    assert "0.0 MiB to read, about 0 tokens" in capsys.readouterr().err
+
+
+def test_a_tokens_states_take_what_is_estimated(model: GritLM) -> None:
+    (states,) = read(model, [[1, 2, 3]], causal=True)
+    assert bytes_per_token(model, "int8") * 3 == states.keys_values.numel()
+    assert bytes_per_token(model, "float32") == 4 * bytes_per_token(model, "int8")
