@@ -43,7 +43,9 @@ def read_file(file: Path, name: str) -> list[Document]:
             if text.strip()
         ]
     else:
-        raise UnreadableFileError(f"is of no known kind, accepted are {', '.join(SUFFIXES)}")
+        raise UnreadableFileError(
+            f"is of no known kind ({suffix or 'no suffix'}): see python_model.rag.formats.SUFFIXES"
+        )
     if not documents:
         raise UnreadableFileError("is empty" if suffix != ".pdf" else "holds no text (a scan needs OCR)")
     return documents
