@@ -354,12 +354,12 @@ def _try(model_class: Any, config: Any, parts: frozenset[type]) -> Verdict:
     states = patched(padded, attention_mask=mask, is_causal=flags, cache=cache)[0]
     found["padded, mixed"] = _difference(rows(states), mixed)
     longest = max(range(len(texts)), key=TEXTS.__getitem__)
-    cache, parts, start = compat.new_cache(), [], 0
+    cache, pieces, start = compat.new_cache(), [], 0
     for piece in (TEXTS[longest] - 8, 6, 1, 1):
         ids = texts[longest][:, start : start + piece]
-        parts.append(patched(ids, cache=cache)[0])
+        pieces.append(patched(ids, cache=cache)[0])
         start += piece
-    found["after a cache"] = _difference([torch.cat(parts, dim=1)], [truth[True][longest]])
+    found["after a cache"] = _difference([torch.cat(pieces, dim=1)], [truth[True][longest]])
     worst = max(found, key=lambda name: found[name] if found[name] == found[name] else float("inf"))
     error = found[worst]
     if not error <= TOLERANCE:
