@@ -229,14 +229,17 @@ class _Rebound:
     renamed: frozenset[str]  # arguments that a deprecation wrapper around that forward renames
 
 
-_rebound_classes: dict[type, _Rebound | None] = {}
+_rebound_classes: dict[type, tuple[Any, _Rebound | None]] = {}
+"""Per class: its forward at that time, and what was made of it."""
 
 
 def _rebound(cls: type) -> _Rebound | None:
     """The rebound forward of an attention class; None when it does not rotate by the formula."""
-    if cls not in _rebound_classes:
-        _rebound_classes[cls] = _rebind(cls)
-    return _rebound_classes[cls]
+    forward = getattr(cls, "forward", None)
+    known = _rebound_classes.get(cls)
+    if known is None or known[0] is not forward:  # somebody may have replaced it since
+        known = _rebound_classes[cls] = (forward, _rebind(cls))
+    return known[1]
 
 
 @_apart()

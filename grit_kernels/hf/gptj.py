@@ -33,7 +33,12 @@ class _Carried:
 def attends_by_itself(decoder: Any) -> bool:
     """Whether attention is a method of the layers, outside of transformers' AttentionInterface."""
     layers = getattr(decoder, "h", None)
-    return bool(layers) and hasattr(getattr(layers[0], "attn", None), "_attn") and decoder.config.model_type == "gptj"
+    return (
+        layers is not None
+        and len(layers) > 0
+        and hasattr(getattr(layers[0], "attn", None), "_attn")
+        and decoder.config.model_type == "gptj"
+    )
 
 
 def carry(decoder: Any, grit_pass: AttentionPass, inputs: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
@@ -102,4 +107,4 @@ def detach(model: Any, decoder: Any) -> None:
     """Undo :func:`attach`."""
     model.__dict__.pop("forward", None) if model is not decoder else None
     for block in compat.layers_of(decoder):
-        block.attn.__dict__.pop("_attn", None)  # type: ignore[union-attr]
+        block.attn.__dict__.pop("_attn", None)

@@ -113,7 +113,8 @@ def verdict(model: Any) -> Verdict:
         return Verdict(float("nan"), str(reason))
     # what adapters and other libraries put around the model's own parts is called by them, and does not attend
     parts = frozenset(type(m) for m in inner.modules() if type(m).__module__ == model_class.__module__)
-    return _tried(model_class, type(config), key, parts, _Values(values))
+    kinds: tuple[Any, Any] = (model_class, type(config))
+    return _tried(*kinds, key, parts, _Values(values))
 
 
 _reaches: dict[type, str | None] = {}

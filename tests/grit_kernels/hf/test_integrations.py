@@ -127,6 +127,7 @@ def test_layers_offloaded_by_a_device_map_run_patched(
 
 
 def test_accelerate_prepares_and_trains_a_patched_model(stock: Any, expected: Tensor) -> None:
+    accelerate.state.AcceleratorState._reset_state(True)  # a Trainer of another test may have left one
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = gk.patch(copy.deepcopy(stock))
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))

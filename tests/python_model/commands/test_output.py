@@ -32,7 +32,7 @@ def test_nothing_but_progress_is_on_standard_error(checkpoint: Path, tmp_path: P
     sample = write_small_sample(tmp_path / "sample")
     model = ["--model", str(checkpoint)]
     (tmp_path / "d.jsonl").write_text(json.dumps({"id": "0", "text": "A river flows."}))
-    index, store = str(tmp_path / "index"), str(tmp_path / "store")
+    index, store, to = str(tmp_path / "index"), str(tmp_path / "store"), ["--output_dir", str(tmp_path / "run")]
     commands = [
         ["generate", *model, "--prompt", "What?", "--max-new-tokens", "2"],
         ["embed", *model, "--text", "a", "--json"],
@@ -50,7 +50,7 @@ def test_nothing_but_progress_is_on_standard_error(checkpoint: Path, tmp_path: P
             "--store",
             store,
         ],
-        ["train", *model, "--train_data", str(sample / "train"), "--steps", "1", "--output_dir", str(tmp_path / "run")],
+        ["train", "--model.name", str(checkpoint), "--data.train_data", str(sample / "train"), "--steps", "1", *to],
         ["demo", *model, "--steps", "1", "--output-dir", str(tmp_path / "demo")],
     ]
     run = subprocess.run(
@@ -58,5 +58,6 @@ def test_nothing_but_progress_is_on_standard_error(checkpoint: Path, tmp_path: P
     )
     assert run.returncode == 0, run.stderr
     said = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", run.stderr) if line.strip()]
-    assert [line for line in said if not BAR.fullmatch(line)] == []
+    said = [line for line in said if not BAR.fullmatch(line)]
+    assert len(said) == 1 and said[0].startswith("grit index: ") and "their states take" in said[0]  # what it will cost
     assert not re.search("Loading weights|Writing model shards|LOAD REPORT|Warning", run.stderr + run.stdout)

@@ -172,7 +172,7 @@ def test_zephyr_ends_user_turns_and_instructions_in_eos(tokenizer: Any) -> None:
     assert encode_text(tokenizer, embed_instruction("", format="zephyr"), "t", 256) == encode_text(
         tokenizer, embed_instruction(""), "t", 256
     )
-    with pytest.raises(ValueError, match="format: expected one of 'grit', 'zephyr', got 'tulu'"):
+    with pytest.raises(ValueError, match="format: expected one of 'grit', 'zephyr', 'plain', got 'tulu'"):
         embed_instruction("a", format="tulu")  # type: ignore[arg-type]
 
 
