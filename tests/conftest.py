@@ -8,23 +8,21 @@ Tests that a process cannot run are deselected, not skipped.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import grit_kernels as gk
 from grit_kernels import _library
 from grit_kernels.backend import interpreting
-from tests import without_hypothesis  # noqa: F401  (before anything imports hypothesis)
 
-_settings = importlib.import_module("hypothesis").settings
-_settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
-_settings.load_profile("deterministic")
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
 
 
 ROOT = Path(__file__).parent.parent
