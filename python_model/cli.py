@@ -40,7 +40,7 @@ COMMANDS = {
 FIRST_STEPS = """first steps:
   grit doctor                                                what runs here, and why
   grit demo                                                  train, embed, retrieve and generate on a small model
-  grit train --train_data rows.jsonl --output_dir my_run     train on your rows (docs/training.md)
+  grit train --data.train_data rows.jsonl --output_dir my_run    train on your rows
   grit embed --model my_run/checkpoint --text "a text" --json
   grit index INDEX --model my_run/checkpoint --add docs/ && grit rag INDEX --model my_run/checkpoint --question "..."
 

@@ -42,7 +42,7 @@ def lines(results: dict[str, Any], folder: str, since: float | None = None) -> l
         "",
         *_times(results["seconds"], folder, since),
         "",
-        *_next(folder),
+        *next_steps(folder),
     ]
 
 
@@ -113,11 +113,12 @@ def _times(seconds: dict[str, float], folder: str, since: float | None) -> Itera
     yield f"Weights, figures and the plot of the losses are in {folder}/."
 
 
-def _next(folder: str) -> list[str]:
+def next_steps(folder: str) -> list[str]:
+    """What to do with the checkpoint."""
     model = f"{folder}/checkpoint"
     return [
         "What to do next:",
-        "  train on your rows   grit train --train_data rows.jsonl   (docs/training.md)",
+        "  train on your rows   grit train --data.train_data rows.jsonl --output_dir RUN",
         f"  search your files    grit index INDEX --model {model} --add DIR",
         f'  embed and chat       python_model.GritLM("{model}") (README.md)',
     ]

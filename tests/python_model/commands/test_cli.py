@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from python_model import cli
 from python_model.cli import COMMANDS, main
-from python_model.commands import completion
+from python_model.commands import completion, demo_report
 from python_model.commands.doctor import report
 from python_model.support.files import new_folder, write_json
 
@@ -121,3 +123,15 @@ def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: 
             main([*command, "--model", str(checkpoint)])
     with pytest.raises(SystemExit, match="no file or folder"):
         main(["rerank", "--query", "x", "--passages", str(tmp_path / "nowhere"), "--model", str(checkpoint)])
+
+
+def test_the_first_steps_name_options_that_exist(tmp_path: Path) -> None:
+    from python_model.train.__main__ import parse
+
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    lines = [*cli.FIRST_STEPS.splitlines(), *demo_report.next_steps("folder")]
+    shown = [re.sub(r"^.*grit train|   .*$", "", line.strip()).split() for line in lines if "grit train " in line]
+    assert len(shown) == 2
+    for words in shown:
+        assert parse([str(rows) if word == "rows.jsonl" else word for word in words]).data.train_data == str(rows)
