@@ -22,8 +22,8 @@ COMMANDS = {
         "show what training reads in a file of any tool, and write it as rows",
     ),
     "mine": ("python_model.commands.mine", "mine hard negatives for rows, by BM25 or a model"),
-    "train": ("python_model.train.__main__", "train a model: contrastive and next-token loss together"),
-    "ablation": ("python_model.train.ablation", "train variants one after another, measure each, write one table"),
+    "train": ("python_model.commands.train", "train a model: contrastive and next-token loss together"),
+    "ablation": ("python_model.commands.ablation", "train variants one after another, measure each, write one table"),
     "eval": (
         "python_model.commands.evaluate",
         "measure checkpoints on held-out data: retrieval, next-token loss, answers",
@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from python_model.support.quiet import quiet
 
         quiet()
-    module = importlib.import_module(COMMANDS[name][0])
-    (module.COMMAND if hasattr(module, "COMMAND") else module.main)(rest)
+    importlib.import_module(COMMANDS[name][0]).COMMAND(rest)
 
 
 if __name__ == "__main__":

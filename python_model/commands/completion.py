@@ -29,10 +29,7 @@ def script(shell: str) -> str:
     root = ArgumentParser(prog="grit")
     commands = root.add_subcommands()
     for name, (module, text) in COMMANDS.items():
-        command = getattr(importlib.import_module(module), "COMMAND", None)
-        if command is None:
-            continue
-        parser = command.parser()
+        parser = importlib.import_module(module).COMMAND.parser()
         for action in parser._actions:
             if "Path" in str(getattr(action, "_typehint", "")):
                 action.complete = shtab.FILE

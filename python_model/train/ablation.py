@@ -1,4 +1,4 @@
-"""``python -m python_model.train.ablation --config FILE``: train variants one after another, measure each, write one table.
+"""``grit ablation --config FILE``: train variants one after another, measure each, write one table.
 
     output_dir: ablation_output
     evaluation: python_model/data/sample     # folder with corpus.jsonl and test/ (default: the bundled sample)
@@ -17,11 +17,9 @@ A variant that has finished under the same settings is not run again, one that w
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -172,31 +170,3 @@ def _measure(
         shutil.rmtree(checkpoint)
         shutil.rmtree(Path(config.output_dir) / "states", ignore_errors=True)
     return row
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``grit ablation``."""
-    parser = argparse.ArgumentParser(prog="grit ablation", description="Train variants, measure each, write one table.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file (see configs/ablations)")
-    parser.add_argument("--model", help="base model of all variants that name none")
-    parser.add_argument("--train-data", help="jsonl file or folder")
-    parser.add_argument("--steps", type=int, help="optimiser steps of all variants that name none")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete trained weights after measuring")
-    arguments = parser.parse_args(argv)
-    from python_model.corpora.small_model import SmallModelError
-    from python_model.train.trainer import Interrupted
-
-    given = {"model.name": arguments.model, "data.train_data": arguments.train_data, "steps": arguments.steps}
-    try:
-        ablation = read_ablation(arguments.config, {k: v for k, v in given.items() if v is not None})
-        rows = run(ablation, keep_checkpoints=arguments.keep_checkpoints)
-    except (ValueError, TypeError, OSError, FloatingPointError, SmallModelError) as error:
-        raise SystemExit(f"grit ablation: {error}") from error
-    except Interrupted as reason:
-        print(f"grit ablation: {reason}", file=sys.stderr)
-        raise SystemExit(143) from None
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from python_model.commands.ablation import COMMAND
 from python_model.train import ablation
-from python_model.train.ablation import main, read_ablation, run
+from python_model.train.ablation import read_ablation, run
 from tests.conftest import needs_source_tree
 
 ROOT = Path(__file__).parents[3]
@@ -60,7 +61,7 @@ def test_variants_are_trained_measured_and_tabled_once(
     checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = _file(tmp_path, checkpoint)
-    main(["--config", str(file)])
+    COMMAND(["--config", str(file)])
     printed = capsys.readouterr().out
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in printed and table.count("\n| ") == 2 * 1 + 5 and "## unified" in table
@@ -92,7 +93,7 @@ def test_variants_are_trained_measured_and_tabled_once(
 def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> None:
     file = _file(tmp_path, checkpoint, variants=[{"name": "a", "changes": {"grit.atn": "cccc"}}])
     with pytest.raises(SystemExit, match=r"variant 'a': grit.atn: unknown setting; did you mean grit.attn"):
-        main(["--config", str(file)])
+        COMMAND(["--config", str(file)])
     file.write_text(yaml.safe_dump({"base": {}, "variants": [], "more": 1}))
     with pytest.raises(ValueError, match=r"got \['more'\]"):
         read_ablation(file)

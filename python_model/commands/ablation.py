@@ -1,0 +1,40 @@
+"""``grit ablation``: train variants one after another, measure each, write one table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import Command
+
+TERMINATED = 143
+"""Exit status after SIGTERM, as a shell reports it."""
+
+
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit ablation``."""
+    parser.add_argument("--config", type=Path, required=True, help="YAML file (see configs/ablations)")
+    parser.add_argument("--model", help="base model of all variants that name none")
+    parser.add_argument("--train-data", help="jsonl file or folder")
+    parser.add_argument("--steps", type=int, help="optimiser steps of all variants that name none")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete trained weights after measuring")
+
+
+def run(arguments: Namespace) -> None:
+    """Train and measure what has no result yet."""
+    from python_model.train import ablation
+    from python_model.train.trainer import Interrupted
+
+    given = {"model.name": arguments.model, "data.train_data": arguments.train_data, "steps": arguments.steps}
+    try:
+        found = ablation.read_ablation(arguments.config, {k: v for k, v in given.items() if v is not None})
+        rows = ablation.run(found, keep_checkpoints=arguments.keep_checkpoints)
+    except Interrupted as reason:
+        print(f"grit ablation: {reason}", file=sys.stderr)
+        raise SystemExit(TERMINATED) from None
+    print(ablation.table(rows))
+
+
+COMMAND = Command("ablation", "Train variants, measure each, write one table.", configure, run)
