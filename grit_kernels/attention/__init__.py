@@ -241,6 +241,7 @@ def packed_attention(
     v: Tensor,
     pack: SamplePack,
     bounds: tuple[Tensor, Tensor],
+    hi: Tensor | None = None,
     *,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
@@ -248,14 +249,15 @@ def packed_attention(
     """Self-attention over a :class:`SamplePack` whose values were checked when it was built.
 
     What the layers of a model call: q (tokens, H_q, D), k and v (tokens, H_kv, D), ``bounds`` = ``left``, ``right`` from
-    :func:`grit_kernels.visibility.window_bounds`. Like :func:`switch_attention_varlen` without its per-call work.
+    :func:`grit_kernels.visibility.window_bounds`, ``hi`` the pack's staircase as the layer sees it. Like
+    :func:`switch_attention_varlen` without its per-call work.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
     if q.shape[0] != pack.tokens or k.shape[0] != pack.tokens:
         raise ValueError(f"q, k: expected the {pack.tokens} tokens of the pack, got {q.shape[0]} and {k.shape[0]} rows")
     ranges = (pack.starts, pack.lengths, pack.starts, pack.lengths)
     options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
-    return _call(q, k, v, ranges, bounds, pack.hi, (0, 0, pack.max_seqlen, pack.max_seqlen), *options)[0]
+    return _call(q, k, v, ranges, bounds, hi, (0, 0, pack.max_seqlen, pack.max_seqlen), *options)[0]
 
 
 def rectangular_attention(

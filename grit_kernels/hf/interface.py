@@ -55,14 +55,15 @@ KNOWN_MASKS = frozenset(
 class AttentionPass:
     """What all layers of one forward pass share: the flags, and for a packed pass the pack.
 
-    ``windows`` caches the bounds per ``sliding_window`` value, so alternating layers compute them once each. ``witness`` notes
-    that attention was called; a dict, so that copies of a pass share it.
+    ``windows`` and ``staircases`` cache the bounds per ``sliding_window`` value, so alternating layers compute them once each.
+    ``witness`` notes that attention was called; a dict, so that copies of a pass share it.
     """
 
     causal: Tensor
     bidirectional_window: str = "transformers"
     pack: SamplePack | None = None
     windows: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    staircases: dict[int, Tensor] = field(default_factory=dict)
     witness: dict[str, bool] = field(default_factory=dict)
 
     def bounds(self, sliding_window: int | None) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,18 @@ class AttentionPass:
             longest = self.pack.max_seqlen
             self.windows[sliding_window] = window_bounds(self.causal, window, longest, longest)
         return self.windows[sliding_window]
+
+    def staircase(self, sliding_window: int | None) -> Tensor | None:
+        """The pack's ``hi`` (int32 (tokens)) as a layer with this window sees it: no token looks further ahead than a
+        bidirectional one does."""
+        assert self.pack is not None
+        hi = self.pack.hi
+        if hi is None or sliding_window is None or self.bidirectional_window == "full":
+            return hi
+        if sliding_window not in self.staircases:
+            farthest = self.pack.position_ids.to(torch.int32) + (sliding_window + 1)
+            self.staircases[sliding_window] = torch.minimum(hi, farthest)
+        return self.staircases[sliding_window]
 
 
 def window_sizes(causal: Tensor, sliding_window: int | None, bidirectional_window: str) -> tuple[int, int] | Tensor:
@@ -283,7 +296,8 @@ def grit_attention(
     if grit_pass is not None and grit_pass.pack is not None:
         pack, packed = grit_pass.pack, grit_pass.pack.tokens == batch * q_length
         q, k, v = (x.flatten(0, 1) if packed else pack.pack(x) for x in (q, k, v))  # [tokens, H, D]
-        out = packed_attention(q, k, v, pack, grit_pass.bounds(sliding_window), softmax_scale=scaling, softcap=cap)
+        bounds, hi = grit_pass.bounds(sliding_window), grit_pass.staircase(sliding_window)
+        out = packed_attention(q, k, v, pack, bounds, hi, softmax_scale=scaling, softcap=cap)
         out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
         return _narrowed(out, size), None
     if grit_pass is not None:

@@ -47,7 +47,7 @@ def next_token_loss(
     total, count = 0.0, 0
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]
-        chunk = build_chunk([], part, attention=model.attention, right=model.reach).to(model.device)
+        chunk = build_chunk([], part, attention=model.attention).to(model.device)
         hidden = model.hidden_states(chunk.input_ids, chunk.pack)
         total += float(next_token_losses(model, hidden, chunk.labels).double().sum())
         count += int((chunk.labels != IGNORE_INDEX).sum())

@@ -55,14 +55,12 @@ def build_chunk(
     conversations: Sequence[EncodedSample],
     *,
     attention: AttentionVariant | None = None,
-    right: int = -1,
     embedded_index: Sequence[int] | None = None,
     conversation_index: Sequence[int] | None = None,
 ) -> Chunk:
     """One pack of encoded samples.
 
     ``attention``: the model's (default: ``bbcc``). ``embedded_index``, ``conversation_index``: default to counting up.
-    ``right``: how far ahead a token of a bidirectional run may see under the model's sliding window (-1: to the run's end).
     """
     attention = attention or AttentionVariant()
     samples = [*texts, *conversations]
@@ -74,7 +72,7 @@ def build_chunk(
         # every variant is a staircase: runs of tokens that see each other to the end of their run, the rest causal
         bidirectional = [run for s in texts for run in _embedding_runs(s, attention)]
         bidirectional += [run for s in conversations for run in s.bidirectional or [False] * len(s)]
-        hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional), right)
+        hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional))
         pack = gk.SamplePack.from_lengths(lengths, flags, skips, hi=hi)
     labels = [label for s in conversations for label in s.labels or [IGNORE_INDEX] * len(s)]
     return Chunk(

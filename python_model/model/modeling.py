@@ -181,12 +181,6 @@ class GritLM(nn.Module):
         """(tokens) ids of a pack -> (tokens, hidden) states after the last norm, each sample in its own attention mode."""
         return self.decoder[0](input_ids=input_ids[None], sample_pack=pack).last_hidden_state[0]
 
-    @property
-    def reach(self) -> int:
-        """How far ahead a bidirectional token sees: the sliding window, or -1 for all of its run."""
-        window = getattr(self.model.config, "sliding_window", None)
-        return -1 if window is None or self.settings.bidirectional_window == "full" else int(window)
-
     def embedding_pack(self, lengths: Sequence[int], instruction_lens: Sequence[int]) -> gk.SamplePack:
         """The pack of texts to embed under this model's attention variant."""
         causal = self.attention.embedding_causal
@@ -194,7 +188,7 @@ class GritLM(nn.Module):
         if not self.attention.embedding_is_uniform:
             places = torch.arange(pack.tokens) - torch.repeat_interleave(pack.cu_seqlens[:-1], pack.lengths)
             behind = places >= torch.repeat_interleave(pack.instruction_lens, pack.lengths)
-            hi = gk.span_hi(pack.cu_seqlens, behind, self.reach)
+            hi = gk.span_hi(pack.cu_seqlens, behind)
             pack = gk.SamplePack.from_lengths(lengths, causal, instruction_lens, hi=hi)
         return pack.to(self.device)
 

@@ -64,7 +64,8 @@ class _Part:
     starts: Tensor  # int32 (layers, B)
     lengths: Tensor
     longest: tuple[int, int]
-    hi: Tensor | None
+    hi: Tensor | None  # int32 (tokens), the staircase without a window
+    nearest: Tensor | None  # int32 (tokens), the key behind each token's own
 
 
 def refusal(model: GritLM) -> str | None:
@@ -123,7 +124,7 @@ class PackedStep:
         # the second half of the table for -sin: rotate_half becomes two products
         rope = cos, -sin[..., :half], sin[..., half:]  # each (tokens, 1, D or D / 2)
         windows = {
-            window: [_window_sizes(part.causal, window, self.model.settings.bidirectional_window) for part in parts]
+            window: [_visible(part, window, self.model.settings.bidirectional_window) for part in parts]
             for window in set(self.windows)
         }
         for index, layer in enumerate(decoder.layers):
@@ -190,9 +191,11 @@ class PackedStep:
             lens_q = [len(item.ids) for item in part]
             lens_k = [item.past + len(item.ids) for item in part]
             total = sum(lens_q)
-            hi = None
+            hi = nearest = None
             if any(item.causal_prefix is not None for item in part):
-                hi = torch.from_numpy(np.concatenate([_staircase(item, self.model.reach) for item in part])).to(device)
+                hi = torch.from_numpy(np.concatenate([_staircase(item) for item in part])).to(device)
+                behind = np.concatenate([np.arange(item.past + 1, item.past + len(item.ids) + 1) for item in part])
+                nearest = torch.from_numpy(behind.astype(np.int32)).to(device)
             parts.append(
                 _Part(
                     slice(first_row, first_row + total),
@@ -202,6 +205,7 @@ class PackedStep:
                     torch.tensor(lens_k, dtype=torch.int32, device=device),
                     (max(lens_q), max(lens_k)),
                     hi,
+                    nearest,
                 )
             )
             first_row += total
@@ -215,7 +219,7 @@ class PackedStep:
         rope: tuple[Tensor, Tensor, Tensor],
         rows: Tensor,
         parts: Sequence[_Part],
-        windows: Sequence[tuple[int, int] | Tensor],
+        visible: Sequence[tuple[tuple[int, int] | Tensor, Tensor | None]],
     ) -> Tensor:
         attention, norm = layer.self_attn, layer.input_layernorm
         cos, low, high = rope
@@ -234,7 +238,7 @@ class PackedStep:
         keys.index_copy_(0, rows, turned[:, heads:])
         values.index_copy_(0, rows, attention.v_proj(h).view(tokens, -1, dim))
         outs = []
-        for part, window in zip(parts, windows, strict=True):
+        for part, (window, hi) in zip(parts, visible, strict=True):
             out = gk.switch_attention_varlen(
                 turned[part.rows, :heads],
                 keys,
@@ -244,7 +248,7 @@ class PackedStep:
                 None,
                 *part.longest,
                 window_size=window,
-                hi=part.hi,
+                hi=hi,
                 softmax_scale=attention.scaling,
                 k_starts=part.starts[index],
                 seqlens_k=part.lengths,
@@ -263,21 +267,24 @@ def _window(layer: Any, config: Any) -> int | None:
     return getattr(layer.self_attn, "sliding_window", default)
 
 
-def _window_sizes(causal: Tensor, window: int | None, bidirectional_window: str) -> tuple[int, int] | Tensor:
-    """What patch() gives each sample: (W - 1, 0) to a causal one, (W, W) to a bidirectional one, or all of the text."""
+def _visible(
+    part: _Part, window: int | None, bidirectional_window: str
+) -> tuple[tuple[int, int] | Tensor, Tensor | None]:
+    """Window sizes and staircase of a layer, as patch() has them: (W - 1, 0) for a causal sample, (W, W) or all of the text for
+    a bidirectional one, and no step of the staircase further ahead than that."""
     if window is None:
-        return (-1, -1)
+        return (-1, -1), part.hi
     reach = window if bidirectional_window == "transformers" else -1
-    return torch.stack([torch.where(causal, window - 1, reach), torch.where(causal, 0, reach)], dim=1).to(torch.int32)
+    sizes = [torch.where(part.causal, window - 1, reach), torch.where(part.causal, 0, reach)]
+    hi = part.hi
+    if hi is not None and part.nearest is not None and reach >= 0:
+        hi = torch.minimum(hi, part.nearest + reach)
+    return torch.stack(sizes, dim=1).to(torch.int32), hi
 
 
-def _staircase(item: Item, reach: int) -> np.ndarray:
-    """The first key that each new token does not see, int32: for a step in which some instruction is causal.
-
-    ``reach``: how far ahead a bidirectional token sees, -1 for all of its text.
-    """
+def _staircase(item: Item) -> np.ndarray:
+    """The first key that each new token does not see, int32: for a step in which some instruction is causal."""
     ends = np.arange(item.past + 1, item.past + len(item.ids) + 1, dtype=np.int32)
     if not item.causal:
-        farthest = np.minimum(ends + reach, ends[-1]) if reach >= 0 else np.full_like(ends, ends[-1])
-        ends[item.causal_prefix or 0 :] = farthest[item.causal_prefix or 0 :]
+        ends[item.causal_prefix or 0 :] = ends[-1]
     return ends

@@ -83,9 +83,8 @@ def plan_step(
     ranks: Ranks,
     *,
     attention: AttentionVariant | None = None,
-    right: int = -1,
 ) -> RankBatch:
-    """Chunks of this rank's samples, and what the ranks must agree on. ``attention`` and ``right`` as in :func:`build_chunk`."""
+    """Chunks of this rank's samples, and what the ranks must agree on. ``attention`` as in :func:`build_chunk`."""
     texts = [*queries, *passages]
     text_plan = plan_texts(
         len(queries),
@@ -95,11 +94,10 @@ def plan_step(
         group_size=len(passages) // len(queries) if queries else 1,
     )
     text_chunks = [
-        build_chunk([texts[i] for i in chosen], [], attention=attention, right=right, embedded_index=chosen)
-        for chosen in text_plan
+        build_chunk([texts[i] for i in chosen], [], attention=attention, embedded_index=chosen) for chosen in text_plan
     ]
     conversation_chunks = [
-        build_chunk([], [conversations[i] for i in chosen], attention=attention, right=right, conversation_index=chosen)
+        build_chunk([], [conversations[i] for i in chosen], attention=attention, conversation_index=chosen)
         for chosen in first_fit([len(s) for s in conversations], batch.chunk_tokens)
     ]
     counts = [sum(label != IGNORE_INDEX for label in s.labels or []) for s in conversations]

@@ -139,7 +139,6 @@ class Trainer:
             self.config.losses,
             self.ranks,
             attention=self.grit.attention,
-            right=self.grit.reach,
         )
         losses = self.gradients(batch, self.config.seed * 2**20 + index)
         if not math.isfinite(losses.total):

@@ -194,7 +194,7 @@ def test_train(saved: Path, right: dict[str, np.ndarray], tmp_path: Path) -> Non
     model = toy_model(config)
     samples = open_stream(config.data, config.batch, model.tokenizer, settings=model.settings, mode=config.mode)[0]
     texts = [samples.queries[0], samples.passages[0]]
-    chunk = build_chunk(texts, [], attention=model.attention, right=model.reach)
+    chunk = build_chunk(texts, [], attention=model.attention)
     vectors = TrainingModel(model)(chunk)[0]
     assert vectors is not None
     assert_right(vectors[0].detach(), right["query"])

@@ -325,3 +325,26 @@ def test_a_gptj_layer_without_its_decoder_is_an_error_not_a_wrong_mask() -> None
     attention = patched("gptj").transformer.h[0].attn
     with pytest.raises(RuntimeError, match="without its decoder"):
         attention(torch.zeros(1, 3, 64), position_ids=torch.arange(3)[None])
+
+
+@pytest.mark.parametrize("convention", ["transformers", "full"])
+@pytest.mark.parametrize("family", WINDOWED)
+@torch.no_grad()
+def test_a_staircase_meets_each_layers_own_window(family: str, convention: str) -> None:
+    """Prefix-LM: the layers without a window see the whole prefix, those with one at most the window ahead."""
+    model, length, prefix = stock(family), IDS.shape[1], 9
+    row, column = torch.arange(length)[:, None], torch.arange(length)[None]
+    staircase = (column <= row) | (column < prefix).expand(length, length) & (row < prefix)
+    behind = row - column < WINDOW
+    near = behind & (column - row <= WINDOW) if convention == "transformers" else behind
+    assert (staircase & behind).sum() > (staircase & near).sum() or convention == "full"
+    masks = {
+        kind: torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        for kind, visible in (("full_attention", staircase), ("sliding_attention", staircase & near))
+    }
+    mixed = len(set(getattr(model.config, "layer_types", None) or ["sliding_attention"])) > 1
+    mask: Any = masks if mixed else masks["sliding_attention"]
+    expected = model(IDS[:1], attention_mask=mask, use_cache=False).logits
+    hi = gk.prefix_lm_hi(torch.tensor([0, length], dtype=torch.int32), torch.tensor([prefix]), length)
+    pack = gk.SamplePack.from_lengths([length], True, hi=hi)
+    close(patched(family, bidirectional_window=convention)(IDS[:1], sample_pack=pack).logits, expected)

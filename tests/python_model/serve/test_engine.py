@@ -183,8 +183,15 @@ def test_a_model_whose_step_is_unknown_is_refused_by_name(tokenizer: Any, tmp_pa
         SteppedEngine(GritLM(tmp_path, dtype=torch.float32), arena_rows=300, max_step_tokens=96)
 
 
+@pytest.mark.parametrize("layers", ["alike", "mixed"])
 @pytest.mark.parametrize("attn", ["bb", "cc", "cb"])
-def test_embeddings_equal_encode_in_every_attention_variant(checkpoint: Path, attn: str) -> None:
+def test_embeddings_equal_encode_in_every_attention_variant(
+    checkpoint: Path, tokenizer: Any, tmp_path: Path, attn: str, layers: str
+) -> None:
+    if layers == "mixed":  # one with a window, one without
+        tiny("Qwen2").save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        checkpoint = tmp_path
     model = GritLM(checkpoint, dtype=torch.float32, attn=attn, pooling_method="lasttoken" if attn == "cc" else "mean")
     engine = SteppedEngine(model, arena_rows=200, max_step_tokens=128)
     source = random.Random(0)
