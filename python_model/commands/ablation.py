@@ -7,10 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command
-
-TERMINATED = 143
-"""Exit status after SIGTERM, as a shell reports it."""
+from python_model.commands.runner import TERMINATED, Command
 
 
 def configure(parser: ArgumentParser) -> None:

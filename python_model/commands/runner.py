@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 SMALL_MODEL = "smollm2-135m"
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell reports it."""
+TERMINATED = 143
+"""Exit status after SIGTERM, as a shell reports it."""
+
+
+def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """What ``parser`` makes of the command line; an error ends the process with the usage."""
+    return parser.parse_args(list(argv))
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,15 @@ class Command:
         name: how the user calls it.
         description: the first lines of ``--help``.
         configure: adds the options to a parser.
-        run: does the work.
+        run: does the work with what ``parse`` returned.
+        parse: makes of the parser and the command line what ``run`` takes, by default a namespace of the options.
     """
 
     name: str
     description: str
     configure: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], None]
+    run: Callable[[Any], None]
+    parse: Callable[[ArgumentParser, Sequence[str]], Any] = parse_arguments
 
     def parser(self) -> ArgumentParser:
         """A new parser with this command's options."""
@@ -47,9 +56,12 @@ class Command:
         return parser
 
     def __call__(self, argv: Sequence[str] | None = None) -> None:
-        arguments = self.parser().parse_args(None if argv is None else list(argv))
         with readable_errors(self.name):
-            self.run(arguments)
+            self.run(self.arguments(argv))
+
+    def arguments(self, argv: Sequence[str] | None = None) -> Any:
+        """What ``run`` takes for these arguments (default: the process's)."""
+        return self.parse(self.parser(), sys.argv[1:] if argv is None else argv)
 
 
 @contextlib.contextmanager

@@ -1,27 +1,87 @@
-"""``grit train``: the options are the fields of TrainConfig; ``python -m python_model.train`` is the same under torchrun."""
+"""``grit train``: its options are the fields of TrainConfig. ``python -m python_model.train`` is the same, for torchrun."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from python_model.commands.runner import Command
+from jsonargparse import ArgumentParser
 
-
-@dataclass(frozen=True)
-class _Train(Command):
-    """Its parser is made of the settings, and it knows how an interrupted run ends."""
-
-    def parser(self) -> Any:
-        from python_model.train.__main__ import build_parser
-
-        return build_parser()
-
-    def __call__(self, argv: Sequence[str] | None = None) -> None:
-        from python_model.train.__main__ import main
-
-        main(argv)
+from python_model.commands.runner import TERMINATED, Command
+from python_model.support.checked import describe
+from python_model.train.config import MOVED, REMOVED, TYPES, TrainConfig, flatten, unknown
 
 
-COMMAND = _Train("train", "GRIT training: contrastive and next-token loss together.", lambda _: None, lambda _: None)
+def configure(parser: ArgumentParser) -> None:
+    """An option for each field, explained by the docstrings."""
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(TrainConfig, None)
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> TrainConfig:
+    """The settings of the command line over those of the file over the defaults.
+
+    Raises:
+        ValueError: a setting of version 0.1 (the message has its new place), an unknown one in a file, or a value that is not
+            accepted.
+    """
+    for index, argument in enumerate(argv):
+        name, _, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            continue
+        if name in MOVED or name in REMOVED:
+            raise ValueError(unknown(name))
+        file = value or (argv[index + 1] if index + 1 < len(argv) else "")
+        if name == "config" and Path(file).is_file():
+            _check_file(Path(file))
+    parser.exit_on_error = False
+    try:
+        values = parser.parse_args(list(argv)).as_dict()
+    except argparse.ArgumentError as error:
+        raise ValueError(_readable(str(error))) from None
+    del values["config"]
+    return TrainConfig.from_dict(values)
+
+
+def _readable(message: str) -> str:
+    """The parser's message about a value of the wrong type, in this program's words."""
+    found = re.search(r'Parser key "([\w.]+)":(?:.|\n)*Got value: (.*)', message)
+    if not found or found[1] not in TYPES:
+        return message
+    return f"{found[1]}: expected {describe(TYPES[found[1]])}, got {found[2]!r}"
+
+
+def _check_file(path: Path) -> None:
+    import yaml
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"config: expected settings in {path}, got {type(content).__name__}")
+    try:
+        flatten(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def run(config: TrainConfig) -> None:
+    """Train, or with ``dry_run`` say what it would take."""
+    from python_model.train import run as training
+    from python_model.train.trainer import Interrupted
+
+    if config.dry_run:
+        print(training.dry_run(config))
+        return
+    try:
+        checkpoint = training.run(config)
+    except Interrupted as reason:
+        print(f"grit train: {reason}", file=sys.stderr)
+        raise SystemExit(TERMINATED) from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"saved {checkpoint}")
+
+
+COMMAND = Command("train", "GRIT training: contrastive and next-token loss together.", configure, run, parse)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from python_model.model.modeling import GritLM
+from python_model.support.optional import require
 
 
 def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
@@ -30,8 +31,7 @@ def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
         )
     if not model.attention.generates_causally:
         raise ValueError(f"attn: expected a model that generates causally for lm-eval, got {model.attn!r}")
-    from lm_eval.models.huggingface import HFLM
-
+    HFLM = require("lm_eval.models.huggingface", "eval").HFLM
     formatter = model.formatter
     # a text goes on, so only what is in front stands there
     tokenizer = formatter.tokenizer_that_adds(formatter.special_tokens.start, ())

@@ -16,12 +16,13 @@ import torch
 
 from python_model.generate.rerank import Method, rerank
 from python_model.model.modeling import GritLM
+from python_model.support.optional import require
 
 
 def _meta(name: str, revision: str) -> Any:
-    from mteb.models.model_meta import ModelMeta
-
-    return ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
+    return require("mteb.models.model_meta", "eval").ModelMeta.create_empty(
+        overwrites={"name": name, "revision": revision}
+    )
 
 
 def prefix_for(model: GritLM, encoder: Any, task_metadata: Any, prompt_type: Any) -> str:
@@ -44,7 +45,7 @@ def mteb_encoder(
     batch_size: int = 256,
 ) -> Any:
     """An mteb encoder. ``name`` (with one slash) and ``revision`` say under what its results are filed."""
-    from mteb.models.abs_encoder import AbsEncoder
+    AbsEncoder = require("mteb.models.abs_encoder", "eval").AbsEncoder
 
     class Encoder(AbsEncoder):
         def __init__(self) -> None:

@@ -28,14 +28,10 @@ import grit_kernels as gk
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TURN_END
 from python_model.support.files import new_folder, write_json
+from python_model.support.optional import require
 
-try:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-except ImportError as error:
-    raise ImportError(
-        "sentence-transformers >= 6.2 is needed: pip install 'grit-kernels[sentence-transformers]'"
-    ) from error
+_modules = require("sentence_transformers.sentence_transformer.modules", "sentence-transformers")
+"""The modules of sentence-transformers >= 6.2, which :class:`GritTransformer` needs to be defined."""
 
 # plain text in, hidden states out: a tokenizer with a chat template would otherwise wrap every text in a chat message
 _TEXT_ONLY: dict[str, Any] = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -49,7 +45,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class GritTransformer(Transformer):
+class GritTransformer(_modules.Transformer):
     """sentence-transformers' Transformer over a patched decoder: padded batches are packed inside the forward pass, and token
     embeddings leave it in float32."""
 
@@ -95,7 +91,7 @@ def export_sentence_transformers(
     with tempfile.TemporaryDirectory() as decoder_folder:
         model.decoder[0].save_pretrained(decoder_folder)
         formatter.tokenizer_that_adds(special.start, [*formatter.suffix, *special.end]).save_pretrained(decoder_folder)
-        kind = GritTransformer if packed else Transformer
+        kind = GritTransformer if packed else _modules.Transformer
         transformer = kind(
             decoder_folder,
             model_kwargs={"dtype": model.model.dtype},
@@ -111,7 +107,7 @@ def export_sentence_transformers(
         modules: list[Any] = [
             transformer,
             # "cls" is the first token of all, prompt included, and of "lasttoken" the prompt is no part
-            Pooling(
+            _modules.Pooling(
                 transformer.get_embedding_dimension(),
                 settings.pooling_method,
                 include_prompt=settings.embed_instruction or settings.pooling_method in ("cls", "lasttoken"),
@@ -119,7 +115,7 @@ def export_sentence_transformers(
         ]
         if model.projection is not None:
             head: Any = model.projection
-            dense = Dense(
+            dense = _modules.Dense(
                 head.in_features,
                 head.out_features,
                 activation_function=_ACTIVATIONS[settings.projection_activation](),
@@ -127,7 +123,7 @@ def export_sentence_transformers(
             dense.linear.load_state_dict(head.state_dict())
             modules.append(dense)
         if settings.normalized:
-            modules.append(Normalize())
+            modules.append(_modules.Normalize())
         names = instructions or {}
         if instructions is None and not settings.prompts:
             names = {"query": "", "document": ""}
@@ -147,7 +143,9 @@ def export_sentence_transformers(
             raise ValueError(f"special_tokens: expected at most one behind a text, got {list(special.end)}")
         with new_folder(target) as finished:
             default = settings.default_prompt_name
-            SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name=default).save(str(finished))
+            library = require("sentence_transformers")
+            exported = library.SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name=default)
+            exported.save(str(finished))
             if not packed:
                 file = finished / "config.json"
                 write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"})

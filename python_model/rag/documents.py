@@ -11,6 +11,7 @@ from typing import Any
 
 from python_model.rag.formats import SUFFIXES, UnreadableFileError, read_file
 from python_model.rag.modes import Document
+from python_model.support.optional import find
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=[\u3002\uff01\uff1f])")
 SMALLEST_SHARE = 4
@@ -46,7 +47,7 @@ def read_documents(path: str | os.PathLike[str]) -> Iterator[Document]:
 
 def splitter_name() -> str:
     """What :func:`chunk` cuts with, as it changes the chunks."""
-    return "white space" if _splitter() is None else "sentences"
+    return "white space" if find("semantic_text_splitter") is None else "sentences"
 
 
 def chunk(document: Document, tokenizer: Any, max_tokens: int, overlap: int = 0) -> list[Document]:
@@ -84,7 +85,7 @@ def _spans(text: str, name: str, tokenizer: Any, max_tokens: int, overlap: int) 
 
     if count((0, len(text))) <= max_tokens:
         return [s for s in [_trimmed(text, (0, len(text)))] if s[0] < s[1]]
-    library = _splitter()
+    library = find("semantic_text_splitter")
     if library is None:
         return _at_white_space(text, tokenizer, max_tokens, overlap)
     kind = library.MarkdownSplitter if name.lower().endswith(".md") else library.TextSplitter
@@ -130,14 +131,6 @@ def _shared(text: str, span: Span, max_tokens: int, overlap: int, count: Callabl
                     return [first, longer]
             return [first, second]
     return None
-
-
-def _splitter() -> Any:
-    try:
-        import semantic_text_splitter
-    except ImportError:
-        return None
-    return semantic_text_splitter
 
 
 def _at_white_space(text: str, tokenizer: Any, max_tokens: int, overlap: int) -> list[Span]:

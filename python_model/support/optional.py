@@ -6,10 +6,19 @@ import importlib
 from typing import Any
 
 
-def require(module: str, extra: str) -> Any:
-    """The module, or an ImportError that says how to install what it is in (an optional extra of grit-kernels)."""
+def require(module: str, extra: str | None = None) -> Any:
+    """The module, or an ImportError that says how to install its package: by an optional ``extra`` of grit-kernels, or alone."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{package} is missing ({error}): pip install 'grit-kernels[{extra}]'") from error
+        install = f"'grit-kernels[{extra}]'" if extra else package
+        raise ImportError(f"{package} is missing ({error}): pip install {install}") from error
+
+
+def find(module: str) -> Any | None:
+    """The module, or None where its package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None

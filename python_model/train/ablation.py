@@ -147,7 +147,7 @@ def _measure(
 ) -> dict[str, Any]:
     from python_model.corpora.small_model import resolve_model
     from python_model.model.modeling import GritLM
-    from python_model.train.__main__ import run as train
+    from python_model.train.run import run as train
 
     tqdm.write(f"{variant.group}: {variant.name}")
     if variant.untrained:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from python_model.model.modeling import GritLM
+from python_model.support.optional import require
 from python_model.train.config import Mode, ModelConfig
 
 
@@ -14,10 +15,7 @@ def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
     """What ``from_pretrained`` needs to load the frozen weights as QLoRA does (nf4, double quantisation)."""
     if not config.quantization:
         return {}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ValueError("quantization: 'nf4' needs the package bitsandbytes (pip install bitsandbytes)") from error
+    require("bitsandbytes")
     if not torch.cuda.is_available():
         raise ValueError("quantization: 'nf4' needs a CUDA device")
     from transformers import BitsAndBytesConfig
@@ -36,27 +34,22 @@ def add_adapters(grit: GritLM, config: ModelConfig, mode: Mode) -> None:
     """Freeze ``grit``'s weights and put an adapter on each linear layer (in place); an embedding head stays trained."""
     if not config.lora_rank:
         return
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("lora_rank: adapters need the package peft (pip install peft)") from error
+    peft = require("peft", "lora")
     targets: Any = config.lora_targets
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]
     if config.quantization:
-        from peft import prepare_model_for_kbit_training
-
-        grit.model = prepare_model_for_kbit_training(
+        grit.model = peft.prepare_model_for_kbit_training(
             grit.model, use_gradient_checkpointing=config.gradient_checkpointing
         )
-    settings = LoraConfig(
+    settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         task_type="FEATURE_EXTRACTION" if mode == "embedding" else "CAUSAL_LM",
     )
-    grit.model = get_peft_model(grit.model, settings)
+    grit.model = peft.get_peft_model(grit.model, settings)
 
 
 def merge_adapters(grit: GritLM) -> None:

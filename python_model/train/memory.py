@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from python_model.data.config import BatchConfig, DataConfig
+from python_model.support.optional import find
 from python_model.train.config import Mode, ModelConfig, ParallelConfig
 
 GIB = 2**30
@@ -168,8 +169,5 @@ def device_limit(device: torch.device) -> float | None:
     """Bytes of the device's memory, None where it cannot be asked."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return float(psutil.virtual_memory().available)
+    psutil = find("psutil")
+    return None if psutil is None else float(psutil.virtual_memory().available)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from python_model.support.files import new_file
+from python_model.support.optional import require
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective; nothing where there are none."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    require("matplotlib", "train").use("Agg")
     from matplotlib import pyplot as plt
 
     kinds = [

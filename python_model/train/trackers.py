@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from python_model.support.optional import require
 from python_model.support.resume import JsonLines
 
 
@@ -42,7 +42,8 @@ class StepLog:
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
-        self._writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        require("tensorboard")  # torch's writer would miss it without saying how to get it
+        self._writer = require("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         for name, value in figures.items():
@@ -57,7 +58,7 @@ class _Run:
     """wandb, and trackio, which has wandb's interface."""
 
     def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        self._module = _need(package, package)
+        self._module = require(package)
         self._module.init(project="grit_kernels", name=folder.name, config=dict(settings))
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -68,12 +69,5 @@ class _Run:
 
 
 def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of a run with these settings and this output folder; ValueError names a package that is missing."""
+    """The trackers of a run with these settings and this output folder; ImportError names a package that is missing."""
     return [_TensorBoard(folder) if name == "tensorboard" else _Run(name, folder, settings) for name in names]
-
-
-def _need(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"trackers: {package!r} needs the package {package} (pip install {package})") from error

@@ -22,6 +22,7 @@ import grit_kernels as gk
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import EncodedSample
 from python_model.support.files import new_folder, write_json
+from python_model.support.optional import find
 from python_model.train.adapters import merge_adapters
 from python_model.train.balance import total_norm
 from python_model.train.checkpointer import Checkpointer
@@ -367,11 +368,8 @@ def _memory_gib(device: torch.device) -> float | None:
     """GiB in use at the most (GPU), or now (host); None where psutil is not there to ask."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return float(psutil.Process().memory_info().rss / GIB)
+    psutil = find("psutil")
+    return None if psutil is None else float(psutil.Process().memory_info().rss / GIB)
 
 
 def _show(bar: Any, record: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: 
 
 
 def test_the_first_steps_name_options_that_exist(tmp_path: Path) -> None:
-    from python_model.train.__main__ import parse
+    from python_model.commands.train import COMMAND as grit_train
 
     rows = tmp_path / "rows.jsonl"
     rows.touch()
@@ -134,4 +134,6 @@ def test_the_first_steps_name_options_that_exist(tmp_path: Path) -> None:
     shown = [re.sub(r"^.*grit train|   .*$", "", line.strip()).split() for line in lines if "grit train " in line]
     assert len(shown) == 2
     for words in shown:
-        assert parse([str(rows) if word == "rows.jsonl" else word for word in words]).data.train_data == str(rows)
+        assert grit_train.arguments(
+            [str(rows) if word == "rows.jsonl" else word for word in words]
+        ).data.train_data == str(rows)

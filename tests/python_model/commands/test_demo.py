@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from python_model.commands import demo, demo_report
+from python_model.commands.train import COMMAND as grit_train
 from python_model.data import sample_dir
 from python_model.evaluation.held_out import HeldOut
-from python_model.train.__main__ import parse
 from tests.python_model.small_sample import write_small_sample
 
 ROOT = Path(__file__).parents[3]
@@ -83,7 +83,7 @@ def test_the_demo_measures_trains_and_writes_its_results(
 
 def test_the_recipe_in_configs_is_the_demos() -> None:
     data = demo.demo_config("demo_output").data.train_data
-    written = parse(
+    written = grit_train.arguments(
         ["--config", str(ROOT / "configs" / "demo.yaml"), "--data.train_data", data, "--logging.resume", "false"]
     )
     assert written == demo.demo_config("demo_output")

@@ -355,10 +355,10 @@ def test_bad_options_and_missing_packages_are_named_and_leave_no_folder(
 
 
 def test_the_command_writes_settings_that_train(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from python_model.train.__main__ import parse
+    from python_model.commands.train import COMMAND as grit_train
 
     target = built.with_name("written")
     grit_data([str(target), "--sources", "things", "--json", "--held-out", "20", "--negatives", "2"])
     assert json.loads(capsys.readouterr().out)["settings"]["percent"] == 20
-    config = parse(["--config", str(target / "train.yaml")])
+    config = grit_train.arguments(["--config", str(target / "train.yaml")])
     assert config.data.train_data == str(target / "train") and config.data.dataset_weights == {}

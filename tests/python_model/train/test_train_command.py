@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from python_model import GritLM
-from python_model.train.__main__ import main, parse
+from python_model.commands.train import COMMAND as grit_train
 from python_model.train.config import TYPES
 from tests.python_model.training_samples import data_folder, figures
 
@@ -26,7 +26,7 @@ def test_command_line_trains_and_the_checkpoint_loads(checkpoint: Path, tmp_path
         f"steps: 5\nmodel: {{name: {checkpoint}, bf16: false}}\ndata: {{train_data: {data}}}\n"
         "batch: {embedding_batch_size: 4}\n"
     )
-    main(["--config", str(config), "--steps", "2", "--output_dir", str(tmp_path / "out")])
+    grit_train(["--config", str(config), "--steps", "2", "--output_dir", str(tmp_path / "out")])
     folder = tmp_path / "out" / "checkpoint"
     printed = capsys.readouterr().out
     assert f"saved {folder}" in printed and "memory per rank" in printed
@@ -53,20 +53,20 @@ def test_a_plot_that_fails_or_has_nothing_to_show_costs_no_weights(
     arguments += ["--batch.embedding_batch_size", "2", "--model.bf16", "false", "--logging.save_steps", "1"]
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError):
-            main(arguments)
+        with pytest.raises(SystemExit, match=r"matplotlib is missing .*pip install 'grit-kernels\[train\]'"):
+            grit_train(arguments)
     assert GritLM(out / "checkpoint", device="cpu").encode("a text").shape == (64,)
     (out / "log.jsonl").unlink()
-    main(arguments)  # resumes a run that has nothing left to do, and no log
+    grit_train(arguments)  # resumes a run that has nothing left to do, and no log
     assert not (out / "loss.png").exists()
 
 
 def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="no file or folder nowhere"):
-        main(["--data.train_data", "nowhere"])
+        grit_train(["--data.train_data", "nowhere"])
     data = data_folder(tmp_path / "data")
     with pytest.raises(SystemExit, match="mode: expected .*got 'both'"):
-        main(["--data.train_data", str(data), "--mode", "both"])
+        grit_train(["--data.train_data", str(data), "--mode", "both"])
     for name, value in (
         ("optimizer.warmup_ratio", "1.5"),
         ("grit.projection", "0"),
@@ -75,35 +75,53 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
         ("losses.generative_weight", ".nan"),
     ):
         with pytest.raises(SystemExit, match=f"{name}: expected a.*, got"):
-            main(["--data.train_data", str(data), f"--{name}", value])
+            grit_train(["--data.train_data", str(data), f"--{name}", value])
     with pytest.raises(SystemExit, match="chunk_tokens: expected 0 or at least .* got 10"):
-        main(["--data.train_data", str(data), "--batch.chunk_tokens", "10"])
+        grit_train(["--data.train_data", str(data), "--batch.chunk_tokens", "10"])
     with pytest.raises(ValueError, match="no_such_option"):
-        parse(["--data.train_data", str(data), "--no_such_option", "1"])
+        grit_train.arguments(["--data.train_data", str(data), "--no_such_option", "1"])
     with pytest.raises(SystemExit, match="losses.router_loss_weight: got 1.0, but the model has no experts"):
-        main(
+        grit_train(
             ["--model.name", str(checkpoint), "--data.train_data", str(data), "--losses.router_loss_weight", "1.0"]
             + ["--output_dir", str(tmp_path / "out")]
         )
 
 
+@pytest.mark.parametrize(
+    ("package", "options", "install"),
+    [
+        ("peft", ["--model.lora_rank", "4"], r"'grit-kernels\[lora\]'"),
+        ("bitsandbytes", ["--model.lora_rank", "4", "--model.quantization", "nf4"], "bitsandbytes"),
+        ("tensorboard", ["--logging.trackers", "[tensorboard]"], "tensorboard"),
+        ("wandb", ["--logging.trackers", "[wandb]"], "wandb"),
+    ],
+)
+def test_a_missing_package_ends_training_with_how_to_install_it(
+    package: str, options: list[str], install: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    base = ["--model.name", str(checkpoint), "--data.train_data", str(data_folder(tmp_path / "data"))]
+    with pytest.raises(SystemExit, match=f"grit train: {package} is missing .*pip install {install}$"):
+        grit_train([*base, "--output_dir", str(tmp_path / "out"), *options])
+
+
 def test_a_flat_setting_of_version_0_1_is_refused_with_its_new_place(tmp_path: Path) -> None:
     for name, place in (("embedding_batch_size", "batch.embedding_batch_size"), ("learning_rate", "optimizer.lr")):
         with pytest.raises(SystemExit, match=f"{name}: expected its new name {place}"):
-            main([f"--{name}", "4"])
+            grit_train([f"--{name}", "4"])
     with pytest.raises(SystemExit, match="model: expected its new name model.name"):
-        main(["--model", "smollm2-135m"])
+        grit_train(["--model", "smollm2-135m"])
     with pytest.raises(SystemExit, match="plain_text: this setting of version 0.1 is gone"):
-        main(["--plain_text=true"])
+        grit_train(["--plain_text=true"])
     file = tmp_path / "old.yaml"
     file.write_text("steps: 2\ntemperature: 0.1\n")
     with pytest.raises(SystemExit, match="old.yaml: temperature: expected its new name losses.temperature"):
-        main(["--config", str(file)])
+        grit_train(["--config", str(file)])
 
 
 def test_the_help_explains_every_setting_and_lists_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        grit_train.arguments(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for name, hint in TYPES.items():
         described = printed[printed.index(f" --{name} ", printed.index("options:")) :]
@@ -130,7 +148,7 @@ def test_torchrun_trains_resumes_and_exports_what_one_process_does(
     }
     file.write_text(yaml.safe_dump(settings))
     common = ["--config", str(file)]
-    main([*common, "--steps", "4", "--output_dir", str(tmp_path / "one")])
+    grit_train([*common, "--steps", "4", "--output_dir", str(tmp_path / "one")])
 
     def ranks(*more: str) -> str:
         run = subprocess.run(

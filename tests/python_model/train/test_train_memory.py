@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grit_kernels as gk
-from python_model.train.__main__ import main
+from python_model.commands.train import COMMAND as grit_train
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
 from python_model.train.step import StepGradients, plan_step
@@ -57,7 +57,7 @@ def test_shipped_recipes_plan_their_memory_without_weights(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
     monkeypatch.setenv("WORLD_SIZE", "64")
-    main(["--config", f"configs/{name}.yaml", "--dry_run", "true"])
+    grit_train(["--config", f"configs/{name}.yaml", "--dry_run", "true"])
     printed = capsys.readouterr().out
     assert "64 rank(s)" in printed and "fits" in printed
     assert ("46,70" if "8x7b" in name else "7,2" if name != "embedding-7b" else "7,1") in printed
