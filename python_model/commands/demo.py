@@ -200,7 +200,7 @@ def demo_config(output_dir: str, steps: int = STEPS, seed: int = 0, model: str =
             generative_max_len=MAX_LENGTH,
         ),
         optimizer=OptimizerConfig(lr=1e-4, warmup_ratio=0.1, objective_grad_norm=1.0),
-        losses=LossConfig(temperature=0.05),
+        losses=LossConfig(temperature=0.02),
         logging=LoggingConfig(resume=False),
     )
 
