@@ -56,7 +56,7 @@ def convert(gguf_file: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat1
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"{gguf_file}: expected tokenizer ('gpt2', 'smollm'), got {kind}")
     loaded: Any = LlamaForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, dtype=dtype, output_loading_info=True
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32, output_loading_info=True
     )
     model, found = loaded
     wrong = sorted(set(found["missing_keys"]) | set(found["unexpected_keys"]) | set(found["mismatched_keys"]))
@@ -77,7 +77,7 @@ def convert(gguf_file: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat1
         **ids,
     )
     config.architectures = ["MistralForCausalLM"]
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    weights = {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
