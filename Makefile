@@ -114,8 +114,8 @@ fetch-model: install
 	$(BIN)/grit fetch-model
 
 families: install  ## docs/families.md: what patch() does for each family, from a run of its tests
-	$(BIN)/python -m tests.families_table
-	$(BIN)/python -m tests.families_sweep
+	$(BIN)/python -m tools.families_table
+	$(BIN)/python -m tools.families_sweep
 
 # on a machine with a CUDA device, with its own Python and torch; nothing is downloaded. Tests first, then the most valuable
 # benchmarks; run again, it goes on where it stopped
@@ -153,10 +153,10 @@ proof: fetch-model  ## unified training against two specialists of the same budg
 docs: install pages docs-check  ## renew the pages that code writes, and build the site into site/
 
 pages: install
-	$(BIN)/python -m tests.docs_pages
+	$(BIN)/python -m tools.pages
 	$(BIN)/python -m bench.report
 
-docs-check: install  ## build the site strictly: a link that leads nowhere is an error
+docs-check: install  ## build the site strictly: a link or a name that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: install  ## ruff and mypy

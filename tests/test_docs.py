@@ -14,8 +14,9 @@ import yaml
 
 import grit_kernels
 import python_model
-from tests import docs_pages
+from python_model.support.optional import find
 from tests.conftest import needs_source_tree
+from tools.pages import visibility_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,13 +24,31 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def test_drawn_masks_are_those_of_the_rule() -> None:
     page = (ROOT / "docs" / "visibility.md").read_text(encoding="utf-8")
-    assert docs_pages.visibility_page(page) == page, "run python -m tests.docs_pages"
+    assert visibility_page(page) == page, "run python -m tools.pages"
 
 
-def test_the_api_reference_is_that_of_the_docstrings() -> None:
-    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == docs_pages.api_page(), (
-        "run python -m tests.docs_pages"
+def test_the_api_reference_lists_every_public_name_once_and_nothing_that_is_not_there() -> None:
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for name in listed:
+        module, _, attribute = name.rpartition(".")
+        if name != "python_model.model.export.export_sentence_transformers" or find("sentence_transformers"):
+            assert hasattr(importlib.import_module(module), attribute), name
+    public = [f"grit_kernels.{name}" for name in grit_kernels.__all__ if not name.startswith("_")]
+    public += [f"python_model.{name}" for name in python_model.__all__]
+    assert len(set(listed)) == len(listed) and set(public) <= set(listed)
+
+
+def test_the_site_shows_names_that_docstrings_mark_for_sphinx_as_code() -> None:
+    griffe = pytest.importorskip("griffe")
+    roles = importlib.import_module("tools.site").Roles
+    written, shown = (
+        griffe.load("grit_kernels.packing", search_paths=[ROOT], extensions=griffe.load_extensions(*extensions))[
+            "SamplePack.from_lengths"
+        ].docstring.value
+        for extensions in ((), (roles,))
     )
+    assert ":func:`grit_kernels.pool`" in written
+    assert "`grit_kernels.pool`" in shown and ":func:" not in shown
 
 
 @needs_source_tree

@@ -1,9 +1,12 @@
-"""Hooks of mkdocs: the pages show the plots of bench/results, which lie outside of docs/."""
+"""What the site needs beside mkdocs.yml: the plots of bench/results, which lie outside of docs/, and docstrings as Markdown."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+from griffe import Extension, Object
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 OUTSIDE, INSIDE = "](../bench/results/", "](results/"
@@ -22,3 +25,12 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Point a page's plots there."""
     return markdown.replace(OUTSIDE, INSIDE)
+
+
+class Roles(Extension):
+    """Docstrings name things as Sphinx does, :func:`pool`; in Markdown that is code."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Rewrite the docstring of everything that is read."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r":(?:class|func|meth|mod|data|attr):(?=`)", "", obj.docstring.value)

@@ -31,7 +31,9 @@ def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
         )
     if not model.attention.generates_causally:
         raise ValueError(f"attn: expected a model that generates causally for lm-eval, got {model.attn!r}")
-    HFLM = require("lm_eval.models.huggingface", "eval").HFLM
+    require("lm_eval", "eval")
+    from lm_eval.models.huggingface import HFLM
+
     formatter = model.formatter
     # a text goes on, so only what is in front stands there
     tokenizer = formatter.tokenizer_that_adds(formatter.special_tokens.start, ())

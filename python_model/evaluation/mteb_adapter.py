@@ -45,7 +45,8 @@ def mteb_encoder(
     batch_size: int = 256,
 ) -> Any:
     """An mteb encoder. ``name`` (with one slash) and ``revision`` say under what its results are filed."""
-    AbsEncoder = require("mteb.models.abs_encoder", "eval").AbsEncoder
+    require("mteb", "eval")
+    from mteb.models.abs_encoder import AbsEncoder
 
     class Encoder(AbsEncoder):
         def __init__(self) -> None:

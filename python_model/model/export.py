@@ -45,7 +45,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class GritTransformer(_modules.Transformer):
+class GritTransformer(_modules.Transformer):  # type: ignore[name-defined]
     """sentence-transformers' Transformer over a patched decoder: padded batches are packed inside the forward pass, and token
     embeddings leave it in float32."""
 

@@ -1,6 +1,6 @@
 """patch() on a tiny random model of every supported family: the same properties for all of them.
 
-The marker ``feature`` names what a test shows of its family; docs/families.md is the table of it (tests/families_table.py).
+The marker ``feature`` names what a test shows of its family; docs/families.md is the table of it (tools/families_table.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import grit_kernels as gk
 from grit_kernels.hf import gptj
 from grit_kernels.hf.interface import BIDIRECTIONAL_WINDOWS
 from grit_kernels.hf.patch import FAMILIES
-from tests import families_table
+from tools import families_table
 
 feature = pytest.mark.feature
 WINDOW = 5
@@ -107,7 +107,7 @@ def test_every_supported_family_is_tested() -> None:
 
 def test_the_committed_table_lists_exactly_what_is_tested_here() -> None:
     pairs = families_table.declared_pairs(sys.modules[__name__])
-    assert families_table.committed_pairs() == pairs, "run `python -m tests.families_table` and commit docs/families.md"
+    assert families_table.committed_pairs() == pairs, "run `python -m tools.families_table` and commit docs/families.md"
 
 
 @FAMILY

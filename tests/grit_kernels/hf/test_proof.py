@@ -11,8 +11,8 @@ import transformers
 
 import grit_kernels as gk
 from grit_kernels.hf import proof
-from tests import families_sweep
 from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, tiny_model
+from tools import families_sweep
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,

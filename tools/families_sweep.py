@@ -1,8 +1,8 @@
 """Every causal decoder of the installed transformers, tried as patch() tries an unlisted one: admitted, or refused with a reason.
 
-    python -m tests.families_sweep
+    python -m tools.families_sweep
 
-writes the table behind the marker in docs/families.md (``make families`` runs it after tests.families_table).
+writes the table behind the marker in docs/families.md (``make families`` runs it after tools.families_table).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import grit_kernels as gk
 from grit_kernels.hf import proof
 from grit_kernels.hf.patch import DROPOUT, FAMILIES
-from tests.families_table import MARKER, TABLE
+from tools.families_table import MARKER, TABLE
 
 LAYERS = 8
 """Enough for every pattern of kinds; building the default number takes an hour."""

@@ -1,6 +1,6 @@
 """docs/families.md: which features of patch() are tested on which family.
 
-    python -m tests.families_table
+    python -m tools.families_table
 
 runs tests/grit_kernels/hf/test_families.py and writes the table. A cell says yes when every test that carries the feature's
 marker (``@pytest.mark.feature("name", ...)``) on that family passed. test_families.py compares the committed table with its
@@ -22,14 +22,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "grit_kernels" / "hf" / "test_families.py"
 TABLE = ROOT / "docs" / "families.md"
-MARKER = "<!-- the rest of this page is written by `python -m tests.families_sweep` -->"
+MARKER = "<!-- the rest of this page is written by `python -m tools.families_sweep` -->"
 YES, NO, NONE = "yes", "**failed**", "-"
 
 Pair = tuple[str, str]  # feature, family
 
 TEXT = """# What patch() does for each family
 
-Written by `python -m tests.families_table` from a run of `tests/grit_kernels/hf/test_families.py` (transformers {version}), on a
+Written by `python -m tools.families_table` from a run of `tests/grit_kernels/hf/test_families.py` (transformers {version}), on a
 tiny random model of each family: FP32 on the CPU, logits within 1e-5 of the unpatched model's largest logit. "{none}": the
 family has no sliding window.
 
