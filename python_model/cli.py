@@ -33,6 +33,10 @@ COMMANDS = {
     "index": ("python_model.commands.index", "make, extend and search an index of documents"),
     "rag": ("python_model.commands.rag", "answer questions from an index, with cached states of its documents"),
     "serve": ("python_model.commands.serve", "serve chat, embeddings, reranking and answers over HTTP"),
+    "export": (
+        "python_model.commands.export",
+        "write the embedding side for sentence-transformers, vLLM or llama.cpp",
+    ),
     "completion": ("python_model.commands.completion", "print a completion script for bash or zsh"),
     "rerank": ("python_model.commands.rerank", "order passages by their relevance to a query"),
 }

@@ -1,0 +1,62 @@
+"""``grit export``: a checkpoint's embedding side for sentence-transformers, vLLM or llama.cpp.
+
+grit export ST --model my_run/checkpoint                          # SentenceTransformer("ST")
+grit export VLLM --model my_run/checkpoint --for vllm
+grit export HF --model my_run/checkpoint --for gguf               # then convert_hf_to_gguf.py HF
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from python_model.commands.runner import Command, add_model, load
+
+TARGETS = ("sentence-transformers", "vllm", "gguf")
+
+
+def configure(parser: ArgumentParser) -> None:
+    """The options of ``grit export``."""
+    parser.add_argument("folder", type=Path, help="what to write; replaced if it exists")
+    add_model(parser)
+    parser.add_argument("--for", dest="target", choices=TARGETS, default=TARGETS[0], help="what will load the folder")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of the longest text")
+    parser.add_argument(
+        "--packed", action="store_true", help="sentence-transformers: compute no padding; needs this package"
+    )
+    parser.add_argument(
+        "--pool-instruction", action="store_true", help="vllm, gguf: accept vectors that pool the instruction as well"
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Write the folder; print it, and how to serve it."""
+    import torch
+
+    target = arguments.target
+    if arguments.packed and target != TARGETS[0]:
+        raise ValueError(f"packed: expected with --for {TARGETS[0]}, got --for {target}")
+    if arguments.pool_instruction and target == TARGETS[0]:
+        raise ValueError(f"pool-instruction: expected with --for vllm or gguf, got --for {target}")
+    # in the dtype of the checkpoint's files: an export must not change a weight
+    model = load(arguments, dtype="auto")
+    if target == TARGETS[0]:
+        from python_model.model.export import export_sentence_transformers
+
+        with torch.no_grad():
+            folder = export_sentence_transformers(
+                model, arguments.folder, max_length=arguments.max_length, packed=arguments.packed
+            )
+        print(folder)
+        return
+    from python_model.model.server_export import commands, export_for_server
+
+    options = {"max_length": arguments.max_length, "pool_instruction": arguments.pool_instruction}
+    folder = export_for_server(model, arguments.folder, target, **options)
+    print("\n".join([str(folder), *commands(model, folder, target, arguments.max_length)]))
+
+
+COMMAND = Command(
+    "export", "Write a checkpoint's embedding side for sentence-transformers, vLLM or llama.cpp.", configure, run
+)
