@@ -36,10 +36,10 @@ family has no sliding window.
 {table}
 
 * **causal / bidirectional = unpatched**: the same logits as unpatched transformers with `is_causal=True` / `False`; **mixed
-  rows**: a batch of both equals separate runs; each of them packed, padded and with a cache.
-* **packed input**: a `SamplePack`, transformers' `cu_seq_lens_q`, and positions that start over, against padded input.
-* **generate**: 12 prompt tokens with left padding and 7 new ones, beyond a window of 5; in chunks of 4 tokens, and with prompt
-  lookup, the same tokens as in one piece.
+  rows**: a batch of both equals separate runs. Each is tested packed, padded and with a cache.
+* **packed input**: a `SamplePack`, transformers' `cu_seq_lens_q`, and position ids that restart, against padded input.
+* **generate**: 12 prompt tokens with left padding and 7 new ones, beyond a window of 5; prefilling in chunks of 4 tokens and
+  prompt lookup give the same tokens.
 * **bidirectional prefill, then causal**: a cache filled with `is_causal=False` and continued, as with unpatched transformers.
 * **gradients**: of a mixed batch, with and without checkpointing, equal those of separate runs.
 * **nothing read back**: a pass over a `SamplePack` runs on the meta device, so no layer waits for the device.
@@ -47,19 +47,19 @@ family has no sliding window.
 
 ## Window conventions
 
-What a token `i` sees under `sliding_window = W`, the option `bidirectional_window` of `patch()`:
+What token `i` sees under `sliding_window = W`, by `patch()`'s option `bidirectional_window`:
 
 | sample | `"transformers"` (default) | `"full"` |
 |---|---|---|
 | causal | `i - W < j <= i` | `i - W < j <= i` |
 | bidirectional | `i - W <= j <= i + W` | every `j` |
-| as | unpatched transformers, causal and with `is_causal=False` | the published GritLM models' sdpa path |
+| like | unpatched transformers, causal and with `is_causal=False` | the published GritLM models' sdpa path |
 
 As `window_size=(left, right)` of the kernels: `(W - 1, 0)` for a causal sample, `(W, W)` or no limit for a bidirectional one. Up
-to W tokens both agree. Layers without a window (Gemma's and Qwen's full layers) see the same under both. `i` and `j` count real
-tokens: transformers counts places, which differs only where padding stands between tokens. The row "window conventions beyond W"
+to W tokens the two agree. Layers without a window (Gemma's and Qwen's full-attention layers) see the same under both. `i` and `j`
+count real tokens; transformers counts slots, which differs only where there is padding between tokens. The row "window conventions beyond W"
 above compares both on samples of more than 2 W tokens: `"transformers"` with the unpatched model, `"full"` with the unpatched
-model whose window was lifted for its bidirectional samples.
+model with its window lifted for bidirectional samples.
 """
 
 
