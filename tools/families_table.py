@@ -57,9 +57,9 @@ What token `i` sees under `sliding_window = W`, by `patch()`'s option `bidirecti
 
 As `window_size=(left, right)` of the kernels: `(W - 1, 0)` for a causal sample, `(W, W)` or no limit for a bidirectional one. Up
 to W tokens the two agree. Layers without a window (Gemma's and Qwen's full-attention layers) see the same under both. `i` and `j`
-count real tokens; transformers counts slots, which differs only where there is padding between tokens. The row "window conventions beyond W"
-above compares both on samples of more than 2 W tokens: `"transformers"` with the unpatched model, `"full"` with the unpatched
-model with its window lifted for bidirectional samples.
+count real tokens; transformers counts slots, which differs only where there is padding between tokens. The row "window
+conventions beyond W" above compares both on samples of more than 2 W tokens: `"transformers"` with the unpatched model, `"full"`
+with the unpatched model with its window lifted for bidirectional samples.
 """
 
 
