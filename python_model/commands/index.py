@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, load, progress, show
+from python_model.commands.runner import Command, add_json, add_model, add_search, load, progress, show
 
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
@@ -22,8 +22,9 @@ BYTES_PER_TOKEN = 4
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit index``."""
-    from python_model.rag.index import FORMATS
+    from python_model.rag.store.approximate import KINDS
     from python_model.rag.store.kvstore import FORMATS as STORE_FORMATS
+    from python_model.rag.store.vectors import FORMATS
 
     parser.add_argument("index", help="the index's folder")
     add_model(parser)
@@ -38,11 +39,19 @@ def configure(parser: ArgumentParser) -> None:
         help="file, pattern such as 'notes/*.md', or key to remove, with its states; repeat it",
     )
     parser.add_argument("--search", help="a query")
+    add_search(parser)
     parser.add_argument("--instruction", default="", help="of the query")
     parser.add_argument("--k", type=int, default=5, help="documents to find")
     parser.add_argument("--chunk-tokens", type=int, default=256, help="divide documents; 0 leaves them whole")
     parser.add_argument("--overlap", type=int, default=32, help="tokens that neighbouring chunks share")
     parser.add_argument("--format", choices=FORMATS, help="of the vectors in a new index; float32 unless given")
+    parser.add_argument(
+        "--vectors", help="where a new index has them: folder (the default), or qdrant:URL of a server of Qdrant"
+    )
+    parser.add_argument(
+        "--approximate", choices=KINDS, help="build a FAISS index of the vectors, and measure how much it finds"
+    )
+    parser.add_argument("--compact", action="store_true", help="merge files, give back what removed documents took")
     parser.add_argument("--store", help="folder of a key-value store that keeps the documents' states as well")
     parser.add_argument("--store-format", choices=STORE_FORMATS, help="of the states in a new store; int8 unless given")
     parser.add_argument(
@@ -53,17 +62,19 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Add, delete, search."""
+    from python_model.rag.filters import read_conditions
     from python_model.rag.index import Index, open_index
-    from python_model.rag.sync import delete, only_writer
+    from python_model.rag.sync import compact, delete, only_writer
 
     if arguments.sync and not arguments.add:
         raise ValueError("--sync: expected --add with the folder to be in line with, got none")
     model = None
     if arguments.add or arguments.search is not None:
         model = load(arguments, mode="unified" if arguments.store else "embedding")
-        index = open_index(arguments.index, model, format=arguments.format, create=bool(arguments.add))
+        options = {"format": arguments.format, "vectors": arguments.vectors}
+        index = open_index(arguments.index, model, create=bool(arguments.add), **options)
     else:
-        index = Index(arguments.index, format=arguments.format, create=False)
+        index = Index(arguments.index, format=arguments.format, vectors=arguments.vectors, create=False)
     result: dict[str, Any] = {}
     lines = []
     with only_writer(index, lambda: _tell(f"another process is adding to {arguments.index}; waiting for it")):
@@ -74,11 +85,21 @@ def run(arguments: Namespace) -> None:
         if arguments.delete:
             result["deleted"] = delete(index, arguments.delete)
             lines.append(f"{result['deleted']} documents deleted")
+        if arguments.compact:
+            compact(index)
+        if arguments.approximate or index.extend_approximate():
+            record = index.build_approximate(arguments.approximate) if arguments.approximate else index.approximate
+            assert record is not None
+            result["approximate"] = asdict(record)
+            lines.append(
+                f"{record.kind} index of {record.documents} documents: finds {record.recall:.1%} of the 10 nearest"
+            )
     result = {"added": 0, "deleted": 0, **result, "documents": len(index)}
     lines.append(f"{result['documents']} documents in {arguments.index}")
     if model is not None and arguments.search is not None:
         vector = model.encode([arguments.search], instruction=model.formatter.embed_instruction(arguments.instruction))
-        hits = index.search(vector, arguments.k)[0]
+        words = [arguments.search] if arguments.hybrid else None
+        hits = index.search(vector, arguments.k, where=read_conditions(arguments.where), texts=words)[0]
         result["hits"] = [{**asdict(hit.document), "score": hit.score} for hit in hits]
         lines += [_line(hit) for hit in hits]
     show(arguments, result, "\n".join(lines))

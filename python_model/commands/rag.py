@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, load, show
+from python_model.commands.runner import Command, add_json, add_model, add_search, load, show
 
 if TYPE_CHECKING:
     from python_model.rag.modes import Document
@@ -34,6 +34,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="what is cached (docs/rag.md)")
     parser.add_argument("--k", type=int, default=1, help="documents per question")
+    add_search(parser)
     parser.add_argument("--store", help="folder of the key-value store with the documents' states")
     parser.add_argument("--instruction", default="", help="for embedding the question")
     parser.add_argument("--causal-states", action="store_true", help="read cached texts causally")
@@ -46,6 +47,7 @@ def run(arguments: Namespace) -> None:
     """Answer the questions."""
     from python_model.evaluation.answers import read_questions, score
     from python_model.rag.answer import RAG, open_store
+    from python_model.rag.filters import read_conditions
     from python_model.rag.index import open_index
 
     model = load(arguments)
@@ -59,6 +61,8 @@ def run(arguments: Namespace) -> None:
         causal_states=arguments.causal_states,
         recompute=arguments.recompute,
         query_prefix=model.formatter.embed_instruction(arguments.instruction),
+        hybrid=arguments.hybrid,
+        where=read_conditions(arguments.where),
     )
     questions = None if arguments.questions is None else read_questions(arguments.questions)
     if arguments.calibrate:

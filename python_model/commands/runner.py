@@ -88,6 +88,17 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--device", help="where to compute, such as cpu or cuda:1; the default is CUDA if there is one")
 
 
+def add_search(parser: ArgumentParser) -> None:
+    """``--hybrid`` and ``--where``, for commands that search an index."""
+    parser.add_argument("--hybrid", action="store_true", help="search by words (BM25) as well, and fuse the ranks")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        help="find only documents with source='notes/*', FIELD=VALUE, FIELD>=NUMBER or FIELD<=NUMBER; repeat it",
+    )
+
+
 def add_json(parser: ArgumentParser, what: str = "one JSON object") -> None:
     """``--json``, read by :func:`show`."""
     parser.add_argument("--json", action="store_true", help=f"print {what}")

@@ -32,6 +32,7 @@ from python_model.rag.store.kvstore import Format, KVStore
 from python_model.support.arguments import check_at_least, check_choice
 
 if TYPE_CHECKING:
+    from python_model.rag.filters import Filter
     from python_model.rag.index import Index
 
 TOKENS_AT_ONCE = 8192
@@ -69,6 +70,7 @@ class RAG:
         trusted: the modes with cached states that ``"auto"`` may choose; default: those that were measured for this checkpoint.
         max_length: most tokens of one question with its documents and reply; default: the model's. More is an error, never cut.
         query_prefix: the format before a question to embed (see :func:`python_model.model.prompts.embed_instruction`).
+        hybrid: search the index by words as well. where: find only some documents (see :mod:`python_model.rag.filters`).
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class RAG:
         trusted: Collection[str] | None = None,
         max_length: int | None = None,
         query_prefix: str = QUERY_PREFIX,
+        hybrid: bool = False,
+        where: Filter | None = None,
     ) -> None:
         if model.mode == "embedding":
             raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to answer")
@@ -108,6 +112,7 @@ class RAG:
         self.recompute = recompute
         self.max_length = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
         self.query_prefix, self.marked = query_prefix, marked
+        self.hybrid, self.where = hybrid, where
         self.trusted = frozenset(trusted) if trusted is not None else trusted_modes(self)
 
     def answer(
@@ -143,7 +148,8 @@ class RAG:
             raise ValueError("documents: expected documents or mode='none', got none, and there is no index to search")
         else:
             vector, query_states = self._embed_question(question)
-            hits = self.index.search(vector, k)[0]
+            texts = [question] if self.hybrid else None
+            hits = self.index.search(vector, k, where=self.where, texts=texts)[0]
             given, scores = [hit.document for hit in hits], [hit.score for hit in hits]
         if not given and mode not in ("none", "auto"):
             raise ValueError(f"documents: expected at least one in mode {mode!r}, got none")

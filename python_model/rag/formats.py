@@ -27,7 +27,8 @@ def read_file(file: Path, name: str) -> list[Document]:
     """The documents of a file that is called ``name`` in the index.
 
     ``.jsonl``: a document per row ``{"text": str, "title"?: str, "id"?: str or int}`` (or ``_id``, ``key``; default: name and
-    line). ``.pdf``: one per page. Others: one, its title the file's name without its suffix.
+    line); other fields that are a text, a number or a truth value are its metadata. ``.pdf``: one per page. Others: one, its
+    title the file's name without its suffix.
 
     Raises:
         UnreadableFileError: an unknown kind, empty, too large, binary, not UTF-8, damaged, or a broken row (with its line).
@@ -113,6 +114,7 @@ _PARSERS: dict[str, Callable[[bytes], Parts]] = {
     ".docx": _by_library(_docx),
     ".pdf": _by_library(_pdf),
 }
+_OWN_FIELDS = ("text", "title", "id", "_id", "key", "source")
 SUFFIXES = (".jsonl", *_PARSERS)
 
 
@@ -124,5 +126,6 @@ def _rows(file: Path, name: str) -> list[Document]:
             raise UnreadableFileError(f"{origin}: not a document row: text or title is missing, empty or not a text")
         number = origin.rpartition(":")[2]
         key = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), f"{name}:{number}")
-        documents.append(Document(str(key), text, title, name, f"line {number}"))
+        facts = {k: v for k, v in row.items() if k not in _OWN_FIELDS and isinstance(v, (str, int, float))}
+        documents.append(Document(str(key), text, title, name, f"line {number}", facts))
     return documents

@@ -1,47 +1,54 @@
-"""Index: documents and their embeddings in a folder, searched exactly.
+"""Index: documents and their embeddings in a folder, searched by vectors, by words or by both.
 
-    folder/index.sqlite           documents (key, title, text), where their vectors stand; the index's settings
-    folder/vectors/*.safetensors  matrices (documents, size) in float32, float16 or int8 with a float32 scale per row
+    folder/index.sqlite  documents (key, title, text), their words, where their vectors stand; the index's settings
+    folder/vectors/      the vectors (see store/vectors.py), unless they are in Qdrant; a FAISS index if one was built
 
-Vectors are added as a new file and never changed; what KVStore says about kills, full disks and several writers holds here,
-too. Nothing is pickled. Scores are inner products: cosines for a model that normalises.
+What KVStore says about kills, full disks and several writers holds here, too. Nothing is pickled. Scores are inner products:
+cosines for a model that normalises.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from python_model.model.modeling import GritLM
+from python_model.rag.filters import Filter, checked, sql_condition
 from python_model.rag.fingerprint import embedding_settings, fingerprint
 from python_model.rag.modes import Document
-from python_model.rag.store import shards
-from python_model.rag.store.folder import StoreCorruptError, StoreFolder, set_meta
+from python_model.rag.store import approximate
+from python_model.rag.store.folder import StoreBusyError, StoreFolder, Writing, set_meta
+from python_model.rag.store.vectors import FORMATS, SCHEMA, Selection, ShardVectors, VectorFormat, Vectors, stable_top_k
+from python_model.rag.store.words import create_words, rebuild_words, search_words
 from python_model.support.arguments import check_at_least, check_choice
-from python_model.support.optional import require
 
-VectorFormat = Literal["float32", "float16", "int8"]
-FORMATS: tuple[str, ...] = get_args(VectorFormat)
-ROWS_AT_ONCE = 1 << 16
-_DOCUMENT = "key, text, title, source, place"  # a Document's fields
+ENGINES = ("auto", "exact", "approximate")
+GROWTH = 0.1
+"""A FAISS index is extended when this share of its documents has come since."""
+FUSION = 60
+"""The constant of reciprocal rank fusion (Cormack et al., SIGIR 2009): a document scores the sum of 1 / (FUSION + rank)."""
+FEW = 20_000
+"""So many documents of a filter are compared one by one though there is a FAISS index."""
+_DOCUMENT = "key, text, title, source, place, metadata"  # a Document's fields
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, checksum INTEGER NOT NULL);
+_SCHEMA = f"""{SCHEMA}
 CREATE TABLE IF NOT EXISTS documents (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT UNIQUE NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
-    shard INTEGER NOT NULL REFERENCES shards (id), row INTEGER NOT NULL,
-    source TEXT NOT NULL DEFAULT '', place TEXT NOT NULL DEFAULT '');
+    shard INTEGER NOT NULL, row INTEGER NOT NULL,
+    source TEXT NOT NULL DEFAULT '', place TEXT NOT NULL DEFAULT '', metadata TEXT NOT NULL DEFAULT '{{}}');
 CREATE INDEX IF NOT EXISTS documents_of_shard ON documents (shard, row);
 CREATE INDEX IF NOT EXISTS documents_of_source ON documents (source);
 CREATE TABLE IF NOT EXISTS sources (
@@ -51,7 +58,7 @@ CREATE TABLE IF NOT EXISTS sources (
 
 @dataclass(frozen=True)
 class Hit:
-    """A document found, and its inner product with the query."""
+    """A document found, and its inner product with the query; in a search by words as well, its sum of reciprocal ranks."""
 
     document: Document
     score: float
@@ -71,35 +78,6 @@ class Source:
     recipe: str
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The vectors of one file that are still in use: rows of a matrix and the documents' ids."""
-
-    data: Tensor  # (rows, size)
-    scales: Tensor | None  # (rows, 1) float32, of int8
-    ids: Tensor  # int64 (rows)
-
-
-def stable_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest of each row of ``scores`` (rows, n), largest first, and their columns; equal scores keep their order.
-
-    ``torch.topk`` is several times faster than a sort of everything, but may take any of equal scores. So its choice is put in
-    order, and only rows in which an equal of the k-th score was left out are sorted whole.
-    """
-    k = min(k, scores.shape[1])
-    best = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more, to see whether the k-th has an equal outside
-    columns = best.indices[:, :k].sort(dim=1).values
-    values = scores.gather(1, columns)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    values, columns = values.gather(1, order), columns.gather(1, order)
-    if 0 < k < scores.shape[1]:
-        tied = best.values[:, k - 1] == best.values[:, k]
-        if bool(tied.any()):
-            sorted_scores, sorted_columns = scores[tied].sort(dim=1, descending=True, stable=True)
-            values[tied], columns[tied] = sorted_scores[:, :k], sorted_columns[:, :k]
-    return values, columns
-
-
 class Index(StoreFolder):
     """Documents with vectors of one size, made by one model.
 
@@ -109,6 +87,8 @@ class Index(StoreFolder):
         settings: what else the vectors depend on (pooling, normalisation, prefix); must equal the recorded ones.
         format: how vectors are stored: ``"float32"``, ``"float16"`` or ``"int8"`` (a scale per vector). Default: the index's own,
             float32 for a new one.
+        vectors: where they are: ``"folder"``, or ``"qdrant:PLACE"`` with a server's URL or a folder of Qdrant's local mode.
+            Default: where the index has them, its folder for a new one.
         lock_timeout: seconds that a writer waits for another one.
 
     :func:`open_index` fills in fingerprint and settings from a model.
@@ -117,7 +97,7 @@ class Index(StoreFolder):
     kind = "index"
     schema = _SCHEMA
     files = "vectors"
-    version = 2  # 1 did not know which file a document is from
+    version = 3  # 1 did not know which file a document is from, 2 neither metadata nor words
     rebuild = "grit index NEW_INDEX --add FOLDER"
 
     def __init__(
@@ -127,17 +107,19 @@ class Index(StoreFolder):
         fingerprint: str | None = None,
         settings: dict[str, Any] | None = None,
         format: VectorFormat | None = None,
+        vectors: str | None = None,
         lock_timeout: float = 60.0,
         create: bool = True,
     ) -> None:
         if format is not None:
             check_choice("format", format, FORMATS)
-        given = {"fingerprint": fingerprint, "settings": settings, "format": format}
+        if vectors is not None and vectors != "folder" and not vectors.removeprefix("qdrant:") != vectors:
+            raise ValueError(f"vectors: expected 'folder' or 'qdrant:PLACE', got {vectors!r}")
+        given = {"fingerprint": fingerprint, "settings": settings, "format": format, "vectors": vectors}
         super().__init__(path, given, lock_timeout, create)
         self.format: str = self.recorded["format"]
-        self._blocks: list[_Block] = []
-        self._state: int | None = None
-        self._faiss: dict[str, tuple[int, Any, Tensor]] = {}
+        self._vectors = self._open_vectors()
+        self._approximate: tuple[str, Any] | None = None
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM documents").fetchone()[0])
@@ -154,7 +136,7 @@ class Index(StoreFolder):
         row = self._db.execute(f"SELECT {_DOCUMENT} FROM documents WHERE key = ?", (key,)).fetchone()
         if row is None:
             raise KeyError(f"{key!r} is not in the index {self.path}")
-        return Document(*row)
+        return _document(row)
 
     def add(self, documents: Sequence[Document], vectors: Tensor | np.ndarray, *, overwrite: bool = False) -> None:
         """Add documents with their vectors (documents, size): all of them, or on an error none.
@@ -164,14 +146,14 @@ class Index(StoreFolder):
                 another number, or values that are not finite.
         """
         matrix = _checked(documents, vectors)
-        with self._writing() as (db, undo, after):
+        with self._writing() as writing:
             keys = [document.key for document in documents]
-            present = [key for key in keys if db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone()]
+            present = [key for key in keys if key in self]
             if present and not overwrite:
                 raise ValueError(f"key: {present[0]!r} is in the index already; pass overwrite=True to replace it")
-            self._delete(db, present, after)
-            self._insert(db, documents, matrix, undo)
-            _count_change(db)
+            gone = self._remove(writing, present)
+            self._insert(writing, documents, matrix)
+        self._vectors.removed(gone)
 
     def replace(
         self,
@@ -182,33 +164,42 @@ class Index(StoreFolder):
     ) -> None:
         """In one step: remove the keys ``stale``, put ``documents`` in (also for their keys), record their ``sources``."""
         matrix = _checked(documents, vectors) if documents else None
-        with self._writing() as (db, undo, after):
-            self._delete(db, [*stale, *(document.key for document in documents)], after)
+        with self._writing() as writing:
+            gone = self._remove(writing, [*stale, *(document.key for document in documents)])
             if matrix is not None:
-                self._insert(db, documents, matrix, undo)
-            db.executemany(
+                self._insert(writing, documents, matrix)
+            writing.db.executemany(
                 "INSERT OR REPLACE INTO sources (name, path, digest, recipe) VALUES (?, ?, ?, ?)",
                 [(s.name, s.path, s.digest, s.recipe) for s in sources],
             )
-            _count_change(db)
+        self._vectors.removed(gone)
 
-    def _insert(self, db: sqlite3.Connection, documents: Sequence[Document], matrix: Tensor, undo: list[str]) -> None:
+    def _insert(self, writing: Writing, documents: Sequence[Document], matrix: Tensor) -> None:
+        db = writing.db
         size = self._meta(db).get("size")
         if size is None:
             set_meta(db, "size", matrix.shape[1])
         elif size != matrix.shape[1]:
             raise ValueError(f"vectors: expected size {size} as this index has, got {matrix.shape[1]}")
-        name = shards.new_name()
-        undo.append(name)
-        tensors = _pack(matrix, self.format)
-        shards.write_shard(self._file_folder / name, tensors)
-        shard = db.execute(
-            "INSERT INTO shards (file, checksum) VALUES (?, ?)", (name, shards.checksum(tensors.values()))
-        ).lastrowid
+        last = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'documents'").fetchone()
+        first = 1 + (last[0] if last else 0)
+        ids = range(first, first + len(documents))
         db.executemany(
-            f"INSERT INTO documents ({_DOCUMENT}, shard, row) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [(d.key, d.text, d.title, d.source, d.place, shard, row) for row, d in enumerate(documents)],
+            f"INSERT INTO documents (id, {_DOCUMENT}, shard, row) VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0)",
+            [
+                (identity, d.key, d.text, d.title, d.source, d.place, json.dumps(dict(d.metadata), ensure_ascii=False))
+                for identity, d in zip(ids, documents, strict=True)
+            ],
         )
+        self._vectors.add(writing, ids, documents, matrix)
+
+    def _remove(self, writing: Writing, keys: Sequence[str]) -> list[int]:
+        """Remove those of ``keys`` that are there; returns their ids."""
+        db, query = writing.db, "SELECT id, shard FROM documents WHERE key = ?"
+        found = [row for key in keys if (row := db.execute(query, (key,)).fetchone()) is not None]
+        self._delete(db, list(keys), writing.after)
+        db.executemany("UPDATE shards SET changed = changed + 1 WHERE id = ?", [(s,) for s in {s for _, s in found}])
+        return [identity for identity, _ in found]
 
     def sources(self) -> dict[str, Source]:
         """The files whose documents are here, by name."""
@@ -217,7 +208,12 @@ class Index(StoreFolder):
     def documents_of(self, source: str) -> dict[str, Document]:
         """The documents of a file, by key."""
         rows = self._db.execute(f"SELECT {_DOCUMENT} FROM documents WHERE source = ? ORDER BY id", (source,))
-        return {row[0]: Document(*row) for row in rows}
+        return {row[0]: _document(row) for row in rows}
+
+    def owner(self, key: str) -> str | None:
+        """The file of a document, or None where there is no such document."""
+        row = self._db.execute("SELECT source FROM documents WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
 
     def owners(self) -> list[tuple[str, str]]:
         """(key, file) of all documents."""
@@ -255,131 +251,251 @@ class Index(StoreFolder):
         Raises:
             KeyError: one of them is not there; then none is removed.
         """
-        with self._writing() as (db, _, after):
+        with self._writing() as writing:
             for key in keys:
-                if db.execute("SELECT 1 FROM documents WHERE key = ?", (key,)).fetchone() is None:
+                if key not in self:
                     raise KeyError(f"{key!r} is not in the index {self.path}")
-            self._delete(db, list(keys), after)
-            db.execute("DELETE FROM sources WHERE name NOT IN (SELECT source FROM documents)")
-            _count_change(db)
+            gone = self._remove(writing, keys)
+            writing.db.execute("DELETE FROM sources WHERE name NOT IN (SELECT source FROM documents)")
+        self._vectors.removed(gone)
 
-    def search(self, queries: Tensor | np.ndarray, k: int = 10, *, engine: str = "exact") -> list[list[Hit]]:
+    def compact(self) -> None:
+        """Give back the space of removed documents, and merge files. Needs room for a copy of the vectors; readers go on."""
+        with self._writing() as writing:
+            self._vectors.compact(writing)
+            writing.db.execute("INSERT INTO words (words) VALUES ('optimize')")
+        try:
+            self._db.execute("VACUUM")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            raise StoreBusyError(
+                f"{self.path}: another process kept reading or writing; texts were not compacted"
+            ) from error
+
+    def search(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int = 10,
+        *,
+        engine: str = "auto",
+        where: Filter | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> list[list[Hit]]:
         """The ``k`` documents with the largest inner products, best first, for each row of ``queries`` (Q, size).
 
-        ``engine``: ``"exact"`` compares with every vector in FP32 (ties: the older document first); ``"faiss"`` or
-        ``"faiss:FACTORY"`` (e.g. ``"faiss:HNSW32"``) builds a FAISS index in memory on first use. What another process has
-        added or deleted since is seen.
+        What another process has added or removed since is seen.
+
+        Args:
+            engine: ``"exact"`` compares with every vector (of equal scores the older document comes first), ``"approximate"``
+                asks the FAISS index (see :meth:`build_approximate`), ``"auto"`` does that where there is one. Vectors in
+                Qdrant are searched by Qdrant.
+            where: which documents may be found (see :mod:`python_model.rag.filters`).
+            texts: the queries' words (Q). With them the search is a hybrid: the best by vectors and the best by BM25
+                are fused by reciprocal ranks.
 
         Raises:
-            ValueError: wrong shape, ``k`` < 1, an unknown engine. ImportError: FAISS is not installed.
+            ValueError: wrong shapes, ``k`` < 1, an unknown engine, a filter that is none, or ``"approximate"`` without a FAISS
+                index. ImportError: FAISS or the client of Qdrant is not installed.
         """
         matrix = torch.as_tensor(queries).detach().float().cpu()
         size = self._meta().get("size")
         check_at_least("k", k, 1)
+        check_choice("engine", engine, ENGINES)
+        condition, parameters = sql_condition(where or {})
+        if engine == "approximate" and self.approximate is None:
+            raise ValueError(f"engine: expected a FAISS index in {self.path} (grit index --approximate), got none")
+        if texts is not None and len(texts) != len(matrix):
+            raise ValueError(f"texts: expected one for each of {len(matrix)} queries, got {len(texts)}")
         if size is None:
             return [[] for _ in matrix]
         if matrix.ndim != 2 or matrix.shape[1] != size:
             raise ValueError(f"queries: expected (queries, {size}), got {tuple(matrix.shape)}")
-        self._refresh()
-        if not self._blocks:
-            return [[] for _ in matrix]
-        if engine == "exact":
-            scores, ids = self._search_exactly(matrix, k)
-        elif engine == "faiss" or engine.startswith("faiss:"):
-            scores, ids = self._search_faiss(matrix, k, engine.partition(":")[2] or "Flat")
-        else:
-            raise ValueError(f"engine: expected 'exact', 'faiss', 'faiss:FACTORY', got {engine!r}")
-        return [
-            [Hit(self._by_id(identity), score) for identity, score in zip(row_ids, row, strict=True) if identity >= 0]
-            for row_ids, row in zip(ids.tolist(), scores.tolist(), strict=True)
-        ]
+        if texts is None:
+            return self._nearest(matrix, k, engine, where)
+        depth = max(5 * k, 50)
+        by_vector = self._nearest(matrix, depth, engine, where)
+        fused = []
+        for text, hits in zip(texts, by_vector, strict=True):
+            ids = search_words(self._db, text, depth, condition, parameters)
+            by_words = [d for d in map(self._by_id, ids) if d is not None]
+            fused.append(_fused([[hit.document for hit in hits], by_words])[:k])
+        return fused
 
     def vectors(self) -> tuple[list[str], Tensor]:
         """All keys and vectors, float32 (documents, size)."""
-        self._refresh()
+        ids, matrix = self._vectors.all()
         keys = dict(self._db.execute("SELECT id, key FROM documents"))
-        ids = [identity for block in self._blocks for identity in block.ids.tolist()]
-        rows = [_unpack(block, slice(None)) for block in self._blocks]
-        return [keys[identity] for identity in ids], torch.cat(rows) if rows else torch.zeros(0, 0)
+        return [keys[identity] for identity in ids.tolist()], matrix
 
-    def _search_exactly(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        best = torch.full((len(queries), 0), 0.0)
-        found = torch.full((len(queries), 0), -1)
-        for block in self._blocks:
-            for start in range(0, len(block.ids), ROWS_AT_ONCE):
-                part = slice(start, start + ROWS_AT_ONCE)
-                scores, places = stable_top_k(queries @ _unpack(block, part).T, k)
-                best = torch.cat([best, scores], dim=1)
-                found = torch.cat([found, block.ids[part][places]], dim=1)
-                best, order = stable_top_k(best, k)
-                found = found.gather(1, order)
-        return best, found
+    @property
+    def approximate(self) -> approximate.Record | None:
+        """What is known about the FAISS index, None where there is none."""
+        found = self._meta().get("approximate")
+        return None if found is None else approximate.Record(**found)
 
-    def _search_faiss(self, queries: Tensor, k: int, factory: str) -> tuple[Tensor, Tensor]:
-        faiss = require("faiss", "rag")
-        assert self._state is not None
-        built = self._faiss.get(factory)
-        if built is None or built[0] != self._state:
-            matrix = torch.cat([_unpack(block, slice(None)) for block in self._blocks]).numpy()
-            index = faiss.index_factory(matrix.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            index.train(matrix)
-            index.add(matrix)
-            built = (self._state, index, torch.cat([block.ids for block in self._blocks]))
-            self._faiss[factory] = built
-        scores, rows = built[1].search(queries.numpy(), k)
-        rows = torch.from_numpy(rows)  # -1 where fewer than k were found
-        return torch.from_numpy(scores), torch.where(rows >= 0, built[2][rows.clamp(min=0)], -1)
+    def build_approximate(self, kind: approximate.Kind = "ivf-sq8", *, recall: float = 0.98) -> approximate.Record:
+        """Build a FAISS index of all vectors, measure it, and keep it beside them; :meth:`extend_approximate` keeps it up.
 
-    def _by_id(self, identity: int) -> Document:
+        Args:
+            kind: ``"ivf-sq8"``: inverted lists of int8 vectors; ``"hnsw"``: a graph, larger and slower to build.
+            recall: a search does as little as finds this share of the 10 nearest documents; ``Record.recall`` is what came of it.
+
+        Raises:
+            ValueError: an unknown kind, fewer than 256 documents, or vectors in Qdrant, which has an index of its own.
+            ImportError: FAISS is not installed.
+        """
+        check_choice("kind", kind, approximate.KINDS)
+        if not self._vectors.exhaustive:
+            raise ValueError(
+                "approximate: expected vectors in the index's folder, got Qdrant, which has an index of its own"
+            )
+        ids, matrix = self._vectors.all()
+        built = approximate.build(kind, ids, matrix)
+        effort, found, queries = approximate.measure(built, kind, ids, matrix, recall)
+        return self._keep_approximate(built, kind, int(ids.max()), recall, effort, found, queries)
+
+    def extend_approximate(self) -> bool:
+        """Add new documents to the FAISS index if there is one and they are many; returns whether that was done.
+
+        Where more has been added than it was built for, or most of it removed, it is built anew.
+        """
+        record = self.approximate
+        if record is None:
+            return False
+        newer = self._count("id > ?", record.last)
+        present = self._count("id <= ?", record.last)
+        if newer <= GROWTH * record.documents and 2 * present >= record.documents:
+            return False
+        if 2 * present < record.documents or newer > record.documents:
+            self.build_approximate(record.kind, recall=record.target)  # type: ignore[arg-type]
+            return True
+        ids, matrix = self._vectors.all()
+        rows = ids > record.last
+        built = self._open_approximate(record)
+        built.add_with_ids(matrix[rows].numpy(), ids[rows].numpy())
+        effort, found, queries = approximate.measure(built, record.kind, ids, matrix, record.target)
+        self._keep_approximate(built, record.kind, int(ids.max()), record.target, effort, found, queries)
+        return True
+
+    def _keep_approximate(
+        self, built: Any, kind: str, last: int, target: float, effort: int, recall: float, queries: int
+    ) -> approximate.Record:
+        name = f"{uuid.uuid4().hex}.faiss"
+        with self._writing() as writing:
+            writing.undo.append(name)
+            check = approximate.write(self._file_folder / name, built)
+            record = approximate.Record(kind, name, check, built.ntotal, last, target, effort, recall, queries)
+            if (before := self._meta(writing.db).get("approximate")) is not None:
+                writing.after.append(before["file"])
+            set_meta(writing.db, "approximate", asdict(record))
+        self._approximate = (name, built)
+        return record
+
+    def _open_approximate(self, record: approximate.Record) -> Any:
+        if self._approximate is None or self._approximate[0] != record.file:
+            self._approximate = (record.file, approximate.read(self._file_folder / record.file, record.checksum))
+        return self._approximate[1]
+
+    def _known_files(self, db: sqlite3.Connection) -> set[str]:
+        found = self._meta(db).get("approximate")
+        return super()._known_files(db) | ({found["file"]} if found else set())
+
+    def _count(self, condition: str, *parameters: Any) -> int:
+        return int(self._db.execute(f"SELECT COUNT(*) FROM documents WHERE {condition}", parameters).fetchone()[0])
+
+    def _nearest(self, queries: Tensor, k: int, engine: str, where: Filter | None) -> list[list[Hit]]:
+        """The hits by vectors. What finds removed documents, too, is asked for more until enough are left."""
+        selection = self._selection(where)
+        record = self.approximate if engine != "exact" else None
+        few = engine == "auto" and selection.ids is not None and len(selection.ids) <= FEW
+        if record is None or few:
+            record = None
+            exhaustive, find = self._vectors.exhaustive, partial(self._vectors.search, queries, selection=selection)
+        else:
+            exhaustive, find = False, self._approximate_search(record, queries, selection)
+        wanted = k
+        while True:
+            scores, ids = find(k=wanted)
+            hits = [
+                [Hit(d, score) for d, score in zip(map(self._by_id, row_ids), row, strict=True) if d is not None]
+                for row_ids, row in zip(ids.tolist(), scores.tolist(), strict=True)
+            ]
+            if exhaustive or all(len(row) >= k for row in hits):
+                return [row[:k] for row in hits]
+            if ids.shape[1] < wanted or bool((ids < 0).any(dim=1).all()):  # there is no more to be had from it
+                return hits if record is None else self._nearest(queries, k, "exact", where)
+            wanted *= 2
+
+    def _approximate_search(
+        self, record: approximate.Record, queries: Tensor, selection: Selection
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The FAISS index and, one by one, the documents that are newer than it."""
+        assert isinstance(self._vectors, ShardVectors)
+        exact, built = self._vectors, self._open_approximate(record)
+
+        def find(k: int) -> tuple[Tensor, Tensor]:
+            scores, ids = approximate.search(built, record.kind, record.effort, queries, k, selection.ids)
+            newer_scores, newer = exact.search(queries, k, selection, newer_than=record.last)
+            best, places = stable_top_k(torch.cat([scores.where(ids >= 0, -torch.inf), newer_scores], dim=1), k)
+            return best, torch.cat([ids, newer], dim=1).gather(1, places)
+
+        return find
+
+    def _selection(self, where: Filter | None) -> Selection:
+        if not where:
+            return Selection()
+        if self._vectors.exhaustive:
+            condition, parameters = sql_condition(where)
+            rows = self._db.execute(f"SELECT id FROM documents WHERE {condition} ORDER BY id", parameters)
+            return Selection(torch.tensor([row[0] for row in rows], dtype=torch.int64))
+        fields: dict[str, Any] = checked(where)
+        if "source" in fields:
+            condition, parameters = sql_condition({"source": fields["source"]})
+            rows = self._db.execute(f"SELECT DISTINCT source FROM documents WHERE {condition}", parameters)
+            fields["source"] = [row[0] for row in rows] or ["\0"]  # no file has this name
+        return Selection(where=fields)
+
+    def _by_id(self, identity: int) -> Document | None:
         row = self._db.execute(f"SELECT {_DOCUMENT} FROM documents WHERE id = ?", (identity,)).fetchone()
-        return Document(*row)
+        return None if row is None else _document(row)
 
-    def _refresh(self) -> None:
-        """Map the vectors again if documents were added or deleted since, by this process or another."""
-        db = self._db
-        if self._state == self._meta(db).get("changes", 0):
-            return
-        db.execute("BEGIN")  # one state of the index, whatever others write meanwhile
-        try:
-            state = self._meta(db).get("changes", 0)
-            blocks = []
-            for shard, file, check in db.execute("SELECT id, file, checksum FROM shards ORDER BY id").fetchall():
-                rows = db.execute("SELECT id, row FROM documents WHERE shard = ? ORDER BY row", (shard,)).fetchall()
-                data, scales = self._read(file, check)
-                if len(rows) < data.shape[0]:
-                    used = torch.tensor([row for _, row in rows])
-                    data, scales = data[used], None if scales is None else scales[used]
-                blocks.append(_Block(data, scales, torch.tensor([identity for identity, _ in rows])))
-        finally:
-            db.execute("ROLLBACK")
-        self._blocks, self._state = blocks, state
+    def _open_vectors(self) -> Vectors:
+        place = self.recorded["vectors"]
+        if place == "folder":
+            return ShardVectors(self._file_folder, self.format, lambda: self._db)
+        from python_model.rag.store.qdrant import QdrantVectors
 
-    def _read(self, file: str, check: int) -> tuple[Tensor, Tensor | None]:
-        path = self._file_folder / file
-        try:
-            with safe_open(str(path), framework="pt") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise StoreCorruptError(f"{path}: the vectors cannot be read ({error})") from error
-        if shards.checksum(tensors.values()) != check:
-            raise StoreCorruptError(f"{path}: the vectors do not have the checksum they were written with")
-        return tensors["data"], tensors.get("scales")
+        return QdrantVectors(place.removeprefix("qdrant:"), self.recorded["collection"], self.format, lambda: self._db)
+
+    def _create(self, db: sqlite3.Connection) -> None:
+        super()._create(db)
+        create_words(db)
 
     def _upgrade(self, db: sqlite3.Connection, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Version 1: a file is what stands before ``#chunk`` and ``:line`` in a key; without a digest it is read again."""
-        columns = [row[1] for row in db.execute("PRAGMA table_info(documents)")]
-        for name in ("source", "place"):
-            if name not in columns:
-                db.execute(f"ALTER TABLE documents ADD COLUMN {name} TEXT NOT NULL DEFAULT ''")
-        for statement in self.schema.split(";"):
-            db.execute(statement)
-        rows = db.execute("SELECT id, key FROM documents").fetchall()
-        named = [(re.sub(r"(?<=\.jsonl):\d+$", "", re.sub(r"#\d+$", "", key)), identity) for identity, key in rows]
-        db.executemany("UPDATE documents SET source = ? WHERE id = ?", named)
-        return known
+        """Version 1: a file is what stands before ``#chunk`` and ``:line`` in a key; without a digest it is read again.
+        Version 2: rows of files are counted, words are read from the texts."""
+        columns = {
+            table: [row[1] for row in db.execute(f"PRAGMA table_info({table})")] for table in ("documents", "shards")
+        }
+        for name, default in (("source", "''"), ("place", "''"), ("metadata", "'{}'")):
+            if name not in columns["documents"]:
+                db.execute(f"ALTER TABLE documents ADD COLUMN {name} TEXT NOT NULL DEFAULT {default}")
+        for name in ("rows", "changed"):
+            if name not in columns["shards"]:
+                db.execute(f"ALTER TABLE shards ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
+        self._create(db)
+        db.execute("UPDATE shards SET rows = 1 + (SELECT MAX(row) FROM documents WHERE shard = shards.id)")
+        rebuild_words(db)
+        if known["version"] < 2:
+            rows = db.execute("SELECT id, key FROM documents").fetchall()
+            named = [(re.sub(r"(?<=\.jsonl):\d+$", "", re.sub(r"#\d+$", "", key)), identity) for identity, key in rows]
+            db.executemany("UPDATE documents SET source = ? WHERE id = ?", named)
+        return {**known, "vectors": "folder"}
 
     def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        return {**given, "format": given["format"] or "float32"}
+        chosen = {"format": given["format"] or "float32", "vectors": given["vectors"] or "folder"}
+        return {**given, **chosen, "collection": f"grit-{uuid.uuid4().hex}"}
 
 
 def open_index(
@@ -388,6 +504,7 @@ def open_index(
     *,
     prefix: str | None = None,
     format: VectorFormat | None = None,
+    vectors: str | None = None,
     create: bool = True,
 ) -> Index:
     """The index at ``path`` for this model, made when missing; one made by another model, or with other settings, is refused.
@@ -396,7 +513,7 @@ def open_index(
     """
     prefix = model.formatter.embed_instruction("") if prefix is None else prefix
     settings = {**embedding_settings(model), "prefix": prefix}
-    return Index(path, fingerprint=fingerprint(model), settings=settings, format=format, create=create)
+    return Index(path, fingerprint=fingerprint(model), settings=settings, format=format, vectors=vectors, create=create)
 
 
 def add_documents(
@@ -453,20 +570,15 @@ def _checked(documents: Sequence[Document], vectors: Tensor | np.ndarray | None)
     return matrix
 
 
-def _pack(matrix: Tensor, format: str) -> dict[str, Tensor]:
-    if format != "int8":
-        return {"data": matrix.to(getattr(torch, format))}
-    scales = matrix.abs().amax(dim=1, keepdim=True) / 127
-    data = (matrix / torch.where(scales > 0, scales, 1.0)).round().clamp(-127, 127).to(torch.int8)
-    return {"data": data, "scales": scales}
+def _document(row: Sequence[Any]) -> Document:
+    *fields, metadata = row
+    return Document(*fields, json.loads(metadata))
 
 
-def _unpack(block: _Block, rows: slice) -> Tensor:
-    data = block.data[rows].float()
-    return data if block.scales is None else data * block.scales[rows]
-
-
-def _count_change(db: sqlite3.Connection) -> None:
-    """Other processes, and this one, see by the count that what they have mapped is old."""
-    row = db.execute("SELECT value FROM meta WHERE name = 'changes'").fetchone()
-    set_meta(db, "changes", int(row[0]) + 1 if row else 1)
+def _fused(rankings: Sequence[Sequence[Document]]) -> list[Hit]:
+    """Reciprocal rank fusion; of equal sums the one found first comes first."""
+    sums: dict[Document, float] = {}
+    for ranking in rankings:
+        for rank, document in enumerate(ranking, 1):
+            sums[document] = sums.get(document, 0.0) + 1 / (FUSION + rank)
+    return [Hit(document, score) for document, score in sorted(sums.items(), key=lambda item: -item[1])]

@@ -18,7 +18,7 @@ Source: GRIT, arXiv 2402.09906, section on retrieval-augmented generation and it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -58,7 +58,8 @@ class Document:
     """A document of the index; ``key`` names its states in a key-value store.
 
     ``source`` is the file it comes from and ``place`` where it stands there ("line 12", "page 3"); both are empty where there is
-    no file, and neither makes it another document.
+    no file. ``metadata`` are facts that a search can filter by (see :mod:`python_model.rag.filters`). None of the three makes it
+    another document.
     """
 
     key: str
@@ -66,6 +67,7 @@ class Document:
     title: str = ""
     source: str = field(default="", compare=False)
     place: str = field(default="", compare=False)
+    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict, compare=False)
 
     @property
     def content(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -81,6 +81,14 @@ def delete(index: Index, names: Sequence[str]) -> int:
     drop_states(index, keys)
     index.delete(keys)
     return len(keys)
+
+
+def compact(index: Index) -> None:
+    """Give back what removed documents took, in the index and in the stores that keep states for it."""
+    index.compact()
+    for path in index.stores:
+        if (Path(path) / "index.sqlite").exists():
+            KVStore(path, create=False).compact()
 
 
 def add_files(
@@ -183,7 +191,7 @@ class _Work:
         self.rag = rag if rag is not None and rag.store is not None else None
         self.limit = int(model.model.config.max_position_embeddings)
         self.known = index.sources()
-        self.owners = dict(index.owners())
+        self.owners: dict[str, str] = {}  # of keys that are not in the index yet
         self.stale: list[str] = []
         self.documents: list[Document] = []
         self.sources: list[Source] = []
@@ -209,7 +217,7 @@ class _Work:
         self.owners.update(dict.fromkeys(new, name))
         self.known[name] = source
         # chunks that are as they were keep their vectors
-        fresh = [d for key, d in new.items() if old.get(key) != d or old[key].place != d.place]
+        fresh = [d for key, d in new.items() if key not in old or asdict(old[key]) != asdict(d)]
         for start in range(0, len(fresh), BATCH):
             self.documents += fresh[start : start + BATCH]
             if start + BATCH < len(fresh):
@@ -253,8 +261,8 @@ class _Work:
         """Keys must be this file's own, and texts no longer than the model reads."""
         seen = set()
         for document in documents:
-            owner = self.owners.get(document.key, name)
-            if document.key in seen or (owner != name and owner in self.known):
+            owner = self.owners.get(document.key) or self.index.owner(document.key)
+            if document.key in seen or (owner not in (None, name) and owner in self.known):
                 raise UnreadableFileError(f"has the key {document.key!r} that {owner} has, too")
             seen.add(document.key)
         if (long := too_long(self.index, self.model, documents, self.limit)) is not None:

@@ -13,7 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 
 class StoreError(RuntimeError):
@@ -30,6 +30,14 @@ class StoreCorruptError(StoreError):
 
 class StoreBusyError(StoreError):
     """Another process kept writing, or mapping what is there, for longer than ``lock_timeout``."""
+
+
+class Writing(NamedTuple):
+    """A transaction, the files to remove if it fails, and those to remove once it is committed."""
+
+    db: sqlite3.Connection
+    undo: list[str]
+    after: list[str]
 
 
 class StoreFolder:
@@ -92,8 +100,7 @@ class StoreFolder:
         if not known:
             with self._transaction() as db:
                 db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
-                for statement in self.schema.split(";"):
-                    db.execute(statement)
+                self._create(db)
                 known = self._meta(db)  # another process may have been faster
                 if not known:
                     known = {**self._new_settings(given), "version": self.version}
@@ -124,6 +131,11 @@ class StoreFolder:
                 )
         return known
 
+    def _create(self, db: sqlite3.Connection) -> None:
+        """Make the tables that are missing."""
+        for statement in self.schema.split(";"):
+            db.execute(statement)
+
     def _upgrade(self, db: sqlite3.Connection, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Bring the tables of an older version up to date, in the caller's transaction; returns what ``meta`` has to say then."""
         return known
@@ -153,14 +165,14 @@ class StoreFolder:
             raise
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[sqlite3.Connection, list[str], list[str]]]:
-        """A transaction, the files to remove if it fails, and those to remove once it is committed."""
+    def _writing(self) -> Iterator[Writing]:
+        """A writer's transaction and files."""
         undo: list[str] = []
         after: list[str] = []
         try:
             with self._transaction() as db:
                 self._remove_leftovers(db)
-                yield db, undo, after
+                yield Writing(db, undo, after)
         except BaseException as error:
             self._remove_files(undo)
             if _is_full(error):
@@ -181,9 +193,13 @@ class StoreFolder:
     def _remove_leftovers(self, db: sqlite3.Connection) -> None:
         """Files of writers that were killed. Only a writer may call this: its lock says that nobody else is writing."""
         if not self._cleaned:
-            known = {row[0] for row in db.execute("SELECT file FROM shards")}
+            known = self._known_files(db)
             self._remove_files([file.name for file in self._file_folder.iterdir() if file.name not in known])
             self._cleaned = True
+
+    def _known_files(self, db: sqlite3.Connection) -> set[str]:
+        """The names of the large files that are in use."""
+        return {row[0] for row in db.execute("SELECT file FROM shards")}
 
     def _remove_files(self, names: list[str]) -> None:
         for name in names:

@@ -113,6 +113,13 @@ def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: 
     assert (made["documents"], made["added"], made["deleted"], made["skipped"]) == (5, 5, 0, [])
     (found,) = run("index", folder, *base, "--search", TEXTS[0], "--k", "2", "--delete", "3")
     assert found["documents"] == 4 and found["hits"][0]["key"] == "0" and len(found["hits"]) == 2
+    words = TEXTS[1].split()[-1]
+    (found,) = run("index", folder, *base, "--search", words, "--hybrid", "--where", "source=d.jsonl", "--compact")
+    assert len(found["hits"]) == 4 and max(hit["score"] for hit in found["hits"]) == found["hits"][0]["score"]
+    (found,) = run("index", folder, *base, "--search", words, "--where", "source=other")
+    assert found["hits"] == []
+    with pytest.raises(SystemExit, match="approximate: expected at least 256 documents, got 4|faiss is missing"):
+        main(["index", folder, "--approximate", "ivf-sq8"])
     options = ["--max-new-tokens", "3", "--mode", "document_cache", "--store", store]
     answer, scores = run("rag", folder, *base, "--questions", str(tmp_path / "q.jsonl"), *options)
     assert answer["documents"][0]["key"] == "0" and answer["cached_tokens"] > 0 and scores["questions"] == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from python_model import GritLM
 from python_model.rag import StoreCorruptError
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, read_documents
-from python_model.rag.index import Index, add_documents, open_index, stable_top_k
+from python_model.rag.index import Index, add_documents, open_index
 from python_model.rag.modes import Document
+from python_model.rag.store.vectors import stable_top_k
 
 
 def make(count: int, size: int = 16, seed: int = 0) -> tuple[list[Document], torch.Tensor]:
@@ -78,7 +78,7 @@ def test_adding_deleting_and_overwriting_is_seen_by_every_opened_index(tmp_path:
     index.add([Document("0-1", "new")], vectors[3:4], overwrite=True)
     assert keys(other.search(vectors[3:4], 1)) == [["0-1"]] and other.document("0-1").text == "new"
     index.delete(index.keys())
-    for engine in ("exact", "faiss"):
+    for engine in ("exact", "auto"):
         assert other.search(vectors[:2], 3, engine=engine) == [[], []]
     assert list((tmp_path / "i" / "vectors").iterdir()) == []
 
@@ -102,6 +102,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         (lambda: index.search(torch.ones(1, 8)), r"queries: expected .*, got \(1, 8\)"),
         (lambda: index.search(vectors, 0), "k: expected .*got 0"),
         (lambda: index.search(vectors, engine="annoy"), "engine: expected .*got 'annoy'"),
+        (lambda: index.search(vectors, engine="approximate"), "engine: expected a FAISS index .*got none"),
+        (lambda: index.search(vectors, texts=["one"]), "texts: expected one for each of 2 queries, got 1"),
+        (lambda: Index(tmp_path / "j", vectors="redis"), "vectors: expected 'folder' .*got 'redis'"),
         (lambda: Index(tmp_path / "i", fingerprint="two"), "fingerprint: .*got 'two'"),
         (lambda: Index(tmp_path / "i", format="int8"), "format: expected 'float32'.*got 'int8'"),
         (lambda: Index(tmp_path / "j", format="pickle"), "format: expected .*got 'pickle'"),  # type: ignore[arg-type]
@@ -124,26 +127,6 @@ def test_damaged_vectors_are_an_error_that_names_the_file(tmp_path: Path) -> Non
     file.write_bytes(content[:-4])
     with pytest.raises(StoreCorruptError, match=f"{file.name}.*cannot be read"):
         Index(tmp_path / "i").search(torch.ones(1, 16))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is an extra")
-def test_faiss_flat_finds_the_same(tmp_path: Path) -> None:
-    index = Index(tmp_path / "i")
-    documents, vectors = make(60)
-    index.add(documents, vectors)
-    for engine in ("faiss", "faiss:HNSW32"):
-        assert keys(index.search(vectors[:5], 3, engine=engine)) == keys(index.search(vectors[:5], 3))
-    index.delete(["0-0"])
-    found = index.search(vectors[:1], 80, engine="faiss")
-    assert keys(found) == keys(index.search(vectors[:1], 80)) and len(found[0]) == 59
-
-
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is not None, reason="tells what to do without FAISS")
-def test_without_faiss_the_message_says_how_to_get_it(tmp_path: Path) -> None:
-    index = Index(tmp_path / "i")
-    index.add(*make(3))
-    with pytest.raises(ImportError, match=r"grit-kernels\[rag\]"):
-        index.search(torch.ones(1, 16), engine="faiss")
 
 
 def test_documents_come_from_files_and_folders(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""A FAISS index of an index's vectors, kept in a file beside them: searches that look at a small part of them.
+
+It stands for the documents that were there when it was built; newer ones are compared one by one until it is extended, and what
+has been removed is passed over. How many of the true neighbours it finds was measured when it was built, and stands beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from python_model.rag.store.folder import StoreCorruptError
+from python_model.support.files import new_file
+from python_model.support.optional import require
+
+Kind = Literal["ivf-sq8", "hnsw"]
+KINDS: tuple[str, ...] = get_args(Kind)
+LEAST_DOCUMENTS = 256
+"""Fewer are compared one by one."""
+NEIGHBOURS = 10
+QUERIES = 256
+ROWS_PER_LIST = 64
+"""Vectors that an inverted list's centre is trained with."""
+HNSW_LINKS = 32
+MOST_EFFORT = 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the index's database keeps about the file.
+
+    Attributes:
+        kind: ``"ivf-sq8"`` (inverted lists of int8 vectors) or ``"hnsw"`` (a graph over int8 vectors).
+        file, checksum: where it is, and the CRC-32 of its content.
+        documents: how many it holds; ``last``: the largest of their ids.
+        target: the recall that was asked for.
+        effort: lists looked into per query (``nprobe``), or candidates kept (``efSearch``).
+        recall: the share of the ``NEIGHBOURS`` nearest documents that it found, on average over ``queries`` documents of the
+            index as queries, each without itself.
+    """
+
+    kind: str
+    file: str
+    checksum: int
+    documents: int
+    last: int
+    target: float
+    effort: int
+    recall: float
+    queries: int
+
+
+def build(kind: str, ids: Tensor, matrix: Tensor) -> Any:
+    """A FAISS index of ``matrix`` (documents, size) with ``ids`` (int64).
+
+    Raises:
+        ValueError: fewer than ``LEAST_DOCUMENTS``. ImportError: FAISS is not installed.
+    """
+    faiss = require("faiss", "rag")
+    count, size = matrix.shape
+    if count < LEAST_DOCUMENTS:
+        raise ValueError(
+            f"approximate: expected at least {LEAST_DOCUMENTS} documents, got {count}; so few are compared one by one"
+        )
+    rows = np.ascontiguousarray(matrix.numpy())
+    if kind == "hnsw":
+        index = faiss.index_factory(size, f"HNSW{HNSW_LINKS},SQ8", faiss.METRIC_INNER_PRODUCT)
+        index.train(rows)
+        index = faiss.IndexIDMap2(index)
+    else:
+        lists = min(round(4 * math.sqrt(count)), count // 39)  # below 39 vectors per list FAISS finds its training weak
+        index = faiss.index_factory(size, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: ROWS_PER_LIST * lists]
+        index.train(rows[chosen.numpy()])
+    index.add_with_ids(rows, ids.numpy())
+    return index
+
+
+def search(index: Any, kind: str, effort: int, queries: Tensor, k: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Inner products (Q, k) and ids, -1 where fewer were found; of ``ids`` (int64) if they are given."""
+    faiss = require("faiss", "rag")
+    options: dict[str, Any] = {}
+    if ids is not None:
+        chosen = np.ascontiguousarray(ids.numpy())  # the selector does not keep it
+        options["sel"] = faiss.IDSelectorBatch(chosen)
+    if kind == "hnsw":
+        parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k), **options)
+    else:
+        parameters = faiss.SearchParametersIVF(nprobe=effort, **options)
+    scores, found = index.search(np.ascontiguousarray(queries.numpy()), k, params=parameters)
+    return torch.from_numpy(scores), torch.from_numpy(found)
+
+
+def measure(index: Any, kind: str, ids: Tensor, matrix: Tensor, target: float) -> tuple[int, float, int]:
+    """The least effort (doubled from 1, or from ``NEIGHBOURS`` in a graph) whose recall is at least ``target``, else the most;
+    with its recall and the number of queries (see :class:`Record`)."""
+    chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))[:QUERIES]
+    queries = matrix[chosen]
+    scores = queries @ matrix.T
+    scores[torch.arange(len(chosen)), chosen] = -torch.inf
+    nearest = ids[scores.topk(NEIGHBOURS, dim=1).indices]
+    itself = ids[chosen][:, None]
+    most = MOST_EFFORT if kind == "hnsw" else index.nlist
+    effort = NEIGHBOURS if kind == "hnsw" else 1
+    while True:
+        _, found = search(index, kind, effort, queries, NEIGHBOURS + 1, None)
+        found = found.where(found != itself, -1)
+        recall = float((nearest[:, :, None] == found[:, None, :]).any(dim=2).double().mean())
+        if recall >= target or effort == most:
+            return effort, recall, len(chosen)
+        effort = min(2 * effort, most)
+
+
+def write(path: Path, index: Any) -> int:
+    """Write a FAISS index; returns the CRC-32 of the file."""
+    content = require("faiss", "rag").serialize_index(index)
+    with new_file(path) as file:
+        file.write(content.data)
+    return zlib.crc32(content.data)
+
+
+def read(path: Path, checksum: int) -> Any:
+    """The FAISS index of a file.
+
+    Raises:
+        FileNotFoundError: there is none. StoreCorruptError: it is not what was written.
+    """
+    content = np.fromfile(path, dtype=np.uint8)
+    if zlib.crc32(content.data) != checksum:
+        raise StoreCorruptError(
+            f"{path}: the FAISS index does not have the checksum it was written with; build it again"
+        )
+    return require("faiss", "rag").deserialize_index(content)

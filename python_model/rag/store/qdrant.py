@@ -1,0 +1,154 @@
+"""Vectors in Qdrant: a server by its URL, or a folder of the client's local mode, for tests and trials.
+
+The index's folder stays the truth: what a killed writer leaves on the server has ids that the folder does not know, and the next
+writer gives them to other documents. Documents' files and metadata go along, so that the server filters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from python_model.rag.filters import Filter, checked
+from python_model.rag.modes import Document
+from python_model.rag.store.folder import StoreError, Writing
+from python_model.rag.store.vectors import Selection
+from python_model.support.optional import require
+
+POINTS_AT_ONCE = 512
+
+
+class QdrantVectors:
+    """See the top of the file.
+
+    Args:
+        place: a URL (``http://localhost:6333``; the environment variable ``QDRANT_API_KEY`` is its key) or a folder.
+        collection: its name there; made with the first vectors.
+        format: ``"float16"`` is Qdrant's datatype, ``"int8"`` its scalar quantisation beside vectors of float32.
+        connect: gives the calling thread's connection to the index's database.
+    """
+
+    exhaustive = False
+
+    def __init__(self, place: str, collection: str, format: str, connect: Callable[[], sqlite3.Connection]) -> None:
+        client: Any = require("qdrant_client", "qdrant").QdrantClient
+        self._models: Any = require("qdrant_client.models", "qdrant")
+        self.place, self.collection, self.format, self._connect = place, collection, format, connect
+        if "://" in place:
+            self._client = client(url=place, api_key=os.environ.get("QDRANT_API_KEY"))
+        else:
+            self._client = client(path=place)
+
+    def add(self, writing: Writing, ids: range, documents: Sequence[Document], matrix: Tensor) -> None:
+        """See :class:`Vectors`. Points are there when this returns; should the transaction fail, nobody knows them."""
+        with _told(self.place):
+            if not self._exists():
+                self._create(matrix.shape[1])
+            points = [
+                self._models.PointStruct(
+                    id=identity, vector=vector, payload={"source": d.source, "metadata": dict(d.metadata)}
+                )
+                for identity, vector, d in zip(ids, matrix.tolist(), documents, strict=True)
+            ]
+            for start in range(0, len(points), POINTS_AT_ONCE):
+                self._client.upsert(self.collection, points[start : start + POINTS_AT_ONCE], wait=True)
+
+    def removed(self, ids: Sequence[int]) -> None:
+        """See :class:`Vectors`."""
+        with _told(self.place):
+            if ids and self._exists():
+                self._client.delete(self.collection, self._models.PointIdsList(points=list(ids)), wait=True)
+
+    def compact(self, writing: Writing) -> None:
+        """Remove points that no document has any more; the server merges its segments itself."""
+        known = {row[0] for row in writing.db.execute("SELECT id FROM documents")}
+        self.removed([identity for identity in self._ids() if identity not in known])
+
+    def search(self, queries: Tensor, k: int, selection: Selection) -> tuple[Tensor, Tensor]:
+        """See :class:`Vectors`."""
+        scores = torch.full((len(queries), k), -torch.inf)
+        ids = torch.full((len(queries), k), -1)
+        with _told(self.place):
+            if not self._exists():
+                return scores[:, :0], ids[:, :0]
+            condition = None if selection.where is None else self._filter(selection.where)
+            requests = [self._models.QueryRequest(query=query, limit=k, filter=condition) for query in queries.tolist()]
+            for row, found in enumerate(self._client.query_batch_points(self.collection, requests)):
+                for place, point in enumerate(found.points):
+                    scores[row, place], ids[row, place] = point.score, point.id
+        return scores, ids
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """See :class:`Vectors`."""
+        known = {row[0] for row in self._connect().execute("SELECT id FROM documents")}
+        with _told(self.place):
+            points = [p for p in self._points(with_vectors=True) if p.id in known]
+        vectors = torch.tensor([point.vector for point in points]) if points else torch.zeros(0, 0)
+        return torch.tensor([point.id for point in points], dtype=torch.int64), vectors
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def _exists(self) -> bool:
+        return bool(self._client.collection_exists(self.collection))
+
+    def _create(self, size: int) -> None:
+        models = self._models
+        half = models.Datatype.FLOAT16 if self.format == "float16" else models.Datatype.FLOAT32
+        small = models.ScalarQuantization(scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8))
+        self._client.create_collection(
+            self.collection,
+            vectors_config=models.VectorParams(size=size, distance=models.Distance.DOT, datatype=half),
+            quantization_config=small if self.format == "int8" else None,
+        )
+
+    def _filter(self, where: Filter) -> Any:
+        models, conditions = self._models, []
+        for field, value in checked(where).items():
+            key = "source" if field == "source" else f'metadata."{field}"'
+            if isinstance(value, dict):
+                bounds = models.Range(gte=value.get("min"), lte=value.get("max"))
+                conditions.append(models.FieldCondition(key=key, range=bounds))
+                continue
+            # MatchValue takes no float: an equal number is a range of one
+            either = [
+                models.FieldCondition(key=key, range=models.Range(gte=entry, lte=entry))
+                if isinstance(entry, (int, float)) and not isinstance(entry, bool)
+                else models.FieldCondition(key=key, match=models.MatchValue(value=entry))
+                for entry in value
+            ]
+            conditions.append(models.Filter(should=either))
+        return models.Filter(must=conditions)
+
+    def _ids(self) -> list[int]:
+        with _told(self.place):
+            return [point.id for point in self._points(with_vectors=False)] if self._exists() else []
+
+    def _points(self, with_vectors: bool) -> list[Any]:
+        found: list[Any] = []
+        offset = None
+        while self._exists():
+            points, offset = self._client.scroll(
+                self.collection, limit=POINTS_AT_ONCE, offset=offset, with_payload=False, with_vectors=with_vectors
+            )
+            found += points
+            if offset is None:
+                break
+        return found
+
+
+@contextlib.contextmanager
+def _told(place: str) -> Iterator[None]:
+    """The client's errors as ones that name the server."""
+    errors: Any = require("qdrant_client.http.exceptions", "qdrant")
+    try:
+        yield
+    except (errors.ApiException, OSError) as error:
+        raise StoreError(f"Qdrant at {place}: {error}") from error

@@ -1,0 +1,298 @@
+"""Vectors by the ids of their documents: what an index needs of them, and the kind it keeps in its own folder.
+
+    folder/vectors/*.safetensors  matrices (documents, size) in float32, float16 or int8 with a float32 scale per row
+
+A file is written once and never changed. So that a search after an addition reads what was added and no more, each file has the
+number of the change that last touched it, and what is mapped stays mapped. So that the files stay few, ``FAN_OUT`` neighbours of
+about one size become one: a vector is copied once per order of magnitude that the index grows by.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from python_model.rag.filters import Filter
+from python_model.rag.modes import Document
+from python_model.rag.store import shards
+from python_model.rag.store.folder import StoreCorruptError, Writing
+
+VectorFormat = Literal["float32", "float16", "int8"]
+FORMATS: tuple[str, ...] = get_args(VectorFormat)
+ROWS_AT_ONCE = 1 << 16
+FAN_OUT = 8
+MERGED_ROWS = 1 << 20
+"""Files of so many rows are not merged with others, so that an addition never copies more than some millions of vectors."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, checksum INTEGER NOT NULL,
+    rows INTEGER NOT NULL, changed INTEGER NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which documents a search may find: those of these ids (int64, sorted) and of this filter; None allows all.
+
+    Both say the same. Vectors in this process take the ids, a server the filter, whose patterns of files are spelled out.
+    """
+
+    ids: Tensor | None = None
+    where: Filter | None = None
+
+
+class Vectors(Protocol):
+    """What an index needs of its vectors. They may know ids that the index does not know any more, which it passes over."""
+
+    exhaustive: bool
+    """Whether :meth:`search` finds no such ids."""
+
+    def add(self, writing: Writing, ids: range, documents: Sequence[Document], matrix: Tensor) -> None:
+        """Add rows (documents, size) of documents that the index has just inserted, in its transaction."""
+        ...
+
+    def removed(self, ids: Sequence[int]) -> None:
+        """The index has removed these documents, and the transaction is committed."""
+        ...
+
+    def search(self, queries: Tensor, k: int, selection: Selection) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest inner products per query (Q, k), float32, largest first, and their ids, -1 where there are fewer."""
+        ...
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """All ids, and their vectors in float32."""
+        ...
+
+    def compact(self, writing: Writing) -> None:
+        """Give back what removed documents take."""
+        ...
+
+
+def stable_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row of ``scores`` (rows, n), largest first, and their columns; equal scores keep their order.
+
+    ``torch.topk`` is several times faster than a sort of everything, but may take any of equal scores. So its choice is put in
+    order, and only rows in which an equal of the k-th score was left out are sorted whole.
+    """
+    k = min(k, scores.shape[1])
+    best = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more, to see whether the k-th has an equal outside
+    columns = best.indices[:, :k].sort(dim=1).values
+    values = scores.gather(1, columns)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    values, columns = values.gather(1, order), columns.gather(1, order)
+    if 0 < k < scores.shape[1]:
+        tied = best.values[:, k - 1] == best.values[:, k]
+        if bool(tied.any()):
+            sorted_scores, sorted_columns = scores[tied].sort(dim=1, descending=True, stable=True)
+            values[tied], columns[tied] = sorted_scores[:, :k], sorted_columns[:, :k]
+    return values, columns
+
+
+def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 and their scales (rows, 1): ``row = scale * int8``, the largest value 127."""
+    scales = matrix.abs().amax(dim=1, keepdim=True) / 127
+    return (matrix / torch.where(scales > 0, scales, 1.0)).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def int8_products(queries: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+    """Inner products of float32 ``queries`` (Q, size) with int8 rows (n, size) and their scales (n, 1), in float32 (Q, n).
+
+    The rows are never widened: the processor multiplies int8 by int8 and sums in int32, exactly. A query goes in twice, rounded
+    to int8 and what that left over rounded once more, which together are 16 bits; so the error is about 1/250 of what
+    the rows' own rounding made.
+    """
+    high, high_scales = quantize(queries)
+    low, low_scales = quantize(queries - high * high_scales)
+    products = torch._int_mm(torch.cat([high, low]), data.T).float()
+    first, second = products.split(len(queries))
+    return (first * high_scales + second * low_scales) * scales.T
+
+
+@dataclass
+class _Block:
+    """One file: a matrix and the ids of its rows, -1 for those of documents that are gone."""
+
+    changed: int
+    ids: Tensor  # int64 (rows)
+    data: Tensor  # (rows, size)
+    scales: Tensor | None  # (rows, 1) float32, of int8
+
+    def products(self, queries: Tensor, rows: slice | Tensor) -> Tensor:
+        if self.scales is not None:
+            return int8_products(queries, self.data[rows], self.scales[rows])
+        return queries @ self.data[rows].float().T
+
+    def floats(self) -> Tensor:
+        data = self.data.float()
+        return (data if self.scales is None else data * self.scales)[self.ids >= 0]
+
+
+class ShardVectors:
+    """See the top of the file; every search compares with every vector.
+
+    Args:
+        folder: of the files.
+        format: how vectors are stored.
+        connect: gives the calling thread's connection to the index's database.
+    """
+
+    exhaustive = True
+
+    def __init__(self, folder: Path, format: str, connect: Callable[[], sqlite3.Connection]) -> None:
+        self.folder, self.format, self._connect = folder, format, connect
+        self._blocks: dict[int, _Block] = {}
+
+    def add(self, writing: Writing, ids: range, documents: Sequence[Document], matrix: Tensor) -> None:
+        """See :class:`Vectors`. The rows' places are written to the table ``documents``."""
+        if self.format == "int8":
+            data, scales = quantize(matrix)
+            self._write(writing, {"data": data, "scales": scales}, ids)
+        else:
+            self._write(writing, {"data": matrix.to(getattr(torch, self.format))}, ids)
+        self._merge(writing, self._due(writing.db))
+
+    def removed(self, ids: Sequence[int]) -> None:
+        """See :class:`Vectors`: the database says it all."""
+
+    def compact(self, writing: Writing) -> None:
+        """Write all files anew, of up to about ``MERGED_ROWS`` rows each, without those of documents that are gone."""
+        groups: list[list[int]] = []
+        filled = MERGED_ROWS
+        for shard, rows in writing.db.execute("SELECT id, rows FROM shards ORDER BY id").fetchall():
+            if filled + rows > MERGED_ROWS:
+                groups.append([])
+                filled = 0
+            groups[-1].append(shard)
+            filled += rows
+        for group in groups:
+            self._merge(writing, group)
+
+    def search(self, queries: Tensor, k: int, selection: Selection, newer_than: int = 0) -> tuple[Tensor, Tensor]:
+        """See :class:`Vectors`; of equal scores the older document comes first. ``newer_than``: only larger ids count."""
+        best = torch.full((len(queries), 0), 0.0)
+        found = torch.full((len(queries), 0), -1)
+        for block in self._current(newer_than):
+            for start in range(0, len(block.ids), ROWS_AT_ONCE):
+                part = block.ids[start : start + ROWS_AT_ONCE]
+                allowed = part > max(newer_than, 0)
+                if selection.ids is not None:
+                    allowed &= torch.isin(part, selection.ids, assume_unique=False)
+                count = int(allowed.sum())
+                rows: slice | Tensor = slice(start, start + len(part))
+                if 2 * count < len(part):  # copying the few is cheaper than comparing with all
+                    rows, part, allowed = start + allowed.nonzero()[:, 0], part[allowed], allowed[allowed]
+                if not count:
+                    continue
+                scores = block.products(queries, rows)
+                if count < len(part):
+                    scores[:, ~allowed] = -torch.inf
+                scores, places = stable_top_k(scores, k)
+                best = torch.cat([best, scores], dim=1)
+                found = torch.cat([found, part[places].where(scores > -torch.inf, -1)], dim=1)
+                best, order = stable_top_k(best, k)
+                found = found.gather(1, order)
+        return best, found
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """See :class:`Vectors`."""
+        blocks = self._current()
+        if not blocks:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
+        return torch.cat([b.ids[b.ids >= 0] for b in blocks]), torch.cat([b.floats() for b in blocks])
+
+    def _current(self, newer_than: int = 0) -> list[_Block]:
+        """The files that hold ids above ``newer_than``, as they are now; only what has changed is read."""
+        db = self._connect()
+        db.execute("BEGIN")  # one state of the index, whatever others write meanwhile
+        try:
+            present = db.execute("SELECT id, file, checksum, changed FROM shards ORDER BY id").fetchall()
+            self._blocks = {shard: self._blocks[shard] for shard, *_ in present if shard in self._blocks}
+            used = []
+            for shard, file, check, changed in present:
+                if newer_than and _last_id(db, shard) <= newer_than:
+                    continue
+                block = self._blocks.get(shard)
+                if block is None:
+                    tensors = read_file(self.folder / file, check)
+                    block = _Block(-1, torch.zeros(0), tensors["data"], tensors.get("scales"))
+                    self._blocks[shard] = block
+                if block.changed != changed:
+                    block.ids = torch.full((len(block.data),), -1)
+                    places = torch.tensor(_places(db, shard))
+                    block.ids[places[:, 0]] = places[:, 1]
+                    block.changed = changed
+                used.append(block)
+            return used
+        finally:
+            db.execute("ROLLBACK")
+
+    def _write(self, writing: Writing, tensors: dict[str, Tensor], ids: Sequence[int]) -> None:
+        name = shards.new_name()
+        writing.undo.append(name)
+        shards.write_shard(self.folder / name, tensors)
+        shard = writing.db.execute(
+            "INSERT INTO shards (file, checksum, rows, changed) VALUES (?, ?, ?, 0)",
+            (name, shards.checksum(tensors.values()), len(ids)),
+        ).lastrowid
+        places = [(shard, row, identity) for row, identity in enumerate(ids)]
+        writing.db.executemany("UPDATE documents SET shard = ?, row = ? WHERE id = ?", places)
+
+    def _due(self, db: sqlite3.Connection) -> list[int]:
+        """The newest files that are to become one: at least ``FAN_OUT`` that are no larger than an order of magnitude."""
+        newest = db.execute("SELECT id, rows FROM shards ORDER BY id DESC").fetchall()
+        due: list[int] = []
+        limit = FAN_OUT
+        while limit <= MERGED_ROWS:
+            count = next((i for i, (_, rows) in enumerate(newest) if rows >= limit), len(newest))
+            if count >= FAN_OUT:
+                due = [shard for shard, _ in reversed(newest[:count])]
+            limit *= FAN_OUT
+        return due
+
+    def _merge(self, writing: Writing, group: Sequence[int]) -> None:
+        """Write neighbouring files as one new one, without rows of documents that are gone."""
+        db, parts, ids = writing.db, [], []
+        for shard in group:
+            file, check = db.execute("SELECT file, checksum FROM shards WHERE id = ?", (shard,)).fetchone()
+            places = _places(db, shard)
+            tensors = read_file(self.folder / file, check)
+            rows = torch.tensor([row for row, _ in places])
+            parts.append({name: tensor[rows] for name, tensor in tensors.items()})
+            ids += [identity for _, identity in places]
+            db.execute("DELETE FROM shards WHERE id = ?", (shard,))
+            writing.after.append(file)
+        if parts:
+            self._write(writing, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, ids)
+
+
+def read_file(path: Path, check: int) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory; their checksum is compared.
+
+    Raises:
+        StoreCorruptError: the file is damaged, truncated or missing.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise StoreCorruptError(f"{path}: the vectors cannot be read ({error})") from error
+    if shards.checksum(tensors.values()) != check:
+        raise StoreCorruptError(f"{path}: the vectors do not have the checksum they were written with")
+    return tensors
+
+
+def _places(db: sqlite3.Connection, shard: int) -> list[tuple[int, int]]:
+    """(row, id) of a file's documents; both grow together."""
+    return db.execute("SELECT row, id FROM documents WHERE shard = ? ORDER BY row", (shard,)).fetchall()
+
+
+def _last_id(db: sqlite3.Connection, shard: int) -> int:
+    query = "SELECT id FROM documents WHERE shard = ? ORDER BY row DESC LIMIT 1"
+    return int(db.execute(query, (shard,)).fetchone()[0])
