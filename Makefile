@@ -86,6 +86,11 @@ test-model: fetch-model  ## tests on the real 135M model
 fuzz: install  ## thousands of random calls of every kernel against float64 definitions, with counts
 	$(BIN)/python -m tests.grit_kernels.fuzz --calls 2000
 
+# goes on where it stopped; MUTATE="--only grit_kernels/hf" for a part
+MUTATE ?=
+mutate: install  ## how many of 400 small changes of the code the tests notice (hours)
+	$(BIN)/python -m tools.mutate --jobs $(JOBS) $(MUTATE)
+
 test-slow: install  ## tests that take minutes
 	$(call marked,slow)
 

@@ -15,7 +15,7 @@ namespace grit {
   namespace isa {               \
   extern const Kernels table;   \
   }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(GRIT_PORTABLE_ONLY)
 #if defined(GRIT_HAS_AMX)
 GRIT_TABLE(amx)
 GRIT_TABLE(amx_emulated)
@@ -39,7 +39,7 @@ struct Choice {
 std::vector<Choice> usable() {
   std::vector<Choice> list;
   auto add = [&](const Kernels& table) { list.push_back({&table, &table}); };
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(GRIT_PORTABLE_ONLY)
   const CpuFeatures& cpu = cpu_features();
 #if defined(GRIT_HAS_AMX)
   if (cpu.amx) list.push_back({&amx::table, &avx512_bf16::table});

@@ -1,0 +1,201 @@
+"""tools/mutate.py on a package of three functions: one is tested, one only run, one never called."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("coverage")
+
+from tests.conftest import ROOT, needs_source_tree  # noqa: E402
+from tools import mutate  # noqa: E402
+from tools.mutate_map import Map, read_map  # noqa: E402
+from tools.mutate_sites import cpp_edits, live_lines, python_edits  # noqa: E402
+
+pytestmark = needs_source_tree
+
+SOURCE = '''
+"""A docstring with a + b."""
+LIMIT: int = 3
+
+def watched(a, b=1):
+    return a + b
+
+def run_only(a):
+    return a * LIMIT
+
+def never(a):
+    if a > 2:
+        raise ValueError(f"{a + 1} is too much")
+    return a
+'''
+TESTS = """
+import pytest
+from grit_kernels.small.values import run_only, watched
+
+@pytest.fixture(scope="module")
+def made():
+    return run_only(2)
+
+def test_first(made):
+    assert made is not None
+
+def test_second(made):
+    assert made
+
+def test_watched():
+    assert watched(2) == 3 and watched(2, 5) == 7
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the processes inside start quicker
+    files = {
+        "grit_kernels/__init__.py": "",
+        "grit_kernels/small/__init__.py": "",
+        "grit_kernels/small/values.py": SOURCE,
+        "python_model/__init__.py": "",
+        "tests/test_values.py": TESTS,
+        "tests/__init__.py": "",
+        "tools/__init__.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for path in ROOT.glob("tools/mutate_*.py"):
+        shutil.copy(path, tmp_path / "tools")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    return tmp_path
+
+
+def changes(source: str) -> list[tuple[str, str]]:
+    return [(edit.before, edit.after) for edit in python_edits("file.py", source)]
+
+
+def test_what_a_result_depends_on_is_changed_and_texts_and_types_are_not() -> None:
+    assert changes('def f(a: "int | None" = None) -> list[int]:\n    """a + b"""\n    print(a + 1)\n    return a') == []
+    assert changes("x = a < b") == [("a < b", "(a <= b)")]
+    assert changes("x = a and not b") == [("a and not b", "(a or not b)"), ("not b", "(b)")]
+    assert changes("x = f(a, mask=m, k=w)") == [
+        ("f(a, mask=m, k=w)", "f(a, k=w)"),
+        ("f(a, mask=m, k=w)", "f(a, mask=m)"),
+    ]
+    assert changes("x = a * weight") == [("a * weight", "(a / weight)"), ("a * weight", "(a)")]
+    assert changes("x = x.max()") == [("x = x.max()", "pass"), ("x.max", "x.min")]
+    assert changes("if f(a):\n    raise ValueError('a' + b)") == [
+        ("f(a)", "(not (f(a)))"),
+        ("raise ValueError('a' + b)", "pass"),
+    ]
+    assert changes("ä = 'ü' if b else 2.0") == [
+        ("'ü' if b else 2.0", "('ü')"),
+        ("'ü' if b else 2.0", "(2.0)"),
+        ("2.0", "4.0"),
+    ]
+
+
+def test_every_edit_of_this_project_is_a_program() -> None:
+    for file in ("grit_kernels/packing.py", "grit_kernels/attention/triton_forward.py", "python_model/settings.py"):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        edits = python_edits(file, source)
+        assert len(edits) > 20 and len(set(edits)) == len(edits)
+        for edit in edits:
+            changed = edit.apply(source)
+            assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), edit
+
+
+def test_an_edit_of_another_source_is_refused() -> None:
+    edit = python_edits("file.py", "x = a < b")[0]
+    with pytest.raises(ValueError, match="expected 'a < b' at file.py:1"):
+        edit.apply("y  = a < b")
+
+
+def test_cpp_is_changed_in_the_lines_that_are_compiled_and_outside_of_texts() -> None:
+    source = 'int f(int a) {\n  if (a < 10) return g("a < b", 0.5f);  // a < 3\n  return a + b;\n}\n'
+    found = [(e.line, e.before, e.after) for e in cpp_edits("f.cpp", source, {1, 2})]
+    assert found == [(2, " < ", " <= "), (2, "10", "11"), (2, "0.5f", "1.0f")]
+    for edit in cpp_edits("f.cpp", source, {1, 2, 3}):
+        assert edit.apply(source) != source
+    text = '# 1 "/r/a.cpp"\nint a;\n\n# 7 "/usr/b.h" 1\nint b;\n# 5 "/r/a.cpp" 2\nint c;\nint d;\n'
+    assert live_lines(text, Path("/r")) == {"a.cpp": {1, 5, 6}}
+
+
+def test_a_draw_is_fixed_and_holds_every_folder_by_its_size(tree: Path) -> None:
+    found = mutate.python_mutants(tree)
+    assert set(found) == {"grit_kernels/small"}
+    many = {"a": found["grit_kernels/small"], "b": found["grit_kernels/small"][:2]}
+    chosen = mutate.draw(many, [], 6, 0, seed=1)
+    assert chosen == mutate.draw(many, [], 6, 0, seed=1) != mutate.draw(many, [], 6, 0, seed=2)
+    assert mutate.shares({"a": 60, "b": 39, "c": 1}, 10) == {"a": 6, "b": 3, "c": 1}
+    assert mutate.shares({"a": 60, "b": 1, "c": 1}, 2) == {"a": 0, "b": 1, "c": 1}
+    assert mutate.shares({"a": 2, "b": 98}, 100) == {"a": 2, "b": 98}
+
+
+def test_the_interval_is_wilsons() -> None:
+    low, high = mutate.wilson(8, 10)
+    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+    assert mutate.wilson(10, 10)[1] == pytest.approx(1.0) and mutate.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_mutants_are_noticed_survive_or_meet_no_test_and_a_run_goes_on(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = sum(map(len, mutate.python_mutants(tree).values()))
+    options = ["--count", str(whole), "--cpp", "0", "--only", "grit_kernels/small"]
+    mutate.main(options, tree)
+    rows = [json.loads(line) for line in (tree / "build/mutate/log.jsonl").read_text().splitlines()]
+    assert len(rows) == whole
+
+    def outcomes(start: int, stop: int) -> set[str]:
+        return {row["outcome"] for row in rows if start <= row["line"] <= stop}
+
+    line = {
+        name: SOURCE.splitlines().index(f"def {name}") + 1 for name in ("watched(a, b=1):", "run_only(a):", "never(a):")
+    }
+    assert outcomes(line["watched(a, b=1):"], line["run_only(a):"] - 1) == {"noticed"}
+    assert outcomes(line["run_only(a):"], line["never(a):"] - 1) == {"survived"}
+    assert outcomes(line["never(a):"], line["never(a):"] + 3) == {"no test"}
+    assert {row["by"] for row in rows if row["outcome"] == "noticed"} == {"tests/test_values.py::test_watched"}
+    assert (tree / "build/mutate/tree0/grit_kernels/small/values.py").read_text() == SOURCE
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed and "no test: grit_kernels/small/values.py" in printed
+
+    mutate.main(options, tree)
+    assert len((tree / "build/mutate/log.jsonl").read_text().splitlines()) == whole
+
+
+def test_neighbours_that_share_a_fixture_are_tried_after_the_covering_tests() -> None:
+    edit = next(e for e in python_edits("values.py", SOURCE) if e.before == "a * LIMIT")
+    seconds = {"t.py::covering": 1.0, "t.py::dear": 50.0, "t.py::cheap": 0.1, "other.py::far": 0.1}
+    known = Map(seconds={"cpu": seconds, "interpret": {}})
+    known.lines["cpu", "values.py", edit.line] = {"t.py::covering", "t.py::dear", "t.py::failed"}
+    assert known.choose("cpu", edit, budget=3.0) == ["t.py::covering", "t.py::cheap"]
+    assert known.choose("cpu", edit, budget=0.5) == ["t.py::covering", "t.py::cheap"]
+    assert known.choose("cpu", edit, budget=60.0)[:2] == ["t.py::covering", "t.py::dear"]
+    assert known.choose("interpret", edit, budget=60.0) == []
+
+
+def test_an_endless_loop_is_stopped_and_counts_as_noticed(tree: Path) -> None:
+    (tree / "tests/test_loop.py").write_text("def test_loop():\n    while True:\n        pass\n")
+    verdict = mutate.run_tests(tree, "cpu", ["tests/test_loop.py::test_loop"], limit=4)
+    assert (verdict.outcome, verdict.by) == ("noticed", "time limit")
+    fine = mutate.run_tests(tree, "cpu", ["tests/test_values.py::test_watched"], limit=60)
+    assert fine.outcome == "survived" and fine.tests == 1
+
+
+def test_the_map_knows_which_test_runs_a_line(tree: Path) -> None:
+    mutate.make_map(tree, tree / "build/mutate", "cpu")
+    known = read_map(tree / "build/mutate/tree", tree / "build/mutate/map")
+    edits = python_edits("grit_kernels/small/values.py", SOURCE)
+    by_text = {edit.before: known.covering("cpu", edit) for edit in reversed(edits)}
+    assert by_text["a + b"] == {"tests/test_values.py::test_watched"}
+    assert by_text["1"] >= {"tests/test_values.py::test_watched"}, "a default is watched by the tests of its function"
+    assert by_text["a > 2"] == set()
+    assert by_text["a * LIMIT"] == {"tests/test_values.py::test_first"}, "the first to ask for the fixture"
+    watching = {f"tests/test_values.py::test_{name}" for name in ("first", "watched")}
+    assert by_text["3"] == watching, "what runs on import is watched by the tests that run the file's functions"
