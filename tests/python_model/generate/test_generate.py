@@ -92,6 +92,9 @@ def test_sampling_draws_from_the_tokens_that_top_k_and_top_p_leave() -> None:
         return torch.bincount(sampling.choose(logits, generator), minlength=4) / len(logits)
 
     assert (share(Sampling(1.0)) - p).abs().max() < 0.04
+    for temperature in (0.5, 2.0):
+        scaled = (logits[0] / temperature).softmax(0)
+        assert (share(Sampling(temperature)) - scaled).abs().max() < 0.04 < 2 * (scaled - p).abs().max()
     assert (share(Sampling(1.0, top_k=2)) - torch.tensor([p[0], p[1], 0, 0]) / p[:2].sum()).abs().max() < 0.04
     assert share(Sampling(1.0, top_p=0.5)).tolist() == [1, 0, 0, 0]  # the first token alone reaches it
     assert share(Sampling(1.0, top_p=float(p[0]) + 0.01))[2:].sum() == 0

@@ -61,6 +61,24 @@ def test_a_hook_on_the_head_counts(checkpoint: Path, tmp_path: Path) -> None:
     assert not torch.allclose(flat, plain)
 
 
+def test_the_bias_of_a_language_models_head_counts_and_learns(checkpoint: Path, tmp_path: Path) -> None:
+    """GPT-J's head has one; the loss and every gradient are those of the logits that the head gives."""
+    model = toy_model(toy_config(checkpoint, tmp_path))
+    head = torch.nn.Linear(64, len(model.tokenizer), bias=True)
+    torch.nn.init.normal_(head.bias)
+    model.model.set_output_embeddings(head)
+    chunk = build_chunk([], ToyStream(model.tokenizer, 0, 2)[0].conversations)
+    hidden = model.hidden_states(chunk.input_ids, chunk.pack).detach().requires_grad_()
+    inputs = (hidden, head.weight, head.bias)
+    found = next_token_losses(model, hidden, chunk.labels)
+    expected = torch.nn.functional.cross_entropy(head(hidden), chunk.labels, ignore_index=-100, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(
+        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_names_trained_weights_that_no_gradient_reaches(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
