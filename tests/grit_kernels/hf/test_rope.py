@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import grit_kernels as gk
+from tests.grit_kernels.hf.test_families import FAMILIES, SPECIAL
 
 LONG = 16
 HALF = 16
@@ -25,39 +26,52 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": LONG,
     },
 }
-KINDS = {"llama": "LlamaForCausalLM", "phi3": "Phi3ForCausalLM"}
+FIXED = {"gptj"}
+"""Families whose positions cannot be scaled."""
 TEXTS = [5, 30, LONG, LONG + 1, 24]
 """Shorter than the original length, longer, and at its edge."""
 
 
+def scaled(kind: str, scaling: str) -> dict[str, Any]:
+    """rope_parameters of a family: one set, or one for each kind of layer."""
+    parameters = {"rope_theta": 1e4, **SCALINGS[scaling]}
+    if kind == "gpt_neox":
+        parameters["partial_rotary_factor"] = 1.0
+    if kind == "gemma3_text":
+        return {"full_attention": parameters, "sliding_attention": {"rope_theta": 1e3, "rope_type": "default"}}
+    return parameters
+
+
 def tiny(kind: str, scaling: str) -> Any:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        kind,
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=LONG if scaling == "dynamic" else 64,
-        original_max_position_embeddings=LONG,
-        rope_parameters={"rope_theta": 1e4, **SCALINGS[scaling]},
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
+    options = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 2 * HALF,
+        "max_position_embeddings": LONG if scaling == "dynamic" else 64,
+        "original_max_position_embeddings": LONG,
+        "rope_parameters": scaled(kind, scaling),
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    config = transformers.AutoConfig.for_model(kind, **{**options, **SPECIAL[kind]})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(4)
     return model
 
 
-CASES = [
-    (kind, scaling) for kind in KINDS for scaling in SCALINGS if kind != "phi3" or scaling in ("default", "longrope")
-]
+# every supported family under both scalings that depend on the length, one of them under the others as well
+CASES = [(kind, scaling) for kind in sorted(set(FAMILIES) - FIXED) for scaling in ("dynamic", "longrope")]
+CASES += [("llama", scaling) for scaling in ("default", "linear", "yarn")]
+CASES.remove(("phi3", "dynamic"))  # its config takes no other scaling than longrope
 
 
 @pytest.fixture(scope="module")
