@@ -48,6 +48,56 @@ def test_adapters_on_the_head_count_in_the_loss_and_learn(checkpoint: Path, tmp_
     torch.testing.assert_close(through_adapters, loss(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "tokens", "modules_to_save"])
+def test_adapters_on_the_input_embeddings_learn_as_in_transformers(
+    checkpoint: Path, tmp_path: Path, kind: str, tied: bool
+) -> None:
+    """Loss and gradients of a packed step are those of PEFT's own model, or the run says that it does not know the head."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {
+        "lora": {"target_modules": ["embed_tokens"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": list(range(20, 300))},
+        "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    }[kind]
+
+    def adapted(model: Any) -> Any:
+        model.config.tie_word_embeddings = tied
+        if not tied:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.0, **settings))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad and "lora" in name:
+                    p.normal_(std=0.1)
+        return model
+
+    grit = toy_model(toy_config(checkpoint, tmp_path))
+    grit.model = adapted(grit.model)
+    plain = adapted(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+    talks = ToyStream(grit.tokenizer, 0, 2)[0].conversations
+    chunk = build_chunk([], talks)
+    found = next_token_losses(grit, grit.hidden_states(chunk.input_ids, chunk.pack), chunk.labels).sum()
+    found.backward()
+    expected = torch.zeros(())
+    for talk in talks:
+        logits = plain(torch.tensor([talk.input_ids])).logits[0]
+        expected = expected + torch.nn.functional.cross_entropy(
+            logits, torch.tensor(talk.labels), ignore_index=-100, reduction="sum"
+        )
+    expected.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    theirs = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad and p.grad is not None}
+    mine = {name: p.grad for name, p in grit.model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert mine.keys() == theirs.keys() and any("embed_tokens" in name for name in theirs)
+    largest = max(float(grad.abs().max()) for grad in theirs.values())
+    for name, grad in theirs.items():
+        assert float((mine[name] - grad).abs().max()) <= 1e-4 * largest, name
+
+
 def test_a_hook_on_the_head_counts(checkpoint: Path, tmp_path: Path) -> None:
     model = toy_model(toy_config(checkpoint, tmp_path))
     chunk = build_chunk([], ToyStream(model.tokenizer, 0, 2)[0].conversations)
