@@ -3,6 +3,7 @@
     python -m tools.mutate                              (make mutate)
     python -m tools.mutate --only grit_kernels/hf       the part of the draw in one folder
     python -m tools.mutate --survivors                  try those again that nothing noticed
+    python -m tools.mutate --map "cpu tests/bench"      one piece of the coverage map
 
 A fixed seed draws mutants (one small edit each, see tools/mutate_sites.py) from the Python packages, every folder in
 proportion to what can be changed in it, and from csrc/cpu. Each is made in a copy of the tree, and the tests that run its line
@@ -254,7 +255,9 @@ def known_equivalent(path: Path = EQUIVALENT) -> set[str]:
     return {json.loads(line)["key"] for line in path.read_text(encoding="utf-8").splitlines() if line}
 
 
-def try_all(mutants: list[Mutant], trials: Sequence[Callable[[Mutant], Verdict]], log: JsonLines) -> None:
+def try_all(
+    mutants: list[Mutant], trials: Sequence[Callable[[Mutant], Verdict]], log: JsonLines, partial: bool = False
+) -> None:
     """Every mutant once, by as many threads as there are trials; a row for each is on the disk when it is decided."""
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
@@ -283,6 +286,7 @@ def try_all(mutants: list[Mutant], trials: Sequence[Callable[[Mutant], Verdict]]
                         **edit,
                         **asdict(verdict),
                         "seconds": round(time.monotonic() - started),
+                        "partial": partial,
                     }
                 )
                 done[verdict.outcome] += 1
@@ -314,6 +318,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument(
         "--map", metavar="TEXT", help="only run the pieces 'MODE PATH' of the map that contain this text"
     )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="use the pieces of the map that are there; a later run tries again what then was not noticed",
+    )
     parser.add_argument("--report", action="store_true", help="only print what is known")
     options = parser.parse_args(arguments)
     work = root / "build" / "mutate"
@@ -327,16 +336,16 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     mutants = [mutant for mutant in mutants if mutant.edit.file.startswith(options.only)]
     log = JsonLines(work / "log.jsonl")
     if not options.report:
-        make_map(root, work, "")
+        if not options.partial:
+            make_map(root, work, "")
         tests = read_map(work / "tree", work / "map")
-        last = {str(row["key"]): str(row["outcome"]) for row in log.rows}
-        missing = [
-            mutant
-            for mutant in mutants
-            if mutant.key not in last or (options.survivors and last[mutant.key] != "noticed")
-        ]
+        rows = {str(row["key"]): row for row in log.rows}
+        again = {key for key, row in rows.items() if options.survivors or (row["partial"] and not options.partial)}
+        tried = {key for key, row in rows.items() if row["outcome"] == "noticed" or key not in again}
+        missing = [mutant for mutant in mutants if mutant.key not in tried]
         workers = range(min(options.jobs, len(missing)))
-        try_all(missing, [Trial(root, work / f"tree{worker}", tests, options.seconds) for worker in workers], log)
+        trials = [Trial(root, work / f"tree{worker}", tests, options.seconds) for worker in workers]
+        try_all(missing, trials, log, partial=options.partial)
     log.close()
     rows = {str(row["key"]): row for row in log.rows}  # the last row of a key counts
     print(report((rows[mutant.key] for mutant in mutants if mutant.key in rows), known_equivalent()))
