@@ -6,7 +6,13 @@ of them. A call is drawn from its number alone, so what fails can be run again.
 A result may be off by twice what the same computation errs eagerly in the inputs' dtype, as everywhere in the tests, and by what
 an input that is changed by a few FP32 roundings changes (``spread``): of two scores of 1e14 that differ by less than FP32 can
 hold, either may be the highest. A gradient through a norm is what is left after its part along the row is taken away, and may be
-off by the rounding of what it was before.
+off by the rounding of what it was before. Three more bounds follow from the formulas:
+
+* A cross entropy is ln(sum exp(z - top)) and more, and the sum is at least 1: the loss is known to an FP32 rounding of 1, also
+  where it is smaller (one key far above all others). So is the label's probability less 1, and a gradient to that rounding times
+  the rows it is multiplied by; the two directions of the symmetric loss add such terms, which may cancel.
+* Rows that a norm gives may cancel in a mean (width 1: signs), and a vector that is normalised then keeps the direction of what
+  their roundings leave. So normed rows are changed by a few roundings too, as the inputs are.
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ import grit_kernels as gk
 
 Results = list[Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ONE_ROUNDING = torch.finfo(torch.float32).eps / 2
+FEW_ROUNDINGS = 8 * torch.finfo(torch.float32).eps
 
 
 @dataclass
@@ -43,6 +51,10 @@ class Call:
     # (inputs, definition's results, their gradients) in float64 -> per input, what the rounding of an intermediate may change
     rounding: Callable[[list[Tensor], Results, Results], list[Tensor | float]] | None = None
     fixed_norms: Callable[..., Results] | None = None
+    # the definition with a few FP32 roundings of what it has between its steps, where the inputs' say nothing of them
+    jittered: Callable[..., Results] | None = None
+    # absolute, of every result
+    result_rounding: float = 0.0
 
 
 def magnitudes(x: Tensor, rng: random.Random, dtype: torch.dtype, most: float) -> Tensor:
@@ -205,16 +217,20 @@ def contrastive_call(rng: random.Random) -> Call:
         assert isinstance(loss, Tensor)
         return [loss]
 
-    if not normalize:
-        return Call([q, p], kernel, definition)
+    heaviest = 1.0 if weights is None else float(weights.max())
+    of_loss = ONE_ROUNDING * (count if reduction == "sum" else 1) * heaviest
 
     def rounding(inputs: list[Tensor], outs: Results, grads: Results) -> list[Tensor | float]:
-        # the terms of a gradient, each a weight times a unit row, cancel where the rows are nearly the same
-        most = grads[0].abs().max() * (1 if weights is None else weights.max())
-        lengths = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in inputs)
-        return [4 * torch.finfo(dtype).eps * most / temperature / length for length in lengths]
+        most = grads[0].abs().max() * heaviest
+        if normalize:
+            # the terms of a gradient, each a weight times a unit row, cancel where the rows are nearly the same
+            lengths = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in inputs)
+            return [4 * torch.finfo(dtype).eps * most / temperature / length for length in lengths]
+        largest = [x.abs().max() for x in inputs]
+        return [ONE_ROUNDING * most / temperature * other for other in reversed(largest)]
 
-    return Call([q, p], kernel, definition, rounding, functools.partial(definition, fixed=True))
+    fixed = functools.partial(definition, fixed=True) if normalize else None
+    return Call([q, p], kernel, definition, rounding, fixed, result_rounding=of_loss)
 
 
 def token_loss_call(rng: random.Random) -> Call:
@@ -232,7 +248,14 @@ def token_loss_call(rng: random.Random) -> Call:
             logits = softcap * torch.tanh(logits / softcap)
         return [F.cross_entropy(logits, labels, reduction="none")]
 
-    return Call([hidden, weight], lambda h, w: [gk.linear_cross_entropy(h, w, labels, softcap=softcap)], definition)
+    def rounding(inputs: list[Tensor], outs: Results, grads: Results) -> list[Tensor | float]:
+        most, largest = grads[0].abs().max(), [x.abs().max() for x in inputs]
+        return [ONE_ROUNDING * most * other for other in reversed(largest)]
+
+    def kernel(h: Tensor, w: Tensor) -> Results:
+        return [gk.linear_cross_entropy(h, w, labels, softcap=softcap)]
+
+    return Call([hidden, weight], kernel, definition, rounding, result_rounding=ONE_ROUNDING)
 
 
 def pool_call(rng: random.Random) -> Call:
@@ -244,11 +267,13 @@ def pool_call(rng: random.Random) -> Call:
     gain = (torch.randn(columns) if normed else torch.zeros(0)).to(dtype)
     normalize, packed = rng.random() < 0.3, rng.random() < 0.5
 
-    def definition(hidden: Tensor, gain: Tensor, fixed: bool = False) -> Results:
+    def definition(hidden: Tensor, gain: Tensor, fixed: bool = False, jitter: float = 0.0) -> Results:
         x = hidden if hidden.dtype == torch.float64 else hidden.float()
         if normed:
             inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
             x = x * (inverse.detach() if fixed else inverse) * gain.to(x.dtype)
+            if jitter:
+                x = x * (1 + jitter * torch.randn_like(x))
         rows = []
         for part, skip in zip(x.split(lens), skipped, strict=True):
             part = part if method == "cls" else part[skip:]
@@ -272,7 +297,8 @@ def pool_call(rng: random.Random) -> Call:
         mask = torch.arange(max(lens))[None, :] < torch.tensor(lens)[:, None]
         return [gk.pool(rows, attention_mask=mask, **options)]
 
-    return Call([hidden, gain], kernel, definition, fixed_norms=functools.partial(definition, fixed=True))
+    fixed = functools.partial(definition, fixed=True)
+    return Call([hidden, gain], kernel, definition, None, fixed, functools.partial(definition, jitter=FEW_ROUNDINGS))
 
 
 KERNELS = {
@@ -335,8 +361,8 @@ def run_call(kernel: str, number: int, gradients: bool = True) -> str:
     truth, eager = ([*sum(results_and_gradients(call.definition, x, grads), [])] for x in (wide, call.inputs))
     spread = [torch.zeros_like(x) for x in truth]
     for _ in range(2):
-        near = [x * (1 + 8 * torch.finfo(torch.float32).eps * torch.randn_like(x)) for x in wide]
-        moved = sum(results_and_gradients(call.definition, near, grads), [])
+        near = [x * (1 + FEW_ROUNDINGS * torch.randn_like(x)) for x in wide]
+        moved = sum(results_and_gradients(call.jittered or call.definition, near, grads), [])
         spread = [s.maximum((m - t).abs().nan_to_num(0)) for s, m, t in zip(spread, moved, truth, strict=True)]
     # a row whose best key changes changes as a whole
     spread = [s.amax(-1, keepdim=True).expand_as(s) if s.numel() and s.ndim else s for s in spread]
@@ -352,6 +378,9 @@ def run_call(kernel: str, number: int, gradients: bool = True) -> str:
     actual = sum(results_and_gradients(call.kernel, call.inputs, grads, rng), [])
     # a probability below FP32's smallest normal number may count as that one
     least = 64 * torch.finfo(torch.float32).tiny * math.prod(max(1.0, float(x.abs().max())) for x in wide if x.numel())
+    if call.result_rounding:
+        results = len(truth) - len(wide) * gradients
+        spread = [*(s + call.result_rounding for s in spread[:results]), *spread[results:]]
     names = [f"result {i}" for i in range(len(actual) - len(wide) * gradients)] + [
         f"gradient {i}" for i in range(len(wide))
     ]
