@@ -51,6 +51,17 @@ def test_libraries_use_torchs_c_interface_only(library: Path) -> None:
     assert all(name.startswith(("aoti_torch_", "torch_")) for name in plain), plain
 
 
+@pytest.mark.skipif(not (_library.FOLDER / "_C.so").exists(), reason="needs the compiled library")
+def test_the_library_asks_for_no_newer_system_than_manylinux_2_28() -> None:
+    """csrc/older_systems.cpp has what this compiler's headers would ask for; CUDA's library is built where it runs."""
+    allowed = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11)}
+    data = (_library.FOLDER / "_C.so").read_bytes()
+    asked = re.findall(rb"(?<=\0)(GLIBC|GLIBCXX|CXXABI)_([\d.]+)(?=\0)", data)
+    assert asked
+    newer = [f"{n.decode()}_{v.decode()}" for n, v in asked if tuple(map(int, v.split(b"."))) > allowed[n.decode()]]
+    assert newer == [], "build the library again, or add what a newer compiler asks for to csrc/older_systems.cpp"
+
+
 def test_the_status_names_the_library_or_what_to_do() -> None:
     status = _library.status()
     if status.loaded:
