@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from python_model.model.chunks import build_chunk
 from python_model.model.losses import next_token_losses, sums_per_sample
+from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
-from python_model.train.step import StepGradients, plan_step
+from python_model.train.step import StepGradients, _empty_chunk, plan_step
 from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model, toy_trainer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -171,8 +173,8 @@ def test_a_step_takes_no_duplicate_of_a_positive_as_negative(checkpoint: Path, t
     assert trainer.step(samples, 0)["contrastive_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_chunks_router_loss_counts_by_its_share_of_the_tokens(tokenizer: Any, tmp_path: Path) -> None:
-    """Chunks of unequal length: the step's router loss is the mean over tokens, and its gradient is that of this mean."""
+def router_model(tokenizer: Any, folder: Path) -> tuple[TrainingModel, TrainConfig]:
+    """A tiny Mixtral, and settings in which every conversation is a chunk and only the router loss counts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -180,10 +182,15 @@ def test_a_chunks_router_loss_counts_by_its_share_of_the_tokens(tokenizer: Any, 
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
     )  # fmt: skip
-    MixtralForCausalLM(settings).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    config = toy_config(tmp_path, tmp_path, chunk_tokens=LENGTH, generative_weight=0.0, mode="generative")
-    model = TrainingModel(toy_model(config), router_loss=True)
+    MixtralForCausalLM(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = toy_config(folder, folder, chunk_tokens=LENGTH, generative_weight=0.0, mode="generative")
+    return TrainingModel(toy_model(config), router_loss=True), config
+
+
+def test_a_chunks_router_loss_counts_by_its_share_of_the_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    """Chunks of unequal length: the step's router loss is the mean over tokens, and its gradient is that of this mean."""
+    model, config = router_model(tokenizer, tmp_path)
     talks = [s for seed in range(8) for s in ToyStream(tokenizer, 0, 2)[seed].conversations]
     talks = [max(talks, key=len), min(talks, key=len)]
     batch = plan_step([], [], talks, None, config.batch, config.losses, ALONE)
@@ -202,6 +209,25 @@ def test_a_chunks_router_loss_counts_by_its_share_of_the_tokens(tokenizer: Any, 
     assert gates
     for name in gates:
         torch.testing.assert_close(found[name], dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_rank_without_work_adds_nothing_to_the_router_loss(tokenizer: Any, tmp_path: Path) -> None:
+    """Ranks with fewer chunks run an empty one of a token, to take part in collectives: it must not count."""
+    model, config = router_model(tokenizer, tmp_path)
+    talks = ToyStream(tokenizer, 0, 1)[0].conversations
+    batch = plan_step([], [], talks, None, config.batch, config.losses, ALONE)
+    steps = []
+    for extra in (0, 2):
+        model.zero_grad()
+        padded = replace(
+            batch, conversation_chunks=[*batch.conversation_chunks, *[_empty_chunk() for _ in range(extra)]]
+        )
+        losses = StepGradients(model, config.losses, ALONE, bf16=False, router_loss_weight=2.0)(padded, seed=0)
+        steps.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (alone, gradients), (beside, others) = steps
+    assert beside.router == alone.router and alone.router is not None and alone.router > 0
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-6, atol=0)
 
 
 def test_sums_per_sample_are_sums() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,69 @@ def test_planned_activations_are_near_those_that_autograd_keeps(tmp_path: Path) 
         measured = sum(seen.values()) / 256 / 4
         assert states.requires_grad
         assert measured == pytest.approx(activation_bytes(settings, bf16), rel=0.2), bf16
+
+
+def test_a_steps_tokens_are_counted_at_the_longest_texts() -> None:
+    from python_model.data.config import BatchConfig, DataConfig
+    from python_model.train.memory import StepTokens, plan_tokens
+
+    data = DataConfig(train_data=".", query_max_len=10, passage_max_len=100, generative_max_len=300, train_group_size=4)
+    batch = BatchConfig(embedding_batch_size=9, generative_batch_size=5, chunk_tokens=700)
+    texts, talks = 9 * (10 + 4 * 100), 5 * 300
+    # two ranks: 1845 tokens of texts in chunks of 700
+    assert plan_tokens("unified", data, batch, 2) == StepTokens(texts + talks, 700, 3)
+    assert plan_tokens("embedding", data, batch, 2) == StepTokens(texts, 700, 3)
+    assert plan_tokens("generative", data, batch, 2) == StepTokens(talks, 700, 2)
+    whole = replace(batch, chunk_tokens=0)
+    assert plan_tokens("unified", data, whole, 2) == StepTokens(texts + talks, texts // 2, 1)
+    assert plan_tokens("embedding", data, whole, 4) == StepTokens(texts, 923, 1), "the rank that has most"
+    # a query's 3 negatives are the longest part of the paper's split; 5 queries on the rank that has most
+    split = replace(batch, chunking="triplet", chunk_tokens=0)
+    assert plan_tokens("embedding", data, split, 2) == StepTokens(texts, 5 * 300, 3)
+    assert plan_tokens("generative", data, split, 2) == StepTokens(talks, 750, 1)
+
+
+def test_weights_gradients_and_moments_are_counted_as_they_are_sharded() -> None:
+    """FP32 master weights, gradients and two moments; a BF16 copy of what a layer needs, two layers at a time under FSDP."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from python_model.train.config import ModelConfig, ParallelConfig
+    from python_model.train.memory import StepTokens, plan_memory
+
+    settings = MistralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    model = MistralForCausalLM(settings)
+    count = sum(p.numel() for p in model.parameters())
+    layer = (count - 2 * 50 * 32) / 3
+    tokens, config = StepTokens(1000, 100, 3), ModelConfig(name="x", bf16=True)
+
+    def plan(world: int, mode: Any = "unified", rounds: int = 3, **parallel: Any) -> Any:
+        return plan_memory(
+            model, settings, replace(tokens, rounds=rounds), config, ParallelConfig(**parallel), mode, world
+        )
+
+    alone = plan(1)
+    assert (alone.weights, alone.gradients, alone.kept_gradient) == (4 * count, 4 * count, 4 * count)
+    assert (alone.optimizer, alone.working_copy) == (8 * count, 2 * count)
+    assert plan(1, "embedding").kept_gradient == 0
+    sharded = plan(8, strategy="fsdp")
+    assert (sharded.weights, sharded.optimizer) == (4 * count / 8, 8 * count / 8)
+    assert sharded.gradients == 4 * count, "whole between the chunks of an objective"
+    assert plan(8, strategy="fsdp", reduce_each_chunk=True).gradients == 4 * count / 8
+    assert plan(8, strategy="fsdp", rounds=1).gradients == 4 * count / 8
+    assert sharded.working_copy == 2 * (2 * layer + 2 * 50 * 32)
+    assert plan(8, strategy="fsdp", shard_size=2).weights == 4 * count / 2
+    offloaded = plan(8, strategy="fsdp", cpu_offload=True)
+    assert (offloaded.weights, offloaded.optimizer, offloaded.kept_gradient) == (0, 0, 0)
+    assert plan(8, strategy="ddp").weights == 4 * count
+    parts = [
+        alone.weights,
+        alone.gradients,
+        alone.kept_gradient,
+        alone.optimizer,
+        alone.working_copy,
+        alone.activations,
+    ]
+    assert alone.total == sum(parts)

@@ -28,6 +28,24 @@ def test_same_seed_same_run(checkpoint: Path, tmp_path: Path) -> None:
     assert runs[0] == runs[1]
 
 
+def test_the_first_signal_asks_for_a_stop_and_the_second_acts_as_always(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path))
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: seen.append(number))
+            trainer._stop = False
+            with trainer._stoppable():
+                os.kill(os.getpid(), number)
+                assert trainer._stop and not seen
+                os.kill(os.getpid(), number)
+                assert seen.pop() == number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 4, "learn_temperature": True, "chunk_tokens": 2 * LENGTH}])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     checkpoint: Path, tmp_path: Path, changes: dict[str, Any]
