@@ -29,7 +29,7 @@ from python_model.model.modeling import GritLM
 from python_model.rag.filters import Filter, checked, sql_condition
 from python_model.rag.fingerprint import embedding_settings, fingerprint
 from python_model.rag.modes import Document
-from python_model.rag.store import approximate
+from python_model.rag.store import approximate as faiss_index
 from python_model.rag.store.folder import StoreBusyError, StoreFolder, Writing, set_meta
 from python_model.rag.store.vectors import FORMATS, SCHEMA, Selection, ShardVectors, VectorFormat, Vectors, stable_top_k
 from python_model.rag.store.words import create_words, rebuild_words, search_words
@@ -329,12 +329,12 @@ class Index(StoreFolder):
         return [keys[identity] for identity in ids.tolist()], matrix
 
     @property
-    def approximate(self) -> approximate.Record | None:
+    def approximate(self) -> faiss_index.Record | None:
         """What is known about the FAISS index, None where there is none."""
         found = self._meta().get("approximate")
-        return None if found is None else approximate.Record(**found)
+        return None if found is None else faiss_index.Record(**found)
 
-    def build_approximate(self, kind: approximate.Kind = "ivf-sq8", *, recall: float = 0.98) -> approximate.Record:
+    def build_approximate(self, kind: faiss_index.Kind = "ivf-sq8", *, recall: float = 0.98) -> faiss_index.Record:
         """Build a FAISS index of all vectors, measure it, and keep it beside them; :meth:`extend_approximate` keeps it up.
 
         Args:
@@ -345,15 +345,20 @@ class Index(StoreFolder):
             ValueError: an unknown kind, fewer than 256 documents, or vectors in Qdrant, which has an index of its own.
             ImportError: FAISS is not installed.
         """
-        check_choice("kind", kind, approximate.KINDS)
-        if not self._vectors.exhaustive:
+        check_choice("kind", kind, faiss_index.KINDS)
+        if not isinstance(self._vectors, ShardVectors):
             raise ValueError(
                 "approximate: expected vectors in the index's folder, got Qdrant, which has an index of its own"
             )
-        ids, matrix = self._vectors.all()
-        built = approximate.build(kind, ids, matrix)
-        effort, found, queries = approximate.measure(built, kind, ids, matrix, recall)
-        return self._keep_approximate(built, kind, int(ids.max()), recall, effort, found, queries)
+        count = len(self)
+        wanted = faiss_index.ROWS_PER_LIST * faiss_index.lists_for(count)
+        sample = self._sample(self._vectors, count, wanted, seed=0)[1] if count else torch.zeros(0, 1)
+        built = faiss_index.trained(kind, count, sample)
+        last = 0
+        for ids, matrix in self._vectors.parts():
+            faiss_index.extend(built, [(ids, matrix)])
+            last = int(ids[-1]) if len(ids) else last
+        return self._keep_approximate(built, kind, last, recall)
 
     def extend_approximate(self) -> bool:
         """Add new documents to the FAISS index if there is one and they are many; returns whether that was done.
@@ -368,33 +373,52 @@ class Index(StoreFolder):
         if newer <= GROWTH * record.documents and 2 * present >= record.documents:
             return False
         if 2 * present < record.documents or newer > record.documents:
-            self.build_approximate(record.kind, recall=record.target)  # type: ignore[arg-type]
+            self.build_approximate(record.kind, recall=record.target)
             return True
-        ids, matrix = self._vectors.all()
-        rows = ids > record.last
+        assert isinstance(self._vectors, ShardVectors)
         built = self._open_approximate(record)
-        built.add_with_ids(matrix[rows].numpy(), ids[rows].numpy())
-        effort, found, queries = approximate.measure(built, record.kind, ids, matrix, record.target)
-        self._keep_approximate(built, record.kind, int(ids.max()), record.target, effort, found, queries)
+        last = record.last
+        for ids, matrix in self._vectors.parts(newer_than=record.last):
+            faiss_index.extend(built, [(ids, matrix)])
+            last = int(ids[-1]) if len(ids) else last
+        self._keep_approximate(built, record.kind, last, record.target)
         return True
 
-    def _keep_approximate(
-        self, built: Any, kind: str, last: int, target: float, effort: int, recall: float, queries: int
-    ) -> approximate.Record:
+    def _keep_approximate(self, built: Any, kind: faiss_index.Kind, last: int, target: float) -> faiss_index.Record:
+        """Measure a FAISS index and put it in the place of the one before."""
+        assert isinstance(self._vectors, ShardVectors)
+        itself, queries = self._sample(self._vectors, len(self), faiss_index.QUERIES, seed=1)
+        _, found = self._vectors.search(queries, faiss_index.NEIGHBOURS + 1, Selection())
+        others = (found != itself[:, None]).byte().argsort(dim=1, descending=True, stable=True)
+        nearest = found.gather(1, others[:, : faiss_index.NEIGHBOURS])
+        effort, recall = faiss_index.measure(built, kind, queries, itself, nearest, target)
         name = f"{uuid.uuid4().hex}.faiss"
         with self._writing() as writing:
             writing.undo.append(name)
-            check = approximate.write(self._file_folder / name, built)
-            record = approximate.Record(kind, name, check, built.ntotal, last, target, effort, recall, queries)
+            check = faiss_index.write(self._file_folder / name, built)
+            record = faiss_index.Record(kind, name, check, built.ntotal, last, target, effort, recall, len(queries))
             if (before := self._meta(writing.db).get("approximate")) is not None:
                 writing.after.append(before["file"])
             set_meta(writing.db, "approximate", asdict(record))
         self._approximate = (name, built)
         return record
 
-    def _open_approximate(self, record: approximate.Record) -> Any:
+    @staticmethod
+    def _sample(vectors: ShardVectors, count: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Ids and vectors of ``wanted`` of ``count`` documents, or of all if there are no more."""
+        chosen = torch.zeros(count, dtype=torch.bool)
+        chosen[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]] = True
+        ids, rows, start = [], [], 0
+        for part, matrix in vectors.parts():
+            used = chosen[start : start + len(part)]
+            ids.append(part[: len(used)][used])
+            rows.append(matrix[: len(used)][used])
+            start += len(part)
+        return torch.cat(ids), torch.cat(rows)
+
+    def _open_approximate(self, record: faiss_index.Record) -> Any:
         if self._approximate is None or self._approximate[0] != record.file:
-            self._approximate = (record.file, approximate.read(self._file_folder / record.file, record.checksum))
+            self._approximate = (record.file, faiss_index.read(self._file_folder / record.file, record.checksum))
         return self._approximate[1]
 
     def _known_files(self, db: sqlite3.Connection) -> set[str]:
@@ -411,7 +435,8 @@ class Index(StoreFolder):
         few = engine == "auto" and selection.ids is not None and len(selection.ids) <= FEW
         if record is None or few:
             record = None
-            exhaustive, find = self._vectors.exhaustive, partial(self._vectors.search, queries, selection=selection)
+            exhaustive = self._vectors.exhaustive
+            find: Callable[..., tuple[Tensor, Tensor]] = partial(self._vectors.search, queries, selection=selection)
         else:
             exhaustive, find = False, self._approximate_search(record, queries, selection)
         wanted = k
@@ -428,14 +453,14 @@ class Index(StoreFolder):
             wanted *= 2
 
     def _approximate_search(
-        self, record: approximate.Record, queries: Tensor, selection: Selection
+        self, record: faiss_index.Record, queries: Tensor, selection: Selection
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """The FAISS index and, one by one, the documents that are newer than it."""
         assert isinstance(self._vectors, ShardVectors)
         exact, built = self._vectors, self._open_approximate(record)
 
         def find(k: int) -> tuple[Tensor, Tensor]:
-            scores, ids = approximate.search(built, record.kind, record.effort, queries, k, selection.ids)
+            scores, ids = faiss_index.search(built, record.kind, record.effort, queries, k, selection.ids)
             newer_scores, newer = exact.search(queries, k, selection, newer_than=record.last)
             best, places = stable_top_k(torch.cat([scores.where(ids >= 0, -torch.inf), newer_scores], dim=1), k)
             return best, torch.cat([ids, newer], dim=1).gather(1, places)
@@ -571,8 +596,7 @@ def _checked(documents: Sequence[Document], vectors: Tensor | np.ndarray | None)
 
 
 def _document(row: Sequence[Any]) -> Document:
-    *fields, metadata = row
-    return Document(*fields, json.loads(metadata))
+    return Document(*row[:-1], metadata=json.loads(row[-1]))
 
 
 def _fused(rankings: Sequence[Sequence[Document]]) -> list[Hit]:

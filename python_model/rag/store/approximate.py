@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,7 +47,7 @@ class Record:
             index as queries, each without itself.
     """
 
-    kind: str
+    kind: Kind
     file: str
     checksum: int
     documents: int
@@ -57,30 +58,32 @@ class Record:
     queries: int
 
 
-def build(kind: str, ids: Tensor, matrix: Tensor) -> Any:
-    """A FAISS index of ``matrix`` (documents, size) with ``ids`` (int64).
+def lists_for(count: int) -> int:
+    """Inverted lists for so many documents; below 39 vectors per list FAISS finds its training weak."""
+    return min(round(4 * math.sqrt(count)), count // 39)
+
+
+def trained(kind: str, count: int, sample: Tensor) -> Any:
+    """An empty FAISS index for ``count`` documents, trained with ``sample`` (vectors, size).
 
     Raises:
         ValueError: fewer than ``LEAST_DOCUMENTS``. ImportError: FAISS is not installed.
     """
     faiss = require("faiss", "rag")
-    count, size = matrix.shape
     if count < LEAST_DOCUMENTS:
         raise ValueError(
             f"approximate: expected at least {LEAST_DOCUMENTS} documents, got {count}; so few are compared one by one"
         )
-    rows = np.ascontiguousarray(matrix.numpy())
-    if kind == "hnsw":
-        index = faiss.index_factory(size, f"HNSW{HNSW_LINKS},SQ8", faiss.METRIC_INNER_PRODUCT)
-        index.train(rows)
-        index = faiss.IndexIDMap2(index)
-    else:
-        lists = min(round(4 * math.sqrt(count)), count // 39)  # below 39 vectors per list FAISS finds its training weak
-        index = faiss.index_factory(size, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: ROWS_PER_LIST * lists]
-        index.train(rows[chosen.numpy()])
-    index.add_with_ids(rows, ids.numpy())
-    return index
+    name = f"HNSW{HNSW_LINKS},SQ8" if kind == "hnsw" else f"IVF{lists_for(count)},SQ8"
+    index = faiss.index_factory(sample.shape[1], name, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.ascontiguousarray(sample.numpy()))
+    return faiss.IndexIDMap2(index) if kind == "hnsw" else index
+
+
+def extend(index: Any, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Add (ids, vectors), part by part."""
+    for ids, matrix in parts:
+        index.add_with_ids(np.ascontiguousarray(matrix.numpy()), ids.numpy())
 
 
 def search(index: Any, kind: str, effort: int, queries: Tensor, k: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -98,23 +101,24 @@ def search(index: Any, kind: str, effort: int, queries: Tensor, k: int, ids: Ten
     return torch.from_numpy(scores), torch.from_numpy(found)
 
 
-def measure(index: Any, kind: str, ids: Tensor, matrix: Tensor, target: float) -> tuple[int, float, int]:
+def measure(
+    index: Any, kind: str, queries: Tensor, itself: Tensor, nearest: Tensor, target: float
+) -> tuple[int, float]:
     """The least effort (doubled from 1, or from ``NEIGHBOURS`` in a graph) whose recall is at least ``target``, else the most;
-    with its recall and the number of queries (see :class:`Record`)."""
-    chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))[:QUERIES]
-    queries = matrix[chosen]
-    scores = queries @ matrix.T
-    scores[torch.arange(len(chosen)), chosen] = -torch.inf
-    nearest = ids[scores.topk(NEIGHBOURS, dim=1).indices]
-    itself = ids[chosen][:, None]
+    and its recall.
+
+    Args:
+        queries: float32 (Q, size), vectors of documents whose ids are ``itself`` (Q).
+        nearest: the ids (Q, NEIGHBOURS) of the true neighbours, without itself.
+    """
     most = MOST_EFFORT if kind == "hnsw" else index.nlist
     effort = NEIGHBOURS if kind == "hnsw" else 1
     while True:
         _, found = search(index, kind, effort, queries, NEIGHBOURS + 1, None)
-        found = found.where(found != itself, -1)
+        found = found.where(found != itself[:, None], -1)
         recall = float((nearest[:, :, None] == found[:, None, :]).any(dim=2).double().mean())
         if recall >= target or effort == most:
-            return effort, recall, len(chosen)
+            return effort, recall
         effort = min(2 * effort, most)
 
 

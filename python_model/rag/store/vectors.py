@@ -10,7 +10,7 @@ about one size become one: a vector is copied once per order of magnitude that t
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -129,9 +129,10 @@ class _Block:
             return int8_products(queries, self.data[rows], self.scales[rows])
         return queries @ self.data[rows].float().T
 
-    def floats(self) -> Tensor:
-        data = self.data.float()
-        return (data if self.scales is None else data * self.scales)[self.ids >= 0]
+    def floats(self, rows: slice) -> tuple[Tensor, Tensor]:
+        used = self.ids[rows] >= 0
+        data = self.data[rows][used].float()
+        return self.ids[rows][used], data if self.scales is None else data * self.scales[rows][used]
 
 
 class ShardVectors:
@@ -202,10 +203,18 @@ class ShardVectors:
 
     def all(self) -> tuple[Tensor, Tensor]:
         """See :class:`Vectors`."""
-        blocks = self._current()
-        if not blocks:
+        parts = list(self.parts())
+        if not parts:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
-        return torch.cat([b.ids[b.ids >= 0] for b in blocks]), torch.cat([b.floats() for b in blocks])
+        return torch.cat([ids for ids, _ in parts]), torch.cat([matrix for _, matrix in parts])
+
+    def parts(self, newer_than: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """As :meth:`all`, some rows at a time, of the ids above ``newer_than``."""
+        for block in self._current(newer_than):
+            for start in range(0, len(block.ids), ROWS_AT_ONCE):
+                ids, matrix = block.floats(slice(start, start + ROWS_AT_ONCE))
+                newer = ids > newer_than
+                yield ids[newer], matrix[newer]
 
     def _current(self, newer_than: int = 0) -> list[_Block]:
         """The files that hold ids above ``newer_than``, as they are now; only what has changed is read."""
