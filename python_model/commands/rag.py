@@ -36,6 +36,13 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--k", type=int, default=1, help="documents per question")
     add_search(parser)
     parser.add_argument("--store", help="folder of the key-value store with the documents' states")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="GIB",
+        help="with --store: keep the states of documents that a mode had to read, in "
+        "a store of at most so many GiB; those that were not used for longest make room",
+    )
     parser.add_argument("--instruction", default="", help="for embedding the question")
     parser.add_argument("--causal-states", action="store_true", help="read cached texts causally")
     parser.add_argument("--recompute", type=int, default=0, help="first tokens of joined texts to read again")
@@ -51,9 +58,12 @@ def run(arguments: Namespace) -> None:
     from python_model.rag.index import open_index
 
     model = load(arguments)
-    store = None
+    store, limit = None, arguments.keep
+    if limit is not None and not (limit > 0 and arguments.store):
+        raise ValueError("--keep: expected --store and a number of GiB above 0, got no store, or another number")
     if arguments.store:
-        store = open_store(arguments.store, model, causal_states=arguments.causal_states)
+        options = {} if limit is None else {"max_bytes": int(limit * 2**30), "when_full": "drop_unused"}
+        store = open_store(arguments.store, model, causal_states=arguments.causal_states, **options)
     rag = RAG(
         model,
         index=open_index(arguments.index, model, create=False),
@@ -61,6 +71,7 @@ def run(arguments: Namespace) -> None:
         causal_states=arguments.causal_states,
         recompute=arguments.recompute,
         query_prefix=model.formatter.embed_instruction(arguments.instruction),
+        keep_read=limit is not None,
         hybrid=arguments.hybrid,
         where=read_conditions(arguments.where),
     )

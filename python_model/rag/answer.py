@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ from python_model.rag.modes import (
 )
 from python_model.rag.reading import read, recompute_first
 from python_model.rag.rope import join
-from python_model.rag.store.kvstore import Format, KVStore
+from python_model.rag.store.folder import StoreFullError
+from python_model.rag.store.kvstore import Format, KVStore, WhenFull
 from python_model.support.arguments import check_at_least, check_choice
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ class RAG:
         trusted: the modes with cached states that ``"auto"`` may choose; default: those that were measured for this checkpoint.
         max_length: most tokens of one question with its documents and reply; default: the model's. More is an error, never cut.
         query_prefix: the format before a question to embed (see :func:`python_model.model.prompts.embed_instruction`).
+        keep_read: keep the states of the index's documents that had none when a mode needed them, so that a store with a limit
+            and ``when_full="drop_unused"`` comes to hold those that are asked for most.
         hybrid: search the index by words as well. where: find only some documents (see :mod:`python_model.rag.filters`).
     """
 
@@ -85,6 +89,7 @@ class RAG:
         trusted: Collection[str] | None = None,
         max_length: int | None = None,
         query_prefix: str = QUERY_PREFIX,
+        keep_read: bool = False,
         hybrid: bool = False,
         where: Filter | None = None,
     ) -> None:
@@ -113,6 +118,9 @@ class RAG:
         self.max_length = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
         self.query_prefix, self.marked = query_prefix, marked
         self.hybrid, self.where = hybrid, where
+        if keep_read and store is None:
+            raise ValueError("keep_read: expected a store to keep states in, got none")
+        self.keep_read = keep_read
         self.trusted = frozenset(trusted) if trusted is not None else trusted_modes(self)
 
     def answer(
@@ -229,7 +237,7 @@ class RAG:
 
         Cached states are chosen only where their quality was measured for this checkpoint (see calibration.py).
         """
-        stored = self.store is not None and all(document.key in self.store for document in documents)
+        stored = self.store is not None and (self.keep_read or all(d.key in self.store for d in documents))
         tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in documents]
         return choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored, self.trusted)
 
@@ -301,6 +309,7 @@ class RAG:
                     ids = self._document_ids(document, bos=mode != "query_document_cache")
                     (states,) = read(self.model, [ids], causal=self.causal)
                     fresh += len(ids)
+                    self._keep(document, states)
                 parts.append(states)
         if not parts:
             return None, 0, 0
@@ -321,6 +330,12 @@ class RAG:
                 f"store: the states of {document.key!r} in {self.store.path} are those of another text; store it again"
             )
         return states
+
+    def _keep(self, document: Document, states: TextStates) -> None:
+        """Keep what was read for a document of the index; one that is larger than the whole store is read again next time."""
+        if self.keep_read and self.index is not None and document.key in self.index:
+            with contextlib.suppress(StoreFullError):
+                self.add_to_store([document], states=[states], overwrite=True)
 
     def _document_ids(self, document: Document, bos: bool) -> list[int]:
         """The tokens of a document that is read now; ``bos``: it opens the cache (without one it stands behind a question)."""
@@ -382,6 +397,7 @@ def open_store(
     causal_states: bool = False,
     format: Format | None = None,
     max_bytes: int | None = None,
+    when_full: WhenFull = "error",
 ) -> KVStore:
     """The key-value store at ``path`` for this model, made when missing; another model's is refused.
 
@@ -395,4 +411,5 @@ def open_store(
         settings=store_settings(model, causal_states),
         format=format,
         max_bytes=max_bytes,
+        when_full=when_full,
     )

@@ -163,7 +163,9 @@ def _trimmed(text: str, span: Span) -> Span:
 
 def _ends(tokenizer: Any, text: str) -> list[int]:
     """Where each token of ``text`` ends."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    offsets = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
     return [end for _, end in offsets["offset_mapping"]]
 
 

@@ -11,6 +11,7 @@ which has just been merged away asks the index again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -31,6 +32,8 @@ from python_model.support.arguments import check_choice
 
 Format = Literal["bfloat16", "float16", "float32", "int8"]
 FORMATS: tuple[str, ...] = get_args(Format)
+WhenFull = Literal["error", "drop_oldest", "drop_unused"]
+WHEN_FULL: tuple[str, ...] = get_args(WhenFull)
 OPEN_SHARDS = 256
 """Mapped shards that one KVStore keeps open."""
 
@@ -55,7 +58,7 @@ class KVStore(StoreFolder):
         settings: how the documents were read (text prefix, attention); recorded, and must equal what is stored.
         max_bytes: most bytes of all shards together; None is unlimited.
         when_full: ``"error"`` refuses a document that does not fit into ``max_bytes``; ``"drop_oldest"`` removes the oldest
-            shards for it.
+            shards for it, ``"drop_unused"`` those that no document was loaded from for the longest time, by any process.
         lock_timeout: seconds that a writer waits for another one.
         create: False refuses a folder that holds no store.
 
@@ -76,13 +79,13 @@ class KVStore(StoreFolder):
         format: Format | None = None,
         settings: dict[str, Any] | None = None,
         max_bytes: int | None = None,
-        when_full: Literal["error", "drop_oldest"] = "error",
+        when_full: WhenFull = "error",
         lock_timeout: float = 60.0,
         create: bool = True,
     ) -> None:
         if format is not None:
             check_choice("format", format, FORMATS)
-        check_choice("when_full", when_full, ("error", "drop_oldest"))
+        check_choice("when_full", when_full, WHEN_FULL)
         self.max_bytes, self.when_full = max_bytes, when_full
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._handles_lock = threading.Lock()
@@ -168,6 +171,7 @@ class KVStore(StoreFolder):
             identity, file, tensor, check, causal, ids, positions = row
             try:
                 found = self._read(file, tensor)
+                self._note_use(file)
             except FileNotFoundError:
                 if attempt < 2:  # merged away since the index was asked
                     continue
@@ -313,7 +317,10 @@ class KVStore(StoreFolder):
             raise StoreFullError(
                 f"max_bytes: {needed} more bytes do not fit: {used} of {self.max_bytes} are used; nothing changed"
             )
-        for identity, file, size in db.execute("SELECT id, file, bytes FROM shards ORDER BY id").fetchall():
+        present = db.execute("SELECT id, file, bytes FROM shards ORDER BY id").fetchall()
+        if self.when_full == "drop_unused":
+            present.sort(key=lambda shard: self._last_use(shard[1]))
+        for identity, file, size in present:
             if used + needed <= self.max_bytes:
                 break
             db.execute("DELETE FROM documents WHERE shard = ?", (identity,))
@@ -322,6 +329,17 @@ class KVStore(StoreFolder):
             used -= size
 
     # shards
+
+    def _note_use(self, file: str) -> None:
+        """A shard's time of change, which nothing else changes, is that of its last use: no database is locked for it."""
+        with contextlib.suppress(PermissionError):  # a store that is only read
+            os.utime(self._file_folder / file)
+
+    def _last_use(self, file: str) -> int:
+        try:
+            return (self._file_folder / file).stat().st_mtime_ns
+        except FileNotFoundError:  # damaged: the first to go
+            return 0
 
     def _tensors(self, states: TextStates) -> dict[str, Tensor]:
         if self.format == "int8":

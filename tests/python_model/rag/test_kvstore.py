@@ -194,6 +194,25 @@ def test_the_size_limit_refuses_or_drops_the_oldest(tmp_path: Path) -> None:
     assert store.keys() == ["4", "5"]
 
 
+def test_the_least_recently_used_make_room_whichever_process_used_them(tmp_path: Path) -> None:
+    one = KVStore(tmp_path / "probe")
+    one.append("a", make_states())
+    options: dict[str, Any] = {"max_bytes": int(one.bytes_used * 3.5), "when_full": "drop_unused"}
+    store = KVStore(tmp_path / "s", **options)
+    for key in "abc":
+        store.append(key, make_states())
+        time.sleep(0.02)
+    KVStore(tmp_path / "s").load("a")
+    time.sleep(0.02)
+    store.append("d", make_states())
+    assert store.keys() == ["a", "c", "d"]
+    time.sleep(0.02)
+    store.load("c")
+    store.load("c", verify="never")
+    KVStore(tmp_path / "s", **options).append("e", make_states())
+    assert store.keys() == ["c", "d", "e"] and store.verify() == []
+
+
 def test_a_second_writer_waits_and_gives_up_with_an_error(tmp_path: Path) -> None:
     first = KVStore(tmp_path / "s")
     impatient = KVStore(tmp_path / "s", lock_timeout=0.05)

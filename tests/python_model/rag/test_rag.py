@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from python_model import GritLM
 from python_model.evaluation import answers as metrics
 from python_model.rag import calibration
 from python_model.rag.answer import RAG, Answer, open_store
+from python_model.rag.index import add_documents, open_index
 from python_model.rag.modes import DATA_MARK, MODES, Document, choose_mode, prompt_text
 from python_model.rag.reading import read
 
@@ -263,3 +265,30 @@ def test_question_files_name_file_and_line_of_a_broken_row(tmp_path: Path) -> No
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no questions"):
         metrics.read_questions(file)
+
+
+def test_states_of_documents_that_are_asked_for_are_kept_within_a_limit(checkpoint: Path, tmp_path: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    texts = ["A river flows through the city.", "Paris is the capital of France.", "def add(first, second):"]
+    index = open_index(tmp_path / "i", model)
+    add_documents(index, model, [Document(str(n), text) for n, text in enumerate(texts)])
+    options: dict[str, Any] = {"mode": "document_cache", "max_new_tokens": 2}
+    probe = open_store(str(tmp_path / "probe"), model)
+    RAG(model, store=probe).add_to_store([Document("0", texts[0])])
+    limit = int(probe.bytes_used * 2.5)
+    store = open_store(str(tmp_path / "s"), model, max_bytes=limit, when_full="drop_unused")
+    with pytest.raises(ValueError, match="keep_read: expected a store"):
+        RAG(model, index=index, keep_read=True)
+    rag = RAG(model, index=index, store=store, keep_read=True, trusted=["document_cache"])
+    first = rag.answer(texts[0], **options)
+    again = rag.answer(texts[0], **options)
+    assert store.keys() == ["0"] and again.text == RAG(model, index=index, store=store).answer(texts[0], **options).text
+    assert first.cached_tokens == 0 < again.cached_tokens and first.read_tokens > again.read_tokens
+    for text in (texts[1], texts[0], texts[2]):
+        time.sleep(0.02)
+        rag.answer(text, **options)
+    assert sorted(store.keys()) == ["0", "2"] and store.bytes_used <= limit
+    rag.answer("x", ["another text, not of the index"], **options)
+    assert sorted(store.keys()) == ["0", "2"]
+    small = open_store(str(tmp_path / "small"), model, max_bytes=10, when_full="drop_unused")
+    assert RAG(model, index=index, store=small, keep_read=True).answer(texts[0], **options).text and len(small) == 0
