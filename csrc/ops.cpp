@@ -6,17 +6,17 @@
 #include "torch_api.h"
 
 STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&grit::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&grit::attention_backward));
-  m.impl("contrastive_forward", TORCH_BOX(&grit::contrastive_forward));
-  m.impl("contrastive_backward", TORCH_BOX(&grit::contrastive_backward));
-  m.impl("contrastive_step", TORCH_BOX(&grit::contrastive_step));
+  m.impl("attention_forward", TORCH_BOX((&grit::Flat<&grit::attention_forward, 3>::call)));
+  m.impl("attention_backward", TORCH_BOX((&grit::Flat<&grit::attention_backward, 7>::call)));
+  m.impl("contrastive_forward", TORCH_BOX((&grit::Flat<&grit::contrastive_forward, 0>::call)));
+  m.impl("contrastive_backward", TORCH_BOX((&grit::Flat<&grit::contrastive_backward, 1>::call)));
+  m.impl("contrastive_step", TORCH_BOX((&grit::Flat<&grit::contrastive_step, 0>::call)));
   m.impl("contrastive_scale", TORCH_BOX(&grit::contrastive_scale));
-  m.impl("pool_forward", TORCH_BOX(&grit::pool_forward));
+  m.impl("pool_forward", TORCH_BOX((&grit::Flat<&grit::pool_forward, 0>::call)));
   m.impl("rms_norm_forward", TORCH_BOX(&grit::rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&grit::rms_norm_backward));
   m.impl("rotary", TORCH_BOX(&grit::rotary));
   m.impl("gated_forward", TORCH_BOX(&grit::gated_forward));
   m.impl("gated_backward", TORCH_BOX(&grit::gated_backward));
-  m.impl("pool_backward", TORCH_BOX(&grit::pool_backward));
+  m.impl("pool_backward", TORCH_BOX((&grit::Flat<&grit::pool_backward, 1>::call)));
 }

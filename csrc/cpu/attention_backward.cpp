@@ -310,9 +310,9 @@ bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const
   for (int64_t v = 0; v < tile.count; ++v) {
     const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
     const int64_t rows = smaller<int64_t>(W, s.q_len - row), first = s.q_start + row;
-    const T* q = (const T*)a.q.data + first * a.q.row + head * a.q.head;
-    const T* grad = (const T*)g.grad_out.data + first * g.grad_out.row + head * g.grad_out.head;
-    const T* o = (const T*)g.out.data + first * g.out.row + head * g.out.head;
+    const T* q = head_rows<T>(a.q, first, head);
+    const T* grad = head_rows<T>(g.grad_out, first, head);
+    const T* o = head_rows<T>(g.out, first, head);
     const uint32_t flip = sign_flip<F>(a.negate);
     pack_lanes<F>(q, a.q.row, rows, a.dim, flip, out.q + v * W);
     pack_lanes<F>(grad, g.grad_out.row, rows, a.dim, 0, out.grad_out + v * W);
@@ -349,8 +349,7 @@ void backward_pack_keys(const Attention& a, const Sample& s, int64_t kv_head, ui
     using F = decltype(format);
     using T = decltype(type);
     const int64_t padded = round_up(s.k_len, ROW_STEP);
-    const T* k = (const T*)a.k.data + s.k_start * a.k.row + kv_head * a.k.head;
-    const T* v = (const T*)a.v.data + s.k_start * a.v.row + kv_head * a.v.head;
+    const T *k = head_rows<T>(a.k, s.k_start, kv_head), *v = head_rows<T>(a.v, s.k_start, kv_head);
     pack_row_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_panels);
     pack_row_panels<F>(v, a.v.row, s.k_len, padded, a.dim, v_panels);
     pack_column_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_columns);

@@ -50,12 +50,10 @@ QueryPack pack_at(uint32_t* p, const Layout& l) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
-                                                      Tensor v, Tensor out, Tensor lse, Tensor q_start, Tensor q_len,
-                                                      Tensor k_start, Tensor k_len, Tensor left, Tensor right,
-                                                      std::optional<Tensor> hi, int64_t, int64_t, int64_t, int64_t,
-                                                      double softmax_scale, double softcap) {
-  AttentionCall call = take_apart({q, k, v, q_start, q_len, k_start, k_len, left, right, hi, softmax_scale, softcap});
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const AttentionProblem& problem, Tensor grad_out,
+                                                      std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                      Tensor lse) {
+  AttentionCall call = take_apart(problem, q, k, v);
   const Attention& a = call.attention;
   const int64_t size = a.dtype == DType::float32 ? 4 : 2;
   Tensor dq = torch::stable::empty({call.rows_q, a.heads_q, a.dim}, q.scalar_type());
@@ -73,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, std::opti
   g.dq = dq.mutable_data_ptr();
   g.dk = dk.mutable_data_ptr();
   g.dv = dv.mutable_data_ptr();
-  g.softmax_scale = (float)softmax_scale;
-  g.magnitude = (float)std::abs(softmax_scale);
+  g.softmax_scale = (float)problem.softmax_scale;
+  g.magnitude = (float)std::abs(problem.softmax_scale);
 
   auto zero = [&](void* data, int64_t heads, int64_t first, int64_t last) {
     const int64_t row = heads * a.dim * size;

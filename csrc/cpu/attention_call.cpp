@@ -24,23 +24,23 @@ Rows rows_of(const Tensor& t, const char* name, DType dtype, int64_t rows, int64
   return {t.const_data_ptr(), t.stride(0), t.stride(1)};
 }
 
-AttentionCall take_apart(const AttentionArguments& x) {
-  STD_TORCH_CHECK(x.q.dim() == 3 && x.k.dim() == 3, "q, k: expected (rows, heads, dim) tensors");
+AttentionCall take_apart(const AttentionProblem& x, const Tensor& q, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q, k: expected (rows, heads, dim) tensors");
   AttentionCall call;
   Attention& a = call.attention;
   a = {};
-  a.dtype = dtype_of(x.q, "q");
-  a.dim = x.q.size(2);
-  a.heads_q = x.q.size(1);
-  a.heads_kv = x.k.size(1);
+  a.dtype = dtype_of(q, "q");
+  a.dim = q.size(2);
+  a.heads_q = q.size(1);
+  a.heads_kv = k.size(1);
   STD_TORCH_CHECK(a.dim > 0 && a.dim <= 256 && a.dim % 8 == 0, "q: expected a head dim that is a multiple of 8 up to 256, got ", a.dim);
   STD_TORCH_CHECK(a.heads_kv > 0 && a.heads_q % a.heads_kv == 0, "q: expected a multiple of k's ", a.heads_kv, " heads, got ", a.heads_q);
   a.group = a.heads_q / a.heads_kv;
-  call.rows_q = x.q.size(0);
-  call.rows_k = x.k.size(0);
-  a.q = rows_of(x.q, "q", a.dtype, call.rows_q, a.heads_q, a.dim);
-  a.k = rows_of(x.k, "k", a.dtype, call.rows_k, a.heads_kv, a.dim);
-  a.v = rows_of(x.v, "v", a.dtype, call.rows_k, a.heads_kv, a.dim);
+  call.rows_q = q.size(0);
+  call.rows_k = k.size(0);
+  a.q = rows_of(q, "q", a.dtype, call.rows_q, a.heads_q, a.dim);
+  a.k = rows_of(k, "k", a.dtype, call.rows_k, a.heads_kv, a.dim);
+  a.v = rows_of(v, "v", a.dtype, call.rows_k, a.heads_kv, a.dim);
   const double magnitude = std::abs(x.softmax_scale), log2_e = 1.4426950408889634;
   a.negate = x.softmax_scale < 0;
   // a scale of 0 would turn the -inf of a masked score into NaN; this small it changes no score

@@ -1,18 +1,23 @@
 // An attention call taken apart: checked tensors, samples, rows that no sample owns.
 #pragma once
 
+#include <tuple>
 #include <vector>
 
+#include "../problem.h"
 #include "../torch_api.h"
 #include "attention.h"
 
 namespace grit {
 
-// The arguments that forward and backward share, see grit_kernels/attention/op.py.
-struct AttentionArguments {
-  const Tensor &q, &k, &v, &q_start, &q_len, &k_start, &k_len, &left, &right;
-  const std::optional<Tensor>& hi;
+// See grit_kernels/attention/problem.py.
+struct AttentionProblem {
+  Tensor q_start, q_len, k_start, k_len, left, right;
+  std::optional<Tensor> hi;
+  int64_t q_rows, k_rows, max_q, max_k;
   double softmax_scale, softcap;
+  using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t, int64_t,
+                            int64_t, double, double>;
 };
 
 struct AttentionCall {
@@ -21,7 +26,7 @@ struct AttentionCall {
   int64_t rows_q, rows_k;
 };
 
-AttentionCall take_apart(const AttentionArguments&);
+AttentionCall take_apart(const AttentionProblem&, const Tensor& q, const Tensor& k, const Tensor& v);
 
 Rows rows_of(const Tensor&, const char* name, DType, int64_t rows, int64_t heads, int64_t dim);
 

@@ -215,15 +215,15 @@ void part(const Attention& a, const Sample& s, int64_t begin, int64_t end, int64
   for (int64_t j = begin; j < end; j += BLOCK) {
     const int64_t count = smaller<int64_t>(BLOCK, end - j), last = fetch_end - j - 1;
     for (int64_t kv_head = 0; kv_head < a.heads_kv; ++kv_head) {
-      const T* k = (const T*)a.k.data + (s.k_start + j) * a.k.row + kv_head * a.k.head;
-      const T* v = (const T*)a.v.data + (s.k_start + j) * a.v.row + kv_head * a.v.head;
+      const T* k = head_rows<T>(a.k, s.k_start + j, kv_head);
+      const T* v = head_rows<T>(a.v, s.k_start + j, kv_head);
       const KeyRows<T> k_rows{k, a.k.row, count, ahead, last}, v_rows{v, a.v.row, count, ahead, last};
       for (int64_t first = 0; first < per_head; first += ROWS) {
         Group g;
         g.count = smaller<int64_t>(ROWS, per_head - first);
         for (int64_t r = 0; r < g.count; ++r) {
           const int64_t row = (first + r) / a.group, head = kv_head * a.group + (first + r) % a.group;
-          g.q[r] = (const T*)a.q.data + (s.q_start + row) * a.q.row + head * a.q.head;
+          g.q[r] = head_rows<T>(a.q, s.q_start + row, head);
           g.lo[r] = first_key(s, row);
           g.hi[r] = last_key(s, row);
           g.slot[r] = row * a.heads_q + head;

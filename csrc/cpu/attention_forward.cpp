@@ -44,8 +44,7 @@ void load_queries(const Attention& a, const Sample& s, const Tile& tile, const S
   lanes.end = lanes.full_begin = 0;
   for (int64_t v = 0; v < tile.count; ++v) {
     const Slot slot = slot_of(a, s, tile, v);
-    const T* q = (const T*)a.q.data + (s.q_start + slot.row) * a.q.row + slot.head * a.q.head;
-    pack_lanes<F>(q, a.q.row, slot.rows, a.dim, sign_flip<F>(a.negate), b.q + v * W);
+    pack_lanes<F>(head_rows<T>(a.q, s.q_start + slot.row, slot.head), a.q.row, slot.rows, a.dim, sign_flip<F>(a.negate), b.q + v * W);
     for (int64_t i = 0; i < W; ++i) {  // lanes without a row repeat the last row
       const int64_t row = slot.row + smaller(i, slot.rows - 1);
       lanes.lo[v * W + i] = (int32_t)first_key(s, row);
@@ -212,10 +211,8 @@ void pack_keys(const Attention& a, const Sample& s, int64_t kv_head, uint32_t* k
     using F = decltype(format);
     using T = decltype(type);
     const int64_t padded = round_up(s.k_len, ROW_STEP);
-    const T* k = (const T*)a.k.data + s.k_start * a.k.row + kv_head * a.k.head;
-    const T* v = (const T*)a.v.data + s.k_start * a.v.row + kv_head * a.v.head;
-    pack_row_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_panels);
-    pack_column_panels<F>(v, a.v.row, s.k_len, padded, a.dim, v_columns);
+    pack_row_panels<F>(head_rows<T>(a.k, s.k_start, kv_head), a.k.row, s.k_len, padded, a.dim, k_panels);
+    pack_column_panels<F>(head_rows<T>(a.v, s.k_start, kv_head), a.v.row, s.k_len, padded, a.dim, v_columns);
   });
 }
 

@@ -129,10 +129,8 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Tensor q_start, Tensor q_len, Tensor k_start,
-                                             Tensor k_len, Tensor left, Tensor right, std::optional<Tensor> hi, int64_t, int64_t,
-                                             int64_t, int64_t, double softmax_scale, double softcap) {
-  AttentionCall call = take_apart({q, k, v, q_start, q_len, k_start, k_len, left, right, hi, softmax_scale, softcap});
+std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v) {
+  AttentionCall call = take_apart(problem, q, k, v);
   Attention& a = call.attention;
   Tensor out = torch::stable::empty({call.rows_q, a.heads_q, a.dim}, q.scalar_type());
   Tensor lse = torch::stable::empty({call.rows_q, a.heads_q}, ScalarType::Float);

@@ -301,11 +301,6 @@ void pack_columns_typed(const T* data, int64_t stride, int64_t real, int64_t fir
 }
 
 template <class T>
-GRIT_INLINE vf load_up_to(const T* p, int64_t n) {
-  return n >= W ? load(p) : load_first(p, n);
-}
-
-template <class T>
 void project_typed(const T* row, int64_t width, float* grad) {
   vf dot = {}, square = {};
   for (int64_t c = 0; c < width; c += W) {
@@ -318,17 +313,14 @@ void project_typed(const T* row, int64_t width, float* grad) {
   const float along = sum_lanes(dot) / length;
   for (int64_t c = 0; c < width; c += W) {
     const vf g = load_up_to(grad + c, width - c) - load_up_to(row + c, width - c) * along;
-    if (width - c >= W) store(grad + c, g);
-    else store_first(grad + c, g, width - c);
+    store_up_to(grad + c, g, width - c);
   }
 }
 
 template <class T>
 void scale_typed(const float* grad, float scale, int64_t count, T* out) {
   for (int64_t c = 0; c < count; c += W) {
-    const vf g = load_up_to(grad + c, count - c) * scale;
-    if (count - c >= W) store(out + c, g);
-    else store_first(out + c, g, count - c);
+    store_up_to(out + c, load_up_to(grad + c, count - c) * scale, count - c);
   }
 }
 

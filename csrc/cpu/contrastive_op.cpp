@@ -44,9 +44,10 @@ struct Call {
   std::vector<int32_t> targets, query_low, query_high, passage_low, passage_high;
   Memory query_lanes, passage_panels;
 
-  Call(const Tensor& q, const Tensor& p, const Tensor& temperature, const Tensor& target, const std::optional<Tensor>& query_ids,
-       const std::optional<Tensor>& passage_ids, bool in_batch_negatives, bool normalize)
-      : isa(product_kernels(dtype_of(q, "queries"))) {
+  Call(const Pairs& pairs, bool in_batch_negatives, bool normalize)
+      : isa(product_kernels(dtype_of(pairs.queries, "queries"))) {
+    const Tensor &q = pairs.queries, &p = pairs.passages;
+    const std::optional<Tensor> &query_ids = pairs.query_ids, &passage_ids = pairs.passage_ids;
     STD_TORCH_CHECK(q.dim() == 2 && p.dim() == 2 && q.size(1) == p.size(1) && q.scalar_type() == p.scalar_type(),
                     "queries, passages: expected (Q, D) and (P, D) of one dtype");
     STD_TORCH_CHECK(q.size(0) > 0 && p.size(0) > 0, "queries, passages: expected at least one row each");
@@ -69,7 +70,7 @@ struct Call {
     padded_passages = up(problem.passages, step);
     const int64_t padded_queries = tiles * tile;
 
-    const float inverse = 1.0f / *float_data(temperature, 1, "temperature");
+    const float inverse = 1.0f / *float_data(pairs.temperature, 1, "temperature");
     query_scale.assign(padded_queries, 0.0f);
     std::fill(query_scale.begin(), query_scale.begin() + problem.queries, inverse);
     if (normalize) {
@@ -82,7 +83,7 @@ struct Call {
       problem.passage_scale = passage_scale.data();
     }
     problem.query_scale = query_scale.data();
-    const int64_t* wanted = int64_data(target, problem.queries, "targets");
+    const int64_t* wanted = int64_data(pairs.targets, problem.queries, "targets");
     targets.assign(padded_queries, -1);
     for (int64_t i = 0; i < problem.queries; ++i) {
       STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < problem.passages, "targets: expected values in 0..", problem.passages - 1, ", got ",
@@ -387,10 +388,8 @@ Tensor scaled(const Tensor& grad, float scale, const Tensor& like) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor queries, Tensor passages, Tensor temperature, Tensor targets,
-                                                               std::optional<Tensor> query_ids, std::optional<Tensor> passage_ids,
-                                                               bool in_batch_negatives, bool normalize) {
-  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(const Pairs& pairs, bool in_batch_negatives, bool normalize) {
+  const Call call(pairs, in_batch_negatives, normalize);
   const int64_t count = call.problem.queries;
   Tensor losses = empty_floats({count}), top = empty_floats({count}), log_total = empty_floats({count}), excess = empty_floats({count});
   Tensor best = torch::stable::empty({count}, ScalarType::Long);
@@ -400,18 +399,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_forward(Tensor qu
   return {losses, top, log_total, excess, best};
 }
 
-std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queries, Tensor passages, Tensor temperature,
-                                                Tensor targets, std::optional<Tensor> query_ids,
-                                                std::optional<Tensor> passage_ids, Tensor top, Tensor log_total,
+std::tuple<Tensor, Tensor> contrastive_backward(const Pairs& pairs, Tensor grad_losses, Tensor top, Tensor log_total,
                                                 bool in_batch_negatives, bool normalize) {
-  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
+  const Call call(pairs, in_batch_negatives, normalize);
   const int64_t count = call.problem.queries, width = call.problem.width;
   std::vector<float> tops(call.tiles * call.tile, 0.0f), totals(call.tiles * call.tile, 0.0f);
   std::copy_n(float_data(top, count, "top"), count, tops.begin());
   std::copy_n(float_data(log_total, count, "log_total"), count, totals.begin());
   const bool narrow = call.problem.dtype != DType::float32, at_once = narrow && in_batch_negatives;
   Tensor dq = empty_floats({count, width});
-  Tensor dp = torch::stable::empty({call.problem.passages, width}, at_once ? passages.scalar_type() : ScalarType::Float);
+  Tensor dp = torch::stable::empty({call.problem.passages, width}, at_once ? pairs.passages.scalar_type() : ScalarType::Float);
   use_large_pages(dp.mutable_data_ptr(), dp.numel() * (at_once ? 2 : 4));
   GradientRows rows = {(float*)dq.mutable_data_ptr(), nullptr, nullptr};
   if (at_once) rows.narrow_passages = (char*)dp.mutable_data_ptr();
@@ -419,14 +416,12 @@ std::tuple<Tensor, Tensor> contrastive_backward(Tensor grad_losses, Tensor queri
   compute_gradients(call, float_data(grad_losses, count, "grad_losses"), true, {nullptr, tops.data(), totals.data(), nullptr, nullptr},
                     normalize, rows);
   if (!narrow) return {dq, dp};
-  return {scaled(dq, 1.0f, queries), at_once ? dp : scaled(dp, 1.0f, passages)};
+  return {scaled(dq, 1.0f, pairs.queries), at_once ? dp : scaled(dp, 1.0f, pairs.passages)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(Tensor queries, Tensor passages, Tensor temperature,
-                                                                    Tensor targets, std::optional<Tensor> query_ids,
-                                                                    std::optional<Tensor> passage_ids, Tensor coefficients,
-                                                                    bool in_batch_negatives, bool normalize) {
-  const Call call(queries, passages, temperature, targets, query_ids, passage_ids, in_batch_negatives, normalize);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(const Pairs& pairs, Tensor coefficients, bool in_batch_negatives,
+                                                                    bool normalize) {
+  const Call call(pairs, in_batch_negatives, normalize);
   const int64_t count = call.problem.queries, width = call.problem.width, padded = call.tiles * call.tile;
   const float* coefficient = float_data(coefficients, count, "coefficients");
   std::vector<float> loss(padded, 0.0f), top(padded, 0.0f), log_total(padded, 0.0f), excess(padded, 0.0f);
@@ -441,7 +436,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(Tensor queri
   }
   Tensor out_loss = empty_floats({}), out_temperature = empty_floats({});
   *(float*)out_loss.mutable_data_ptr() = (float)sum;
-  *(float*)out_temperature.mutable_data_ptr() = (float)(-above / *float_data(temperature, 1, "temperature"));
+  *(float*)out_temperature.mutable_data_ptr() = (float)(-above / *float_data(pairs.temperature, 1, "temperature"));
   return {out_loss, best, dq, dp, out_temperature};
 }
 

@@ -8,16 +8,6 @@
 namespace grit::GRIT_ISA {
 namespace {
 
-template <class T>
-GRIT_INLINE vf load_up_to(const T* p, int64_t n) {
-  return n == W ? load(p) : load_first(p, n);
-}
-template <class T>
-GRIT_INLINE void store_up_to(T* p, vf x, int64_t n) {
-  if (n == W) store(p, x);
-  else store_first(p, x, n);
-}
-
 // f(c, n) for the W or, at the end, fewer elements from column c on
 template <class Function>
 GRIT_INLINE void each_vector(int64_t columns, const Function& f) {

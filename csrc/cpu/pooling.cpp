@@ -9,16 +9,6 @@ namespace {
 
 constexpr int ROWS = 8, GRADIENT_ROWS = 4, LINE = 64;
 
-template <class T>
-GRIT_INLINE vf load_up_to(const T* p, int64_t n) {
-  return n == W ? load(p) : load_first(p, n);
-}
-template <class T>
-GRIT_INLINE void store_up_to(T* p, vf x, int64_t n) {
-  if (n == W) store(p, x);
-  else store_first(p, x, n);
-}
-
 // what lies `ahead` elements behind the 2 W elements at p; a prefetch never faults, whatever the address
 template <class T>
 GRIT_INLINE void fetch(const T* p, int64_t ahead) {

@@ -20,26 +20,33 @@ struct Part {
   int64_t sample, first, last;
 };
 
+// per sample, of a checked problem
+struct Ranges {
+  const int32_t *start, *end;
+  const float* denominator;
+  explicit Ranges(const PoolingProblem& p)
+      : start(p.row_start.const_data_ptr<int32_t>()),
+        end(p.row_end.const_data_ptr<int32_t>()),
+        denominator(p.denominators.const_data_ptr<float>()) {}
+};
+
 }  // namespace
 
-Tensor pool_forward(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end, Tensor denominators,
-                    std::optional<Tensor> norm_weight, double norm_eps) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: expected (rows, columns), got ", hidden.dim(), " dimensions");
-  const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
-  STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
-  const int32_t* start = int32_data(row_start, batch, "row_start");
-  const int32_t* end = int32_data(row_end, batch, "row_end");
-  const float* denominator = float_data(denominators, batch, "denominators");
+Tensor pool_forward(const PoolingProblem& problem) {
+  problem.check();
+  const Tensor& hidden = problem.hidden;
+  const int64_t rows = problem.rows(), columns = problem.columns(), batch = problem.samples();
+  const auto [start, end, denominator] = Ranges(problem);
   PoolRows call = {};
   call.hidden = hidden.const_data_ptr();
   call.dtype = dtype_of(hidden, "hidden");
   call.row_stride = hidden.stride(0);
-  call.weights = float_data(weights, rows, "weights");
+  call.weights = problem.weights.const_data_ptr<float>();
   call.columns = columns;
-  call.normed = norm_weight.has_value();
-  call.eps = (float)norm_eps;
+  call.normed = problem.norm_weight.has_value();
+  call.eps = (float)problem.norm_eps;
   std::vector<float> gain;
-  if (norm_weight) gain = as_floats(*norm_weight, columns, "norm_weight");
+  if (problem.norm_weight) gain = as_floats(*problem.norm_weight, columns, "norm_weight");
 
   std::vector<Part> parts;
   std::vector<int64_t> first_part(batch + 1, 0);
@@ -108,20 +115,16 @@ Tensor pool_forward(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_
 
 // Every row of grad_hidden is written once: rows of samples by the kernel, the rows between samples by zeros. The partial sums of
 // the norm weight's gradient have a fixed length in rows and are added in order.
-std::tuple<Tensor, Tensor> pool_backward(Tensor grad_out, Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end,
-                                         Tensor denominators, std::optional<Tensor> norm_weight, double norm_eps) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: expected (rows, columns), got ", hidden.dim(), " dimensions");
-  const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
-  STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
-  const int32_t* start = int32_data(row_start, batch, "row_start");
-  const int32_t* end = int32_data(row_end, batch, "row_end");
-  const float* denominator = float_data(denominators, batch, "denominators");
-  float_data(weights, rows, "weights");
+std::tuple<Tensor, Tensor> pool_backward(const PoolingProblem& problem, Tensor grad_out) {
+  problem.check();
+  const Tensor& hidden = problem.hidden;
+  const int64_t rows = problem.rows(), columns = problem.columns(), batch = problem.samples();
+  const auto [start, end, denominator] = Ranges(problem);
   dtype_of(hidden, "hidden");
   const float* grad = float_data(grad_out, batch * columns, "grad_out");
-  const bool normed = norm_weight.has_value();
+  const bool normed = problem.norm_weight.has_value();
   std::vector<float> gain;
-  if (normed) gain = as_floats(*norm_weight, columns, "norm_weight");
+  if (normed) gain = as_floats(*problem.norm_weight, columns, "norm_weight");
 
   Tensor grad_hidden = torch::stable::empty({rows, columns}, hidden.scalar_type());
   Tensor grad_gain = torch::stable::empty({normed ? columns : 0}, ScalarType::Float);
@@ -165,13 +168,13 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_out, Tensor hidden, Tensor 
       call.rows.hidden = hidden.const_data_ptr();
       call.rows.dtype = dtype_of(hidden, "hidden");
       call.rows.row_stride = hidden.stride(0);
-      call.rows.weights = weights.const_data_ptr<float>();
+      call.rows.weights = problem.weights.const_data_ptr<float>();
       call.rows.first = part.first;
       call.rows.last = part.last;
       call.rows.next = i + 1 < to && parts[i + 1].sample >= 0 ? parts[i + 1].first : -1;
       call.rows.columns = columns;
       call.rows.normed = normed;
-      call.rows.eps = (float)norm_eps;
+      call.rows.eps = (float)problem.norm_eps;
       call.grad = scaled.data() + part.sample * columns;
       call.gain = gain.data();
       call.grad_hidden = result;

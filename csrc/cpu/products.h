@@ -95,6 +95,12 @@ GRIT_INLINE auto with_count(int64_t n, Function f) {
 GRIT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 GRIT_INLINE int64_t padded_dim(int64_t dim) { return round_up(dim, ROW_STEP); }
 
+// row `first` of one head
+template <class T>
+GRIT_INLINE const T* head_rows(const Rows& x, int64_t first, int64_t head) {
+  return (const T*)x.data + first * x.row + head * x.head;
+}
+
 // W words of a row from word d on; 0 behind the row's end and when the row does not exist
 template <class F, class T>
 GRIT_INLINE vu row_words(const T* row, int64_t d, int64_t dim) {

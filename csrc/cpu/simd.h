@@ -233,4 +233,15 @@ GRIT_INLINE void store_first(T* p, vf x, int64_t n) {
   std::memcpy(p, buffer, (size_t)n * sizeof(T));
 }
 
+// the first min(n, W) elements
+template <class T>
+GRIT_INLINE vf load_up_to(const T* p, int64_t n) {
+  return n >= W ? load(p) : load_first(p, n);
+}
+template <class T>
+GRIT_INLINE void store_up_to(T* p, vf x, int64_t n) {
+  if (n >= W) store(p, x);
+  else store_first(p, x, n);
+}
+
 }  // namespace grit::GRIT_ISA

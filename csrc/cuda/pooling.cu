@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "../torch_api.h"
+#include "../pooling_problem.h"
 
 namespace grit {
 namespace {
@@ -108,25 +108,25 @@ __global__ void pool_finish(const float* partial, int shares, int64_t columns, c
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
 struct Call {
-  Tensor hidden, weights, row_start, row_end, denominators, out;
-  std::optional<Tensor> norm_weight;
-  float eps;
+  const PoolingProblem& problem;
+  Tensor out;
   cudaStream_t stream;
 };
 
 template <class T>
 void launch(const Call& call) {
-  const int64_t rows = call.hidden.size(0), columns = call.hidden.size(1), batch = call.row_start.numel();
-  const T* hidden = (const T*)call.hidden.const_data_ptr();
-  const int64_t row_stride = call.hidden.stride(0);
-  const float* factor = call.weights.const_data_ptr<float>();
+  const PoolingProblem& problem = call.problem;
+  const int64_t rows = problem.rows(), columns = problem.columns(), batch = problem.samples();
+  const T* hidden = (const T*)problem.hidden.const_data_ptr();
+  const int64_t row_stride = problem.hidden.stride(0);
+  const float* factor = problem.weights.const_data_ptr<float>();
   auto scratch = [&](int64_t count) {
-    return torch::stable::empty({count}, ScalarType::Float, std::nullopt, call.hidden.device());
+    return torch::stable::empty({count}, ScalarType::Float, std::nullopt, problem.hidden.device());
   };
-  Tensor factors = call.weights;
-  if (call.norm_weight && rows) {
+  Tensor factors = problem.weights;
+  if (problem.norm_weight && rows) {
     factors = scratch(rows);
-    norm_factors<T><<<(unsigned)rows, 256, 0, call.stream>>>(hidden, row_stride, columns, factor, call.eps,
+    norm_factors<T><<<(unsigned)rows, 256, 0, call.stream>>>(hidden, row_stride, columns, factor, (float)problem.norm_eps,
                                                              (float*)factors.mutable_data_ptr());
     check(cudaGetLastError());
     factor = (const float*)factors.const_data_ptr();
@@ -140,26 +140,26 @@ void launch(const Call& call) {
   const bool aligned = (size_t)hidden % 16 == 0 && (row_stride * sizeof(T)) % 16 == 0;
   const dim3 grid((unsigned)column_blocks, (unsigned)shares, (unsigned)batch);
   pool_share<T><<<grid, dim3(32, WARPS), 0, call.stream>>>(
-      hidden, row_stride, columns, factor, (const int32_t*)call.row_start.const_data_ptr(),
-      (const int32_t*)call.row_end.const_data_ptr(), (const float*)call.denominators.const_data_ptr(), shares, aligned,
+      hidden, row_stride, columns, factor, (const int32_t*)problem.row_start.const_data_ptr(),
+      (const int32_t*)problem.row_end.const_data_ptr(), (const float*)problem.denominators.const_data_ptr(), shares, aligned,
       (float*)partial.mutable_data_ptr());
   check(cudaGetLastError());
   const dim3 finish((unsigned)((columns + 255) / 256), (unsigned)batch);
   auto run_finish = [&](auto* gain) {
     pool_finish<<<finish, 256, 0, call.stream>>>((const float*)partial.const_data_ptr(), shares, columns,
-                                                 (const float*)call.denominators.const_data_ptr(), gain,
+                                                 (const float*)problem.denominators.const_data_ptr(), gain,
                                                  (float*)call.out.mutable_data_ptr());
   };
-  if (!call.norm_weight) {
+  if (!problem.norm_weight) {
     run_finish((const float*)nullptr);
-  } else if (call.norm_weight->scalar_type() == ScalarType::Float) {
-    run_finish((const float*)call.norm_weight->const_data_ptr());
-  } else if (call.norm_weight->scalar_type() == ScalarType::BFloat16) {
-    run_finish((const __nv_bfloat16*)call.norm_weight->const_data_ptr());
+  } else if (problem.norm_weight->scalar_type() == ScalarType::Float) {
+    run_finish((const float*)problem.norm_weight->const_data_ptr());
+  } else if (problem.norm_weight->scalar_type() == ScalarType::BFloat16) {
+    run_finish((const __nv_bfloat16*)problem.norm_weight->const_data_ptr());
   } else {
-    STD_TORCH_CHECK(call.norm_weight->scalar_type() == ScalarType::Half,
+    STD_TORCH_CHECK(problem.norm_weight->scalar_type() == ScalarType::Half,
                     "norm_weight: expected float32, bfloat16 or float16");
-    run_finish((const __half*)call.norm_weight->const_data_ptr());
+    run_finish((const __half*)problem.norm_weight->const_data_ptr());
   }
   check(cudaGetLastError());
 }
@@ -177,16 +177,12 @@ struct DeviceGuard {
 
 }  // namespace
 
-Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor row_end, Tensor denominators,
-                         std::optional<Tensor> norm_weight, double norm_eps) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden: expected (rows, columns), got ", hidden.dim(), " dimensions");
-  const int64_t rows = hidden.size(0), columns = hidden.size(1), batch = row_start.numel();
-  STD_TORCH_CHECK(columns == 0 || hidden.stride(1) == 1, "hidden: the last dimension must be contiguous");
+Tensor pool_forward_cuda(const PoolingProblem& problem) {
+  problem.check();
+  const Tensor& hidden = problem.hidden;
+  const std::optional<Tensor>& norm_weight = problem.norm_weight;
+  const int64_t rows = problem.rows(), columns = problem.columns(), batch = problem.samples();
   STD_TORCH_CHECK(batch < 65536 && rows < (int64_t)1 << 31, "row_start: expected up to 65535 samples of 2**31 rows");
-  float_data(weights, rows, "weights");
-  int32_data(row_start, batch, "row_start");
-  int32_data(row_end, batch, "row_end");
-  float_data(denominators, batch, "denominators");
   if (norm_weight)
     STD_TORCH_CHECK(norm_weight->is_contiguous() && norm_weight->numel() == columns,
                     "norm_weight: expected a contiguous tensor of ", columns, " elements");
@@ -195,7 +191,7 @@ Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor
   const DeviceGuard guard(hidden.get_device_index());
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(hidden.get_device_index(), &stream) == 0, "CUDA: no current stream");
-  const Call call{hidden, weights, row_start, row_end, denominators, out, norm_weight, (float)norm_eps, (cudaStream_t)stream};
+  const Call call{problem, out, (cudaStream_t)stream};
   switch (hidden.scalar_type()) {
     case ScalarType::Float:
       launch<float>(call);
@@ -214,4 +210,4 @@ Tensor pool_forward_cuda(Tensor hidden, Tensor weights, Tensor row_start, Tensor
 
 }  // namespace grit
 
-STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CUDA, m) { m.impl("pool_forward_cuda", TORCH_BOX(&grit::pool_forward_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CUDA, m) { m.impl("pool_forward_cuda", TORCH_BOX((&grit::Flat<&grit::pool_forward_cuda, 0>::call))); }
