@@ -22,6 +22,7 @@ import torch
 
 from grit_kernels import _library
 from grit_kernels._library import interpreting
+from grit_kernels.problem import Problem, gathering
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -125,33 +126,53 @@ def declare_op(schema: str) -> None:
     _library_handle.define(schema)
 
 
-def define_op(schema: str, *, reference: Callable[..., Any], triton: str | None, cuda: str | None = None) -> None:
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    triton: str | None = None,
+    cuda: str | None = None,
+    problem: type[Problem] | None = None,
+    composite: bool = False,
+) -> None:
     """Define op ``grit_kernels::<schema>`` and register what implements it on this machine.
 
     ``reference``: plain torch function with the schema's arguments. ``triton``: ``"module:function"`` of a launcher with the
     same arguments, imported at the first call (so importing the package never imports Triton), or None. ``cuda``: the
     :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, which serves where Triton is not installed.
+    ``problem``: reference and launcher take its fields as one object, behind all other arguments. ``composite``: the plain torch
+    function calls the kernels that there are; it is what runs everywhere, and no stopgap.
     """
     _library_handle.define(schema)
     name = schema.split("(")[0]
     library = _library.status()
     triton_found = importlib.util.find_spec("triton") is not None
     chosen = _choices[name] = {"cpu": "cpu (C++)", "cuda": "triton"}
+    if problem is not None:
+        reference = gathering(problem, schema, reference)
+    launcher = None if triton is None else _lazy(triton)
+    if launcher is not None and problem is not None:
+        launcher = gathering(problem, schema, launcher)
 
     def use(key: str, choice: str, function: Callable[..., Any]) -> None:
         chosen[key.lower()] = choice
         _library_handle.impl(name, function, key)
 
+    if composite:
+        chosen.update(cpu="torch and kernels", cuda="torch and kernels")
+        _library_handle.impl(name, reference, "CompositeExplicitAutograd")
+        return
+
     def fall_back(key: str, why: str) -> None:
         message = f"grit_kernels::{name} runs its plain torch reference, which is slow: {why}"
         use(key, f"reference ({why})", _announced(reference, message))
 
-    if interpreting() and triton is not None:
-        use("CPU", "triton (interpreter)", _lazy(triton))
+    if interpreting() and launcher is not None:
+        use("CPU", "triton (interpreter)", launcher)
     elif not _has_kernel(name, "CPU"):
         fall_back("CPU", "the compiled library does not implement it" if library.loaded else library.reason)
-    if triton is not None and triton_found:
-        use("CUDA", "triton", _lazy(triton))
+    if launcher is not None and triton_found:
+        use("CUDA", "triton", launcher)
     elif cuda is not None and _has_kernel(cuda, "CUDA"):
         use("CUDA", "cuda (C++)", getattr(torch.ops.grit_kernels, cuda))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,21 @@ def dense_rows(x: Tensor) -> Tensor:
     """``x`` with a last dimension of stride 1, which every kernel wants; other strides are free."""
     # not contiguous(): it leaves a dimension of one element as it is, whatever its stride
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> int | None:
+    """ValueError unless ``cu_seqlens`` is int32 (B + 1), B >= 1, and, where readable, non-decreasing from 0 to ``tokens``.
+
+    Returns the length of the longest sample, None where values may not be read.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):
+        raise ValueError(f"{name}: expected int32 (B + 1,), got {described(cu_seqlens)}")
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name}: expected int32 (B + 1,) with B >= 1, got an empty batch")
+    if not readable(cu_seqlens):
+        return None
+    table = cu_seqlens.tolist()  # in Python: for a batch of samples quicker than a handful of tensor operations
+    steps = [end - start for start, end in pairwise(table)]
+    if table[0] != 0 or table[-1] != tokens or min(steps) < 0:
+        raise ValueError(f"{name}: expected a non-decreasing table from 0 to {tokens}, got {table}")
+    return max(steps)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,7 +20,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Run ``function`` with autocast off on the device of its first argument.
+    """Run ``function`` with autocast off on the device of its first argument, a tensor or a problem.
 
     Autocast stays active inside the Python implementation of an op, where it would turn the FP32 products of scores and
     similarities into BF16 ones.
@@ -29,11 +28,10 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0]
-        assert isinstance(first, Tensor)
-        if autocast_dtype(first.device) is None:
+        device = args[0].device  # type: ignore[attr-defined]
+        if autocast_dtype(device) is None:
             return function(*args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 
     return run

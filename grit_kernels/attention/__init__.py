@@ -22,6 +22,7 @@ from grit_kernels.attention.checks import (
     staircase,
     window_argument,
 )
+from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.backend import use_reference
 from grit_kernels.checks import dense_rows, readable
 from grit_kernels.packing import SamplePack
@@ -84,7 +85,6 @@ def switch_attention(
         )
     else:
         q_len = length_tensor("seqlens_q", seqlens_q, batch, max_q, device)
-    scale, cap = check_softmax_options(softmax_scale, softcap, dim)
     out, lse = _rectangular(
         q,
         k,
@@ -92,8 +92,7 @@ def switch_attention(
         (q_len, torch.zeros_like(k_len), k_len),
         window_bounds(flags, window_argument(window_size, batch), max_q, max_k),
         staircase(hi, (batch, max_q), device, q_len),
-        scale,
-        cap,
+        check_softmax_options(softmax_scale, softcap, dim),
     )
     return (out, lse) if return_lse else out
 
@@ -156,16 +155,12 @@ def switch_attention_varlen(
     if k_len.shape[0] != batch:
         raise ValueError(f"cu_seqlens_k: expected the {batch} samples of cu_seqlens_q, got {k_len.shape[0]}")
     flags = causal_flags(causal, batch, device)
-    out, lse = _call(
-        q,
-        k,
-        v,
-        (starts_q, q_len, starts_k, k_len),
-        window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k),
-        staircase(hi, (tokens_q,), device, q_len, starts_q),
-        (0, 0, max_seqlen_q, max_seqlen_k),
-        *check_softmax_options(softmax_scale, softcap, dim),
-    )
+    left, right = window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k)
+    steps = staircase(hi, (tokens_q,), device, q_len, starts_q)
+    scale, cap = check_softmax_options(softmax_scale, softcap, dim)
+    ranges = (starts_q, q_len, starts_k, k_len)
+    problem = AttentionProblem(*ranges, left, right, steps, 0, 0, max_seqlen_q, max_seqlen_k, scale, cap)
+    out, lse = _call(q, k, v, problem)
     return (out, lse) if return_lse else out
 
 
@@ -231,7 +226,7 @@ def switch_attention_with_kvcache(
                 _append(cache, new, used, q_len)
             k_cache, v_cache = dense_rows(caches[0]), dense_rows(caches[1])
             used = used + q_len
-        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, used), bounds, steps, *options)
+        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, used), bounds, steps, options)
     return (out, lse) if return_lse else out
 
 
@@ -255,9 +250,9 @@ def packed_attention(
     q, k, v = check_qkv(q, k, v, ndim=3)
     if q.shape[0] != pack.tokens or k.shape[0] != pack.tokens:
         raise ValueError(f"q, k: expected the {pack.tokens} tokens of the pack, got {q.shape[0]} and {k.shape[0]} rows")
-    ranges = (pack.starts, pack.lengths, pack.starts, pack.lengths)
+    ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
     options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
-    return _call(q, k, v, ranges, bounds, hi, (0, 0, pack.max_seqlen, pack.max_seqlen), *options)[0]
+    return _call(q, k, v, AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options))[0]
 
 
 def rectangular_attention(
@@ -280,7 +275,7 @@ def rectangular_attention(
     q, k, v = check_qkv(q, k, v, ndim=4)
     bounds = window_bounds(causal, window_size, q.shape[1], k.shape[1])
     options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
-    return _rectangular(q, k, v, (rows, first, end), bounds, None, *options)[0]
+    return _rectangular(q, k, v, (rows, first, end), bounds, None, options)[0]
 
 
 def _rectangular(
@@ -290,8 +285,7 @@ def _rectangular(
     lengths: tuple[Tensor, Tensor, Tensor],
     bounds: tuple[Tensor, Tensor],
     hi: Tensor | None,
-    softmax_scale: float,
-    softcap: float,
+    options: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """(B, T, H, D) tensors as rows of one pack; ``lengths`` = real query rows, first key slot, end of the key slots."""
     batch, max_q, heads_q, dim = q.shape
@@ -299,17 +293,9 @@ def _rectangular(
     q_len, first, end = lengths
     index = torch.arange(batch, device=q.device, dtype=torch.int32)
     keys, values, step = _key_rows(q, k, v)
-    out, lse = _call(
-        q.flatten(0, 1),
-        keys,
-        values,
-        (index * max_q, q_len, index * step + first, (end - first).clamp(min=0)),
-        bounds,
-        hi,
-        (max_q, slots, max_q, slots),
-        softmax_scale,
-        softcap,
-    )
+    ranges = (index * max_q, q_len, index * step + first, (end - first).clamp(min=0))
+    problem = AttentionProblem(*ranges, *bounds, hi, max_q, slots, max_q, slots, *options)
+    out, lse = _call(q.flatten(0, 1), keys, values, problem)
     return out.view(batch, max_q, heads_q, dim), lse.view(batch, max_q, heads_q)
 
 
@@ -344,24 +330,15 @@ def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
     cache[batch, slot] = torch.where(real, new[batch, row].to(cache.dtype), cache[batch, slot])
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: tuple[Tensor, Tensor, Tensor, Tensor],
-    window: tuple[Tensor, Tensor],
-    hi: Tensor | None,
-    rows: tuple[int, int, int, int],
-    softmax_scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def _call(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the backend that is asked for."""
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if use_reference(q.device):
-        return reference.attention_forward(q, k, v, *ranges, *window, hi, *rows, softmax_scale, softcap)
+        return reference.attention_forward(q, k, v, problem)
     if q.dtype == torch.float64:
         raise TypeError(
             "q: expected float32, bfloat16 or float16, got torch.float64, which needs `with grit_kernels.backend('reference')`"
         )
-    return torch.ops.grit_kernels.attention_forward(q, k, v, *ranges, *window, hi, *rows, softmax_scale, softcap)
+    return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())

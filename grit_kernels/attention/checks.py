@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from grit_kernels.checks import check_device, dense_rows, described, is_integer, readable
+from grit_kernels.checks import check_cu_seqlens, check_device, dense_rows, described, is_integer, readable
 from grit_kernels.precision import autocast_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,21 +128,11 @@ def check_lengths(
     name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Check a ``cu_seqlens`` (int32 (B + 1)); returns starts and lengths, int32 (B)."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):
-        raise ValueError(f"{name}: expected int32 (B + 1,), got {described(cu_seqlens)}")
-    if cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name}: expected int32 (B + 1,) with B >= 1, got an empty batch")
+    longest = check_cu_seqlens(name, cu_seqlens, tokens)
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"{max_name}: expected an int, got {type(max_seqlen).__name__}")
-    if readable(cu_seqlens):
-        table = cu_seqlens.tolist()  # in Python: for a batch of samples quicker than a handful of tensor operations
-        steps = [end - start for start, end in pairwise(table)]
-        if table[0] != 0 or table[-1] != tokens or min(steps) < 0:
-            raise ValueError(f"{name}: expected a non-decreasing table from 0 to {tokens}, got {table}")
-        if max(steps) > max_seqlen:
-            raise ValueError(
-                f"{max_name}: expected at least {max(steps)}, the length of the longest sample, got {max_seqlen}"
-            )
+    if longest is not None and longest > max_seqlen:
+        raise ValueError(f"{max_name}: expected at least {longest}, the length of the longest sample, got {max_seqlen}")
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     lengths = lengths.to(device=device, dtype=torch.int32)
     return cu_seqlens[:-1].to(device=device, dtype=torch.int32).contiguous(), lengths

@@ -4,26 +4,36 @@
     out_i = sum_j softmax_j(score_ij) v_j over the visible keys j of row i,   lse_i = ln sum_j exp(score_ij)
 
 Computed in float64 for float64 inputs and in float32 otherwise; differentiable by autograd (twice, too). Every other
-implementation is tested against this file. Argument names and shapes are those of the op's schema in ``op.py``.
+implementation is tested against this file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.precision import without_autocast
 from grit_kernels.visibility import dense_mask
 
 
+def _samples(problem: AttentionProblem, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, keys and mask (Lq, Lk) of each sample."""
+    for first_q, len_q, first_k, len_k, left, right in zip(*(x.tolist() for x in problem.tables), strict=True):
+        rows, keys = slice(first_q, first_q + len_q), slice(first_k, first_k + len_k)
+        hi = None if problem.hi is None else problem.hi[rows]
+        yield rows, keys, dense_mask(len_q, len_k, left, right, hi, device=device)
+
+
 def _sample(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, hi: Tensor | None, softmax_scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """q (Lq, Hq, D), k and v (Lk, Hkv, D) of one sample -> out (Lq, Hq, D), lse (Lq, Hq)."""
+    """q (Lq, Hq, D), k and v (Lk, Hkv, D), mask (Lq, Lk) of one sample -> out (Lq, Hq, D), lse (Lq, Hq)."""
     len_q, heads_q, dim = q.shape
     len_k, heads_kv, _ = k.shape
     group = heads_q // heads_kv
-    mask = dense_mask(len_q, len_k, left, right, hi, device=q.device)  # [Lq, Lk]
     grouped = q.reshape(len_q, heads_kv, group, dim)
     score = torch.einsum("qhgd,khd->hgqk", grouped, k) * softmax_scale  # [Hkv, G, Lq, Lk]
     if softcap > 0:
@@ -42,42 +52,20 @@ def _sample(
 
 
 @without_autocast
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_start: Tensor,
-    q_len: Tensor,
-    k_start: Tensor,
-    k_len: Tensor,
-    left: Tensor,
-    right: Tensor,
-    hi: Tensor | None,
-    q_rows: int,
-    k_rows: int,
-    max_q: int,
-    max_k: int,
-    softmax_scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """See the schema in ``op.py``. Rows that no sample owns give 0 and -inf."""
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """out in the dtype of q, lse (Tq, Hq). Rows that no sample owns give 0 and -inf."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=compute, device=q.device)
-    bounds = [x.tolist() for x in (q_start, q_len, k_start, k_len, left, right)]
-    for first_q, len_q, first_k, len_k, left_b, right_b in zip(*bounds, strict=True):
+    for rows, keys, mask in _samples(problem, q.device):
         # an empty sample goes the same way: the result stays part of the autograd graph when all samples are empty
-        rows = slice(first_q, first_q + len_q)
-        keys = slice(first_k, first_k + len_k)
         out[rows], lse[rows] = _sample(
             q[rows].to(compute),
             k[keys].to(compute),
             v[keys].to(compute),
-            left_b,
-            right_b,
-            None if hi is None else hi[rows],
-            softmax_scale,
-            softcap,
+            mask,
+            problem.softmax_scale,
+            problem.softcap,
         )
     return out.to(q.dtype), lse if compute == torch.float64 else lse.float()
 
@@ -91,19 +79,7 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    q_start: Tensor,
-    q_len: Tensor,
-    k_start: Tensor,
-    k_len: Tensor,
-    left: Tensor,
-    right: Tensor,
-    hi: Tensor | None,
-    q_rows: int,
-    k_rows: int,
-    max_q: int,
-    max_k: int,
-    softmax_scale: float,
-    softcap: float,
+    problem: AttentionProblem,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form of the gradients, per sample:
 
@@ -115,17 +91,14 @@ def attention_backward(
     delta = (grad_out.to(compute) * out.to(compute)).sum(-1)  # [Tq, Hq]
     if grad_lse is not None:
         delta = delta - grad_lse
-    bounds = [x.tolist() for x in (q_start, q_len, k_start, k_len, left, right)]
-    for first_q, len_q, first_k, len_k, left_b, right_b in zip(*bounds, strict=True):
-        if len_q == 0 or len_k == 0:
+    heads_kv, softmax_scale, softcap = k.shape[1], problem.softmax_scale, problem.softcap
+    for rows, keys, mask in _samples(problem, q.device):
+        if not mask.numel():
             continue
-        rows, keys = slice(first_q, first_q + len_q), slice(first_k, first_k + len_k)
-        heads_kv = k.shape[1]
         q_b, do_b, lse_b, delta_b = (
             x[rows].to(compute).unflatten(1, (heads_kv, -1)) for x in (q, grad_out, lse, delta)
         )
         k_b, v_b = k[keys].to(compute), v[keys].to(compute)
-        mask = dense_mask(len_q, len_k, left_b, right_b, None if hi is None else hi[rows], device=q.device)
         score = torch.einsum("qhgd,khd->hgqk", q_b, k_b) * softmax_scale
         slope = torch.ones_like(score)
         if softcap > 0:

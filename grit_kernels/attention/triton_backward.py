@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.attention.triton_common import (
     addressable,
     edge_block,
     int32_tables,
     key_range,
     load_part,
+    load_sample,
     positive_scale,
     softmax_constants,
     split_head_dim,
@@ -141,16 +143,16 @@ def backward_keys_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """dK and dV of one tile of BN keys of a sample and key head: the rows of all query heads of its group that see a key.
+
+    Rows that see every key of the tile come first, without any mask, then the edges. Keys of padding get 0.
+    """
     head_kv, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
     if block < 0:
         return
-    len_q = tl.load(p_q_len + sample)
-    len_k = tl.load(p_k_len + sample)
-    left = tl.load(p_left + sample)
-    right = tl.load(p_right + sample)
-    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
-    k_start_32 = tl.load(p_k_start + sample)
-    k_start = tl.cast(k_start_32, tl.int64)
+    q_start, len_q, k_start, len_k, left, right = load_sample(
+        p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, sample
+    )
     head_first = tl.cast(head_kv, tl.int64) * GROUP
     p_q += q_start * stride_qt + head_first * stride_qh
     p_do += q_start * stride_dot + head_first * stride_doh
@@ -159,7 +161,7 @@ def backward_keys_kernel(
     p_first_row += k_start
 
     # a padded sample owns all its slots, also those before its first key: keys count from -shift there
-    shift = tl.where(k_rows > 0, k_start_32 - sample * k_rows, 0)
+    shift = tl.where(k_rows > 0, tl.cast(k_start, tl.int32) - sample * k_rows, 0)
     owned = tl.where(k_rows > 0, k_rows - shift, len_k)
     first_key = block * BN - shift
     o_n = tl.arange(0, BN)
@@ -264,15 +266,16 @@ def backward_rows_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """dQ of one tile of BM rows of a sample and query head: the keys that every row sees first, then the edges.
+
+    Rows of padding inside a rectangular sample get 0.
+    """
     head, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
     if block < 0:
         return
-    len_q = tl.load(p_q_len + sample)
-    len_k = tl.load(p_k_len + sample)
-    left = tl.load(p_left + sample)
-    right = tl.load(p_right + sample)
-    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
-    k_start = tl.cast(tl.load(p_k_start + sample), tl.int64)
+    q_start, len_q, k_start, len_k, left, right = load_sample(
+        p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, sample
+    )
     p_hi += q_start
     head_kv = tl.cast(head // GROUP, tl.int64)
     p_k += k_start * stride_kt + head_kv * stride_kh
@@ -328,34 +331,22 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    q_start: Tensor,
-    q_len: Tensor,
-    k_start: Tensor,
-    k_len: Tensor,
-    left: Tensor,
-    right: Tensor,
-    hi: Tensor | None,
-    q_rows: int,
-    k_rows: int,
-    max_q: int,
-    max_k: int,
-    softmax_scale: float,
-    softcap: float,
+    problem: AttentionProblem,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``grit_kernels::attention_backward``; arguments as in ``op.py``. The same inputs give the same bits."""
+    """The op ``grit_kernels::attention_backward``. The same inputs give the same bits."""
     rows, heads, dim = q.shape
     keys, heads_kv, _ = k.shape
     group = heads // heads_kv
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not rows or not keys:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    sign = -1.0 if softmax_scale < 0 else 1.0
-    q, softmax_scale = positive_scale(q, softmax_scale)
+    sign = -1.0 if problem.softmax_scale < 0 else 1.0
+    q, softmax_scale = positive_scale(q, problem.softmax_scale)
     q, k, v, grad_out, out = (addressable(x) for x in (q, k, v, grad_out.to(q.dtype), out))
     out, lse = out.contiguous(), lse.contiguous()
-    q_start, q_len, k_start, k_len, left, right = bounds = int32_tables(q_start, q_len, k_start, k_len, left, right)
-    scale, cap = softmax_constants(softmax_scale, softcap)
-    first_row = None if hi is None else transpose_hi(hi, q_start, q_len, k_start, k_len, keys)
+    bounds, hi, q_rows, k_rows = int32_tables(problem), problem.hi, problem.q_rows, problem.k_rows
+    scale, cap = softmax_constants(softmax_scale, problem.softcap)
+    first_row = None if hi is None else transpose_hi(hi, *bounds[:4], keys)
     d1, d2 = split_head_dim(dim)
     statistics = torch.empty((2, heads, rows), dtype=torch.float32, device=q.device)
     strides = (
@@ -364,7 +355,7 @@ def attention_backward(
     )
     shared = {
         **{"HEADS": heads, "GROUP": group, "D": dim, "D1": d1, "D2": d2},
-        **{"HAS_HI": hi is not None, "HAS_CAP": softcap > 0, "UPCAST": upcast_operands()},
+        **{"HAS_HI": hi is not None, "HAS_CAP": problem.softcap > 0, "UPCAST": upcast_operands()},
     }
     with on_device(q):
         block = max(16, 4096 // triton.next_power_of_2(dim))
@@ -380,7 +371,7 @@ def attention_backward(
         )  # fmt: skip
         backward_keys_kernel[(plan.tiles * heads_kv,)](
             q, k, v, grad_out, dk, dv, statistics, plan.table, *bounds,
-            q_start if hi is None else hi, q_start if first_row is None else first_row,
+            bounds[0] if hi is None else hi, bounds[0] if first_row is None else first_row,
             *strides, rows, plan.tiles, plan.heads, k_rows, scale, cap, softmax_scale,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
@@ -390,7 +381,7 @@ def attention_backward(
             heads=heads, group=group, bytes_per_head=2 * keys * dim * k.element_size(),
         )  # fmt: skip
         backward_rows_kernel[(plan.tiles * heads,)](
-            q, k, v, grad_out, dq, statistics, plan.table, *bounds, q_start if hi is None else hi,
+            q, k, v, grad_out, dq, statistics, plan.table, *bounds, bounds[0] if hi is None else hi,
             *strides, rows, plan.tiles, plan.heads, q_rows, scale, cap, softmax_scale * sign,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip

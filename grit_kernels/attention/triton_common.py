@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.attention.problem import AttentionProblem, SampleTables
 from grit_kernels.triton_launch import dot
 
 LOG2E = 1.4426950408889634
 LARGEST_TILE = 256
-
-SampleTables = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q_start, q_len, k_start, k_len, left, right."""
 
 
 def split_head_dim(dim: int) -> tuple[int, int]:
@@ -52,18 +50,23 @@ def addressable(x: Tensor) -> Tensor:
     return x
 
 
-def int32_tables(
-    q_start: Tensor, q_len: Tensor, k_start: Tensor, k_len: Tensor, left: Tensor, right: Tensor
-) -> SampleTables:
-    """The per-sample numbers as kernels read them: int32, side by side."""
+def int32_tables(problem: AttentionProblem) -> SampleTables:
+    """The numbers of each sample as kernels read them: int32, side by side."""
+    q_start, q_len, k_start, k_len, left, right = (x.to(torch.int32).contiguous() for x in problem.tables)
+    return q_start, q_len, k_start, k_len, left, right
+
+
+@triton.jit
+def load_sample(p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, sample):
+    """A sample's entries of the tables: (q_start, len_q, k_start, len_k, left, right), the starts in 64 bits."""
     return (
-        *(_int32(q_start), _int32(q_len), _int32(k_start)),
-        *(_int32(k_len), _int32(left), _int32(right)),
+        tl.cast(tl.load(p_q_start + sample), tl.int64),
+        tl.load(p_q_len + sample),
+        tl.cast(tl.load(p_k_start + sample), tl.int64),
+        tl.load(p_k_len + sample),
+        tl.load(p_left + sample),
+        tl.load(p_right + sample),
     )
-
-
-def _int32(x: Tensor) -> Tensor:
-    return x.to(torch.int32).contiguous()
 
 
 @triton.jit

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.attention.problem import AttentionProblem, SampleTables
 from grit_kernels.attention.triton_common import (
-    SampleTables,
     attend_blocks,
     clamp,
     key_range,
     load_part,
+    load_sample,
     split_head_dim,
     store_part,
     tile_keys,
@@ -51,12 +52,9 @@ def attention_decode_kernel(
     tile = tl.program_id(0) // splits
     head_kv = tl.program_id(1)
     sample = tl.program_id(2)
-    len_q = tl.load(p_q_len + sample)
-    len_k = tl.load(p_k_len + sample)
-    left = tl.load(p_left + sample)
-    right = tl.load(p_right + sample)
-    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
-    k_start = tl.cast(tl.load(p_k_start + sample), tl.int64)
+    q_start, len_q, k_start, len_k, left, right = load_sample(
+        p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, sample
+    )
     p_hi += q_start
     first_row = tile * BM // GROUP
     if SPLIT:
@@ -166,11 +164,8 @@ def attention_decode(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    problem: AttentionProblem,
     bounds: SampleTables,
-    hi: Tensor | None,
-    q_rows: int,
-    max_q: int,
-    max_k: int,
     scale: float,
     cap: float,
 ) -> None:
@@ -178,12 +173,12 @@ def attention_decode(
     rows, heads, dim = q.shape
     heads_kv = k.shape[1]
     group = heads // heads_kv
-    batch = bounds[0].shape[0]
-    most_rows = max(q_rows, max_q)
+    batch, hi, q_rows = bounds[0].shape[0], problem.hi, problem.q_rows
+    most_rows = max(q_rows, problem.max_q)
     config = choose_config("decode", dim, q.dtype, q.device)
     block_rows = max(config.rows, min(largest_tile(dim, q.element_size()), triton.next_power_of_2(most_rows * group)))
     row_tiles = triton.cdiv(most_rows * group, block_rows)
-    splits = choose_splits(row_tiles * heads_kv * batch, max_k, config.keys, processor_count(q.device))
+    splits = choose_splits(row_tiles * heads_kv * batch, problem.max_k, config.keys, processor_count(q.device))
     if splits > 1:
         part = torch.empty((splits, rows, heads, dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=q.device)

@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.attention.triton_common import (
     addressable,
     attend_blocks,
     int32_tables,
     key_range,
     load_part,
+    load_sample,
     positive_scale,
     softmax_constants,
     split_head_dim,
@@ -45,12 +47,9 @@ def forward_tile(
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Rows [block * BM, block * BM + BM) of a sample, for one query head."""
-    len_q = tl.load(p_q_len + sample)
-    len_k = tl.load(p_k_len + sample)
-    left = tl.load(p_left + sample)
-    right = tl.load(p_right + sample)
-    q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
-    k_start = tl.cast(tl.load(p_k_start + sample), tl.int64)
+    q_start, len_q, k_start, len_k, left, right = load_sample(
+        p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, sample
+    )
     p_hi += q_start
     head_kv = tl.cast(head // GROUP, tl.int64)
     p_k += k_start * stride_kt + head_kv * stride_kh
@@ -124,38 +123,21 @@ def attention_forward_kernel(
             )  # fmt: skip
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_start: Tensor,
-    q_len: Tensor,
-    k_start: Tensor,
-    k_len: Tensor,
-    left: Tensor,
-    right: Tensor,
-    hi: Tensor | None,
-    q_rows: int,
-    k_rows: int,
-    max_q: int,
-    max_k: int,
-    softmax_scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """The op ``grit_kernels::attention_forward``; arguments as in ``op.py``. No autotuning, no value read from the device."""
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """The op ``grit_kernels::attention_forward``. No autotuning, no value read from the device."""
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
     if not rows:
         return out, lse
-    q, softmax_scale = positive_scale(q, softmax_scale)
+    q, softmax_scale = positive_scale(q, problem.softmax_scale)
     q, k, v = addressable(q), addressable(k), addressable(v)
-    q_start, q_len, k_start, k_len, left, right = bounds = int32_tables(q_start, q_len, k_start, k_len, left, right)
-    scale, cap = softmax_constants(softmax_scale, softcap)
+    bounds, hi, q_rows = int32_tables(problem), problem.hi, problem.q_rows
+    scale, cap = softmax_constants(softmax_scale, problem.softcap)
     with on_device(q):
-        if _splits_keys(q, group, q_len.shape[0], max(q_rows, max_q), max_k):
-            attention_decode(q, k, v, out, lse, bounds, hi, q_rows, max_q, max_k, scale, cap)
+        if _splits_keys(q, group, problem):
+            attention_decode(q, k, v, out, lse, problem, bounds, scale, cap)
             return out, lse
         config = choose_config("forward", dim, q.dtype, q.device)
         plan = plan_tiles(
@@ -168,18 +150,19 @@ def attention_forward(
             programs = min(programs, processor_count(q.device) * WARPS_PER_PROCESSOR // config.warps)
             counter = torch.zeros(1, dtype=torch.int32, device=q.device)
         attention_forward_kernel[(programs,)](
-            q, k, v, out, lse, plan.table, counter, *bounds, q_start if hi is None else hi,
+            q, k, v, out, lse, plan.table, counter, *bounds, bounds[0] if hi is None else hi,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             plan.tiles, plan.heads, q_rows, scale, cap,
             HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=config.rows, BN=config.keys,
-            HAS_HI=hi is not None, HAS_CAP=softcap > 0, UPCAST=upcast_operands(), PERSISTENT=config.persistent,
+            HAS_HI=hi is not None, HAS_CAP=problem.softcap > 0, UPCAST=upcast_operands(), PERSISTENT=config.persistent,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
 
-def _splits_keys(q: Tensor, group: int, batch: int, max_q: int, max_k: int) -> bool:
+def _splits_keys(q: Tensor, group: int, problem: AttentionProblem) -> bool:
     """Few rows over many keys: pack the heads of a group into one tile and share the keys among programs."""
+    batch, max_q, max_k = problem.q_len.shape[0], max(problem.q_rows, problem.max_q), problem.max_k
     if max_k < SHORTEST_SPLIT or batch > LARGEST_GRID_AXIS:
         return False
     if max_q * group <= 64:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grit_kernels.attention.triton_common import SampleTables, tile_keys, tile_rows
+from grit_kernels.attention.problem import SampleTables
+from grit_kernels.attention.triton_common import tile_keys, tile_rows
 from grit_kernels.triton_launch import processor_count
 
 LARGEST_SORT = 16384

@@ -1,7 +1,6 @@
 """The contrastive ops in plain torch with flat memory: the scores of one chunk of queries exist at a time.
 
-Serves devices without a compiled kernel. Arguments of both functions: queries (Q, D) and passages (P, D) of one dtype,
-temperature a one-element tensor, targets int64 (Q), query_ids int64 (Q) and passage_ids int64 (P) or None.
+Serves devices without a compiled kernel.
 
     score_ij = q_i . p_j / temperature, with ``normalize``: q_i . p_j / (|q_i| |p_j| temperature)
     positive_i = score_{i, target_i}          top_i = max_{j in C_i} score_ij
@@ -16,10 +15,12 @@ losses around 0, or some scores far larger than others, and their sum in one num
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from grit_kernels.contrastive.problem import ContrastiveProblem
 from grit_kernels.precision import without_autocast
 
 CHUNK_BYTES = 64 << 20
@@ -28,16 +29,24 @@ CHUNK_BYTES = 64 << 20
 NORM_EPS = 1e-12
 
 
-def row_scales(queries: Tensor, passages: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def row_scales(problem: ContrastiveProblem) -> tuple[Tensor, Tensor | None]:
     """float32 (Q) and (P) or None, such that score_ij = query_scale_i * passage_scale_j * q_i . p_j."""
-    scale = temperature.reshape(1).float().reciprocal()
-    if not normalize:
+    queries, passages = problem.queries, problem.passages
+    scale = problem.temperature.reshape(1).float().reciprocal()
+    if not problem.normalize:
         return scale.expand(queries.shape[0]).contiguous(), None
     norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp(min=NORM_EPS) for x in (queries, passages)]
     return scale / norms[0], norms[1].reciprocal()
 
 
-def unscaled_gradient(grad: Tensor, rows: Tensor, normalize: bool) -> Tensor:
+def unscaled_gradients(grad_q: Tensor, grad_p: Tensor, problem: ContrastiveProblem) -> tuple[Tensor, Tensor]:
+    """FP32 gradients of scaled queries and passages -> their gradients, in their dtype."""
+    pairs = ((grad_q, problem.queries), (grad_p, problem.passages))
+    grad_queries, grad_passages = (_unscaled_gradient(grad, rows, problem.normalize) for grad, rows in pairs)
+    return grad_queries, grad_passages
+
+
+def _unscaled_gradient(grad: Tensor, rows: Tensor, normalize: bool) -> Tensor:
     """FP32 gradient of scaled rows -> gradient of ``rows`` in their dtype: with normalize, less its part along the row."""
     if normalize:
         x = rows.float()
@@ -67,17 +76,15 @@ def _scores(
     p: Tensor,
     query_scale: Tensor,
     passage_scale: Tensor | None,
-    targets: Tensor,
-    query_ids: Tensor | None,
-    passage_ids: Tensor | None,
-    group: int,
+    problem: ContrastiveProblem,
 ) -> tuple[Tensor, Tensor]:
     """Scores of a chunk, -inf where the passage is no candidate, and the targets' columns within it; q and p are float32."""
     first, last, begin, end = chunk
+    group, query_ids, passage_ids = problem.group, problem.query_ids, problem.passage_ids
     scores = (q[first:last] @ p[begin:end].T).mul_(query_scale[first:last, None])
     if passage_scale is not None:
         scores.mul_(passage_scale[None, begin:end])
-    target = targets[first:last] - begin
+    target = problem.targets[first:last] - begin
     column = torch.arange(end - begin, device=q.device)
     if group:
         row = torch.arange(last - first, device=q.device)
@@ -90,23 +97,15 @@ def _scores(
 
 @without_autocast
 def contrastive_forward(
-    queries: Tensor,
-    passages: Tensor,
-    temperature: Tensor,
-    targets: Tensor,
-    query_ids: Tensor | None,
-    passage_ids: Tensor | None,
-    in_batch_negatives: bool,
-    normalize: bool,
+    problem: ContrastiveProblem,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """losses, top, log_total, excess, all float32 (Q), and best, int64 (Q): the first candidate of the highest score."""
-    scales = row_scales(queries, passages, temperature, normalize)
-    q, p = queries.float(), passages.float()
-    group = 0 if in_batch_negatives else p.shape[0] // q.shape[0]
+    scales = row_scales(problem)
+    q, p = problem.queries.float(), problem.passages.float()
     losses, tops, log_totals, excess = (torch.empty(q.shape[0], dtype=torch.float32, device=q.device) for _ in range(4))
     best = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
-    for chunk in chunks(q.shape[0], p.shape[0], in_batch_negatives, CHUNK_BYTES, 4):
-        scores, target = _scores(chunk, q, p, *scales, targets, query_ids, passage_ids, group)
+    for chunk in chunks(*problem.counts, problem.in_batch_negatives, CHUNK_BYTES, 4):
+        scores, target = _scores(chunk, q, p, *scales, problem)
         rows = slice(*chunk[:2])
         positive = scores.gather(1, target[:, None])[:, 0]
         top, index = scores.max(dim=1)
@@ -123,25 +122,14 @@ def contrastive_forward(
 
 @without_autocast
 def contrastive_backward(
-    grad_losses: Tensor,
-    queries: Tensor,
-    passages: Tensor,
-    temperature: Tensor,
-    targets: Tensor,
-    query_ids: Tensor | None,
-    passage_ids: Tensor | None,
-    top: Tensor,
-    log_total: Tensor,
-    in_batch_negatives: bool,
-    normalize: bool,
+    grad_losses: Tensor, top: Tensor, log_total: Tensor, problem: ContrastiveProblem
 ) -> tuple[Tensor, Tensor]:
     """Gradients of queries and passages: d score_ij = grad_losses_i (softmax_ij - [j = target_i])."""
-    query_scale, passage_scale = row_scales(queries, passages, temperature, normalize)
-    q, p = queries.float(), passages.float()
-    group = 0 if in_batch_negatives else p.shape[0] // q.shape[0]
+    query_scale, passage_scale = row_scales(problem)
+    q, p = problem.queries.float(), problem.passages.float()
     grad_q, grad_p = torch.empty_like(q), torch.zeros_like(p)
-    for chunk in chunks(q.shape[0], p.shape[0], in_batch_negatives, CHUNK_BYTES, 4):
-        scores, target = _scores(chunk, q, p, query_scale, passage_scale, targets, query_ids, passage_ids, group)
+    for chunk in chunks(*problem.counts, problem.in_batch_negatives, CHUNK_BYTES, 4):
+        scores, target = _scores(chunk, q, p, query_scale, passage_scale, problem)
         rows, columns = slice(*chunk[:2]), slice(*chunk[2:])
         grad = scores.sub_(top[rows, None]).sub_(log_total[rows, None]).exp_()
         grad.scatter_add_(1, target[:, None], torch.full_like(target, -1, dtype=grad.dtype)[:, None])
@@ -150,29 +138,21 @@ def contrastive_backward(
             grad.mul_(passage_scale[None, columns])
         grad_q[rows] = grad @ p[columns]
         grad_p[columns] += grad.T @ q[rows]
-    return unscaled_gradient(grad_q, queries, normalize), unscaled_gradient(grad_p, passages, normalize)
+    return unscaled_gradients(grad_q, grad_p, problem)
 
 
 def contrastive_step(
-    queries: Tensor,
-    passages: Tensor,
-    temperature: Tensor,
-    targets: Tensor,
-    query_ids: Tensor | None,
-    passage_ids: Tensor | None,
-    coefficients: Tensor,
-    in_batch_negatives: bool,
-    normalize: bool,
+    coefficients: Tensor, problem: ContrastiveProblem
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss = sum_i coefficients_i loss_i, ``best``, and the loss's gradients, all float32: queries, passages, temperature.
 
     The gradients of a sum with known coefficients need no scores twice: three matrix products instead of four.
     """
-    inputs = (queries, passages, temperature, targets, query_ids, passage_ids)
-    losses, top, log_total, excess, best = contrastive_forward(*inputs, in_batch_negatives, normalize)
-    precise = (queries.float(), passages.float(), *inputs[2:])
-    grads = contrastive_backward(coefficients, *precise, top, log_total, in_batch_negatives, normalize)
-    loss, grad_temperature = (coefficients * losses).sum(), -(coefficients * excess).sum() / temperature.reshape(())
+    losses, top, log_total, excess, best = contrastive_forward(problem)
+    precise = replace(problem, queries=problem.queries.float(), passages=problem.passages.float())
+    grads = contrastive_backward(coefficients, top, log_total, precise)
+    loss = (coefficients * losses).sum()
+    grad_temperature = -(coefficients * excess).sum() / problem.temperature.reshape(())
     return loss, best, *grads, grad_temperature.float()
 
 

@@ -1,4 +1,4 @@
-"""torch.library registration of the contrastive ops: schema, fake, autograd. Arguments as in ``chunked.py``.
+"""torch.library registration of the contrastive ops: schema, fake, autograd.
 
 The forward keeps four FP32 numbers per query; the backward recomputes the scores. No backend holds all of them.
 
@@ -16,33 +16,34 @@ from torch import Tensor
 from grit_kernels import _library
 from grit_kernels.backend import define_op, interpreting, refuse_double_backward
 from grit_kernels.contrastive import chunked
+from grit_kernels.contrastive.problem import ContrastiveProblem
 
-_INPUTS = "Tensor queries, Tensor passages, Tensor temperature, Tensor targets, Tensor? query_ids, Tensor? passage_ids"
-_OPTIONS = "bool in_batch_negatives, bool normalize"
+_INPUTS, _OPTIONS = ContrastiveProblem.TENSORS, ContrastiveProblem.OPTIONS
 _TRITON = "grit_kernels.contrastive.triton_contrastive"
 
 define_op(
     f"contrastive_forward({_INPUTS}, {_OPTIONS}) -> (Tensor losses, Tensor top, Tensor log_total, Tensor excess, Tensor best)",
     reference=chunked.contrastive_forward,
     triton=f"{_TRITON}:contrastive_forward",
+    problem=ContrastiveProblem,
 )
 define_op(
     f"contrastive_backward(Tensor grad_losses, {_INPUTS}, Tensor top, Tensor log_total, {_OPTIONS}) "
     "-> (Tensor grad_queries, Tensor grad_passages)",
     reference=chunked.contrastive_backward,
     triton=f"{_TRITON}:contrastive_backward",
+    problem=ContrastiveProblem,
 )
 define_op(
     f"contrastive_step({_INPUTS}, Tensor coefficients, {_OPTIONS}) "
     "-> (Tensor loss, Tensor best, Tensor grad_queries, Tensor grad_passages, Tensor grad_temperature)",
     reference=chunked.contrastive_step,
-    triton=None,
+    problem=ContrastiveProblem,
 )
 define_op(
     "contrastive_scale(Tensor grad_loss, Tensor queries, Tensor passages, Tensor grad_queries, Tensor grad_passages, "
     "Tensor grad_temperature) -> (Tensor, Tensor, Tensor)",
     reference=chunked.contrastive_scale,
-    triton=None,
 )
 
 

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from grit_kernels.checks import dense_rows
-from grit_kernels.contrastive.chunked import chunks, row_scales, unscaled_gradient
+from grit_kernels.contrastive.chunked import chunks, row_scales, unscaled_gradients
+from grit_kernels.contrastive.problem import ContrastiveProblem
 from grit_kernels.triton_launch import architecture, dot, on_device, processor_count, upcast_operands
 
 CHUNK_BYTES = 256 << 20
@@ -82,6 +83,10 @@ def contrastive_fwd_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_SCALE: tl.constexpr, GROUPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """Grid: (blocks of BLOCK_Q queries, splits). Softmax numbers of a block over one share of the passages, each (splits, Q).
+
+    With GROUPED the share is one of the block's own passages, else of all.
+    """
     block, split = tl.program_id(0), tl.program_id(1)
     o_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_q = o_q < queries
@@ -141,6 +146,10 @@ def contrastive_weights_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_SCALE: tl.constexpr, GROUPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """Grid: (blocks of BLOCK_Q queries, blocks of BLOCK_P passages) of one chunk. Stores weight_ij, see the top of the file.
+
+    p_weights: (last_query - first_query, last_passage - first_passage), contiguous.
+    """
     o_row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_column = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_q, o_p = first_query + o_row, first_passage + o_column
@@ -230,22 +239,12 @@ def _rows(x: Tensor) -> Tensor:
     return dense_rows(x)
 
 
-def contrastive_forward(
-    queries: Tensor,
-    passages: Tensor,
-    temperature: Tensor,
-    targets: Tensor,
-    query_ids: Tensor | None,
-    passage_ids: Tensor | None,
-    in_batch_negatives: bool,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and results as in chunked.contrastive_forward."""
-    queries, passages = _rows(queries), _rows(passages)
-    query_scale, passage_scale = row_scales(queries, passages, temperature, normalize)
-    count, candidates = queries.shape[0], passages.shape[0]
-    group = 0 if in_batch_negatives else candidates // count
-    tile = _tile(queries, passage_ids, passage_scale, group)
+def contrastive_forward(problem: ContrastiveProblem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As chunked.contrastive_forward."""
+    queries, passages = _rows(problem.queries), _rows(problem.passages)
+    query_scale, passage_scale = row_scales(problem)
+    count, candidates, group = queries.shape[0], passages.shape[0], problem.group
+    tile = _tile(queries, problem.passage_ids, passage_scale, group)
     blocks = triton.cdiv(count, tile["BLOCK_Q"])
     # few queries leave processors idle: share the passages then, at least 4 tiles to each
     tiles = triton.cdiv(tile["BLOCK_Q"] * group if group else candidates, tile["BLOCK_P"])
@@ -255,7 +254,7 @@ def contrastive_forward(
     best = torch.empty((splits, count), dtype=torch.int32, device=queries.device)
     with on_device(queries):
         contrastive_fwd_kernel[(blocks, splits)](
-            queries, passages, query_scale, passage_scale, targets, query_ids, passage_ids,
+            queries, passages, query_scale, passage_scale, problem.targets, problem.query_ids, problem.passage_ids,
             top, total, below, positive, best,
             queries.stride(0), passages.stride(0), count, candidates, queries.shape[1], group, splits, **tile,
         )  # fmt: skip
@@ -271,24 +270,12 @@ def contrastive_forward(
 
 
 def contrastive_backward(
-    grad_losses: Tensor,
-    queries: Tensor,
-    passages: Tensor,
-    temperature: Tensor,
-    targets: Tensor,
-    query_ids: Tensor | None,
-    passage_ids: Tensor | None,
-    top: Tensor,
-    log_total: Tensor,
-    in_batch_negatives: bool,
-    normalize: bool,
+    grad_losses: Tensor, top: Tensor, log_total: Tensor, problem: ContrastiveProblem
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in chunked.contrastive_backward."""
-    queries, passages = _rows(queries), _rows(passages)
-    query_scale, passage_scale = row_scales(queries, passages, temperature, normalize)
-    count, candidates = queries.shape[0], passages.shape[0]
-    group = 0 if in_batch_negatives else candidates // count
-    tile = _tile(queries, passage_ids, passage_scale, group)
+    """As chunked.contrastive_backward."""
+    queries, passages = _rows(problem.queries), _rows(problem.passages)
+    query_scale, passage_scale = row_scales(problem)
+    tile = _tile(queries, problem.passage_ids, passage_scale, problem.group)
     a = grad_losses * query_scale
     largest = a.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     a = a / largest
@@ -299,19 +286,16 @@ def contrastive_backward(
     grad_q = torch.empty(queries.shape, dtype=torch.float32, device=queries.device)
     grad_p = torch.zeros(passages.shape, dtype=torch.float32, device=queries.device)
     with on_device(queries):
-        for chunk in chunks(count, candidates, in_batch_negatives, CHUNK_BYTES, queries.element_size()):
+        for chunk in chunks(*problem.counts, problem.in_batch_negatives, CHUNK_BYTES, queries.element_size()):
             first, last, begin, end = chunk
             weights = torch.empty((last - first, end - begin), dtype=queries.dtype, device=queries.device)
             grid = (triton.cdiv(last - first, tile["BLOCK_Q"]), triton.cdiv(end - begin, tile["BLOCK_P"]))
             contrastive_weights_kernel[grid](
-                queries, passages, query_scale, passage_scale, targets, query_ids, passage_ids,
-                top, log_total, a, factor, weights,
-                queries.stride(0), passages.stride(0), first, last, begin, end, candidates, queries.shape[1], group,
+                queries, passages, query_scale, passage_scale, problem.targets, problem.query_ids, problem.passage_ids,
+                top, log_total, a, factor, weights, queries.stride(0), passages.stride(0),
+                first, last, begin, end, passages.shape[0], queries.shape[1], problem.group,
                 **tile,
             )  # fmt: skip
             _product(weights, passages[begin:end], grad_q[first:last], accumulate=False)
             _product(weights.T, queries[first:last], grad_p[begin:end], accumulate=True)
-    return (
-        unscaled_gradient(grad_q.mul_(largest), queries, normalize),
-        unscaled_gradient(grad_p.mul_(largest), passages, normalize),
-    )
+    return unscaled_gradients(grad_q.mul_(largest), grad_p.mul_(largest), problem)

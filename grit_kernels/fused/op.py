@@ -38,15 +38,9 @@ def _norm_fake(
 
 @torch.library.register_fake("grit_kernels::rms_norm_backward")
 def _norm_backward_fake(
-    grad_out: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    need_weight: bool,
+    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    columns = total.shape[-1] if need_weight else 0
+    columns = total.shape[-1] if rest[-1] else 0  # need_weight
     return total.new_empty(total.shape), total.new_empty(columns, dtype=torch.float32)
 
 

@@ -34,6 +34,7 @@ def norm_fwd_kernel(
     x_stride, residual_stride, rows, hidden_size, eps, offset,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
+    """out, and with HAS_RESIDUAL the total, of ROWS rows of reference.rms_norm_forward."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < hidden_size
@@ -58,6 +59,7 @@ def norm_bwd_kernel(
     grad_out_stride, grad_total_stride, total_stride, rows, hidden_size, rows_per_program, eps, offset,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TOTAL: tl.constexpr, NEED_WEIGHT: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of ``rows_per_program`` rows; with NEED_WEIGHT one partial sum of the weight's gradient, FP32 (programs, C)."""
     program = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < hidden_size
@@ -93,6 +95,7 @@ def _turn_heads(
     p_x, p_out, b_cos_1, b_cos_2, b_sin_1, b_sin_2, first_head, heads, head_stride, dim,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
+    """HEADS heads of one row: the halves of the first 2 HALF values are turned, what lies behind them is copied."""
     o_head = (first_head + tl.arange(0, HEADS))[:, None]
     o_c = tl.arange(0, BLOCK_HALF)[None, :]
     m_tile = (o_head < heads) & (o_c < HALF)
@@ -119,6 +122,7 @@ def rotary_kernel(
     table_batch_stride, table_row_stride, length, heads_q, heads_k, dim,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
+    """Grid: (rows, blocks of HEADS heads of q, then of k). TRANSPOSED: by the transposed matrix, for the backward."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sample, token = row // length, row % length
     o_c = tl.arange(0, BLOCK_HALF)[None, :]
@@ -158,6 +162,7 @@ def gated_fwd_kernel(
     p_gate, p_up, p_out, gate_stride, up_stride, rows, hidden_size,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, KIND: tl.constexpr, SLOPE: tl.constexpr, CUBE: tl.constexpr,
 ):  # fmt: skip
+    """act(gate) * up of one tile; KIND: index into reference.KINDS."""
     o_row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     m_tile = (o_row < rows) & (o_c < hidden_size)
@@ -173,6 +178,7 @@ def gated_bwd_kernel(
     p_grad, p_gate, p_up, p_grad_gate, p_grad_up, grad_stride, gate_stride, up_stride, rows, hidden_size,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, KIND: tl.constexpr, SLOPE: tl.constexpr, CUBE: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of gate and up of one tile, see reference.gated_backward."""
     o_row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     m_tile = (o_row < rows) & (o_c < hidden_size)

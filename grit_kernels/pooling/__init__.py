@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import use_reference
-from grit_kernels.checks import dense_rows, described, is_integer, readable
+from grit_kernels.checks import check_cu_seqlens, dense_rows, described, is_integer, readable
 from grit_kernels.pooling import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.pooling import reference
+from grit_kernels.pooling.problem import PoolingProblem
 from grit_kernels.visibility import sample_ids
 
 __all__ = ["pool"]
@@ -83,15 +84,15 @@ def pool(
                 f"instruction_lens: samples {bad[:10]} have no token left to pool (empty, or the instruction covers them); "
                 "empty='zeros' gives zeros instead"
             )
-    arguments = (hidden, weights, row_start, row_end, denominators, norm_weight, norm_eps)
+    problem = PoolingProblem(hidden, weights, row_start, row_end, denominators, norm_weight, norm_eps)
     if use_reference(hidden.device):
-        pooled = reference.pool_forward(*arguments)
+        pooled = reference.pool_forward(problem)
     elif hidden.dtype == torch.float64:
         raise TypeError(
             "hidden_states: expected float32, bfloat16 or float16; torch.float64 needs `with grit_kernels.backend('reference')`"
         )
     else:
-        pooled = torch.ops.grit_kernels.pool_forward(*arguments)
+        pooled = torch.ops.grit_kernels.pool_forward(*problem.flat())
     return torch.nn.functional.normalize(pooled, dim=-1) if normalize else pooled
 
 
@@ -114,15 +115,7 @@ def _flatten(
             raise ValueError(f"hidden_states: expected (tokens, hidden) with cu_seqlens, got shape {shape}")
         if attention_mask is not None:
             raise ValueError("attention_mask: a pack (cu_seqlens) has no padding to mask")
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or not is_integer(cu_seqlens, *cu_seqlens.shape):
-            raise ValueError(f"cu_seqlens: expected int32 (B + 1,), got {described(cu_seqlens)}")
-        if cu_seqlens.shape[0] < 2:
-            raise ValueError("cu_seqlens: expected int32 (B + 1,) with B >= 1, got an empty batch")
-        if readable(cu_seqlens):
-            if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != shape[0] or bool((cu_seqlens.diff() < 0).any()):
-                raise ValueError(
-                    f"cu_seqlens: expected a non-decreasing table from 0 to {shape[0]}, got {cu_seqlens.tolist()}"
-                )
+        check_cu_seqlens("cu_seqlens", cu_seqlens, shape[0])
         return dense_rows(hidden_states), cu_seqlens.to(hidden_states.device, torch.int64), None
     if hidden_states.ndim != 3 or shape[0] == 0:
         raise ValueError(

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grit_kernels.checks import dense_rows
+from grit_kernels.pooling.problem import PoolingProblem
 from grit_kernels.triton_launch import on_device, processor_count
 
 MAX_HIDDEN_WITH_NORM = 32768
@@ -36,6 +37,7 @@ def pool_fwd_kernel(
     stride, hidden_size, splits, norm_eps,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
+    """Grid: (samples, splits, blocks of columns). The weighted sum of a split's rows, divided, into p_partial (B, splits, C)."""
     sample, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < hidden_size
@@ -69,6 +71,7 @@ def pool_bwd_kernel(
     stride, rows, hidden_size, samples, bisections, rows_per_program, norm_eps,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
+    """Grid: (programs, blocks of columns). Gradients of ``rows_per_program`` rows and, HAS_NORM, a part of the weight's."""
     program, block = tl.program_id(0), tl.program_id(1)
     o_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < hidden_size
@@ -126,19 +129,15 @@ def _tile(hidden_size: int, has_norm: bool, values: int) -> tuple[int, int, int]
     return min(16, max(1, values // width)), width, min(32, max(4, width // 512))
 
 
-def pool_forward(
-    hidden: Tensor,
-    weights: Tensor,
-    row_start: Tensor,
-    row_end: Tensor,
-    denominators: Tensor,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> Tensor:
-    """Arguments as in reference.pool_forward; out float32 (B, C)."""
-    hidden = dense_rows(hidden)
+def _tables(problem: PoolingProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return problem.weights, problem.row_start, problem.row_end, problem.denominators
+
+
+def pool_forward(problem: PoolingProblem) -> Tensor:
+    """float32 (B, C)."""
+    hidden, norm_weight = dense_rows(problem.hidden), problem.norm_weight
     rows, hidden_size = hidden.shape
-    samples = row_start.shape[0]
+    samples = problem.row_start.shape[0]
     tile_rows, block, warps = _tile(hidden_size, norm_weight is not None, FORWARD_VALUES)
     blocks = triton.cdiv(hidden_size, block)
     # a partial row costs 8 bytes per column, 64 rows of 16-bit input cost 128: splitting stays below 6 % of the traffic
@@ -146,28 +145,18 @@ def pool_forward(
     partial = torch.empty((samples, splits, hidden_size), dtype=torch.float32, device=hidden.device)
     with on_device(hidden):
         pool_fwd_kernel[(samples, splits, blocks)](
-            hidden, weights, row_start, row_end, denominators, norm_weight, partial,
-            hidden.stride(0), hidden_size, splits, norm_eps,
+            hidden, *_tables(problem), norm_weight, partial, hidden.stride(0), hidden_size, splits, problem.norm_eps,
             ROWS=tile_rows, BLOCK_C=block, HAS_NORM=norm_weight is not None, num_warps=warps,
         )  # fmt: skip
     return partial[:, 0] if splits == 1 else partial.sum(dim=1)
 
 
-def pool_backward(
-    grad_out: Tensor,
-    hidden: Tensor,
-    weights: Tensor,
-    row_start: Tensor,
-    row_end: Tensor,
-    denominators: Tensor,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Arguments as in reference.pool_backward; the samples' row ranges must be in order and must not overlap."""
+def pool_backward(grad_out: Tensor, problem: PoolingProblem) -> tuple[Tensor, Tensor]:
+    """As reference.pool_backward; the samples' row ranges must be in order and must not overlap."""
     grad_out = grad_out.contiguous()
-    hidden = dense_rows(hidden)
+    hidden, norm_weight = dense_rows(problem.hidden), problem.norm_weight
     rows, hidden_size = hidden.shape
-    samples = row_start.shape[0]
+    samples = problem.row_start.shape[0]
     has_norm = norm_weight is not None
     grad_hidden = torch.empty((rows, hidden_size), dtype=hidden.dtype, device=hidden.device)
     tile_rows, block, warps = _tile(hidden_size, has_norm, BACKWARD_VALUES)
@@ -179,8 +168,9 @@ def pool_backward(
     if rows:
         with on_device(hidden):
             pool_bwd_kernel[(programs, triton.cdiv(hidden_size, block))](
-                grad_out, hidden, weights, row_start, row_end, denominators, norm_weight, grad_hidden, partial,
-                hidden.stride(0), rows, hidden_size, samples, samples.bit_length(), triton.cdiv(rows, programs), norm_eps,
+                grad_out, hidden, *_tables(problem), norm_weight, grad_hidden, partial,
+                hidden.stride(0), rows, hidden_size, samples, samples.bit_length(), triton.cdiv(rows, programs),
+                problem.norm_eps,
                 ROWS=tile_rows, BLOCK_C=block, HAS_NORM=has_norm, num_warps=warps,
             )  # fmt: skip
     return grad_hidden, partial.sum(dim=0) if has_norm else grad_out.new_empty(0, dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.attention import reference
+from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.visibility import window_bounds
 
 Choose = Callable[[Sequence[Any]], Any]
@@ -18,14 +19,14 @@ Choose = Callable[[Sequence[Any]], Any]
 
 @dataclass
 class Call:
-    """``q, k, v, grad_out`` (NaN outside of the samples), ``grad_lse`` or None, and the op's remaining arguments."""
+    """``q, k, v, grad_out`` (NaN outside of the samples), ``grad_lse`` or None, and the problem."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     grad_out: Tensor
     grad_lse: Tensor | None
-    numbers: list[Any]
+    problem: AttentionProblem
     rows_used: Tensor
     keys_used: Tensor
 
@@ -36,10 +37,10 @@ class Call:
         return [torch.where(m[:, None, None], x, 0.0).to(dtype) for x, m in zip(inputs, masks, strict=True)]
 
     def to(self, device: str) -> Call:
-        move = [x.to(device) if isinstance(x, Tensor) else x for x in self.numbers]
+        move = (x.to(device) if isinstance(x, Tensor) else x for x in self.problem.flat())
         grad_lse = None if self.grad_lse is None else self.grad_lse.to(device)
         tensors = [x.to(device) for x in (self.q, self.k, self.v, self.grad_out)]
-        return Call(*tensors, grad_lse, move, self.rows_used.to(device), self.keys_used.to(device))
+        return Call(*tensors, grad_lse, AttentionProblem(*move), self.rows_used.to(device), self.keys_used.to(device))
 
 
 def draw_call(
@@ -93,14 +94,14 @@ def draw_call(
         data(keys_used, heads_kv),
         data(rows_used, heads_kv * group),
         grad_lse if choose((True, False)) else None,
-        [
+        AttentionProblem(
             *lengths_and_bounds,
             *window_bounds(causal, window, max_q, max_k),
             hi,
             *(q_rows, k_rows, max_q, max_k),
-            choose((dim**-0.5, dim**-0.5, -0.1, 0.0)),
-            choose((0.0, 0.0, 5.0)),
-        ],
+            softmax_scale=choose((dim**-0.5, dim**-0.5, -0.1, 0.0)),
+            softcap=choose((0.0, 0.0, 5.0)),
+        ),
         rows_used,
         keys_used,
     )
@@ -112,8 +113,8 @@ def results(
     """out, lse, dq, dk, dv of one implementation on ``inputs`` (q, k, v, grad_out)."""
     q, k, v, grad_out = inputs
     grad_lse = None if call.grad_lse is None else call.grad_lse.to(torch.promote_types(q.dtype, torch.float32))
-    out, lse = forward(q, k, v, *call.numbers)
-    return [out, lse, *backward(grad_out, grad_lse, q, k, v, out, lse, *call.numbers)]
+    out, lse = forward(q, k, v, call.problem)
+    return [out, lse, *backward(grad_out, grad_lse, q, k, v, out, lse, call.problem)]
 
 
 def assert_call_equals_the_reference(call: Call, found: list[Tensor], tolerance: float) -> None:

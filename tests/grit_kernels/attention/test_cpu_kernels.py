@@ -15,6 +15,7 @@ from torch import Tensor
 import grit_kernels as gk
 from grit_kernels import _library
 from grit_kernels.attention import reference
+from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.visibility import dense_mask
 from tests.conftest import assert_within_rule
 
@@ -42,24 +43,25 @@ class Call:
     softcap: float = 0.0
 
     @property
-    def numbers(self) -> tuple[Any, ...]:
+    def problem(self) -> AttentionProblem:
         tables = (self.starts_q, self.lens_q, self.starts_k, self.lens_k, self.left, self.right)
         int32 = [torch.tensor(x, dtype=torch.int32) for x in tables]
-        return (*int32, self.hi, 0, 0, max(self.lens_q), max(self.lens_k), self.softmax_scale, self.softcap)
+        longest = (max(self.lens_q), max(self.lens_k))
+        return AttentionProblem(*int32, self.hi, 0, 0, *longest, self.softmax_scale, self.softcap)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return torch.ops.grit_kernels.attention_forward(self.q, self.k, self.v, *self.numbers)
+        return torch.ops.grit_kernels.attention_forward(self.q, self.k, self.v, *self.problem.flat())
 
     def backward(self, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         ops = torch.ops.grit_kernels
-        return ops.attention_backward(grad, grad_lse, self.q, self.k, self.v, out, lse, *self.numbers)
+        return ops.attention_backward(grad, grad_lse, self.q, self.k, self.v, out, lse, *self.problem.flat())
 
     def exact(self, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
         """out, lse, dq, dk, dv of the reference in float64."""
         q, k, v = (x.double() for x in (self.q, self.k, self.v))
-        out, lse = reference.attention_forward(q, k, v, *self.numbers)
+        out, lse = reference.attention_forward(q, k, v, self.problem)
         grads = (grad.double(), None if grad_lse is None else grad_lse.double())
-        return out, lse, *reference.attention_backward(*grads, q, k, v, out, lse, *self.numbers)
+        return out, lse, *reference.attention_backward(*grads, q, k, v, out, lse, self.problem)
 
     def eager(self, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
         """The same, computed eagerly and differentiated by autograd in the inputs' dtype."""

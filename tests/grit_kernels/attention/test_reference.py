@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from grit_kernels.attention import reference
+from grit_kernels.attention.problem import AttentionProblem
 from tests.grit_kernels.attention.oracle import attention, gradients, make_case
 
 # per sample (len_q, len_k, left, right): empty queries, no keys, more queries than keys (dead rows), windows, a cache
@@ -43,9 +44,10 @@ def inputs(dtype: torch.dtype = torch.float64, dim: int = 2, heads: tuple[int, i
     return [q, *(torch.randn(tokens_k, heads[1], dim, dtype=dtype, requires_grad=True) for _ in range(2))]
 
 
-def options(softcap: float, hi: Tensor | None) -> dict[str, Any]:
-    plain = {"q_rows": 0, "k_rows": 0, "max_q": 4, "max_k": 5, "softmax_scale": 0.7, "softcap": softcap}
-    return {**numbers(), "hi": hi, **plain}
+def problem_of(softcap: float, hi: Tensor | None) -> AttentionProblem:
+    return AttentionProblem(
+        **numbers(), hi=hi, q_rows=0, k_rows=0, max_q=4, max_k=5, softmax_scale=0.7, softcap=softcap
+    )
 
 
 VARIANTS = list(product([0.0, 1.5], [False, True]))
@@ -53,7 +55,7 @@ VARIANTS = list(product([0.0, 1.5], [False, True]))
 
 def live_rows(hi: Tensor | None) -> Tensor:
     with torch.no_grad():
-        lse = reference.attention_forward(*inputs(), **options(0.0, hi))[1]
+        lse = reference.attention_forward(*inputs(), problem_of(0.0, hi))[1]
     return lse[:, 0].isfinite()
 
 
@@ -63,7 +65,7 @@ def test_forward_passes_gradcheck_in_out_and_lse(softcap: float, use_hi: bool) -
     live = live_rows(hi)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = reference.attention_forward(q, k, v, **options(softcap, hi))
+        out, lse = reference.attention_forward(q, k, v, problem_of(softcap, hi))
         return out, lse[live]  # a dead row's -inf has no difference quotient
 
     assert torch.autograd.gradcheck(run, inputs())
@@ -75,7 +77,7 @@ def test_forward_passes_gradgradcheck(softcap: float, use_hi: bool) -> None:
     live = live_rows(hi)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = reference.attention_forward(q, k, v, **options(softcap, hi))
+        out, lse = reference.attention_forward(q, k, v, problem_of(softcap, hi))
         return out, lse[live]
 
     assert torch.autograd.gradgradcheck(run, inputs(), fast_mode=True)
@@ -85,15 +87,15 @@ def test_forward_passes_gradgradcheck(softcap: float, use_hi: bool) -> None:
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_closed_form_backward_equals_autograd(softcap: float, use_hi: bool, with_lse: bool) -> None:
     hi = staircase() if use_hi else None
-    tensors, settings = inputs(), options(softcap, hi)
-    out, lse = reference.attention_forward(*tensors, **settings)
+    tensors, problem = inputs(), problem_of(softcap, hi)
+    out, lse = reference.attention_forward(*tensors, problem)
     grad_out = torch.randn_like(out)
     grad_lse = torch.randn_like(lse) if with_lse else None
     live = lse.isfinite()
     total = (out * grad_out).sum() + (0 if grad_lse is None else (lse[live] * grad_lse[live]).sum())
     expected = torch.autograd.grad(total, tensors)
     with torch.no_grad():
-        found = reference.attention_backward(grad_out, grad_lse, *tensors, out, lse, **settings)
+        found = reference.attention_backward(grad_out, grad_lse, *tensors, out, lse, problem)
     for name, a, b in zip("qkv", found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=f"d{name}")
 
@@ -105,7 +107,7 @@ def test_forward_and_backward_equal_the_row_by_row_oracle_in_float64(softcap: fl
     q, k, v = (torch.cat(x).requires_grad_() for x in (case.q, case.k, case.v))
     ranges = [[0, 4, 7, 7], [4, 3, 0, 5], [0, 4, 10, 12], [4, 6, 2, 3], [99, 2, 99, 1], [0, 1, 0, 0]]
     arguments = [torch.tensor(x, dtype=torch.int32) for x in ranges]
-    out, lse = reference.attention_forward(q, k, v, *arguments, None, 0, 0, 5, 6, 8**-0.5, softcap)
+    out, lse = reference.attention_forward(q, k, v, AttentionProblem(*arguments, None, 0, 0, 5, 6, 8**-0.5, softcap))
     expected, expected_lse = attention(case)
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, torch.cat(expected_lse), rtol=1e-12, atol=1e-12)
@@ -117,8 +119,8 @@ def test_forward_and_backward_equal_the_row_by_row_oracle_in_float64(softcap: fl
 
 
 def test_rows_that_see_nothing_give_zero_minus_infinity_and_no_gradient() -> None:
-    tensors, settings = inputs(), options(0.0, None)
-    out, lse = reference.attention_forward(*tensors, **settings)
+    tensors, problem = inputs(), problem_of(0.0, None)
+    out, lse = reference.attention_forward(*tensors, problem)
     dead = ~live_rows(None)
     assert int(dead.sum()) == 4  # two rows without keys, two before the first key
     assert bool((out[dead] == 0).all()) and bool((lse[dead] == float("-inf")).all())
@@ -128,23 +130,25 @@ def test_rows_that_see_nothing_give_zero_minus_infinity_and_no_gradient() -> Non
 
 
 def test_rows_and_keys_that_no_sample_owns_may_hold_nan() -> None:
-    tensors, settings = inputs(), options(0.0, None)
-    out, lse = reference.attention_forward(*tensors, **settings)
+    tensors, problem = inputs(), problem_of(0.0, None)
+    out, lse = reference.attention_forward(*tensors, problem)
     spread = []
     for x, start, length in zip(tensors, ("q_start", "k_start", "k_start"), ("q_len", "k_len", "k_len"), strict=True):
         wide = torch.full((len(SAMPLES) * 6, *x.shape[1:]), float("nan"), dtype=x.dtype)
-        for b, (s, n) in enumerate(zip(settings[start].tolist(), settings[length].tolist(), strict=True)):
+        for b, (s, n) in enumerate(
+            zip(getattr(problem, start).tolist(), getattr(problem, length).tolist(), strict=True)
+        ):
             wide[6 * b : 6 * b + n] = x[s : s + n].detach()
         spread.append(wide.requires_grad_())
     rows = torch.arange(len(SAMPLES), dtype=torch.int32) * 6
-    padded = {**settings, "q_start": rows, "k_start": rows, "q_rows": 6, "k_rows": 6}
-    out_padded, lse_padded = reference.attention_forward(*spread, **padded)
+    padded = replace(problem, q_start=rows, k_start=rows, q_rows=6, k_rows=6)
+    out_padded, lse_padded = reference.attention_forward(*spread, padded)
     used = torch.cat([6 * b + torch.arange(s[0]) for b, s in enumerate(SAMPLES)])
     assert torch.equal(out_padded[used], out) and torch.equal(lse_padded[used], lse)
     unused = torch.ones(len(out_padded), dtype=torch.bool).index_fill(0, used, False)
     assert bool((out_padded[unused] == 0).all()) and bool((lse_padded[unused] == float("-inf")).all())
     for found in (
         torch.autograd.grad(out_padded.sum(), spread),
-        reference.attention_backward(torch.ones_like(out_padded), None, *spread, out_padded, lse_padded, **padded),
+        reference.attention_backward(torch.ones_like(out_padded), None, *spread, out_padded, lse_padded, padded),
     ):
         assert all(bool(g.isfinite().all()) for g in found)

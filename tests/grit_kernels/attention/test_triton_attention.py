@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from grit_kernels.attention import triton_backward, triton_decode, triton_forward, triton_plan  # noqa: E402
+from grit_kernels.attention.problem import AttentionProblem  # noqa: E402
 from grit_kernels.attention.reference import attention_forward as reference_forward  # noqa: E402
 from grit_kernels.attention.triton_common import split_head_dim  # noqa: E402
 from grit_kernels.attention.triton_configs import (  # noqa: E402
@@ -76,12 +77,12 @@ def test_every_merge_of_splits_gives_the_unsplit_result(monkeypatch: pytest.Monk
     q, k, v = torch.randn(3, 4, 32), torch.randn(150, 2, 32), torch.randn(150, 2, 32)
     zero, numbers = torch.zeros(1, dtype=torch.int32), torch.tensor([[3], [150]], dtype=torch.int32)
     left, right = window_bounds(torch.tensor([True]), (-1, -1), 3, 150)
-    given_numbers = (zero, numbers[0], zero, numbers[1], left, right, None, 0, 0, 3, 150, 0.2, 0.0)
-    expected = reference_forward(q, k, v, *given_numbers)
+    problem = AttentionProblem(zero, numbers[0], zero, numbers[1], left, right, None, 0, 0, 3, 150, 0.2, 0.0)
+    expected = reference_forward(q, k, v, problem)
     monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 16)
     for splits in (1, 2, 12):
         monkeypatch.setattr(triton_decode, "choose_splits", lambda *_, n=splits: n)
-        for a, b in zip(triton_forward.attention_forward(q, k, v, *given_numbers), expected, strict=True):
+        for a, b in zip(triton_forward.attention_forward(q, k, v, problem), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import grit_kernels as gk
 from grit_kernels import _library
 from grit_kernels.contrastive import chunked
+from grit_kernels.contrastive.problem import ContrastiveProblem
 from tests.conftest import assert_within_rule
 
 ISAS = _library.cpu_isas() if _library.status().loaded else []
@@ -24,10 +25,17 @@ def problem(count: int, group: int, width: int, dtype: torch.dtype, ids: bool) -
     return q, p, torch.tensor(0.1), targets, *marks
 
 
-def both(arguments: tuple[Any, ...], grad: Tensor, module: Any) -> tuple[Tensor, ...]:
+def in_torch(arguments: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Results of the chunked forward, and its gradients."""
+    given = ContrastiveProblem(*arguments)
+    found = chunked.contrastive_forward(given)
+    return (*found, *chunked.contrastive_backward(grad, *found[1:3], given))
+
+
+def by_ops(arguments: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, ...]:
     *inputs, in_batch_negatives, normalize = arguments
-    found = module.contrastive_forward(*inputs, in_batch_negatives, normalize)
-    return (*found, *module.contrastive_backward(grad, *inputs, *found[1:3], in_batch_negatives, normalize))
+    found = OPS.contrastive_forward(*inputs, in_batch_negatives, normalize)
+    return (*found, *OPS.contrastive_backward(grad, *inputs, *found[1:3], in_batch_negatives, normalize))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -40,9 +48,9 @@ def test_both_directions_equal_chunked_torch(
     for count, group, width in ((1, 1, 7), (49, 3, 20), (130, 5, 130), (30, 60, 2050)):
         arguments = (*problem(count, group, width, dtype, ids=group == 3), in_batch_negatives, normalize)
         grad = torch.randn(count)
-        expected = both(arguments, grad, chunked)
+        expected = in_torch(arguments, grad)
         with _library.cpu_isa(isa):
-            found = both(arguments, grad, OPS)
+            found = by_ops(arguments, grad)
             step = OPS.contrastive_step(*arguments[:-2], grad, *arguments[-2:])
             scaled = OPS.contrastive_scale(torch.tensor(1.0), *arguments[:2], *step[2:])
         for a, b in zip(found[:4], expected[:4], strict=True):
@@ -66,7 +74,7 @@ def test_results_do_not_depend_on_the_number_of_threads(restore_threads: None) -
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(both(arguments, torch.ones(200), OPS))
+        results.append(by_ops(arguments, torch.ones(200)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -79,7 +87,7 @@ def test_a_step_over_several_chunks_equals_forward_and_backward(dtype: torch.dty
         torch.set_num_threads(threads)
         results.append(OPS.contrastive_step(*arguments, coefficients, True, False))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    losses, _, _, excess, best, *grads = both((*arguments, True, False), coefficients, OPS)
+    losses, _, _, excess, best, *grads = by_ops((*arguments, True, False), coefficients)
     loss, best_of_step, *grads_of_step, grad_temperature = results[0]
     torch.testing.assert_close(loss, (coefficients * losses).sum())
     torch.testing.assert_close(grad_temperature, -(coefficients * excess).sum() / 0.1)
@@ -94,8 +102,8 @@ def test_chunks_of_both_sides_add_up() -> None:
     arguments = (q, torch.cat([p, torch.randn(6900, 24) / 5]), temperature, *rest)
     coefficients = torch.rand(2100)
     step = OPS.contrastive_step(*arguments, coefficients, True, True)
-    found = both((*arguments, True, True), coefficients, OPS)
-    expected = chunked.contrastive_backward(coefficients, *arguments, *found[1:3], True, True)
+    found = by_ops((*arguments, True, True), coefficients)
+    expected = chunked.contrastive_backward(coefficients, *found[1:3], ContrastiveProblem(*arguments, True, True))
     for early, late, truth in zip(step[2:4], found[5:], expected, strict=True):
         assert torch.equal(early, late)
         torch.testing.assert_close(early, truth, rtol=1e-4, atol=1e-4)

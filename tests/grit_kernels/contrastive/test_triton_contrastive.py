@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.contrastive import chunked
+from grit_kernels.contrastive.problem import ContrastiveProblem
 
 triton_contrastive = pytest.importorskip(
     "grit_kernels.contrastive.triton_contrastive", reason="the package triton is not installed"
@@ -28,20 +29,19 @@ def problem(count: int, group: int, width: int) -> tuple[Any, ...]:
 def test_shares_of_passages_and_chunks_of_queries_do_not_change_results(
     monkeypatch: pytest.MonkeyPatch, in_batch_negatives: bool
 ) -> None:
-    inputs = problem(75, 9, 20)
-    options = (in_batch_negatives, True)
-    expected = chunked.contrastive_forward(*inputs, *options)
+    given = ContrastiveProblem(*problem(75, 9, 20), in_batch_negatives, True)
+    expected = chunked.contrastive_forward(given)
     saved = expected[1:3]
     grad = torch.randn(75)
-    expected_grads = chunked.contrastive_backward(grad, *inputs, *saved, *options)
+    expected_grads = chunked.contrastive_backward(grad, *saved, given)
     for processors, chunk_bytes in ((1, 1 << 20), (40, 80_000)):
         monkeypatch.setattr(triton_contrastive, "processor_count", lambda device, n=processors: n)
         monkeypatch.setattr(triton_contrastive, "CHUNK_BYTES", chunk_bytes)
 
         def run() -> tuple[Tensor, ...]:
             return (
-                *triton_contrastive.contrastive_forward(*inputs, *options),
-                *triton_contrastive.contrastive_backward(grad, *inputs, *saved, *options),
+                *triton_contrastive.contrastive_forward(given),
+                *triton_contrastive.contrastive_backward(grad, *saved, given),
             )
 
         found = run()
@@ -54,16 +54,16 @@ def test_shares_of_passages_and_chunks_of_queries_do_not_change_results(
 def test_of_several_best_passages_the_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_contrastive, "processor_count", lambda device: 40)
     q = torch.ones(3, 16)
-    best = triton_contrastive.contrastive_forward(
-        q, torch.ones(700, 16), torch.tensor(1.0), torch.zeros(3, dtype=torch.int64), None, None, True, False
-    )[4]
+    targets = torch.zeros(3, dtype=torch.int64)
+    given = ContrastiveProblem(q, torch.ones(700, 16), torch.tensor(1.0), targets, None, None, True, False)
+    best = triton_contrastive.contrastive_forward(given)[4]
     assert best.tolist() == [0, 0, 0]
 
 
 def test_float64_is_refused_by_name() -> None:
     inputs = [x.double() if x.is_floating_point() else x for x in problem(4, 2, 8)]
     with pytest.raises(TypeError, match="queries, passages: expected .*got torch.float64"):
-        triton_contrastive.contrastive_forward(*inputs, True, False)
+        triton_contrastive.contrastive_forward(ContrastiveProblem(*inputs, True, False))
 
 
 SCORES = {

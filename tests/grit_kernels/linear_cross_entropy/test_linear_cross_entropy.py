@@ -12,7 +12,7 @@ from torch import Tensor
 
 import grit_kernels as gk
 from grit_kernels import _library
-from grit_kernels.linear_cross_entropy import op
+from grit_kernels.linear_cross_entropy import chunked
 from tests.conftest import assert_within_rule
 
 
@@ -33,7 +33,7 @@ def problem(dtype: torch.dtype, tokens: int = 37, vocabulary: int = 101) -> tupl
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many chunks":
-        monkeypatch.setattr(op, "_chunk_rows", lambda vocabulary: 16)
+        monkeypatch.setattr(chunked, "_chunk_rows", lambda vocabulary: 16)
 
 
 @pytest.mark.usefixtures("chunks")

@@ -7,6 +7,7 @@ import torch
 
 from grit_kernels import _library
 from grit_kernels.pooling import reference
+from grit_kernels.pooling.problem import PoolingProblem
 from tests.conftest import assert_within_rule
 from tests.grit_kernels.pooling.test_triton_pooling import DTYPES, problem
 
@@ -27,7 +28,7 @@ def test_any_instruction_set_keeps_the_accuracy_rule(isa: str, dtype: torch.dtyp
         numbers = (weights, start, end, denominators, gain, 1e-6)
         with _library.cpu_isa(isa):
             found = torch.ops.grit_kernels.pool_forward(hidden, *numbers)
-        exact = reference.pool_forward(hidden.double(), weights, start, end, denominators, gain, 1e-6)
+        exact = reference.pool_forward(PoolingProblem(hidden.double(), weights, start, end, denominators, gain, 1e-6))
         used = torch.where(weights[:, None] != 0, hidden, 0)
         eager = torch.zeros(4, columns, dtype=dtype)
         for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
@@ -49,9 +50,9 @@ def test_both_directions_keep_the_accuracy_rule(isa: str, dtype: torch.dtype, ha
         arguments = problem([130, 0, 7, 1], [3, 2, 0, 5], hidden_size, dtype)
         norm = torch.randn(hidden_size).to(dtype) if has_norm else None
         doubles = (arguments[0].double(), *arguments[1:], None if norm is None else norm.double(), 1e-6)
-        truth = reference.pool_forward(*doubles)
+        truth = reference.pool_forward(PoolingProblem(*doubles))
         grad = torch.randn(truth.shape)
-        truths = reference.pool_backward(grad.double(), *doubles)
+        truths = reference.pool_backward(grad.double(), PoolingProblem(*doubles))
         with _library.cpu_isa(isa):
             out = torch.ops.grit_kernels.pool_forward(*arguments, norm, 1e-6)
             grads = torch.ops.grit_kernels.pool_backward(grad, *arguments, norm, 1e-6)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import grit_kernels as gk
 from grit_kernels.pooling import METHODS, reference
+from grit_kernels.pooling.problem import PoolingProblem
 from tests.conftest import Backend, assert_within_rule
 
 FEW = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -165,14 +166,15 @@ def test_float64_runs_on_the_reference_and_passes_gradcheck_in_closed_form() -> 
         leaves = [hidden] if norm is None else [hidden, weight]
 
         def run(*leaf: Tensor) -> Tensor:
-            return reference.pool_forward(leaf[0], weights, *bounds, denominators, *(leaf[1:] or (None,)), 1e-6)
+            given = PoolingProblem(leaf[0], weights, *bounds, denominators, *(leaf[1:] or (None,)), 1e-6)
+            return reference.pool_forward(given)
 
         assert torch.autograd.gradcheck(run, leaves)
         assert torch.autograd.gradgradcheck(run, leaves)
-        out = reference.pool_forward(*arguments)
+        out = reference.pool_forward(PoolingProblem(*arguments))
         grad = torch.randn_like(out)
         expected = torch.autograd.grad(out, leaves, grad)
-        found = reference.pool_backward(grad, *arguments)
+        found = reference.pool_backward(grad, PoolingProblem(*arguments))
         for a, b in zip(found, expected, strict=False):
             torch.testing.assert_close(a.detach(), b, rtol=1e-12, atol=1e-12)
 

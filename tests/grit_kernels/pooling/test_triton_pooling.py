@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grit_kernels.pooling import reference
+from grit_kernels.pooling.problem import PoolingProblem
 from tests.conftest import assert_within_rule
 
 triton_pooling = pytest.importorskip(
@@ -49,13 +50,13 @@ def test_both_directions_keep_the_accuracy_rule_for_any_lengths_and_gaps(data: s
     arguments = problem(lens, gaps, hidden_size, dtype)
     norm = draw(st.sampled_from([None, torch.randn(hidden_size).to(dtype)]))
     doubles = (arguments[0].double(), *arguments[1:], None if norm is None else norm.double(), 1e-6)
-    out = triton_pooling.pool_forward(*arguments, norm, 1e-6)
+    out = triton_pooling.pool_forward(PoolingProblem(*arguments, norm, 1e-6))
     assert out.dtype == torch.float32 and out.shape == (len(lens), hidden_size)
-    truth = reference.pool_forward(*doubles)
+    truth = reference.pool_forward(PoolingProblem(*doubles))
     assert_within_rule(out, truth, truth.to(dtype), "out")
     grad = torch.randn_like(out)
-    grads = triton_pooling.pool_backward(grad, *arguments, norm, 1e-6)
-    truths = reference.pool_backward(grad.double(), *doubles)
+    grads = triton_pooling.pool_backward(grad, PoolingProblem(*arguments, norm, 1e-6))
+    truths = reference.pool_backward(grad.double(), PoolingProblem(*doubles))
     assert grads[0].dtype == dtype and grads[1].dtype == torch.float32
     for name, a, b in zip(("grad_hidden", "grad_norm_weight"), grads, truths, strict=True):
         assert_within_rule(a, b, b.to(dtype), name)
@@ -64,10 +65,10 @@ def test_both_directions_keep_the_accuracy_rule_for_any_lengths_and_gaps(data: s
 @pytest.mark.interpret
 def test_a_split_sample_and_one_that_is_not_split_agree_and_repeat_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*problem([300, 4, 0, 211], [0, 3, 1, 0], 24, torch.float32), torch.randn(24), 1e-6)
-    split = triton_pooling.pool_forward(*arguments)
-    assert torch.equal(split, triton_pooling.pool_forward(*arguments))
+    split = triton_pooling.pool_forward(PoolingProblem(*arguments))
+    assert torch.equal(split, triton_pooling.pool_forward(PoolingProblem(*arguments)))
     monkeypatch.setattr(triton_pooling, "processor_count", lambda device: 0)
-    torch.testing.assert_close(triton_pooling.pool_forward(*arguments), split, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(triton_pooling.pool_forward(PoolingProblem(*arguments)), split, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.interpret
@@ -76,12 +77,12 @@ def test_hidden_states_of_any_row_stride_are_read_in_place() -> None:
     wide = torch.full((hidden.shape[0], 40), float("nan"))
     wide[:, 8:24] = hidden
     for norm in (None, torch.randn(16)):
-        expected = triton_pooling.pool_forward(hidden, *rest, norm, 0.0)
-        assert torch.equal(triton_pooling.pool_forward(wide[:, 8:24], *rest, norm, 0.0), expected)
+        expected = triton_pooling.pool_forward(PoolingProblem(hidden, *rest, norm, 0.0))
+        assert torch.equal(triton_pooling.pool_forward(PoolingProblem(wide[:, 8:24], *rest, norm, 0.0)), expected)
         grad = torch.randn(2, 16)
         for a, b in zip(
-            triton_pooling.pool_backward(grad, wide[:, 8:24], *rest, norm, 0.0),
-            triton_pooling.pool_backward(grad, hidden, *rest, norm, 0.0),
+            triton_pooling.pool_backward(grad, PoolingProblem(wide[:, 8:24], *rest, norm, 0.0)),
+            triton_pooling.pool_backward(grad, PoolingProblem(hidden, *rest, norm, 0.0)),
             strict=True,
         ):
             assert torch.equal(a, b) and bool(a.isfinite().all())

@@ -1,0 +1,53 @@
+"""Arguments that the functions behind several ops share, as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "float": "float", "bool": "bool"}
+
+
+class Problem:
+    """Base of frozen dataclasses whose fields are arguments of ops, tensors first.
+
+    torch.library wants flat schemas. The fields are spelled once, in the dataclass: ``TENSORS`` and ``OPTIONS`` are their part of
+    a schema, and :func:`gathering` turns a flat call into one that takes the object.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]]
+    TENSORS: ClassVar[str]
+    OPTIONS: ClassVar[str]
+    TENSOR_COUNT: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        fields = {name: _SCHEMA_TYPES[kind] for name, kind in cls.__annotations__.items()}
+        tensors = [name for name, kind in fields.items() if kind.startswith("Tensor")]
+        cls.NAMES = tuple(fields)
+        assert cls.NAMES[: len(tensors)] == tuple(tensors), f"{cls.__name__}: tensors come first"
+        cls.TENSOR_COUNT = len(tensors)
+        cls.TENSORS = ", ".join(f"{kind} {name}" for name, kind in fields.items() if name in tensors)
+        cls.OPTIONS = ", ".join(f"{kind} {name}" for name, kind in fields.items() if name not in tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return getattr(self, self.NAMES[0]).device
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields in order, as an op takes them."""
+        return tuple(getattr(self, name) for name in self.NAMES)
+
+
+def gathering(problem: type[Problem], schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(*others, problem)`` with the arguments of ``schema``: the problem's fields wherever they stand in it."""
+    names = [argument.split()[-1] for argument in schema[schema.index("(") + 1 : schema.index(")")].split(",")]
+    fields = [names.index(name) for name in problem.NAMES]
+    others = [i for i in range(len(names)) if i not in fields]
+
+    def run(*flat: Any) -> Any:
+        return function(*(flat[i] for i in others), problem(*(flat[i] for i in fields)))
+
+    return run
