@@ -98,6 +98,11 @@ def has_kernel(op: str, device: torch.device) -> bool:
     return forced_backend() != "reference" and not _choices[op].get(device.type, "reference").startswith("reference")
 
 
+def runs_triton(op: str, device: torch.device) -> bool:
+    """Whether a call of ``op`` on ``device`` would run its Triton kernel now."""
+    return forced_backend() != "reference" and _choices[op].get(device.type, "").startswith("triton")
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -129,7 +134,7 @@ def declare_op(schema: str) -> None:
 def define_op(
     schema: str,
     *,
-    reference: Callable[..., Any],
+    reference: Callable[..., Any] | None,
     triton: str | None = None,
     cuda: str | None = None,
     problem: type[Problem] | None = None,
@@ -137,9 +142,10 @@ def define_op(
 ) -> None:
     """Define op ``grit_kernels::<schema>`` and register what implements it on this machine.
 
-    ``reference``: plain torch function with the schema's arguments. ``triton``: ``"module:function"`` of a launcher with the
-    same arguments, imported at the first call (so importing the package never imports Triton), or None. ``cuda``: the
-    :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, which serves where Triton is not installed.
+    ``reference``: plain torch function with the schema's arguments, None for an op that only Triton needs. ``triton``:
+    ``"module:function"`` of a launcher with the same arguments, imported at the first call (so importing the package never
+    imports Triton), or None. ``cuda``: the :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, which serves
+    where Triton is not installed.
     ``problem``: reference and launcher take its fields as one object, behind all other arguments. ``composite``: the plain torch
     function calls the kernels that there are; it is what runs everywhere, and no stopgap.
     """
@@ -148,7 +154,7 @@ def define_op(
     library = _library.status()
     triton_found = importlib.util.find_spec("triton") is not None
     chosen = _choices[name] = {"cpu": "cpu (C++)", "cuda": "triton"}
-    if problem is not None:
+    if problem is not None and reference is not None:
         reference = gathering(problem, schema, reference)
     launcher = None if triton is None else _lazy(triton)
     if launcher is not None and problem is not None:
@@ -159,11 +165,15 @@ def define_op(
         _library_handle.impl(name, function, key)
 
     if composite:
+        assert reference is not None
         chosen.update(cpu="torch and kernels", cuda="torch and kernels")
         _library_handle.impl(name, reference, "CompositeExplicitAutograd")
         return
 
     def fall_back(key: str, why: str) -> None:
+        if reference is None:
+            del chosen[key.lower()]
+            return
         message = f"grit_kernels::{name} runs its plain torch reference, which is slow: {why}"
         use(key, f"reference ({why})", _announced(reference, message))
 

@@ -6,6 +6,8 @@ packs of (tokens, H, D), ``switch_attention_with_kvcache`` queries that continue
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,8 @@ from grit_kernels.attention.checks import (
     window_argument,
 )
 from grit_kernels.attention.problem import AttentionProblem
-from grit_kernels.backend import use_reference
+from grit_kernels.backend import runs_triton, use_reference
 from grit_kernels.checks import dense_rows, readable
-from grit_kernels.packing import SamplePack
 from grit_kernels.precision import autocast_dtype
 from grit_kernels.visibility import window_bounds
 
@@ -230,52 +231,36 @@ def switch_attention_with_kvcache(
     return (out, lse) if return_lse else out
 
 
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pack: SamplePack,
-    bounds: tuple[Tensor, Tensor],
-    hi: Tensor | None = None,
-    *,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
+def prepared_attention(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor] | None
 ) -> Tensor:
-    """Self-attention over a :class:`SamplePack` whose values were checked when it was built.
+    """Attention of one layer over a problem whose values were checked when it was made: what the layers of a model call.
 
-    What the layers of a model call: q (tokens, H_q, D), k and v (tokens, H_kv, D), ``bounds`` = ``left``, ``right`` from
-    :func:`grit_kernels.visibility.window_bounds`, ``hi`` the pack's staircase as the layer sees it. Like
-    :func:`switch_attention_varlen` without its per-call work.
+    q (Tq, Hq, D), k and v (Tk, Hkv, D) -> (Tq, Hq, D). ``plans`` belongs to the problem and is filled here: what the
+    kernels compute of the problem alone is computed by the first layer.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
-    if q.shape[0] != pack.tokens or k.shape[0] != pack.tokens:
-        raise ValueError(f"q, k: expected the {pack.tokens} tokens of the pack, got {q.shape[0]} and {k.shape[0]} rows")
-    ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
-    options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
-    return _call(q, k, v, AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options))[0]
+    return _call(q, k, v, problem, plans)[0]
 
 
-def rectangular_attention(
+def rectangular_problem(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    causal: Tensor,
-    window_size: tuple[int, int] | Tensor,
-    rows: Tensor,
-    first: Tensor,
-    end: Tensor,
-    *,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attention over a padded batch whose keys lie in slots ``[first[b], end[b])`` (int32 (B)), ``rows[b]`` real queries.
+    step: int,
+    lengths: tuple[Tensor, Tensor, Tensor],
+    bounds: tuple[Tensor, Tensor],
+    hi: Tensor | None,
+    options: tuple[float, float],
+) -> AttentionProblem:
+    """The problem of q (B, T, Hq, D) and k (B, S, Hkv, D) whose samples' keys lie ``step`` rows apart, see :func:`key_rows`.
 
-    Differentiable, and without checks of values: what transformers' padded and cached passes call.
+    ``lengths``: int32 (B) each, real query rows, first key slot, end of the key slots. ``options``: softmax_scale and softcap.
     """
-    q, k, v = check_qkv(q, k, v, ndim=4)
-    bounds = window_bounds(causal, window_size, q.shape[1], k.shape[1])
-    options = check_softmax_options(softmax_scale, softcap, q.shape[-1])
-    return _rectangular(q, k, v, (rows, first, end), bounds, None, options)[0]
+    max_q, slots = q.shape[1], k.shape[1]
+    q_len, first, end = lengths
+    index = torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
+    ranges = (index * max_q, q_len, index * step + first, (end - first).clamp(min=0))
+    return AttentionProblem(*ranges, *bounds, hi, max_q, slots, max_q, slots, *options)
 
 
 def _rectangular(
@@ -288,18 +273,12 @@ def _rectangular(
     options: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """(B, T, H, D) tensors as rows of one pack; ``lengths`` = real query rows, first key slot, end of the key slots."""
-    batch, max_q, heads_q, dim = q.shape
-    slots = k.shape[1]
-    q_len, first, end = lengths
-    index = torch.arange(batch, device=q.device, dtype=torch.int32)
-    keys, values, step = _key_rows(q, k, v)
-    ranges = (index * max_q, q_len, index * step + first, (end - first).clamp(min=0))
-    problem = AttentionProblem(*ranges, *bounds, hi, max_q, slots, max_q, slots, *options)
-    out, lse = _call(q.flatten(0, 1), keys, values, problem)
-    return out.view(batch, max_q, heads_q, dim), lse.view(batch, max_q, heads_q)
+    keys, values, step = key_rows(q, k, v)
+    out, lse = _call(q.flatten(0, 1), keys, values, rectangular_problem(q, k, step, lengths, bounds, hi, options))
+    return out.view(q.shape), lse.view(q.shape[:3])
 
 
-def _key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+def key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     """k and v (B, S, H, D) as (rows, H, D), and how many rows lie between the first keys of two samples.
 
     A cache stored as (B, H, S, D) cannot be flattened without copying it, once per layer and token. Sample b's keys are rows of
@@ -330,7 +309,9 @@ def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
     cache[batch, slot] = torch.where(real, new[batch, row].to(cache.dtype), cache[batch, slot])
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the backend that is asked for."""
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
@@ -341,4 +322,19 @@ def _call(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[T
         raise TypeError(
             "q: expected float32, bfloat16 or float16, got torch.float64, which needs `with grit_kernels.backend('reference')`"
         )
-    return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
+    if plans is None or not runs_triton("attention_plan", q.device):
+        return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
+    plan = _plan(q, k, v, problem, plans)
+    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, plan, *problem.flat())
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor]) -> Tensor:
+    """The plan of the problem for tensors of these shapes, made once."""
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    stream = None  # launches of different streams may run at the same time and must not share a counter
+    if q.is_cuda and not torch.compiler.is_compiling():
+        stream = torch.cuda.current_stream(q.device).stream_id
+    key = (q.shape, k.shape, q.dtype, q.device, backward, stream)
+    if key not in plans:
+        plans[key] = torch.ops.grit_kernels.attention_plan(q.detach(), k.detach(), backward, *problem.flat())
+    return plans[key]

@@ -13,46 +13,87 @@ from grit_kernels.backend import define_op, refuse_double_backward
 
 _PROBLEM = f"{AttentionProblem.TENSORS}, {AttentionProblem.OPTIONS}"
 
+_TRITON = "grit_kernels.attention.triton"
+_TENSORS, _RESULTS = "Tensor q, Tensor k, Tensor v", "-> (Tensor out, Tensor lse)"
+_GRADS = f"Tensor grad_out, Tensor? grad_lse, {_TENSORS}, Tensor out, Tensor lse"
+_GRAD_RESULTS = "-> (Tensor dq, Tensor dk, Tensor dv)"
+
 define_op(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor out, Tensor lse)",
+    f"attention_forward({_TENSORS}, {_PROBLEM}) {_RESULTS}",
     reference=reference.attention_forward,
-    triton="grit_kernels.attention.triton_forward:attention_forward",
+    triton=f"{_TRITON}_forward:attention_forward",
     problem=AttentionProblem,
 )
 define_op(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PROBLEM}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"attention_backward({_GRADS}, {_PROBLEM}) {_GRAD_RESULTS}",
     reference=reference.attention_backward,
-    triton="grit_kernels.attention.triton_backward:attention_backward",
+    triton=f"{_TRITON}_backward:attention_backward",
+    problem=AttentionProblem,
+)
+# the same where the order of the tiles is known from another layer of the pass; only the Triton kernels have one
+define_op(
+    f"attention_plan(Tensor q, Tensor k, bool backward, {_PROBLEM}) -> Tensor",
+    reference=None,
+    triton=f"{_TRITON}_forward:attention_plan",
+    problem=AttentionProblem,
+)
+define_op(
+    f"attention_forward_planned({_TENSORS}, Tensor plan, {_PROBLEM}) {_RESULTS}",
+    reference=None,
+    triton=f"{_TRITON}_forward:attention_forward_planned",
+    problem=AttentionProblem,
+)
+define_op(
+    f"attention_backward_planned({_GRADS}, Tensor plan, {_PROBLEM}) {_GRAD_RESULTS}",
+    reference=None,
+    triton=f"{_TRITON}_backward:attention_backward_planned",
     problem=AttentionProblem,
 )
 
 
 @torch.library.register_fake("grit_kernels::attention_forward")
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("grit_kernels::attention_forward_planned")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("grit_kernels::attention_backward")
+@torch.library.register_fake("grit_kernels::attention_backward_planned")
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@torch.library.register_fake("grit_kernels::attention_plan")
+def _plan_fake(q: Tensor, k: Tensor, backward: bool, *problem: Any) -> Tensor:
+    from grit_kernels.attention.triton_forward import plan_size
+
+    return q.new_empty(plan_size(q, k, backward, AttentionProblem(*problem)), dtype=torch.int32)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    problem, tensors = inputs[3:], AttentionProblem.TENSOR_COUNT
-    ctx.save_for_backward(*inputs[:3], *output, *problem[:tensors])
-    ctx.options = problem[tensors:]
+    tensors = len(inputs) - len(AttentionProblem.NAMES) + AttentionProblem.TENSOR_COUNT
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:tensors])
+    ctx.options = inputs[tensors:]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[3])
-    grads = torch.ops.grit_kernels.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
-    return *grads, *([None] * len(AttentionProblem.NAMES))
+def _gradients(backward: Any) -> Any:
+    def run(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # q, k, v, out, lse, the plan if there is one, the problem's
+        if grad_out is None:
+            grad_out = torch.zeros_like(saved[3])
+        grads = backward(grad_out, grad_lse, *saved, *ctx.options)
+        return *grads, *([None] * (len(saved) - 5 + len(ctx.options)))
+
+    return run
 
 
-torch.library.register_autograd("grit_kernels::attention_forward", _backward, setup_context=_save)
-refuse_double_backward("attention_backward", "switch attention")
+for _suffix in ("", "_planned"):
+    torch.library.register_autograd(
+        f"grit_kernels::attention_forward{_suffix}",
+        _gradients(getattr(torch.ops.grit_kernels, f"attention_backward{_suffix}")),
+        setup_context=_save,
+    )
+    refuse_double_backward(f"attention_backward{_suffix}", "switch attention")

@@ -32,8 +32,7 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
     tile_rows,
 )
-from grit_kernels.attention.triton_configs import choose_config
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid
 from grit_kernels.triton_launch import dot, on_device, upcast_operands
 from grit_kernels.visibility import transpose_hi
 
@@ -334,6 +333,21 @@ def attention_backward(
     problem: AttentionProblem,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``grit_kernels::attention_backward``. The same inputs give the same bits."""
+    return attention_backward_planned(grad_out, grad_lse, q, k, v, out, lse, None, problem)
+
+
+def attention_backward_planned(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor | None,
+    problem: AttentionProblem,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``grit_kernels::attention_backward_planned``; ``plan``: of triton_forward.attention_plan, with ``backward``."""
     rows, heads, dim = q.shape
     keys, heads_kv, _ = k.shape
     group = heads // heads_kv
@@ -346,7 +360,14 @@ def attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     bounds, hi, q_rows, k_rows = int32_tables(problem), problem.hi, problem.q_rows, problem.k_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
-    first_row = None if hi is None else transpose_hi(hi, *bounds[:4], keys)
+    key_grid, row_grid = (tile_grid(kernel, q, k, problem) for kernel in ("backward_keys", "backward_rows"))
+    if plan is None:
+        first_row = None if hi is None else transpose_hi(hi, *bounds[:4], keys)
+    else:
+        at = tile_grid("forward", q, k, problem).size
+        key_plan = key_grid.plan(plan[at : at + key_grid.size])
+        row_plan = row_grid.plan(plan[at + key_grid.size : at + key_grid.size + row_grid.size])
+        first_row = None if hi is None else plan[plan.shape[0] - keys :]
     d1, d2 = split_head_dim(dim)
     statistics = torch.empty((2, heads, rows), dtype=torch.float32, device=q.device)
     strides = (
@@ -364,25 +385,19 @@ def attention_backward(
             grad_out.stride(0), grad_out.stride(1), rows,
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
         )  # fmt: skip
-        config = choose_config("backward_keys", dim, q.dtype, q.device)
-        plan = plan_tiles(
-            bounds, first_row, over_keys=False, total=keys, rows=k_rows, block_rows=config.rows, block_keys=config.keys,
-            heads=heads_kv, group=1, bytes_per_head=2 * rows * group * dim * q.element_size(),
-        )  # fmt: skip
-        backward_keys_kernel[(plan.tiles * heads_kv,)](
-            q, k, v, grad_out, dk, dv, statistics, plan.table, *bounds,
+        if plan is None:
+            key_plan, row_plan = plan_tiles(key_grid, bounds, first_row), plan_tiles(row_grid, bounds, hi)
+        config = key_grid.config
+        backward_keys_kernel[(key_plan.tiles * heads_kv,)](
+            q, k, v, grad_out, dk, dv, statistics, key_plan.table, *bounds,
             bounds[0] if hi is None else hi, bounds[0] if first_row is None else first_row,
-            *strides, rows, plan.tiles, plan.heads, k_rows, scale, cap, softmax_scale,
+            *strides, rows, key_plan.tiles, key_plan.heads, k_rows, scale, cap, softmax_scale,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
-        config = choose_config("backward_rows", dim, q.dtype, q.device)
-        plan = plan_tiles(
-            bounds, hi, over_keys=True, total=rows, rows=q_rows, block_rows=config.rows, block_keys=config.keys,
-            heads=heads, group=group, bytes_per_head=2 * keys * dim * k.element_size(),
-        )  # fmt: skip
-        backward_rows_kernel[(plan.tiles * heads,)](
-            q, k, v, grad_out, dq, statistics, plan.table, *bounds, bounds[0] if hi is None else hi,
-            *strides, rows, plan.tiles, plan.heads, q_rows, scale, cap, softmax_scale * sign,
+        config = row_grid.config
+        backward_rows_kernel[(row_plan.tiles * heads,)](
+            q, k, v, grad_out, dq, statistics, row_plan.table, *bounds, bounds[0] if hi is None else hi,
+            *strides, rows, row_plan.tiles, row_plan.heads, q_rows, scale, cap, softmax_scale * sign,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
     return dq, dk, dv

@@ -29,10 +29,10 @@ from grit_kernels.attention.triton_common import (
     store_part,
     tile_keys,
 )
-from grit_kernels.attention.triton_configs import choose_config
 from grit_kernels.attention.triton_decode import LARGEST_GRID_AXIS, SHORTEST_SPLIT, attention_decode
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid
 from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
+from grit_kernels.visibility import transpose_hi
 
 WARPS_PER_PROCESSOR = 16
 """Of a persistent grid: as many as can be resident, or a few more, which find the list empty and end."""
@@ -100,7 +100,11 @@ def attention_forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """PERSISTENT: take tiles off the list until it is empty (which program takes one changes no bit of it). Else: one tile."""
+    """PERSISTENT: take tiles off the list until it is empty (which program takes one changes no bit of it). Else: one tile.
+
+    Every tile that is taken draws one number from the counter, so the last number is known, and who draws it clears the counter
+    for the next launch.
+    """
     order = tl.program_id(0)
     if PERSISTENT:
         while order < tiles * HEADS:
@@ -113,6 +117,8 @@ def attention_forward_kernel(
                 )  # fmt: skip
             # the first tiles are given by the programs' own numbers
             order = tl.num_programs(0) + tl.atomic_add(p_counter, 1, sem="relaxed")
+        if order == tl.num_programs(0) + tiles * HEADS - 1:
+            tl.store(p_counter, 0)
     else:
         head, sample, block = program_tile(p_table, tiles, heads_side_by_side, order)
         if block >= 0:
@@ -125,6 +131,13 @@ def attention_forward_kernel(
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """The op ``grit_kernels::attention_forward``. No autotuning, no value read from the device."""
+    return attention_forward_planned(q, k, v, None, problem)
+
+
+def attention_forward_planned(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor | None, problem: AttentionProblem
+) -> tuple[Tensor, Tensor]:
+    """The op ``grit_kernels::attention_forward_planned``; ``plan``: what :func:`attention_plan` made of shapes and problem."""
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
@@ -136,23 +149,23 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem
     bounds, hi, q_rows = int32_tables(problem), problem.hi, problem.q_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
     with on_device(q):
-        if _splits_keys(q, group, problem):
+        if splits_keys(q, k, problem):
             attention_decode(q, k, v, out, lse, problem, bounds, scale, cap)
             return out, lse
-        config = choose_config("forward", dim, q.dtype, q.device)
-        plan = plan_tiles(
-            bounds, hi, over_keys=True, total=rows, rows=q_rows, block_rows=config.rows, block_keys=config.keys,
-            heads=heads, group=group, bytes_per_head=2 * k.shape[0] * dim * k.element_size(),
-        )  # fmt: skip
+        grid = tile_grid("forward", q, k, problem)
+        if plan is None:
+            table, counter, tiles, side_by_side = plan_tiles(grid, bounds, hi)
+        else:
+            table, counter, tiles, side_by_side = grid.plan(plan[: grid.size])
+        config = grid.config
         d1, d2 = split_head_dim(dim)
-        programs, counter = plan.tiles * heads, plan.table
+        programs = tiles * heads
         if config.persistent:
             programs = min(programs, processor_count(q.device) * WARPS_PER_PROCESSOR // config.warps)
-            counter = torch.zeros(1, dtype=torch.int32, device=q.device)
         attention_forward_kernel[(programs,)](
-            q, k, v, out, lse, plan.table, counter, *bounds, bounds[0] if hi is None else hi,
+            q, k, v, out, lse, table, counter, *bounds, bounds[0] if hi is None else hi,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            plan.tiles, plan.heads, q_rows, scale, cap,
+            tiles, side_by_side, q_rows, scale, cap,
             HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=config.rows, BN=config.keys,
             HAS_HI=hi is not None, HAS_CAP=problem.softcap > 0, UPCAST=upcast_operands(), PERSISTENT=config.persistent,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
@@ -160,8 +173,46 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem
     return out, lse
 
 
-def _splits_keys(q: Tensor, group: int, problem: AttentionProblem) -> bool:
+def plan_size(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> int:
+    """int32 numbers of :func:`attention_plan`."""
+    size = tile_grid("forward", q, k, problem).size
+    if backward:
+        size += sum(tile_grid(kernel, q, k, problem).size for kernel in ("backward_keys", "backward_rows"))
+        size += 0 if problem.hi is None else k.shape[0]
+    return size
+
+
+def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> Tensor:
+    """The op ``grit_kernels::attention_plan``: the order of the tiles of every kernel, for all layers of a pass.
+
+    int32, one section after the other: forward, and with ``backward`` backward_keys, backward_rows and, with a staircase, its
+    transpose. Only shapes, dtype and device of q and k count. Launches of one stream may share a plan, for they take turns with
+    its counter; launches that may run at the same time may not.
+    """
+    tables, hi = int32_tables(problem), problem.hi
+    numbers = torch.empty(plan_size(q, k, backward, problem), dtype=torch.int32, device=q.device)
+    if not q.shape[0] or not k.shape[0]:
+        return numbers
+    with on_device(q):
+        grid = tile_grid("forward", q, k, problem)
+        if not splits_keys(q, k, problem):
+            plan_tiles(grid, tables, hi, numbers[: grid.size])
+        if backward:
+            first_row = None
+            if hi is not None:
+                first_row = numbers[numbers.shape[0] - k.shape[0] :]
+                first_row.copy_(transpose_hi(hi, *tables[:4], k.shape[0]))
+            at = grid.size
+            for kernel, steps in (("backward_keys", first_row), ("backward_rows", hi)):
+                grid = tile_grid(kernel, q, k, problem)
+                plan_tiles(grid, tables, steps, numbers[at : at + grid.size])
+                at += grid.size
+    return numbers
+
+
+def splits_keys(q: Tensor, k: Tensor, problem: AttentionProblem) -> bool:
     """Few rows over many keys: pack the heads of a group into one tile and share the keys among programs."""
+    group = q.shape[1] // k.shape[1]
     batch, max_q, max_k = problem.q_len.shape[0], max(problem.q_rows, problem.max_q), problem.max_k
     if max_k < SHORTEST_SPLIT or batch > LARGEST_GRID_AXIS:
         return False

@@ -18,35 +18,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grit_kernels.attention.problem import SampleTables
+from grit_kernels.attention.problem import AttentionProblem, SampleTables
 from grit_kernels.attention.triton_common import tile_keys, tile_rows
+from grit_kernels.attention.triton_configs import Config, choose_config
 from grit_kernels.triton_launch import processor_count
 
 LARGEST_SORT = 16384
 """Beyond this many tiles each runs many waves, and their order no longer matters; ranking is quadratic."""
 
 _SECTION_BYTES = 24 << 20
+_ALIGNED = 4  # int32 numbers in 16 bytes
 
 
 class Plan(NamedTuple):
-    """``table``: int32 (tiles, 2) of (sample, block); ``heads``: heads that run side by side so their operands stay in L2."""
+    """One kernel's order of tiles.
+
+    ``table``: int32 (tiles, 2) of (sample, block). ``counter``: int32 (1), 0 between launches; programs of a persistent grid draw
+    tiles from it. ``heads``: heads that run side by side so their operands stay in L2.
+    """
 
     table: Tensor
+    counter: Tensor
     tiles: int
     heads: int
 
 
+class TileGrid(NamedTuple):
+    """What the host knows of a kernel's plan."""
+
+    config: Config
+    over_keys: bool
+    tiles: int
+    heads: int
+    grid_heads: int
+    rows: int
+
+    @property
+    def size(self) -> int:
+        """int32 numbers of the plan: the counter, then the table, each from a multiple of 16 bytes on."""
+        return _ALIGNED + triton.cdiv(2 * self.tiles, _ALIGNED) * _ALIGNED
+
+    def plan(self, numbers: Tensor) -> Plan:
+        """``numbers`` (int32 (size)) taken apart."""
+        table = numbers[_ALIGNED : _ALIGNED + 2 * self.tiles].view(self.tiles, 2)
+        return Plan(table, numbers[:1], self.tiles, self.heads)
+
+
 @triton.jit(do_not_specialize=["batch", "tiles", "rows", "search_steps"])
 def list_tiles_kernel(
-    p_table, p_work, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi, batch, tiles, rows, search_steps,
+    p_table, p_work, p_counter, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi, batch, tiles, rows, search_steps,
     OVER_KEYS: tl.constexpr, RECTANGULAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Fill the table in slot order, and the number of blocks that each tile walks over.
+    """Fill the table in slot order, and the number of blocks that each tile walks over; clear the counter.
 
     OVER_KEYS: tiles of BM rows walk over blocks of BN keys (p_hi = hi); otherwise tiles of BN keys walk over blocks of BM
     rows (p_hi = transpose_hi).
     """
+    if tl.program_id(0) == 0:
+        tl.store(p_counter, 0)
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     m_slot = slot < tiles
     p_start = p_q_start if OVER_KEYS else p_k_start
@@ -124,39 +154,41 @@ def section_heads(heads: int, group: int, bytes_per_head: int) -> int:
     return group * max(d for d in range(1, groups + 1) if groups % d == 0 and d <= fitting)
 
 
-def plan_tiles(
-    bounds: SampleTables,
-    hi: Tensor | None,
-    *,
-    over_keys: bool,
-    total: int,
-    rows: int,
-    block_rows: int,
-    block_keys: int,
-    heads: int,
-    group: int,
-    bytes_per_head: int,
-) -> Plan:
-    """``total``: rows of the tiled tensor; ``rows``: of one sample when
-    rectangular, else 0. ``hi``: the staircase for tiles over keys, its transpose for tiles over rows. ``heads``, ``group``,
-    ``bytes_per_head``: of the grid's head axis, heads that share an operand, bytes of the operand of such a group."""
-    batch = bounds[0].shape[0]
-    tile = block_rows if over_keys else block_keys
-    tiles = batch * triton.cdiv(rows, tile) if rows else total // tile + batch
-    device = bounds[0].device
-    table = torch.empty(tiles, 2, dtype=torch.int32, device=device)
-    work = torch.empty(tiles, dtype=torch.int32, device=device)
-    slots = 128
-    list_tiles_kernel[(triton.cdiv(tiles, slots),)](
-        table, work, *bounds, bounds[0] if hi is None else hi, batch, tiles, rows, batch.bit_length(),
-        OVER_KEYS=over_keys, RECTANGULAR=rows > 0, BM=block_rows, BN=block_keys, HAS_HI=hi is not None, SLOTS=slots,
-    )  # fmt: skip
+def tile_grid(kernel: str, q: Tensor, k: Tensor, problem: AttentionProblem) -> TileGrid:
+    """The grid of ``kernel`` (forward, backward_keys or backward_rows) for q (Tq, Hq, D), k (Tk, Hkv, D): shapes alone decide."""
+    over_keys = kernel != "backward_keys"
+    tokens, heads, dim = q.shape if over_keys else k.shape
+    # the operand that heads of a group share: k and v, or the group's rows of q and grad_out
+    group = q.shape[1] // k.shape[1]
+    shared = k.shape[0] if over_keys else q.shape[0] * group
+    config = choose_config(kernel, dim, q.dtype, q.device)
+    rows, tile = (problem.q_rows, config.rows) if over_keys else (problem.k_rows, config.keys)
+    batch = problem.q_len.shape[0]
+    tiles = batch * triton.cdiv(rows, tile) if rows else tokens // tile + batch
+    side_by_side = section_heads(heads, group if over_keys else 1, 2 * shared * dim * q.element_size())
+    return TileGrid(config, over_keys, tiles, side_by_side, heads, rows)
+
+
+def plan_tiles(grid: TileGrid, tables: SampleTables, hi: Tensor | None, numbers: Tensor | None = None) -> Plan:
+    """Fill ``numbers`` (int32 (grid.size), default new ones). ``hi``: the staircase, or over rows its transpose."""
+    device, batch = tables[0].device, tables[0].shape[0]
+    plan = grid.plan(torch.empty(grid.size, dtype=torch.int32, device=device) if numbers is None else numbers)
     # one wave runs in any order
-    if processor_count(device) < tiles * heads and tiles <= LARGEST_SORT:
-        unsorted, table = table, torch.empty_like(table)
+    sort = processor_count(device) < grid.tiles * grid.grid_heads and grid.tiles <= LARGEST_SORT
+    table = torch.empty_like(plan.table) if sort else plan.table
+    work = torch.empty(grid.tiles, dtype=torch.int32, device=device)
+    slots = 128
+    list_tiles_kernel[(triton.cdiv(grid.tiles, slots),)](
+        table, work, plan.counter, *tables, tables[0] if hi is None else hi, batch, grid.tiles, grid.rows, batch.bit_length(),
+        OVER_KEYS=grid.over_keys, RECTANGULAR=grid.rows > 0, BM=grid.config.rows, BN=grid.config.keys, HAS_HI=hi is not None,
+        SLOTS=slots,
+    )  # fmt: skip
+    if sort:
         slots = 32
-        sort_tiles_kernel[(triton.cdiv(tiles, slots),)](unsorted, work, table, tiles, SLOTS=slots, CHUNK=128)
-    return Plan(table, tiles, section_heads(heads, group, bytes_per_head))
+        sort_tiles_kernel[(triton.cdiv(grid.tiles, slots),)](
+            table, work, plan.table, grid.tiles, SLOTS=slots, CHUNK=128
+        )  # fmt: skip
+    return plan
 
 
 @triton.jit

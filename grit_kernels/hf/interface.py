@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_kernels.attention import packed_attention, rectangular_attention
+from grit_kernels.attention import key_rows, prepared_attention, rectangular_problem
+from grit_kernels.attention.checks import check_qkv, check_softmax_options
+from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.checks import described
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import UNLIMITED, window_bounds
@@ -51,29 +53,41 @@ KNOWN_MASKS = frozenset(
 """What a mask may be made of to be ours: causal or bidirectional, a window, padding, samples that positions tell apart."""
 
 
+MOST_PREPARED = 32
+"""Problems that a pass keeps; a model has as many kinds of attention layers as it has windows."""
+
+
 @dataclass
 class AttentionPass:
     """What all layers of one forward pass share: the flags, and for a packed pass the pack.
 
-    ``windows`` and ``staircases`` cache the bounds per ``sliding_window`` value, so alternating layers compute them once each.
-    ``witness`` notes that attention was called; a dict, so that copies of a pass share it.
+    ``prepared`` keeps what the layers would otherwise compute over and over: the problem of each kind of layer (alternating
+    layers have two), and beside it what the kernels plan for it. ``witness`` notes that attention was called. Both are dicts, so
+    that copies of a pass share them.
     """
 
     causal: Tensor
     bidirectional_window: str = "transformers"
     pack: SamplePack | None = None
-    windows: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    staircases: dict[int, Tensor] = field(default_factory=dict)
+    prepared: dict[Any, tuple[AttentionProblem, dict[Any, Tensor], Any]] = field(default_factory=dict)
     witness: dict[str, bool] = field(default_factory=dict)
 
-    def bounds(self, sliding_window: int | None) -> tuple[Tensor, Tensor]:
-        """``left`` and ``right`` (int32 (B)) of the packed samples."""
-        assert self.pack is not None
-        if sliding_window not in self.windows:
-            window = window_sizes(self.causal, sliding_window, self.bidirectional_window)
-            longest = self.pack.max_seqlen
-            self.windows[sliding_window] = window_bounds(self.causal, window, longest, longest)
-        return self.windows[sliding_window]
+    def prepare(
+        self, key: Any, make: Callable[[], AttentionProblem], alive: Any = None
+    ) -> tuple[AttentionProblem, dict[Any, Tensor] | None]:
+        """The problem of ``key`` and its plans, made by ``make`` for the first layer. ``alive``: what ``key`` is an id of."""
+        if torch.compiler.is_compiling():
+            return make(), None  # sizes in a key would fix them in the graph
+        if key not in self.prepared:
+            if len(self.prepared) >= MOST_PREPARED:  # of a pass kept on a tensor that its owner uses for many calls
+                self.prepared.clear()
+            self.prepared[key] = (make(), {}, alive)
+        return self.prepared[key][:2]
+
+    def window_bounds(self, sliding_window: int | None, longest_q: int, longest_k: int) -> tuple[Tensor, Tensor]:
+        """``left`` and ``right`` (int32 (B)) of the samples."""
+        window = window_sizes(self.causal, sliding_window, self.bidirectional_window)
+        return window_bounds(self.causal, window, longest_q, longest_k)
 
     def staircase(self, sliding_window: int | None) -> Tensor | None:
         """The pack's ``hi`` (int32 (tokens)) as a layer with this window sees it: no token looks further ahead than a
@@ -82,10 +96,7 @@ class AttentionPass:
         hi = self.pack.hi
         if hi is None or sliding_window is None or self.bidirectional_window == "full":
             return hi
-        if sliding_window not in self.staircases:
-            farthest = self.pack.position_ids.to(torch.int32) + (sliding_window + 1)
-            self.staircases[sliding_window] = torch.minimum(hi, farthest)
-        return self.staircases[sliding_window]
+        return torch.minimum(hi, self.pack.position_ids.to(torch.int32) + (sliding_window + 1))
 
 
 def window_sizes(causal: Tensor, sliding_window: int | None, bidirectional_window: str) -> tuple[int, int] | Tensor:
@@ -293,19 +304,45 @@ def grit_attention(
     elif grit_pass is not None:
         grit_pass.witness["called"] = True
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
-    if grit_pass is not None and grit_pass.pack is not None:
-        pack, packed = grit_pass.pack, grit_pass.pack.tokens == batch * q_length
-        q, k, v = (x.flatten(0, 1) if packed else pack.pack(x) for x in (q, k, v))  # [tokens, H, D]
-        bounds, hi = grit_pass.bounds(sliding_window), grit_pass.staircase(sliding_window)
-        out = packed_attention(q, k, v, pack, bounds, hi, softmax_scale=scaling, softcap=cap)
-        out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
-        return _narrowed(out, size), None
-    if grit_pass is not None:
-        causal, convention = grit_pass.causal, grit_pass.bidirectional_window
-    else:
-        causal, convention = torch.full((batch,), flag, dtype=torch.bool, device=query.device), "transformers"
-    window = window_sizes(causal, sliding_window, convention)
-    return _narrowed(_padded_attention(q, k, v, attention_mask, causal, window, scaling, cap), size), None
+    if grit_pass is None:
+        grit_pass = _pass_of_rows(flag, batch, query.device, attention_mask, position_ids)
+    if grit_pass.pack is None:
+        return _narrowed(
+            _padded_attention(q, k, v, attention_mask, grit_pass, sliding_window, scaling, cap), size
+        ), None
+    options = check_softmax_options(scaling, cap, query.shape[-1])
+    pack, packed = grit_pass.pack, grit_pass.pack.tokens == batch * q_length
+    if k.shape[1] != q_length:
+        raise ValueError(f"key: expected the {q_length} tokens of the pack, got {k.shape[1]} rows, as from a cache")
+    q, k, v = (x.flatten(0, 1) if packed else pack.pack(x) for x in (q, k, v))  # [tokens, H, D]
+
+    def problem() -> AttentionProblem:
+        ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
+        bounds = grit_pass.window_bounds(sliding_window, longest, longest)
+        hi = grit_pass.staircase(sliding_window)
+        return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
+
+    out = prepared_attention(q, k, v, *grit_pass.prepare((sliding_window, *options), problem))
+    out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
+    return _narrowed(out, size), None
+
+
+def _pass_of_rows(
+    causal: bool, batch: int, device: torch.device, relative: Tensor | None, position_ids: Tensor | None
+) -> AttentionPass:
+    """The pass of padded rows in a model that runs this implementation without patch().
+
+    Kept on a tensor that all layers share, if there is one.
+    """
+    marker = relative if relative is not None else position_ids
+    if marker is None or torch.compiler.is_compiling():
+        return AttentionPass(torch.full((batch,), causal, dtype=torch.bool, device=device))
+    passes: dict[Any, AttentionPass] = getattr(marker, "_grit_padded", {})
+    key = (causal, batch, device)
+    if key not in passes:
+        passes[key] = AttentionPass(torch.full((batch,), causal, dtype=torch.bool, device=device))
+        marker._grit_padded = passes  # type: ignore[attr-defined]
+    return passes[key]
 
 
 SERVED_SIZE = 32
@@ -332,31 +369,41 @@ def _padded_attention(
     k: Tensor,
     v: Tensor,
     relative: Tensor | None,
-    causal: Tensor,
-    window: tuple[int, int] | Tensor,
-    scaling: float | None,
+    grit_pass: AttentionPass,
+    sliding_window: int | None,
+    scaling: float,
     softcap: float,
 ) -> Tensor:
     """(B, Q, H, D) queries that are the last slots of (B, K, Hkv, D) keys; padding and caches of any kind."""
     batch, q_length = q.shape[:2]
     slots = k.shape[1]
-    holes = None
     if relative is not None and (relative.dtype != torch.int32 or relative.shape[2] != 1):
         raise ValueError(
             f"attention_mask: expected a 2-D padding mask, got {described(relative)}; which keys a sample sees is "
             "said by is_causal, or by a sample_pack with hi"
         )
-    if relative is None:
-        first = torch.zeros(batch, dtype=torch.int32, device=q.device)
-        end, rows = torch.full_like(first, slots), torch.full_like(first, q_length)
-    else:
-        layout = _key_layout(relative, q_length)
-        first, end, rows, holes = layout.first, layout.end, layout.rows, layout.holes
-        if holes is not None:
-            q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
-        if first.shape[0] != batch:  # a mask of one row serves the whole batch
-            first, end, rows = (x.expand(batch).contiguous() for x in (first, end, rows))
-    out = rectangular_attention(q, k, v, causal, window, rows, first, end, softmax_scale=scaling, softcap=softcap)
+    layout = None if relative is None else _key_layout(relative, q_length)
+    holes = None if layout is None else layout.holes
+    if holes is not None:
+        q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
+    q, k, v = check_qkv(q, k, v, ndim=4)
+    keys, values, step = key_rows(q, k, v)
+
+    def problem() -> AttentionProblem:
+        if layout is None:
+            first = torch.zeros(batch, dtype=torch.int32, device=q.device)
+            lengths = (torch.full_like(first, q_length), first, torch.full_like(first, slots))
+        else:  # a mask of one row serves the whole batch
+            rows, first, end = (x.expand(batch).contiguous() for x in (layout.rows, layout.first, layout.end))
+            lengths = (rows, first, end)
+        bounds = grit_pass.window_bounds(sliding_window, q_length, slots)
+        return rectangular_problem(
+            q, k, step, lengths, bounds, None, check_softmax_options(scaling, softcap, q.shape[-1])
+        )
+
+    key = (sliding_window, scaling, softcap, batch, q_length, slots, step, id(layout))
+    prepared = grit_pass.prepare(key, problem, layout)
+    out = prepared_attention(q.flatten(0, 1), keys, values, *prepared).view(q.shape)
     return out if holes is None else _reorder(out, holes.rows_back)
 
 

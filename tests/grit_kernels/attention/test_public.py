@@ -388,7 +388,7 @@ def test_a_cache_stored_with_heads_first_is_read_in_place(backend: Backend) -> N
     used = torch.tensor([40, 2, 33], dtype=torch.int32, device=backend.device)
     leftpad = torch.tensor([3, 0, 0], dtype=torch.int32, device=backend.device)
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k_cache, v_cache)]
-    keys, values, _ = gk.attention._key_rows(q, *heads_first)
+    keys, values, _ = gk.attention.key_rows(q, *heads_first)
     assert keys.data_ptr() == heads_first[0].data_ptr() and values.data_ptr() == heads_first[1].data_ptr()
     with backend():
         plain = gk.switch_attention_with_kvcache(q, k_cache, v_cache, used, cache_leftpad=leftpad)

@@ -122,10 +122,13 @@ def make_plan(
         starts = [torch.arange(len(q_len), dtype=torch.int32) * rows] * 2
     bounds = window_bounds(torch.tensor(causal), window, max(*q_len, rows), max(*k_len, rows))
     own = q_len if over_keys else k_len
-    plan = triton_plan.plan_tiles(
-        (starts[0], lens[0], starts[1], lens[1], *bounds), hi, over_keys=over_keys, total=rows * len(own) or sum(own), rows=rows,
-        block_rows=16, block_keys=32, heads=8, group=2, bytes_per_head=1 << 20,
-    )  # fmt: skip
+    grid = triton_plan.TileGrid(
+        Config(16, 32, 4, 1), over_keys, len(own) * -(-rows // (16 if over_keys else 32)), 2, 8, rows
+    )
+    if not rows:
+        grid = grid._replace(tiles=sum(own) // (16 if over_keys else 32) + len(own))
+    plan = triton_plan.plan_tiles(grid, (starts[0], lens[0], starts[1], lens[1], *bounds), hi)
+    assert plan.counter.tolist() == [0]
     return [tuple(x) for x in plan.table.tolist()], bounds
 
 

@@ -1,0 +1,149 @@
+"""What a layer launches: plans are made once for all layers of a pass, and the counter of a persistent grid clears itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import grit_kernels as gk
+from grit_kernels.attention import prepared_attention
+from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.hf.interface import AttentionPass, grit_attention, grit_mask
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+pytestmark = pytest.mark.interpret
+
+LENGTHS, CAUSAL = [40, 3, 0, 61], torch.tensor([True, False, True, False])
+PLAN = {"list_tiles_kernel", "sort_tiles_kernel"}
+LAYER = {"attention_forward_kernel", "row_statistics_kernel", "backward_keys_kernel", "backward_rows_kernel"}
+NO_COPY = {"to", "contiguous"}  # with nothing inside: the tensor was what was asked for
+METADATA = (
+    "empty",
+    "view",
+    "reshape",
+    "as_strided",
+    "transpose",
+    "slice",
+    "select",
+    "detach",
+    "expand",
+    "unflatten",
+    "flatten",
+)
+
+
+def pack_and_problem(staircase: bool) -> tuple[gk.SamplePack, AttentionProblem]:
+    hi = None
+    if staircase:
+        hi = torch.cat([torch.randint(0, n + 1, (n,), dtype=torch.int32).sort().values for n in LENGTHS])
+    pack = gk.SamplePack.from_lengths(LENGTHS, CAUSAL, hi=hi)
+    bounds = AttentionPass(pack.causal, pack=pack).window_bounds(20, 61, 61)
+    ranges = (pack.starts, pack.lengths, pack.starts, pack.lengths)
+    return pack, AttentionProblem(*ranges, *bounds, pack.hi, 0, 0, 61, 61, 0.2, 0.0)
+
+
+def tensors(tokens: int) -> list[Tensor]:
+    return [torch.randn(tokens, heads, 32, requires_grad=True) for heads in (4, 2, 2)]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Launches of Triton kernels by name; the kernels themselves do not run."""
+    counted: Counter[str] = Counter()
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> None:
+        counted[self.fn.__name__] += 1
+
+    monkeypatch.setattr(InterpretedFunction, "run", count)
+    yield counted
+
+
+def torch_launches(profile: Any) -> list[str]:
+    """Operators of torch that would launch a kernel or a memset on a GPU: those that call no other, less pure metadata."""
+    names = []
+    for event in profile.events():
+        inner = [child.name for child in event.cpu_children if child.name.startswith("aten::")]
+        name = event.name.removeprefix("aten::")
+        if event.name.startswith("aten::") and not inner and name not in NO_COPY and not name.startswith(METADATA):
+            names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("staircase", [False, True])
+def test_a_shared_plan_changes_no_bit(staircase: bool) -> None:
+    pack, problem = pack_and_problem(staircase)
+    inputs, plans = tensors(pack.tokens), {}
+    grad = torch.randn(pack.tokens, 4, 32)
+    expected: list[Tensor] = []
+    for given in (None, plans, plans):  # the second layer finds the plan and a counter that is 0 again
+        out = prepared_attention(*inputs, problem, given)
+        found = [out, *torch.autograd.grad(out, inputs, grad)]
+        expected = expected or found
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(plans) == 1
+    with torch.no_grad():  # plans for the forward alone
+        assert torch.equal(prepared_attention(*inputs, problem, plans), expected[0])
+    assert len(plans) == 2
+
+
+@pytest.mark.parametrize("staircase", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
+    launches: Counter[str], staircase: bool, use_reentrant: bool
+) -> None:
+    pack, problem = pack_and_problem(staircase)
+    found = {}
+    for layers in (1, 3):
+        q, k, v = tensors(pack.tokens)
+        plans: dict[Any, Tensor] = {}
+
+        def layer(x: Tensor, k: Tensor = k, v: Tensor = v, plans: dict[Any, Tensor] = plans) -> Tensor:
+            return prepared_attention(x, k, v, problem, plans)
+
+        launches.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            x = q
+            for _ in range(layers):
+                x = checkpoint(layer, x, use_reentrant=use_reentrant)
+            x.backward(torch.ones_like(x))
+        assert set(launches) <= PLAN | LAYER
+        memsets = [name for name in torch_launches(profile) if name in ("zero_", "fill_")]
+        found[layers] = (sum(launches[name] for name in LAYER), sum(launches[name] for name in PLAN), len(memsets))
+    assert found[1][0] == 5 and found[3][0] == 15
+    assert found[1][1:] == found[3][1:], "plans and memsets do not grow with the layers"
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_that_decodes_runs_its_kernels_and_nothing_else(
+    launches: Counter[str], window: int | None, padded: bool
+) -> None:
+    batch, slots = 2, 300
+    mask = torch.ones(batch, slots, dtype=torch.int64)
+    mask[1, :7] = 0
+    relative = grit_mask(batch, 1, slots, q_offset=slots - 1, attention_mask=mask if padded else None)
+    grit_pass = AttentionPass(torch.ones(batch, dtype=torch.bool))
+    module = torch.nn.Module()
+
+    def layer() -> None:
+        query, key, value = (torch.empty(batch, heads, rows, 32) for heads, rows in ((4, 1), (2, slots), (2, slots)))
+        given = {"scaling": 0.2, "sliding_window": window, "grit_pass": grit_pass}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+            grit_attention(module, query, key, value, relative, **given)
+        counted.append((dict(launches), torch_launches(profile)))
+        launches.clear()
+
+    counted: list[tuple[dict[str, int], list[str]]] = []
+    for _ in range(2):
+        layer()
+    (first, prepared), (second, more) = counted
+    assert prepared and set(first) == set(second) == {"attention_decode_kernel", "merge_splits_kernel"}
+    assert more == []
