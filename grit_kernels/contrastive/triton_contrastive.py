@@ -146,12 +146,14 @@ def contrastive_weights_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_SCALE: tl.constexpr, GROUPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of BLOCK_Q queries, blocks of BLOCK_P passages) of one chunk. Stores weight_ij, see the top of the file.
+    """One block of BLOCK_Q queries and BLOCK_P passages of a chunk. Stores weight_ij, see the top of the file.
 
+    The grid has one axis, blocks of queries first: a second axis ends at 65535 blocks, which are 8 million passages.
     p_weights: (last_query - first_query, last_passage - first_passage), contiguous.
     """
-    o_row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_column = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    query_blocks = tl.cdiv(last_query - first_query, BLOCK_Q)
+    o_row = tl.program_id(0) % query_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_column = tl.program_id(0) // query_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     o_q, o_p = first_query + o_row, first_passage + o_column
     m_q, m_p = o_q < last_query, o_p < last_passage
     b_s = _multiply_tile(
@@ -289,8 +291,8 @@ def contrastive_backward(
         for chunk in chunks(*problem.counts, problem.in_batch_negatives, CHUNK_BYTES, queries.element_size()):
             first, last, begin, end = chunk
             weights = torch.empty((last - first, end - begin), dtype=queries.dtype, device=queries.device)
-            grid = (triton.cdiv(last - first, tile["BLOCK_Q"]), triton.cdiv(end - begin, tile["BLOCK_P"]))
-            contrastive_weights_kernel[grid](
+            blocks = triton.cdiv(last - first, tile["BLOCK_Q"]) * triton.cdiv(end - begin, tile["BLOCK_P"])
+            contrastive_weights_kernel[(blocks,)](
                 queries, passages, query_scale, passage_scale, problem.targets, problem.query_ids, problem.passage_ids,
                 top, log_total, a, factor, weights, queries.stride(0), passages.stride(0),
                 first, last, begin, end, passages.shape[0], queries.shape[1], problem.group,

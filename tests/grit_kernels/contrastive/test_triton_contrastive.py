@@ -66,6 +66,31 @@ def test_float64_is_refused_by_name() -> None:
         triton_contrastive.contrastive_forward(ContrastiveProblem(*inputs, True, False))
 
 
+class Grids:
+    """Stands in for a kernel and notes the grids it is launched with."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.seen.append(grid)
+        return lambda *args, **kwargs: None
+
+
+def test_ten_million_passages_fit_the_grid_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {name: Grids() for name in ("contrastive_fwd_kernel", "contrastive_weights_kernel", "product_kernel")}
+    for name, grids in kernels.items():
+        monkeypatch.setattr(triton_contrastive, name, grids)
+    q, p = (torch.empty(n, 16, dtype=torch.bfloat16, device="meta") for n in (300, 10_000_000))
+    targets, row = torch.zeros(300, dtype=torch.int64, device="meta"), torch.empty(300, device="meta")
+    given = ContrastiveProblem(q, p, torch.empty(1, device="meta"), targets, None, None, True, False)
+    triton_contrastive.contrastive_forward(given)
+    triton_contrastive.contrastive_backward(row, row, row, given)
+    for name, grids in kernels.items():
+        assert grids.seen, name
+        assert all(first < 2**31 and all(n <= 65535 for n in others) for first, *others in grids.seen), name
+
+
 SCORES = {
     "p_query_scale": "*fp32", "p_targets": "*i64", "p_top": "*fp32", "stride_q": "i32", "stride_p": "i32",
     "passages": "i32", "width": "i32", "group": "i32",
