@@ -29,6 +29,11 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def may_read_back(x: Tensor) -> bool:
+    """Whether a value of ``x`` may decide what is done next: a compiled graph and a CUDA graph that is recorded read nothing."""
+    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """``x`` with a last dimension of stride 1, which every kernel wants; other strides are free."""
     # not contiguous(): it leaves a dimension of one element as it is, whatever its stride

@@ -19,7 +19,7 @@ from torch import Tensor
 from grit_kernels.attention import key_rows, prepared_attention, rectangular_problem
 from grit_kernels.attention.checks import check_qkv, check_softmax_options
 from grit_kernels.attention.problem import AttentionProblem
-from grit_kernels.checks import described
+from grit_kernels.checks import described, may_read_back
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import UNLIMITED, window_bounds
 
@@ -203,8 +203,8 @@ def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
     # rows up to the last key are real; a sample without keys has none
     rows = torch.where(valid, distance, -1).amax(dim=1).add(1).clamp(0, q_length)
     holes = None
-    # under torch.compile nothing may be read back, so everything is always moved
-    if torch.compiler.is_compiling() or bool((last - first + 1 > count).any()):
+    # where nothing may be read back, everything is always moved
+    if not may_read_back(distance) or bool((last - first + 1 > count).any()):
         # row r is the key at distance r: a hole among the queries' own slots is a padded row
         row = torch.where(valid & (distance >= 0) & (distance < q_length), distance, q_length).to(torch.int64)
         real = torch.zeros(distance.shape[0], q_length + 1, dtype=torch.bool, device=distance.device)

@@ -146,7 +146,7 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
         for rectangular in (True, False):
             compile_ahead_of_time(
                 triton_plan.list_tiles_kernel,
-                {x: "*i32" for x in ["p_table", "p_work", *numbers]}
+                {x: "*i32" for x in ["p_table", "p_work", "p_counter", *numbers]}
                 | {x: "i32" for x in ("batch", "tiles", "rows", "search_steps")},
                 {
                     "OVER_KEYS": over_keys,

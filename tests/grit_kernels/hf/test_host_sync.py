@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grit_kernels as gk
-from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, tiny_model
+from grit_kernels.hf import interface
+from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, output_cache, tiny_model
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique_dim"}
 PACK = gk.SamplePack.from_mask(MASKS["right"], FLAGS)
@@ -69,6 +70,23 @@ def test_the_number_of_reads_does_not_grow_with_the_layers(run: Callable[[Any], 
             run(model)
         reads.append(counted.reads)
     assert reads[0] == reads[1]
+
+
+@pytest.mark.parametrize("mask", ["left", "holes"])
+def test_a_step_that_decodes_reads_nothing_while_a_cuda_graph_is_recorded(
+    mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gk.patch(tiny_model())
+    step = {"attention_mask": torch.cat([MASKS[mask], torch.ones_like(MASKS[mask][:, :1])], dim=1), "use_cache": True}
+    logits = []
+    for recorded in (False, True):
+        cache = output_cache(model(IDS, attention_mask=MASKS[mask], use_cache=True))
+        if recorded:
+            monkeypatch.setattr(interface, "may_read_back", lambda x: False)
+        with CountReads() as counted:
+            logits.append(model(IDS[:, :1], **gk.hf.cache_keyword(model, cache), **step).logits)
+        assert bool(counted.reads) != recorded
+    assert torch.equal(*logits)
 
 
 def test_the_counter_counts() -> None:
