@@ -95,7 +95,8 @@ def use_reference(device: torch.device) -> bool:
 
 def has_kernel(op: str, device: torch.device) -> bool:
     """Whether something faster than the plain torch reference runs ``op`` on ``device`` now."""
-    return forced_backend() != "reference" and not _choices[op].get(device.type, "reference").startswith("reference")
+    choice = _choices[op].get(device.type, "none")
+    return forced_backend() != "reference" and not choice.startswith(("reference", "none"))
 
 
 def runs_triton(op: str, device: torch.device) -> bool:
@@ -172,7 +173,7 @@ def define_op(
 
     def fall_back(key: str, why: str) -> None:
         if reference is None:
-            del chosen[key.lower()]
+            chosen[key.lower()] = "none (only the Triton kernels need it)"
             return
         message = f"grit_kernels::{name} runs its plain torch reference, which is slow: {why}"
         use(key, f"reference ({why})", _announced(reference, message))
