@@ -29,6 +29,7 @@ METADATA = (
     "empty",
     "view",
     "reshape",
+    "_reshape_alias",
     "as_strided",
     "transpose",
     "slice",
@@ -121,6 +122,18 @@ def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
     assert found[1][1:] == found[3][1:], "plans and memsets do not grow with the layers"
 
 
+def run_layers(launches: Counter[str], given: dict[str, Any], shapes: list[tuple[int, ...]]) -> list[Any]:
+    """(launches of Triton, launches of torch) of two layers in a row; ``shapes`` of query, key and value."""
+    counted = []
+    for _ in range(2):
+        states = [torch.empty(shape) for shape in shapes]
+        launches.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+            grit_attention(torch.nn.Module(), *states, scaling=0.2, **given)
+        counted.append((dict(launches), torch_launches(profile)))
+    return counted
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_layer_that_decodes_runs_its_kernels_and_nothing_else(
@@ -131,19 +144,18 @@ def test_a_layer_that_decodes_runs_its_kernels_and_nothing_else(
     mask[1, :7] = 0
     relative = grit_mask(batch, 1, slots, q_offset=slots - 1, attention_mask=mask if padded else None)
     grit_pass = AttentionPass(torch.ones(batch, dtype=torch.bool))
-    module = torch.nn.Module()
-
-    def layer() -> None:
-        query, key, value = (torch.empty(batch, heads, rows, 32) for heads, rows in ((4, 1), (2, slots), (2, slots)))
-        given = {"scaling": 0.2, "sliding_window": window, "grit_pass": grit_pass}
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
-            grit_attention(module, query, key, value, relative, **given)
-        counted.append((dict(launches), torch_launches(profile)))
-        launches.clear()
-
-    counted: list[tuple[dict[str, int], list[str]]] = []
-    for _ in range(2):
-        layer()
-    (first, prepared), (second, more) = counted
+    given = {"attention_mask": relative, "sliding_window": window, "grit_pass": grit_pass}
+    (first, prepared), (second, more) = run_layers(
+        launches, given, [(batch, n, r, 32) for n, r in ((4, 1), (2, slots), (2, slots))]
+    )
     assert prepared and set(first) == set(second) == {"attention_decode_kernel", "merge_splits_kernel"}
     assert more == []
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_packed_layer_launches_one_kernel_forward(launches: Counter[str], window: int | None) -> None:
+    pack, _ = pack_and_problem(staircase=True)
+    given = {"attention_mask": None, "sliding_window": window, "grit_pass": AttentionPass(pack.causal, pack=pack)}
+    (first, prepared), (second, more) = run_layers(launches, given, [(1, n, pack.tokens, 32) for n in (4, 2, 2)])
+    assert prepared and set(first) == PLAN | {"attention_forward_kernel"}
+    assert (second, more) == ({"attention_forward_kernel": 1}, [])
