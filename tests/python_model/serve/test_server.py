@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,17 @@ def test_a_request_that_takes_too_long_is_a_504_and_a_stream_says_so(served_mode
         text = post(running, CHAT, question("What is a city?", max_tokens=200, stream=True)).text
         assert '"code": "timeout"' in text and text.endswith("data: [DONE]\n\n")
         running.settle()
+
+
+def test_a_server_that_stops_ends_what_runs_and_refuses_what_comes_with_a_503(served_model: GritLM) -> None:
+    with serving(served_model, slow=0.05) as running, ThreadPoolExecutor() as pool:
+        open_one = pool.submit(post, running, CHAT, question("What is a city?", max_tokens=200))
+        wait_until(lambda: len(running.engine.scheduler.running) == 1)
+        running.engine.close(drain_seconds=0.05)
+        ended, refused = open_one.result(), post(running, CHAT, question())
+        assert (ended.status_code, error_of(ended)["code"]) == (503, "stopped")
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "stopping")
+        assert int(refused.headers["retry-after"]) >= 1
 
 
 def test_too_many_open_requests_are_a_429(served_model: GritLM) -> None:
