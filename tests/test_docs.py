@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.conftest import needs_source_tree
 from tools.pages import visibility_page
 
 ROOT = Path(__file__).parent.parent
+_SHOWN_INSIDE = ("csrc", "grit_kernels", "python_model")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -91,6 +93,26 @@ def test_every_public_name_is_explained(package: Any) -> None:
         if not thing.__doc__ or thing.__doc__.startswith(f"{getattr(thing, '__name__', '')}(")
     ]
     assert not missing, f"{len(missing)} without a docstring: {missing}"
+
+
+@needs_source_tree
+def test_the_tree_in_contributing_is_the_real_one() -> None:
+    """Every folder at the top and every package is named, and nothing else is."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout: git does not know which files belong to the project")
+    folders = {Path(name).parent for name in listed.stdout.splitlines() if not name.startswith(".")}
+    top = {folder.parts[0] for folder in folders if folder.parts}
+    packages = {"/".join(f.parts[:2]) for f in folders if len(f.parts) > 1 and f.parts[0] in _SHOWN_INSIDE}
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    named, parent = set(), ""
+    for line in tree.splitlines():
+        names = re.match(r" *((?:\w+/ ?)+)", line)
+        if names and not line.startswith("   "):
+            parent = "" if not line.startswith(" ") else parent
+            named |= {parent + name.rstrip("/") for name in names[1].split()}
+            parent = parent or names[1].split()[0]
+    assert named == top | packages
 
 
 @needs_source_tree

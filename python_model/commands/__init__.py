@@ -1,1 +1,1 @@
-"""One thin file per ``grit`` command."""
+"""One thin module per ``grit`` command."""

@@ -1,4 +1,4 @@
-"""``grit ablation``: train variants one after another, measure each, write one table."""
+"""``grit ablation``: train variants one after another, evaluate each, write one table."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from python_model.commands.runner import TERMINATED, Command
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit ablation``."""
     parser.add_argument("--config", type=Path, required=True, help="YAML file (see configs/ablations)")
-    parser.add_argument("--model", help="base model of all variants that name none")
+    parser.add_argument("--model", help="base model of variants that name none")
     parser.add_argument("--train-data", help="jsonl file or folder")
-    parser.add_argument("--steps", type=int, help="optimiser steps of all variants that name none")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="do not delete trained weights after measuring")
+    parser.add_argument("--steps", type=int, help="optimiser steps of variants that set none")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep trained weights after evaluation")
 
 
 def run(arguments: Namespace) -> None:
-    """Train and measure what has no result yet."""
+    """Train and evaluate the variants without a result."""
     from python_model.train import ablation
     from python_model.train.trainer import Interrupted
 
@@ -34,4 +34,4 @@ def run(arguments: Namespace) -> None:
     print(ablation.table(rows))
 
 
-COMMAND = Command("ablation", "Train variants, measure each, write one table.", configure, run)
+COMMAND = Command("ablation", "Train variants, evaluate each, write one table.", configure, run)

@@ -1,6 +1,6 @@
-"""``grit completion bash``: a script that completes commands, their options and file names.
+"""``grit completion bash``: a shell script that completes commands, options and file names.
 
-eval "$(grit completion bash)"          # or zsh; put the output into a file to save the seconds it takes
+eval "$(grit completion bash)"          # or zsh; save the output to a file to skip the seconds it takes
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ SHELLS = ("bash", "zsh")
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit completion``."""
-    parser.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
+    parser.add_argument("shell", choices=SHELLS, help="shell to write the script for")
 
 
 def script(shell: str) -> str:
-    """The completion script of ``bash`` or ``zsh``, from the parsers of all commands."""
+    """The completion script for ``bash`` or ``zsh``, from the parsers of all commands."""
     from python_model.cli import COMMANDS
 
     shtab = require("shtab", "completion")

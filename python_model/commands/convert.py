@@ -1,8 +1,8 @@
-"""``grit convert``: what training reads in a file, of whatever tool; and the same as this project's own rows.
+"""``grit convert``: show how training reads a file in any supported format, and convert it to this project's own rows.
 
-grit convert rows.json                       # how the first rows are read, what is left out, which columns are ignored
-grit convert rows.parquet ROWS.jsonl         # writes them too
-grit convert sts.jsonl ROWS.jsonl --positive-score 4     # sentence pairs: which scores count as a positive
+grit convert rows.json                       # how the first rows are read, what is skipped, which columns are ignored
+grit convert rows.parquet ROWS.jsonl         # also writes the rows
+grit convert sts.jsonl ROWS.jsonl --positive-score 4     # sentence pairs: the score from which a pair is a positive
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDTH = 80
 
 
 def shown(row: dict[str, Any]) -> list[str]:
-    """A row for people: a line per text, cut; an instruction stands in brackets before its text."""
+    """A row for display: one truncated line per text, its instruction in brackets before it."""
     found = []
     for name, content in row.items():
         many = name in ("pos", "neg", "text") and isinstance(content, list)
@@ -38,12 +38,12 @@ def shown(row: dict[str, Any]) -> list[str]:
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit convert``."""
-    parser.add_argument("input", help="file or folder: jsonl, json, either with .gz, parquet; or an address for fsspec")
+    parser.add_argument("input", help="file or folder: jsonl, json (both also gzipped) or parquet; or a URL for fsspec")
     parser.add_argument("output", nargs="?", type=Path, help=".jsonl file to write")
     parser.add_argument(
-        "--positive-score", type=float, help="least score (or label) of a sentence pair that is a positive"
+        "--positive-score", type=float, help="lowest score (or label) of a sentence pair that counts as a positive"
     )
-    parser.add_argument("--show", type=int, default=3, help="rows to print")
+    parser.add_argument("--show", type=int, default=3, help="number of rows to print")
 
 
 def run(arguments: Namespace) -> None:
@@ -57,7 +57,7 @@ def run(arguments: Namespace) -> None:
             _print(_written(rows, file), arguments.show)
     print("\n".join(report.lines()))
     if not report.used:
-        raise ValueError("no row can be used")
+        raise ValueError("no usable rows")
 
 
 def _written(rows: Iterator[Row], file: Any) -> Iterator[Row]:
@@ -72,7 +72,5 @@ def _print(rows: Iterator[Row], count: int) -> None:
             print("\n".join([row.origin, *shown(to_object(row))]))
 
 
-DESCRIPTION = (
-    "Show what training reads in a file of any tool, what is left out and which columns are ignored; write it as rows."
-)
+DESCRIPTION = "Show how training reads a file in any supported format, and convert it to rows."
 COMMAND = Command("convert", DESCRIPTION, configure, run)

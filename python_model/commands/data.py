@@ -1,4 +1,4 @@
-"""``grit data``: training and held-out data, of real text from packages or of one's own rows."""
+"""``grit data``: build training and held-out data from real text in packages, or from your own rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from python_model.commands.runner import Command, add_json
 from python_model.support.files import cache_folder
 
 SIZES = {"negatives": None, "held_out": 50, "max_rows": None, "test_rows": None, "corpus_rows": None}
-"""The largest value of each option that counts something, where there is one."""
+"""The largest value of each numeric option, where there is one."""
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -20,20 +20,22 @@ def configure(parser: ArgumentParser) -> None:
 
     parser.add_argument("output", type=Path, help="new folder")
     parser.add_argument(
-        "--from", dest="paths", nargs="+", metavar="ROWS", help="files or folders of one's own rows instead"
+        "--from", dest="paths", nargs="+", metavar="ROWS", help="use your own rows from these files or folders instead"
     )
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="packages to read")
-    parser.add_argument("--negatives", type=int, default=4, help="hard negatives of a query")
-    parser.add_argument("--held-out", type=int, default=5, help="percent of the entities")
-    parser.add_argument("--max-rows", type=int, default=40_000, help="of a training data set")
-    parser.add_argument("--test-rows", type=int, default=200, help="of a data set that are asked")
-    parser.add_argument("--corpus-rows", type=int, default=2000, help="passages of a data set to search")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    parser.add_argument("--negatives", type=int, default=4, help="hard negatives per query")
+    parser.add_argument("--held-out", type=int, default=5, help="percentage of entities held out")
+    parser.add_argument("--max-rows", type=int, default=40_000, help="rows per training data set")
+    parser.add_argument(
+        "--test-rows", type=int, default=200, help="held-out queries, conversations or questions per data set"
+    )
+    parser.add_argument("--corpus-rows", type=int, default=2000, help="passages per data set in the corpus")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     add_json(parser, "the manifest instead of a table")
 
 
 def run(arguments: Namespace) -> None:
-    """Build the folder and say what is in it."""
+    """Build the folder and print what is in it."""
     from python_model.corpora.build import build, build_own
 
     for name, most in SIZES.items():
@@ -44,7 +46,7 @@ def run(arguments: Namespace) -> None:
             )
     output = arguments.output
     if output.exists() and not arguments.overwrite:
-        raise ValueError(f"output: {output} exists; choose another folder or add --overwrite")
+        raise ValueError(f"output: {output} exists; choose another folder or pass --overwrite")
     told: list[str] = []
     if arguments.paths:
         manifest, told = build_own(output, arguments.paths, percent=arguments.held_out, test_rows=arguments.test_rows)
@@ -67,5 +69,5 @@ def run(arguments: Namespace) -> None:
 
 
 COMMAND = Command(
-    "data", "Training and held-out data: of real text from packages, or of your own rows.", configure, run
+    "data", "Build training and held-out data from real text in packages, or from your own rows.", configure, run
 )

@@ -1,4 +1,4 @@
-"""``grit doctor``: what is installed, which backend each device gets, and why."""
+"""``grit doctor``: what is installed, which backend each device uses, and why."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for name, version in found["packages"].items():
         yield f"  {name:<14} {version or 'not installed'}"
     for package in found["outside_of_tested"]:
-        yield f"outside of what was tested: {package}"
+        yield f"outside the tested range: {package}"
     yield f"devices: CPU with {found['cpu_threads']} threads" + "".join(f", {name}" for name in found["cuda_devices"])
     yield "backends:"
     for backend in found["backends"]["available"]:
@@ -79,4 +79,4 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {op:<32} " + ", ".join(f"{device}: {choice}" for device, choice in devices.items())
 
 
-COMMAND = Command("doctor", "What is installed, which backend each device gets, and why.", configure, run)
+COMMAND = Command("doctor", "What is installed, which backend each device uses, and why.", configure, run)

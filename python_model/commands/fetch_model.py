@@ -1,4 +1,4 @@
-"""``grit fetch-model``: the small model, once, into the cache."""
+"""``grit fetch-model``: download the small model into the cache, once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from python_model.commands.runner import Command
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit fetch-model``."""
-    parser.add_argument("--cache-dir", type=Path, help="where to keep it; the cache folder unless given")
-    parser.add_argument("--offline", action="store_true", help="use only what is cached")
+    parser.add_argument("--cache-dir", type=Path, help="where to keep it; default: the cache folder")
+    parser.add_argument("--offline", action="store_true", help="never download")
 
 
 def run(arguments: Namespace) -> None:
-    """Fetch it where it is missing, and print its folder."""
+    """Download it if it is missing, and print its folder."""
     from python_model.corpora.small_model import fetch_small_model
 
     print(fetch_small_model(cache_dir=arguments.cache_dir, offline=arguments.offline))
 
 
 COMMAND = Command(
-    "fetch-model", "Fetch SmolLM2-135M-Instruct once and print the folder of its checkpoint.", configure, run
+    "fetch-model", "Download SmolLM2-135M-Instruct once and print the folder of its checkpoint.", configure, run
 )

@@ -1,4 +1,4 @@
-"""``grit generate``: ask a model one question, a chat, or a file of them."""
+"""``grit generate``: replies to one question, in a chat, or to a file of prompts."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ def configure(parser: ArgumentParser) -> None:
     from python_model.generate.text import FORMATS
 
     add_model(parser)
-    parser.add_argument("--prompt", help="the question; without it each line of standard input is one turn of a chat")
+    parser.add_argument("--prompt", help="the question; without it, each line of standard input is a turn of a chat")
     parser.add_argument("--input", type=Path, help='jsonl file of {"prompt": ..} or {"turns": [..]} rows to answer')
-    parser.add_argument("--output", type=Path, help="where the answers to --input go; an interrupted run goes on there")
+    parser.add_argument("--output", type=Path, help="file for the replies to --input; an interrupted run resumes")
     parser.add_argument("--format", choices=FORMATS, default="grit", help="prompt format")
-    parser.add_argument("--system", default="", help="a system message")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest reply in tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
-    parser.add_argument("--beams", type=int, default=1, help="beam search with so many beams")
-    parser.add_argument("--stop", action="append", default=[], help="a string that ends the reply; may be repeated")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of --input answered at once")
+    parser.add_argument("--system", default="", help="system message")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum tokens of a reply")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens of this total probability"
+    )
+    parser.add_argument("--beams", type=int, default=1, help="number of beams of a beam search")
+    parser.add_argument("--stop", action="append", default=[], help="string that ends the reply; may be repeated")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of --input per batch")
     parser.add_argument("--seed", type=int, default=0, help="sampling seed")
-    add_json(parser, "one JSON object per reply instead of streaming")
+    add_json(parser, "one JSON object per reply instead of streaming text")
 
 
 def run(arguments: Namespace) -> None:
-    """Answer what was asked."""
+    """Generate the replies."""
     from python_model.generate.decode import Sampling
     from python_model.generate.text import answer_file
 
     if (arguments.input is None) != (arguments.output is None):
-        raise ValueError("--input and --output go together")
+        raise ValueError("--input, --output: expected both or none, got one")
     model = load(arguments, mode="generative")
     options: dict[str, Any] = {
         "max_new_tokens": arguments.max_new_tokens,
@@ -87,4 +89,4 @@ def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-COMMAND = Command("generate", "Ask a model; the reply streams to the terminal.", configure, run)
+COMMAND = Command("generate", "Generate replies; they are streamed to the terminal.", configure, run)

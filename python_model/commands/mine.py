@@ -1,11 +1,11 @@
-"""``grit mine``: hard negatives for one's own rows.
+"""``grit mine``: hard negatives for your own rows.
 
 grit mine rows.jsonl ROWS.jsonl                                   # by BM25
-grit mine rows.jsonl ROWS.jsonl --model my_run/checkpoint --scores    # by a model, its scores kept for distillation
-grit mine rows.jsonl ROWS.jsonl --corpus passages.jsonl           # out of a larger collection ({"text": ..} a line)
+grit mine rows.jsonl ROWS.jsonl --model my_run/checkpoint --scores    # by a model, keeping its scores for distillation
+grit mine rows.jsonl ROWS.jsonl --corpus passages.jsonl           # from a larger collection (one {"text": ..} per line)
 
-Candidates are all passages of the rows, and of the corpus. A negative scores at most --margin times the query's best positive:
-what scores higher is too often right as well. Negatives that a row has are kept; several positives of a query are kept too.
+Candidates are all passages of the rows and of the corpus. A negative scores at most --margin times the query's best positive,
+since a passage that scores higher is too often correct as well. Existing negatives are kept, and so are all positives of a query.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from python_model.support.files import new_file
 
 
 class Pool:
-    """Distinct passages, and which of them answer a query (in any of its rows)."""
+    """Distinct passages, and which of them answer each query (in any of its rows)."""
 
     def __init__(self, rows: Sequence[EmbeddingRow], corpus: Sequence[str] = ()) -> None:
         self.texts: list[InstructedText] = []
@@ -44,7 +44,7 @@ class Pool:
         self.positives = [list(dict.fromkeys(answers[row.query])) for row in rows]
 
     def place(self, text: InstructedText) -> int:
-        """The passage's number."""
+        """The index of a passage."""
         if text.text not in self._places:
             self._places[text.text] = len(self.texts)
             self.texts.append(text)
@@ -61,7 +61,9 @@ def mined(
     skipped_ranks: int = SKIPPED_RANKS,
     scores: bool = False,
 ) -> Iterator[EmbeddingRow]:
-    """The rows with their own negatives first and mined ones up to ``count``; ``scores``: with the scorer's scores of all."""
+    """The rows with their own negatives first, then mined ones up to ``count``; ``scores``: with the scorer's scores of all
+    passages.
+    """
     found = mine_negatives(scorer, pool.positives, len(pool.texts), count, margin=margin, skipped_ranks=skipped_ranks)
     for row, (chosen, of_all) in zip(rows, found, strict=True):
         own = [pool.place(text) for text in row.neg]
@@ -74,34 +76,36 @@ def mined(
                 neg_scores=tuple(float(of_all[pool.place(text)]) for text in neg),
             )
         elif row.neg_scores and len(neg) > len(row.neg):
-            row = replace(row, pos_scores=(), neg_scores=())  # the new ones have no such score
+            row = replace(row, pos_scores=(), neg_scores=())  # new ones have no score
         yield replace(row, neg=tuple(neg))
 
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit mine``."""
-    parser.add_argument("input", help="file or folder of rows, of any tool (see grit convert)")
+    parser.add_argument("input", help="file or folder of rows in any supported format (see grit convert)")
     parser.add_argument("output", type=Path, help=".jsonl file to write")
-    parser.add_argument("--model", help="checkpoint that scores; BM25 unless given")
-    parser.add_argument("--device", help="where the model computes")
-    parser.add_argument("--corpus", help="further passages to choose from")
-    parser.add_argument("--negatives", type=int, default=4, help="of each query")
-    parser.add_argument("--margin", type=float, default=SCORE_CAP, help="share of the positive's score")
-    parser.add_argument("--skip", type=int, default=SKIPPED_RANKS, help="best wrong passages to pass over")
-    parser.add_argument("--scores", action="store_true", help="write the scores, as a teacher's")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text for --model")
+    parser.add_argument("--model", help="checkpoint that scores passages; default: BM25")
+    parser.add_argument("--device", help="device of the model")
+    parser.add_argument("--corpus", help="additional passages to choose from")
+    parser.add_argument("--negatives", type=int, default=4, help="negatives per query")
+    parser.add_argument(
+        "--margin", type=float, default=SCORE_CAP, help="highest score of a negative, as a share of the positive's"
+    )
+    parser.add_argument("--skip", type=int, default=SKIPPED_RANKS, help="number of top-ranked wrong passages to skip")
+    parser.add_argument("--scores", action="store_true", help="write the scores, for distillation")
+    parser.add_argument("--max-length", type=int, default=512, help="maximum tokens per text for --model")
 
 
 def run(arguments: Namespace) -> None:
-    """Read the rows, score, choose, write."""
+    """Read the rows, score passages, choose negatives, write."""
     check_at_least("negatives", arguments.negatives, 1)
     check_at_least("skip", arguments.skip, 0)
     if not 0 < arguments.margin <= 1:
-        raise ValueError(f"margin: expected a share above 0 and up to 1, got {arguments.margin}")
+        raise ValueError(f"margin: expected a number > 0 and <= 1, got {arguments.margin}")
     report = DataReport()
     rows = [row for row in tolerant_rows(arguments.input, report) if isinstance(row, EmbeddingRow)]
     if not rows:
-        raise ValueError(f"{arguments.input}: no rows with a query")
+        raise ValueError(f"input: expected rows with a query, got none in {arguments.input}")
     corpus = []
     if arguments.corpus is not None:
         corpus = [check_text(item.get("text"), "text", origin) for origin, item in read_objects(arguments.corpus)]
@@ -132,4 +136,4 @@ def run(arguments: Namespace) -> None:
     print(f"{added} negatives for {len(rows)} queries ({positives:.1f} positives each) in {arguments.output}")
 
 
-COMMAND = Command("mine", "Mine hard negatives for one's own rows, by BM25 or by a model's embeddings.", configure, run)
+COMMAND = Command("mine", "Mine hard negatives for your own rows, by BM25 or by a model's embeddings.", configure, run)

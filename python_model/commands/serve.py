@@ -19,7 +19,7 @@ KEY_VARIABLE = "GRIT_API_KEY"
 
 
 def run(arguments: Namespace) -> None:
-    """Serve until the process is told to stop."""
+    """Serve until the process is asked to stop."""
     uvicorn = require("uvicorn", "serve")
     for module in ("fastapi", "prometheus_client"):
         require(module, "serve")
@@ -64,7 +64,7 @@ def _serve_replicas(arguments: Namespace, keys: Sequence[str]) -> None:
 
 
 def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None) -> Any:
-    """The application that the arguments describe; ``on_index``: see :func:`python_model.serve.app.create_app`."""
+    """The application described by the arguments; ``on_index``: see :func:`python_model.serve.app.create_app`."""
     import torch
 
     from python_model.serve.app import create_app
@@ -95,13 +95,13 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
     )
     add_indexes(service, arguments.index, arguments.store, arguments.query_instruction)
     local = is_loopback(arguments.host) and not keys
-    # another site's page could otherwise reach the server by a name that it makes point here
+    # DNS rebinding: otherwise another site's page could reach the server by a name that resolves to it
     hosts = ["localhost", "127.0.0.1", "[::1]", arguments.host] if local else []
     return create_app(service, api_keys=keys, hosts=hosts, on_index=on_index)
 
 
 def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], query_instruction: str) -> None:
-    """Open ``NAME=FOLDER`` indexes, and the stores of the same names."""
+    """Open ``NAME=FOLDER`` indexes and the stores of the same names."""
     from python_model.rag.answer import RAG, open_store
     from python_model.rag.index import open_index
     from python_model.rag.reading import read
@@ -118,7 +118,7 @@ def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], que
         if name in stored:
             store = open_store(stored[name], reader)
             frequencies(reader)
-            # the model is checked once before its cached keys are moved; later it belongs to the engine's thread
+            # check once that cached keys can be moved; later the model belongs to the engine's thread
             join(read(reader, [[0, 1], [0, 1]], causal=True), reader)
         index = open_index(folder, reader, create=False)
         service.add_index(
@@ -128,16 +128,16 @@ def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], que
 
 
 def api_keys(file: Path | None) -> list[str]:
-    """Keys of a file (one per line) and of the environment."""
+    """The keys in a file (one per line) and in the environment."""
     keys = [] if file is None else [line.strip() for line in file.read_text().splitlines()]
     found = [key for key in [*keys, os.environ.get(KEY_VARIABLE, "")] if key]
     if file is not None and not any(keys):
-        raise ValueError(f"--api-key-file: expected a key per line, got an empty file {file}")
+        raise ValueError(f"--api-key-file: expected one key per line, got an empty file {file}")
     return found
 
 
 def check_address(host: str, keys: Sequence[str]) -> None:
-    """ValueError for an address that others can reach, without a key."""
+    """ValueError for an address that other machines can reach, unless there is a key."""
     if not keys and not is_loopback(host):
         raise ValueError(
             f"--host: expected 127.0.0.1 (or another loopback address) without an API key, got {host}; "
@@ -146,7 +146,7 @@ def check_address(host: str, keys: Sequence[str]) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -177,40 +177,57 @@ def configure(parser: ArgumentParser) -> None:
     add_model(parser)
     add = parser.add_argument
     add("--mode", choices=("unified", "embedding", "generative"), default="unified", help="embedding: no chat")
-    add("--served-model-name", help="what clients call it; the default is the folder's name")
+    add("--served-model-name", help="model name for clients; default: the folder's name")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the weights; auto: as in the checkpoint",
+        help="dtype of the weights; auto: as in the checkpoint",
     )
     add("--threads", type=int, help="CPU threads of the model")
-    add("--host", default="127.0.0.1", help="another address than this machine's own needs an API key")
+    add("--host", default="127.0.0.1", help="address to bind; any but a loopback address needs an API key")
     add("--port", type=int, default=8000)
-    add("--api-key-file", type=Path, help=f"file with an accepted key per line; {KEY_VARIABLE} adds one")
+    add("--api-key-file", type=Path, help=f"file with one API key per line; {KEY_VARIABLE} adds one")
     add(
         "--format",
         choices=("grit", "template"),
         default="grit",
-        help="of chat prompts: the model's own, or the tokenizer's chat template",
+        help="format of chat prompts: the model's own, or the tokenizer's chat template",
     )
-    add("--query-instruction", default="", help="for texts with input_type 'query', and questions to an index")
     add(
-        "--index", action="append", default=[], metavar="[NAME=]FOLDER", help="an index to answer from; may be repeated"
+        "--query-instruction",
+        default="",
+        help="instruction for texts with input_type 'query', and for questions to an index",
     )
-    add("--store", action="append", default=[], metavar="[NAME=]FOLDER", help="states of the documents of that index")
-    add("--kv-tokens", type=int, default=16384, help="key-value memory: tokens of all chats together")
-    add("--max-step-tokens", type=int, default=2048, help="largest step, and longest text to embed")
-    add("--target-ms", type=float, default=100.0, help="time between tokens that steps aim at")
-    add("--ageing", type=float, default=5.0, help="seconds after which bulk texts are served like chats")
-    add("--max-sequences", type=int, default=64, help="chats at the same time")
-    add("--max-queued-tokens", type=int, default=1 << 18, help="waiting tokens from which on 429 is sent")
-    add("--max-tokens", type=int, default=256, help="of a reply whose request does not say")
-    add("--timeout", type=float, default=600.0, help="seconds after which a request fails")
+    add("--index", action="append", default=[], metavar="[NAME=]FOLDER", help="index to answer from; may be repeated")
+    add("--store", action="append", default=[], metavar="[NAME=]FOLDER", help="key-value store of that index")
+    add("--kv-tokens", type=int, default=16384, help="key-value memory for all chats, in tokens")
+    add("--max-step-tokens", type=int, default=2048, help="maximum tokens of a step, and of a text to embed")
+    add("--target-ms", type=float, default=100.0, help="target time between tokens in milliseconds")
+    add("--ageing", type=float, default=5.0, help="seconds after which bulk texts are treated like interactive ones")
+    add("--max-sequences", type=int, default=64, help="maximum number of concurrent chats")
+    add(
+        "--max-queued-tokens",
+        type=int,
+        default=1 << 18,
+        help="waiting tokens above which requests are refused with 429",
+    )
+    add("--max-tokens", type=int, default=256, help="maximum tokens of a reply if the request does not say")
+    add("--timeout", type=float, default=600.0, help="seconds until a request fails")
     add("--max-body-mb", type=int, default=8, help="largest request")
     add("--ray", action="store_true", help="replicas on Ray Serve (extra ray); joins the cluster of RAY_ADDRESS")
-    add("--replicas", default="1", metavar="N|LEAST:MOST", help="with --ray: how many, by the number of open requests")
-    add("--drain-seconds", type=int, default=30, help="for running requests when the server is stopped")
+    add(
+        "--replicas",
+        default="1",
+        metavar="N|LEAST:MOST",
+        help="with --ray: number of replicas, scaled with the number of open requests",
+    )
+    add(
+        "--drain-seconds",
+        type=int,
+        default=30,
+        help="seconds that running requests have to finish when the server is stopped",
+    )
 
 
 COMMAND = Command("serve", "Serve chat and embeddings from one copy of the weights (docs/serving.md).", configure, run)

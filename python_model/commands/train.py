@@ -17,17 +17,16 @@ from python_model.train.config import MOVED, REMOVED, TYPES, TrainConfig, flatte
 
 
 def configure(parser: ArgumentParser) -> None:
-    """An option for each field, explained by the docstrings."""
+    """Add an option for each field, explained by the docstrings."""
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(TrainConfig, None)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> TrainConfig:
-    """The settings of the command line over those of the file over the defaults.
+    """The settings: the command line overrides the file, which overrides the defaults.
 
     Raises:
-        ValueError: a setting of version 0.1 (the message has its new place), an unknown one in a file, or a value that is not
-            accepted.
+        ValueError: a setting of version 0.1 (the message gives its new name), an unknown one in a file, or an invalid value.
     """
     for index, argument in enumerate(argv):
         name, _, value = argument.removeprefix("--").partition("=")
@@ -48,7 +47,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> TrainConfig:
 
 
 def _readable(message: str) -> str:
-    """The parser's message about a value of the wrong type, in this program's words."""
+    """The parser's message about a value of the wrong type, reworded."""
     found = re.search(r'Parser key "([\w.]+)":(?:.|\n)*Got value: (.*)', message)
     if not found or found[1] not in TYPES:
         return message
@@ -68,7 +67,7 @@ def _check_file(path: Path) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Train, or with ``dry_run`` say what it would take."""
+    """Train, or with ``dry_run`` print the memory estimate."""
     from python_model.train import run as training
     from python_model.train.trainer import Interrupted
 

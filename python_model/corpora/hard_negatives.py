@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
 
 SKIPPED_RANKS = 2
-"""The best ranked other passages are too often right as well."""
+"""Top-ranked other passages that are skipped: too often they are correct as well."""
 SCORE_CAP = 0.95
-"""So are those that score above this share of the positive's score."""
+"""Passages above this share of the positive's score are skipped for the same reason."""
 SPREAD = 3
-"""Of the remaining ranks every third is taken, so that not all negatives are alike."""
+"""Every third of the remaining ranks is taken, for variety."""
 
 
 class Scorer(Protocol):
     """Scores of all passages for a query."""
 
     def rows(self) -> Iterator[np.ndarray]:
-        """float (passages) for each query in turn."""
+        """Yields float (passages) for each query in turn."""
 
 
 class BM25:
-    """BM25 (k1 1.2, b 0.75) over lower-case words."""
+    """BM25 (k1 1.2, b 0.75) over lower-cased words."""
 
     def __init__(self, queries: Sequence[str], passages: Sequence[str]) -> None:
         bm25s = require("bm25s", "data")
@@ -80,15 +80,15 @@ def mine_negatives(
     margin: float = SCORE_CAP,
     description: str = "hard negatives",
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """For each query the indices of ``count`` passages, and the scores of all passages.
+    """For each query, the indices of ``count`` negatives, and the scores of all passages.
 
-    Chosen are passages after the first ``skipped_ranks`` wrong ones that score at most ``margin`` times the best positive's score
-    (false negatives score like positives). Where too few passages score above 0, evenly spread others fill up.
+    Negatives are chosen after the first ``skipped_ranks`` wrong passages, among those that score at most ``margin`` times the
+    best positive (false negatives score like positives). If too few passages score above 0, evenly spaced others are added.
 
     Args:
-        positives: by query, the indices of the passages that answer it.
-        passages: how many there are.
-        allowed: whether a passage may be a negative of a query, by their indices.
+        positives: for each query, the indices of the passages that answer it.
+        passages: number of passages.
+        allowed: whether a passage may be a negative of a query, given their indices.
 
     Raises:
         ValueError: there are not more passages than ``count``.
@@ -102,7 +102,7 @@ def mine_negatives(
         answers = set(right)
         kept = min(skipped_ranks + SPREAD * count + 7 + len(answers), passages)
         least = np.partition(scores, -kept)[-kept]
-        best = np.flatnonzero(scores >= least)  # with all that are equal, so that the order of the passages decides
+        best = np.flatnonzero(scores >= least)  # including ties, so that the order of the passages decides
         ranked = [int(j) for j in best[np.lexsort((best, -scores[best]))] if scores[j] > 0]
         ranked = [j for j in ranked if j not in answers and allowed(query, j)]
         top = max(float(scores[j]) for j in answers)

@@ -1,8 +1,8 @@
-"""One's own rows as a data folder: training rows, held-out rows, a corpus to search, and the settings to train with.
+"""Turns your own rows into a data folder: training rows, held-out rows, a corpus to search, and settings for training.
 
-Rows that share a query, a positive, a key or a first user turn are about one thing and stay together; a hash of the thing decides
-on which side it is, whatever the order of the files. So what a test asks for is in no training row, and where it stands among a
-training row's negatives it is taken out of them.
+Rows that share a query, a positive, a key or a first user turn form a group and stay together; a hash of the group decides
+which side it is on, whatever the order of the files. So what a test asks for is in no training row, and it is removed from the
+negatives of training rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from python_model.data.rows import EmbeddingRow, GenerativeRow, Row, to_object
 
 
 def split_rows(rows: Sequence[Row], percent: int) -> tuple[list[Row], list[Row]]:
-    """(training, held-out) rows, each in the order they came in; about ``percent`` of the things are held out."""
+    """(training, held-out) rows, each in their original order; about ``percent`` of the groups are held out."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -31,7 +31,7 @@ def split_rows(rows: Sequence[Row], percent: int) -> tuple[list[Row], list[Row]]
         first, *others = map(root, _names(row))
         for other in others:
             if root(other) != root(first):
-                low, high = sorted((root(first), root(other)))  # the name of a thing depends on no order
+                low, high = sorted((root(first), root(other)))  # the name of a group does not depend on the order
                 parent[high] = low
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
@@ -66,10 +66,10 @@ def _without(row: Row, answers: set[str]) -> Row:
 def own_files(
     paths: Sequence[str], percent: int, max_queries: int
 ) -> tuple[dict[str, list[dict[str, Any]]], DataReport]:
-    """The rows of files and folders as the files of a data folder; ``max_queries``: held-out rows of a data set that are asked.
+    """The rows of files and folders as the files of a data folder; ``max_queries``: held-out queries per data set.
 
     Raises:
-        ValueError: the rows of a kind are too few to hold any out.
+        ValueError: there are too few rows of a kind to hold any out.
     """
     report = DataReport()
     rows = [row for path in paths for row in tolerant_rows(path, report)]
@@ -85,7 +85,7 @@ def own_files(
     for kept in (EmbeddingRow, GenerativeRow):
         if any(isinstance(row, kept) for row in rows) and not any(isinstance(row, kept) for row in asked):
             raise ValueError(
-                f"held-out: {percent} percent of these rows hold out none of one kind; give more rows or percent"
+                f"held-out: expected rows of each kind to hold out, got none at {percent} percent; add rows or raise it"
             )
     queries = [row for row in asked if isinstance(row, EmbeddingRow)]
     if queries:

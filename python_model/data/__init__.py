@@ -1,4 +1,4 @@
-"""Training data: reading and checking rows (jsonl.py) and the bundled sample (sample/, built by python_model.corpora.sample)."""
+"""Training data: reading and checking rows, and the bundled sample (sample/, built by python_model.corpora.sample)."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def sample_dir() -> Path:
-    """The folder of the bundled real sample; its README says what the files hold."""
+    """The folder of the bundled sample; its README describes the files."""
     return Path(__file__).parent / "sample"

@@ -1,4 +1,4 @@
-"""Rows as token ids, under the settings of a run; whether a row can be used at all."""
+"""Turns rows into token ids under the settings of a run, and checks whether a row can be used at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from python_model.model.prompts import EncodedSample, Formatter, TooLong
 from python_model.settings import GritSettings
 
 _FORMAT = 48
-"""Tokens that markers and special tokens take at the most, and a merge over a border may add."""
+"""Upper bound of the tokens of markers and special tokens, and of what a merge across a boundary may add."""
 
 
 class RowEncoder:
-    """Tokenises the texts of rows, as a model with these ``settings`` reads them."""
+    """Tokenises the texts of rows the way a model with these ``settings`` reads them."""
 
     def __init__(self, tokenizer: Any, config: DataConfig, settings: GritSettings | None = None) -> None:
         self.tokenizer, self.config = tokenizer, config
@@ -38,7 +38,7 @@ class RowEncoder:
         self._lengths: dict[str, int] = {}
 
     def text(self, text: InstructedText, max_length: int, example: tuple[str, str] | None = None) -> EncodedSample:
-        """A text to embed; ``example`` is the query and positive that a few-shot instruction shows."""
+        """A text to embed; ``example`` is the query and positive shown by a few-shot instruction."""
         instruction = text.instruction
         if example is not None:
             instruction = few_shot_instruction(instruction, *example, style=self.config.few_shot_style)
@@ -48,13 +48,13 @@ class RowEncoder:
         )
 
     def conversation(self, row: GenerativeRow) -> EncodedSample:
-        """A conversation, or a text without roles, to learn."""
+        """A conversation, or a text without roles, to train on."""
         return self._cached(
             lambda: self._conversation(row), ("conversation", row.turns, self.config.generative_max_len)
         )
 
     def refused(self, facts: np.ndarray, generative: bool) -> tuple[np.ndarray, Problem]:
-        """Rows without negatives, where ``train_group_size`` wants some."""
+        """Rows without negatives although ``train_group_size`` requires some."""
         size = self.config.train_group_size
         missing = np.zeros(len(facts), dtype=bool)
         if not generative and size > 1:
@@ -62,7 +62,7 @@ class RowEncoder:
         return missing, ("no negatives", f"neg: expected at least one with train_group_size {size}, got none")
 
     def doubtful(self, facts: np.ndarray, generative: bool) -> np.ndarray:
-        """Rows of which the bytes do not tell whether an instruction, or the first user turn, leaves room for the text."""
+        """Rows whose size in bytes does not tell whether the instruction, or the first user turn, leaves room for the text."""
         if generative:
             return ~_fewer_tokens(facts["first"], self.config.generative_max_len)
         special = self.formatter.special_tokens
@@ -71,7 +71,7 @@ class RowEncoder:
         return ~(few & _fewer_tokens(facts["passage"], self.config.passage_max_len - eos))
 
     def problem(self, row: Row) -> Problem | None:
-        """Why a row cannot be trained on, or None: its instruction or its first user turn fills the length."""
+        """Why a row cannot be trained on (its instruction or first user turn fills the maximum length), or None."""
         if isinstance(row, GenerativeRow):
             return None if len(row.turns) == 1 else _too_long(lambda: self._conversation(row))
         negatives = row.neg if self.config.train_group_size > 1 else ()
@@ -89,7 +89,7 @@ class RowEncoder:
             self.cache.flush()
 
     def _has_room(self, text: InstructedText, max_length: int) -> bool:
-        """False: perhaps the instruction fills ``max_length``."""
+        """False if the instruction may fill ``max_length``."""
         special = self.formatter.special_tokens
         room = max_length - len(self.settings.embed_eos) - len(special.start) - len(special.end)
         if _fewer_tokens(len(text.instruction.encode()), room):
@@ -119,8 +119,8 @@ class RowEncoder:
 
 
 def _fewer_tokens(count: Any, room: int) -> Any:
-    """Whether ``count`` bytes (one number or an array) surely take fewer than ``room`` tokens in their format: none is shorter
-    than a byte, and breaking up markers adds less than a quarter."""
+    """Whether ``count`` bytes (a number or an array) certainly take fewer than ``room`` tokens in their format: no token is
+    shorter than a byte, and breaking up markers adds less than a quarter."""
     return 5 * (np.asarray(count, dtype=np.int64)) // 4 + _FORMAT < room
 
 

@@ -1,8 +1,8 @@
-"""Files of rows, whatever holds them: ``.jsonl``, ``.json`` (an array, or lines), either with ``.gz``, and ``.parquet``; in UTF-8
-or, with a byte order mark, UTF-16; on the disk or at any address that fsspec knows (``s3://bucket/rows.jsonl``).
+"""Files of rows in any container: ``.jsonl``, ``.json`` (an array, or lines), either gzipped (``.gz``), and ``.parquet``; in
+UTF-8 or, with a byte order mark, UTF-16; on disk or at any URL that fsspec understands (``s3://bucket/rows.jsonl``).
 
-Rows are found by byte offset, which only lines of UTF-8 have. So any other file is written once as such lines into the cache
-folder (:func:`as_lines`), and read from there.
+Rows are located by byte offset, which requires lines of UTF-8. Any other file is converted once to such lines in the cache folder
+(:func:`as_lines`) and read from there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dataset_name(file: Location) -> str:
 
 
 def data_files(path: Location) -> list[Path | str]:
-    """A file itself, or the files directly in a folder whose names end in one of :data:`SUFFIXES`, by name.
+    """The file itself, or the files directly in a folder whose names end in one of :data:`SUFFIXES`, sorted by name.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -51,7 +51,7 @@ def data_files(path: Location) -> list[Path | str]:
 
 
 def is_remote(path: Location) -> bool:
-    """Whether fsspec has to fetch it."""
+    """Whether fsspec has to read it."""
     return "://" in os.fspath(path)
 
 
@@ -71,7 +71,7 @@ def _remote_files(address: str) -> list[Path | str]:
 
 
 def as_lines(file: Location) -> Path:
-    """A file on the disk with one UTF-8 JSON object per line: ``file`` itself, or the copy in the cache folder.
+    """A file on disk with one UTF-8 JSON object per line: ``file`` itself, or the copy in the cache folder.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,7 +94,7 @@ def as_lines(file: Location) -> Path:
     key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     target = cache_folder() / "lines" / f"{key}.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):  # of the ranks on a machine one converts
+    with FileLock(f"{target}.lock"):  # one rank per machine converts
         if not target.exists():
             with new_file(target) as out:
                 for line in _lines(name):
@@ -111,7 +111,7 @@ def read_objects(file: Location) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_lines(file: Location) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """As :func:`read_objects`, with the error in the place of a broken line."""
+    """As :func:`read_objects`, with an error in place of a malformed line."""
     with open(as_lines(file), "rb") as lines:
         for number, line in enumerate(lines, start=1):
             origin = f"{os.fspath(file)}:{number}"
@@ -125,7 +125,7 @@ def read_lines(file: Location) -> Iterator[tuple[str, dict[str, Any] | DataError
 
 
 def parse_line(line: bytes, origin: str, *, first: bool = False) -> dict[str, Any] | None:
-    """The object on a line, None for an empty line; ``first``: a byte order mark may lead it.
+    """The object on a line, None for an empty line; ``first``: the line may begin with a byte order mark.
 
     Raises:
         DataError: not UTF-8, not JSON, not an object.
@@ -139,7 +139,7 @@ def parse_line(line: bytes, origin: str, *, first: bool = False) -> dict[str, An
         raise DataError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise DataError(f"{origin}: nested too deeply") from error
-    except ValueError as error:  # a number with more digits than Python converts
+    except ValueError as error:  # a number with more digits than Python accepts
         raise DataError(f"{origin}: not valid JSON ({error})") from error
     if text and not isinstance(row, dict):
         raise DataError(f"{origin}: expected an object, got {json_type(row)}")
@@ -147,7 +147,7 @@ def parse_line(line: bytes, origin: str, *, first: bool = False) -> dict[str, An
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether the file may be read line by line as it is."""
+    """Whether the file can be read line by line as it is."""
     if path.name.endswith((".gz", ".parquet")):
         return False
     with path.open("rb") as file:
@@ -158,13 +158,13 @@ def _is_lines(path: Path) -> bool:
 
 
 def _is_array(head: bytes) -> bool:
-    """Whether an array of objects begins; a line that holds one whole array is a broken row instead."""
+    """Whether an array of objects begins here; a line that holds a whole array is a malformed row instead."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"")
 
 
 def _lines(name: str) -> Iterator[bytes]:
-    """The rows as lines; a broken one is written as it is, so that it is left out like any other."""
+    """The rows as lines; a malformed one is copied as it is, so that it is left out like any other."""
     if name.endswith(".parquet"):
         yield from _parquet(name)
         return

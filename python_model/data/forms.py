@@ -8,9 +8,9 @@
     chat                    messages: [{"role", "content"}, ..]; ShareGPT conversations: [{"from", "value"}, ..];
                             Alpaca instruction, input, output; prompt, completion
 
-``neg`` may be missing or null. ``key`` names the entity a row is about, ``dataset`` its data set. A column that none of this
-explains is ignored and named once per file (:class:`Reader` collects ``notes``); one that looks like a misspelt column is an
-error, because training would go on without it.
+``neg`` may be missing or null. ``key`` names the entity a row is about, ``dataset`` its data set. An unknown column is ignored
+and reported once per file (:class:`Reader` collects ``notes``); one that looks like a misspelt column is an error, because
+training would otherwise run without it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NAMES_OF_ROWS = (
     "neg_id",
     "answers",
 )
-"""Columns that name a row or tell where it is from, and change nothing."""
+"""Columns that identify a row or its origin, without effect."""
 INSTRUCTIONS = ("prompt", "instruction")
 TYPES = {
     "normal": "",
@@ -69,7 +69,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "Alpaca": ("instruction", "input", "output", "system", "history", "text"),
     "prompt and completion": ("prompt", "completion", "response", "system"),
 }
-REQUIRED: dict[str, tuple[str, ...]] = {  # in the order in which they are tried
+REQUIRED: dict[str, tuple[str, ...]] = {  # in the order they are tried
     "tevatron": ("positive_passages",),
     "sentence-transformers": ("positive",),
     "sentence-transformers pairs": ("sentence1", "sentence2"),
@@ -86,17 +86,17 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 
 
 class Reader:
-    """Turns the objects of one file into rows.
+    """Turns the objects in a file into rows.
 
     Args:
-        dataset: the name of rows without one.
+        dataset: data set name for rows without one.
         bare_text: accept ``{"text": "a text without roles"}``.
-        positive_score: least score (or label) of a sentence pair that counts as a positive; without it a scored pair is refused.
+        positive_score: lowest score (or label) of a sentence pair that counts as a positive; without it a scored pair is refused.
         instructed: a flat list of two strings in ``pos`` or ``neg`` is ``[instruction, text]``; see :meth:`decide`.
 
     Attributes:
-        notes: what people should know about the file, each once.
-        forms: rows by the form they were read as.
+        notes: remarks about the file for the user, each once.
+        forms: number of rows by the format they were read as.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class Reader:
         self.forms: dict[str, int] = {}
 
     def decide(self, rows: Iterable[Columns]) -> None:
-        """Settle by a file's first rows what ``"pos": ["a", "b"]`` is: two passages, unless every such list has two strings of
-        which the first is always the same (an instruction, or ``""`` for none)."""
+        """Decide from a file's first rows what ``"pos": ["a", "b"]`` means: two passages, unless every such list has two strings
+        and the first is always the same (an instruction, or ``""`` for none)."""
         firsts: list[str] = []
         for row in rows:
             for name in ("pos", "neg"):
@@ -124,16 +124,14 @@ class Reader:
         if self.instructed:
             note = f"pos, neg: every list is [{firsts[0]!r}, text]: read as one passage with that instruction"
         else:
-            note = (
-                "pos, neg: every list holds two strings: read as two passages; an instruction is [[instruction, text]]"
-            )
+            note = "pos, neg: every list holds two strings: read as two passages; write an instruction as [[instruction, text]]"
         self.notes[note] = None
 
     def row(self, columns: Columns, origin: str) -> Row:
         """The checked row.
 
         Raises:
-            DataError: no known form, a missing or misspelt column, a wrong type, an empty text.
+            DataError: an unknown format, a missing or misspelt column, a wrong type, an empty text.
         """
         form = _form(columns, origin)
         if form is None:
@@ -159,9 +157,7 @@ class Reader:
             if close := difflib.get_close_matches(name, absent, 1, 0.74):
                 raise DataError(f"{origin}: unknown column {name!r}: did you mean {close[0]!r}?", "misspelt")
             if form not in CHATS and (name in EMBEDDING_COLUMNS or _is_negative(name)):
-                raise DataError(
-                    f"{origin}: column {name!r} has no meaning in rows of the form {form!r}, as this one is"
-                )
+                raise DataError(f"{origin}: column {name!r} has no meaning in this row's format {form!r}")
             if name not in NAMES_OF_ROWS:
                 self.notes[f"column {name!r} is ignored"] = None
 
@@ -227,11 +223,11 @@ class Reader:
         if self.positive_score is None:
             raise DataError(
                 f"{origin}: sentence pairs with a score: which are positives? "
-                "Say it once: grit convert FILE ROWS --positive-score NUMBER",
+                "Convert the file with grit convert FILE ROWS --positive-score NUMBER",
                 "scored pairs",
             )
         if score < self.positive_score:
-            raise DataError(f"{origin}: score {score} is below {self.positive_score}: no positive", "no positive")
+            raise DataError(f"{origin}: score {score} is below {self.positive_score}: not a positive", "no positive")
 
     def _texts(self, value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
         if isinstance(value, str) and name == "positive":
@@ -289,7 +285,7 @@ def _form(columns: Columns, origin: str) -> str | None:
 
 
 def _expected() -> str:
-    return "'query', 'pos', 'neg', or 'text', or the columns of another tool (docs/training.md)"
+    return "'query', 'pos', 'neg', or 'text', or the columns of a supported tool (docs/training.md)"
 
 
 def _meant(columns: Columns) -> str:
@@ -315,7 +311,7 @@ def _scores(value: Any, count: int, name: str, origin: str) -> tuple[float, ...]
 
 
 def _titled(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
-    """Tevatron's passages: the title, where there is one, goes before the text."""
+    """Tevatron's passages: the title, if there is one, precedes the text."""
     if not isinstance(value, list):
         raise DataError(f"{origin}: {name}: expected a list of passages, got {json_type(value)}")
     found = []
@@ -356,7 +352,7 @@ def _exchange(old: Any, origin: str) -> list[tuple[str, Any]]:
 
 
 def _alternating(messages: list[tuple[str, Any]], form: str, origin: str) -> tuple[str, ...]:
-    """user, assistant, ...; a system text goes in front of the first user turn."""
+    """The turns user, assistant, ...; a system message is prepended to the first user turn."""
     name = "text" if form == "text" else form
     system = ""
     if messages and messages[0][0] in ("system", "developer"):

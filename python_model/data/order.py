@@ -1,6 +1,6 @@
-"""Which rows a step takes: a function of (seed, step), so that resuming and worker processes need no state.
+"""Which rows a step uses: a function of (seed, step), so that resuming and worker processes need no state.
 
-Nothing as long as the data is ever made: an order of millions of rows is computed place by place.
+Nothing as long as the data is ever built: an order of millions of rows is computed on demand.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from python_model.support.arguments import check_at_least
 
 
 def rank_share(count: int, rank: int, world: int) -> range:
-    """The rows of a step that are this rank's: contiguous, as even as possible."""
+    """This rank's rows of a step: contiguous, and split as evenly as possible."""
     return range(count * rank // world, count * (rank + 1) // world)
 
 
 class BatchOrder:
-    """Batches without end, each a function of the seed and its number.
+    """An endless sequence of batches, each a function of the seed and its number.
 
-    An epoch takes ``rows_per_epoch[d]`` rows of data set d, by default all, in a new order. Each data set is walked through in
-    shuffled passes: no row comes a second time before all others of its data set came once, whatever the rows per epoch.
+    An epoch takes ``rows_per_epoch[d]`` rows of data set d, by default all, in a new order. Each data set is traversed in
+    shuffled passes: no row is repeated before all others of its data set have been used, whatever the rows per epoch.
 
-    With ``same_dataset`` a batch holds rows of one data set; what is left of the data sets makes mixed batches. The last batch of
-    an epoch, where it is not full, is completed by left-over rows of the next one. The order of the batches is shuffled too.
+    With ``same_dataset`` a batch holds rows of one data set; the remainders of the data sets form mixed batches. The last batch
+    of an epoch, if it is not full, is completed with remaining rows of the next one. The order of the batches is shuffled too.
 
     The order does not depend on the machine or the NumPy version (see :class:`Permutation`).
 
     Args:
-        sizes: rows of each data set.
-        batch_size: rows of a batch.
-        seed: of the order, >= 0.
+        sizes: number of rows of each data set.
+        batch_size: number of rows in a batch.
+        seed: seed of the order, >= 0.
         same_dataset: see above.
-        rows_per_epoch: rows of each data set in an epoch; 0 leaves it out.
+        rows_per_epoch: rows of each data set in an epoch; 0 excludes it.
 
     Raises:
-        ValueError: ``batch_size`` < 1, negative counts, rows wanted of an empty data set, or no rows at all.
+        ValueError: ``batch_size`` < 1, negative counts, rows requested from an empty data set, or no rows at all.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class BatchOrder:
         self._passes: dict[tuple[int, int], Permutation] = {}
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """The (data set, row in it) pairs of a step."""
+        """The (data set, row within it) pairs of a step."""
         first = step * self.batch_size
         chosen: list[int] = []
         while len(chosen) < self.batch_size:
@@ -74,7 +74,7 @@ class BatchOrder:
         return [(int(d), row - int(self._starts[d])) for d, row in zip(datasets, chosen, strict=True)]
 
     def taken(self, dataset: int, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Rows, numbered over the data sets, at ``places`` of what an epoch takes of a data set: the next ones of its shuffled
+        """Rows, numbered across the data sets, at ``places`` of an epoch's share of a data set: the next ones of its shuffled
         passes."""
         size = self.sizes[dataset]
         numbers, starts = np.divmod(places + epoch * self.wanted[dataset], size)
@@ -101,7 +101,7 @@ class BatchOrder:
 
 
 class _Epoch:
-    """The order of one epoch: places 0 to ``order.rows - 1`` to rows, numbered over the data sets."""
+    """The order of one epoch: maps places 0 to ``order.rows - 1`` to rows, numbered across the data sets."""
 
     def __init__(self, order: BatchOrder, epoch: int) -> None:
         self.order, self.epoch = order, epoch
@@ -111,14 +111,14 @@ class _Epoch:
             self._ends = np.cumsum(wanted)
             self._shuffled = Permutation(order.rows, order.seed, 0, epoch)
             return
-        # the epoch starts inside of a batch if those before it did not fill their last one
+        # the epoch starts within a batch if the previous one did not fill its last batch
         self.head = min(-epoch * order.rows % size, order.rows)
         self.tail = (order.rows - self.head) % size
         self._ends = np.cumsum(wanted // size)  # of each data set's whole batches
         self._whole = Permutation(int(self._ends[-1]), order.seed, 1, epoch)
         left = [order.taken(d, epoch, np.arange(n - n % size, n)) for d, n in enumerate(order.wanted)]
         rest = np.concatenate(left)
-        self._broken = int(len(rest) < self.head + self.tail)  # they differ by one batch
+        self._broken = int(len(rest) < self.head + self.tail)  # they differ by at most one batch
         if self._broken:
             rest = np.concatenate([rest, self._rows_of_whole(np.zeros(size, dtype=np.int64), np.arange(size))])
         self.rest = rest[permutation(len(rest), order.seed, 2, epoch)]
@@ -146,7 +146,7 @@ class _Epoch:
         return rows
 
     def _rows_of_whole(self, batches: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Rows at ``places`` of whole batches, counted in their shuffled order."""
+        """Rows at ``places`` within the whole batches, in their shuffled order."""
         number = self._whole(batches)
         return self._by_data_set(number, lambda inside, chosen: inside * self.order.batch_size + places[chosen])
 
@@ -154,7 +154,7 @@ class _Epoch:
         return self._by_data_set(numbers, lambda inside, chosen: inside)
 
     def _by_data_set(self, numbers: np.ndarray, place: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Rows of numbers that count over the data sets (``_ends``)."""
+        """Rows from numbers that count across the data sets (``_ends``)."""
         datasets = np.searchsorted(self._ends, numbers, side="right")
         rows = np.empty(len(numbers), dtype=np.int64)
         for dataset in np.unique(datasets).tolist():
@@ -165,10 +165,10 @@ class _Epoch:
 
 
 class Permutation:
-    """A permutation of ``count`` numbers that is a function of ``key``, computed where it is asked.
+    """A permutation of ``count`` numbers that is a function of ``key``, computed on demand.
 
-    Up to ``SORTED`` numbers it is an array (:func:`permutation`). Beyond, a number goes through a Feistel network over the next
-    power of four, again and again until it is below ``count``: a bijection that takes no memory.
+    Up to ``SORTED`` numbers it is an array (:func:`permutation`). Beyond that, a number passes through a Feistel network over the
+    next power of four repeatedly until it is below ``count``: a bijection that takes no memory.
     """
 
     SORTED = 1 << 22
@@ -181,7 +181,7 @@ class Permutation:
         self._keys = np.random.Philox(np.random.SeedSequence(key)).random_raw(self.ROUNDS)
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
-        """Where each of ``numbers`` goes."""
+        """The images of ``numbers``."""
         if self._array is not None:
             return self._array[numbers]
         found = self._network(numbers.astype(np.uint64))

@@ -1,4 +1,4 @@
-"""Whole files of rows, each checked before it is used: for evaluation, indexes and tests. Training reads through datasets.py."""
+"""Reads whole files of rows, checking each: for evaluation, indexes and tests. Training reads through datasets.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Passage, Row, check_text
 
 PROBED = 1000
-"""Rows of a file that decide what its lists of two strings are."""
+"""Number of rows that decide what a file's lists of two strings mean."""
 
 
 def file_reader(file: Location, *, bare_text: bool = True, positive_score: float | None = None) -> Reader:
-    """A :class:`Reader` for the file, after a look at its first rows."""
+    """A :class:`Reader` for the file, set up from its first rows."""
     reader = Reader(dataset_name(file), bare_text=bare_text, positive_score=positive_score)
 
     def good() -> Iterator[dict[str, object]]:
@@ -24,7 +24,7 @@ def file_reader(file: Location, *, bare_text: bool = True, positive_score: float
         while True:
             try:
                 yield next(rows)[1]
-            except (DataError, StopIteration):  # broken rows are reported where all are read
+            except (DataError, StopIteration):  # malformed rows are reported when all rows are read
                 return
 
     reader.decide(islice(good(), PROBED))
@@ -32,7 +32,7 @@ def file_reader(file: Location, *, bare_text: bool = True, positive_score: float
 
 
 def tolerant_rows(path: Location, report: DataReport, *, positive_score: float | None = None) -> Iterator[Row]:
-    """The rows of a file or folder, of either kind, that training can read; ``report`` is filled while they are taken."""
+    """The rows of a file or folder, of either kind, that training can read; ``report`` is filled during iteration."""
     for file in data_files(path):
         reader = file_reader(file, positive_score=positive_score)
         for origin, columns in read_lines(file):
@@ -50,11 +50,11 @@ def tolerant_rows(path: Location, report: DataReport, *, positive_score: float |
 
 
 def read_rows(path: Location) -> tuple[list[EmbeddingRow], list[GenerativeRow]]:
-    """All rows of a file, or of the files directly in a folder (in the order of their names).
+    """All rows of a file, or of the files directly in a folder (sorted by name).
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        DataError: broken JSON or UTF-8, a missing column, a wrong type, an empty text, both kinds in one file, no rows.
+        DataError: invalid JSON or UTF-8, a missing column, a wrong type, an empty text, both kinds in one file, no rows.
     """
     embedding: list[EmbeddingRow] = []
     generative: list[GenerativeRow] = []
@@ -87,7 +87,7 @@ def read_generative(path: Location) -> list[GenerativeRow]:
 
 
 def read_corpus(path: Location) -> list[Passage]:
-    """The passages of one corpus file; a key may occur only once. Errors as :func:`read_rows`."""
+    """The passages of a corpus file; keys must be unique. Errors as :func:`read_rows`."""
     file = Path(path)
     passages: dict[str, Passage] = {}
     for origin, row in read_objects(file):
@@ -95,7 +95,7 @@ def read_corpus(path: Location) -> list[Passage]:
             raise DataError(f"{origin}: the column {missing[0]!r} is missing, the row has {sorted(row)}")
         passage = Passage(check_text(row["key"], "key", origin), check_text(row["text"], "text", origin), origin)
         if passage.key in passages:
-            raise DataError(f"{origin}: the key {passage.key!r} stands already at {passages[passage.key].origin}")
+            raise DataError(f"{origin}: duplicate key {passage.key!r}, also at {passages[passage.key].origin}")
         passages[passage.key] = passage
     if not passages:
         raise DataError(f"{file}: no rows")
@@ -108,6 +108,8 @@ def _read_file(file: Location) -> list[Row]:
     for origin, columns in read_objects(file):
         row = reader.row(columns, origin)
         if rows and type(row) is not type(rows[0]):
-            raise DataError(f"{origin}: another kind of row than at {rows[0].origin}; a file holds one kind")
+            raise DataError(
+                f"{origin}: expected a row of the same kind as {rows[0].origin}, got another; a file holds one kind"
+            )
         rows.append(row)
     return rows

@@ -1,16 +1,16 @@
-"""What came of the rows of files: how many are used, which are left out and why."""
+"""What became of the rows of files: how many are used, which are left out and why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 SHOWN = 5
-"""Origins that a report keeps per reason."""
+"""Number of examples that a report keeps per reason."""
 
 
 @dataclass
 class DataReport:
-    """Rows that are used, by data set; rows that are left out, by reason with the first few ``file:line: what``; and notes."""
+    """Used rows by data set; rows left out by reason, with the first few ``file:line: what``; and notes."""
 
     used: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
@@ -18,14 +18,14 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
 
     def leave_out(self, reason: str, what: str, count: int = 1) -> None:
-        """Count ``count`` rows, of which ``what`` is one."""
+        """Count ``count`` rows, with ``what`` as an example."""
         self.left_out[reason] = self.left_out.get(reason, 0) + count
         shown = self.examples.setdefault(reason, [])
         if len(shown) < SHOWN:
             shown.append(what)
 
     def add(self, other: DataReport) -> None:
-        """Count what another report counted."""
+        """Add the counts of another report."""
         for name, count in other.used.items():
             self.used[name] = self.used.get(name, 0) + count
         for reason, count in other.left_out.items():
@@ -34,7 +34,7 @@ class DataReport:
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def lines(self) -> list[str]:
-        """For people: one line of what is used, then each reason with its examples, then the notes."""
+        """Readable text: one line about used rows, then each reason with its examples, then the notes."""
         names = ", ".join(f"{name} {count}" for name, count in self.used.items())
         found = [f"data: {sum(self.used.values())} rows ({names})"]
         for reason, count in self.left_out.items():

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 
 class DataError(ValueError):
-    """A data file cannot be used; the message names the file and the line. ``reason``: what to count the row under."""
+    """A data file cannot be used; the message names file and line. ``reason``: what the row is counted under."""
 
     def __init__(self, message: str, reason: str = "broken") -> None:
         super().__init__(message)
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[DataError], tuple[str, str]]:
-        return DataError, (str(self), self.reason)  # it crosses processes
+        return DataError, (str(self), self.reason)  # pickled between processes
 
 
 class InstructedText(NamedTuple):
@@ -25,7 +25,7 @@ class InstructedText(NamedTuple):
 
 
 class PlainText(InstructedText):
-    """A text that its row holds as a bare string, not as ``[instruction, text]``."""
+    """A text given as a bare string, not as ``[instruction, text]``."""
 
     __slots__ = ()
 
@@ -35,8 +35,8 @@ class EmbeddingRow:
     """One query with at least one passage that answers it and any number that do not.
 
     Attributes:
-        pos, neg: several positives are kept; training draws one of them per step.
-        key: names the entity the row is about.
+        pos, neg: there may be several positives; training draws one of them per step.
+        key: the entity the row is about.
         dataset: the data set it belongs to.
         pos_scores, neg_scores: a teacher's score of each passage, for distillation; empty where the row has none.
         origin: ``file:line``.
@@ -68,7 +68,7 @@ Row = EmbeddingRow | GenerativeRow
 
 @dataclass(frozen=True)
 class Passage:
-    """One text of a corpus to search. ``origin`` is ``file:line``."""
+    """A text of a corpus to search. ``origin`` is ``file:line``."""
 
     key: str
     text: str
@@ -76,7 +76,7 @@ class Passage:
 
 
 def to_object(row: Row) -> dict[str, Any]:
-    """The row as this project's own files hold it; what is not set is left out."""
+    """The row as stored in this project's own files; unset fields are omitted."""
     if isinstance(row, GenerativeRow):
         plain = len(row.turns) == 1
         found: dict[str, Any] = {"text": row.turns[0] if plain else list(row.turns)}
@@ -84,7 +84,7 @@ def to_object(row: Row) -> dict[str, Any]:
         found = {"query": _to_json(row.query)}
         for name in ("pos", "neg"):
             texts = getattr(row, name)
-            # two bare strings might be read as instruction and text
+            # two bare strings could be read as instruction and text
             found[name] = [list(text) if len(texts) == 2 else _to_json(text) for text in texts]
         found |= {name: list(scores) for name in ("pos_scores", "neg_scores") if (scores := getattr(row, name))}
     return found | {name: value for name in ("key", "dataset") if (value := getattr(row, name))}
@@ -95,10 +95,10 @@ def _to_json(text: InstructedText) -> str | list[str]:
 
 
 def check_text(value: Any, name: str, origin: str, *, may_be_empty: bool = False) -> str:
-    """``value`` if it is a text that a tokenizer takes.
+    """``value`` if it is a text that a tokenizer accepts.
 
     Raises:
-        DataError: no string, only white space, or half of a surrogate pair.
+        DataError: not a string, only white space, or half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise DataError(f"{origin}: {name}: expected a string, got {json_type(value)}")
@@ -106,12 +106,12 @@ def check_text(value: Any, name: str, origin: str, *, may_be_empty: bool = False
         raise DataError(f"{origin}: {name}: expected a text, got an empty one", "empty")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
         raise DataError(f"{origin}: {name}: a lone surrogate (\\u{ord(value[error.start]):04x})") from error
     return value
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the value."""
+    """The JSON name of the value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""Tokenised texts on the disk, kept between runs and shared by processes: SQLite with plain integers, nothing is unpickled."""
+"""Tokenised texts on disk, kept between runs and shared by processes: SQLite with plain integers, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRUNCATED, _LABELS, _BIDIRECTIONAL = 1, 2, 4
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex digest of everything that decides which ids a text gets."""
+    """Hex digest of everything that determines the ids of a text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -33,11 +33,11 @@ class TokenCache:
     at any time between runs.
 
     Args:
-        path: of the SQLite file; made if it is not there.
-        key: of tokenizer and settings; samples of another key are other samples.
+        path: the SQLite file; created if missing.
+        key: of tokenizer and settings; samples of different keys are kept apart.
 
     Attributes:
-        hits, misses: of this process.
+        hits, misses: counts for this process.
     """
 
     def __init__(self, path: str | os.PathLike[str], key: str) -> None:
@@ -52,11 +52,11 @@ class TokenCache:
         return {**self.__dict__, "_connection": None, "_new": {}, "hits": 0, "misses": 0}
 
     def digest(self, *parts: Any) -> bytes:
-        """What a sample is kept under; ``parts`` are strings, numbers or None."""
+        """The key of a sample; ``parts`` are strings, numbers or None."""
         return hashlib.blake2b(self._key + json.dumps(parts).encode(), digest_size=16).digest()
 
     def get(self, digest: bytes) -> EncodedSample | None:
-        """The sample that was :meth:`put` under ``digest``, in this run or an earlier one."""
+        """The sample stored under ``digest`` by :meth:`put`, in this run or an earlier one."""
         value = self._new.get(digest)
         if value is None:
             found = self._open().execute("SELECT value FROM samples WHERE digest = ?", (digest,)).fetchone()
@@ -71,11 +71,11 @@ class TokenCache:
             raise ValueError(f"token_cache: {self.path} holds a broken entry; delete the file") from error
 
     def put(self, digest: bytes, sample: EncodedSample) -> None:
-        """Keep a sample; it reaches the disk with the next :meth:`flush`."""
+        """Store a sample; it is written to disk by the next :meth:`flush`."""
         self._new[digest] = _encode(sample)
 
     def flush(self) -> None:
-        """Write what is new, all or nothing."""
+        """Write new samples, all or none."""
         if not self._new:
             return
         with self._open() as connection:
@@ -104,7 +104,7 @@ def _encode(sample: EncodedSample) -> bytes:
     flags = _TRUNCATED * sample.truncated
     parts = [np.array(sample.input_ids, dtype="<i4").tobytes()]
     if sample.labels is not None:
-        flags |= _LABELS  # a label is the next token or none, so one bit tells it
+        flags |= _LABELS  # a label is the next token or none, so one bit encodes it
         parts.append(np.packbits(np.array(sample.labels) != IGNORE_INDEX).tobytes())
     if sample.bidirectional is not None:
         flags |= _BIDIRECTIONAL

@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Means in percent: an accepted answer stands in the reply, equals it, shares its words."""
+    """Means in percent: whether an accepted answer occurs in the reply, whether it equals the reply, and their word overlap."""
 
     match: float
     exact_match: float
@@ -43,13 +43,13 @@ def normalize(text: str) -> str:
 
 
 def match(reply: str, answers: Sequence[str]) -> float:
-    """1.0 if an accepted answer is part of the reply (an answer of articles and punctuation alone never is)."""
+    """1.0 if an accepted answer is part of the reply (an answer of only articles and punctuation never is)."""
     wanted = [normalize(answer) for answer in answers]
     return float(any(answer and answer in normalize(reply) for answer in wanted))
 
 
 def exact_match(reply: str, answers: Sequence[str]) -> float:
-    """1.0 if the reply is an accepted answer."""
+    """1.0 if the reply equals an accepted answer."""
     return float(any(normalize(answer) == normalize(reply) for answer in answers))
 
 
@@ -68,7 +68,7 @@ def _word_f1(reply: list[str], answer: list[str]) -> float:
 def score(replies: Sequence[str], questions: Sequence[Question]) -> AnswerScores:
     """Scores of one reply per question."""
     if len(replies) != len(questions) or not questions:
-        raise ValueError(f"replies: expected one each, got {len(replies)} for {len(questions)} questions")
+        raise ValueError(f"replies: expected {len(questions)}, one per question, got {len(replies)}")
 
     def mean(metric: Callable[[str, Sequence[str]], float]) -> float:
         return 100 * sum(metric(r, q.answers) for r, q in zip(replies, questions, strict=True)) / len(questions)
@@ -77,10 +77,10 @@ def score(replies: Sequence[str], questions: Sequence[Question]) -> AnswerScores
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-    """Rows of a jsonl file ``{"question": str, "answers": [str, ..]}`` (``"answer"`` is accepted, also as one string).
+    """Rows of a jsonl file ``{"question": str, "answers": [str, ..]}`` (``"answer"``, also as a single string, is accepted).
 
     Raises:
-        ValueError: a row is broken; the message has file and line.
+        ValueError: a row is malformed; the message names file and line.
     """
     found = []
     for origin, row in read_objects(path):
@@ -88,10 +88,14 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         answers = [answers] if isinstance(answers, str) else answers
         text = row.get("question")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{origin}: not a question row: the question is missing, empty or not a text")
+            raise ValueError(
+                f"{origin}: expected a question row, got one whose question is missing, empty or not a text"
+            )
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"{origin}: not a question row: answers are missing, empty or not texts")
+            raise ValueError(
+                f"{origin}: expected a question row, got one whose answers are missing, empty or not texts"
+            )
         found.append(Question(text, tuple(answers)))
     if not found:
-        raise ValueError(f"{path}: holds no questions")
+        raise ValueError(f"{path}: expected questions, got none")
     return found

@@ -22,8 +22,8 @@ def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
     Raises:
         ValueError: the model has no language-model head, or reads prompts in both directions.
 
-    A text begins as the model's settings say (``special_tokens``). Its words are lm-eval's own: the text format does not reach
-    them, and settings of embeddings have no part in it.
+    Texts begin with the special tokens of the model's settings. Otherwise they are lm-eval's own: neither the text format nor
+    the settings of embeddings apply.
     """
     if model.mode == "embedding":
         raise ValueError(
@@ -35,6 +35,6 @@ def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     formatter = model.formatter
-    # a text goes on, so only what is in front stands there
+    # texts are continued, so only leading special tokens are added
     tokenizer = formatter.tokenizer_that_adds(formatter.special_tokens.start, ())
     return HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **options)

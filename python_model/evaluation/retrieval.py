@@ -46,7 +46,7 @@ def scores_from_ranks(ranks: Tensor, documents: int) -> RetrievalScores:
 
 
 def embed_documents(model: GritLM, documents: Sequence[str], *, max_length: int = 512) -> Tensor:
-    """Embeddings (N, size) of documents, which carry no instruction."""
+    """Embeddings (N, size) of documents, without instruction."""
     prefix = model.formatter.embed_instruction("")
     vectors: Tensor = model.encode(documents, instruction=prefix, max_length=max_length, convert_to_tensor=True)
     return vectors
@@ -98,7 +98,7 @@ def retrieval_ranks(
     """Rank (1 = best) of each query's document when (instruction, text) queries search ``corpus`` exactly.
 
     ``corpus``: embeddings (N, size) from :func:`embed_documents`. ``relevant[i]`` is the index of the document that answers
-    query i; ``also_relevant[i]`` are others that answer it and are left out of its ranking.
+    query i; ``also_relevant[i]`` are other answers, which are excluded from its ranking.
     """
     scores = embed_queries(model, queries, max_length=max_length) @ corpus.T
     for row, others in zip(scores, also_relevant, strict=False):

@@ -1,4 +1,4 @@
-"""Generation: replies, sampling and beams on static or packed caches, and reranking by a model's own words."""
+"""Generation: replies, sampling, beam search on static or packed caches, and reranking by generation."""
 
 from python_model.generate.text import complete, replies, reply
 

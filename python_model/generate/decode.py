@@ -1,11 +1,11 @@
-"""Decoding into a cache of fixed size: what GritLM generates with.
+"""Decoding into a cache of fixed size, which is how GritLM generates.
 
-transformers' own loop lets the cache grow by a copy of all of it per token and layer. Here the states have their final place
-from the start, in the layout (B, slots, heads, D) that the attention kernels read without a copy, and a step does nothing but
-the forward pass and the choice of a token.
+transformers' own loop grows the cache by copying all of it for every token and layer. Here the states have their final place
+from the start, in the layout (B, slots, heads, D) that the attention kernels read without a copy, and a step is nothing but the
+forward pass and the choice of a token.
 
-A row of the batch occupies the slots ``[gap | states | gap | prompt | new tokens]``, prompts ending at the same slot: shorter
-rows are padded on the left, which the attention skips.
+A row of the batch occupies the slots ``[gap | states | gap | prompt | new tokens]``, where all prompts end at the same slot:
+shorter rows are left-padded, and attention skips the padding.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from python_model.generate.states import TextStates
 
 OnToken = Callable[[int, int], bool]
-"""Called with (row, token) for each new token that is not EOS; True ends the row."""
+"""Called with (row, token) for each new token except EOS; returning True ends the row."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. ``temperature`` 0 is greedy; else a draw from the tokens left by ``top_k`` (0: all) and
-    ``top_p`` (the fewest tokens whose probabilities reach it)."""
+    """How the next token is chosen. ``temperature`` 0 is greedy; otherwise it is sampled from the tokens left by ``top_k`` (0:
+    all) and ``top_p`` (the smallest set of most likely tokens whose probabilities sum to it)."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -45,7 +45,7 @@ class Sampling:
         """logits (B, vocabulary) -> tokens (B)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        # a temperature next to 0 leaves the best token alone, and no quotient that is not a number
+        # a temperature close to 0 leaves only the best token, and the quotient is never NaN
         scaled = logits.float()
         scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-30)
         if self.top_k and self.top_k < scaled.shape[-1]:
@@ -54,8 +54,8 @@ class Sampling:
         probabilities = scaled.softmax(dim=-1)
         if self.top_p < 1:
             ordered, order = probabilities.sort(dim=-1, descending=True)
-            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # what stands before it reaches top_p already
-            beyond[:, 0] = False  # a top_p that float32 rounds to 0 leaves the best one
+            beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # the tokens before it already reach top_p
+            beyond[:, 0] = False  # keep the best one even if float32 rounds top_p to 0
             probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -63,7 +63,7 @@ class Sampling:
 def _fill(
     cache: Any, states: Sequence[TextStates | None], slots: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Put each row's states at the end of the first ``slots`` slots of a static cache."""
+    """Copy each row's states to the end of the first ``slots`` slots of a static cache."""
     given = [(row, part) for row, part in enumerate(states) if part is not None]
     if not given:
         return
@@ -90,13 +90,13 @@ def decode(
     generator: torch.Generator | None = None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt (token ids, after its ``states`` if it has some) until EOS or ``max_new_tokens``.
+    """Continue each prompt (token ids, preceded by its ``states`` if there are any) until EOS or ``max_new_tokens``.
 
     Args:
         model: a patched causal language model.
         prompts: one non-empty list of ids per row.
-        eos_token_ids: tokens that end a row; not returned. Not chosen before ``min_new_tokens``.
-        states: what each row has read before; the prompt's positions follow theirs.
+        eos_token_ids: tokens that end a row; not returned, and not chosen before ``min_new_tokens``.
+        states: the states of what each row has read before; the prompt's positions follow theirs.
         on_token: see :data:`OnToken`.
 
     Returns:
@@ -113,7 +113,7 @@ def decode(
     read = [0 if part is None else len(part) for part in before]
     past, longest = max(read), max(map(len, prompts))
     slots = past + longest + max_new_tokens
-    # a table of the used slots, right-aligned in both blocks; and each token's position, counted over used slots
+    # a table of the used slots, right-aligned in both blocks, and each token's position counted over used slots
     used = torch.zeros(batch, slots, dtype=torch.int64)
     ids = torch.zeros(batch, longest, dtype=torch.int64)
     positions = torch.zeros(batch, longest, dtype=torch.int64)
@@ -131,7 +131,7 @@ def decode(
     ends = torch.tensor(sorted(eos_token_ids), device=device)
     alive = [True] * batch
     found: list[list[int]] = [[] for _ in prompts]
-    # a row whose states and prompt leave a gap between them goes on in the general way
+    # rows with a gap between states and prompt take the general path
     gaps = any(n and len(prompt) < longest for n, prompt in zip(read, prompts, strict=True))
     short_step: Step | None = None
     for step in range(max_new_tokens):

@@ -14,13 +14,13 @@ import grit_kernels as gk
 
 @dataclass(frozen=True)
 class TextStates:
-    """What a model's layers hold after reading a text; no padding.
+    """What a model's layers hold after reading a text, without padding.
 
     Attributes:
         keys_values: (layers, 2, kv_heads, tokens, head_dim); index 0 of the second dimension is keys (after RoPE), 1 is values.
         input_ids: int64 (tokens).
-        positions: int64 (tokens), the RoPE position of each key.
-        causal: the attention the states come from: True if a token saw its past only.
+        positions: int64 (tokens), the rotary position of each key.
+        causal: the attention that produced the states: True if each token saw only its past.
     """
 
     keys_values: Tensor
@@ -35,7 +35,7 @@ class TextStates:
         for name in ("input_ids", "positions"):
             given = tuple(getattr(self, name).shape)
             if given != (shape[3],):
-                raise ValueError(f"{name}: expected ({shape[3]},) as keys_values has tokens, got {given}")
+                raise ValueError(f"{name}: expected ({shape[3]},), the tokens of keys_values, got {given}")
 
     def __len__(self) -> int:
         return self.keys_values.shape[3]
@@ -57,7 +57,7 @@ class TextStates:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextStates:
-        """The same states elsewhere, or in another floating dtype."""
+        """The same states on another device or in another floating dtype."""
         return replace(
             self,
             keys_values=self.keys_values.to(device=device, dtype=dtype),
@@ -67,11 +67,13 @@ class TextStates:
 
 
 def concatenate(parts: Sequence[TextStates]) -> TextStates:
-    """The states one after another, unchanged (see rope.join for keys moved to their new positions)."""
+    """The states concatenated, unchanged (see rope.join for keys moved to their new positions)."""
     if not parts:
         raise ValueError("parts: expected at least one TextStates, got none")
     if len({part.geometry for part in parts}) > 1:
-        raise ValueError(f"parts: their (layers, kv_heads, head_dim) differ: {[part.geometry for part in parts]}")
+        raise ValueError(
+            f"parts: expected the same (layers, kv_heads, head_dim), got {[part.geometry for part in parts]}"
+        )
     return TextStates(
         torch.cat([part.keys_values for part in parts], dim=3),
         torch.cat([part.input_ids for part in parts]),

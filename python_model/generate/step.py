@@ -1,12 +1,12 @@
-"""One decoding step of Llama-shaped decoders without the general machinery of their modelling code.
+"""One decoding step of a Llama-like decoder without the general machinery of its modelling code.
 
-transformers' layers serve any batch, mask and cache; for one token per row most of a step's time on a small model goes into
-that generality. This is the same computation, with the model's own modules for everything that has weights:
+transformers' layers support any batch, mask and cache; with one token per row, most of a step's time on a small model goes into
+that generality. This is the same computation, using the model's own modules for everything that has weights:
 
     x = x + o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n))),  n = rms_norm(x)
     x = x + mlp(rms_norm(x))
 
-It writes into the cache that the prefill has filled. Models it does not know are decoded by their own forward.
+It writes into the cache filled by the prefill. Models it does not know are decoded by their own forward method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTS = {
     "input_layernorm": "RMSNorm",
     "post_attention_layernorm": "RMSNorm",
 }
-"""What a known layer consists of, by attribute and end of the class's name. Whatever wraps one of them has another name."""
+"""The parts of a known layer, by attribute and ending of the class name. A wrapper around one of them has another name."""
 
 
 def supports(model: Any) -> bool:
@@ -42,7 +42,7 @@ def supports(model: Any) -> bool:
         and all(type(getattr(layer, name)).__name__ == kind + end for name, end in PARTS.items())
         for layer in decoder.layers
     )
-    # a hook (a device map's, say) or a forward of an instance's own expects to be called
+    # a hook (such as a device map's) or an instance's own forward expects to be called
     touched = any(
         m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") or _has_foreign_forward(m)
         for layer in decoder.layers
@@ -52,13 +52,13 @@ def supports(model: Any) -> bool:
 
 
 def _has_foreign_forward(module: Any) -> bool:
-    """Whether the instance has a forward that is not one of patch()'s, which compute the same."""
+    """Whether the instance has its own forward, other than those of patch(), which compute the same."""
     own = module.__dict__.get("forward")
     return own is not None and not getattr(own, "func", own).__module__.startswith("grit_kernels.")
 
 
 class Step:
-    """Steps of one ``decode`` call.
+    """The steps of one ``decode`` call.
 
     Args:
         model: see :func:`supports`.
@@ -81,7 +81,7 @@ class Step:
         cos, sin = decoder.rotary_emb(x, positions)  # [B, 1, D]
         slot = self.cache.static_layers[0].filled
         ends = torch.full_like(self.first, slot + 1)
-        branch: Tensor | None = None  # of the layer before, not yet added to x
+        branch: Tensor | None = None  # of the previous layer, not yet added to x
         for layer, stored in zip(decoder.layers, self.cache.static_layers, strict=True):
             h, x = _add_and_norm(x, branch, layer.input_layernorm)
             h, x = _add_and_norm(

@@ -9,13 +9,13 @@ from python_model.model.prompts import escape
 
 
 def template_prompt(tokenizer: Any, turns: Sequence[str], *, system: str = "") -> str:
-    """The text that asks for the next reply: ``turns`` alternates user, assistant, .., user.
+    """The prompt for the next reply: ``turns`` alternates user, assistant, .., user.
 
-    Role markers and special tokens that a user spelled out are broken up by a space. A system text opens the first user turn
-    where the template refuses a system role or leaves it out.
+    A space breaks up role markers and special tokens that a user spelled out. A system message opens the first user turn
+    where the template rejects or ignores the system role.
 
     Raises:
-        ValueError: an even number of turns; or the template is missing, is broken, or leaves out the last turn.
+        ValueError: an even number of turns, or a template that is missing, broken, or drops the last turn.
     """
     if len(turns) % 2 == 0:
         raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
@@ -38,13 +38,15 @@ def template_prompt(tokenizer: Any, turns: Sequence[str], *, system: str = "") -
 
 
 def template_ids(tokenizer: Any, turns: Sequence[str], *, system: str = "", prefix: str = "") -> list[int]:
-    """Token ids of :func:`template_prompt` and the opening ``prefix`` of the reply; the template writes its special tokens."""
+    """Token ids of :func:`template_prompt` followed by ``prefix``, the beginning of the reply; the template writes its special
+    tokens.
+    """
     text = template_prompt(tokenizer, turns, system=system) + prefix
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str | None, Exception | None]:
-    """The text, or None and why the template gives none."""
+    """The text, or None and the reason why the template produces none."""
     from jinja2 import TemplateError
 
     try:
@@ -62,9 +64,9 @@ def _with_last_turn(text: str, content: str) -> str:
 
 
 def _plain(tokenizer: Any, text: str) -> str:
-    """``text`` with role markers and the tokenizer's special tokens, where a user spelled them out, broken up by a space."""
+    """``text`` with a space inside each role marker and special token that a user spelled out."""
     text = escape(text)
-    # more tokens are special than those with a role of their own: Llama 3 opens a turn with <|start_header_id|>
+    # not only named special tokens count: Llama 3 opens a turn with <|start_header_id|>
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     for token in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
         if len(token) > 1:

@@ -1,4 +1,4 @@
-"""From the samples of a step to chunks: packs for one forward and backward pass, texts to embed and conversations mixed."""
+"""Splits the samples of a step into chunks: packs of texts to embed and conversations for one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Chunk:
 
     Attributes:
         input_ids: int64 (tokens).
-        pack: texts to embed carry the flag of the attention variant, conversations are causal (or the variant's staircase).
-        embedded: int64 (E), which of the step's texts these are (queries first, then passages).
-        conversations: int64 (C), which of the step's conversations follow them.
-        embedding_tokens: tokens of the texts to embed; the conversations' tokens follow.
-        labels: int64 (tokens of the conversations), shifted; IGNORE_INDEX where there is no loss.
+        pack: texts to embed have the flag of the attention variant, conversations are causal (or have the variant's staircase).
+        embedded: int64 (E), indices of these texts among the step's texts (queries first, then passages).
+        conversations: int64 (C), indices of the conversations that follow them, among the step's conversations.
+        embedding_tokens: number of tokens of the texts to embed; the conversations' tokens follow.
+        labels: int64 (tokens of the conversations), shifted; IGNORE_INDEX where no loss applies.
     """
 
     input_ids: Tensor
@@ -60,7 +60,7 @@ def build_chunk(
 ) -> Chunk:
     """One pack of encoded samples.
 
-    ``attention``: the model's (default: ``bbcc``). ``embedded_index``, ``conversation_index``: default to counting up.
+    ``attention``: the model's (default: ``bbcc``). ``embedded_index``, ``conversation_index``: default to 0, 1, 2, ...
     """
     attention = attention or AttentionVariant()
     samples = [*texts, *conversations]
@@ -69,7 +69,7 @@ def build_chunk(
     flags = [attention.embedding_causal] * len(texts) + [True] * len(conversations)
     pack = gk.SamplePack.from_lengths(lengths, flags, skips)
     if not (attention.embedding_is_uniform and attention.generates_causally):
-        # every variant is a staircase: runs of tokens that see each other to the end of their run, the rest causal
+        # every variant is a staircase: tokens in a run see it up to its end, all others are causal
         bidirectional = [run for s in texts for run in _embedding_runs(s, attention)]
         bidirectional += [run for s in conversations for run in s.bidirectional or [False] * len(s)]
         hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional))
@@ -102,7 +102,7 @@ def plan_texts(
 ) -> list[list[int]]:
     """Which texts (queries first, then passages, ``group_size`` per query) share a chunk.
 
-    ``"triplet"``: positives; negatives; queries. ``"tokens"``: as :func:`first_fit`.
+    ``"triplet"``: positives, negatives and queries apart. ``"tokens"``: see :func:`first_fit`.
     """
     if chunking == "triplet":
         positives = [i for i in range(queries, len(lengths)) if (i - queries) % group_size == 0]
@@ -112,8 +112,8 @@ def plan_texts(
 
 
 def first_fit(lengths: Sequence[int], budget: int = 0) -> list[list[int]]:
-    """Which samples share a chunk: all if ``budget`` is 0, else longest first into the first chunk with room for it, so that no
-    chunk exceeds ``budget`` tokens."""
+    """Which samples share a chunk: all if ``budget`` is 0, else each sample, longest first, goes into the first chunk with room,
+    so that no chunk exceeds ``budget`` tokens."""
     if not budget:
         return [list(range(len(lengths)))] if lengths else []
     chunks: list[list[int]] = []

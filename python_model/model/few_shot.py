@@ -1,6 +1,7 @@
 """Few-shot instructions: an example pair after the instruction of a text to embed.
 
-Wordings are those of the paper's few-shot embedding experiment (GRIT, arXiv 2402.09906); it found that examples seldom help.
+Wordings are those of the paper's few-shot embedding experiment (GRIT, arXiv 2402.09906); the paper found that examples rarely
+help.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _WORDING = {
 def few_shot_instruction(instruction: str, query: str, positive: str, style: Style = "retrieval") -> str:
     """``instruction`` with one example; an empty instruction stays empty, as in the paper.
 
-    ``style``: ``"retrieval"``, ``"match"`` (symmetric and classification tasks) or ``"medi2"``. Give the result to
+    ``style``: ``"retrieval"``, ``"match"`` (symmetric and classification tasks) or ``"medi2"``. Pass the result to
     :func:`python_model.model.prompts.embed_instruction`.
     """
     check_choice("style", style, STYLES)

@@ -1,11 +1,11 @@
 """Settings and embedding head of a sentence-transformers folder (EmbeddingGemma, Qwen3-Embedding, e5-mistral, ..).
 
-    modules.json                          which modules follow each other: a decoder, pooling, linear layers, normalisation
+    modules.json                          the modules in order: a decoder, pooling, linear layers, normalisation
     1_Pooling/config.json, ..             each module's options (and weights, for a linear layer)
     config_sentence_transformers.json     prompts by name
     sentence_bert_config.json             the decoder's options
 
-What GritLM cannot do like sentence-transformers is refused by name: such a folder gives its vectors, or an error.
+Whatever GritLM cannot reproduce is refused by name: a folder yields the vectors of sentence-transformers, or an error.
 Source of the layout: sentence-transformers, 2.x to 6.x.
 """
 
@@ -25,7 +25,7 @@ Read = Callable[[str], Path | None]
 """A file of the checkpoint by its name (with folder), or None."""
 MODULES = "modules.json"
 _KINDS = ("Transformer", "GritTransformer", "Pooling", "Dense", "Normalize")
-# one flag per kind of pooling, before there was pooling_mode
+# older folders have one flag per kind of pooling instead of pooling_mode
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -38,10 +38,10 @@ _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "GELU": "gelu", "ReLU": 
 
 
 def settings_of_modules(read: Read) -> GritSettings | None:
-    """What ``modules.json`` and the files beside it say; None if there is no such file.
+    """The settings in ``modules.json`` and the files beside it; None if there is no such file.
 
     Raises:
-        ValueError: a module, or an option of one, that changes embeddings in a way GritLM has not.
+        ValueError: a module, or one of its options, changes embeddings in a way that GritLM does not support.
     """
     modules = _modules(read)
     if modules is None:
@@ -72,7 +72,7 @@ def settings_of_modules(read: Read) -> GritSettings | None:
         pooling_method=method,
         normalized=modules[-1][0] == "Normalize",
         attn="bbcc" if bidirectional else "cccc",
-        # prompts are counted alone there
+        # there, prompts are tokenised alone to be counted
         instruction_count="reference",
         embed_instruction=include_prompt,
         projection=layers[-1][1]["out_features"] if layers else None,
@@ -84,7 +84,7 @@ def settings_of_modules(read: Read) -> GritSettings | None:
 
 
 def head_of_modules(read: Read) -> dict[str, Tensor] | None:
-    """Weight and bias of the linear layers as one (they have no activation between them); None without such a layer."""
+    """Weight and bias of the linear layers merged into one (there is no activation between them); None without such a layer."""
     modules = _modules(read)
     layers = [] if modules is None else _dense(read, modules)
     if not layers:
@@ -105,7 +105,7 @@ def head_of_modules(read: Read) -> dict[str, Tensor] | None:
 
 
 def _modules(read: Read) -> list[tuple[str, str]] | None:
-    """(kind, folder) of each module, in an order that GritLM has."""
+    """(kind, folder) of each module, in an order that GritLM supports."""
     listed = _json(read, MODULES)
     if listed is None:
         return None
@@ -137,7 +137,7 @@ def _dense(read: Read, modules: list[tuple[str, str]]) -> list[tuple[str, dict[s
             if options.get("use_residual"):
                 raise ValueError(f"{folder}: use_residual: expected false, got true")
             if layers and _activation(layers[-1][1]) != "identity":
-                raise ValueError(f"{folder}: expected no linear layer behind an activation, got one")
+                raise ValueError(f"{folder}: expected no linear layer after an activation, got one")
             _activation(options)
             layers.append((folder, options))
     return layers

@@ -1,4 +1,4 @@
-"""run_on_devices: batches shared among copies of a model, one thread per device."""
+"""run_on_devices: distributes batches over copies of a model, one thread per device."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def run_on_devices(
     work: Callable[[Any, Batch], Result],
     devices: Sequence[str | torch.device] | None = None,
 ) -> Iterator[tuple[Batch, Result]]:
-    """``(batch, work(copy of model, batch))`` for each batch, as they are finished; without ``devices`` in order, on ``model``.
+    """Yields ``(batch, work(copy of model, batch))`` for each batch as it finishes; without ``devices`` in order, on ``model``.
 
-    The first device that is the model's own uses the model itself. An error in one batch is raised here, and no further batch
-    is begun.
+    The first device that is the model's own uses the model itself. An error in a batch is raised here, and no further batch is
+    started.
 
     Raises:
-        ValueError: ``devices`` is empty, or the model is there to be trained (copies would take the gradients).
+        ValueError: ``devices`` is empty, or the model is loaded for training (the copies would receive the gradients).
     """
     if devices is None:
         for batch in batches:
@@ -35,7 +35,7 @@ def run_on_devices(
     if not devices:
         raise ValueError("devices: expected at least one device, got an empty list")
     if not model.is_inference:
-        raise ValueError("devices: a model with is_inference=False runs on its own device only")
+        raise ValueError(f"devices: expected None for a model with is_inference=False, got {list(devices)}")
     idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
     own_is_free = True
     for device in devices:

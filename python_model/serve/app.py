@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -38,13 +38,15 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _STREAMED = {"text/event-stream": {"schema": {"type": "string"}}}
 
+_Result = TypeVar("_Result", Vector, Score)
+
 
 class ClientGone(Exception):
     """The client has closed its connection."""
 
 
 class Results:
-    """Events of a request's works in the event loop; whatever ends the iteration early cancels the rest."""
+    """The events of a request's works, in the event loop; ending the iteration early cancels the rest."""
 
     def __init__(self, engine: Engine, works: Sequence[TextWork | Generation]) -> None:
         self.engine, self.works = engine, works
@@ -57,7 +59,7 @@ class Results:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
     async def submit(self) -> None:
-        """Hand the works to the engine; ApiError where it does not take them."""
+        """Submit the works to the engine; ApiError if it does not accept them."""
         try:
             await run_in_threadpool(self.engine.submit, self.works)
         except QueueFull as error:
@@ -71,7 +73,7 @@ class Results:
             raise
 
     async def events(self, request: Request) -> AsyncIterator[tuple[int, Event]]:
-        """(index of the work, event), until every work has ended.
+        """Yields (index of the work, event) until every work has ended.
 
         Raises:
             ClientGone: the connection was closed. ApiError: a work failed; the others are cancelled.
@@ -100,6 +102,15 @@ class Results:
             if left:
                 self.engine.cancel(self.works)
 
+    async def all_of(self, kind: type[_Result], request: Request) -> list[_Result]:
+        """Submit works that end with one event of this kind each, and wait for all; in the order of the works."""
+        await self.submit()
+        found: dict[int, _Result] = {}
+        async for index, event in self.events(request):
+            assert isinstance(event, kind)
+            found[index] = event
+        return [found[index] for index in range(len(self.works))]
+
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
@@ -114,12 +125,12 @@ def create_app(
     hosts: Sequence[str] = (),
     on_index: Callable[[str], Awaitable[Any]] | None = None,
 ) -> FastAPI:
-    """The application. It starts the service's engine and stops it.
+    """The application. It starts and stops the service's engine.
 
     Args:
-        api_keys: what clients may show as ``Authorization: Bearer``; none: no key is asked for.
-        hosts: accepted names in the Host header (against other sites' scripts on this machine's browsers); none: all.
-        on_index: awaited with the name of each index that is answered from.
+        api_keys: keys accepted as ``Authorization: Bearer``; none: no key is required.
+        hosts: names accepted in the Host header (a protection against scripts of other sites in local browsers); none: all.
+        on_index: awaited with the name of every index that is queried.
     """
     metrics = metrics or Metrics()
     engine = service.engine
@@ -133,7 +144,7 @@ def create_app(
 
     app = FastAPI(
         title="grit serve",
-        description="Chat and embeddings from one copy of the weights, in the forms of the OpenAI and Cohere APIs.",
+        description="Chat and embeddings from one copy of the weights, in the formats of the OpenAI and Cohere APIs.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -187,7 +198,7 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions", response_model=p.CompletionReply, responses={200: {"content": _STREAMED}})
     async def completions(body: p.CompletionRequest, request: Request) -> Any:
-        """What follows each prompt, as plain text."""
+        """The continuation of each prompt, as plain text."""
         service.check_model(body.model)
         works = await run_in_threadpool(service.complete, body)
         return await _generate(request, engine, works, CompletionWriter(service, body, works), body)
@@ -197,16 +208,13 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
         """Vectors of texts."""
         service.check_model(body.model)
         works = await run_in_threadpool(service.embed, body)
-        results = Results(engine, works)
-        await results.submit()
-        rows: list[Any] = [None] * len(works)
-        async for index, event in results.events(request):
-            assert isinstance(event, Vector)
+        rows: list[Any] = []
+        for event in await Results(engine, works).all_of(Vector, request):
             vector = service.shape(event.vector, body.dimensions)
             if body.encoding_format == "base64":
-                rows[index] = base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+                rows.append(base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode())
             else:
-                rows[index] = vector.tolist()
+                rows.append(vector.tolist())
         data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
         usage = usage_of(request, sum(len(work.tokens) for work in works))
         return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
@@ -217,12 +225,7 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
         """Documents by their relevance to a query."""
         service.check_model(body.model)
         works = await run_in_threadpool(service.rerank, body)
-        results = Results(engine, works)
-        await results.submit()
-        scores = [0.0] * len(works)
-        async for index, event in results.events(request):
-            assert isinstance(event, Score)
-            scores[index] = event.score
+        scores = [event.score for event in await Results(engine, works).all_of(Score, request)]
         order = sorted(range(len(works)), key=lambda i: -scores[i])[: body.top_n]
         found: list[dict[str, Any]] = [{"index": i, "relevance_score": _probability(scores[i])} for i in order]
         if body.return_documents:
@@ -242,7 +245,7 @@ def _add_rag(app: FastAPI, service: Service, on_index: Callable[[str], Awaitable
         """An answer from the documents of an index, with its sources; with ``stream`` the sources come first."""
         service.check_model(body.model)
         if not engine.generates:
-            raise p.ApiError(400, "model: it does not generate, which answering needs", param="model")
+            raise p.ApiError(400, "model: expected one that generates, for answering", param="model")
         where = service.searchable(body.index)
         if on_index is not None:
             await on_index(where.name)
@@ -321,14 +324,14 @@ def _add_status_endpoints(app: FastAPI, service: Service, metrics: Metrics) -> N
     async def health() -> Any:
         """Whether the process works."""
         if not engine.alive:
-            raise p.ApiError(503, "the engine has ended", code="engine")
+            raise p.ApiError(503, "the engine has stopped", code="engine")
         return {"status": "ok"}
 
     @app.get("/ready", responses={200: {"content": {"application/json": {}}}})
     async def ready() -> Any:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         if not engine.accepts:
-            raise p.ApiError(503, "the server takes no requests", code="not_ready")
+            raise p.ApiError(503, "the server accepts no requests", code="not_ready")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -375,7 +378,7 @@ async def _generate(
 
 
 def _stream(pieces: AsyncIterator[dict[str, Any]]) -> Response:
-    """Server-sent events; an error after the first of them is an event, too."""
+    """Server-sent events; an error after the first one is sent as an event."""
 
     async def lines() -> AsyncIterator[bytes]:
         try:

@@ -1,13 +1,13 @@
 """The keys and values of all running sequences, in one memory of fixed size.
 
 A sequence owns an interval of rows, the same one in every layer, from the moment it is accepted until it ends: room for its
-prompt and all the tokens it may write, so nothing runs out midway. When no gap is large enough but all gaps together are, the
-intervals are moved to the front (:meth:`Arena.compact`): intervals waste nothing, and a kernel reads each sequence as one run.
+prompt and its longest possible reply, so memory never runs out midway. When no single gap is large enough but all gaps together
+are, the intervals are moved to the front (:meth:`Arena.compact`): no row is wasted, and a kernel reads each sequence as one run.
 
     rows of layer 0 | rows of layer 1 | .. | scratch
 
 Texts that are read whole in one step (to embed, or to score) need no memory beyond it and none per layer: they use the scratch
-rows, which every layer writes anew.
+rows, which every layer overwrites.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Interval:
-    """``rows`` rows from ``start`` on, of which the first ``filled`` hold states. :meth:`Arena.compact` may change ``start``."""
+    """``rows`` rows beginning at ``start``, of which the first ``filled`` hold states. :meth:`Arena.compact` may change
+    ``start``.
+    """
 
     start: int
     rows: int
@@ -53,14 +55,14 @@ class Arena:
             raise ValueError(f"rows: expected layers * rows + scratch below 2**31, got {layers} * {rows} + {scratch}")
         self.layers, self.rows, self.scratch = layers, rows, scratch
         shape = (layers * rows + scratch, kv_heads, head_dim)
-        # empty: on a CPU the system gives memory to rows only when they are first written; what a row held before is never read
+        # empty: a CPU's operating system allocates pages only when they are first written; uninitialised rows are never read
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.intervals: list[Interval] = []  # in the order of their rows
+        self.intervals: list[Interval] = []  # in row order
 
     @property
     def used(self) -> int:
-        """Rows that intervals own."""
+        """Rows owned by intervals."""
         return sum(interval.rows for interval in self.intervals)
 
     @property
@@ -69,7 +71,7 @@ class Arena:
         return self.layers * self.rows
 
     def allocate(self, rows: int) -> Interval | None:
-        """An interval in the first gap that is large enough (after compacting, if need be); None where too little is free."""
+        """An interval in the first gap that is large enough (after compacting, if necessary); None if too few rows are free."""
         check_at_least("rows", rows, 1)
         if rows > self.rows - self.used:
             return None
@@ -84,11 +86,11 @@ class Arena:
         return interval
 
     def free(self, interval: Interval) -> None:
-        """Give an interval back; ValueError where it is not one of this arena's, such as one that was given back before."""
+        """Release an interval; ValueError if it does not belong to this arena, for instance because it was released before."""
         self.intervals.remove(interval)
 
     def compact(self) -> None:
-        """Move all intervals to the front, in their order."""
+        """Move all intervals to the front, keeping their order."""
         place = 0
         for interval in self.intervals:
             if interval.start != place:
@@ -97,7 +99,7 @@ class Arena:
             place += interval.rows
 
     def share(self, source: Interval, target: Interval, rows: int) -> None:
-        """Copy the first ``rows`` states of one sequence to another one that begins with the same tokens."""
+        """Copy the first ``rows`` states of one sequence to another that begins with the same tokens."""
         if rows > min(source.filled, target.rows):
             raise ValueError(f"rows: expected at most {min(source.filled, target.rows)}, got {rows}")
         self._copy(source.start, target.start, rows)

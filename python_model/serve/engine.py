@@ -2,11 +2,11 @@
 
 A request is a list of works (see scheduler.py), each with a ``sink`` that the engine's thread calls with events:
 
-    Generation   Token, .., Token     the last one has a ``finish``
+    Generation   Token, .., Token     the last one has ``finish`` set
     TextWork     Vector or Score
-    either       Failure              instead of what is missing
+    either       Failure              in place of the rest
 
-A step that fails is computed again work by work, so that what is wrong with one request fails that one.
+A step that fails is repeated work by work, so that a faulty request fails alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Token:
-    """A new token; ``text`` is what can be shown since the last one. At an EOS ``token`` is None. ``top``: (token, logprob)."""
+    """A new token; ``text`` is what can be released since the previous one. At EOS ``token`` is None. ``top``: (token,
+    logprob).
+    """
 
     token: int | None
     text: str
@@ -64,7 +66,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Failure:
-    """A work that did not end: it took too long, the server stops, or an error in computing it."""
+    """A work that did not finish: it timed out, the server is stopping, or computing it failed."""
 
     kind: Literal["timeout", "stopped", "error"]
     message: str
@@ -75,7 +77,7 @@ Sink = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The sink of a work whose results nobody waits for."""
+    """The sink of a work whose results are not wanted."""
 
 
 @dataclass(eq=False)
@@ -89,8 +91,8 @@ class TextWork(plans.Text):
 class Generation(plans.Sequence):
     """A prompt to continue.
 
-    ``seed``: of the draws, default random. ``logprobs``: how many alternatives to report per token (0: the token's own
-    log-probability alone), None for nothing.
+    ``seed``: sampling seed, by default random. ``logprobs``: how many alternatives to report per token (0: only the token's own
+    log-probability), None for none.
     """
 
     sink: Sink = ignore
@@ -108,14 +110,14 @@ class Engine:
     """See the top of the file.
 
     Args:
-        model: a GritLM in inference mode; ``mode="embedding"`` serves texts alone.
+        model: a GritLM in inference mode; ``mode="embedding"`` serves only texts.
         arena_rows: tokens of all sequences together, prompts and replies.
-        max_step_tokens: the largest step; a text to embed may have as many tokens.
-        metrics: what to tell about steps and tokens.
+        max_step_tokens: the largest step, which is also the maximum length of a text to embed.
+        metrics: receives figures about steps and tokens.
         options: of :class:`~python_model.serve.scheduler.Scheduler`.
 
     Raises:
-        ValueError: a model whose step is not known, with the reason.
+        ValueError: a model that the packed step does not support, with the reason.
     """
 
     def __init__(
@@ -158,12 +160,12 @@ class Engine:
 
     @property
     def accepts(self) -> bool:
-        """Whether new work is taken."""
+        """Whether new work is accepted."""
         return self._state == "running" and self.alive
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def start(self) -> None:
@@ -172,13 +174,13 @@ class Engine:
         self._thread.start()
 
     def submit(self, works: Sequence[TextWork | Generation]) -> None:
-        """Take all of a request's works, or none; their ``arrival`` is set here.
+        """Accept all works of a request, or none; their ``arrival`` is set here.
 
         Raises:
-            QueueFull: too much waits. ValueError: a work that would never fit. RuntimeError: the engine stops.
+            QueueFull: too much is waiting. ValueError: a work that would never fit. RuntimeError: the engine is stopping.
         """
         if self._state in ("draining", "stopped"):
-            raise RuntimeError("the server stops and takes no more work")
+            raise RuntimeError("the server is stopping and accepts no more work")
         now = self.clock()
         for work in works:
             work.arrival = now
@@ -186,7 +188,7 @@ class Engine:
                 work.last_token = now
                 if not self.generates:
                     raise ValueError(
-                        "model: it does not generate here (an embedding model, or one that reads prompts bidirectionally)"
+                        "model: expected one that generates (not an embedding model, nor one that reads prompts bidirectionally)"
                     )
                 work.stream = TextStream(self.model.tokenizer, work.stop, work.pieces.append)
                 if work.sampling.temperature > 0:
@@ -197,12 +199,12 @@ class Engine:
             self._changed.notify_all()
 
     def cancel(self, works: Sequence[plans.Work]) -> None:
-        """Nobody waits for these any more; their memory is free before the next step. Never blocks."""
+        """Cancel works whose results are no longer wanted; their memory is freed before the next step. Never blocks."""
         for work in works:
             work.cancelled = True
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Take no more work, finish what is there for ``drain_seconds``, fail the rest, end the thread."""
+        """Accept no more work, give running work ``drain_seconds`` to finish, fail the rest, end the thread."""
         with self._changed:
             started, self._state = self._state == "running", "draining"
             self._changed.notify_all()
@@ -216,7 +218,7 @@ class Engine:
         self._fail(list(self.scheduler._all()), Failure("stopped", "the server was stopped"))
 
     def step(self) -> bool:
-        """One step; False where there was nothing to do. The engine's thread calls it, or a test without one."""
+        """Run one step; False if there was nothing to do. Called by the engine's thread, or by a test without one."""
         with self._changed:
             now = self.clock()
             expired = self.scheduler.reap(now)
@@ -249,7 +251,7 @@ class Engine:
                     return
             try:
                 if not self.step():
-                    time.sleep(0.001)  # works that are left wait for memory that a cancelled one frees
+                    time.sleep(0.001)  # the remaining works wait for memory that a cancelled one frees
             except Exception as error:
                 log.exception("a step failed outside of its works")
                 with self._changed:
@@ -270,7 +272,7 @@ class Engine:
 
     @torch.no_grad()
     def _compute(self, plan: list[tuple[plans.Work, int]]) -> list[Any]:
-        """Per work: a vector, a score, logits (vocabulary) of the next token, or None after a piece of a prompt."""
+        """Per work: a vector, a score, logits (vocabulary) of the next token, or None after a chunk of a prompt."""
         items = [_item(work, count) for work, count in plan]
         hidden, offsets = self.packed_step(items)
         outcomes: list[Any] = [None] * len(plan)
@@ -297,7 +299,7 @@ class Engine:
         return outcomes
 
     def _apply(self, work: Any, count: int, outcome: Any) -> list[Event]:
-        """Take a work's outcome into account; the events to tell."""
+        """Record a work's outcome; returns the events to send."""
         if isinstance(outcome, Failure):
             self._drop(work)
             return [outcome]
@@ -358,8 +360,8 @@ class Engine:
         try:
             work.sink(event)
         except Exception:
-            # such as an event loop that is closed: nobody waits for this work
-            log.exception("a result could not be handed over")
+            # such as a closed event loop: nobody is waiting for this work
+            log.exception("a result could not be delivered")
             self.cancel([work])
 
 
@@ -373,7 +375,7 @@ def _item(work: plans.Work, count: int) -> Item:
 def _log_probabilities(
     logits: Tensor, token: int, alternatives: int | None
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """Of the chosen token, and of the likeliest ones, before any temperature."""
+    """Log-probabilities of the chosen token and of the most likely ones, before temperature."""
     if alternatives is None:
         return None, ()
     logprobs = logits.float().log_softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""What every request passes: key, host, size of the body, number of requests; and what is logged of it: never its contents."""
+"""What every request passes through: checks of key, host, body size and number of requests, and a log without contents."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 access = logging.getLogger("python_model.serve.access")
 
 OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/health", "/ready"})
-"""What is served without a key: nothing of it depends on the model or on other requests."""
+"""Paths served without a key: nothing there depends on the model or on other requests."""
 
 
 class Gate:
-    """ASGI middleware; see the top of the file. Refusals have the form of every other error."""
+    """ASGI middleware; see the top of the file. Refusals have the same format as any other error."""
 
     def __init__(
         self, app: ASGIApp, *, metrics: Metrics, api_keys: Sequence[str], hosts: Sequence[str], limits: Limits
@@ -55,13 +55,13 @@ class Gate:
         async def counted(message: Message) -> None:
             nonlocal status, started
             if read > self.limits.body_bytes and not refused:
-                return  # whatever the application makes of a body that ends too early
+                return  # however the application reacts to a body that ends early
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", identity.encode()),
-                    (b"x-served-by", self.process),  # tells replicas apart
+                    (b"x-served-by", self.process),  # distinguishes replicas
                     (b"x-content-type-options", b"nosniff"),
                 ]
             await send(message)
@@ -100,7 +100,7 @@ class Gate:
             raise ApiError(403, "host: expected a name of this server", code="host")
         origin = headers.get(b"origin")
         if origin is not None and scope["method"] != "GET":
-            # a page of another site, in a browser on this machine
+            # a page of another site in a local browser
             if urlsplit(origin.decode("latin-1").lower()).netloc != host:
                 raise ApiError(403, "origin: expected this server's own pages", code="origin")
         if self.keys and scope["path"] not in OPEN_PATHS:
@@ -112,7 +112,9 @@ class Gate:
         if not length.isdigit() or int(length) > self.limits.body_bytes:
             raise self._too_large()
         if self.open > self.limits.requests:
-            raise ApiError(429, f"the server has {self.limits.requests} requests open", code="requests", retry_after=1)
+            raise ApiError(
+                429, f"the server already has {self.limits.requests} open requests", code="requests", retry_after=1
+            )
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"body: expected at most {self.limits.body_bytes} bytes, got more", code="body_too_large")

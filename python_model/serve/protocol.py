@@ -1,7 +1,7 @@
-"""What a request may say and what a reply looks like, in the words of the OpenAI and Cohere APIs.
+"""The fields of requests and replies, as in the OpenAI and Cohere APIs.
 
-A field that would change the result and is not supported is an error that names it; null and the value that changes nothing
-(``"tools": []``, ``"frequency_penalty": 0``) are taken as if they were not there.
+An unsupported field that would change the result is an error that names it; null and values without effect (``"tools": []``,
+``"frequency_penalty": 0``) are ignored.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-"""Fields that are not supported, and their values that ask for nothing."""
+"""Unsupported fields, and the values of theirs that have no effect."""
 
 
 def _unicode(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no character."""
+    """JSON can encode half of a surrogate pair, which is not a character."""
     if not text.isascii():
         try:
             text.encode()
@@ -45,7 +45,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    """Write into the schema what :class:`Request` takes beyond the model's own fields."""
+    """Add to the schema what :class:`Request` accepts beyond the model's own fields."""
     required = set(schema.get("required", ()))
     for name, field in schema.get("properties", {}).items():
         if name not in required:
@@ -55,11 +55,14 @@ def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:
             field.update(described, anyOf=[*(o for o in options if o != {"type": "null"}), {"type": "null"}])
     for name, values in NEUTRAL.items():
         if name not in schema["properties"]:
-            schema["properties"][name] = {"enum": [*values, None], "description": "Not supported but for these values."}
+            schema["properties"][name] = {
+                "enum": [*values, None],
+                "description": "Unsupported except for these values.",
+            }
 
 
 class Request(BaseModel):
-    """Base of all requests."""
+    """Base class of all requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_document)
 
@@ -77,21 +80,21 @@ class Request(BaseModel):
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    # True == 1 and 0 == False in Python, not here
+    # unlike in Python, True is not 1 and False is not 0
     return any(
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
     )
 
 
 class TextPart(Request):
-    """A part of a message; pictures and sound are not supported."""
+    """A part of a message; images and audio are not supported."""
 
     type: Literal["text"]
     text: Text
 
 
 class Message(Request):
-    """A turn of a conversation. ``developer`` is another word for ``system``."""
+    """A turn of a conversation. ``developer`` is an alias of ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
@@ -103,13 +106,13 @@ class Message(Request):
 
 
 class StreamOptions(Request):
-    """``include_usage``: a last chunk with the numbers of tokens."""
+    """``include_usage``: send token counts in a final chunk."""
 
     include_usage: bool = False
 
 
 class Sampled(Request):
-    """What all requests that generate have in common."""
+    """Common fields of all requests that generate."""
 
     model: Text = ""
     temperature: float = Field(1.0, ge=0, le=2)
@@ -163,8 +166,8 @@ class CompletionRequest(Sampled):
 class EmbeddingRequest(Request):
     """``POST /v1/embeddings``.
 
-    ``input_type`` (with the server's instruction for queries) or an ``instruction`` of its own say what the embedding is for.
-    ``priority``: requests of one text are interactive, longer lists are served when there is room, unless it says otherwise.
+    ``input_type`` (with the server's instruction for queries) or its own ``instruction`` say what the embedding is for.
+    ``priority``: by default a request with one text is interactive, and longer lists are served when there is room.
     """
 
     model: Text = ""
@@ -184,7 +187,7 @@ class EmbeddingRequest(Request):
 
 
 class RerankDocument(Request):
-    """A document with its text in a field."""
+    """A document whose text is in a field."""
 
     text: Text
 
@@ -206,7 +209,7 @@ class RerankRequest(Request):
 
 
 class RagRequest(Request):
-    """``POST /v1/rag``: search an index of the server and answer from what is found."""
+    """``POST /v1/rag``: search an index of the server and answer from the documents found."""
 
     model: Text = ""
     question: Text = Field(min_length=1)
@@ -221,7 +224,7 @@ class RagRequest(Request):
 
 
 class ErrorBody(BaseModel):
-    """What went wrong; ``param`` names the field."""
+    """The error; ``param`` names the field."""
 
     message: str
     type: str
@@ -230,13 +233,13 @@ class ErrorBody(BaseModel):
 
 
 class Error(BaseModel):
-    """Every error's body."""
+    """The body of every error."""
 
     error: ErrorBody
 
 
 class Usage(BaseModel):
-    """Numbers of tokens. ``prompt_tokens_details.cached_tokens``: those whose states were there already."""
+    """Token counts. ``prompt_tokens_details.cached_tokens`` counts tokens whose states were reused."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -244,30 +247,30 @@ class Usage(BaseModel):
     prompt_tokens_details: dict[str, int] = {}
 
 
-class ChatReply(BaseModel):
+class Choices(BaseModel):
+    """Common fields of replies with choices."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: Usage
+
+
+class ChatReply(Choices):
     """A conversation's next turn, ``n`` times."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[dict[str, Any]]
-    usage: Usage
 
 
-class CompletionReply(BaseModel):
-    """What follows each prompt."""
+class CompletionReply(Choices):
+    """The continuation of each prompt."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[dict[str, Any]]
-    usage: Usage
 
 
 class EmbeddingRow(BaseModel):
-    """One text's vector: numbers, or base64 of little-endian float32."""
+    """The vector of one text: numbers, or base64 of little-endian float32."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -284,7 +287,7 @@ class EmbeddingReply(BaseModel):
 
 
 class RerankReply(BaseModel):
-    """Documents, best first; ``relevance_score`` is the probability of "yes" against "no"."""
+    """Documents, best first; ``relevance_score`` is the probability of "yes" rather than "no"."""
 
     id: str
     model: str
@@ -294,7 +297,7 @@ class RerankReply(BaseModel):
 
 
 class Source(BaseModel):
-    """A document that an answer was shown."""
+    """A document that an answer is based on."""
 
     index: int
     id: str
@@ -335,7 +338,7 @@ class ModelList(BaseModel):
 
 
 class ApiError(Exception):
-    """An error to send: an HTTP status and the body's fields."""
+    """An error to send: HTTP status and the fields of the body."""
 
     def __init__(
         self,
@@ -351,7 +354,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The OpenAI form."""
+        """The error in OpenAI's format."""
         return error_body(self.status, self.message, self.param, self.code)
 
 
@@ -365,16 +368,16 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def validation_error(errors: list[Any]) -> ApiError:
-    """The error of a body that is none of the requests: names the field and what is accepted, never repeats its value."""
+    """The error for an invalid request: it names the field and what is expected, and never repeats its value."""
     first = _most_telling(errors)
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, "body: expected valid JSON", code="invalid_json")
     if first["type"] == "missing" and not place:
         return ApiError(400, "body: expected a JSON object, got none")
-    # the branches of a union are types, not fields
+    # branches of a union are types, not fields
     name = ".".join(part for part in place if not any(c in part for c in "[](),-") and part not in ("str", "TextPart"))
-    name = name[:200].encode(errors="replace").decode()  # a client may call a field anything
+    name = name[:200].encode(errors="replace").decode()  # a field may have any name
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{name}: this field is not supported", param=name, code="unsupported_parameter")
     if first["type"] == "value_error":
@@ -386,5 +389,5 @@ def validation_error(errors: list[Any]) -> ApiError:
 
 
 def _most_telling(errors: list[Any]) -> Any:
-    """Of a union's errors, the one of the branch that got furthest."""
+    """Among a union's errors, that of the branch that got furthest."""
     return max(errors, key=lambda error: (error["type"] == "extra_forbidden", len(error["loc"])))

@@ -1,11 +1,11 @@
-"""Replicas of the server on Ray Serve: the same application, many times, on one machine or many.
+"""Replicas of the server on Ray Serve: several copies of the same application, on one machine or many.
 
-Each replica is a process with its own copy of the weights; Ray's proxies take requests and hand each to the replica with fewer
-open ones, start and stop replicas with their number, and start a replica again that has died: what it was computing is lost,
-nothing else.
+Each replica is a process with its own copy of the weights; Ray's proxies route each request to the replica
+with fewer open ones, scale the number of replicas with the load, and restart a replica that has died; only the requests it was
+computing are lost.
 
-A client that asks one index for long sends the header ``serve_multiplexed_model_id`` with the index's name: Ray then prefers a
-replica that has answered from that index before, whose memory holds the states of its documents.
+A client that queries one index repeatedly sends the header ``serve_multiplexed_model_id`` with the index's name: Ray then prefers
+a replica that has answered from that index before and so has the states of its documents in memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from python_model.support.arguments import check_at_least
 from python_model.support.optional import require
 
 INDEXES_PER_REPLICA = 8
-"""Indexes that a replica is remembered for."""
+"""Number of indexes that a replica is remembered for."""
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """How many: as many as keep ``target_requests`` open requests each, within ``least`` and ``most``."""
+    """The number of replicas: enough for ``target_requests`` open requests each, between ``least`` and ``most``."""
 
     least: int = 1
     most: int = 1
@@ -36,7 +36,7 @@ class Replicas:
 
     @classmethod
     def parse(cls, text: str) -> Replicas:
-        """``"2"`` is two, ``"1:8"`` one to eight."""
+        """Parse ``"2"`` (two) or ``"1:8"`` (one to eight)."""
         least, _, most = text.partition(":")
         if not least.isdigit() or (most and not most.isdigit()):
             raise ValueError(f"replicas: expected a number, or LEAST:MOST, got {text!r}")
@@ -55,13 +55,13 @@ def start(
     drain_seconds: float = 30,
     blocking: bool = True,
 ) -> None:
-    """Serve until the process is told to stop (or, not ``blocking``, in the background).
+    """Serve until the process is asked to stop (or, if not ``blocking``, in the background).
 
     Args:
-        build: makes the application in a replica; called with a coroutine function that the application awaits with the name
-            of each index that it answers from.
-        cpus, gpus: of a replica.
-        max_requests: open requests that a replica takes; the others wait at the proxy.
+        build: creates the application in a replica; called with a coroutine function that the application awaits with the
+            name of each index it answers from.
+        cpus, gpus: per replica.
+        max_requests: open requests per replica; further ones wait at the proxy.
     """
     serve = require("ray.serve", "ray")
 

@@ -1,4 +1,4 @@
-"""Replies of generating requests, whole or in chunks, as the OpenAI clients read them."""
+"""Replies of generating requests, whole or in chunks, in the format of OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from fastapi import Request
 
 LEAST_LOGPROB = -9999.0
-"""What JSON gets for minus infinity."""
+"""Stands for minus infinity in JSON."""
 
 
 def usage_of(request: Request, prompt: int, completion: int = 0, cached: int = 0) -> dict[str, Any]:
-    """Numbers of tokens, for the reply and for the access log."""
+    """Token counts, for the reply and for the access log."""
     numbers = {"prompt_tokens": prompt, "completion_tokens": completion}
     request.state.usage = numbers
     total = {"total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached}}
@@ -27,13 +27,13 @@ def usage_of(request: Request, prompt: int, completion: int = 0, cached: int = 0
 
 
 class Trimmed:
-    """A text without its outer whitespace, handed out piece by piece."""
+    """A text without leading and trailing whitespace, released piece by piece."""
 
     def __init__(self) -> None:
         self._kept, self._begun = "", False
 
     def push(self, text: str) -> str:
-        """What can be shown now: not whitespace that may be the end."""
+        """What can be released now: everything but whitespace that may turn out to be trailing."""
         self._kept += text
         if not self._begun:
             self._kept = self._kept.lstrip()
@@ -44,7 +44,7 @@ class Trimmed:
 
 
 class _Writer:
-    """What chats and completions have in common: one choice per work."""
+    """Common part of chats and completions: one choice per work."""
 
     prefix, chunk_object, whole_object = "", "", ""
 
@@ -57,14 +57,14 @@ class _Writer:
         self.finishes: list[str | None] = [None] * len(works)
 
     def usage(self, request: Request) -> dict[str, Any]:
-        """Prompts count once, however many choices."""
+        """Prompts count once, however many choices there are."""
         prompts = self.works[:: self.request.n]
         return usage_of(
             request, sum(work.prompt for work in prompts), sum(self.counts), sum(work.reused for work in prompts)
         )
 
     def add(self, index: int, token: Token) -> str:
-        """Take a token; what it adds to the text."""
+        """Add a token; returns what it adds to the text."""
         if token.finish is not None:
             self.finishes[index] = token.finish
         text = self.shown(index, token.text)
@@ -75,7 +75,7 @@ class _Writer:
         return text
 
     def shown(self, index: int, text: str) -> str:
-        """What of a choice's new text can be shown."""
+        """The part of a choice's new text that can be released."""
         return text
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class _Writer:
         return []
 
     def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The chunk with the numbers of tokens."""
+        """The chunk with the token counts."""
         return {**self.head(self.chunk_object), "choices": [], "usage": usage}
 
     def spelled(self, token: int) -> str:
@@ -94,7 +94,7 @@ class _Writer:
 
 
 class ChatWriter(_Writer):
-    """``chat.completion`` and its chunks; a reply has no outer whitespace."""
+    """``chat.completion`` and its chunks; a reply has no leading or trailing whitespace."""
 
     prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
 
@@ -103,7 +103,7 @@ class ChatWriter(_Writer):
         self._trimmed = [Trimmed() for _ in works]
 
     def shown(self, index: int, text: str) -> str:
-        """All but whitespace that may be the last."""
+        """All but whitespace that may turn out to be trailing."""
         return self._trimmed[index].push(text)
 
     def opening(self) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ class ChatWriter(_Writer):
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self.works))]
 
     def chunks(self, index: int, token: Token) -> list[dict[str, Any]]:
-        """The chunks of one token: none where nothing can be shown yet."""
+        """The chunks of one token; none while nothing can be released yet."""
         text = self.add(index, token)
         found = []
         if text or self.request.logprobs and token.token is not None:

@@ -1,19 +1,19 @@
-"""Which rows of which requests the next step computes.
+"""Decides which rows of which requests the next step computes.
 
-First every sequence that decodes (one row each), then interactive work in the order of its arrival (prompts and queries), then
-bulk texts, up to ``budget`` tokens. Prompts are causal and are cut into pieces; a text is bidirectional and goes in whole. The
-budget follows a target time between tokens: it shrinks after a step that took longer and grows after a full one that was
-faster; while nothing decodes it is the largest step.
+First come all decoding sequences (one row each), then interactive work (prompts and queries) in order of arrival, then bulk
+texts, up to ``budget`` tokens. Prompts are causal and are read in chunks; a text is bidirectional and is read whole. The budget
+follows a target time between tokens: it shrinks after a step that took longer and grows after a full step that was faster; while
+nothing decodes it is the largest step.
 
-Nobody starves. Bulk work counts as if it had arrived ``ageing`` seconds later, so interactive work that comes after that time
-stands behind it. A whole text that does not fit beside the rows that decode goes in all the same when it is the first in line:
-an interactive one at once, a bulk one when it, and the last one that was forced, have waited ``ageing`` seconds.
+Nothing starves. Bulk work counts as if it had arrived ``ageing`` seconds later, so interactive work that arrives after that
+queues behind it. A text that does not fit next to the decoding rows is admitted anyway once it is first in line: an interactive
+one at once, a bulk one when ``ageing`` seconds have passed since it arrived and since the last one was forced in.
 
-Memory is reserved before a sequence starts, for its prompt and all it may write. The states of sequences that ended stay where
-they are until their rows are needed: a prompt that begins as one of them did copies the states of the common tokens, and one
-that begins as a prompt that is being read waits until that is done.
+Memory is reserved before a sequence starts, for its prompt and its longest possible reply. The states of ended sequences are kept
+until their rows are needed: a prompt that shares a prefix with one of them copies the states of the common tokens, and one that
+shares a prefix with a prompt being read waits until that is done.
 
-No tensors here but in the arena: this file decides, engine.py computes.
+There are no tensors here except in the arena: this file decides, engine.py computes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from python_model.generate.states import TextStates
 
 LEAST_SHARED = 16
-"""Common tokens from which on states are copied, or waited for."""
+"""Minimum number of common tokens for which states are copied or waited for."""
 
 LEAST_BUDGET = 32
-"""Tokens below which the budget does not shrink: where decoding alone misses the target, prompts go on all the same."""
+"""Minimum budget: even if decoding alone misses the target, prompts make progress."""
 
 LEAST_PIECE = 16
-"""A prompt that is first in line gets this many tokens into a step, whatever decodes beside it."""
+"""The prompt that is first in line gets at least this many tokens of a step, however much is decoding."""
 
 
 @dataclass(eq=False)
 class Work:
-    """A unit that the scheduler places: a text or a sequence. ``arrival`` and ``deadline`` in seconds of one clock."""
+    """A unit of scheduling: a text or a sequence. ``arrival`` and ``deadline`` are in seconds of the same clock."""
 
     tokens: list[int]
     arrival: float = 0.0
@@ -55,10 +55,10 @@ class Work:
 
 @dataclass(eq=False)
 class Text(Work):
-    """A text that one step reads whole, in scratch rows.
+    """A text that is read whole in a single step, in scratch rows.
 
-    ``causal``: see :class:`python_model.serve.step.Item`. ``instruction_len``: leading tokens that are not pooled. ``score``: the
-    pair of tokens whose log-odds after the text are asked for; None to embed it.
+    ``causal``: see :class:`python_model.serve.step.Item`. ``instruction_len``: leading tokens excluded from pooling. ``score``:
+    the pair of tokens whose log-odds after the text are wanted; None to embed it.
     """
 
     causal: bool = False
@@ -70,10 +70,11 @@ class Text(Work):
 
 @dataclass(eq=False)
 class Sequence(Work):
-    """A prompt and what follows it; ``tokens`` grows. ``done``: leading tokens whose states are in ``interval``.
+    """A prompt and its continuation; ``tokens`` grows. ``done``: leading tokens whose states are in ``interval``.
 
-    ``states``: states computed elsewhere of the first of ``tokens``; taken into the arena when it starts. ``shareable``: whether
-    its states follow from its tokens alone, so that others may copy them. ``reused``: prompt tokens that were not computed.
+    ``states``: states of the first of ``tokens`` that were computed elsewhere; copied into the arena when it starts.
+    ``shareable``: whether its states depend on its tokens alone, so that others may copy them. ``reused``: prompt tokens that
+    were not computed.
     """
 
     max_tokens: int = 1
@@ -91,23 +92,23 @@ class Sequence(Work):
 
     @property
     def room(self) -> int:
-        """Rows it may need: the last new token is never read."""
+        """Rows it may need; the last new token is never read."""
         return self.prompt + self.max_tokens - 1
 
     @property
     def decoding(self) -> bool:
-        """Whether its next step is one row, after a token it wrote."""
+        """Whether its next step is a single row, after a generated token."""
         return len(self.tokens) > self.prompt
 
     def array(self) -> np.ndarray:
-        """The prompt, as comparisons of prefixes read it."""
+        """The prompt, in the form used to compare prefixes."""
         if self._array is None:
             self._array = np.array(self.tokens[: self.prompt])
         return self._array
 
 
 class QueueFull(Exception):
-    """Too much waits; ``retry_after``: seconds after which it is worth another try."""
+    """The queue is full; ``retry_after``: seconds until a retry is worthwhile."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
@@ -118,13 +119,13 @@ class Scheduler:
     """See the top of the file.
 
     Args:
-        arena: the memory of the sequences; its scratch rows bound the texts of a step.
+        arena: the memory of the sequences; its scratch rows limit the texts of a step.
         max_step_tokens: the largest step; at most the scratch rows.
-        target_seconds: time between two tokens of a sequence that the budget aims at.
-        ageing: seconds after which bulk work is served like interactive work.
-        max_sequences: sequences at the same time.
-        max_queued_tokens: waiting tokens (of prompts and texts) from which on new work is refused.
-        reuse: whether prompts share the states of equal beginnings.
+        target_seconds: target time between two tokens of a sequence.
+        ageing: seconds after which bulk work is treated like interactive work.
+        max_sequences: maximum number of concurrent sequences.
+        max_queued_tokens: waiting tokens (of prompts and texts) above which new work is refused.
+        reuse: whether prompts share the states of common prefixes.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens that wait to be read."""
+        """Tokens waiting to be read."""
         texts = sum(len(text.tokens) for text in chain(self.queries, self.bulk))
         prompts = sum(s.prompt for s in self.waiting) + sum(s.prompt - s.done for s in self.running if not s.decoding)
         return texts + prompts
@@ -173,10 +174,10 @@ class Scheduler:
         return not (self.waiting or self.running or self.queries or self.bulk)
 
     def add(self, works: list[Work]) -> None:
-        """Accept all of a request's works, or none.
+        """Accept all works of a request, or none.
 
         Raises:
-            QueueFull: too much waits already.
+            QueueFull: too much is waiting already.
             ValueError: a work that would never fit.
         """
         for work in works:
@@ -198,7 +199,7 @@ class Scheduler:
                 (self.bulk if work.bulk else self.queries).append(work)
 
     def reap(self, now: float) -> list[Work]:
-        """Drop cancelled and expired works and free their memory; returns those that had expired."""
+        """Drop cancelled and expired works and free their memory; returns the expired ones."""
         gone = [work for work in self._all() if work.cancelled or work.deadline <= now]
         if gone:
             chosen = set(map(id, gone))
@@ -211,7 +212,7 @@ class Scheduler:
         return [work for work in gone if not work.cancelled]
 
     def finish(self, sequence: Sequence) -> None:
-        """A running sequence has ended: its states may serve others until their rows are needed."""
+        """Mark a running sequence as ended: its states can be reused until their rows are needed."""
         self.running.remove(sequence)
         interval = sequence.interval
         assert interval is not None
@@ -224,11 +225,11 @@ class Scheduler:
             sequence.interval = None
 
     def remove(self, text: Text) -> None:
-        """A text has been read (or has failed)."""
+        """Mark a text as read (or failed)."""
         (self.bulk if text.bulk else self.queries).remove(text)
 
     def plan(self, now: float) -> list[tuple[Work, int]]:
-        """Works of the next step and how many tokens of each, sequences that decode first."""
+        """The works of the next step and how many tokens of each, decoding sequences first."""
         self._admit()
         chosen: list[tuple[Work, int]] = [(s, 1) for s in self.running if s.decoding]
         decoding = used = len(chosen)
@@ -254,7 +255,7 @@ class Scheduler:
         return chosen
 
     def report(self, tokens: int, seconds: float, decoding: int) -> None:
-        """How long a step of ``tokens`` took, ``decoding`` of them rows that decode: the budget follows."""
+        """Adapt the budget to the duration of a step of ``tokens``, of which ``decoding`` were decoding rows."""
         if seconds <= 0:
             return
         speed = tokens / seconds
@@ -264,7 +265,7 @@ class Scheduler:
             self.budget = min(max(self.budget * min(max(ratio, 0.5), 1.2), LEAST_BUDGET), float(self.max_step_tokens))
 
     def _forced(self, text: Text, now: float, decoding: int) -> bool:
-        """Whether a text that is first in line goes in though it is longer than what the budget leaves."""
+        """Whether a text that is first in line is admitted although it exceeds the remaining budget."""
         if not text.bulk or not decoding:
             return True
         if now - max(text.arrival, self._last_forced) < self.ageing:
@@ -273,7 +274,7 @@ class Scheduler:
         return True
 
     def _in_line(self) -> Iterator[Work]:
-        """Prompts, queries and bulk texts in the order in which they are served."""
+        """Prompts, queries and bulk texts in order of service."""
         prompts = [s for s in self.running if not s.decoding]
         queries, bulk = iter(self.queries), iter(self.bulk)
         heads: list[tuple[float, int, Work, Iterator[Work]]] = []
@@ -293,17 +294,17 @@ class Scheduler:
             push(best[3], best[1], delays[best[1]])
 
     def _admit(self) -> None:
-        """Start waiting sequences in their order, as long as there is memory for them."""
+        """Start waiting sequences in order while there is memory for them."""
         later: list[Sequence] = []
         while self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             source, common = self._shared(sequence)
             if source is not None and common > source.done:
-                later.append(self.waiting.popleft())  # what it begins with is being read
+                later.append(self.waiting.popleft())  # its prefix is being read
                 continue
             interval = self._reserve(sequence.room, source)
             if interval is None and source in self.held:
-                # there is room only where the common beginning lies: it is computed again
+                # the only room is where the common prefix lies: it is recomputed
                 source, interval = None, self._reserve(sequence.room, None)
             if interval is None:
                 break
@@ -324,7 +325,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(later))
 
     def _reserve(self, rows: int, source: Sequence | None) -> Interval | None:
-        """An interval, after giving up held states other than those of ``source``; None where that is not enough."""
+        """An interval, if necessary after releasing kept states other than those of ``source``; None if that is not enough."""
         free = self.arena.rows - self.arena.used
         spare = [s for s in self.held if s is not source]
         if free + sum(s.done for s in spare) < rows:
@@ -337,7 +338,7 @@ class Scheduler:
         return interval
 
     def _shared(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        """The sequence with the longest common beginning (at least LEAST_SHARED, never the whole prompt), and its length."""
+        """The sequence with the longest common prefix (at least LEAST_SHARED tokens, never the whole prompt), and its length."""
         best, longest = None, LEAST_SHARED - 1
         if not self.reuse or not sequence.shareable or sequence.prompt <= LEAST_SHARED:
             return best, 0

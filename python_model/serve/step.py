@@ -1,13 +1,13 @@
-"""One packed step: rows that decode, pieces of prompts and texts to embed share every product and one attention call per layer.
+"""One packed step: decoding rows, chunks of prompts and texts to embed share every product and one attention call per layer.
 
-The generalisation of :mod:`python_model.generate.step` to samples of any length, each with its own flag and its own range of
-keys in an :class:`~python_model.serve.arena.Arena`:
+Generalises :mod:`python_model.generate.step` to samples of any length, each with its own flag and its own range of keys in
+an :class:`~python_model.serve.arena.Arena`:
 
     x = x + o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n))),  n = rms_norm(x)
     x = x + down_proj(act(gate_proj(m)) * up_proj(m)),                       m = rms_norm(x)
 
-Everything with weights is the model's own module. Nothing in a sample's result depends on what shares the step, but for the
-order in which a matrix product adds up.
+Everything with weights is the model's own module. A sample's result does not depend on what shares the step, except for the
+summation order of matrix products.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer",
 WITHOUT_WINDOW = ("LlamaDecoderLayer",)
 
 SHORT_ROWS = 64
-"""Query rows times heads of a group up to which a GPU splits the keys of a sample among programs."""
+"""Up to this many query rows times heads per group, a GPU splits the keys of a sample among programs."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Item:
 
     Attributes:
         ids: its new tokens, at least one.
-        interval: where its states go, behind the ``past`` it holds already; None for a text that is read whole in scratch rows.
+        interval: where its states go, after the ``past`` ones it holds already; None for a text read whole in scratch rows.
         past: tokens before the new ones.
-        causal: True sees its past only, False all of the text (which then must be whole).
-        causal_prefix: leading tokens of a bidirectional text that are causal, for a model whose instructions are
-            (``attn="cb.."``). None for another model.
+        causal: True: sees only its past. False: sees all of the text, which must then be whole.
+        causal_prefix: leading tokens of a bidirectional text that are causal, for a model with causal instructions
+            (``attn="cb.."``). None for other models.
     """
 
     ids: Sequence[int]
@@ -56,7 +56,7 @@ class Item:
 
 @dataclass(frozen=True)
 class _Part:
-    """Samples that share an attention call: their rows in the pack, and the call's arguments (per window: bounds of the rule)."""
+    """Samples that share an attention call: their rows in the pack, and the arguments of the call."""
 
     rows: slice
     causal: Tensor
@@ -65,20 +65,20 @@ class _Part:
     lengths: Tensor
     longest: tuple[int, int]
     hi: Tensor | None  # int32 (tokens), the staircase without a window
-    nearest: Tensor | None  # int32 (tokens), the key behind each token's own
+    nearest: Tensor | None  # int32 (tokens), the key after each token's own
 
 
 def refusal(model: GritLM) -> str | None:
-    """Why this step does not compute what ``model`` does, or None."""
+    """Why this step cannot compute what ``model`` does, or None."""
     layers = model.decoder[0].layers
     unknown = sorted({type(layer).__name__ for layer in layers} - set(KNOWN_LAYERS))
     if unknown:
         return f"model: expected one with layers of {', '.join(KNOWN_LAYERS)}, got {', '.join(unknown)}"
     if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in layers.modules()):
-        return "model: expected one without hooks on its layers (such as a device map's), got some"
+        return "model: expected one without hooks on its layers (such as those of a device map), got some"
     rope = getattr(model.decoder[0].rotary_emb, "rope_type", "default")
     if rope not in STATIC_ROPE_TYPES:
-        # the others stretch positions by the longest sequence at hand, so a neighbour would change a result
+        # other types scale positions by the longest sequence in the batch, so a neighbour would change the result
         return f"model: expected rotary positions of type {', '.join(STATIC_ROPE_TYPES)}, got {rope!r}"
     return None
 
@@ -89,8 +89,8 @@ class PackedStep:
     Args:
         model: see :func:`refusal`.
         arena: with the model's geometry, dtype and device.
-        split: put samples of few rows into an attention call of their own, so that a long text beside them does not take the
-            split of keys away from them; default: on a GPU. (The CPU kernels choose per sample.)
+        split: give samples with few rows their own attention call, so that a long text in the step does not prevent their keys
+            from being split; default: on a GPU. (The CPU kernels decide per sample.)
 
     Raises:
         ValueError: a model that is refused, with the reason.
@@ -108,7 +108,7 @@ class PackedStep:
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> tuple[Tensor, list[int]]:
-        """States after the last norm (tokens, hidden), samples in the order given, and where each begins (B + 1)."""
+        """States after the last norm (tokens, hidden), samples in the given order, and where each begins (B + 1)."""
         order = list(range(len(items)))
         if self.split:
             order.sort(key=lambda i: len(items[i].ids) * self.group > SHORT_ROWS)
@@ -121,7 +121,7 @@ class PackedStep:
         positions = np.concatenate([np.arange(item.past, item.past + len(item.ids)) for item in ordered])
         cos, sin = (t[0][:, None] for t in decoder.rotary_emb(x, torch.from_numpy(positions).to(device)[None]))
         half = cos.shape[-1] // 2
-        # the second half of the table for -sin: rotate_half becomes two products
+        # -sin in the second half of the table turns rotate_half into two products
         rope = cos, -sin[..., :half], sin[..., half:]  # each (tokens, 1, D or D / 2)
         windows = {
             window: [_visible(part, window, self.model.settings.bidirectional_window) for part in parts]
@@ -260,7 +260,7 @@ class PackedStep:
 
 
 def _window(layer: Any, config: Any) -> int | None:
-    """The sliding window of a layer, None without one."""
+    """The sliding window of a layer, None if it has none."""
     if type(layer).__name__ in WITHOUT_WINDOW:
         return None
     default = getattr(config, "sliding_window", None)
@@ -270,8 +270,8 @@ def _window(layer: Any, config: Any) -> int | None:
 def _visible(
     part: _Part, window: int | None, bidirectional_window: str
 ) -> tuple[tuple[int, int] | Tensor, Tensor | None]:
-    """Window sizes and staircase of a layer, as patch() has them: (W - 1, 0) for a causal sample, (W, W) or all of the text for
-    a bidirectional one, and no step of the staircase further ahead than that."""
+    """Window sizes and staircase of a layer, as in patch(): (W - 1, 0) for a causal sample, (W, W) or the whole text for a
+    bidirectional one, with the staircase clipped to that."""
     if window is None:
         return (-1, -1), part.hi
     reach = window if bidirectional_window == "transformers" else -1
@@ -283,7 +283,7 @@ def _visible(
 
 
 def _staircase(item: Item) -> np.ndarray:
-    """The first key that each new token does not see, int32: for a step in which some instruction is causal."""
+    """The first key that each new token does not see, int32, for a step with causal instructions."""
     ends = np.arange(item.past + 1, item.past + len(item.ids) + 1, dtype=np.int32)
     if not item.causal:
         ends[item.causal_prefix or 0 :] = ends[-1]

@@ -1,1 +1,1 @@
-"""What every room uses: argument checks, atomic files, resumable results."""
+"""Shared by all packages: argument checks, atomic files, resumable results, optional packages."""

@@ -1,4 +1,4 @@
-"""Checks whose error names the argument, what was given and what is accepted."""
+"""Checks whose error names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 

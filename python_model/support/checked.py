@@ -1,4 +1,4 @@
-"""Dataclasses of settings whose annotations are the checks.
+"""Dataclasses of settings that are checked against their annotations.
 
 @dataclass
 class BatchConfig(Checked):
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``least`` to ``most``; without ``least`` itself where ``above`` is set."""
+    """Numbers from ``least`` to ``most``, excluding ``least`` itself if ``above``."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -35,7 +35,7 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]
-"""0 switches something off."""
+"""0 disables something."""
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
@@ -43,9 +43,9 @@ NotNegative = Annotated[float, Range(0)]
 
 @dataclass
 class Checked:
-    """Base of a dataclass: creating one checks each field against its annotation.
+    """Base class of a dataclass whose fields are checked against their annotations on creation.
 
-    Understood are int, float (finite; an int is one), bool, str, None, Literal, unions, list, dict, Mapping, dataclasses and
+    Supported are int, float (finite; an int is accepted), bool, str, None, Literal, unions, list, dict, Mapping, dataclasses and
     ``Annotated[.., Range(..)]``.
 
     Raises:

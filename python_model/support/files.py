@@ -1,4 +1,4 @@
-"""Atomic writing (a file or folder is there whole, or not at all), and where fetched and derived files are kept."""
+"""Atomic writing (a file or folder exists completely or not at all), and the cache folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for item in [*temporary.rglob("*"), temporary]:  # what the new name shows must be on the disk first
+        for item in [*temporary.rglob("*"), temporary]:  # the content must be on disk before the new name points to it
             _sync(item)
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
         if target.exists():
@@ -71,7 +71,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Files are synced everywhere, folders where the system can."""
+    """Files are always synced, folders where the system supports it."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)

@@ -1,4 +1,4 @@
-"""Modules of version 0.1 under the names its documentation used: importing one gives the module where it is now, and says so."""
+"""Modules of version 0.1 under the names its documentation used: importing one warns and returns the moved module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Loader(importlib.abc.Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        # the import system returns what stands here when the loader is done: the module itself, not a copy of its names
+        # the import system returns what is in sys.modules when the loader is done: the module itself, not a copy
         sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
 
 
@@ -36,11 +36,11 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in MOVED:
             return None
-        warnings.warn(f"{fullname} is {MOVED[fullname]} now", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{fullname} has moved to {MOVED[fullname]}", DeprecationWarning, stacklevel=2)
         return importlib.machinery.ModuleSpec(fullname, _Loader())
 
 
 def install() -> None:
-    """Let the old names be imported."""
+    """Make the old names importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

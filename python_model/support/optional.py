@@ -7,7 +7,9 @@ from typing import Any
 
 
 def require(module: str, extra: str | None = None) -> Any:
-    """The module, or an ImportError that says how to install its package: by an optional ``extra`` of grit-kernels, or alone."""
+    """Import a module; if it is missing, the ImportError says how to install it: with an ``extra`` of grit-kernels, or by
+    itself.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -17,7 +19,7 @@ def require(module: str, extra: str | None = None) -> Any:
 
 
 def find(module: str) -> Any | None:
-    """The module, or None where its package is not installed."""
+    """Import a module, or return None if its package is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -1,7 +1,7 @@
-"""What the commands do not print: progress bars of loading and saving, reports about nothing, a message twice.
+"""What the commands do not print: progress bars of loading and saving, reports of no consequence, repeated messages.
 
-``grit`` calls :func:`quiet` before every command. Messages are recognised by their text, each with the reason why it says nothing
-to the user of a command; whatever is not listed here is shown.
+``grit`` calls :func:`quiet` before every command. Messages are recognised by their text, each listed with the reason why it does
+not concern the user of a command; whatever is not listed here is shown.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import sys
 import warnings
 
 KNOWN_WARNINGS = (
-    # PEFT asks a model by the old name whether it recomputes activations (training with adapters)
+    # PEFT uses the old name of gradient checkpointing (training with adapters)
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
-    # torch's checkpoints of a run with one process, which is what was intended (states of `grit train`)
+    # torch's checkpoints of a single process, which is intended (states of `grit train`)
     (UserWarning, r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent"),
 )
-"""Category and beginning of warnings between other packages, or about what was intended: there is nothing to do."""
+"""Category and beginning of warnings that need no action: between other packages, or about what is intended."""
 
 LOAD_REPORT = "LOAD REPORT"
 PROBLEMS = ("MISSING", "MISMATCH", "CONVERSION")
 
 
 class KnownMessages(logging.Filter):
-    """Drops a log record of transformers that was shown before, or that only lists weights which a command leaves out on
-    purpose: an embedding model is loaded without the language-model head that its checkpoint has."""
+    """Drops a log record of transformers that was shown before, or that only lists weights which a command omits on purpose,
+    such as the language-model head when a checkpoint is loaded as an embedding model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class KnownMessages(logging.Filter):
 
 
 def quiet() -> None:
-    """Print only what a command was asked for. Calling it again changes nothing."""
-    if not sys.warnoptions:  # -W and PYTHONWARNINGS decide otherwise
-        warnings.simplefilter("once")  # wherever it is raised from
-        # what Python shows to nobody but the author of a script
+    """Print only what a command was asked for. Calling it again has no effect."""
+    if not sys.warnoptions:  # -W and PYTHONWARNINGS take precedence
+        warnings.simplefilter("once")  # wherever it comes from
+        # Python itself shows these only to the author of a script
         for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", hidden)
     for category, text in KNOWN_WARNINGS:
@@ -55,7 +55,7 @@ def quiet() -> None:
 
     downloads = not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # of loading and writing weights
-    if downloads:  # switched off with them, but a download is worth a bar
+    if downloads:  # disabled along with them, but downloads deserve a bar
         enable_progress_bars()
     for handler in logging.getLogger("transformers").handlers:
         if not any(isinstance(known, KnownMessages) for known in handler.filters):

@@ -1,4 +1,4 @@
-"""Results that are written while they are made, and that an interrupted run continues."""
+"""Results that are written as they are computed, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from python_model.support.files import write_json
 
 
 class JsonLines:
-    """A jsonl file that grows. Opening keeps the leading rows for which ``keep(row)`` is true and cuts off the rest, a
-    half-written last line above all.
+    """An append-only jsonl file. Opening it keeps the leading rows for which ``keep(row)`` is true and truncates the rest, in
+    particular a half-written last line.
 
     Attributes:
         rows: what the file holds.
@@ -28,7 +28,7 @@ class JsonLines:
         *,
         broken: Callable[[int, Exception], None] = lambda line, error: None,
     ) -> None:
-        """``broken(line, error)`` may raise where a whole line is no row; by default it is cut off."""
+        """``broken(line, error)`` may raise if a complete line is not a valid row; by default the file is truncated there."""
         self.rows: list[dict[str, Any]] = []
         end = 0
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class JsonLines:
         self._file.truncate(end)
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Add rows; when this returns they are on the disk."""
+        """Append rows; when this returns they are on disk."""
         self.rows += rows
         self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
         self._file.flush()
@@ -62,10 +62,10 @@ class JsonLines:
 
 
 class ResumableRows:
-    """Results for ``inputs``, one row ``{"row": index, **input, **result}`` each, in the order they are finished.
+    """Results for ``inputs``, one row ``{"row": index, **input, **result}`` each, in the order in which they are finished.
 
-    Opening reads what is there already: a half-written last line is cut off, a row whose input is not the one given now is an
-    error. ``missing`` are the indices without a result.
+    Opening reads existing results: a half-written last line is truncated, a row that belongs to a different input is an error.
+    ``missing`` lists the indices without a result.
     """
 
     def __init__(self, path: Path, inputs: Sequence[Mapping[str, Any]]) -> None:
@@ -81,7 +81,7 @@ class ResumableRows:
         self._log.close()
 
     def write(self, results: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
-        """Append (index, result) rows; when this returns they are on the disk."""
+        """Append (index, result) rows; when this returns they are on disk."""
         self._log.append(*({"row": index, **self.inputs[index], **result} for index, result in results))
 
     def _is_ours(self, row: dict[str, Any]) -> bool:
@@ -96,19 +96,19 @@ class ResumableRows:
 
 
 class _Foreign(ValueError):
-    """A row of another run."""
+    """A row of a different run."""
 
 
 class ResumableArray:
-    """A ``.npy`` file of float32 rows, filled from the first to the last; it gets its name when the last is written.
+    """A ``.npy`` file of float32 rows, filled from the first to the last; it receives its name when the last row is written.
 
-    Until then the rows stand in ``.NAME.part`` and their number in ``.NAME.part.json``; the same ``key`` goes on from there.
+    Until then the rows are in ``.NAME.part`` and their number in ``.NAME.part.json``; a run with the same ``key`` resumes there.
 
     Attributes:
-        done: rows that are written.
+        done: number of rows written.
 
     Raises:
-        ValueError: what is there belongs to another key.
+        ValueError: the existing part belongs to another key.
     """
 
     def __init__(self, path: Path, rows: int, key: str) -> None:
@@ -121,12 +121,12 @@ class ResumableArray:
             state = json.loads(self._state.read_text(encoding="utf-8"))
             if (state.get("key"), state.get("rows")) != (key, rows):
                 raise ValueError(
-                    f"output: {self._part} holds an interrupted run of other texts or settings; delete it, or choose another file"
+                    f"output: {self._part} holds an interrupted run with other texts or settings; delete it or use another file"
                 )
             self.done = int(state["done"])
 
     def append(self, block: np.ndarray) -> None:
-        """Write the next rows (n, size); when this returns they are on the disk."""
+        """Write the next rows (n, size); when this returns they are on disk."""
         if self._array is None:
             again = {} if self.done else {"dtype": np.float32, "shape": (self.rows, block.shape[1])}
             self._array = np.lib.format.open_memmap(self._part, mode="r+" if self.done else "w+", **again)
@@ -136,7 +136,7 @@ class ResumableArray:
         write_json(self._state, {"key": self.key, "rows": self.rows, "done": self.done})
 
     def finish(self) -> tuple[int, int]:
-        """Give the file its name; returns its shape."""
+        """Give the file its final name; returns its shape."""
         self._array = None
         with open(self._part, "r+b") as file:
             os.fsync(file.fileno())

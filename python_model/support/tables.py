@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, each as wide as its widest cell; a line's last cell may run over the columns that it does not have."""
+    """Align cells in columns, each as wide as its widest cell; the last cell of a shorter line may extend over the missing
+    columns.
+    """
     count = max(map(len, lines))
     widths = [
         max((len(line[i]) for line in lines if i < len(line) - (len(line) < count)), default=0) for i in range(count)

@@ -1,4 +1,4 @@
-"""Which versions were tested: the constraints that `make install` uses, and what is installed outside of them."""
+"""The tested versions: the constraints that `make install` uses, and which installed packages differ from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISTRIBUTION = "grit-kernels"
 
 @dataclass(frozen=True)
 class Outside:
-    """An installed package that is older than this package asks for, or newer than what was tested."""
+    """An installed package that is older than required, or newer than what was tested."""
 
     name: str
     installed: str
@@ -31,7 +31,7 @@ class Outside:
 
 
 def tested_versions(text: str | None = None) -> dict[str, str]:
-    """Tested version by canonical package name, for the Python that runs; ``python`` is that of the tests."""
+    """Tested version by canonical package name, for the running Python; ``python`` is the one used in the tests."""
     content = CONSTRAINTS.read_text(encoding="utf-8") if text is None else text
     found: dict[str, str] = {}
     for line in content.splitlines():
@@ -46,7 +46,7 @@ def tested_versions(text: str | None = None) -> dict[str, str]:
 
 
 def differences() -> dict[str, tuple[str, str]]:
-    """(installed, tested) of every installed package, indirect ones included, that has another version than the tested one."""
+    """(installed, tested) of every installed package, including indirect ones, whose version differs from the tested one."""
     found = {}
     for name, tested in sorted(tested_versions().items()):
         try:
@@ -59,11 +59,11 @@ def differences() -> dict[str, tuple[str, str]]:
 
 
 def lowest_versions() -> dict[str, str]:
-    """The lower bound of each direct requirement, extras included, by canonical name; "" where there is none."""
+    """The lower bound of each direct requirement, including extras, by canonical name; "" if there is none."""
     found: dict[str, str] = {}
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:  # sources on the path, not installed
+    except importlib.metadata.PackageNotFoundError:  # on the path as sources, not installed
         return found
     for line in lines:
         requirement = Requirement(line)
@@ -75,7 +75,7 @@ def lowest_versions() -> dict[str, str]:
 
 
 def outside_of_tested() -> list[Outside]:
-    """Direct requirements, extras included, that are installed in a version outside of the tested span."""
+    """Direct requirements, including extras, installed in a version outside the tested range."""
     tested, found = tested_versions(), []
     for name, lowest in sorted(lowest_versions().items()):
         if name not in tested or name == DISTRIBUTION:
@@ -84,7 +84,7 @@ def outside_of_tested() -> list[Outside]:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        # a local part such as +cpu names the build, not the version
+        # a local part such as +cpu identifies the build, not the version
         number = Version(Version(installed).public)
         if number > Version(tested[name]) or (lowest and number < Version(lowest)):
             found.append(Outside(name, installed, lowest, tested[name]))

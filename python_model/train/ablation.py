@@ -1,8 +1,8 @@
-"""``grit ablation --config FILE``: train variants one after another, measure each, write one table.
+"""``grit ablation --config FILE``: train variants one after another, evaluate each, write one table.
 
     output_dir: ablation_output
     evaluation: python_model/data/sample     # folder with corpus.jsonl and test/ (default: the bundled sample)
-    max_length: 192                          # tokens of a text when measuring
+    max_length: 192                          # maximum tokens of a text in the evaluation
     base:                                    # settings of python_model.train that all variants share
       steps: 100
       data: {train_data: ...}
@@ -11,8 +11,8 @@
       - {group: attention and pooling, name: CCCC wmean, changes: {grit.attn: cccc, grit.pooling_method: weightedmean}}
       - {group: attention and pooling, name: base model, untrained: true}
 
-A variant that has finished under the same settings is not run again, one that was interrupted goes on where it stopped.
-``table.md`` and ``table.json`` are renewed after each variant.
+A variant that has finished under the same settings is not run again, an interrupted one resumes. ``table.md`` and
+``table.json`` are updated after each variant.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss")
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: ``changes`` are settings of python_model.train over the shared ones; ``untrained`` measures the model
-    that the others start from."""
+    """A row of the table: ``changes`` are settings of python_model.train that override the shared ones; ``untrained`` evaluates
+    the model that the others start from.
+    """
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as a folder's name."""
+        """The name as a folder name."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.group} {self.name}".lower()).strip("-")
 
 
@@ -61,21 +62,21 @@ class Ablation:
     max_length: int = 512
 
     def config(self, variant: Variant) -> TrainConfig:
-        """The settings that the variant is trained under."""
+        """The training settings of the variant."""
         folder = Path(self.output_dir) / variant.folder
         return TrainConfig.from_dict({**flatten(self.base), **flatten(variant.changes), "output_dir": str(folder)})
 
     @property
     def measured_on(self) -> dict[str, Any]:
-        """What scores depend on beside the model."""
+        """What the scores depend on besides the model."""
         return {"evaluation": self.evaluation, "max_length": self.max_length}
 
 
 def read_ablation(path: Path, changes: Mapping[str, Any] | None = None) -> Ablation:
-    """The file's ablation, with ``changes`` (dotted keys) over its shared settings.
+    """Read an ablation; ``changes`` (dotted keys) override its shared settings.
 
     Raises:
-        ValueError: the file has an unknown entry or setting, no variants, or two of one name.
+        ValueError: the file has an unknown entry or setting, no variants, or two with the same name.
     """
     import yaml
 
@@ -101,7 +102,7 @@ def read_ablation(path: Path, changes: Mapping[str, Any] | None = None) -> Ablat
 
 
 def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str, Any]]:
-    """Train and measure what has no result yet; returns the table's rows."""
+    """Train and evaluate the variants without a result; returns the rows of the table."""
     from python_model.data import sample_dir
 
     held_out = HeldOut(ablation.evaluation or sample_dir())
@@ -118,7 +119,7 @@ def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str,
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown, one part per group."""
+    """The rows as Markdown, one section per group."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += [f"## {group}" if group else "", "", "| variant | " + " | ".join(COLUMNS) + " | steps |"]

@@ -12,12 +12,12 @@ from python_model.train.config import Mode, ModelConfig
 
 
 def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to load the frozen weights as QLoRA does (nf4, double quantisation)."""
+    """Arguments of ``from_pretrained`` that load the frozen weights as in QLoRA (nf4, double quantisation)."""
     if not config.quantization:
         return {}
     require("bitsandbytes")
     if not torch.cuda.is_available():
-        raise ValueError("quantization: 'nf4' needs a CUDA device")
+        raise ValueError("quantization: expected '' without a CUDA device, got 'nf4'")
     from transformers import BitsAndBytesConfig
 
     return {
@@ -31,7 +31,7 @@ def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def add_adapters(grit: GritLM, config: ModelConfig, mode: Mode) -> None:
-    """Freeze ``grit``'s weights and put an adapter on each linear layer (in place); an embedding head stays trained."""
+    """Freeze ``grit``'s weights and add an adapter to each linear layer (in place); an embedding head remains trainable."""
     if not config.lora_rank:
         return
     peft = require("peft", "lora")
@@ -53,6 +53,6 @@ def add_adapters(grit: GritLM, config: ModelConfig, mode: Mode) -> None:
 
 
 def merge_adapters(grit: GritLM) -> None:
-    """Add the adapters into the weights and leave a plain model (in place)."""
+    """Merge the adapters into the weights, leaving a plain model (in place)."""
     if hasattr(grit.model, "merge_and_unload"):
         grit.model = grit.model.merge_and_unload()

@@ -1,12 +1,12 @@
-"""The gradients of the two objectives, kept apart until each is limited, then added.
+"""The gradients of the two objectives, kept apart until each is clipped, then added.
 
-At the start of a run the contrastive gradient may be ten times the generative one, and clipping their sum then leaves the smaller
-nearly nothing. With a limit each objective's gradient is clipped to it before the sum is formed, so both move the weights from
-the first step on. Norms are taken over all trained weights, after the sum over chunks and ranks, so they and the result are the
-same for any number of either.
+At the start of a run the contrastive gradient may be ten times the generative one, and clipping their sum then leaves next to
+nothing of the smaller. With a limit, each objective's gradient is clipped before the sum is formed, so both move the weights
+from the first step. Norms are taken over all trained weights, after summing over chunks and ranks, so they and the result do
+not depend on the number of either.
 
-Cost: while the second objective is computed, the gradient of the first is held as well: 4 bytes per trained weight, which ranks
-that share weights share too (FSDP). Ranks sum gradients once per objective instead of once per step.
+Cost: while the second objective is computed, the gradient of the first is held as well: 4 bytes per trained weight, sharded like
+the weights (FSDP). Ranks sum gradients once per objective instead of once per step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ObjectiveGradients:
         self._kept: list[tuple[list[Tensor | None], float]] = []
 
     def take(self) -> float:
-        """Move the accumulated gradients out of the parameters, as one objective's; returns their norm (before the limit)."""
+        """Move the accumulated gradients out of the parameters as those of one objective; returns their norm."""
         grads: list[Tensor | None] = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
@@ -42,7 +42,7 @@ class ObjectiveGradients:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Limit what was taken and put the sum into the parameters."""
+        """Clip the gradients taken and put their sum into the parameters."""
         for grads, norm in self._kept:
             factor = limit_factor(norm, self.limit)
             for p, grad in zip(self.parameters, grads, strict=True):
@@ -55,9 +55,9 @@ class ObjectiveGradients:
 
 
 def limit_factor(norm: float, limit: float) -> float:
-    """What a gradient of this norm is multiplied by, so that its norm is at most ``limit`` (0: no limit).
+    """The factor that brings a gradient of this norm to at most ``limit`` (0: no limit).
 
-    A norm that is not finite stays as it is: the trainer stops at it.
+    A norm that is not finite is left alone: the trainer stops at it.
     """
     if not limit or not math.isfinite(norm):
         return 1.0
@@ -65,7 +65,7 @@ def limit_factor(norm: float, limit: float) -> float:
 
 
 def total_norm(grads: Sequence[Tensor]) -> float:
-    """L2 norm over all elements of the gradients, also sharded ones: the same on all ranks."""
+    """L2 norm over all elements of the gradients, including sharded ones: the same on all ranks."""
     if not grads:
         return 0.0
     norm: Any = torch.nn.utils.get_total_norm(grads)

@@ -1,4 +1,4 @@
-"""The module that is trained: one forward serves both objectives, so FSDP and DDP may wrap it."""
+"""The module that is trained: a single forward serves both objectives, so that FSDP and DDP can wrap it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from python_model.model.modeling import GritLM
 class TrainingModel(nn.Module):
     """A GritLM whose forward takes a :class:`Chunk`.
 
-    FSDP gathers weights around a module's forward, so everything that touches a weight (head and projection included) happens
-    inside of this one.
+    FSDP gathers weights around a module's forward, so everything that touches a weight (including head and projection) happens
+    inside this one.
     """
 
     def __init__(self, grit: GritLM, router_loss: bool = False) -> None:
@@ -25,10 +25,12 @@ class TrainingModel(nn.Module):
         self.grit = grit
         self.router_loss = router_loss
         self.touch_all = False
-        """Give every weight a (zero) gradient, also those this rank's chunk does not use: ranks must agree on who has one."""
+        """Give every weight a (zero) gradient, including those that this rank's chunk does not use: ranks must agree on which
+        have one.
+        """
 
     def forward(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """One pass over a chunk.
+        """Run one chunk.
 
         Returns:
             float32 (E, size) embeddings of the texts, float32 (C) sums of the conversations' token losses (either is None when
@@ -53,7 +55,7 @@ class TrainingModel(nn.Module):
         return vectors, sums, router
 
     def unused(self, no_texts: bool, no_conversations: bool) -> Iterable[nn.Parameter]:
-        """Weights that such a chunk does not reach."""
+        """Weights that such a chunk does not use."""
         if no_texts and self.grit.projection is not None:
             yield from self.grit.projection.parameters()
         head = None if self.grit.mode == "embedding" else self.grit.model.get_output_embeddings()
@@ -66,7 +68,7 @@ class TrainingModel(nn.Module):
             return states, states.new_zeros((), dtype=torch.float32)
         decoder = self.grit.decoder[0]
         output = decoder(input_ids=chunk.input_ids[None], sample_pack=chunk.pack, output_router_logits=True)
-        # a pack has no padding, so no token needs to be left out of the balance
+        # a pack has no padding, so all tokens count for load balancing
         loss = gk.hf.expert_balance_loss(
             output.router_logits, decoder.config.num_local_experts, decoder.config.num_experts_per_tok
         )

@@ -11,7 +11,7 @@ from python_model.support.optional import require
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective; nothing where there are none."""
+    """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective; writes nothing if there are none."""
     require("matplotlib", "train").use("Agg")
     from matplotlib import pyplot as plt
 

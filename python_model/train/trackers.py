@@ -1,4 +1,4 @@
-"""Where a run's figures go: always ``log.jsonl``, and any tracker with one method."""
+"""Logging of a run's figures: always to ``log.jsonl``, and to any trackers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from python_model.support.resume import JsonLines
 
 
 class Tracker(Protocol):
-    """Takes one step's figures."""
+    """Receives the figures of each step."""
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Take the figures of ``step`` (counted from 1)."""
+        """Record the figures of ``step`` (counted from 1)."""
 
     def close(self) -> None:
-        """The run has ended."""
+        """Called at the end of the run."""
 
 
 class StepLog:
-    """``log.jsonl``: one object per step. Opening keeps the lines up to ``step`` and drops later (or half-written) ones."""
+    """``log.jsonl``: one object per step. Opening it keeps the lines up to ``step`` and drops later or half-written ones."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self._lines = JsonLines(path, lambda record: bool(record["step"] <= step))
@@ -42,7 +42,7 @@ class StepLog:
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
-        require("tensorboard")  # torch's writer would miss it without saying how to get it
+        require("tensorboard")  # torch's own error would not say how to install it
         self._writer = require("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ class _TensorBoard:
 
 
 class _Run:
-    """wandb, and trackio, which has wandb's interface."""
+    """wandb, or trackio, which has the same interface."""
 
     def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]) -> None:
         self._module = require(package)
@@ -69,5 +69,5 @@ class _Run:
 
 
 def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of a run with these settings and this output folder; ImportError names a package that is missing."""
+    """The trackers of a run with these settings and this output folder; an ImportError names a missing package."""
     return [_TensorBoard(folder) if name == "tensorboard" else _Run(name, folder, settings) for name in names]

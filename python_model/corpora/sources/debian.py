@@ -1,7 +1,7 @@
-"""Packages of the Debian archive this machine uses: one-line summary and full description, one binary package per source.
+"""Packages of this machine's Debian archive: one-line summary and full description, one binary package per source package.
 
-Source: apt's package index with English descriptions, brought into the cache folder; apt's own lists are left alone. The texts
-are under the packages' licences: build with them, do not bundle them.
+Source: apt's package index with English descriptions, downloaded into the cache folder; apt's own lists are not touched. The
+texts are under the packages' licences: build with them, but do not redistribute them.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def fetch_index(cache: Path) -> tuple[str, str]:
     """The texts of the largest index of packages and of its English descriptions.
 
     Raises:
-        SourceError: there is no apt here, it cannot reach the archive, or the archive is not Debian's kind.
+        SourceError: apt is missing or cannot reach the archive, or the archive is not a Debian archive.
     """
     require_apt("debian")
     folder = cache / "apt"
     options = ["-o", f"Dir::State::lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"]
     options += ["-o", "Acquire::Languages=en"]
     targets = _targets(options)
-    if len(targets) < 2:  # not brought yet
+    if len(targets) < 2:  # not downloaded yet
         for part in ("lists/partial", "cache/archives/partial"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         run(["apt-get", "-q", "update", *options], "debian")
@@ -80,7 +80,7 @@ def read_debian(packages: str, descriptions: str) -> list[Package]:
 
 
 def _targets(options: list[str]) -> dict[str, Path]:
-    """The largest brought index file of each kind in component main."""
+    """The largest downloaded index file of each kind in component main."""
     command = ["apt-get", "indextargets", "--format", "$(CREATED_BY)\t$(COMPONENT)\t$(FILENAME)", *options]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     found: dict[str, Path] = {}
@@ -94,7 +94,7 @@ def _targets(options: list[str]) -> dict[str, Path]:
 
 
 def _text(path: Path) -> str:
-    """An index, however apt compressed it."""
+    """An index, whatever its compression."""
     answer = subprocess.run([_HELPER, "cat-file", str(path)], capture_output=True, check=False)
     if answer.returncode:
         raise SourceError(f"debian: {_HELPER} cannot read {path}: {answer.stderr.decode().strip()}")
@@ -102,7 +102,7 @@ def _text(path: Path) -> str:
 
 
 def _entries(text: str) -> Iterator[dict[str, str]]:
-    """The paragraphs of a control file, field by field; a field's further lines are joined by newlines."""
+    """The paragraphs of a control file as fields; continuation lines are joined by newlines."""
     for paragraph in text.split("\n\n"):
         entry: dict[str, str] = {}
         field = ""

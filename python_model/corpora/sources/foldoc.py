@@ -1,7 +1,7 @@
 """The Free On-line Dictionary of Computing.
 
-Source: the Debian package ``dict-foldoc``; the texts are under the GNU Free Documentation License: build with them, do not
-bundle them.
+Source: the Debian package ``dict-foldoc``; the texts are under the GNU Free Documentation License: build with them, but do
+not redistribute them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Term:
 
 
 def read_foldoc(package: bytes) -> list[Term]:
-    """The entries that define something in at least 60 characters, without dates, links and markup."""
+    """The entries with a definition of at least 60 characters, without dates, links and markup."""
     files = deb_files(package, ("foldoc.dict.dz", "foldoc.index"))
     text = gzip.decompress(files["foldoc.dict.dz"])
     entries: dict[str, list[str]] = defaultdict(list)
@@ -48,7 +48,7 @@ def read_foldoc(package: bytes) -> list[Term]:
 
 
 def _number(digits: str) -> int:
-    """A number as dictd's index writes it: base 64, most significant digit first."""
+    """A number in dictd's index: base 64, most significant digit first."""
     value = 0
     for digit in digits:
         value = value * 64 + _DIGITS.index(digit)
@@ -56,7 +56,7 @@ def _number(digits: str) -> int:
 
 
 def _plain(body: str) -> str:
-    """An entry's paragraphs, a line each."""
+    """An entry's paragraphs, one per line."""
     body = re.sub(r"^\s*(<[^>]*>\s*)+", "", body)  # subjects: <programming>
     body = re.sub(r"^\s*\(([A-Z]{2,}[^)]*)\)\s*", "", body)  # abbreviations of the head word
     body = re.sub(r"\n\s*\(\d{4}-\d\d-\d\d\)\s*", "\n", body)

@@ -1,4 +1,4 @@
-"""Packages fetched by name with the user's own pip and apt settings, kept in the cache, checked by SHA-256 where pinned."""
+"""Packages downloaded by name with the user's own pip and apt settings, cached, and checked by SHA-256 where pinned."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 
 
 class SourceError(RuntimeError):
-    """A source cannot be had or read; the message says which, why, and what to do."""
+    """A source cannot be obtained or read; the message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel pinned by version and SHA-256, and the options with which pip brings it on any machine.
+    """A wheel pinned by version and SHA-256, and the options with which pip downloads it on any machine.
 
-    ``file``: its name, where it has to be the same everywhere.
+    ``file``: its name, if it must be the same everywhere.
     """
 
     requirement: str
@@ -33,12 +33,12 @@ class Wheel:
 
     @property
     def pattern(self) -> str:
-        """Its file name, whatever its tags."""
+        """A pattern of its file name, whatever its tags."""
         return self.file or self.requirement.replace("-", "_").replace("==", "-") + "-*.whl"
 
 
 def sha256_of(path: Path) -> str:
-    """The file's SHA-256, as hexadecimal digits."""
+    """The file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -50,7 +50,7 @@ def read_checked(path: Path, sha256: str) -> bytes:
     """The file's bytes.
 
     Raises:
-        SourceError: they are not those of the version named here.
+        SourceError: they are not those of the pinned version.
     """
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
@@ -59,10 +59,10 @@ def read_checked(path: Path, sha256: str) -> bytes:
 
 
 def fetch_wheel(wheel: Wheel, cache: Path, *, quiet: bool = True) -> Path:
-    """The wheel, from ``cache`` or by ``pip download`` with the user's own settings (so no address stands here).
+    """The wheel, from ``cache`` or by ``pip download`` with the user's own settings (no URL is hard-coded).
 
     Raises:
-        SourceError: pip cannot get it, or it is another file; nothing is kept then.
+        SourceError: pip cannot download it, or it is a different file; then nothing is kept.
     """
     cache.mkdir(parents=True, exist_ok=True)
     for path in cache.glob(wheel.pattern):
@@ -85,7 +85,7 @@ def fetch_deb(name: str, cache: Path, version: str = "") -> Path:
     """The Debian package's file, from ``cache`` or by ``apt-get download``; ``version`` may end in ``*``.
 
     Raises:
-        SourceError: there is no apt here, or it cannot get the package.
+        SourceError: apt is missing, or cannot download the package.
     """
     cache.mkdir(parents=True, exist_ok=True)
     if found := sorted(cache.glob(f"{name}_*.deb")):
@@ -94,25 +94,25 @@ def fetch_deb(name: str, cache: Path, version: str = "") -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         run(["apt-get", "-q", "download", f"{name}={version}" if version else name], name, cwd=folder)
         if not (found := sorted(Path(folder).glob(f"{name}_*.deb"))):
-            raise SourceError(f"{name}: apt-get download brought no package")
+            raise SourceError(f"{name}: apt-get download produced no package")
         return found[-1].rename(cache / found[-1].name)
 
 
 def require_apt(name: str) -> None:
-    """Say what is missing where a source needs apt.
+    """Check that apt is available.
 
     Raises:
-        SourceError: this is no machine with apt.
+        SourceError: this machine has no apt.
     """
     if shutil.which("apt-get") is None:
-        raise SourceError(f"{name}: it comes as a Debian package and there is no apt-get here; leave the source out")
+        raise SourceError(f"{name}: it is a Debian package, and this machine has no apt-get; leave the source out")
 
 
 def deb_files(package: bytes, wanted: Iterable[str]) -> dict[str, bytes]:
-    """Files of a Debian package by name, wherever they lie in it.
+    """Files of a Debian package by name, wherever they are in it.
 
     Raises:
-        SourceError: one of them is not there, or the package is packed in a way that this Python cannot read.
+        SourceError: one of them is missing, or this Python cannot read the package's compression.
     """
     names = set(wanted)
     found: dict[str, bytes] = {}
@@ -126,22 +126,22 @@ def deb_files(package: bytes, wanted: Iterable[str]) -> dict[str, bytes]:
                     for member in archive:
                         if Path(member.name).name in names and (file := archive.extractfile(member)):
                             found[Path(member.name).name] = file.read()
-            except tarfile.ReadError as error:  # Ubuntu packs with zstd, which Python reads from 3.14 on
+            except tarfile.ReadError as error:  # Ubuntu compresses with zstd, which Python supports since 3.14
                 raise SourceError(f"the package's {name} cannot be read ({error}); leave the source out") from error
         position += size + size % 2
     if missing := sorted(names - found.keys()):
-        raise SourceError(f"the package has no file {missing[0]!r}: another version than is read here")
+        raise SourceError(f"the package has no file {missing[0]!r}: an unsupported version")
     return found
 
 
 def run(command: Sequence[str], what: str, cwd: str | None = None) -> None:
-    """Run pip or apt; their messages go to stderr, stdout is for results.
+    """Run pip or apt; their messages go to stderr, since stdout is for results.
 
     Raises:
         SourceError: it failed.
     """
-    # a broken connection continues where it stopped in pip versions that know this; others ignore it
+    # newer versions of pip resume after a broken connection; others ignore this
     environment = {"PIP_RESUME_RETRIES": "5", **os.environ}
     code = subprocess.run(command, cwd=cwd, stdout=2, env=environment, check=False).returncode
     if code:
-        raise SourceError(f"{what}: {command[0]} ended with exit status {code}, its message is above")
+        raise SourceError(f"{what}: {command[0]} failed with exit status {code}; its message is above")

@@ -1,6 +1,6 @@
-"""Functions of Python packages: what the first paragraph of a docstring says, and the code without the docstring.
+"""Functions of Python packages: the first paragraph of the docstring, and the code without the docstring.
 
-Source: wheels, pinned by SHA-256 and so the same everywhere (the standard library differs with each patch release of Python).
+Source: wheels, pinned by SHA-256 and so identical everywhere (the standard library changes with each patch release of Python).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WHEELS = (
     Wheel("sympy==1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"),
     Wheel("toolz==1.1.0", "15ccc861ac51c53696de0a5d6d4607f99c210739caf987b5d2054f3efed429d8"),
 )
-"""Pure Python and BSD licensed: what the bundled sample is made of."""
+"""Pure Python, BSD licensed: the source of the bundled sample."""
 LARGE_WHEELS = (
     Wheel(
         "numpy==2.3.5",
@@ -36,7 +36,7 @@ LARGE_WHEELS = (
         (*_CP312, "--platform", "manylinux2014_x86_64"),
     ),
 )
-"""BSD licensed; only their Python files are read, so the platform they are built for does not matter."""
+"""BSD licensed; only their Python files are read, so their platform does not matter."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _sources(wheel: bytes) -> Iterator[tuple[str, ast.Module, list[str]]]:
     """(path, syntax tree, lines) of a wheel's own modules."""
     archive = zipfile.ZipFile(io.BytesIO(wheel))
     for path in sorted(archive.namelist()):
-        # parsing and multipledispatch came to sympy from other projects with licences of their own
+        # sympy's parsing and multipledispatch come from other projects with their own licences
         if not path.endswith(".py") or re.search(r"/(tests?|testing|conftest|sandbox|parsing|multipledispatch)", path):
             continue
         source = archive.read(path).decode()
@@ -78,52 +78,54 @@ def _functions(body: list[ast.stmt], scope: str = "") -> Iterator[tuple[str, ast
 
 
 def read_functions(wheels: Iterable[bytes]) -> list[Function]:
-    """Public top-level functions that are short and described in plain words; each name, description and code once."""
-    found: list[Function] = []
-    seen: set[str] = set()
-    for wheel in wheels:
-        for path, tree, lines in _sources(wheel):
+    """Public top-level functions that are short and described in plain words; each key, description and code once."""
+
+    def candidates() -> Iterator[Function]:
+        for path, tree, lines in (module for wheel in wheels for module in _sources(wheel)):
             for node in tree.body:
-                if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or node.name.startswith("_"):
-                    continue
-                description, kept = _described(node, lines)
-                code = "\n".join(line.rstrip() for line in kept if line.strip())
-                key = f"python:{path}:{node.name}"
-                if (
-                    not 5 <= len(description.split()) <= 30
-                    or not (description + code).isascii()
-                    or re.search(r">>>|:math:|\$|\\|deprecat|[{}]", description)
-                    or not 3 <= code.count("\n") + 1 <= 16
-                    or len(code) > 360
-                    or UNSUITABLE.search(description)
-                    or seen & {key, description.lower(), code}
-                ):
-                    continue
-                seen |= {key, description.lower(), code}
-                found.append(Function(key, node.name, description, code))
-    return found
+                if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and not node.name.startswith("_"):
+                    description, kept = _described(node, lines)
+                    code = "\n".join(line.rstrip() for line in kept if line.strip())
+                    yield Function(f"python:{path}:{node.name}", node.name, description, code)
+
+    return _distinct(
+        function
+        for function in candidates()
+        if 5 <= len(function.description.split()) <= 30
+        and (function.description + function.code).isascii()
+        and not re.search(r">>>|:math:|\$|\\|deprecat|[{}]", function.description)
+        and 3 <= function.code.count("\n") + 1 <= 16
+        and len(function.code) <= 360
+    )
 
 
 def read_all_functions(wheels: Iterable[bytes]) -> list[Function]:
-    """Functions and methods with a description of 4 to 60 words and 3 to 60 lines; each name, description and code once."""
+    """Functions and methods with a description of 4 to 60 words and 3 to 60 lines; each key, description and code once."""
+
+    def candidates() -> Iterator[Function]:
+        for path, tree, lines in (module for wheel in wheels for module in _sources(wheel)):
+            for name, node in _functions(tree.body):
+                if len(node.body) > 1:
+                    description, kept = _described(node, lines)
+                    code = textwrap.dedent("\n".join(kept)).strip()
+                    yield Function(f"python:{path}:{name}", node.name, description, code)
+
+    return _distinct(
+        function
+        for function in candidates()
+        if 4 <= len(function.description.split()) <= 60
+        and function.description.isascii()
+        and 3 <= function.code.count("\n") + 1 <= 60
+    )
+
+
+def _distinct(functions: Iterable[Function]) -> list[Function]:
+    """The functions with a suitable description, each key, description and code once."""
     found: list[Function] = []
     seen: set[str] = set()
-    for wheel in wheels:
-        for path, tree, lines in _sources(wheel):
-            for name, node in _functions(tree.body):
-                if len(node.body) < 2:
-                    continue
-                description, kept = _described(node, lines)
-                code = textwrap.dedent("\n".join(kept)).strip()
-                key = f"python:{path}:{name}"
-                if (
-                    not 4 <= len(description.split()) <= 60
-                    or not 3 <= code.count("\n") + 1 <= 60
-                    or not description.isascii()
-                    or UNSUITABLE.search(description)
-                    or seen & {key, description.lower(), code}
-                ):
-                    continue
-                seen |= {key, description.lower(), code}
-                found.append(Function(key, node.name, description, code))
+    for function in functions:
+        marks = {function.key, function.description.lower(), function.code}
+        if not UNSUITABLE.search(function.description) and not seen & marks:
+            seen |= marks
+            found.append(function)
     return found

@@ -1,6 +1,6 @@
 """WordNet 3.0: senses with their words, definition and example sentences.
 
-Source: the Debian package ``wordnet-base``; its licence allows use and distribution with its notice kept.
+Source: the Debian package ``wordnet-base``; its licence allows use and redistribution with the notice kept.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Synset:
     gloss: str
     examples: tuple[str, ...]
     groups: tuple[str, ...]  # synsets above it, or similar ones for an adjective: members of one group are siblings
-    common: bool  # its first word was met in this sense in a sense-tagged text
-    instance_of: tuple[str, ...] = ()  # of a person or a place: what it is an instance of
-    known_name: bool = False  # an instance whose name was met in this sense in a sense-tagged text
+    common: bool  # its first word occurs with this sense in a sense-tagged text
+    instance_of: tuple[str, ...] = ()  # for a person or a place: what it is an instance of
+    known_name: bool = False  # an instance whose name occurs with this sense in a sense-tagged text
 
     @property
     def query(self) -> str:
@@ -68,7 +68,7 @@ class Synset:
 
 
 def fetch_wordnet(cache: Path) -> Path:
-    """A folder with the database files, unpacked from the Debian package."""
+    """A folder with the database files, extracted from the Debian package."""
     folder = cache / "wordnet-3.0"
     if not all((folder / name).is_file() for name in WORDNET_SHA256):
         files = deb_files(fetch_deb("wordnet-base", cache, "1:3.0*").read_bytes(), WORDNET_SHA256)
@@ -81,7 +81,7 @@ def fetch_wordnet(cache: Path) -> Path:
 def read_wordnet(folder: Path) -> dict[str, Synset]:
     """Synsets by key."""
     files = {name: read_checked(folder / name, sha).decode() for name, sha in WORDNET_SHA256.items()}
-    common: set[tuple[str, str]] = set()  # (word, synset) met in tagged text
+    common: set[tuple[str, str]] = set()  # (word, synset) found in tagged text
     for name, part in PART_OF_SPEECH.items():
         for line in files[f"index.{name}"].splitlines():
             if line.startswith(" "):

@@ -33,7 +33,7 @@ def test_scored_pairs_are_refused_until_a_threshold_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "sts.jsonl", *({"sentence1": "a", "sentence2": f"b{n}", "score": n} for n in range(6)))
-    with pytest.raises(SystemExit, match="no row can be used"):
+    with pytest.raises(SystemExit, match="no usable rows"):
         main([str(file), str(tmp_path / "out.jsonl")])
     assert "which are positives?" in capsys.readouterr().out
     main([str(file), str(tmp_path / "out.jsonl"), "--positive-score", "4"])

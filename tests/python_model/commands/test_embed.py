@@ -35,12 +35,12 @@ def test_a_killed_run_goes_on_where_it_stopped(
         with pytest.raises(SystemExit, match="130"):
             embed.COMMAND(arguments)
     assert not (tmp_path / "v.npy").exists()
-    with pytest.raises(SystemExit, match="interrupted run of other texts or settings"):
+    with pytest.raises(SystemExit, match="interrupted run with other texts or settings"):
         embed.COMMAND([*arguments, "--instruction", "other"])
     capsys.readouterr()
     embed.COMMAND(arguments)
     printed = capsys.readouterr()
-    assert "going on after 6 of 10 texts" in printed.err and "10 vectors of size" in printed.out
+    assert "resuming after 6 of 10 texts" in printed.err and "10 vectors of size" in printed.out
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), np.load(tmp_path / "whole.npy"), atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "v.npy", "whole.npy"]
 

@@ -345,11 +345,11 @@ def test_bad_options_and_missing_packages_are_named_and_leave_no_folder(
         grit_data([str(tmp_path / "data"), "--negatives", "0"])
     with pytest.raises(SystemExit, match="held-out: expected .*, got 60"):
         grit_data([str(tmp_path / "data"), "--held-out", "60"])
-    with pytest.raises(SystemExit, match="exists; choose another folder or add --overwrite"):
+    with pytest.raises(SystemExit, match="exists; choose another folder or pass --overwrite"):
         grit_data([str(tmp_path)])
     monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit, match="foldoc: it comes as a Debian package and there is no apt-get here"):
+    with pytest.raises(SystemExit, match="foldoc: it is a Debian package, and this machine has no apt-get"):
         grit_data([str(tmp_path / "data"), "--sources", "foldoc"])
     assert not (tmp_path / "data").exists()
 

@@ -117,7 +117,7 @@ def test_a_broken_row_is_refused_with_its_file_and_line(tmp_path: Path, name: st
 
 
 def test_two_kinds_in_one_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.jsonl:2: another kind of row than at .*data.jsonl:1"):
+    with pytest.raises(DataError, match=r"data.jsonl:2: expected a row of the same kind as .*data.jsonl:1"):
         read_rows(write(tmp_path / "data.jsonl", EMBEDDING, GENERATIVE))
 
 
@@ -138,7 +138,7 @@ def test_the_other_kind_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
 def test_a_corpus_has_unique_keys_and_texts(tmp_path: Path) -> None:
     file = write(tmp_path / "corpus.jsonl", {"key": "a", "text": "one"}, {"key": "b", "text": "one"})
     assert read_corpus(file) == [Passage("a", "one"), Passage("b", "one")]
-    with pytest.raises(DataError, match=r"c.jsonl:2: the key 'a' stands already at .*c.jsonl:1"):
+    with pytest.raises(DataError, match=r"c.jsonl:2: duplicate key 'a', also at .*c.jsonl:1"):
         read_corpus(write(tmp_path / "c.jsonl", {"key": "a", "text": "one"}, {"key": "a", "text": "two"}))
     with pytest.raises(DataError, match=r"d.jsonl:1: the column 'key' is missing"):
         read_corpus(write(tmp_path / "d.jsonl", {"text": "one"}))

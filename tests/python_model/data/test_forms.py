@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scores of one side": ({**FLAG, "pos_scores": [1, 2]}, "expected both or none"),
     "a column of another form": (
         {**FLAG, "negative": "x"},
-        "column 'negative' has no meaning in rows of the form 'grit'",
+        "column 'negative' has no meaning in this row's format 'grit'",
     ),
     "a score beside passages": ({**FLAG, "score": 0.5}, "column 'score' has no meaning"),
     "a misspelt column": ({**FLAG, "pos_score": [1, 2]}, "unknown column 'pos_score': did you mean 'pos_scores'?"),
@@ -157,7 +157,7 @@ def test_what_cannot_be_read_rightly_is_refused(tmp_path: Path, name: str) -> No
 def test_pairs_with_a_score_need_a_threshold(tmp_path: Path) -> None:
     pair = {"sentence1": "a", "sentence2": "b", "score": 4.2}
     assert row(tmp_path, pair, positive_score=4.0) == EmbeddingRow(PlainText("", "a"), plain("b"), dataset="x")
-    with pytest.raises(DataError, match=r"score 4.2 is below 4.5: no positive"):
+    with pytest.raises(DataError, match=r"score 4.2 is below 4.5: not a positive"):
         row(tmp_path, pair, positive_score=4.5)
 
 

@@ -230,7 +230,7 @@ def test_the_command_chats_answers_files_and_prints_json(
     COMMAND([*base, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--json"])
     assert json.loads(capsys.readouterr().out)["answered"] == 1
     assert json.loads((tmp_path / "out.jsonl").read_text())["reply"] == first["reply"]
-    with pytest.raises(SystemExit, match="--input and --output go together"):
+    with pytest.raises(SystemExit, match="--input, --output: expected both or none"):
         COMMAND([*base, "--input", "x"])
     with pytest.raises(SystemExit, match="top_p"):
         COMMAND([*base, "--prompt", "x", "--top-p", "2"])

@@ -23,10 +23,8 @@ from python_model.model.prompts import (
     encode_text,
     escape,
 )
+from tests.python_model.model.texts import TEXTS
 
-TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40).filter(
-    lambda s: s.strip() != ""
-)
 RELAXED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

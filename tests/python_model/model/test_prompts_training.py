@@ -21,10 +21,8 @@ from python_model.model.prompts import (
     encode_text,
     escape,
 )
+from tests.python_model.model.texts import TEXTS
 
-TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).filter(
-    lambda s: s.strip() != ""
-)
 TURNS = st.lists(TEXTS, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0)
 RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

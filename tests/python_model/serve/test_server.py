@@ -228,7 +228,7 @@ def test_the_address_of_a_server_without_a_key_is_this_machines_own(tmp_path: Pa
             check_address(host, [])
         check_address(host, ["key"])
     (tmp_path / "keys").write_text("\n")
-    with pytest.raises(ValueError, match="^--api-key-file: expected a key per line"):
+    with pytest.raises(ValueError, match="^--api-key-file: expected one key per line"):
         api_keys(tmp_path / "keys")
     (tmp_path / "keys").write_text("a\nb\n")
     assert api_keys(tmp_path / "keys") == ["a", "b"]
@@ -418,4 +418,4 @@ def test_an_embedding_model_serves_texts_alone(checkpoint: Path) -> None:
         assert vector == pytest.approx(model.encode("a city", instruction=embed_instruction("")), abs=1e-5)
         for path, body in ((CHAT, question()), ("/v1/rerank", {"query": "x", "documents": ["y"]})):
             found = post(running, path, body)
-            assert found.status_code == 400 and "does not generate" in error_of(found)["message"]
+            assert found.status_code == 400 and "expected one that generates" in error_of(found)["message"]

@@ -53,7 +53,7 @@ def test_an_array_is_there_whole_or_not_at_all_and_goes_on(tmp_path: Path) -> No
     first.append(values[2:3])
     del first
     assert not path.exists()
-    with pytest.raises(ValueError, match="output: .*holds an interrupted run of other texts"):
+    with pytest.raises(ValueError, match="output: .*holds an interrupted run with other texts"):
         ResumableArray(path, 6, "other")
     second = ResumableArray(path, 6, "key")
     assert second.done == 3
