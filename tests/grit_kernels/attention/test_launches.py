@@ -95,6 +95,19 @@ def test_a_shared_plan_changes_no_bit(staircase: bool) -> None:
     assert len(plans) == 2
 
 
+def test_opcheck_accepts_the_ops_that_take_a_plan() -> None:
+    pack, problem = pack_and_problem(staircase=True)
+    q, k, v = tensors(pack.tokens)
+    ops, utils = torch.ops.grit_kernels, ("test_schema", "test_autograd_registration", "test_faketensor")
+    plain = [x.detach() for x in (q, k, v)]
+    torch.library.opcheck(ops.attention_plan.default, (*plain[:2], True, *problem.flat()), test_utils=utils)
+    plan = ops.attention_plan(*plain[:2], True, *problem.flat())
+    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, plan, *problem.flat()), test_utils=utils)
+    out, lse = ops.attention_forward_planned(*plain, plan, *problem.flat())
+    arguments = (torch.randn_like(out), None, *plain, out, lse, plan, *problem.flat())
+    torch.library.opcheck(ops.attention_backward_planned.default, arguments, test_utils=utils)
+
+
 @pytest.mark.parametrize("staircase", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
