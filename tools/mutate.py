@@ -331,7 +331,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
         return
 
     sources = python_mutants(root)
-    cpp = [keyed(edit, (root / edit.file).read_text(encoding="utf-8")) for edit in mutate_cpp.edits(root)]
+    found = mutate_cpp.edits(root) if options.cpp else []
+    cpp = [keyed(edit, (root / edit.file).read_text(encoding="utf-8")) for edit in found]
     mutants = draw(sources, cpp, options.count, options.cpp, options.seed)
     mutants = [mutant for mutant in mutants if mutant.edit.file.startswith(options.only)]
     log = JsonLines(work / "log.jsonl")

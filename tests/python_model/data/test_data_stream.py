@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from python_model.data.encoding import RowEncoder
 from python_model.data.reading import read_rows
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText, PlainText
 from python_model.data.stream import StepSamples, TrainingStream, check_data, open_stream
+from python_model.data.token_cache import tokenizer_fingerprint
 from python_model.model.few_shot import few_shot_instruction
 from python_model.model.prompts import IGNORE_INDEX, TooLong, embed_instruction, encode_text
 from python_model.settings import GritSettings
@@ -467,3 +469,18 @@ def test_a_rank_reads_its_own_rows_and_those_whose_query_is_repeated(tokenizer: 
     assert [n for part in parts for n in part.query_ids] == whole.query_ids
     ids = {origin: number for origin, number in zip(whole.query_origins, whole.query_ids, strict=True)}
     assert len(set(ids.values())) == 30 and ids[f"{tmp_path}/e.jsonl:4"] == ids[f"{tmp_path}/e.jsonl:31"]
+
+
+def test_cached_tokens_belong_to_what_determines_the_ids_and_to_nothing_else(tokenizer: Any) -> None:
+    """A call with padding and truncation leaves both in the tokenizer's state; the next run must find its texts all the same."""
+    other = copy.deepcopy(tokenizer)
+    before = tokenizer_fingerprint(other)
+    other(["a text", "a text that is longer"], padding="max_length", truncation=True, max_length=5)
+    assert json.loads(other.backend_tokenizer.to_str())["truncation"] is not None
+    assert tokenizer_fingerprint(other) == before
+    other.bos_token = "</s>"
+    assert tokenizer_fingerprint(other) != before
+    other.bos_token = "<s>"
+    assert tokenizer_fingerprint(other) == before
+    other.add_tokens(["capital of"])
+    assert tokenizer_fingerprint(other) != before
