@@ -95,6 +95,13 @@ CPU = (
         " --record {record}",
         "--dtype bfloat16 --record {record}",
     ),
+    Benchmark(
+        "serve_cpu",
+        "bench.serve",
+        "--systems 'one server' --loads 100 --seconds 20 --patience 20 --record {record}",
+        "--record {record}",
+        120,
+    ),
 )
 CUDA = (
     Benchmark(

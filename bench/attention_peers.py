@@ -23,6 +23,10 @@ import grit_kernels as gk
 from grit_kernels.visibility import key_range
 
 Run = Callable[[], Tensor]
+DIFFERS = "differs"
+"""How the reason begins why a peer that computes something else has no time."""
+LARGEST_ERROR = 0.02
+"""Of a peer's result, as a norm relative to that of this package's result."""
 NO_KERNEL = ("No available kernel", "No viable backend")
 """What SDPA says where the one kernel it may use does not support the problem."""
 
@@ -80,7 +84,7 @@ class Problem:
     v: Tensor = field(init=False)
     prepare_seconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    """Error of each peer that could not solve the problem."""
+    """Why a peer has no time: the error that it raised, or how far its result is from this package's."""
 
     def __post_init__(self) -> None:
         r = self.regime
@@ -283,15 +287,17 @@ def torch_varlen(p: Problem) -> Run | None:
     return _per_group(p, launch)
 
 
-def flash_attn(p: Problem) -> Run | None:
-    if p.device != "cuda" or importlib.util.find_spec("flash_attn") is None:
+def flash_attn(p: Problem, module: str = "flash_attn") -> Run | None:
+    """flash-attn's varlen form, wherever ``module`` imports: a launch for the causal and one for the bidirectional samples."""
+    if importlib.util.find_spec(module) is None:
         return None
-    from flash_attn import flash_attn_varlen_func
+    flash_attn_varlen_func = importlib.import_module(module).flash_attn_varlen_func
 
     def launch(
         q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_q: Tensor, cu_k: Tensor, longest: tuple[int, int]
     ) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, causal=causal, window_size=p.regime.window)
+        out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, causal=causal, window_size=p.regime.window)
+        return out[0] if isinstance(out, tuple) else out  # some versions return more than the output
 
     return _per_group(p, launch)
 
@@ -382,6 +388,7 @@ PEERS: dict[str, Callable[[Problem], Run | None]] = {
     "sdpa split flash": lambda p: sdpa_split(p, SDPBackend.FLASH_ATTENTION) if p.device == "cuda" else None,
     "torch varlen": torch_varlen,
     "flash-attn": flash_attn,
+    "flash-attn 3": lambda p: flash_attn(p, "flash_attn_interface"),
     "flex": flex,
     "matmul only": matmul,
 }

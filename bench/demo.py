@@ -19,6 +19,7 @@ from typing import Any
 
 from bench import common
 from python_model.commands import demo
+from python_model.support.quiet import quiet
 
 MEAN_NDCG = 0.50
 LOSS_DROP = 0.2
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--record", default="demo_seeds_cpu.json", help="file in bench/results")
     arguments = parser.parse_args(argv)
+    quiet()
     results = {seed: result(arguments.output_dir / f"seed-{seed}", arguments.steps, seed) for seed in arguments.seeds}
     rows = rows_of(results, arguments.steps)
     print(common.table(rows, COLUMNS))

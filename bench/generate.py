@@ -18,6 +18,7 @@ from bench.common import interleave, machine, medians, ratios, table, write_reco
 from python_model.corpora.small_model import resolve_model
 from python_model.generate.decode import decode
 from python_model.generate.states import TextStates
+from python_model.support.quiet import quiet
 
 
 def variants(plain: Any, patched: Any, batch: int, context: int, new: int) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
     arguments = parser.parse_args()
+    quiet()
     from transformers import AutoModelForCausalLM
 
     path, dtype = str(resolve_model(arguments.model)), getattr(torch, arguments.dtype)

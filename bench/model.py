@@ -37,6 +37,7 @@ from python_model import GritLM
 from python_model.corpora.small_model import fetch_small_model
 from python_model.data import sample_dir
 from python_model.model.prompts import EMBED
+from python_model.support.quiet import quiet
 
 SHORTEST, LONGEST = 8, 512
 PACKED, UNFUSED, TWO_PASSES = "packed", "packed, not fused", "sdpa, two padded passes"
@@ -185,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", default="model_cpu.json", help="file in bench/results")
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args(argv)
+    quiet()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = str(fetch_small_model())

@@ -8,6 +8,7 @@ GPU: of a copy). Memory is how far a call raises the peak: its intermediate valu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ COLUMNS = [
     "memory_mb",
 ]
 
+NAMES = (
+    *("grit_kernels", "grit_kernels, fused norm", "slice mean", "masked mean"),
+    *("masked mean, torch.compile", "grit_kernels, fused norm, backward"),
+)
+"""The variants, this package first."""
+
 
 def slice_mean(hidden: Tensor, starts: list[int], skips: list[int]) -> Tensor:
     """What one writes first: a mean per sample in a Python loop, in FP32."""
@@ -53,7 +60,15 @@ def masked_mean(padded: Tensor, mask: Tensor) -> Tensor:
     return (padded * weights).sum(1) / weights.sum(1)
 
 
-def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+def pooled_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """What :func:`variants` read at least."""
+    tokens, hidden, samples = shape
+    length = tokens // samples
+    return (length - length // 8) * samples * hidden * dtype.itemsize
+
+
+def variants(device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """What pools ``shape`` = tokens, hidden, samples, an eighth of each sample left out as its instruction."""
     tokens, hidden, samples = shape
     length = tokens // samples
     starts = [i * length for i in range(samples + 1)]
@@ -66,9 +81,7 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
     leaf = x.clone().requires_grad_()
     loss = gk.pool(leaf, cu_seqlens=cu, instruction_lens=skip, norm_weight=weight).sum()
     compiled = torch.compile(masked_mean)
-    ceiling, moved = (copy_ceiling if device == "cuda" else read_ceiling)(device)
-    variants = {
-        "ceiling": ceiling,
+    return {
         "grit_kernels": lambda: gk.pool(x, cu_seqlens=cu, instruction_lens=skip),
         "grit_kernels, fused norm": lambda: gk.pool(x, cu_seqlens=cu, instruction_lens=skip, norm_weight=weight),
         "slice mean": lambda: slice_mean(x, starts, skips),
@@ -76,16 +89,22 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
         "masked mean, torch.compile": lambda: compiled(x.view(samples, length, hidden), mask),
         "grit_kernels, fused norm, backward": lambda: torch.autograd.grad(loss, leaf, retain_graph=True),
     }
+
+
+def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    tokens, hidden, samples = shape
+    ceiling, moved = (copy_ceiling if device == "cuda" else read_ceiling)(device)
+    runs = {"ceiling": ceiling, **variants(device, shape, dtype)}
     # the input may fit into the cache: without this, what runs after the ceiling would read memory and the others would not
     evict, _ = read_ceiling(device, 256)
-    seconds = interleave(variants, repeats, synchronizer(device), before=evict)
+    seconds = interleave(runs, repeats, synchronizer(device), before=evict)
     middle, relative = medians(seconds), ratios(seconds, "grit_kernels")
     memory = {}
-    for name, run in variants.items():
+    for name, run in runs.items():
         peak = growth(device)
         run()
         memory[name] = peak()
-    pooled = (tokens - sum(skips)) * hidden * x.element_size()
+    pooled = pooled_bytes(shape, dtype)
     rows = []
     for name, time in middle.items():
         bytes_moved = moved if name == "ceiling" else pooled * (2 if name.endswith("backward") else 1)

@@ -25,6 +25,7 @@ from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG, open_store
 from python_model.rag.index import add_documents, open_index
 from python_model.rag.modes import MODES, Document
+from python_model.support.quiet import quiet
 
 BASE = "document_first"
 """What the others are compared with: plain retrieval."""
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
     arguments = parser.parse_args()
+    quiet()
     modes = list(dict.fromkeys([BASE, *arguments.modes]))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,27 @@ HEADER = """# Benchmarks
 Written by `python -m bench.report` from the records in `bench/results`, one folder per kind of machine. Variants of a table ran
 interleaved in one process on one machine; figures are medians. Compare ratios within a table, not figures between tables.
 `make bench` repeats the CPU ones in about 15 minutes and says what moved.
+
+## Time one kernel yourself
+
+    pip install -e ".[bench]" --no-build-isolation
+    python -m pytest bench --benchmark-only -k "attention and mixed"           # a table per op and shape, a row per peer
+    python -m pytest bench --benchmark-only --benchmark-save before            # now change the kernel ..
+    python -m pytest bench --benchmark-only --benchmark-compare                # .. and compare with the run saved last
+
+These run on any machine, on its CUDA device where it has one; `--benchmark-compare-fail=median:10%` makes a slower median an
+error. A peer's result is compared with this package's before it is timed, and a peer that is not installed or has no kernel for
+a problem is skipped; `-rs` shows why. The peers:
+
+- attention, forward and backward: this package in one launch and in two; SDPA per sample, with a dense mask, and in a padded call
+  per mode (on a GPU also its cuDNN and flash kernels by name); torch's `varlen_attn`; compiled FlexAttention; flash-attn and
+  FlashAttention 3 in their varlen form, a launch per mode
+- contrastive loss: eager, eager with FP32 scores, `torch.compile`, Inf-CL
+- next-token loss: eager, `torch.compile`, torch's `linear_cross_entropy`, Liger, Cut Cross-Entropy
+- pooling: a mean per sample, a masked mean, the same under `torch.compile`
+- RMSNorm with a residual, SiLU gate: eager, `torch.compile`, Liger
+
+Each variant runs to its end before the next begins; published ratios come from `python -m bench`, whose variants take turns.
 """
 
 TITLES: dict[str, tuple[str, str]] = {
@@ -61,6 +82,10 @@ TITLES: dict[str, tuple[str, str]] = {
         "Answering from documents with the 135M model on a CPU",
         "16 new tokens. `of_plain_rag`: time over plain retrieval with the document first; `cached`, `read`: tokens from stored "
         "states, tokens read now.",
+    ),
+    "serve_cpu": (
+        "One server against two processes on a CPU",
+        "`load_per_cent`: of half a chat and 8 texts to embed per second, which arrive whatever the server does.",
     ),
     "rag_1b_cpu": (
         "The same with random weights of a 1.1B shape on a CPU",

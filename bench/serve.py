@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import table, write_records
+from python_model.support.quiet import quiet
 
 EMBEDDER = """
 import asyncio, sys
@@ -201,6 +203,16 @@ def two_processes(arguments: argparse.Namespace, checkpoint: str) -> Iterator[Ru
 
 
 SYSTEMS = {"one server": one_server, "two processes": two_processes}
+PACKAGES = {
+    "one server": ("httpx", "fastapi", "uvicorn", "prometheus_client"),
+    # the last three: transformers serve, of transformers[serving]
+    "two processes": ("httpx", "fastapi", "uvicorn", "sentence_transformers", "openai", "pydantic", "rich"),
+}
+
+
+def missing_packages(system: str) -> list[str]:
+    """Packages that a system needs and this Python does not have."""
+    return [name for name in PACKAGES[system] if importlib.util.find_spec(name) is None]
 
 
 def _transformers() -> str:
@@ -328,7 +340,7 @@ def row(name: str, per_cent: int, found: Measured, memory: float, arguments: arg
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
@@ -345,18 +357,24 @@ def main() -> None:
     parser.add_argument("--target-ms", type=float, default=100.0, help="grit serve's aim between tokens")
     parser.add_argument("--peer-batching", action="store_true", help="transformers serve --continuous-batching")
     parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    quiet()
     from python_model.corpora.small_model import resolve_model
 
     checkpoint = str(resolve_model(arguments.model))
     rows: list[dict[str, Any]] = []
     for per_cent in arguments.loads:
         for name in arguments.systems:
-            # a server of its own for each load: memory and what is kept start alike
-            with SYSTEMS[name](arguments, checkpoint) as running:
-                asyncio.run(load(running, arguments, 100, 5.0, seed=1))  # warms up
-                found = asyncio.run(load(running, arguments, per_cent, arguments.seconds, seed=2))
-                rows.append(row(name, per_cent, found, running.peak_memory(), arguments))
+            if missing := missing_packages(name):
+                rows.append(
+                    {"variant": name, "load_per_cent": per_cent, "note": f"not installed: {', '.join(missing)}"}
+                )
+            else:
+                # a server of its own for each load: memory and what is kept start alike
+                with SYSTEMS[name](arguments, checkpoint) as running:
+                    asyncio.run(load(running, arguments, 100, 5.0, seed=1))  # warms up
+                    found = asyncio.run(load(running, arguments, per_cent, arguments.seconds, seed=2))
+                    rows.append(row(name, per_cent, found, running.peak_memory(), arguments))
             print(table(rows[-1:], [c for c in rows[-1] if c not in ("dtype", "threads", "reply_tokens")]), flush=True)
             if arguments.record:
                 write_records(arguments.record, rows)

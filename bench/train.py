@@ -37,6 +37,7 @@ from python_model import GritLM
 from python_model.corpora.small_model import resolve_model
 from python_model.data.config import BatchConfig
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.support.quiet import quiet
 from python_model.train.config import LossConfig
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
@@ -169,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", default="train_cpu.json", help="file in bench/results")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    quiet()
     if arguments.memory_of:
         _measure_memory(arguments.memory_of, arguments.seed)
         return

@@ -1,6 +1,10 @@
-"""The attention benchmark counts what it says, and refuses a variant that computes something else."""
+"""The attention benchmark counts what it says, and times no variant that computes something else."""
 
 from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,10 +77,15 @@ def test_a_fresh_read_covers_other_memory_each_time() -> None:
     assert size == 4096 and len({float(run()) for _ in range(16)}) == 16
 
 
-def test_a_variant_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attention_peers.PEERS, "sdpa loop", lambda p: lambda: 1.1 * attention_peers.grit(p)())
-    with gk.backend("reference"), pytest.raises(RuntimeError, match="sdpa loop on small"):
-        attention.variants(Problem(SMALL, "cpu"), ["grit", "sdpa loop"])
+@pytest.mark.parametrize("factor, error", [(1.1, "0.1"), (float("nan"), "inf")])
+def test_a_peer_that_computes_something_else_is_a_row_without_a_time_and_ends_nothing(
+    factor: float, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(attention_peers.PEERS, "sdpa loop", lambda p: lambda: factor * attention_peers.grit(p)())
+    with gk.backend("reference"):
+        rows = {r["variant"]: r for r in attention.measure(SMALL, "cpu", ["grit", "sdpa loop", "sdpa masked"], 1)}
+    assert rows["sdpa loop"]["note"] == f"differs from grit: relative error {error}" and "ms" not in rows["sdpa loop"]
+    assert rows["sdpa masked"]["ms"] > 0
 
 
 def test_a_peer_that_fails_is_a_row_that_says_why_and_this_package_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +119,50 @@ def test_a_kernel_that_this_torch_lacks_is_left_out_and_other_errors_are_not(mon
     monkeypatch.setattr(attention_peers, "_sdpa", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         attention_peers.sdpa_loop(problem, cudnn)
+
+
+FLASH_ATTN = """
+import torch
+import torch.nn.functional as F
+
+calls = []
+
+def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, window_size=(-1, -1)):
+    calls.append({"rows": len(q), "samples": len(cu_q) - 1, "longest": (max_q, max_k), "causal": causal, "window": window_size})
+    outs = []
+    for b in range(len(cu_q) - 1):
+        parts = (x[None, s[b] : s[b + 1]].transpose(1, 2) for x, s in ((q, cu_q), (k, cu_k), (v, cu_k)))
+        outs.append(F.scaled_dot_product_attention(*parts, is_causal=causal, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outs) if __name__ == "flash_attn" else (torch.cat(outs), None)
+"""
+
+
+@pytest.mark.parametrize("peer, module", [("flash-attn", "flash_attn"), ("flash-attn 3", "flash_attn_interface")])
+@pytest.mark.parametrize("backward", [False, True])
+def test_flash_attn_is_launched_once_per_mode_on_gathered_packs(
+    peer: str, module: str, backward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{module}.py").write_text(FLASH_ATTN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    lens, causal = (20, 7, 13), (True, False, True)
+    regime = Regime("x", lens, lens, causal, 4, 2, 32, dtype=torch.float32, backward=backward)
+    problem = Problem(regime, "cpu")
+    with gk.backend("reference"), torch.set_grad_enabled(backward):
+        assert peer in attention.variants(problem, ["grit", peer]), problem.failures
+    assert importlib.import_module(module).calls == [
+        {"rows": 33, "samples": 2, "longest": (20, 20), "causal": True, "window": (-1, -1)},
+        {"rows": 7, "samples": 1, "longest": (7, 7), "causal": False, "window": (-1, -1)},
+    ]
+    monkeypatch.delitem(sys.modules, module)
+
+
+def test_a_flash_attn_that_does_not_import_is_a_row_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    problem = Problem(SMALL, "cpu")
+    with gk.backend("reference"):
+        assert list(attention.variants(problem, ["grit", "flash-attn"])) == ["grit"]
+    assert problem.failures == {"flash-attn": "ImportError: undefined symbol"}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from bench import demo
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from bench import common, demo
 
 
 def found(ndcg: float, loss: float) -> dict[str, Any]:
@@ -36,3 +40,17 @@ def test_rows_hold_every_seed_its_yardsticks_and_the_mean() -> None:
         ("mean of 2 seeds", None),
     ]
     assert rows[-1]["ndcg_at_10"] == 0.55 and "next_token_loss" not in rows[1]
+
+
+def test_loading_and_saving_weights_draw_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[bool] = []
+
+    def result(folder: Path, steps: int, seed: int) -> dict[str, Any]:
+        shown.append(transformers_logging.is_progress_bar_enabled())
+        return found(0.55, 1.8)
+
+    monkeypatch.setattr(demo, "result", result)
+    monkeypatch.setattr(common, "write_records", lambda path, rows: path)
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    demo.main(["--seeds", "0"])
+    assert shown == [False]
