@@ -122,12 +122,15 @@ families: install  ## docs/families.md: what patch() does for each family, from 
 	$(BIN)/python -m tools.families_table
 	$(BIN)/python -m tools.families_sweep
 
-# on a machine with a CUDA device, with its own Python and torch; nothing is downloaded. Tests first, then the most valuable
-# benchmarks; run again, it goes on where it stopped
+# on a machine with a CUDA device, with its own Python and torch; nothing is downloaded. It ends by itself after nine minutes and,
+# run again, goes on where it stopped; `python -m bench.gpu --keep $(OUT)` makes the records the committed ones
 GPU_PYTHON ?= python3
-gpu:  ## tests and benchmarks on a CUDA device
-	$(GPU_PYTHON) -m pip install --no-deps --no-build-isolation --quiet -e .
-	$(GPU_PYTHON) -m bench --device cuda --keep --minutes 7
+OUT ?= gpu_results
+gpu:  ## correctness, tests and benchmarks on a CUDA device, the most valuable first
+	$(GPU_PYTHON) -m bench.gpu --out $(OUT)
+
+gpu-dry: install  ## the same on the CPU, tiny, with injected failures
+	$(BIN)/python -m bench.gpu --out $(OUT)-dry --dry-run
 
 # the package finds this build by GRIT_KERNELS_LIBRARY
 SANITIZED := build/asan

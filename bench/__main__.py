@@ -1,8 +1,7 @@
-"""Every benchmark in one command.
+"""Every benchmark on a CPU in one command; bench/gpu.py is that of a GPU.
 
     python -m bench                  about 15 minutes on 2 cores; compares with the committed records (make bench)
     python -m bench --full --keep    everything, and the records become the committed ones (make bench-full)
-    python -m bench --device cuda    on a GPU, the most valuable first, within --minutes (make gpu)
 
 The kernel tests run first: a benchmark of wrong results is worth nothing, so red tests end it. Then the machine's ceilings are
 measured, then each benchmark in a process of its own; each interleaves its variants. Records go to bench/results/latest, with
@@ -23,11 +22,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from bench import common, records, report
+from bench import ceilings, common, records, report
 
 LATEST = common.RESULTS / "latest"
 PROGRESS = "progress.json"
@@ -103,58 +99,13 @@ CPU = (
         120,
     ),
 )
-CUDA = (
-    Benchmark(
-        "attention_cuda", "bench.attention", "--device cuda --record {record}", "--device cuda --record {record}", 240
-    ),
-    Benchmark(
-        "unified_cuda",
-        "bench.unified",
-        "--device cuda --shape mistral-7b --record {record}",
-        "--device cuda --shape mistral-7b --queries 8 --conversations 8 --repeats 7 --record {record}",
-        120,
-    ),
-    Benchmark(
-        "pooling_cuda", "bench.pooling", "--device cuda --record {record}", "--device cuda --record {record}", 60
-    ),
-    Benchmark(
-        "contrastive_cuda",
-        "bench.contrastive",
-        "--device cuda --record {record}",
-        "--device cuda --record {record}",
-        90,
-    ),
-    Benchmark(
-        "generative_loss_cuda",
-        "bench.generative_loss",
-        "--device cuda --record {record}",
-        "--device cuda --record {record}",
-        60,
-    ),
-)
 
 
-def tests_pass(device: str) -> bool:
+def tests_pass() -> bool:
     """Run the tests of the kernels that are about to be timed."""
-    # on a GPU, which may be there for an hour, all failures are shown and not the first one only
-    selection = ["-m", "gpu"] if device == "cuda" else ["-x", "-m", "not gpu and not model and not slow and not aot"]
+    selection = ["-x", "-m", "not gpu and not model and not slow and not aot"]
     command = [sys.executable, "-m", "pytest", "-q", *selection, "tests/grit_kernels"]
     return subprocess.run(command, cwd=common.ROOT, check=False).returncode == 0
-
-
-def ceilings(device: str) -> dict[str, float]:
-    """The machine's own rates: a large matrix product in bfloat16 and FP32 (TFLOP/s), a copy and a read (GB/s)."""
-    runs: dict[str, Any] = {}
-    work: dict[str, float] = {}
-    for name, (run, amount) in (
-        ("matmul bf16, TFLOP/s", common.gemm_ceiling(device, torch.bfloat16)),
-        ("matmul fp32, TFLOP/s", common.gemm_ceiling(device, torch.float32)),
-        ("copy, GB/s", common.copy_ceiling(device)),
-        ("read, GB/s", common.read_ceiling(device)),
-    ):
-        runs[name], work[name] = run, amount / (1e12 if "TFLOP" in name else 1e9)
-    middle = common.medians(common.interleave(runs, 7, common.synchronizer(device)))
-    return {name: work[name] / seconds for name, seconds in middle.items()}
 
 
 def run_within(command: Sequence[str], limit: float | None) -> int | None:
@@ -171,25 +122,19 @@ def run_within(command: Sequence[str], limit: float | None) -> int | None:
             process.wait()
 
 
-def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool, minutes: float | None) -> dict[str, str]:
+def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool) -> dict[str, str]:
     """Run what has not finished on this commit; returns what became of each."""
     folder.mkdir(parents=True, exist_ok=True)
     commit = common.machine()["commit"]
     progress = folder / PROGRESS
     saved = json.loads(progress.read_text()) if progress.exists() else {}
     finished = set(saved.get("finished", [])) if saved.get("run") == [commit, full] else set()
-    end = None if minutes is None else time.monotonic() + 60 * minutes
     outcome = {}
     for benchmark in benchmarks:
         if benchmark.name in finished:
             outcome[benchmark.name] = "done before"
             continue
         limit = None if full else float(benchmark.limit)
-        if end is not None:
-            limit = min(limit or 1e9, end - time.monotonic())
-        if limit is not None and limit <= 0:
-            outcome[benchmark.name] = "no time left"
-            continue
         print(f"\n== {benchmark.name}", flush=True)
         start = time.monotonic()
         code = run_within(benchmark.command(folder, full), limit)
@@ -226,23 +171,19 @@ def compare(folder: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--full", action="store_true", help="every size and peer")
     parser.add_argument("--keep", action="store_true", help="write to bench/results/KIND and renew docs/benchmarks.md")
-    parser.add_argument("--minutes", type=float, help="start no benchmark after so many")
     parser.add_argument("--only", default="", help="benchmarks whose name contains this text")
     parser.add_argument("--skip-tests", action="store_true", help="when they have just passed")
     arguments = parser.parse_args(argv)
-    if not arguments.skip_tests and not tests_pass(arguments.device):
+    if not arguments.skip_tests and not tests_pass():
         raise SystemExit("bench: the kernel tests are red; nothing is measured")
     folder = common.RESULTS / common.machine_kind(common.machine()) if arguments.keep else LATEST
-    chosen = [b for b in (CUDA if arguments.device == "cuda" else CPU) if arguments.only in b.name]
-    rates = ceilings(arguments.device)
+    chosen = [b for b in CPU if arguments.only in b.name]
+    rates = ceilings.measure("cpu")
     print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()), flush=True)
-    outcome = run_all(chosen, folder, full=arguments.full, minutes=arguments.minutes)
-    common.write_records(
-        folder / f"ceilings_{arguments.device}.json", [{"ceiling": name, "rate": rate} for name, rate in rates.items()]
-    )
+    outcome = run_all(chosen, folder, full=arguments.full)
+    common.write_records(folder / "ceilings_cpu.json", ceilings.rows(rates))
     if arguments.keep:
         report.write(plots=[folder])
     else:

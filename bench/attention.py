@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import common
+from bench import common, records
 from bench.attention_peers import DIFFERS, LARGEST_ERROR, NOT_ATTENTION, PEERS, Problem, Regime, unwindowed
 
 COLUMNS = [
@@ -33,6 +34,10 @@ COLUMNS = [
     "prepare_ms",
     "note",
 ]
+BEGAN, BEGAN_TWICE = "began and did not end", "began twice and did not end"
+"""Notes of a regime while it runs: what stays of it if the process is stopped."""
+AGAIN = 75
+"""Exit status after the GPU is lost to this process: run it again with --resume, the rest is still to do."""
 
 
 def same(name: str, length: int, count: int, causal: bool, shape: tuple[int, int, int], **options: Any) -> Regime:
@@ -210,30 +215,78 @@ def measured_in(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
     return lambda row: row["regime"] in done
 
 
+def to_do(regimes: Sequence[Regime], record: Path) -> list[Regime]:
+    """What a run that goes on with ``record`` measures: regimes that it lacks, then those that once began and did not end (the
+    process was stopped, or it hung). One that did so twice is left."""
+    rows = records.read(record)["rows"] if record.exists() else []
+    seen = {row["regime"]: row.get("note") for row in rows}
+    new = [regime for regime in regimes if regime.name not in seen]
+    return new + [regime for regime in regimes if seen.get(regime.name) == BEGAN]
+
+
+def device_lost(device: str) -> bool:
+    """Whether an error has ended this process's use of the GPU: every later call would fail with the same error."""
+    try:
+        common.synchronizer(device)()
+    except RuntimeError:
+        return True
+    return False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="regimes whose name contains this text")
+    parser.add_argument(
+        "--only", default="", help="regimes whose name contains this text, or one of several between ';'"
+    )
     parser.add_argument("--peers", default=";".join(PEERS), help="names separated by ';', this package first")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--record",
         help="JSON file, a bare name lands in bench/results/KIND; --only replaces its rows only",
     )
+    parser.add_argument("--resume", action="store_true", help="leave out regimes that the record has")
     arguments = parser.parse_args(argv)
     peers = [name.strip() for name in arguments.peers.split(";")]
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--peers: {sorted(unknown)} are not among {list(PEERS)}")
+    if arguments.resume and not arguments.record:
+        parser.error("--resume: expected a --record to go on with")
     torch.manual_seed(0)
+    wanted = arguments.only.split(";")
+    regimes = gpu_regimes() if arguments.device == "cuda" else cpu_regimes()
+    regimes = [regime for regime in regimes if any(text in regime.name for text in wanted)]
+    keeps = bool(arguments.only or arguments.resume)
+    if arguments.resume:
+        regimes = to_do(regimes, common.result_path(arguments.record))
+    begun = _begun(arguments.record) if arguments.resume else set()
     rows: list[dict[str, Any]] = []
-    for regime in gpu_regimes() if arguments.device == "cuda" else cpu_regimes():
-        if arguments.only in regime.name:
+    failed = False
+    for regime in regimes:
+        mark = {"regime": regime.name, "variant": peers[0], "note": BEGAN_TWICE if regime.name in begun else BEGAN}
+        if arguments.resume:
+            common.write_records(arguments.record, [*rows, mark], measured_in([*rows, mark]))
+        try:
             measured = measure(regime, arguments.device, peers, arguments.repeats)
-            print(common.table(measured, COLUMNS), flush=True)
-            rows += measured
-            if arguments.record:
-                # after each regime: an interrupted run keeps what it has, and the rest of an earlier record
-                common.write_records(arguments.record, rows, measured_in(rows) if arguments.only else None)
+        except Exception as error:  # the other regimes may still work
+            failed = True
+            measured = [{**mark, "note": reason(error), "dtype": str(regime.dtype)}]
+        print(common.table(measured, COLUMNS), flush=True)
+        rows += measured
+        if arguments.record:
+            # after each regime: an interrupted run keeps what it has, and the rest of an earlier record
+            common.write_records(arguments.record, rows, measured_in(rows) if keeps else None)
+        if device_lost(arguments.device):
+            raise SystemExit(AGAIN)
+    if failed:
+        raise SystemExit("bench.attention: this package failed in a regime, see the notes")
+
+
+def _begun(record: str) -> set[str]:
+    """Regimes that began and did not end, as the record says."""
+    path = common.result_path(record)
+    rows = records.read(path)["rows"] if path.exists() else []
+    return {row["regime"] for row in rows if row.get("note") == BEGAN}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -99,8 +100,7 @@ class Problem:
         self.cu_q, self.cu_k = self.table(r.q_lens), self.table(r.k_lens)
 
     def table(self, lens: tuple[int, ...] | list[int]) -> Tensor:
-        sums = [0, *torch.tensor(lens).cumsum(0).tolist()]
-        return torch.tensor(sums, dtype=torch.int32, device=self.device)
+        return torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=self.device)
 
     def groups(self) -> list[tuple[bool, list[int]]]:
         """Samples of one mode each: what a kernel with one flag per call must launch."""
@@ -108,8 +108,9 @@ class Problem:
         both = [(mode, [b for b, c in enumerate(flags) if c == mode]) for mode in (True, False)]
         return [(mode, samples) for mode, samples in both if samples]
 
-    def rows(self, cu: Tensor, samples: list[int]) -> Tensor:
-        bounds = cu.tolist()
+    def rows(self, lens: tuple[int, ...], samples: list[int]) -> Tensor:
+        """Rows of ``samples`` in the pack of all."""
+        bounds = [0, *itertools.accumulate(lens)]
         return torch.cat([torch.arange(bounds[b], bounds[b + 1], device=self.device) for b in samples])
 
 
@@ -139,7 +140,7 @@ def _per_group(p: Problem, launch: Callable[..., Tensor]) -> Run:
     for causal, samples in p.groups():
         q_lens, k_lens = [r.q_lens[b] for b in samples], [r.k_lens[b] for b in samples]
         tables = (causal, p.table(q_lens), p.table(k_lens), (max(q_lens), max(k_lens)))
-        prepared.append((p.rows(p.cu_q, samples), p.rows(p.cu_k, samples), tables))
+        prepared.append((p.rows(r.q_lens, samples), p.rows(r.k_lens, samples), tables))
     if len(prepared) == 1:
         return lambda: launch(p.q, p.k, p.v, *prepared[0][2])
 

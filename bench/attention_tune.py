@@ -1,6 +1,7 @@
 """Measure tile sizes of the Triton attention kernels on this GPU, to fill the table in triton_configs.py.
 
-    python -m bench.attention_tune [--kernels forward,backward_keys] [--dims 64,128] [--record NAME.json]
+    python -m bench.attention_tune [--kernels forward,backward_keys] [--dims 64,128] [--few] [--limit 240]
+                                   [--record NAME.json [--resume]]
 
 Each candidate is checked against the table's entry before it is timed; one that does not compile or launch is reported as such.
 """
@@ -8,6 +9,7 @@ Each candidate is checked against the table's entry before it is timed; one that
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -15,10 +17,10 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from bench import common
+from bench import common, records
 from bench.attention import decode, same
 from bench.attention_peers import Problem, grit
-from grit_kernels.attention.triton_configs import KERNELS, Config, choose_config, override_config
+from grit_kernels.attention.triton_configs import KERNELS, Config, choose_config, override_config, table_config
 
 COLUMNS = ["kernel", "dim", "mode", "config", "ms", "tflops", "of_gemm", "note"]
 
@@ -37,61 +39,102 @@ def candidates(kernel: str, dim: int) -> Iterator[Config]:
             yield Config(rows, keys, warps, stages, persistent=True)
 
 
-def problems(kernel: str, dim: int) -> Iterator[tuple[str, Problem]]:
+def problems(kernel: str, dim: int, device: str = "cuda") -> Iterator[tuple[str, Problem]]:
     if kernel == "decode":
-        yield "decode", Problem(decode("decode", 16, 16384, (32, 8, dim)), "cuda")
+        yield "decode", Problem(decode("decode", 16, 16384, (32, 8, dim)), device)
         return
     for causal in (True, False):
         regime = same("tune", 4096, 4, causal, (16, 4, dim), backward=kernel.startswith("backward"))
-        yield "causal" if causal else "bidirectional", Problem(regime, "cuda")
+        yield "causal" if causal else "bidirectional", Problem(regime, device)
 
 
-def measure(kernel: str, dim: int) -> Iterator[dict[str, Any]]:
+def contenders(kernel: str, dim: int) -> list[Config]:
+    """The few worth a first look, the table's entry for bfloat16 on Hopper first: each differs from it in one way."""
+    base = table_config(kernel, dim, 2, "sm90")
+    near = [
+        base._replace(persistent=not base.persistent),
+        *(base._replace(stages=stages) for stages in (2, 3, 4)),
+        *(base._replace(rows=rows) for rows in (64, 128)),
+        *(base._replace(keys=keys) for keys in (32, 64, 128)),
+        base._replace(rows=64, warps=4),
+        base._replace(rows=128, keys=128, warps=8, stages=2),
+    ]
+    allowed = set(candidates(kernel, dim))
+    return list(dict.fromkeys([base, *(config for config in near if config in allowed)]))
+
+
+def call(problem: Problem) -> Callable[[], Any]:
+    """The forward pass, or the backward pass where the problem is one."""
+    forward = grit(problem)
+    if not problem.regime.backward:
+        return forward
+    out, grad_out = forward(), torch.randn_like(problem.q)
+    return lambda: torch.autograd.grad(out, (problem.q, problem.k, problem.v), grad_out, retain_graph=True)
+
+
+def config_name(config: Config) -> str:
+    return "x".join(map(str, config[:4])) + "p" * config.persistent
+
+
+def measure(kernel: str, dim: int, few: bool, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """A row per mode and configuration that is not among ``done``, the table's entry first; ``few``: the contenders only."""
     gemm, gemm_flops = common.gemm_ceiling("cuda", torch.bfloat16)
     for mode, problem in problems(kernel, dim):
-        forward = grit(problem)
-        run: Callable[[], Any] = forward
-        if problem.regime.backward:
-            out, grad_out = forward(), torch.randn_like(problem.q)
-
-            def run(out: torch.Tensor = out, grad_out: torch.Tensor = grad_out, p: Problem = problem) -> Any:
-                return torch.autograd.grad(out, (p.q, p.k, p.v), grad_out, retain_graph=True)
-
+        run = call(problem)
         expected = run()
         table = choose_config(kernel, dim, torch.bfloat16, problem.q.device)
-        for config in [table, *(c for c in candidates(kernel, dim) if c != table)]:
-            name = "x".join(map(str, config[:4])) + "p" * config.persistent
-            row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": name}
+        tried = contenders(kernel, dim) if few else candidates(kernel, dim)
+        for config in [table, *(c for c in tried if c != table)]:
+            row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": config_name(config)}
+            if identity(row) in done:
+                continue
             if config == table:
                 row["note"] = "table"
             with override_config(kernel, config):
                 try:
                     torch.testing.assert_close(run(), expected, rtol=0.02, atol=0.02)
+                    seconds = common.medians(common.interleave_events({"run": run, "gemm": gemm}, 5))
                 except (TritonError, RuntimeError, AssertionError) as error:  # what does not fit is a row of the result
                     row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                     yield row
                     continue
-                seconds = common.medians(common.interleave_events({"run": run, "gemm": gemm}, 5))
             rate = problem.regime.flops() / seconds["run"]
             row |= {"ms": seconds["run"] * 1e3, "tflops": rate / 1e12, "of_gemm": rate * seconds["gemm"] / gemm_flops}
             yield row
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("kernel", "dim", "mode", "config"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.attention_tune", description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--dims", default="64,128,256")
-    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results")
+    parser.add_argument("--few", action="store_true", help="the contenders next to the table's entry only")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which no candidate begins")
+    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results; written after each candidate")
+    parser.add_argument("--resume", action="store_true", help="leave out candidates that the record has")
     arguments = parser.parse_args(argv)
+    if arguments.resume and not arguments.record:
+        parser.error("--resume: expected a --record to go on with")
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    if arguments.resume and (path := common.result_path(arguments.record)).exists():
+        rows = records.read(path)["rows"]
+    done, end = {identity(row) for row in rows}, time.monotonic() + arguments.limit
     for kernel, dim in product(arguments.kernels.split(","), map(int, arguments.dims.split(","))):
-        found = list(measure(kernel, dim))
+        for row in measure(kernel, dim, arguments.few, done):
+            rows.append(row)
+            if arguments.record:
+                common.write_records(arguments.record, rows)
+            if time.monotonic() > end:
+                break
+        found = [row for row in rows if (row["kernel"], row["dim"]) == (kernel, dim)]
         found.sort(key=lambda row: (row["mode"], row.get("ms", float("inf"))))
         print(common.table(found, COLUMNS), flush=True)
-        rows += found
-        if arguments.record:
-            common.write_records(arguments.record, rows)
+        if time.monotonic() > end:
+            raise SystemExit(f"bench.attention_tune: stopped after {arguments.limit:.0f} s with candidates left")
 
 
 if __name__ == "__main__":

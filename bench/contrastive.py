@@ -73,6 +73,11 @@ def variants(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor
     return found
 
 
+def shapes(device: str) -> list[tuple[int, int, int]]:
+    """Queries, passages, width."""
+    return [(4096, 4096, 1024)] if device == "cpu" else [(2048, 4096, 4096), (32768, 65536, 4096)]
+
+
 def inputs(device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     count, candidates, width = shape
     q, p = (
@@ -175,8 +180,7 @@ def main() -> None:
     parser = kernel_parser(__doc__, repeats=7)
     parser.add_argument("--large", action="store_true", help="also a step at a size whose scores do not fit")
     options = parser.parse_args()
-    shapes = [(4096, 4096, 1024)] if options.device == "cpu" else [(2048, 4096, 4096), (32768, 65536, 4096)]
-    rows = measure_shapes(options, shapes, measure)
+    rows = measure_shapes(options, shapes(options.device), measure)
     if options.large:
         rows.append(large(options.device, torch.bfloat16))
         if options.record:

@@ -60,6 +60,12 @@ def masked_mean(padded: Tensor, mask: Tensor) -> Tensor:
     return (padded * weights).sum(1) / weights.sum(1)
 
 
+def shapes(device: str) -> list[tuple[int, int, int]]:
+    """Tokens, hidden size, samples."""
+    found = [(8192, 4096, 32), (8192, 4096, 4), (16384, 576, 64)]
+    return [*found, (131072, 4096, 64)] if device == "cuda" else found
+
+
 def pooled_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
     """What :func:`variants` read at least."""
     tokens, hidden, samples = shape
@@ -121,10 +127,7 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
 
 def main() -> None:
     options = kernel_parser(__doc__, repeats=11).parse_args()
-    shapes = [(8192, 4096, 32), (8192, 4096, 4), (16384, 576, 64)]
-    if options.device == "cuda":
-        shapes += [(131072, 4096, 64)]
-    rows = measure_shapes(options, shapes, measure)
+    rows = measure_shapes(options, shapes(options.device), measure)
     print(table(rows, COLUMNS))
 
 

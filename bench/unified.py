@@ -139,21 +139,33 @@ def step(model: Any, losses: Losses, batch: Batch) -> tuple[float, float]:
     return float(contrastive.detach()), float(generative.detach())
 
 
+def packed_runs(plain: Any, batch: Batch) -> dict[str, Callable[[], Any]]:
+    """What this package runs, by kind of work; ``plain`` is patched."""
+    model = gk.patch(plain)
+    gk.hf.checkpoint_activations(model)
+
+    @torch.no_grad()
+    def forward() -> None:
+        packed_pass(model.eval(), batch)
+
+    return {"step": lambda: step(model, packed_losses, batch), "forward": forward}
+
+
 def measure(plain: Any, batch: Batch, device: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of both kinds of work."""
     dtype = next(plain.parameters()).dtype
-    patched = gk.patch(copy.deepcopy(plain))
-    models = {PACKED: patched, PADDED: plain}
-    passes, losses = {PACKED: packed_pass, PADDED: padded_pass}, {PACKED: packed_losses, PADDED: padded_losses}
-    for model in models.values():
-        gk.hf.checkpoint_activations(model)
-    values = {name: step(models[name], losses[name], batch) for name in models}
-    if any(abs(a - b) > 0.02 * abs(b) + 0.02 for a, b in zip(values[PACKED], values[PADDED], strict=True)):
-        raise AssertionError(f"the losses differ: {values}; no speed is reported")
+    packed = packed_runs(copy.deepcopy(plain), batch)
+    gk.hf.checkpoint_activations(plain)
 
     @torch.no_grad()
-    def forward(name: str) -> None:
-        passes[name](models[name].eval(), batch)
+    def padded_forward() -> None:
+        padded_pass(plain.eval(), batch)
+
+    padded = {"step": lambda: step(plain, padded_losses, batch), "forward": padded_forward}
+    variants = {PACKED: packed, PADDED: padded}
+    values = {name: runs["step"]() for name, runs in variants.items()}
+    if any(abs(a - b) > 0.02 * abs(b) + 0.02 for a, b in zip(values[PACKED], values[PADDED], strict=True)):
+        raise AssertionError(f"the losses differ: {values}; no speed is reported")
 
     def peak(run: Callable[[], Any]) -> float | None:
         """MiB above what is there before, on a GPU."""
@@ -169,14 +181,12 @@ def measure(plain: Any, batch: Batch, device: str, repeats: int) -> list[dict[st
     weights = sum(p.numel() for p in plain.parameters()) - plain.model.embed_tokens.weight.numel()
     gemm, flops = common.gemm_ceiling(device, dtype)
     rows = []
-    for work, factor, runs in (
-        ("forward", 2.0, {name: (lambda name=name: forward(name)) for name in models}),
-        ("step", 6.0, {name: (lambda name=name: step(models[name], losses[name], batch)) for name in models}),
-    ):
+    for work, factor in (("forward", 2.0), ("step", 6.0)):
+        runs = {name: variants[name][work] for name in variants}
         seconds = common.interleave({**runs, "gemm": gemm}, repeats, common.synchronizer(device), warmup=1)
         middle, times = common.medians(seconds), common.ratios(seconds, PACKED)
         ceiling = flops / middle["gemm"]
-        for name in models:
+        for name in variants:
             rate = factor * weights * batch.tokens / middle[name]
             rows.append(
                 {

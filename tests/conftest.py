@@ -8,18 +8,24 @@ Tests that a process cannot run are deselected, not skipped.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor
 
 import grit_kernels as gk
 from grit_kernels import _library
 from grit_kernels.backend import interpreting
+from tests import without_hypothesis
+
+if importlib.util.find_spec("hypothesis") is None:
+    without_hypothesis.install()
+
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")

@@ -1,0 +1,227 @@
+"""The Triton kernels that the GPU benchmarks launch: found without a GPU, compiled by many processes at once.
+
+    python -m bench.launches [--groups attention,pooling] [--jobs 16]      # fills Triton's cache before anything is measured
+
+A group runs a benchmark's own calls on the meta device, whose tensors have shapes but no data. The launchers run as they are; at
+each launch Triton says which variant of which kernel it would compile (its ``jit_cache_hook``), and that is noted instead.
+Compiling needs no GPU either, so all cores compile before the first measurement, and it waits for no compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from bench import attention, attention_tune, contrastive, correctness, pooling, unified
+from bench.attention_peers import Problem
+from bench.random_model import random_model
+from grit_kernels.attention import triton_backward, triton_forward  # noqa: F401  (patched below: imported before)
+from grit_kernels.contrastive import triton_contrastive  # noqa: F401
+from grit_kernels.fused import triton_fused  # noqa: F401
+from grit_kernels.pooling import triton_pooling  # noqa: F401
+
+OURS = ("grit", "grit, two launches")
+HOPPER = (90, 132)
+"""Compute capability and number of multiprocessors, where this machine has no GPU to ask."""
+
+
+class Launch(NamedTuple):
+    """A variant of a kernel: where the kernel is defined, its name, and Triton's own description of the variant."""
+
+    module: str
+    name: str
+    data: str
+
+
+class _Driver:
+    """What Triton asks its driver for before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> str:
+        return f"ahead of time, {self.target.arch}"  # kernels are kept per device: never mixed with those of a real one
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+class _Launchers(TorchDispatchMode):
+    """Runs this package's launchers on tensors without data, where torch would only ask for the shapes of results."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # tensors with data, such as those of a check that patch() makes, are served as ever
+        ours = function.namespace == "grit_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args)
+        if ours and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CUDA"):
+            return function._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def this_gpu() -> tuple[int, int]:
+    """Compute capability (90 for 9.0) and number of multiprocessors."""
+    if not torch.cuda.is_available():
+        return HOPPER
+    found = torch.cuda.get_device_properties(0)
+    return 10 * found.major + found.minor, found.multi_processor_count
+
+
+def _architecture(capability: int) -> str:
+    """As triton_launch.architecture names it."""
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(capability // 10, "sm80")
+
+
+@contextlib.contextmanager
+def _ahead_of_time(capability: int) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_Driver(capability))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextlib.contextmanager
+def recorded(gpu: tuple[int, int] | None = None) -> Iterator[set[Launch]]:
+    """Inside, ops on tensors of the meta device call the launchers of a GPU (compute capability, number of multiprocessors), and
+    every launch of a Triton kernel is added to the set."""
+    capability, processors = gpu or this_gpu()
+    found: set[Launch] = set()
+
+    def note(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found.add(Launch(fn.module, fn.name, compile["specialization_data"]))
+        return True  # compile nothing, launch nothing
+
+    answers = {"processor_count": lambda device: processors, "architecture": lambda device: _architecture(capability)}
+    with contextlib.ExitStack() as stack:
+        for module in [module for name, module in sys.modules.items() if name.startswith("grit_kernels.")]:
+            for name, answer in answers.items():
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, answer))
+        # so that results that do not exist can be compared
+        stack.enter_context(mock.patch.object(torch.Tensor, "__float__", lambda self: 0.0))
+        stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note))
+        stack.enter_context(_ahead_of_time(capability))
+        stack.enter_context(_Launchers())
+        yield found
+
+
+def record_attention(regimes: Sequence[attention.Regime] | None = None) -> None:
+    for regime in attention.gpu_regimes() if regimes is None else regimes:
+        with torch.set_grad_enabled(regime.backward):
+            for run in attention.variants(Problem(regime, "meta"), OURS).values():
+                run()
+
+
+def record_tuning(kernel: str = "forward", dims: Sequence[int] = (64, 128)) -> None:
+    for dim in dims:
+        for _, problem in attention_tune.problems(kernel, dim, "meta"):
+            run = attention_tune.call(problem)
+            for config in attention_tune.contenders(kernel, dim):
+                with attention_tune.override_config(kernel, config):
+                    run()
+
+
+def record_correctness() -> None:
+    for problem in correctness.problems():
+        correctness.gradients(correctness.inputs(problem, "meta"))
+
+
+def record_pooling(shapes: Sequence[tuple[int, int, int]] | None = None) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in pooling.shapes("cuda") if shapes is None else shapes:
+            for name, run in pooling.variants("meta", shape, dtype).items():
+                if name.startswith("grit"):
+                    run()
+
+
+def record_contrastive(shapes: Sequence[tuple[int, int, int]] | None = None) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in contrastive.shapes("cuda") if shapes is None else shapes:
+            given = contrastive.inputs("meta", shape, dtype)
+            with torch.no_grad():
+                contrastive.ours(*given)
+            torch.autograd.grad(contrastive.ours(*given), given[:2])
+
+
+def record_unified(shape: str = "mistral-7b", scale: float = 1.0) -> None:
+    plain = random_model(shape, device="meta", dtype=torch.bfloat16)
+    runs = unified.packed_runs(plain, unified.make_batch(4, 4, scale, "meta", plain.config.vocab_size))
+    for run in runs.values():
+        run()
+
+
+GROUPS: dict[str, Callable[[], None]] = {
+    "correctness": record_correctness,
+    "attention": record_attention,
+    "tuning": record_tuning,
+    "pooling": record_pooling,
+    "contrastive": record_contrastive,
+    "unified": record_unified,
+}
+
+
+def launches(names: Sequence[str], gpu: tuple[int, int] | None = None) -> list[Launch]:
+    """What the groups launch, in order and once each."""
+    found: dict[Launch, None] = {}
+    for name in names:
+        with recorded(gpu) as group:
+            GROUPS[name]()
+        found.update(dict.fromkeys(sorted(group)))
+    return list(found)
+
+
+def _compile(launch: Launch, capability: int) -> str:
+    """Compile into Triton's cache; what went wrong, empty when nothing did."""
+    with _ahead_of_time(capability):
+        try:
+            getattr(importlib.import_module(launch.module), launch.name).preload(launch.data)
+        except Exception as error:  # a variant that does not compile is a line of the report
+            return f"{launch.name}: {attention.reason(error)}"
+    return ""
+
+
+def compile_all(found: Sequence[Launch], jobs: int, gpu: tuple[int, int] | None = None) -> list[str]:
+    """Compile in ``jobs`` processes; the failures."""
+    capability, _ = gpu or this_gpu()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return [error for error in pool.map(_compile, found, [capability] * len(found)) if error]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
+    parser.add_argument("--groups", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args(argv)
+    names = arguments.groups.split(",")
+    if unknown := sorted(set(names) - set(GROUPS)):
+        parser.error(f"--groups: expected some of {', '.join(GROUPS)}, got {', '.join(unknown)}")
+    start = time.monotonic()
+    found = launches(names)
+    print(f"{len(found)} variants of kernels, found in {time.monotonic() - start:.0f} s", flush=True)
+    failures = compile_all(found, arguments.jobs)
+    print(f"{len(found) - len(failures)} of {len(found)} are in Triton's cache, {time.monotonic() - start:.0f} s")
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""A run on a borrowed GPU brings its records home whatever fails, within its time, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from bench import attention, common, gpu, gpu_dry, gpu_table, records, report  # noqa: E402
+from bench.gpu import Run, Task, run_all  # noqa: E402
+
+MACHINE = {
+    "processor": "AMD EPYC",
+    "cpu_features": ["avx2"],
+    "torch": "2.11",
+    "triton": "3.6",
+    "commit": "",
+    "time": "-",
+}
+SCRIPT = """
+import json, pathlib, sys, time
+record = pathlib.Path(sys.argv[2])
+def write(*names):
+    record.write_text(json.dumps({"machine": {}, "command": "x", "rows": [{"variant": name} for name in names]}))
+match sys.argv[1]:
+    case "fine": write("a", "b")
+    case "fails": write("a"); sys.exit("nvcc fatal")
+    case "hangs": write("a"); time.sleep(60)
+    case "hangs once":
+        if record.exists(): write("a", "b")
+        else: write("a"); time.sleep(60)
+    case "loses the GPU": sys.exit(75)
+    case "prints": print("FAILED tests/x.py::test_y - AssertionError: 3\\n1 failed, 2 passed in 0.1s"); sys.exit(1)
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a task that does what its name says."""
+    (tmp_path / "job_of_a_test.py").write_text(SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "RESERVE", 0.0)
+
+    def make(name: str, **changes: Any) -> Task:
+        made = Task(name.replace(" ", "_"), 1, f"job_of_a_test '{name}' {{record}} --resume", 20, 0.1)
+        return replace(made, **changes)
+
+    return make
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    return {name: found["outcome"] for name, found in json.loads((out / gpu.RECORDS).read_text())["tasks"].items()}
+
+
+def rows(out: Path, name: str) -> list[str]:
+    found = json.loads((out / gpu.RECORDS).read_text())["records"].get(name, {"rows": []})
+    return [row["variant"] for row in found["rows"]]
+
+
+def test_nothing_ends_a_run_and_every_row_comes_home(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SILENCE", 1.0)
+    tasks = [
+        *(task("fails"), task("hangs"), task("hangs once"), task("loses the GPU")),
+        *(task("prints", parse=gpu.parse_tests), task("profiler", before="no-such-profiler --csv"), task("fine")),
+    ]
+    out = tmp_path / "out"
+    run_all(Run(out, MACHINE), tasks, 60)
+    assert outcomes(out) == {
+        "fails": "failed with status 1",
+        "hangs": "hung",
+        "hangs_once": "ok",
+        "loses_the_GPU": "lost the GPU",
+        "prints": "failed with status 1",
+        "profiler": "no-such-profiler is not installed",
+        "fine": "ok",
+    }
+    assert rows(out, "fails") == rows(out, "hangs") == ["a"] and rows(out, "fine") == rows(out, "hangs_once") == [
+        "a",
+        "b",
+    ]
+    state = json.loads((out / gpu.RECORDS).read_text())
+    assert [row["test"] for row in state["records"]["prints"]["rows"]] == ["all", "tests/x.py::test_y"]
+    assert state["tasks"]["hangs"]["tries"] == state["tasks"]["loses_the_GPU"]["tries"] == gpu.TRIES
+    assert "nvcc fatal" in state["tasks"]["fails"]["note"] and "== fine" in (out / gpu.LOG).read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "records.json", "table.txt"], (
+        "few files to bring home"
+    )
+
+
+def test_a_run_ends_in_time_and_another_goes_on(task: Any, tmp_path: Path) -> None:
+    tasks = [task("fine"), task("hangs"), task("second", command="job_of_a_test fine {record}", least=5)]
+    first, second = tmp_path / "first", tmp_path / "second"
+    start = time.monotonic()
+    run_all(Run(first, MACHINE), tasks, 3)
+    assert time.monotonic() - start < 10
+    assert outcomes(first) == {"fine": "ok", "hangs": outcomes(first)["hangs"], "second": "no time left"}
+    assert outcomes(first)["hangs"].startswith("stopped after") and rows(first, "hangs") == ["a"]
+    run = Run(second, MACHINE, earlier=first)
+    assert [t.name for t in run.to_do(tasks)] == ["hangs", "second"], "what ended is not run again"
+    run_all(run, [tasks[0], tasks[2]], 20)
+    assert outcomes(second)["second"] == "ok" and rows(second, "fine") == ["a", "b"] and rows(second, "hangs") == ["a"]
+
+
+def test_records_of_another_kind_of_machine_are_not_gone_on_with(task: Any, tmp_path: Path) -> None:
+    run_all(Run(tmp_path / "out", MACHINE), [task("fine")], 20)
+    with pytest.raises(ValueError, match=r"records.json: expected records of this kind of machine \(nvidia-h100\)"):
+        Run(tmp_path / "new", {"gpu": {"name": "NVIDIA H100"}}, earlier=tmp_path / "out")
+
+
+def test_the_order_is_what_is_worth_most_first() -> None:
+    steps = [task.step for task in gpu.TASKS]
+    assert steps == sorted(steps) and set(steps) == {1, 2, 3, 4}
+    names = [task.name for task in gpu.TASKS]
+    assert len(set(names)) == len(names)
+    assert names[:6] == [
+        *("install", "compile_first", "correctness_cuda", "ceilings_cuda", "attention_cuda", "attention_tune_cuda"),
+    ]
+    assert gpu.TASKS[0].environment == {"GRIT_KERNELS_NO_EXTENSION": "1"}, (
+        "no compiler stands between a GPU and its kernels"
+    )
+    assert all(task.limit <= 540 and task.least <= task.limit for task in gpu.TASKS)
+    chosen = gpu.FIRST_REGIMES.split(";")
+    assert sum(any(text in regime.name for text in chosen) for regime in attention.gpu_regimes()) == 5
+
+
+@pytest.mark.parametrize("task", [t for t in gpu.TASKS if t.command.startswith("bench.")], ids=lambda t: t.name)
+def test_every_task_is_a_module_that_takes_its_arguments(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[argparse.Namespace] = []
+
+    class Stop(Exception):
+        pass
+
+    real = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        parsed.append(real(self, args, namespace))
+        raise Stop
+
+    command = Run(tmp_path, MACHINE).command(task)
+    module, *arguments = command[command.index("-m") + 1 :]
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(Stop):
+        importlib.import_module(module).main()
+    if getattr(parsed[0], "only", ""):
+        names = [regime.name for regime in attention.gpu_regimes()]
+        assert all(any(text in name for name in names) for text in parsed[0].only.split(";"))
+
+
+def test_tests_that_sanitize_exist() -> None:
+    for task in gpu.TASKS:
+        if task.before.startswith("compute-sanitizer"):
+            path, name = task.command.split()[-1].strip("'").split("::")
+            assert f"def {name.split('[')[0]}(" in (common.ROOT / path).read_text()
+
+
+def test_what_tools_print_becomes_rows() -> None:
+    text = "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 2 errors"
+    assert gpu.parse_sanitizer(text) == [{"errors": 2, "note": "Invalid __global__ read of size 4 bytes"}]
+    assert gpu.parse_sanitizer("========= ERROR SUMMARY: 0 errors") == [{"errors": 0, "note": ""}]
+    assert gpu.parse_sanitizer("Device not supported")[0]["errors"] == "no summary"
+    profile = """==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"
+"","","us","register/thread"\n"0","attention_forward_kernel","123.4","168"\n"""
+    assert gpu.parse_profile(profile) == [
+        {"kernel": "attention_forward_kernel", "time us": "123.4", "registers register/thread": "168"}
+    ]
+    assert gpu.parse_profile("==ERROR== no permission")[0] == {"kernel": "none", "note": "==ERROR== no permission"}
+    assert gpu.parse_tests("") == [{"test": "all", "result": "none ran"}]
+
+
+def test_the_table_is_short_and_says_who_is_quickest() -> None:
+    regimes = [
+        {"regime": f"r{i}", "variant": "grit", "ms": 1.0, "tflops": 5.0, "of_gemm": 0.6, "times_grit": 1.0}
+        for i in range(200)
+    ]
+    peers = [
+        {"regime": "r0", "variant": name, "ms": t, "times_grit": t}
+        for name, t in (("flex", 2.0), ("torch varlen", 0.8))
+    ]
+    peers.append({"regime": "r0", "variant": "flash-attn", "note": "differs from grit: relative error 0.5"})
+    text = gpu_table.table(MACHINE, {}, {"attention_cuda": {"rows": [*peers, *regimes]}})
+    lines = text.splitlines()
+    assert len(lines) < 100 and lines[-1].endswith("more lines, see records.json")
+    first = next(line for line in lines if line.startswith("r0 "))
+    assert "torch varlen" in first and "0.8" in first and "flash-attn: differs" in first and "flex" not in first
+
+
+def test_a_regime_that_hangs_goes_last_and_after_twice_no_more(tmp_path: Path) -> None:
+    regimes = [attention.same(name, 8, 1, True, (1, 1, 32)) for name in ("first", "hangs", "hung twice", "new")]
+    path = tmp_path / "record.json"
+    assert attention.to_do(regimes, path) == regimes
+    notes = (("first", None), ("hangs", attention.BEGAN), ("hung twice", attention.BEGAN_TWICE))
+    common.write_records(path, [{"regime": name, "variant": "grit", "note": note} for name, note in notes])
+    assert [regime.name for regime in attention.to_do(regimes, path)] == ["new", "hangs"]
+
+
+def test_a_regime_in_which_this_package_fails_is_a_row_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [attention.same(name, 8, 1, True, (1, 1, 32)) for name in ("good", "bad", "better")]
+    monkeypatch.setattr(attention, "cpu_regimes", lambda: small)
+    monkeypatch.setitem(common.GEMM_SIZE, "cpu", 16)
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(attention.PEERS, "grit", gpu_dry.broken("bad", fail))
+    arguments = [
+        "--device",
+        "cpu",
+        "--peers",
+        "grit;sdpa loop",
+        "--repeats",
+        "1",
+        "--record",
+        str(tmp_path / "r.json"),
+        "--resume",
+    ]
+    with pytest.raises(SystemExit, match="this package failed in a regime"):
+        attention.main(arguments)
+    found = records.read(tmp_path / "r.json")["rows"]
+    assert [(row["regime"], row["variant"], "ms" in row) for row in found] == [
+        *(("good", "grit", True), ("good", "sdpa loop", True), ("bad", "grit", False)),
+        *(("better", "grit", True), ("better", "sdpa loop", True)),
+    ]
+    attention.main(arguments)  # nothing is left to do
+    assert records.read(tmp_path / "r.json")["rows"] == found
+    monkeypatch.setattr(attention, "device_lost", lambda device: True)
+    (tmp_path / "r.json").unlink()
+    with pytest.raises(SystemExit) as left:
+        attention.main(arguments)
+    assert left.value.code == attention.AGAIN and len(records.read(tmp_path / "r.json")["rows"]) == 2
+
+
+def test_records_of_a_dry_run_are_not_kept_and_those_of_a_gpu_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "write", lambda plots: None)
+    machine = {**MACHINE, "gpu": {"name": "NVIDIA H100 80GB HBM3"}}
+    saved = {"machine": machine, "dry_run": True, "tasks": {}, "records": {"attention_cuda": {"rows": [{"ms": 1.0}]}}}
+    (tmp_path / gpu.RECORDS).write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="expected records of a GPU, got those of a dry run"):
+        gpu.keep(tmp_path)
+    (tmp_path / gpu.RECORDS).write_text(json.dumps({**saved, "dry_run": False}))
+    gpu.main(["--keep", str(tmp_path)])
+    kept = tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "attention_cuda.json"
+    assert records.read(kept)["rows"] == [{"ms": 1.0}]
+
+
+@pytest.mark.slow
+def test_a_dry_run_brings_records_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every benchmark, tiny, on the CPU, with what gpu_dry injects."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no profilers
+    out = tmp_path / "out"
+    for _ in range(2):
+        gpu.main(["--out", str(out), "--dry-run", "--limit", "400"])
+    found = outcomes(out)
+    assert set(found) == {task.name for task in gpu.TASKS}
+    failing = {name for name, outcome in found.items() if outcome.startswith("failed")}
+    assert failing == {
+        *("install", "compile_first", "compile_rest", "tests", "generative_loss_cuda", "build_cuda", "cuda_twin_cuda"),
+    }
+    assert found["attention_tune_cuda"] == found["attention_tune_all_cuda"] == "hung"
+    state = json.loads((out / gpu.RECORDS).read_text())
+    notes = {(row["regime"], row["variant"]): row.get("note", "") for row in state["records"]["attention_cuda"]["rows"]}
+    assert notes[gpu_dry.HANGS, "grit"] == attention.BEGAN_TWICE
+    assert "illegal memory access" in notes[gpu_dry.RAISES, "grit"]
+    for regime in ("mixed 50% causal", "dense bidirectional N4096 D128"):
+        assert notes[regime, "grit"] == "" and notes[regime, "torch varlen"].startswith("differs from grit")
+        assert notes[regime, "flex"].startswith("NotImplementedError")
+    for name in (
+        "correctness_cuda",
+        "ceilings_cuda",
+        "unified_cuda",
+        "decode_cuda",
+        "pooling_cuda",
+        "contrastive_cuda",
+    ):
+        assert state["records"][name]["rows"] and found[name] == "ok"
+    assert state["records"]["tests"]["rows"][0]["result"] == "1 failed, 2 passed"
+    assert len((out / gpu.TABLE).read_text().splitlines()) < 100

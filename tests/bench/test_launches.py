@@ -1,0 +1,146 @@
+"""What is compiled ahead of the GPU benchmarks is exactly what they launch."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+import grit_kernels as gk  # noqa: E402
+from bench import attention, attention_tune, common, contrastive, launches, pooling, unified  # noqa: E402
+from bench.attention_peers import Problem  # noqa: E402
+from bench.launches import GROUPS, recorded  # noqa: E402
+from bench.random_model import random_model  # noqa: E402
+from grit_kernels.attention import triton_forward  # noqa: E402
+
+SHAPE = (4, 2, 64)
+REGIMES = [
+    attention.mixed("mixed", 4096, 0.5, SHAPE),
+    attention.mixed("mixed backward", 4096, 0.5, SHAPE, backward=True),
+    attention.same("window", 1024, 4, False, SHAPE, window=(64, 64)),
+    attention.decode("decode", 8, 4096, SHAPE),
+]
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant that a benchmark would time is called once."""
+
+    def once(variants: dict[str, Any], *_: Any, **__: Any) -> dict[str, list[float]]:
+        for run in variants.values():
+            run()
+        return {name: [1.0 + place] for place, name in enumerate(variants)}
+
+    for module in (common, pooling, contrastive):
+        monkeypatch.setattr(module, "interleave", once)
+        monkeypatch.setattr(module, "gemm_ceiling", lambda *_: (lambda: None, 1.0), raising=False)
+    monkeypatch.setattr(common, "fresh_read_ceiling", lambda *_: (lambda: None, 1.0))
+    monkeypatch.setattr(pooling, "read_ceiling", lambda *_: (lambda: None, 1.0))
+    monkeypatch.setattr(pooling, "growth", lambda device: lambda: 0.0)
+    monkeypatch.setattr(pooling, "slice_mean", lambda *_: None)
+    monkeypatch.setattr(contrastive, "once", lambda *_: {})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def measured(what: Any) -> set[launches.Launch]:
+    """What a benchmark's own measurement launches on tensors without data."""
+    with recorded(launches.HOPPER) as found:
+        what()
+    return found
+
+
+def compiled(group: Any) -> set[launches.Launch]:
+    with recorded(launches.HOPPER) as found:
+        group()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
+def test_the_attention_benchmark_launches_what_was_compiled(regime: attention.Regime) -> None:
+    run = functools.partial(attention.measure, regime, "meta", list(launches.OURS), 1)
+    assert measured(run) == compiled(lambda: launches.record_attention([regime]))
+
+
+def test_the_pooling_benchmark_launches_what_was_compiled() -> None:
+    shape = (256, 96, 4)
+
+    def run() -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            pooling.measure("meta", shape, dtype, 1)
+
+    assert measured(run) == compiled(lambda: launches.record_pooling([shape]))
+
+
+def test_the_contrastive_benchmark_launches_what_was_compiled() -> None:
+    shape = (64, 128, 96)
+
+    def run() -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            contrastive.measure("meta", shape, dtype, 1)
+
+    assert measured(run) == compiled(lambda: launches.record_contrastive([shape]))
+
+
+def test_the_step_of_a_model_launches_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_transformers(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:  # which reads its masks
+        loss = torch.zeros((), device="meta", requires_grad=True)
+        return loss, loss
+
+    monkeypatch.setattr(unified, "padded_losses", of_transformers)
+    monkeypatch.setattr(unified, "padded_pass", of_transformers)
+
+    def run() -> None:
+        plain = random_model("tiny", device="meta", dtype=torch.bfloat16)
+        unified.measure(plain, unified.make_batch(4, 4, 0.1, "meta", plain.config.vocab_size), "meta", 1)
+
+    assert measured(run) == compiled(lambda: launches.record_unified("tiny", 0.1))
+
+
+def test_each_contender_of_the_tuning_is_compiled_once() -> None:
+    found = compiled(lambda: launches.record_tuning("forward", [64]))
+    forward = [json.loads(launch.data) for launch in found if launch.name == "attention_forward_kernel"]
+    contenders = attention_tune.contenders("forward", 64)
+    assert len(forward) == len(contenders) == len(set(contenders)) > 4
+
+
+def test_another_gpu_another_launch_and_only_inside() -> None:
+    before = triton_forward.processor_count
+    regimes = REGIMES[:1]
+    targets = set()
+    for gpu in (launches.HOPPER, (80, 108)):
+        with recorded(gpu) as found:
+            launches.record_attention(regimes)
+        targets.add(frozenset(found))
+        assert {json.loads(launch.data)["target"]["arch"] for launch in found} == {gpu[0]}
+    assert len(targets) == 2
+    assert triton_forward.processor_count is before
+    problem = Problem(attention.same("x", 8, 1, True, SHAPE, dtype=torch.float32), "cpu")
+    assert attention.variants(problem, ["grit"])["grit"]().isfinite().all(), "the CPU's kernels serve again"
+
+
+def test_every_group_is_there_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(GROUPS) == {"correctness", "attention", "tuning", "pooling", "contrastive", "unified"}
+    with pytest.raises(SystemExit):
+        launches.main(["--groups", "attention,typo"])
+    assert "--groups: expected some of correctness, attention, tuning" in capsys.readouterr().err
+
+
+@pytest.mark.aot
+def test_what_is_compiled_lies_in_the_cache_of_triton(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = sorted(compiled(lambda: launches.record_pooling([(64, 64, 4)])))[:1]
+    broken = launches.Launch("grit_kernels.pooling.triton_pooling", "no_such_kernel", "{}")
+    failures = launches.compile_all([*found, broken], 1, launches.HOPPER)
+    assert len(failures) == 1 and failures[0].startswith("no_such_kernel: AttributeError")
+    assert list(tmp_path.glob("*/pool_*_kernel.cubin"))
+
+
+def test_tensors_without_data_are_not_served_by_launchers_outside() -> None:
+    pooled = gk.pool(torch.empty(8, 16, device="meta"), cu_seqlens=torch.tensor([0, 8], device="meta"))
+    assert pooled.device.type == "meta" and pooled.shape == (1, 16)
