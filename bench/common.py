@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 """Smaller products stay below what the machine can do."""
+COMMIT = "GRIT_KERNELS_COMMIT"
+"""Environment variable that names the commit of sources that came without git."""
 CPU_FEATURES = (
     "avx2",
     "avx512f",
@@ -222,7 +224,7 @@ def machine() -> dict[str, Any]:
         "grit_kernels": grit_kernels.__version__,
         "cpu_features": cpu_features(),
         "instruction_sets": _library.cpu_isas() if _library.status().loaded else [],
-        "commit": _command("git", "rev-parse", "HEAD"),
+        "commit": _command("git", "rev-parse", "HEAD") or os.environ.get(COMMIT, ""),
         "modified": bool(
             _command("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         ),

@@ -85,7 +85,7 @@ def parse_sanitizer(text: str) -> list[Row]:
 
 
 def parse_profile(text: str) -> list[Row]:
-    """A row per kernel of ncu's raw CSV page: the metrics asked for."""
+    """A row per kernel of ncu's raw CSV page: those of METRICS that this GPU has."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     table = list(csv.reader(lines))
     if len(table) < 3:
@@ -109,7 +109,6 @@ METRICS = {
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "memory",
     "launch__registers_per_thread": "registers",
     "launch__occupancy_limit_registers": "blocks by registers",
-    "smsp__inst_executed_op_local_ld.sum": "spill loads",
 }
 FIRST_REGIMES = "mixed 50% causal;dense causal N4096 D128;dense bidirectional N4096 D128;window 1024 bidirectional"
 FIRST_PEERS = "grit;grit, two launches;sdpa loop cudnn;sdpa split cudnn;torch varlen;flash-attn;flash-attn 3;flex"
@@ -118,14 +117,15 @@ TESTS = "tests/grit_kernels/attention/test_triton_gpu.py"
 
 def _sanitized(number: int, test: str) -> Task:
     return Task(
-        f"sanitizer_{number}", 2, f"pytest -q -m gpu -p no:cacheprovider {test}", 90, 45,
+        f"sanitizer_{number}", 2, f"pytest -m gpu -p no:cacheprovider {test}", 90, 45,
         "compute-sanitizer --tool memcheck", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, parse_sanitizer,
     )  # fmt: skip
 
 
 def _profiled(kernel: str, regime: str) -> Task:
     run = f"bench.attention --device {{device}} --only '{regime}' --peers grit --repeats 1"
-    ncu = f"ncu --csv --page raw --clock-control none --metrics {','.join(METRICS)} --kernel-name regex:{kernel}"
+    sections = "--section SpeedOfLight --section LaunchStats --section Occupancy --section ComputeWorkloadAnalysis"
+    ncu = f"ncu --csv --page raw --clock-control none {sections} --kernel-name regex:{kernel}"
     return Task(f"ncu_{kernel}", 2, run, 60, 25, f"{ncu} --launch-skip 1 --launch-count 1", parse=parse_profile)
 
 
@@ -148,7 +148,7 @@ TASKS = (
     # 2: what tests and tools find
     Task(
         "tests", 2,
-        "pytest -q -m gpu -rfE -p no:cacheprovider --continue-on-collection-errors {processes} tests/grit_kernels", 300, 60,
+        "pytest -m gpu -rfE -p no:cacheprovider --continue-on-collection-errors {processes} tests/grit_kernels", 300, 60,
         parse=parse_tests, dry="bench.gpu_dry red_tests",
     ),
     _sanitized(1, f"'{TESTS}::test_few_rows_over_a_long_cache_equal_the_reference[3]'"),
@@ -370,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, nargs="+", help="of 1 to 4; default: all")
     parser.add_argument("--only", default="", help="tasks whose name contains this text")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds after which this run ends")
+    parser.add_argument("--commit", default="", help="of these sources, for the records, where git does not tell")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, with failures")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="commit the folder's records and renew the page")
     arguments = parser.parse_args(argv)
@@ -377,6 +378,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return keep(arguments.keep)
     if arguments.out is None:
         parser.error("--out: expected the folder of the results, got none")
+    if arguments.commit:
+        os.environ[common.COMMIT] = arguments.commit
     steps = arguments.step or [1, 2, 3, 4]
     tasks = [task for task in TASKS if task.step in steps and arguments.only in task.name]
     if not tasks:

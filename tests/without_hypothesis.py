@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,8 @@ class _Anything:
     """A strategy, whatever is asked of it."""
 
     def __getattr__(self, name: str) -> _Anything:
+        if name.startswith("__"):  # such as __wrapped__, which a reader of signatures would follow for ever
+            raise AttributeError(name)
         return self
 
     def __call__(self, *_: Any, **__: Any) -> _Anything:
@@ -51,7 +54,8 @@ def given(*_: Any, **__: Any) -> Any:
 
 def install() -> None:
     """Make ``import hypothesis`` give this."""
-    module = ModuleType("hypothesis")
-    module.__dict__.update(given=given, settings=settings, HealthCheck=_Anything(), strategies=_Anything())
-    sys.modules["hypothesis"] = module
-    sys.modules["hypothesis.strategies"] = _Strategies("hypothesis.strategies")
+    module, strategies = ModuleType("hypothesis"), _Strategies("hypothesis.strategies")
+    module.__dict__.update(given=given, settings=settings, HealthCheck=_Anything(), strategies=strategies)
+    for made in (module, strategies):
+        made.__spec__ = ModuleSpec(made.__name__, None)  # others ask for it
+        sys.modules[made.__name__] = made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,15 @@ def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, wind
 """
 
 
+@pytest.fixture
+def not_imported() -> Iterator[None]:
+    """Stand-ins are imported anew by each test."""
+    yield
+    for name in ("flash_attn", "flash_attn_interface"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("not_imported")
 @pytest.mark.parametrize("peer, module", [("flash-attn", "flash_attn"), ("flash-attn 3", "flash_attn_interface")])
 @pytest.mark.parametrize("backward", [False, True])
 def test_flash_attn_is_launched_once_per_mode_on_gathered_packs(
@@ -144,7 +154,6 @@ def test_flash_attn_is_launched_once_per_mode_on_gathered_packs(
 ) -> None:
     (tmp_path / f"{module}.py").write_text(FLASH_ATTN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, module, raising=False)
     lens, causal = (20, 7, 13), (True, False, True)
     regime = Regime("x", lens, lens, causal, 4, 2, 32, dtype=torch.float32, backward=backward)
     problem = Problem(regime, "cpu")
@@ -154,9 +163,9 @@ def test_flash_attn_is_launched_once_per_mode_on_gathered_packs(
         {"rows": 33, "samples": 2, "longest": (20, 20), "causal": True, "window": (-1, -1)},
         {"rows": 7, "samples": 1, "longest": (7, 7), "causal": False, "window": (-1, -1)},
     ]
-    monkeypatch.delitem(sys.modules, module)
 
 
+@pytest.mark.usefixtures("not_imported")
 def test_a_flash_attn_that_does_not_import_is_a_row_that_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the package triton is not installed")
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 import grit_kernels as gk  # noqa: E402
 from bench import attention, attention_tune, common, contrastive, launches, pooling, unified  # noqa: E402
@@ -132,13 +135,26 @@ def test_every_group_is_there_and_an_unknown_one_is_refused(capsys: pytest.Captu
 
 
 @pytest.mark.aot
-def test_what_is_compiled_lies_in_the_cache_of_triton(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_is_what_a_launch_finds_in_tritons_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = sorted(compiled(lambda: launches.record_pooling([(64, 64, 4)])))[:1]
+    group = functools.partial(launches.record_pooling, [(64, 64, 4)])
     broken = launches.Launch("grit_kernels.pooling.triton_pooling", "no_such_kernel", "{}")
-    failures = launches.compile_all([*found, broken], 1, launches.HOPPER)
+    failures = launches.compile_all([*sorted(compiled(group)), broken], 1, launches.HOPPER)
     assert len(failures) == 1 and failures[0].startswith("no_such_kernel: AttributeError")
-    assert list(tmp_path.glob("*/pool_*_kernel.cubin"))
+    files = set(tmp_path.rglob("*"))
+    assert any(file.name == "pool_fwd_kernel.cubin" for file in files)
+    real = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return real(self, *args, grid=grid, warmup=True, **options)
+
+    with recorded(launches.HOPPER):
+        monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", None)
+        monkeypatch.setattr(JITFunction, "run", compile_only)
+        group()
+    assert set(tmp_path.rglob("*")) == files, "a launch had to compile"
 
 
 def test_tensors_without_data_are_not_served_by_launchers_outside() -> None:
