@@ -41,7 +41,7 @@ TRIES = 3
 """How often a task begins that was stopped or lost the GPU without a new row."""
 SILENCE = 120.0
 """Seconds without a new row after which a task that can go on with its record is taken to hang, and begun again."""
-DRY_SILENCE = 8.0
+DRY_SILENCE = 15.0
 HUNG, LOST = "hung", "lost the GPU"
 
 Row = dict[str, Any]
