@@ -1,4 +1,4 @@
-"""SamplePack: the numbers that every kernel reads per sample, and the way between padded batches and packs."""
+"""SamplePack: the per-sample numbers that every kernel reads, and the conversion between padded batches and packs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from grit_kernels.visibility import positions_and_samples
 
 @dataclass(frozen=True)
 class SamplePack:
-    """A batch as a pack of samples, one after another without padding. Build one per pass and share it by all layers.
+    """A batch as a pack of samples, one after another without padding. Build one per pass and share it among all layers.
 
-    Values are checked here, once; the kernels trust them. Make it with :meth:`from_lengths` or :meth:`from_mask`.
+    Values are checked here, once; the kernels trust them. Create it with :meth:`from_lengths` or :meth:`from_mask`.
 
     Attributes:
         cu_seqlens: int32 (B + 1), where each sample's tokens start in the pack.
         causal: bool (B). True: a token sees only its past. False: it sees both sides.
-        instruction_lens: int32 (B), leading tokens that attend but are not pooled.
+        instruction_lens: int32 (B), leading tokens that attend but are excluded from pooling.
         max_seqlen: length of the longest sample.
         tokens: number of tokens in the pack.
         hi: int32 (tokens) or None, a staircase that replaces the right bound (see visibility.py).
-        indices: int64 (tokens) or None: where each token stands in the flattened padded batch.
+        indices: int64 (tokens) or None: the index of each token in the flattened padded batch.
         padded_shape: (B, T) of that batch, or None.
         starts: int32 (B), first token of each sample.
         lengths: int32 (B), tokens of each sample.
@@ -43,7 +43,7 @@ class SamplePack:
     lengths: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        # derived once and read by every layer; plain attributes, because torch.compile cannot trace a cached property
+        # derived once and read by every layer; plain attributes, since torch.compile cannot trace a cached property
         object.__setattr__(self, "starts", self.cu_seqlens[:-1].contiguous())
         object.__setattr__(self, "lengths", self.cu_seqlens.diff())
 
@@ -107,10 +107,10 @@ class SamplePack:
     ) -> SamplePack:
         """The pack of a padded batch: ``attention_mask`` (B, T) is non-zero at real tokens; left padding and holes are fine.
 
-        A row is one sample unless it says otherwise: a mask of integers may number the samples of a row (1, 1, 2, 2, 0), and
-        ``position_ids`` (B, T) that start over begin a sample, as in :meth:`from_position_ids`; behind a hole only positions
-        that go back do. Lengths and flags are read back from the device, once for all layers. ``causal``: bool or bool (B), the
-        flag of each row's samples. ``instruction_lens``: int (B), for rows of one sample.
+        By default a row is one sample, but an integer mask may number the samples of a row (1, 1, 2, 2, 0), and
+        ``position_ids`` (B, T) that restart begin a new sample, as in :meth:`from_position_ids`; after a hole, only positions
+        that decrease do. Lengths and flags are read back from the device, once for all layers. ``causal``: bool or bool (B),
+        the flag of each row's samples. ``instruction_lens``: int (B), for rows of one sample.
         """
         if attention_mask.ndim != 2:
             raise ValueError(f"attention_mask: expected (B, T), got {tuple(attention_mask.shape)}")
@@ -140,13 +140,13 @@ class SamplePack:
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, causal: bool | Tensor = True) -> SamplePack:
-        """The pack behind flattened input without a mask: ``position_ids`` (B, T), where a sample starts wherever a position
-        does not follow its left neighbour (transformers' convention). They are read back from the device.
+        """The pack of flattened input without a mask: a sample starts wherever a position in ``position_ids`` (B, T) does not
+        follow its left neighbour (transformers' convention). They are read back from the device.
 
         ``causal``: bool, or bool (B), the flag of each row's samples.
         """
         if position_ids.ndim != 2 or position_ids.numel() == 0:
-            raise ValueError(f"position_ids: expected (B, T), not empty, got {tuple(position_ids.shape)}")
+            raise ValueError(f"position_ids: expected a non-empty (B, T), got {tuple(position_ids.shape)}")
         batch, length = position_ids.shape
         starts = torch.ones_like(position_ids, dtype=torch.bool)
         starts[:, 1:] = position_ids.diff(dim=1) != 1
@@ -162,12 +162,12 @@ class SamplePack:
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are."""
+        """The device of the tensors."""
         return self.cu_seqlens.device
 
     @property
     def position_ids(self) -> Tensor:
-        """Position of each token in its sample, int64 (tokens)."""
+        """Position of each token within its sample, int64 (tokens)."""
         return positions_and_samples(self.cu_seqlens, self.tokens)[0]
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class SamplePack:
         return padded.flatten(0, 1).index_select(0, self.indices)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(tokens, ...) -> (B, T, ...): back to the padded batch, zeros at the padding. Differentiable."""
+        """(tokens, ...) -> (B, T, ...): back to the padded batch, with zeros as padding. Differentiable."""
         if self.indices is None or self.padded_shape is None:
             raise ValueError("this SamplePack was not made from a padded batch (SamplePack.from_mask)")
         if packed.shape[0] != self.tokens:
@@ -207,7 +207,7 @@ class SamplePack:
 
 
 def _begins_inside_rows(attention_mask: Tensor, position_ids: Tensor | None, indices: Tensor) -> Tensor | None:
-    """bool (tokens - 1): whether the real token after each one begins a sample in the same row; None where no row can say so."""
+    """bool (tokens - 1): whether the next real token begins a sample in the same row; None if no row has several samples."""
     numbered = attention_mask.dtype != torch.bool and not attention_mask.is_floating_point()
     if indices.shape[0] < 2 or not (numbered or position_ids is not None):
         return None

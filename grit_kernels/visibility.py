@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 UNLIMITED = -1
-"""A window entry that means: no limit on that side."""
+"""Window entry for no limit on that side."""
 
 FARTHEST = 2**30
 """No window is kept larger than this, so ``i - left`` and ``i + right`` fit int32 for samples of up to 2**30 tokens."""
@@ -33,7 +33,7 @@ Index = TypeVar("Index", int, Tensor)
 
 
 class TileRange(NamedTuple):
-    """A half-open interval that a tile needs, split at the part that needs no mask.
+    """A half-open interval that a tile needs, and its part that needs no mask.
 
     ``[begin, end)`` is what the tile touches, ``[full_begin, full_end)`` what needs no comparison of positions (empty when
     ``full_begin >= full_end``). Units are those of the function that returns it: keys, rows or blocks.
@@ -67,24 +67,24 @@ def row_range(
 
 
 def tile_keys(first_row: int, last_row: int, len_q: int, len_k: int, left: int, right: int) -> TileRange:
-    """Keys needed by rows ``[first_row, last_row)`` and, inside, the keys that all of them see."""
+    """Keys needed by rows ``[first_row, last_row)`` and, within them, the keys that all of these rows see."""
     lo_first, hi_first = key_range(first_row + len_k - len_q, len_k, left, right)
     lo_last, hi_last = key_range(last_row - 1 + len_k - len_q, len_k, left, right)
     return TileRange(lo_first, lo_last, hi_first, hi_last)
 
 
 def tile_rows(first_key: int, last_key: int, len_q: int, len_k: int, left: int, right: int) -> TileRange:
-    """Rows that see any key of ``[first_key, last_key)`` and, inside, the rows that see all of them."""
+    """Rows that see any key of ``[first_key, last_key)`` and, within them, the rows that see all of these keys."""
     begin, full_end = row_range(first_key, len_q, len_k, left, right)
     full_begin, end = row_range(last_key - 1, len_q, len_k, left, right)
     return TileRange(begin, full_begin, full_end, end)
 
 
 def in_blocks(tile: TileRange, block: int) -> TileRange:
-    """The interval in blocks of ``block``: touched blocks, and inside them those that need no mask.
+    """The interval in blocks of ``block``: the blocks touched, and within them those that need no mask.
 
     A kernel walks ``[begin, full_begin)`` masked (left edge), ``[full_begin, full_end)`` unmasked, ``[full_end, end)``
-    masked (right edge). When no block is free of masks, ``full_begin == full_end == end``.
+    masked (right edge). If every block needs a mask, ``full_begin == full_end == end``.
     """
     if tile.begin >= tile.end:
         return TileRange(0, 0, 0, 0)
@@ -113,7 +113,7 @@ def window_bounds(
     """Per-sample ``left`` and ``right`` (int32 (B)) of a call.
 
     ``causal``: bool (B). ``window_size``: one ``(left, right)`` pair or an integer tensor (B, 2); -1 means unlimited and
-    becomes a distance no pair of positions reaches, and larger windows are cut to it, so ``i - left`` and ``i + right``
+    becomes a distance that no pair of positions reaches, and larger windows are clipped to it, so ``i - left`` and ``i + right``
     stay far from int32 overflow. A causal sample gets ``right = 0``.
     """
     bound = min(max_seqlen_q + max_seqlen_k, FARTHEST)
@@ -129,7 +129,7 @@ def window_bounds(
 
 
 def span_hi(cu_seqlens: Tensor, bidirectional: Tensor, right: int = UNLIMITED) -> Tensor:
-    """Staircase ``hi`` (int32 (tokens)) of samples in which runs of tokens see each other and all else is causal.
+    """Staircase ``hi`` (int32 (tokens)) of samples in which runs of tokens see each other and everything else is causal.
 
     ``bidirectional``: bool (tokens), True for tokens of a bidirectional run; a run is a maximal stretch of True inside one
     sample. With ``end(i)`` the end of the run around token i (0 outside):  ``hi(i) = max(i + 1, min(end(i), i + right + 1))``.
@@ -141,7 +141,7 @@ def span_hi(cu_seqlens: Tensor, bidirectional: Tensor, right: int = UNLIMITED) -
     sample = sample_ids(cu_seqlens, tokens)
     start = cu_seqlens.to(torch.int64)[sample]
     sample_end = cu_seqlens.to(torch.int64)[sample + 1]
-    # the end of a run is the next token outside of it: a reversed running minimum over the places where runs are broken
+    # the end of a run is the next token outside it: a reversed running minimum over the positions outside runs
     outside = torch.where(bidirectional, tokens, index)
     next_outside = outside.flip(0).cummin(0).values.flip(0) if tokens else outside
     end = torch.where(bidirectional, torch.minimum(next_outside, sample_end) - start, 0)
@@ -158,7 +158,7 @@ def prefix_lm_hi(cu_seqlens: Tensor, prefix_lens: Tensor, tokens: int, right: in
 
 
 def causal_instruction_hi(cu_seqlens: Tensor, instruction_lens: Tensor, tokens: int, right: int = UNLIMITED) -> Tensor:
-    """CB: the instruction (first ``instruction_lens[b]`` tokens) is causal, the sample after it sees everything."""
+    """CB: the instruction (first ``instruction_lens[b]`` tokens) is causal, the text after it sees everything."""
     position, sample = positions_and_samples(cu_seqlens, tokens)
     return span_hi(cu_seqlens, position >= instruction_lens.to(position.device)[sample], right)
 
@@ -170,13 +170,13 @@ def sample_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def positions_and_samples(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Position inside its sample, and sample, of each token of a pack (both int64 (tokens))."""
+    """Position within its sample, and index of the sample, for each token of a pack (both int64 (tokens))."""
     sample = sample_ids(cu_seqlens, tokens)
     return torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens.to(torch.int64)[sample], sample
 
 
 def transpose_hi(hi: Tensor, q_start: Tensor, q_len: Tensor, k_start: Tensor, k_len: Tensor, keys: int) -> Tensor:
-    """First row (relative to its sample) whose ``hi`` exceeds each key: int32 (keys), ``q_len`` where none does.
+    """First row (relative to its sample) whose ``hi`` exceeds each key: int32 (keys), ``q_len`` if none does.
 
     This is the transpose of a staircase: rows ``[transpose_hi[j], ...)`` see key j as far as ``hi`` is concerned. Keys that
     belong to no sample get 0. No host sync: one searchsorted over ``sample * stride + value`` keys.
@@ -194,7 +194,7 @@ def transpose_hi(hi: Tensor, q_start: Tensor, q_len: Tensor, k_start: Tensor, k_
     key_used = (key_in >= 0) & (key_in < k_len.to(torch.int64)[key_sample])
     stride = keys + 2
     clamped = hi.to(torch.int64).clamp(0, keys)
-    # rows after a sample's last one sort behind all its values, so the whole vector is non-decreasing
+    # rows after a sample's last one sort after all its values, so the whole vector is non-decreasing
     values = row_sample * stride + torch.where(row_used, clamped, keys + 1)
     found = torch.searchsorted(values, key_sample * stride + key_in, right=True)
     first = (found - starts_q[key_sample]).clamp(min=0)

@@ -1,14 +1,14 @@
-"""The seam to transformers: the only place of this package that imports it, and what other code needs to know of it.
+"""The interface to transformers: the only part of this package that imports it, and what other code needs to know about it.
 
-* :func:`patch`, :func:`unpatch`, :func:`patched`, :func:`is_patched`: the decoder that takes its attention mode per sample.
-* caches, whatever this version of transformers calls the argument: :func:`new_cache`, :func:`cached_states`,
-  :func:`cache_keyword`, and ``StaticCache``, which has the layout that the kernels read without a copy.
+* :func:`patch`, :func:`unpatch`, :func:`patched`, :func:`is_patched`: a decoder with an attention mode per sample.
+* caches, whatever the argument is called in this version of transformers: :func:`new_cache`, :func:`cached_states`,
+  :func:`cache_keyword`, and ``StaticCache``, whose layout the kernels read without a copy.
 * :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`depends_on_length`: whether its rotary
-  frequencies change with the length of a text.
+  frequencies depend on the length of a text.
 * :func:`checkpoint_activations`, :func:`checkpoints_activations`, :func:`expert_balance_loss`: for training.
-  :func:`check_plain_head`: that code which applies the language-model head by itself gets the model's logits.
+  :func:`check_plain_head`: whether applying the language-model head directly gives the model's logits.
 
-compat.py alone knows what differs between versions of transformers; importing this package does not import it.
+Only compat.py knows how versions of transformers differ; importing this package does not import transformers.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "StaticCache":  # a class of transformers' kind: importing it imports transformers
+    if name == "StaticCache":  # derived from a transformers class: importing it imports transformers
         from grit_kernels.hf.static_cache import StaticCache
 
         return StaticCache

@@ -1,7 +1,7 @@
-"""The ``forward`` of a patched decoder: binds a call to the class's own signature, then takes the packed or the padded way.
+"""The ``forward`` of a patched decoder: binds a call to the class's own signature, then takes the packed or the padded path.
 
-Whatever a call says that is neither understood nor known to leave the result alone is an error: a keyword that is dropped
-silently is a wrong answer.
+Any argument that is neither supported nor known to be without effect is an error: silently dropping a keyword gives a wrong
+answer.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ UNDERSTOOD = (
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 )
 HARMLESS = ("output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict", "cache_position")
-"""Keywords that change neither what a token sees nor how many rows a tensor has; handed to the class's own forward."""
+"""Keywords that change neither what a token sees nor how many rows a tensor has; passed to the class's own forward."""
 
-# a 4-D mask is passed through by transformers untouched. A packed pass needs none, and this one is of a shape that any other
-# attention than ours, were it called by mistake, cannot add to its scores
+# transformers passes a 4-D mask through untouched. A packed pass needs none, and this one has a shape that any other
+# attention, if called by mistake, cannot add to its scores
 _NO_MASK_SHAPE = (1, 1, 0, 0)
 
 
 @dataclass(frozen=True)
 class PatchRecord:
-    """What a patched decoder's ``forward`` must know: options of patch(), and what was found out about the class once.
+    """What a patched decoder's ``forward`` needs to know: the options of patch(), and facts about the class determined once.
 
-    It is bound to the forward, so a call keeps the record it began with, and copies of the model carry it.
+    It is bound to the forward, so a call keeps the record it started with, and copies of the model include it.
     """
 
     attn_implementation: str
     bidirectional_window: str
     packing: bool
     fuse: bool
-    """Fused ops stand in for norms, gated MLPs and rotary embeddings (fuse.py)."""
+    """Fused ops replace norms, gated MLPs and rotary embeddings (fuse.py)."""
     names: tuple[str, ...]
     """Arguments of the class's forward, in order."""
     cache_name: str
     own_attention: bool
     """Attention is the model's own method (gptj.py), not transformers' AttentionInterface."""
     has_head: bool
-    """The model generates: its calls are causal unless they say otherwise, whatever the config says."""
+    """The model generates: calls are causal unless they say otherwise, whatever the config says."""
     rope_by_length: bool
     """The rotary frequencies depend on the length of the text (rope.py)."""
 
@@ -60,7 +60,7 @@ class PatchRecord:
 
 
 class _Gate:
-    """Calls of one decoder that are under way, by thread."""
+    """Running calls of one decoder, by thread."""
 
     def __init__(self) -> None:
         self.condition = threading.Condition()
@@ -78,7 +78,7 @@ def _gate(decoder: nn.Module) -> _Gate:
 
 @contextlib.contextmanager
 def exclusive(decoder: nn.Module) -> Iterator[None]:
-    """Waits until no other thread runs ``decoder``; calls that begin inside the block wait for its end."""
+    """Wait until no other thread runs ``decoder``; calls that begin inside the block wait until it ends."""
     gate = _gate(decoder)
     with gate.condition:
         if threading.get_ident() in gate.running:
@@ -88,7 +88,7 @@ def exclusive(decoder: nn.Module) -> Iterator[None]:
 
 
 def forward(decoder: Any, record: PatchRecord, *args: Any, **kwargs: Any) -> Any:
-    """``forward`` of a patched decoder. See :func:`grit_kernels.patch` for the arguments beside the class's own."""
+    """``forward`` of a patched decoder. See :func:`grit_kernels.patch` for the arguments in addition to the class's own."""
     if torch.compiler.is_compiling():
         return _forward(decoder, record, args, kwargs)
     gate, thread = _gate(decoder), threading.get_ident()
@@ -112,19 +112,19 @@ def forward(decoder: Any, record: PatchRecord, *args: Any, **kwargs: Any) -> Any
 
 
 def bind(record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, without those that are None; unknown ones are an error."""
+    """The arguments of a call by name, except those that are None; unknown ones are an error."""
     if len(args) > len(record.names):
         raise TypeError(f"forward: expected at most {len(record.names)} arguments without names, got {len(args)}")
     bound: dict[str, Any] = {}
     for name, value in zip(record.names, args, strict=False):
         if name in kwargs:
-            raise TypeError(f"{name}: expected once, got it with and without its name")
+            raise TypeError(f"{name}: expected once, got it both by position and by name")
         bound[name] = value
     bound.update(kwargs)
     bound.update(gptj.left_by_the_head(bound) if record.own_attention else {})
     bound = {name: value for name, value in bound.items() if value is not None}
     if bound.pop("output_attentions", False):
-        raise ValueError("output_attentions: expected False, got True: the kernels keep no attention weights")
+        raise ValueError("output_attentions: expected False, got True: the kernels do not keep attention weights")
     for name, value in bound.items():
         if name not in UNDERSTOOD and name not in HARMLESS and name not in compat.CACHE_NAMES:
             raise TypeError(
@@ -157,7 +157,7 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     call = _Call(decoder, record, name, bound)
     compiling = torch.compiler.is_compiling()
 
-    # a checkpoint that was saved as an embedder generates causally all the same; without a head or a cache it does not generate
+    # a checkpoint saved as an embedder still generates causally; without a head or a cache it does not generate
     default = record.has_head or caching or bool(getattr(decoder.config, "is_causal", True))
     if table["cu_seq_lens_q"] is not None and sample_pack is None:
         sample_pack = _pack_of_table(table, default if is_causal is None else is_causal, inputs.device)
@@ -168,9 +168,9 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
                 f"{name}: expected (1, {sample_pack.tokens}) as the sample_pack, got shape {(batch, length)}"
             )
         if is_causal is not None:
-            raise ValueError("is_causal: expected none beside a sample_pack, which carries its own flags")
+            raise ValueError("is_causal: expected none with a sample_pack, which has its own flags")
         if mask is not None and (compiling or not isinstance(mask, Tensor) or not bool((mask != 0).all())):
-            raise ValueError("attention_mask: expected none beside packed input, which has no padding")
+            raise ValueError("attention_mask: expected none with packed input, which has no padding")
         if caching:
             raise ValueError("cache, use_cache: expected none: packed input cannot fill a transformers cache")
         if positions is None:
@@ -191,7 +191,7 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
 
 
 class _Call:
-    """The class's own forward with what this call hands through. (No dataclass: torch.compile traces this one.)"""
+    """The class's own forward with the arguments that this call passes on. (Not a dataclass: torch.compile traces this.)"""
 
     def __init__(self, decoder: Any, record: PatchRecord, name: str, extra: dict[str, Any]) -> None:
         self.decoder, self.record, self.name, self.extra = decoder, record, name, extra
@@ -229,7 +229,7 @@ class _Call:
     def _run(self, inputs: Tensor, grit_pass: AttentionPass, **arguments: Any) -> Any:
         if not self.record.own_attention:
             arguments["grit_pass"] = grit_pass
-        # the class's forward, not the instance's: that one is ours
+        # the class's forward, since the instance's is ours
         outputs = type(self.decoder).forward(self.decoder, **{self.name: inputs}, **arguments, **self.extra)
         if inputs.shape[1] and not grit_pass.witness:
             raise RuntimeError(
@@ -241,10 +241,10 @@ class _Call:
 
 
 def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.device) -> SamplePack:
-    """The pack behind transformers' ``cu_seq_lens_q``."""
+    """The pack described by transformers' ``cu_seq_lens_q``."""
     queries, keys = table["cu_seq_lens_q"], table["cu_seq_lens_k"]
     if torch.compiler.is_compiling():
-        raise ValueError("cu_seq_lens_q: a compiled pass cannot read its values; give it a sample_pack")
+        raise ValueError("cu_seq_lens_q: a compiled pass cannot read its values; pass a sample_pack")
     lengths = queries.to("cpu").diff()
     if keys is not None and keys is not queries and not torch.equal(keys.to("cpu").diff(), lengths):
         raise ValueError("cu_seq_lens_k: expected the same samples as cu_seq_lens_q, got others")
@@ -254,10 +254,10 @@ def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.d
 def _pack_of_rows(
     record: PatchRecord, inputs: Tensor, mask: Any, positions: Tensor | None, causal: Tensor
 ) -> SamplePack | None:
-    """The pack of a pass without a cache; None where it keeps the padded layout."""
+    """The pack of a pass without a cache; None if it keeps the padded layout."""
     batch, length = inputs.shape[:2]
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        return None  # ours, or refused by the attention function, which knows what to say
+        return None  # ours, or refused by the attention function with its own message
     if mask is not None and tuple(mask.shape) != (batch, length):
         raise ValueError(
             f"attention_mask: expected {(batch, length)} as {inputs.ndim}-D inputs, got {tuple(mask.shape)}"
@@ -278,49 +278,51 @@ def _pack_of_rows(
         if mask is None:
             mask = torch.ones((batch, length), dtype=torch.bool, device=inputs.device)
         pack = SamplePack.from_mask(mask.to(inputs.device), causal, position_ids=positions)
-    # several samples in a row cannot be told apart in the padded layout
+    # the padded layout cannot distinguish several samples in a row
     return pack if record.packing or len(pack) > batch else None
 
 
 def _assert_one_sample_per_row(mask: Tensor, positions: Tensor | None) -> None:
-    """For a compiled pass, which cannot look: an assertion inside the graph."""
+    """For a compiled pass, which cannot read values: an assertion inside the graph."""
     if mask.dtype != torch.bool:
         torch._assert_async(
-            (mask <= 1).all(), "attention_mask: a compiled pass cannot tell apart the samples that a mask numbers"
+            (mask <= 1).all(), "attention_mask: a compiled pass cannot distinguish the samples numbered by a mask"
         )
     if positions is not None and mask.shape[1] > 1:
         both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
         torch._assert_async(
             (~both | (positions.diff(dim=1) == 1)).all(),
-            "position_ids: a compiled pass cannot tell apart samples that start over; give it a sample_pack",
+            "position_ids: a compiled pass cannot distinguish samples by positions that restart; pass a sample_pack",
         )
 
 
 def _refuse_several_samples_in_a_cache(
     cache: Any, mask: Any, positions: Tensor | None, batch: int, length: int
 ) -> None:
-    """A cache holds one sample per row; looked at when one begins to be filled."""
+    """Check that there is one sample per row, as a cache requires, when a pass begins to fill one."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        return  # masks that generate() built with our mask function, one per kind of layer
+        return  # masks built by generate() with our mask function, one per kind of layer
     if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool and bool((mask > 1).any()):
-        raise ValueError("attention_mask: expected 0 and 1 beside a cache, which holds one sample per row, got numbers")
+        raise ValueError(
+            "attention_mask: expected 0 and 1 with a cache, which holds one sample per row, got other numbers"
+        )
     if positions is None or (cache is not None and int(cache.get_seq_length())):
         return
     positions = positions.expand(batch, length)
     if mask is None:
         mask = torch.ones_like(positions, dtype=torch.bool)
     if tuple(mask.shape) == (batch, length) and len(SamplePack.from_mask(mask != 0, position_ids=positions)) > batch:
-        raise ValueError("position_ids: expected one sample per row beside a cache, got positions that start over")
+        raise ValueError("position_ids: expected one sample per row with a cache, got positions that restart")
 
 
 def _unpack_outputs(outputs: Any, pack: SamplePack) -> Any:
-    """Bring every (1, tokens, ...) tensor of a decoder's output back to (B, T, ...)."""
+    """Unpack every (1, tokens, ...) tensor of a decoder's output to (B, T, ...)."""
 
     def unpack(x: Any) -> Any:
         if isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == (1, pack.tokens):
             return pack.unpack(x[0])
         if isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] == pack.tokens:
-            # router logits, one row per token: the padded places are masked by their user
+            # router logits, one row per token; whoever uses them masks the padding
             return pack.unpack(x).flatten(0, 1)
         return tuple(unpack(y) for y in x) if isinstance(x, tuple) else x
 

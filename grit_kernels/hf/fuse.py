@@ -1,16 +1,16 @@
-"""The fuse half of patch(): fused ops in place of what stands between the matrix products of a decoder.
+"""The fusing part of patch(): fused ops in place of what is between a decoder's matrix products.
 
-A module takes part because it *behaves* as the formula: its class's own forward is run on a small stand-in with random weights
-and compared. What then runs is bound per instance and looks at the module anew in every call:
+A module is fused because it *behaves* like the formula: its class's own forward is run on a small stand-in with random weights
+and compared. The replacement is bound per instance and inspects the module again in every call:
 
-* norms: one op for RMSNorm, with Gemma's ``1 + weight`` too
+* norms: one op for RMSNorm, including Gemma's ``1 + weight``
 * gated MLPs: ``down(act(gate(x)) * up(x))``, the product of the two branches being one op
-* attention: the class's own forward, in which the name ``apply_rotary_pos_emb`` means the fused rotation, whose results have
-  the layout that the attention kernels read
+* attention: the class's own forward, in which ``apply_rotary_pos_emb`` refers to the fused rotation, whose results have the
+  layout that the attention kernels read
 
-Linear layers, and everything else that has weights, are called as the modules they are at that moment, so what is put on or in
-place of them later (hooks, LoRA, quantised layers) takes part. Where a call does not fit the op, the class's own forward runs;
-inside torch.compile always, because the compiler fuses these functions itself.
+Linear layers, and everything else that has weights, are called as the modules they are at that time, so later additions and
+replacements (hooks, LoRA, quantised layers) take effect. If a call does not fit the op, the class's own forward runs; inside
+torch.compile it always does, because the compiler fuses these functions itself.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Norm:
-    """What a norm was found to be: the attribute that holds its epsilon, the offset of its weight, its result's dtype."""
+    """The properties found for a norm: the attribute that holds its epsilon, the offset of its weight, its result's dtype."""
 
     eps: str
     offset: float
-    promotes: bool  # 16-bit input and float32 weight give float32; else the input's dtype
+    promotes: bool  # 16-bit input and float32 weight give float32, otherwise the input's dtype
 
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """What an MLP was found to be; ``gate`` and ``up`` are the same name where one product gives both halves."""
+    """The properties found for an MLP; ``gate`` and ``up`` are the same name if one product gives both halves."""
 
     gate: str
     up: str
@@ -59,7 +59,7 @@ class GatedMlp:
 
 
 def attach(decoder: nn.Module) -> None:
-    """Fuse every module of ``decoder`` that behaves as one of the formulas."""
+    """Fuse every module of ``decoder`` that behaves like one of the formulas."""
     found: dict[Any, Any] = {}
     for module in decoder.modules():
         forward = _fused_forward(module, found)
@@ -77,7 +77,7 @@ def detach(decoder: nn.Module) -> None:
 
 
 def kinds(decoder: nn.Module) -> dict[str, int]:
-    """How many modules run fused: ``{"norm": .., "mlp": .., "rotary": ..}``."""
+    """The number of modules that run fused: ``{"norm": .., "mlp": .., "rotary": ..}``."""
     names = {_norm_forward: "norm", _mlp_forward: "mlp", _attention_forward: "rotary"}
     found = dict.fromkeys(names.values(), 0)
     for _, _, forward in _fused(decoder):
@@ -86,7 +86,7 @@ def kinds(decoder: nn.Module) -> dict[str, int]:
 
 
 def _slot(module: nn.Module) -> str:
-    """Where a module keeps the forward to replace: accelerate's hooks move it and call it from around."""
+    """The attribute of a module that holds the forward to replace: accelerate's hooks move and wrap it."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
@@ -99,11 +99,11 @@ def _fused(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _fused_forward(module: nn.Module, found: dict[Any, Any]) -> Any:
-    """The forward to bind, or None. A partial, not a closure: deepcopy and pickle carry it over to the copy."""
+    """The forward to bind, or None. A partial, not a closure, so that deepcopy and pickle carry it over."""
     slot = _slot(module)
     bound = module.__dict__.get(slot)
     if bound is not None and not (slot == "_old_forward" and getattr(bound, "__func__", None) is type(module).forward):
-        return None  # somebody else's forward
+        return None  # another library's forward
     facts = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))))
     shapes = tuple((name, p.shape) for name, p in module.named_parameters(recurse=False))
     children = tuple((name, type(child)) for name, child in module.named_children())
@@ -120,7 +120,7 @@ def _fused_forward(module: nn.Module, found: dict[Any, Any]) -> Any:
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """A trial neither depends on what is set around it nor disturbs it; its random numbers are its own, too."""
+    """A trial neither depends on global settings nor changes them; this includes random numbers."""
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         yield
 
@@ -138,7 +138,7 @@ def _recognised(module: nn.Module) -> Norm | GatedMlp | str | None:
 
 
 def _stand_in(module: nn.Module, **modules_or_parameters: nn.Module | nn.Parameter) -> Any:
-    """An object of the module's class with its attributes, but with these parameters and children; no forward of its own."""
+    """An object of the module's class with its attributes, but with these parameters and children and without its own forward."""
     made = object.__new__(type(module))
     made.__dict__.update({k: v for k, v in vars(module).items() if k not in ("forward", "_old_forward", "_hf_hook")})
     given = modules_or_parameters
@@ -154,7 +154,7 @@ def _same(module: Any, x: Tensor, expected: Tensor) -> bool:
         module.__dict__["training"] = training
         try:
             got = type(module).forward(module, x)
-        except Exception:  # whatever it wants, it is not this formula
+        except Exception:  # whatever it requires, it is not this formula
             return False
         if not isinstance(got, Tensor) or got.shape != expected.shape:
             return False
@@ -172,7 +172,7 @@ def _as_norm(module: nn.Module) -> Norm | None:
     if len(shape) != 1 or not shape[0]:
         return None
     weight, rows = _draw(2, *shape)[1], _draw(4, *shape)
-    # rows of several sizes: where mean(x^2) is of the order of epsilon, its place and value show
+    # rows of several magnitudes: where mean(x^2) is close to epsilon, its place and value show
     rows = rows * torch.tensor([1.0, 30.0, 1e-2, 1e-3], dtype=torch.float32)[:, None]
     stand_in = _stand_in(module, weight=nn.Parameter(weight))
     wide = rows.double()
@@ -224,20 +224,20 @@ class _Rebound:
     """A class's attention forward in which :data:`ROTARY` is the fused rotation."""
 
     forward: Callable[..., Any]
-    globals: dict[str, Any]  # of the forward it was made from
-    original: Callable[..., Any]  # what ROTARY meant there
-    renamed: frozenset[str]  # arguments that a deprecation wrapper around that forward renames
+    globals: dict[str, Any]  # of the forward that it was made from
+    original: Callable[..., Any]  # what ROTARY referred to there
+    renamed: frozenset[str]  # arguments renamed by a deprecation wrapper around that forward
 
 
 _rebound_classes: dict[type, tuple[Any, _Rebound | None]] = {}
-"""Per class: its forward at that time, and what was made of it."""
+"""Per class: its forward at that time, and its replacement."""
 
 
 def _rebound(cls: type) -> _Rebound | None:
-    """The rebound forward of an attention class; None when it does not rotate by the formula."""
+    """The rebound forward of an attention class; None if it does not rotate by the formula."""
     forward = getattr(cls, "forward", None)
     known = _rebound_classes.get(cls)
-    if known is None or known[0] is not forward:  # somebody may have replaced it since
+    if known is None or known[0] is not forward:  # it may have been replaced since
         known = _rebound_classes[cls] = (forward, _rebind(cls))
     return known[1]
 
@@ -275,7 +275,7 @@ def _rotates(function: Callable[..., Any], dim: int, rotated: int) -> bool:
     cos, sin = _draw(2, 2, 5, rotated).unbind(0)
     try:
         given = function(q, k[:, :1], cos, sin)
-    except Exception:  # whatever it wants, it is not this formula
+    except Exception:  # whatever it requires, it is not this formula
         return False
     moved = reference.rotary(q.transpose(1, 2).double(), k[:, :1].transpose(1, 2).double(), cos, sin, False)
     return (
@@ -289,7 +289,7 @@ def _rotates(function: Callable[..., Any], dim: int, rotated: int) -> bool:
 
 
 def _takes_part(x: object, op: str) -> bool:
-    """Whether a fused op serves this tensor; subclasses (distributed, fake ones) take the module's own way."""
+    """Whether a fused op supports this tensor; subclasses (distributed or fake tensors) use the module's own forward."""
     return type(x) in (Tensor, nn.Parameter) and x.dtype in DTYPES and has_kernel(op, x.device)  # type: ignore[attr-defined]
 
 
@@ -322,7 +322,7 @@ def _mlp_forward(self: Any, what: GatedMlp, *args: Any, **kwargs: Any) -> Any:
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether somebody waits for this module to be called, or made it another function."""
+    """Whether the module has hooks, or its forward has been replaced."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -335,7 +335,7 @@ def _watched(module: nn.Module) -> bool:
 def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         rebound = _rebound(type(self))
-        # a rotation that was replaced later in the model's own module counts
+        # a rotation replaced later in the model's own module takes precedence
         if (
             rebound is not None
             and rebound.globals.get(ROTARY) is rebound.original
@@ -346,12 +346,12 @@ def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _turn(original: Callable[..., Any], partly: bool, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``apply_rotary_pos_emb(q, k, cos, sin)`` with q and k (B, heads, T, D)."""
+    """Replaces ``apply_rotary_pos_emb(q, k, cos, sin)`` with q and k (B, heads, T, D)."""
     if kwargs or len(args) != 4 or not _takes_part(args[0], "rotary"):
         return original(*args, **kwargs)
     q, k, cos, sin = args
     narrow = q.dtype == cos.dtype or q.dtype == torch.float32
-    # a 16-bit state and a float32 table give float32, which autocast turns back at once
+    # a 16-bit state and a float32 table give float32, which autocast converts back
     if not narrow and (cos.dtype != torch.float32 or autocast_dtype(q.device) != q.dtype):
         return original(*args)
     whole = cos.ndim == 3 and (cos.shape[-1] == q.shape[-1] or (partly and cos.shape[-1] < q.shape[-1]))

@@ -1,9 +1,9 @@
-"""GPT-J's way in, up to transformers 5.23: neither its layers nor its language-model head hand keyword arguments down, and its
-attention is a method of the layer. (Later versions use the AttentionInterface like everyone else and need none of this.)
+"""Support for GPT-J up to transformers 5.23, where neither its layers nor its language-model head pass on keyword arguments, and
+its attention is a method of the layer. (Later versions use the AttentionInterface like all others and need none of this.)
 
-transformers passes a 4-D mask through to the layers untouched, so what the layers of one pass share travels as an attribute of
-that tensor, and each attention module's ``_attn`` is replaced on the instance. In the same way the head's ``forward`` leaves
-the call's flags with the tensor of inputs.
+transformers passes a 4-D mask through to the layers untouched, so what the layers of a pass share is attached as an attribute to
+that tensor, and each attention module's ``_attn`` is replaced on the instance. In the same way, the head's ``forward`` attaches
+the call's flags to the input tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Carried:
 
 
 def attends_by_itself(decoder: Any) -> bool:
-    """Whether attention is a method of the layers, outside of transformers' AttentionInterface."""
+    """Whether attention is a method of the layers, outside transformers' AttentionInterface."""
     layers = getattr(decoder, "h", None)
     return (
         layers is not None
@@ -42,10 +42,10 @@ def attends_by_itself(decoder: Any) -> bool:
 
 
 def carry(decoder: Any, grit_pass: AttentionPass, inputs: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
-    """The 4-D tensor to hand to the decoder as its mask. ``inputs``: (B, T) ids or (B, T, hidden) states."""
+    """The 4-D tensor to pass to the decoder as its mask. ``inputs``: (B, T) ids or (B, T, hidden) states."""
     relative: Any = None
     if grit_pass.pack is None:
-        # the mask function of our name answers: None, or the distance of every key slot to the first query
+        # our registered mask function returns None, or the distance of every key slot to the first query
         shape_only = inputs if inputs.ndim == 3 else inputs[..., None]
         relative = compat.causal_mask(decoder.config, shape_only, attention_mask, cache)
     carrier = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=inputs.device)
@@ -54,7 +54,7 @@ def carry(decoder: Any, grit_pass: AttentionPass, inputs: Tensor, attention_mask
 
 
 def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
-    """Stands in for ``GPTJAttention._attn``: query, key, value (B, H, T, D) -> ((B, H, T, D), None)."""
+    """Replaces ``GPTJAttention._attn``: query, key, value (B, H, T, D) -> ((B, H, T, D), None)."""
     carried = getattr(attention_mask, "_grit", None)
     if carried is None:
         raise RuntimeError(
@@ -76,7 +76,7 @@ def _head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call = {name: kwargs.pop(name) for name in CALL_ARGUMENTS if name in kwargs}
 
     def marked(inputs: Tensor) -> Tensor:
-        inputs = inputs.view_as(inputs)  # the caller's tensor stays as it is
+        inputs = inputs.view_as(inputs)  # leave the caller's tensor unchanged
         inputs._grit_call = call  # type: ignore[attr-defined]
         return inputs
 
@@ -89,7 +89,7 @@ def _head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def left_by_the_head(bound: dict[str, Any]) -> dict[str, Any]:
-    """What the head's caller said that the head does not hand down."""
+    """Arguments of the head's caller that the head does not pass on."""
     inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
     return dict(getattr(inputs, "_grit_call", {}))
 

@@ -1,8 +1,8 @@
 """Registers ``attn_implementation="grit"`` with transformers without importing it.
 
-The name must exist before ``from_pretrained`` is called, but importing transformers takes seconds that a user of the kernels
-alone should not pay. If transformers' modelling code is loaded already, registering is free and happens at once; otherwise a
-finder waits for that module and steps aside after it.
+The name must exist before ``from_pretrained`` is called, but importing transformers takes seconds, which users of the kernels
+alone should not pay for. If transformers' modelling code is loaded already, registering is free and happens at once; otherwise
+an import hook waits for that module and then removes itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Loader(importlib.abc.Loader):
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # the module keeps the loader it would have had without us
+        # the module keeps the loader it would otherwise have
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.inner
         self.inner.exec_module(module)
@@ -50,7 +50,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Register now if transformers' modelling code is loaded, else as soon as it is."""
+    """Register now if transformers' modelling code is loaded, otherwise as soon as it is."""
     if _TARGET in sys.modules:
         register()
     else:

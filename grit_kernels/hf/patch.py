@@ -1,4 +1,4 @@
-"""patch(model): a transformers decoder that takes its attention mode per sample and computes no padding.
+"""patch(model): a transformers decoder with an attention mode per sample that computes no padding.
 
 No modelling code is copied. The attention half is transformers' own AttentionInterface under the name ``"grit"``
 (interface.py). The other half is the decoder's ``forward`` (forward.py), bound per instance: it takes ``is_causal`` as a bool
@@ -23,48 +23,49 @@ from grit_kernels.hf.forward import PatchRecord, exclusive, forward
 from grit_kernels.hf.interface import BIDIRECTIONAL_WINDOWS, NAME, register
 
 FAMILIES = (*("gemma2", "gemma3_text", "gpt_neox", "gptj", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),)
-"""Model types whose every property is tested (tests/grit_kernels/hf/test_families.py)."""
+"""Model types that are fully tested (tests/grit_kernels/hf/test_families.py)."""
 
 DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-"""Config entries of dropout on attention weights."""
+"""Config entries for dropout on attention weights."""
 
 
 def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bool = True, fuse: bool = True) -> Any:
     """Make ``model``'s decoder switch its attention per sample, in place; returns ``model``.
 
-    After it, ``model(...)`` and the bare decoder accept
+    Afterwards ``model(...)`` and the bare decoder accept
 
-    * ``is_causal``: bool or bool tensor (B). True (default) is the model as it was; False lets a sample see both sides.
-      Padding may stand anywhere (2-D ``attention_mask``); padded places of a packed pass's output are 0. A window counts real
-      tokens (transformers counts places, which differs only where padding stands between tokens).
-    * ``sample_pack``: a :class:`SamplePack` for input that is packed already, ``input_ids`` of shape (1, tokens); the output
-      stays packed. transformers' ``cu_seq_lens_q`` and ``max_length_q`` are understood the same way.
-    * rows of several samples: ``position_ids`` that start over inside a row, with or without a mask, and a 2-D mask that numbers
-      the samples (1, 1, 2, 2, 0) keep them apart. ``is_causal`` stays one flag per row.
+    * ``is_causal``: bool or bool tensor (B). True (default): the unmodified model. False: a sample sees both sides.
+      Padding may be anywhere (2-D ``attention_mask``); padded positions in the output of a packed pass are 0. A window counts
+      real tokens (transformers counts slots, which differs only where there is padding between tokens).
+    * ``sample_pack``: a :class:`SamplePack` for input that is already packed, ``input_ids`` of shape (1, tokens); the output
+      stays packed. transformers' ``cu_seq_lens_q`` and ``max_length_q`` have the same effect.
+    * rows with several samples: they are separated by ``position_ids`` that restart within a row, with or without a mask, or by a
+      2-D mask that numbers the samples (1, 1, 2, 2, 0). ``is_causal`` remains one flag per row.
 
     Without ``is_causal``, a model with a language-model head and every pass with a cache are causal, whatever the config says;
-    a bare decoder does what its config says (``is_causal``), as unpatched. A keyword that is not understood is an error.
+    a bare decoder follows its config (``is_causal``), as when unpatched. An unsupported keyword is an error.
 
-    A pass builds a KV cache only when it is asked to (``use_cache=True`` or a cache, under either of its names); it then
-    keeps the padded layout, because a transformers cache holds padded rows. A sliding one keeps the last places of the batch, so
-    pad its prompts on the left, as ``generate`` expects. A padded batch inside ``torch.compile`` stays padded as well, because
-    its number of real tokens is data and no shape; compile a packed pass by giving it a ``sample_pack``.
+    A pass builds a KV cache only on request (``use_cache=True`` or a cache, under either of its names); it then keeps the
+    padded layout, because a transformers cache holds padded rows. A sliding cache keeps the last slots of the batch, so left-pad
+    its prompts, as ``generate`` expects. A padded batch inside ``torch.compile`` stays padded as well, because its number of real
+    tokens is data, not a shape; to compile a packed pass, pass a ``sample_pack``.
 
     Args:
         model: a supported transformers decoder, with or without its language-model head.
         bidirectional_window: what a bidirectional sample sees under ``sliding_window=W``: ``"transformers"`` (``|i - j| <= W``,
-            as the unpatched model) or ``"full"`` (everything, as the published GritLM models' sdpa path). Equal up to W tokens.
+            like the unpatched model) or ``"full"`` (everything, like the published GritLM models' sdpa path). Both agree up to W
+            tokens.
         packing: compute only real tokens when no cache is involved and nothing is compiled. False keeps the padded layout.
-        fuse: run RMSNorm, rotary embedding and gated activations as one op each where a module behaves as the formula; the
-            result differs from the unfused one by roundings. Layers with weights are called as they are, hooks included.
+        fuse: run RMSNorm, rotary embedding and gated activations as one op each where a module behaves like the formula; the
+            result differs from the unfused one by rounding. Layers with weights are called as they are, including hooks.
 
     Raises:
-        TypeError: the model's class is not supported; the message lists what is.
-        ValueError: an option has a value that is not accepted, or the config asks for what no kernel has.
+        TypeError: the model's class is not supported; the message lists those that are.
+        ValueError: an option has an invalid value, or the config requires something that no kernel supports.
 
-    The model gets a copy of its config, since the object may be shared with other models. It is safe to patch and unpatch while
-    other threads call the model: unpatching waits for calls that are under way. Rotary scaling that depends on the length
-    (``dynamic``, ``longrope``) is decided per text, so no result depends on the other texts of a batch.
+    The model gets its own copy of the config, since the object may be shared with other models. Patching and unpatching are safe
+    while other threads call the model: unpatching waits for running calls. Rotary scaling that depends on the length
+    (``dynamic``, ``longrope``) is decided per text, so no result depends on the other texts in a batch.
     """
     decoder = _decoder(model)
     if bidirectional_window not in BIDIRECTIONAL_WINDOWS:
@@ -109,14 +110,14 @@ def install(model: Any, decoder: Any, *, bidirectional_window: str, packing: boo
         if fuse:
             fused_modules.attach(decoder)
         decoder._grit_patch = record
-        # a partial, not a closure: deepcopy and pickle carry it over to the copy
+        # a partial, not a closure, so that deepcopy and pickle carry it over
         setattr(decoder, _forward_slot(decoder), functools.partial(forward, decoder, record))
 
 
 def unpatch(model: Any) -> Any:
-    """Undo :func:`patch`, in place; a model that is not patched is left alone. Returns ``model``.
+    """Undo :func:`patch`, in place; an unpatched model is left alone. Returns ``model``.
 
-    Waits for calls of the model that run in other threads.
+    Waits for calls of the model running in other threads.
     """
     decoder = _decoder(model)
     with exclusive(decoder):
@@ -141,7 +142,7 @@ def unpatch(model: Any) -> Any:
 
 
 def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
-    """Configs that no kernel serves, and kinds of models on which a trial goes wrong."""
+    """Refuse configs that no kernel supports, and kinds of models that fail a trial."""
     tested = inner.config.model_type in FAMILIES
     reason = proof.attention_is_reached(inner) if tested else proof.verdict(inner).refusal
     if reason is not None:
@@ -160,9 +161,9 @@ def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
 
 
 def _give_own_config(model: Any, decoder: Any) -> None:
-    """A copy of the config for this model alone: other models may share the object, and they must not change with it.
+    """Give this model its own copy of the config: other models may share the object and must not change with it.
 
-    The copy stays after unpatch(), with whatever was set on it meanwhile.
+    The copy remains after unpatch(), with whatever was set on it in the meantime.
     """
     shared = decoder.config
     own = copy.copy(shared)
@@ -172,13 +173,13 @@ def _give_own_config(model: Any, decoder: Any) -> None:
 
 
 def _forward_slot(decoder: Any) -> str:
-    """Where the decoder keeps the forward to replace: accelerate's hooks move it and call it from around."""
+    """The attribute of the decoder that holds the forward to replace: accelerate's hooks move and wrap it."""
     return "_old_forward" if "_old_forward" in decoder.__dict__ else "forward"
 
 
 @contextlib.contextmanager
 def patched(model: Any, **options: Any) -> Iterator[Any]:
-    """``with patched(model):`` patches for the block and unpatches after it."""
+    """``with patched(model):`` patches the model within the block."""
     patch(model, **options)
     try:
         yield model

@@ -1,10 +1,10 @@
-"""Whether patch() is right for a kind of decoder, found by trying it on a tiny random model of the same class and config.
+"""Decides whether patch() is correct for a kind of decoder, by a trial on a tiny random model of the same class and config.
 
-The tiny model has the config of the real one with its sizes made small: at least one layer of every kind, the same ratio of
-heads, windows and original lengths shorter than the texts. On it, a text in a pack must become what it becomes alone in the
-unpatched model with eager attention, causally and bidirectionally; and so must a padded batch, and tokens after a cache. What
-is true of the class and this kind of config is true of every size of it; a number that could matter beyond the texts tried here
-and that this file does not know how to make small is a reason to refuse.
+The tiny model has the config of the real one with smaller sizes: at least one layer of every kind, the same ratio of heads,
+windows and original lengths shorter than the texts. A text in a pack must give the same result as alone in the unpatched model
+with eager attention, causally and bidirectionally; the same holds for a padded batch, and for tokens after a cache. What holds
+for the class and this kind of config holds for every size; a number that could matter beyond the lengths tried here, and that
+this file does not know how to shrink, is a reason to refuse.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from grit_kernels.hf import compat
 
 TOLERANCE = 1e-4
-"""Largest accepted difference, as a fraction of the largest value; FP32 sums in another order give 1e-6."""
+"""Largest accepted difference, as a fraction of the largest value; summing in a different order in FP32 gives 1e-6."""
 
 TEXTS = (5, 23, 11)
 WINDOW = 6
-"""What windows, chunks and original lengths become: shorter than a third of the longest text."""
+"""The size of windows, chunks and original lengths in a trial: shorter than a third of the longest text."""
 LARGEST = 20_000_000
-"""Parameters; a tiny model that is larger has a size this file does not know."""
+"""Maximum number of parameters; a larger tiny model has a size that this file does not know."""
 
 HEADS, HEAD_DIM, HIDDEN = 4, 16, 64
 LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -79,12 +79,12 @@ ATTENTION_WORDS = (
     "local",
     "compress",
 )
-"""A number called like this that is as large as the texts may begin to matter only beyond them."""
+"""A number with such a name that is as large as the texts may matter only beyond their length."""
 HARMLESS = (
     *("query_pre_attn_scalar", "max_window_layers", "original_max_position_embeddings", "max_length"),
     *("chunk_size_feed_forward", "block_multiple_of", "mamba_chunk_size"),
 )
-"""Numbers called so that are sizes, scales or, of other kinds of layers, no reach of attention."""
+"""Numbers with such names that are sizes, scales or, for other kinds of layers, unrelated to the reach of attention."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class Verdict:
 
 
 class _Unknown(ValueError):
-    """A config that cannot be made small, with the reason."""
+    """A config that cannot be shrunk, with the reason."""
 
 
 def verdict(model: Any) -> Verdict:
-    """Whether patch() is right for models of this class with a config of this kind; ``model`` itself is not run.
+    """Whether patch() is correct for models of this class with a config of this kind; ``model`` itself is not run.
 
-    Tried once per process and kind; about half a second.
+    Tried once per process and kind; takes about half a second.
     """
     inner = compat.unwrapped(model)
     model_class, config = type(inner), inner.config
@@ -111,7 +111,7 @@ def verdict(model: Any) -> Verdict:
         key = json.dumps(values, sort_keys=True, default=repr)
     except _Unknown as reason:
         return Verdict(float("nan"), str(reason))
-    # what adapters and other libraries put around the model's own parts is called by them, and does not attend
+    # wrappers of adapters and other libraries call the model's own parts and do not attend themselves
     parts = frozenset(type(m) for m in inner.modules() if type(m).__module__ == model_class.__module__)
     kinds: tuple[Any, Any] = (model_class, type(config))
     return _tried(*kinds, key, parts, _Values(values))
@@ -121,8 +121,8 @@ _reaches: dict[type, str | None] = {}
 
 
 def attention_is_reached(model: Any) -> str | None:
-    """None when a model of this class calls the attention that patch() puts in, else what it does; for tested families, whose
-    modelling code may be another in this version of transformers. Tried once per class, in milliseconds."""
+    """None if a model of this class calls the attention installed by patch(), otherwise what it does; for tested families, whose
+    modelling code may differ in this version of transformers. Tried once per class, in milliseconds."""
     inner = compat.unwrapped(model)
     model_class, config = type(inner), inner.config
     if model_class not in _reaches:
@@ -139,11 +139,11 @@ _plain_heads: dict[tuple[type, str], bool] = {}
 
 
 def check_plain_head(model: Any) -> None:
-    """For code that applies the language-model head by itself: that logits are ``head(states)``, softly capped if the config has
-    ``final_logit_softcapping``. Some families scale them beside; found out on a tiny model, once per class and kind.
+    """For code that applies the language-model head directly: check that logits are ``head(states)``, softly capped if the config
+    has ``final_logit_softcapping``. Some families also scale them; this is tried on a tiny model, once per class and kind.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: they are not.
     """
     from grit_kernels.hf.patch import FAMILIES
 
@@ -168,8 +168,8 @@ def check_plain_head(model: Any) -> None:
 
 
 def _patched_copy(stock: Any) -> Any:
-    """A patched copy, after one pass: a pass says so if no layer called our attention."""
-    from grit_kernels.hf.patch import install  # which asks this file
+    """A patched copy, after one pass, which raises if no layer called our attention."""
+    from grit_kernels.hf.patch import install  # which calls this file
 
     model = copy.deepcopy(stock).eval()
     decoder = compat.decoder_of(model)
@@ -179,7 +179,7 @@ def _patched_copy(stock: Any) -> Any:
 
 
 class _Values(dict[str, Any]):
-    """A dict that takes no part in the key of a cache."""
+    """A dict that is ignored in the key of a cache."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return 0
@@ -199,7 +199,7 @@ def _tried(model_class: type, config_class: type, key: str, parts: frozenset[typ
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Nothing around decides about the trial, and it disturbs nothing: own random numbers, the CPU, float32, no autocast."""
+    """Isolates the trial from global settings and vice versa: its own random numbers, the CPU, float32, no autocast."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -231,7 +231,7 @@ def tiny_values(config: Any) -> dict[str, Any]:
     rotary = given.get("qk_rope_head_dim")
     for name, value in values.items():
         if name == "head_dim" and rotary and value == rotary:
-            values[name] = SIZES["qk_rope_head_dim"]  # some configs call the rotated part so
+            values[name] = SIZES["qk_rope_head_dim"]  # some configs use this name for the rotated part
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool) and value:
             values[name] = SIZES[name]
         elif name in KEY_VALUE_HEADS and isinstance(value, int):
@@ -249,7 +249,7 @@ def tiny_values(config: Any) -> dict[str, Any]:
         elif isinstance(value, list) and name in SIZES:
             values[name] = [SIZES[name] for _ in value]
     if "dynamic" in repr(given.get("rope_parameters")) and "max_position_embeddings" in values:
-        values["max_position_embeddings"] = WINDOW  # up to it dynamic scaling does nothing
+        values["max_position_embeddings"] = WINDOW  # dynamic scaling has no effect up to this length
     _choose_layers(given, values)
     for name, value in values.items():
         large = isinstance(value, int) and not isinstance(value, bool) and value >= max(TEXTS)
@@ -274,7 +274,7 @@ def _tiny_rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
-    """The first layer of every kind, at least two of them; kinds are what the lists of one entry per layer say."""
+    """The first layer of every kind, at least two in all; kinds are given by the lists with one entry per layer."""
     name = next((name for name in LAYER_COUNTS if isinstance(given.get(name), int)), None)
     if name is None:
         raise _Unknown("its config has no number of layers by a known name")
@@ -292,7 +292,7 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
         first.setdefault(repr([v[index] for v in lists.values()]), index)
     chosen = list(first.values()) or [0, 0]
     chosen = chosen if len(chosen) > 1 else chosen * 2
-    if given.get("num_kv_shared_layers"):  # the last layers take the keys and values of earlier ones of their kind
+    if given.get("num_kv_shared_layers"):  # the last layers reuse keys and values of earlier ones of their kind
         values["num_kv_shared_layers"] = len(chosen)
         chosen = chosen * 2
     for key in lists:
@@ -308,7 +308,7 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _draw_weights(model: Any) -> None:
-    """Weights under which attention is far from uniform, and every vector (sinks, biases, norms) counts."""
+    """Weights that make attention far from uniform, and every vector (sinks, biases, norms) matter."""
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.normal_(std=2.0 * parameter.shape[-1] ** -0.5)
@@ -369,8 +369,8 @@ def _try(model_class: Any, config: Any, parts: frozenset[type]) -> Verdict:
 
 
 def _alone_in_stock(decoder: Any, text: Tensor, is_causal: bool) -> Tensor:
-    """transformers' masks follow the config, whether or not the forward hands the argument down. A copy: some models remember
-    the longest text they have seen."""
+    """transformers' masks follow the config, whether or not the forward passes the argument on. A copy, because some models
+    remember the longest text they have seen."""
     decoder = copy.deepcopy(decoder)
     decoder.config.is_causal = is_causal
     return decoder(text, use_cache=False)[0]

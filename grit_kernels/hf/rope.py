@@ -1,9 +1,9 @@
 """Rotary scaling that depends on the length of a text (``dynamic``, ``longrope``), decided per text.
 
 transformers' rotary modules take one length per call, the largest position plus 1, and ``dynamic`` remembers it from call to
-call; so what a text becomes would depend on its neighbours in the batch and on earlier batches. A patched pass notes, on the
-tensor of positions that reaches the rotary module, how long each token's text is, and every group of equal length gets the
-tables that a new module gives it alone.
+call; so a text's result would depend on its neighbours in the batch and on earlier batches. A patched pass attaches the length of
+each token's text to the position tensor that reaches the rotary module, and every group of equal length gets the tables that a
+fresh module would give it alone.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def _kinds(rotary: Any) -> list[str]:
 
 
 def depends_on_length(decoder: Any) -> bool:
-    """Whether the decoder's rotary frequencies change with the length of the text."""
+    """Whether the decoder's rotary frequencies depend on the length of the text."""
     rotary = compat.rotary_of(decoder)
     return rotary is not None and any("dynamic" in kind or kind == "longrope" for kind in _kinds(rotary))
 
 
 def with_lengths(positions: Tensor, lengths: Tensor) -> Tensor:
-    """``positions`` (B, T) with the length of each token's text, int64 (B, T), noted on a view of it."""
+    """A view of ``positions`` (B, T) with the length of each token's text, int64 (B, T), attached."""
     if torch.compiler.is_compiling():
         raise ValueError(
             "rope_parameters: a compiled pass cannot decide a scaling that depends on each text's length; run it uncompiled"
@@ -65,14 +65,14 @@ def _scaled_beyond(rotary: Any) -> int:
 
 
 def _tables(rotary: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``rotary.forward``: what it returns for x (B, T, ...) and positions (B, T)."""
+    """Replaces ``rotary.forward``: its result for x (B, T, ...) and positions (B, T)."""
     lengths = getattr(position_ids, "_grit_lengths", None)
     if lengths is None:
         raise RuntimeError(
             "a rotary module whose scaling depends on the length was called outside of its patched decoder, or something "
             "between them copied position_ids"
         )
-    position_ids = position_ids.minimum(lengths - 1)  # padding behind a text does not lengthen it
+    position_ids = position_ids.minimum(lengths - 1)  # padding after a text does not count
     shortest = _scaled_beyond(rotary)
     group = torch.where(lengths <= shortest, 0, lengths)
     if not any("dynamic" in kind for kind in _kinds(rotary)):

@@ -19,9 +19,9 @@ class StaticLayer(CacheLayerMixin):
         self.filled = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room; transformers calls it with the first states."""
+        """Allocate the slots; transformers calls this with the first states."""
         batch, heads, _, dim = key_states.shape
-        # zeros: the attention skips unused slots, but a kernel may load what it then ignores
+        # zeros: attention skips unused slots, but a kernel may load values that it then ignores
         self.slots_of_keys = key_states.new_zeros(batch, self.slots, heads, dim)
         self.slots_of_values = value_states.new_zeros(batch, self.slots, heads, value_states.shape[-1])
         self.keys, self.values = self.slots_of_keys.transpose(1, 2), self.slots_of_values.transpose(1, 2)
@@ -29,7 +29,7 @@ class StaticLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new states behind those that are there; returns all slots, also empty ones."""
+        """Write new states after the existing ones; returns all slots, including empty ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -42,11 +42,11 @@ class StaticLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Slots that a mask covers, and where the first of them stands."""
+        """The number of slots that a mask covers, and the index of the first."""
         return self.slots, 0
 
     def get_seq_length(self) -> int:
-        """Slots in use."""
+        """The number of slots in use."""
         return self.filled
 
     def get_max_length(self) -> int:

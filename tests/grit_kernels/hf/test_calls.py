@@ -136,9 +136,9 @@ def test_positions_that_start_over_beside_a_mask_are_kept_apart_without_patch(st
 
 
 def test_several_samples_in_a_row_of_a_cache_are_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="position_ids: expected one sample per row beside a cache"):
+    with pytest.raises(ValueError, match="position_ids: expected one sample per row with a cache"):
         model(ROW, position_ids=STARTS_OVER, use_cache=True)
-    with pytest.raises(ValueError, match="attention_mask: expected 0 and 1 beside a cache"):
+    with pytest.raises(ValueError, match="attention_mask: expected 0 and 1 with a cache"):
         model(ROW, attention_mask=NUMBERED, use_cache=True)
 
 
@@ -173,7 +173,7 @@ def test_a_compiled_pass_refuses_rows_of_several_samples(bad: dict[str, Any]) ->
     mask, positions = torch.ones_like(ROW), torch.arange(14)[None]
     good = {name: {"attention_mask": mask, "position_ids": positions}[name] for name in bad}
     close(compiled(ROW, **good)[0], model(ROW, **good)[0])
-    with pytest.raises(RuntimeError, match="a compiled pass cannot tell apart"):
+    with pytest.raises(RuntimeError, match="a compiled pass cannot distinguish"):
         compiled(ROW, **bad)
 
 

@@ -318,7 +318,7 @@ def test_bad_arguments_are_refused_by_name(stock: Any, model: Any) -> None:
         with pytest.raises(ValueError, match=message):
             model(IDS, **arguments)
     for arguments, message in (
-        ({"is_causal": True}, "is_causal: expected none beside a sample_pack"),
+        ({"is_causal": True}, "is_causal: expected none with a sample_pack"),
         ({"use_cache": True}, "cache, use_cache: expected none: packed input"),
     ):
         with pytest.raises(ValueError, match=message):
