@@ -20,6 +20,8 @@ class DataConfig(Checked):
         query_max_len: tokens of a query; longer texts lose their end.
         passage_max_len: tokens of a passage.
         generative_max_len: tokens of a conversation.
+        positives: of a row with several, ``draw`` takes a random one each time the row comes; with ``each`` the row comes once
+            per positive in an epoch.
         same_dataset: batches of texts to embed hold rows of one data set; left-overs make mixed ones.
         dataset_weights: rows of a data set per epoch as a multiple of its size, by name (the file's name up to its first dot);
             1 for those not named, 0 leaves a data set out.
@@ -36,6 +38,7 @@ class DataConfig(Checked):
     query_max_len: Count = 256
     passage_max_len: Count = 2048
     generative_max_len: Count = 2048
+    positives: Literal["draw", "each"] = "draw"
     same_dataset: bool = True
     dataset_weights: dict[str, NotNegative] = field(default_factory=dict)
     max_rows_per_dataset: CountOrNone = 0

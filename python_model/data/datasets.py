@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,6 +93,14 @@ class DataSet(Sequence[Any]):
         chosen._chosen = np.array([self._number(int(i)) for i in kept])
         return chosen
 
+    def facts(self, name: str) -> np.ndarray:
+        """(rows): what the index holds of each row under this name."""
+        if self._chosen is not None:
+            numbers = self._chosen
+        else:
+            numbers = np.delete(np.arange(self._start, self._stop), self._skipped + np.arange(len(self._skipped)))
+        return np.asarray(self._index.facts[name][numbers])
+
     def _number(self, index: int) -> int:
         """The row's place in the index."""
         place = index + len(self) if index < 0 else index
@@ -110,6 +119,33 @@ class DataSet(Sequence[Any]):
             return os.pread(self._file.fileno(), size, offset)
         self._file.seek(offset)
         return bytes(self._file.read(size))
+
+
+class EachPositive(Sequence[Any]):
+    """The embedding rows of a data set, each once per positive, with that positive alone."""
+
+    def __init__(self, rows: DataSet) -> None:
+        self.name, self.generative, self.rows = rows.name, rows.generative, rows
+        self._ends = np.cumsum(rows.facts("positives"), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        row, positive = self._place(index)
+        whole = self.rows[row]
+        chosen = slice(positive, positive + 1)
+        return replace(whole, pos=whole.pos[chosen], pos_scores=whole.pos_scores[chosen])
+
+    def query_hash(self, index: int) -> int:
+        """As :meth:`DataSet.query_hash`."""
+        return self.rows.query_hash(self._place(index)[0])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row = int(np.searchsorted(self._ends, index, side="right"))
+        return row, index - (int(self._ends[row - 1]) if row else 0)
 
 
 def open_file(file: Location, check: RowCheck | None = None) -> tuple[list[DataSet], DataReport]:

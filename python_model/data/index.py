@@ -31,7 +31,7 @@ CACHED_BYTES = 8 << 20
 """An index of a file of at least this size is kept (indexing reads about 50 MB/s and process)."""
 PART_BYTES = 64 << 20
 """What one process reads at a time."""
-_VERSION = 2
+_VERSION = 3
 
 FACTS = np.dtype(
     [
@@ -41,7 +41,9 @@ FACTS = np.dtype(
         ("query", "<u8"),  # hash of the query and its instruction: identical ones are found without reading them
         ("first", "<u4"),  # bytes of a query's instruction, or of a conversation's first turn
         ("passage", "<u4"),  # bytes of the longest instruction of a passage
+        ("positives", "<u2"),
         ("negatives", "<u2"),
+        ("scored", "<u2"),  # 1: the row has a teacher's scores
         ("dataset", "<u2"),
     ]
 )
@@ -207,14 +209,15 @@ def _read_part(path: str, dataset: str, instructed: bool, size: int, start: int)
     return _Part(facts, list(names), shown, counts, reader.notes, number, rows, digest.digest())
 
 
-def _facts(row: Row) -> tuple[int, int, int, int]:
+def _facts(row: Row) -> tuple[int, ...]:
     if isinstance(row, GenerativeRow):
-        return 0, len(row.turns[0].encode()) if len(row.turns) > 1 else 0, 0, 0
+        return 0, len(row.turns[0].encode()) if len(row.turns) > 1 else 0, 0, 0, 0, 0
     passages = {text.instruction for text in (*row.pos, *row.neg)}
     longest = max(len(instruction.encode()) for instruction in passages)
     digest = hashlib.blake2b("\0".join(row.query).encode(), digest_size=8).digest()
     query = int.from_bytes(digest, "little")
-    return query, len(row.query.instruction.encode()), longest, min(len(row.neg), 65535)
+    counts = (min(len(texts), 65535) for texts in (row.pos, row.neg))
+    return query, len(row.query.instruction.encode()), longest, *counts, bool(row.pos_scores)
 
 
 def _save(index: FileIndex, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from python_model.data.config import BatchConfig, DataConfig
-from python_model.data.datasets import DataSet, select
+from python_model.data.datasets import DataSet, EachPositive, select
 from python_model.data.encoding import RowEncoder
 from python_model.data.files import data_files, dataset_name
 from python_model.data.index import FileIndex, index_file
@@ -35,7 +35,7 @@ class StepSamples:
     ``passages`` are laid out ``[pos_0, neg_0.., pos_1, ...]``. ``query_ids`` and ``passage_ids`` number the texts of the step,
     the same on all ranks: a passage with the id of a query has the text of that query's positive, or of the positive of an
     identical query, so it is no negative of it. ``passage_scores`` are a teacher's, None where a row has none. The origins are
-    ``file:line``.
+    ``file:line``, the data sets places in the stream's ``datasets``.
     """
 
     queries: list[EncodedSample] = field(default_factory=list)
@@ -46,6 +46,8 @@ class StepSamples:
     passage_scores: list[float | None] = field(default_factory=list)
     query_origins: list[str] = field(default_factory=list)
     conversation_origins: list[str] = field(default_factory=list)
+    query_datasets: list[int] = field(default_factory=list)
+    conversation_datasets: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -72,6 +74,9 @@ class TrainingStream(Dataset[StepSamples]):
         seed: of every choice.
         rank, world: this process' share of each step, see :func:`rank_share`.
         digest: of the files' contents.
+
+    Attributes:
+        datasets: names of the data sets, each once.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class TrainingStream(Dataset[StepSamples]):
             rows for rows, kind in zip(data, generative, strict=True) if mode != "generative" and not kind
         ]
         self._generative = [rows for rows, kind in zip(data, generative, strict=True) if mode != "embedding" and kind]
+        self.datasets = sorted({_name(rows) for rows in (*self._embedding, *self._generative)})
+        self._number_of = {name: number for number, name in enumerate(self.datasets)}
         self._embedding_order = self._order("embedding") if mode != "generative" else None
         self._generative_order = self._order("generative") if mode != "embedding" else None
 
@@ -136,6 +143,7 @@ class TrainingStream(Dataset[StepSamples]):
                 samples.query_ids.append(ids[0])
                 samples.passage_ids += ids
                 samples.passage_scores += group.scores
+                samples.query_datasets.append(self._number_of[group.row.dataset])
         if self._generative_order is not None:
             batch = self._generative_order.batch(step)
             for place in rank_share(len(batch), self.rank, self.world):
@@ -144,6 +152,7 @@ class TrainingStream(Dataset[StepSamples]):
                 with _naming(row.origin):
                     samples.conversations.append(self.encoder.conversation(row))
                 samples.conversation_origins.append(row.origin)
+                samples.conversation_datasets.append(self._number_of[row.dataset])
         self.encoder.flush()
         return samples
 
@@ -187,7 +196,8 @@ class TrainingStream(Dataset[StepSamples]):
         if len(rows) > 1 and draw.random() < self.config.few_shot:
             other = draw.randrange(len(rows) - 1)
             shown = rows[other + (other >= index)]
-            example = (shown.query.text, draw.choice(shown.pos).text)
+            if shown.query != row.query:  # its answer is this query's
+                example = (shown.query.text, draw.choice(shown.pos).text)
         return _Group(row, passages, scores, example)
 
     def _add_query(self, samples: StepSamples, group: _Group) -> None:
@@ -222,29 +232,35 @@ def open_stream(
     settings: GritSettings | None = None,
     mode: str = "unified",
     in_batch_negatives: bool = True,
+    teacher: bool = False,
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
 ) -> TrainingStream:
     """The stream over ``config.train_data``; rank 0 prints what is used and what is left out.
 
-    ``settings``: of the model that is trained. ``in_batch_negatives``: whether its loss takes them. The others as in
-    :class:`TrainingStream`.
+    ``settings``: of the model that is trained. ``in_batch_negatives``, ``teacher``: whether its loss takes them, and a teacher's
+    scores. The others as in :class:`TrainingStream`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         DataError: there are no rows, or more of a file than ``max_left_out`` is left out.
-        ValueError: the mode needs rows of a kind that the data lack, or a setting names a data set that is not there.
+        ValueError: the mode needs rows of a kind that the data lack, a setting names a data set that is not there, or no row has
+            a teacher's scores.
     """
     encoder = RowEncoder(tokenizer, config, settings)
-    report, data = DataReport(), []
+    report, scored = DataReport(), 0
+    data: list[DataSet | EachPositive] = []
     contents = hashlib.blake2b(digest_size=16)
     for index in _indexed(config, mode, in_batch_negatives):
         if _wanted(mode, index):
             contents.update(f"{dataset_name(index.file)} {index.digest}".encode())
             found, left_out = select(index, encoder)
             _check_left_out(config, index.file, left_out)
-            data += [rows.choice(config.max_rows_per_dataset or len(rows), seed) for rows in found]
+            chosen = [rows.choice(config.max_rows_per_dataset or len(rows), seed) for rows in found]
+            scored += sum(int(rows.facts("scored").sum()) for rows in chosen)
+            each = config.positives == "each"
+            data += [EachPositive(rows) if each and not rows.generative else rows for rows in chosen]
             report.add(left_out)
         else:
             report.notes += index.report.notes if index.kind is None else []
@@ -258,6 +274,13 @@ def open_stream(
             report.notes.append(
                 f"{count} {kind} rows are fewer than a batch of {size}: rows come more than once in a step"
             )
+    if teacher and not scored:
+        raise ValueError(
+            f"losses.distillation_weight: expected 0, for no row of {config.train_data} has pos_scores and neg_scores (grit mine "
+            "--scores writes them)"
+        )
+    if teacher:
+        report.notes.append(f"{scored} rows have a teacher's scores")
     if rank == 0:
         print("\n".join(report.lines()), flush=True)
     share = {"rank": rank, "world": world}
@@ -321,11 +344,11 @@ def _lacking(train_data: str, mode: str, kind: str) -> str:
 
 
 def _name(rows: Sequence[Any]) -> str:
-    return rows.name if isinstance(rows, DataSet) else str(rows[0].dataset)
+    return rows.name if isinstance(rows, DataSet | EachPositive) else str(rows[0].dataset)
 
 
 def _query_hash(rows: Sequence[Any], index: int) -> int:
-    if isinstance(rows, DataSet):
+    if isinstance(rows, DataSet | EachPositive):
         return rows.query_hash(index)
     return hash(rows[index].query)
 

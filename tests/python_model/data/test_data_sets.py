@@ -7,6 +7,7 @@ import pickle
 import random
 import time
 import tracemalloc
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from python_model.data import index, sample_dir
-from python_model.data.datasets import open_file
+from python_model.data.datasets import EachPositive, open_file
 from python_model.data.index import index_file
 from python_model.data.reading import read_embedding, read_generative
 from python_model.data.report import DataReport
@@ -178,10 +179,38 @@ def test_a_negative_count_and_lengths_in_bytes_are_kept_for_any_settings(tmp_pat
     )
     facts = index_file(file).facts
     assert facts["first"].tolist() == [6, 0, 6] and facts["passage"].tolist() == [4, 0, 0]
-    assert facts["negatives"].tolist() == [3, 0, 0]
+    assert facts["negatives"].tolist() == [3, 0, 0] and facts["positives"].tolist() == [2, 1, 1]
     assert facts["query"][0] == facts["query"][2] != facts["query"][1]
     talks = index_file(write(tmp_path / "g.jsonl", {"text": ["naïve", "b"]}, {"text": "no roles"})).facts
     assert talks["first"].tolist() == [6, 0]
+
+
+class Thirds(Odd):
+    """Refuses every third row."""
+
+    def doubtful(self, facts: np.ndarray, generative: bool) -> np.ndarray:
+        return np.zeros(len(facts), dtype=bool)
+
+
+def test_each_positive_is_a_row_of_its_own(tmp_path: Path) -> None:
+    """Also behind rows that are left out and of a random choice of the rows."""
+    content = [
+        {"query": f"q{n}", "pos": [[f"i{n}", f"p{n}.{k}"] for k in range(1 + n % 3)], "neg": ["n"], "pos_scores": None}
+        for n in range(1, 8)
+    ]
+    for row in content[::2]:
+        row |= {"pos_scores": [float(k) for k in range(len(row["pos"]))], "neg_scores": [-1.0]}
+    ((rows,), _) = open_file(write(tmp_path / "e.jsonl", *content), Thirds())
+    for chosen in (rows, rows.choice(2, seed=1)):
+        each = EachPositive(chosen)
+        expected = [(row.query, pos, scores) for row in chosen for pos, scores in zip_longest(row.pos, row.pos_scores)]
+        assert [(row.query, row.pos[0], row.pos_scores[0] if row.pos_scores else None) for row in each] == expected
+        assert len(each) == len(expected) and all(len(row.pos) == 1 and row.neg for row in each)
+        hashes = [chosen.query_hash(i) for i, row in enumerate(chosen) for _ in row.pos]
+        assert [each.query_hash(i) for i in range(len(each))] == hashes
+        assert chosen.facts("scored").tolist() == [bool(row.pos_scores) for row in chosen]
+    with pytest.raises(IndexError):
+        each[len(each)]
 
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:

@@ -199,6 +199,48 @@ def test_identical_positives_and_identical_queries_share_an_id(tokenizer: Any, t
     assert len({shared, by_line[1][2], by_line[4][0], by_line[4][2]}) == 4
 
 
+def test_with_each_every_positive_is_the_target_once_per_epoch(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"query": f"q{n}", "pos": [f"p{n}.{k}" for k in range(n)], "neg": [f"n{n}"]} for n in range(1, 5)]
+    data = folder_of(tmp_path, a=rows)
+    stream = _open(config_of(train_data=data, mode="embedding", embedding_batch_size=5, positives="each"), tokenizer)
+    steps = [stream[step] for step in range(2)]
+    targets = [text for samples in steps for text in decoded(tokenizer, samples.passages)[::2]]
+    assert sorted(text.split("\n")[-1] for text in targets) == sorted(text for row in rows for text in row["pos"])
+    # another positive of the same query is no negative
+    for samples in steps:
+        ids = dict(zip(samples.query_origins, samples.query_ids, strict=True))
+        assert [ids[origin] for origin in samples.query_origins] == samples.query_ids == samples.passage_ids[::2]
+    drawn = _open(config_of(train_data=data, mode="embedding", embedding_batch_size=4), tokenizer)[0]
+    assert len(set(drawn.query_origins)) == 4
+
+
+def test_samples_say_which_data_set_they_are_of(tokenizer: Any, tmp_path: Path) -> None:
+    talks = [{"text": [f"say {n}", "done"], "dataset": "chat"} for n in range(4)]
+    data = folder_of(tmp_path, a=[query(n, "a") for n in range(4)], b=[query(n, "b") for n in range(4)], t=talks)
+    stream = _open(config_of(train_data=data, embedding_batch_size=4, generative_batch_size=2), tokenizer)
+    assert stream.datasets == ["a", "b", "chat"]
+    for step in range(2):
+        samples = stream[step]
+        names = [Path(origin.split(":")[0]).stem for origin in samples.query_origins]
+        assert [stream.datasets[number] for number in samples.query_datasets] == names
+        assert samples.conversation_datasets == [2, 2]
+
+
+def test_a_teacher_without_scores_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    config = config_of(train_data=folder_of(tmp_path, a=[query(n) for n in range(4)]), mode="embedding")
+    options: dict[str, Any] = {"settings": GritSettings(), "mode": "embedding", "teacher": True}
+    with pytest.raises(ValueError, match="losses.distillation_weight: expected 0, for no row of .* has pos_scores"):
+        open_stream(config.data, config.batch, tokenizer, **options)
+    rows = [query(0), {**query(1), "pos_scores": [2.0], "neg_scores": [0.5, 1.0, 1.5]}]
+    config = config_of(train_data=folder_of(tmp_path, a=rows), mode="embedding", embedding_batch_size=2)
+    stream = open_stream(config.data, config.batch, tokenizer, **options)
+    assert "1 rows have a teacher's scores" in stream.report.notes
+    samples = stream[0]
+    place = next(i for i, origin in enumerate(samples.query_origins) if origin.endswith(":2"))
+    assert samples.passage_scores[2 * place] == 2.0 and samples.passage_scores[2 * place + 1] in (0.5, 1.0, 1.5)
+    assert samples.passage_scores[2 * (1 - place)] is None
+
+
 def test_weights_and_limits_change_how_often_rows_come(tokenizer: Any, tmp_path: Path) -> None:
     data = folder_of(tmp_path, a=[query(n, "a") for n in range(8)], b=[query(n, "b") for n in range(8)])
 
