@@ -14,6 +14,7 @@ from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.model.chat_template import template_ids
 from python_model.model.modeling import GritLM
+from python_model.model.prompts import ROLE_MARKERS
 from python_model.support.arguments import check_at_least, check_choice
 
 ChatFormat = Literal["grit", "template"]
@@ -218,11 +219,13 @@ def reply(
 ) -> str:
     """The assistant's next turn, stripped. ``turns`` alternates user, assistant, .., user; ``prefix`` starts the reply.
 
-    ``on_text`` receives the reply piece by piece. ``options``: see :func:`complete`.
+    ``on_text`` receives the reply piece by piece. ``options``: see :func:`complete`. In the format ``"grit"`` a reply also ends
+    where the model goes on with a role marker.
     """
     ids = conversation_ids(model, turns, format=format, system=system, prefix=prefix)
     stream = None if on_text is None else lambda row, text: on_text(text)
-    return complete(model, [ids], max_new_tokens=max_new_tokens, on_text=stream, **options)[0].strip()
+    options |= {"max_new_tokens": max_new_tokens, "on_text": stream}
+    return _turns_of(model, [ids], format, **options)[0]
 
 
 def replies(
@@ -242,9 +245,20 @@ def replies(
     found = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        for index, text in zip(batch, complete(model, [ids[i] for i in batch], **options), strict=True):
-            found[index] = text.strip()
+        for index, text in zip(batch, _turns_of(model, [ids[i] for i in batch], format, **options), strict=True):
+            found[index] = text
     return found
+
+
+def _turns_of(
+    model: GritLM, prompts: Sequence[Sequence[int]], format: ChatFormat, *, stop: Sequence[str] = (), **options: Any
+) -> list[str]:
+    """:func:`complete`, stripped, each text up to its first role marker in the format ``"grit"``."""
+    markers = ROLE_MARKERS if format == "grit" else ()
+    if options.get("num_beams", 1) > 1:  # beams know no stop strings, so what follows is cut off
+        texts = complete(model, prompts, stop=stop, **options)
+        return [min((text.split(marker)[0] for marker in markers), key=len, default=text).strip() for text in texts]
+    return [text.strip() for text in complete(model, prompts, stop=[*stop, *markers], **options)]
 
 
 def answer_file(

@@ -40,6 +40,9 @@ EMBED = "<|embed|>\n"
 ASSISTANT = "<|assistant|>\n"
 TURN_SEPARATOR = "\n"
 
+ROLE_MARKERS = tuple(f"{before}<|{role}|>" for before in ("\n", "") for role in ("user", "embed", "assistant"))
+"""What ends a reply of a model that goes on with the next turn instead of its EOS: content cannot hold one (:func:`escape`)."""
+
 TURN_END = "\ufdd0"
 """Stands for the tokenizer's EOS in a format string: a Unicode noncharacter, which :func:`escape` keeps out of content."""
 

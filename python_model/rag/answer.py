@@ -13,8 +13,9 @@ import torch
 
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
-from python_model.generate.text import eos_token_ids, prompt_ids
+from python_model.generate.text import TextStream, eos_token_ids, prompt_ids
 from python_model.model.modeling import GritLM
+from python_model.model.prompts import ROLE_MARKERS
 from python_model.rag.calibration import trusted_modes
 from python_model.rag.fingerprint import fingerprint
 from python_model.rag.modes import (
@@ -202,7 +203,8 @@ class RAG:
             )
         seconds["states"] = time.perf_counter() - start
         start = time.perf_counter()
-        (tokens,) = decode(
+        stream = TextStream(self.model.tokenizer, ROLE_MARKERS)
+        decode(
             self.model.model,
             [prompt],
             states=[states],
@@ -210,10 +212,10 @@ class RAG:
             min_new_tokens=min_new_tokens,
             eos_token_ids=eos_token_ids(self.model),
             sampling=sampling,
+            on_token=lambda row, token: stream.push(token),
         )
         seconds["generate"] = time.perf_counter() - start
-        reply = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        return Answer(reply, mode, documents, scores, stored, len(prompt) + fresh, seconds)
+        return Answer(stream.finish().strip(), mode, documents, scores, stored, len(prompt) + fresh, seconds)
 
     def prepare(
         self,

@@ -20,7 +20,7 @@ from python_model.generate.decode import Sampling
 from python_model.generate.rerank import answer_tokens, pointwise_prompt, shorten
 from python_model.generate.text import ChatFormat, conversation_ids, prompt_ids
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import TURN_END, TooLong
+from python_model.model.prompts import ROLE_MARKERS, TURN_END, TooLong
 from python_model.rag.answer import RAG
 from python_model.rag.index import Hit
 from python_model.rag.modes import Document
@@ -109,7 +109,8 @@ class Service:
             ids = self._chat_ids(system, turns)
         limit = request.max_completion_tokens or request.max_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._generations("messages", [ids], request, limit, logprobs)
+        markers = ROLE_MARKERS if self.format == "grit" else ()
+        return self._generations("messages", [ids], request, limit, logprobs, markers)
 
     def complete(self, request: CompletionRequest) -> list[Generation]:
         """The works of plain continuations, ``n`` per prompt."""
@@ -130,7 +131,13 @@ class Service:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from None
 
     def _generations(
-        self, param: str, prompts: list[list[int]], request: Any, limit: int | None, logprobs: int | None
+        self,
+        param: str,
+        prompts: list[list[int]],
+        request: Any,
+        limit: int | None,
+        logprobs: int | None,
+        stop: Sequence[str] = (),
     ) -> list[Generation]:
         works = []
         for prompt in prompts:
@@ -143,7 +150,7 @@ class Service:
                         deadline=self._deadline(),
                         sampling=Sampling(request.temperature, request.top_k, request.top_p),
                         seed=None if request.seed is None else (request.seed + choice) % 2**63,
-                        stop=request.stops,
+                        stop=[*request.stops, *stop],
                         logprobs=logprobs,
                     )
                 )
@@ -304,7 +311,7 @@ class Service:
     @property
     def dimensions(self) -> int:
         """Size of an embedding."""
-        return int(self.reader.settings.projection or self.reader.model.config.hidden_size)
+        return self.reader.embedding_size
 
     def _inputs(self, param: str, given: Any) -> list[str]:
         """Strings; tokens are taken for the text they spell, so they cannot smuggle in special tokens."""

@@ -13,6 +13,7 @@ import torch
 
 from python_model import GritLM
 from python_model.commands.generate import COMMAND
+from python_model.generate import text as text_module
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.text import (
     TextStream,
@@ -116,6 +117,26 @@ def test_a_reply_ends_before_a_stop_string_also_across_tokens(model: GritLM) -> 
     pieces: list[str] = []
     got = reply(model, ["What?"], max_new_tokens=40, stop=[stop, "never there"], on_text=pieces.append)
     assert got == whole[: whole.index(stop)].strip() and "".join(pieces).strip() == got
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_reply_ends_where_the_model_goes_on_with_a_role_marker(
+    model: GritLM, monkeypatch: pytest.MonkeyPatch, num_beams: int
+) -> None:
+    written = "Paris.\n<|user|>\nAnd of Italy?\n<|assistant|>\nRome."
+
+    def decode(*_: Any, on_token: Any, **__: Any) -> None:
+        tokens = model.tokenizer(written, add_special_tokens=False)["input_ids"]
+        shown = next(place for place, token in enumerate(tokens) if on_token(0, token))
+        assert shown < len(tokens) - 1, "the rest was decoded for nothing"
+
+    monkeypatch.setattr(text_module, "decode", decode)
+    monkeypatch.setattr(text_module, "_beams", lambda *_: [written])
+    pieces: list[str] = []
+    streamed = {"on_text": pieces.append} if num_beams == 1 else {}
+    assert reply(model, ["Of France?"], num_beams=num_beams, **streamed) == "Paris."
+    assert "".join(pieces) == ("Paris." if num_beams == 1 else "")
+    assert replies(model, [["Of France?"]], num_beams=num_beams) == ["Paris."]
 
 
 def test_streamed_text_is_never_taken_back(model: GritLM) -> None:
