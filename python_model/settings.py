@@ -36,8 +36,10 @@ Format = Literal["grit", "zephyr", "plain"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 SETTINGS_FILE = "grit.json"
-VERSION = 1
+VERSION = 2
 """Of grit.json; files without one are older."""
+_SINCE = {"truncate_dim": 2}
+"""Versions of the file that settings came with; the others were there in the first."""
 _UNVERSIONED = (
     "pooling_method",
     "normalized",
@@ -118,6 +120,8 @@ class GritSettings:
             window, to both sides) or ``"full"``.
         projection: output size of the embedding head, a linear layer with bias after the pooling; None: no head.
         projection_activation: what follows it: ``"identity"``, ``"tanh"``, ``"gelu"`` or ``"relu"``.
+        truncate_dim: an embedding is cut to its first so many numbers, before it is normalised, for a model that was trained for
+            it (``losses.matryoshka_dims``); None: whole.
         special_tokens: what stands around a text where special tokens are asked for. ``"tokenizer"``: what the checkpoint's
             tokenizer adds by itself. ``"bos"``: BOS in front, whether the tokenizer adds one or not.
         format: text format, ``"grit"``, ``"zephyr"`` (an EOS ends each instruction and user turn) or ``"plain"`` (an instruction
@@ -138,6 +142,7 @@ class GritSettings:
     bidirectional_window: BidirectionalWindow = "transformers"
     projection: int | None = None
     projection_activation: Activation = "identity"
+    truncate_dim: int | None = None
     special_tokens: SpecialTokenRule = "tokenizer"
     format: Format = "grit"
     prompts: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -172,10 +177,17 @@ class GritSettings:
             raise ValueError(
                 f"embed_instruction: expected False with attn {self.attn!r}, which reads it apart, got True"
             )
+        for name in ("projection", "truncate_dim"):
+            if (size := getattr(self, name)) is None:
+                continue
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name}: expected an int or None, got {size!r}")
+            check_at_least(name, size, 1)
         if self.projection is not None:
-            if isinstance(self.projection, bool) or not isinstance(self.projection, int):
-                raise TypeError(f"projection: expected an int or None, got {self.projection!r}")
-            check_at_least("projection", self.projection, 1)
+            if self.truncate_dim is not None and self.truncate_dim > self.projection:
+                raise ValueError(
+                    f"truncate_dim: expected at most the projection's {self.projection}, got {self.truncate_dim}"
+                )
         elif self.projection_activation != "identity":
             raise ValueError(f"projection_activation: got {self.projection_activation!r} without a projection")
 
@@ -239,7 +251,7 @@ def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
             f"version: expected at most {VERSION}, got {version!r}; a newer grit_kernels reads this checkpoint"
         )
     values = {name: value for name, value in content.items() if name != "version"}
-    known = NAMES if version else _UNVERSIONED
+    known = [name for name in NAMES if _SINCE.get(name, 1) <= version] if version else _UNVERSIONED
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"unknown fields {unknown}; expected {sorted(known)}")
     if not version:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import SMALL_MODEL, Command
+from python_model.commands.runner import SMALL_MODEL, Command, add_truncation
 from python_model.support.resume import ResumableArray
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help=".npy file for the vectors; an interrupted run goes on")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; the rest is cut")
     parser.add_argument("--batch-size", type=int, default=256)
+    add_truncation(parser)
     parser.add_argument("--device", action="append", help="may be repeated: the texts are shared among the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
 
@@ -68,7 +69,9 @@ def run(arguments: Namespace) -> None:
         raise ValueError("output: expected --output FILE.npy or --json, got neither")
     texts = _texts(arguments)
     devices = arguments.device or [None]
-    model = GritLM(resolve_model(arguments.model), mode="embedding", device=devices[0])
+    model = GritLM(
+        resolve_model(arguments.model), mode="embedding", device=devices[0], truncate_dim=arguments.truncate_dim
+    )
     prefix = model.formatter.embed_instruction(arguments.instruction)
     file = None
     if arguments.output is not None:

@@ -18,7 +18,7 @@ import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from tqdm.auto import tqdm
 
-from python_model.commands.runner import SMALL_MODEL, Command, add_json, load
+from python_model.commands.runner import SMALL_MODEL, Command, add_json, add_truncation, load
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
@@ -90,6 +90,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--device", help="where to compute; the default is CUDA if there is one")
     parser.add_argument("--data", type=Path, help="folder with corpus.jsonl and test/; the bundled sample unless given")
     parser.add_argument("--questions", type=Path, help="jsonl of {question, answers}: also score generated answers")
+    add_truncation(parser)
     parser.add_argument("--mode", choices=["unified", "embedding"], default="unified")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer")
@@ -112,6 +113,7 @@ def run(arguments: Namespace) -> None:
         "max_length": arguments.max_length,
         "max_new_tokens": arguments.max_new_tokens,
         "bf16": arguments.bf16,
+        **({} if arguments.truncate_dim is None else {"truncate_dim": arguments.truncate_dim}),
     }
     if arguments.questions is not None and arguments.mode == "embedding":
         raise ValueError("questions: a model in mode 'embedding' answers none")
@@ -120,7 +122,9 @@ def run(arguments: Namespace) -> None:
     for name in tqdm(arguments.model or [SMALL_MODEL], desc="checkpoints", unit="checkpoint"):
         if any(r["model"] == name and r["options"] == options for r in results):
             continue
-        model = load(Namespace(model=name, device=arguments.device), mode=arguments.mode)
+        model = load(
+            Namespace(model=name, device=arguments.device, truncate_dim=arguments.truncate_dim), mode=arguments.mode
+        )
         scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16)
         result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
         if arguments.questions is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, add_search, load, progress, show
+from python_model.commands.runner import Command, add_json, add_model, add_search, add_truncation, load, progress, show
 
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
@@ -28,6 +28,7 @@ def configure(parser: ArgumentParser) -> None:
 
     parser.add_argument("index", help="the index's folder")
     add_model(parser)
+    add_truncation(parser)
     parser.add_argument(
         "--add", action="append", default=[], help="file or folder to bring the index in line with; repeat it"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, add_search, load, show
+from python_model.commands.runner import Command, add_json, add_model, add_search, add_truncation, load, show
 
 if TYPE_CHECKING:
     from python_model.rag.modes import Document
@@ -23,6 +23,7 @@ def configure(parser: ArgumentParser) -> None:
 
     parser.add_argument("index", help="the index's folder (see grit index)")
     add_model(parser)
+    add_truncation(parser)
     parser.add_argument("--question", help="one question; without it and --questions, one per line of standard input")
     parser.add_argument(
         "--questions", type=Path, help='jsonl of {"question": .., "answers": [..]}: answers and scores them'

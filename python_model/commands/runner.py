@@ -99,6 +99,13 @@ def add_search(parser: ArgumentParser) -> None:
     )
 
 
+def add_truncation(parser: ArgumentParser) -> None:
+    """``--truncate-dim``, read by :func:`load`."""
+    parser.add_argument(
+        "--truncate-dim", type=int, help="cut embeddings to so many numbers, for a model that was trained for it"
+    )
+
+
 def add_json(parser: ArgumentParser, what: str = "one JSON object") -> None:
     """``--json``, read by :func:`show`."""
     parser.add_argument("--json", action="store_true", help=f"print {what}")
@@ -109,6 +116,8 @@ def load(arguments: Namespace, mode: str = "unified", **options: Any) -> GritLM:
     from python_model.corpora.small_model import resolve_model
     from python_model.model.modeling import GritLM
 
+    if (size := getattr(arguments, "truncate_dim", None)) is not None:
+        options["truncate_dim"] = size
     return GritLM(resolve_model(arguments.model), mode=mode, device=arguments.device, **options)
 
 

@@ -115,13 +115,23 @@ def export_sentence_transformers(
         ]
         if model.projection is not None:
             head: Any = model.projection
+            # an activation is applied to each number alone, so the head's first rows give the first numbers
+            size = model.embedding_size
             dense = _modules.Dense(
-                head.in_features,
-                head.out_features,
-                activation_function=_ACTIVATIONS[settings.projection_activation](),
+                head.in_features, size, activation_function=_ACTIVATIONS[settings.projection_activation]()
             )
-            dense.linear.load_state_dict(head.state_dict())
+            dense.linear.load_state_dict({"weight": head.weight[:size], "bias": head.bias[:size]})
             modules.append(dense)
+        elif settings.truncate_dim is not None:
+            # sentence-transformers cuts what is normalised already; a layer that keeps the first numbers cuts before
+            cut = _modules.Dense(
+                transformer.get_embedding_dimension(),
+                settings.truncate_dim,
+                bias=False,
+                activation_function=nn.Identity(),
+            )
+            nn.init.eye_(cut.linear.weight)
+            modules.append(cut)
         if settings.normalized:
             modules.append(_modules.Normalize())
         names = instructions or {}

@@ -126,6 +126,9 @@ class GritLM(nn.Module):
                     f"projection: there is no {HEAD_FILE} in {path}, so the embedding head starts at random",
                     stacklevel=2,
                 )
+        whole = self.settings.projection or self.model.config.hidden_size
+        if (size := self.settings.truncate_dim) is not None and size > whole:
+            raise ValueError(f"truncate_dim: expected at most the embedding's {whole}, got {size}")
         self.is_inference = is_inference
         if "device_map" not in from_pretrained_kwargs:
             self.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -155,6 +158,11 @@ class GritLM(nn.Module):
     def embed_eos(self) -> str:
         """``settings.embed_eos``."""
         return self.settings.embed_eos
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers of an embedding."""
+        return self.settings.truncate_dim or self.settings.projection or int(self.model.config.hidden_size)
 
     @property
     def instruction_count(self) -> InstructionCount:
@@ -193,7 +201,7 @@ class GritLM(nn.Module):
         return pack.to(self.device)
 
     def pool(self, hidden: Tensor, cu_seqlens: Tensor, instruction_lens: Tensor) -> Tensor:
-        """(tokens, hidden) of texts to embed -> float32 (B, size): pooled, projected, normalised.
+        """(tokens, hidden) of texts to embed -> float32 (B, size): pooled, projected, cut, normalised.
 
         The head is applied after pooling. For a linear one that is what the public implementation gets by applying it to every
         token (the weights of pooling sum to one), at a hundredth of the work.
@@ -201,6 +209,7 @@ class GritLM(nn.Module):
         pooled = gk.pool(hidden, cu_seqlens=cu_seqlens, instruction_lens=instruction_lens, method=self.pooling_method)
         if self.projection is not None:
             pooled = _ACTIVATIONS[self.settings.projection_activation](_in_float32(self.projection, pooled))
+        pooled = pooled[:, : self.settings.truncate_dim]
         return nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
 
     def encode(
@@ -216,6 +225,7 @@ class GritLM(nn.Module):
         add_special_tokens: bool = True,
         *,
         prompt_name: str | None = None,
+        truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
         devices: Sequence[str | torch.device] | None = None,
     ) -> Any:
@@ -234,6 +244,8 @@ class GritLM(nn.Module):
             recast: round the embedding to the model's dtype (the paper's "BF16 embedding").
             add_special_tokens: add what ``settings.special_tokens`` says, as a rule what the tokenizer adds.
             prompt_name: one of ``settings.prompts``; by default ``settings.default_prompt_name``, if there is one.
+            truncate_dim: cut embeddings to so many numbers (and normalise them again, where the settings say so), at most those
+                that the settings give.
             show_progress_bar: default: when there is more than one batch.
             devices: share the batches among copies of the model on these devices (with gradients: not accepted); the copies
                 live as long as the call.
@@ -248,6 +260,8 @@ class GritLM(nn.Module):
             )
         if instruction and prompt_name is not None:
             raise ValueError(f"prompt_name: expected none beside an instruction, got {prompt_name!r}")
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.embedding_size:
+            raise ValueError(f"truncate_dim: expected 1 to {self.embedding_size}, got {truncate_dim}")
         instruction = instruction or self._prompt(prompt_name)
         samples = self._encode_texts(texts, instruction, max_length, add_special_tokens)
         skips = [0 if embed_instruction else s.instruction_len for s in samples]
@@ -268,6 +282,10 @@ class GritLM(nn.Module):
             with tqdm(total=len(texts), disable=not bar, unit="text", leave=False) as progress:
                 rows = self._embed_batches(samples, skips, batches, recast, progress, devices)
         embeddings = torch.stack(rows)
+        if truncate_dim is not None and truncate_dim < self.embedding_size:
+            embeddings = embeddings[:, :truncate_dim]
+            if self.normalized:
+                embeddings = nn.functional.normalize(embeddings, dim=-1)
         embeddings = embeddings[0] if single else embeddings
         result: Any = embeddings if convert_to_tensor else embeddings.detach().float().cpu().numpy().astype(np.float32)
         return (result, cache) if get_cache else result

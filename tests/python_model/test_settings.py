@@ -56,6 +56,7 @@ BROKEN: dict[str, Any] = {
     "bidirectional_window": "half",
     "projection": 0,
     "projection_activation": "tanh",  # without a projection
+    "truncate_dim": 0,
     "special_tokens": "eos",
     "format": "tulu",
     "prompts": {"query": 1},
@@ -83,6 +84,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
         bidirectional_window="full",
         projection=8,
         projection_activation="tanh",
+        truncate_dim=4,
         special_tokens="bos",
         format="zephyr",
         prompts={"query": "Find: "},
@@ -112,6 +114,19 @@ def test_a_file_without_a_version_is_read_as_it_was_meant(tmp_path: Path) -> Non
     assert GritSettings.load(file) == GritSettings(special_tokens="bos")
 
 
+def test_a_file_of_version_1_embeds_whole(tmp_path: Path) -> None:
+    file = tmp_path / "grit.json"
+    content = {**asdict(GritSettings(attn="cccc")), "version": 1}
+    del content["truncate_dim"]
+    file.write_text(json.dumps(content))
+    assert GritSettings.load(file) == GritSettings(attn="cccc")
+    file.write_text(json.dumps({**content, "truncate_dim": 8}))
+    with pytest.raises(ValueError, match=r"unknown fields \['truncate_dim'\]"):
+        GritSettings.load(file)
+    with pytest.raises(ValueError, match="truncate_dim: expected at most the projection's 8, got 9"):
+        GritSettings(projection=8, truncate_dim=9)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -119,8 +134,8 @@ def test_a_file_without_a_version_is_read_as_it_was_meant(tmp_path: Path) -> Non
         ({"version": "1"}, "version: expected at most"),
         ({**UNVERSIONED, "special_tokens": "bos"}, r"unknown fields \['special_tokens'\]"),
         ({**UNVERSIONED, "pooling": "mean"}, r"unknown fields \['pooling'\]"),
-        ({"version": 1, **asdict(GritSettings()), "rope": 1}, r"unknown fields \['rope'\]"),
-        ({"version": 1, "attn": "bbcc"}, "missing fields"),
+        ({"version": VERSION, **asdict(GritSettings()), "rope": 1}, r"unknown fields \['rope'\]"),
+        ({"version": VERSION, "attn": "bbcc"}, "missing fields"),
         ([], "expected an object, got list"),
         ("{", "not a JSON file"),
     ],

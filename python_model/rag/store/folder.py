@@ -55,6 +55,7 @@ class StoreFolder:
         "embed_instruction": False,
         "bidirectional_window": "transformers",
         "projection_activation": "identity",
+        "truncate_dim": None,
         "default_prompt": "",
     }
 

@@ -325,3 +325,22 @@ def test_the_reference_count_skips_as_many_tokens_as_the_instruction_has_alone(c
     )
     with pytest.raises(ValueError, match="instruction_count: expected .* got 'guess'"):
         GritLM(checkpoint, instruction_count="guess")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_call_may_cut_embeddings(checkpoint: Path, normalized: bool) -> None:
+    """It gives what a model with that setting gives; neither may ask for more numbers than there are."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "normalized": normalized}
+    model, cut = GritLM(checkpoint, **options), GritLM(checkpoint, truncate_dim=24, **options)
+    texts = ["a river", "flows through the city"]
+    whole = model.encode(texts)[:, :24]
+    whole = whole / np.linalg.norm(whole, axis=1, keepdims=True) if normalized else whole
+    for found in (model.encode(texts, truncate_dim=24), cut.encode(texts), cut.encode(texts, truncate_dim=24)):
+        np.testing.assert_allclose(found, whole, atol=1e-6)
+    assert (model.embedding_size, cut.embedding_size) == (64, 24)
+    np.testing.assert_allclose(model.encode(texts[0], truncate_dim=24), whole[0], atol=1e-6)
+    for wrong in (0, 25):
+        with pytest.raises(ValueError, match=f"truncate_dim: expected 1 to 24, got {wrong}"):
+            cut.encode(texts, truncate_dim=wrong)
+    with pytest.raises(ValueError, match="truncate_dim: expected at most the embedding's 64, got 65"):
+        GritLM(checkpoint, truncate_dim=65, **options)
