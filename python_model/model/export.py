@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 
 import grit_kernels as gk
+from python_model.model.card import CARD_FILE, carried_sections, model_card
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TURN_END
 from python_model.support.files import new_folder, write_json
@@ -156,6 +157,15 @@ def export_sentence_transformers(
             library = require("sentence_transformers")
             exported = library.SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name=default)
             exported.save(str(finished))
+            card = model_card(
+                settings,
+                kind="sentence-transformers",
+                name=target.name,
+                sections=carried_sections(Path(str(model.model.name_or_path))),
+                prompts=sorted(prompts),
+                remote_code=packed,
+            )
+            (finished / CARD_FILE).write_text(card, encoding="utf-8")
             if not packed:
                 file = finished / "config.json"
                 write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"})

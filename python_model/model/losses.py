@@ -50,6 +50,28 @@ def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Te
     return (size / (samples * means)).repeat_interleave(size)
 
 
+def group_scores(vectors: Tensor, queries: int) -> Tensor:
+    """float32 (queries, group): the product of each query with its own passages; ``vectors`` (queries + passages, size), the
+    passages of a query one after another."""
+    own = vectors[queries:].unflatten(0, (queries, -1))
+    return torch.einsum("qd,qgd->qg", vectors[:queries].float(), own.float())
+
+
+def distillation_losses(student: Tensor, teacher: Tensor) -> Tensor:
+    """float32 (queries): KL(softmax(teacher row) || softmax(student row)), 0 where a row of the teacher is NaN.
+
+    Both (queries, group), scores over their temperatures.
+
+    Source: FlagEmbedding's knowledge distillation over a query's own passages (kd_loss_type kl_div), which leaves out the
+    teacher's entropy, a constant.
+    """
+    known = teacher.isfinite().all(dim=1)
+    wanted = torch.where(known[:, None], teacher, 0.0).log_softmax(dim=1)
+    got = student.float().log_softmax(dim=1)
+    losses = nn.functional.kl_div(got, wanted, reduction="none", log_target=True).sum(dim=1)
+    return torch.where(known, losses, 0.0)
+
+
 def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
     """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
     used = (labels != IGNORE_INDEX).nonzero()[:, 0]

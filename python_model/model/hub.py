@@ -1,0 +1,45 @@
+"""Uploading a checkpoint to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md")
+"""Files of a checkpoint; whatever else lies in the folder stays at home."""
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_hub_name(argument: str, name: str) -> None:
+    """ValueError unless ``name`` is ``owner/name``."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{argument}: expected owner/name, got {name!r}")
+
+
+def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = True, api: Any = None) -> str:
+    """Upload a checkpoint as ``name`` (``owner/name``), which is made if it is not there; returns its address.
+
+    Who uploads is what ``hf auth login`` or ``HF_TOKEN`` say: a token is no argument, so it is in no file of a run.
+
+    Args:
+        private: of a repository that is made.
+        api: a ``huggingface_hub.HfApi``.
+
+    Raises:
+        ValueError: a name of another form. FileNotFoundError: the folder holds no checkpoint.
+    """
+    check_hub_name("name", name)
+    source = Path(folder)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"folder: there is no config.json in {source}")
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+    api.create_repo(name, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=name, folder_path=source, allow_patterns=list(PATTERNS), commit_message="Upload a GRIT checkpoint"
+    )
+    return str(getattr(commit, "repo_url", None) or f"https://huggingface.co/{name}")
