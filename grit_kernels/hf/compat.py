@@ -116,10 +116,27 @@ def checkpoints_activations(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in unwrapped(model).modules())
 
 
-def checkpoint_activations(model: Any, options: dict[str, Any] | None = None) -> None:
-    """Turn gradient checkpointing on; ``options`` are those of ``torch.utils.checkpoint``."""
+def checkpoint_activations(model: Any, options: dict[str, Any] | None = None, *, keep_attention: bool = False) -> None:
+    """Turn gradient checkpointing on; ``options`` are those of ``torch.utils.checkpoint``.
+
+    ``keep_attention``: what attention gives is kept, so the backward pass recomputes everything else but not attention, whose
+    cost grows with the square of a sample's length.
+    """
+    if keep_attention:
+        options = {**(options or {}), "use_reentrant": False, "context_fn": _keeping_attention}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
+
+
+def _keeping_attention() -> Any:
+    import torch
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        kept = op is torch.ops.grit_kernels.attention_forward.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def expert_balance_loss(router_logits: Any, num_experts: int, top_k: int) -> Tensor:

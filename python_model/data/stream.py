@@ -218,10 +218,12 @@ class TrainingStream(Dataset[StepSamples]):
         return query, [encode(passage, config.passage_max_len, example) for passage in group.passages]
 
 
-def check_data(config: DataConfig, mode: str = "unified", *, in_batch_negatives: bool = True) -> None:
+def check_data(
+    config: DataConfig, mode: str = "unified", *, in_batch_negatives: bool = True, teacher: bool = False
+) -> None:
     """Raise what :func:`open_stream` would, but for texts that are too long: it needs no tokenizer, so a run can call it before
     it loads a model."""
-    _indexed(config, mode, in_batch_negatives)
+    _indexed(config, mode, in_batch_negatives, teacher)
 
 
 def open_stream(
@@ -252,7 +254,7 @@ def open_stream(
     report, scored = DataReport(), 0
     data: list[DataSet | EachPositive] = []
     contents = hashlib.blake2b(digest_size=16)
-    for index in _indexed(config, mode, in_batch_negatives):
+    for index in _indexed(config, mode, in_batch_negatives, teacher):
         if _wanted(mode, index):
             contents.update(f"{dataset_name(index.file)} {index.digest}".encode())
             found, left_out = select(index, encoder)
@@ -274,11 +276,6 @@ def open_stream(
             report.notes.append(
                 f"{count} {kind} rows are fewer than a batch of {size}: rows come more than once in a step"
             )
-    if teacher and not scored:
-        raise ValueError(
-            f"losses.distillation_weight: expected 0, for no row of {config.train_data} has pos_scores and neg_scores (grit mine "
-            "--scores writes them)"
-        )
     if teacher:
         report.notes.append(f"{scored} rows have a teacher's scores")
     if rank == 0:
@@ -289,7 +286,7 @@ def open_stream(
     )
 
 
-def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool) -> list[FileIndex]:
+def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool, teacher: bool) -> list[FileIndex]:
     files = data_files(config.train_data)
     indexes = [index_file(file) for file in files]
     names = {*map(dataset_name, files)}
@@ -306,6 +303,12 @@ def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool) -> list[Fi
     for generative, needed in ((False, mode != "generative"), (True, mode != "embedding")):
         if needed and generative not in kinds:
             raise ValueError(_lacking(config.train_data, mode, "generative" if generative else "embedding"))
+    scored = any(index.facts["scored"].any() for index in indexes if index.kind is False)
+    if teacher and mode != "generative" and not scored:
+        raise ValueError(
+            f"losses.distillation_weight: expected 0, for no row of {config.train_data} has pos_scores and neg_scores (grit mine "
+            "--scores writes them)"
+        )
     if unknown := sorted(set(config.dataset_weights) - names):
         close = difflib.get_close_matches(unknown[0], names, 1)
         meant = f"; did you mean {close[0]!r}?" if close else ""

@@ -7,17 +7,18 @@ answers them), or ``test/generative.jsonl``, or all three, as the bundled sample
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from python_model.data.reading import read_corpus, read_embedding, read_generative
 from python_model.data.rows import DataError
-from python_model.evaluation.language import next_token_loss
-from python_model.evaluation.retrieval import embed_documents, evaluate_retrieval
+from python_model.evaluation.language import mean_token_loss, token_loss_sums
+from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
 
 
@@ -57,27 +58,56 @@ class HeldOut:
         self.conversations = read_generative(generative) if generative.is_file() else []
 
 
+class Sharing(Protocol):
+    """Processes that measure together (python_model.train.distributed.Ranks)."""
+
+    def share(self, count: int) -> range:
+        """Those of ``count`` rows that are this process's: contiguous, in the order of the processes."""
+        ...
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """Everybody's rows, one process after another."""
+        ...
+
+
+class _Alone:
+    def share(self, count: int) -> range:
+        return range(count)
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        return rows
+
+
 def evaluate(
-    model: GritLM, held_out: HeldOut, *, max_length: int = 512, bf16: bool = True
+    model: GritLM, held_out: HeldOut, *, max_length: int = 512, bf16: bool = True, ranks: Sharing | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """Retrieval metrics, next-token loss (None without conversations or a language-model head), and the documents' embeddings.
 
+    ``ranks``: processes that share the work; each is given the scores of all.
+
     Raises:
-        ValueError: there are no queries.
+        ValueError: there are no queries. TooLong: no conversation has a reply within ``max_length``.
     """
     if not held_out.rows:
         raise ValueError("data: expected queries and a corpus, got conversations alone")
+    ranks = ranks or _Alone()
+
+    def mine(rows: Sequence[Any]) -> Sequence[Any]:
+        own = ranks.share(len(rows))
+        return rows[own.start : own.stop]
+
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        corpus = embed_documents(model, held_out.documents, max_length=max_length)
-        retrieval = evaluate_retrieval(
-            model,
-            held_out.queries,
-            corpus,
-            held_out.relevant,
-            also_relevant=held_out.also_relevant,
-            max_length=max_length,
-        )
+        corpus, found = torch.zeros(0, model.embedding_size, device=model.device), torch.zeros(0, device=model.device)
+        if documents := mine(held_out.documents):
+            corpus = embed_documents(model, documents, max_length=max_length)
+        corpus = ranks.all_rows(corpus)
+        if queries := mine(held_out.queries):
+            also, relevant = mine(held_out.also_relevant), mine(held_out.relevant)
+            found = retrieval_ranks(model, queries, corpus, relevant, also_relevant=also, max_length=max_length)
+        retrieval = scores_from_ranks(ranks.all_rows(found.double()), corpus.shape[0])
         loss = None
         if model.mode != "embedding" and held_out.conversations:
-            loss = next_token_loss(model, held_out.conversations, max_length=max_length)
+            sums = token_loss_sums(model, mine(held_out.conversations), max_length=max_length)
+            total, count, left_out = ranks.all_rows(torch.tensor([sums], device=model.device).double()).sum(0).tolist()
+            loss = mean_token_loss(total, int(count), int(left_out), len(held_out.conversations), max_length)
     return {**asdict(retrieval), "next_token_loss": loss}, corpus

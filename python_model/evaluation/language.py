@@ -16,7 +16,6 @@ from python_model.model.prompts import IGNORE_INDEX, TooLong
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def next_token_loss(
     model: GritLM, rows: Sequence[GenerativeRow], *, max_length: int = 2048, rows_per_pack: int = 16
 ) -> float:
@@ -30,6 +29,15 @@ def next_token_loss(
     Raises:
         TooLong: none has one.
     """
+    total, count, left_out = token_loss_sums(model, rows, max_length=max_length, rows_per_pack=rows_per_pack)
+    return mean_token_loss(total, count, left_out, len(rows), max_length)
+
+
+@torch.no_grad()
+def token_loss_sums(
+    model: GritLM, rows: Sequence[GenerativeRow], *, max_length: int, rows_per_pack: int = 16
+) -> tuple[float, int, int]:
+    """The sum of the reply tokens' losses, their number, and how many conversations have none within ``max_length``."""
     formatter = model.formatter
     samples = []
     for row in rows:
@@ -37,13 +45,6 @@ def next_token_loss(
             samples.append(formatter.conversation(row.turns, max_length))
         except TooLong:
             continue
-    if not samples:
-        raise TooLong(
-            f"max_length: got {max_length}, which the first turn of each of {len(rows)} conversation(s) fills"
-        )
-    if len(samples) < len(rows):
-        left_out = len(rows) - len(samples)
-        log.warning("%d of %d conversations have no reply within %d tokens: left out", left_out, len(rows), max_length)
     total, count = 0.0, 0
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]
@@ -51,4 +52,17 @@ def next_token_loss(
         hidden = model.hidden_states(chunk.input_ids, chunk.pack)
         total += float(next_token_losses(model, hidden, chunk.labels).double().sum())
         count += int((chunk.labels != IGNORE_INDEX).sum())
+    return total, count, len(rows) - len(samples)
+
+
+def mean_token_loss(total: float, count: int, left_out: int, conversations: int, max_length: int) -> float:
+    """The mean of :func:`token_loss_sums`; warns of conversations that were left out, and raises TooLong where all were."""
+    if left_out == conversations:
+        raise TooLong(
+            f"max_length: got {max_length}, which the first turn of each of {conversations} conversation(s) fills"
+        )
+    if left_out:
+        log.warning(
+            "%d of %d conversations have no reply within %d tokens: left out", left_out, conversations, max_length
+        )
     return total / count

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+
+import torch.distributed as dist
 
 from python_model.support.files import write_json
 from python_model.train.config import MOVED, REMOVED, dotted
@@ -25,6 +28,7 @@ FREE_SETTINGS = frozenset(
     (
         "output_dir",
         "dry_run",
+        "push_to_hub",
         "model.architecture",
         "model.gradient_checkpointing",
         "data.data_workers",
@@ -43,9 +47,12 @@ FREE_SETTINGS = frozenset(
         "evaluation.max_length",
         "logging.save_steps",
         "logging.save_total",
+        "logging.async_save",
         "logging.resume",
         "logging.trackers",
         "logging.exploding_loss",
+        "logging.peak_tflops",
+        "logging.profile_steps",
     )
 )
 # paths: what they held is compared instead (``identity``)
@@ -84,23 +91,56 @@ class Checkpointer:
     ) -> None:
         self.folder, self.settings, self.ranks = folder, settings, ranks
         self.identity, self.save_total = dict(identity or {}), save_total
+        self._pending: tuple[int, Future[Any]] | None = None
+        self._group: Any = None
 
     def latest(self) -> Path | None:
         """The last state that was written completely."""
         found = sorted(path.parent for path in self.folder.glob("step-*/state.json"))
         return found[-1] if found else None
 
-    def save(self, step: int, trained: Stateful) -> Path:
-        """Write the state after ``step`` steps; then drop the oldest beyond ``save_total``."""
+    def save(self, step: int, trained: Stateful, *, wait: bool = True) -> Path:
+        """Write the state after ``step`` steps; then drop the oldest beyond ``save_total``.
+
+        Without ``wait`` it is written while the caller goes on, and counts once :meth:`finish` or the next save has been called.
+        """
         import torch.distributed.checkpoint as dcp
 
-        target = self.folder / f"step-{step:08d}"
+        self.finish()
         temporary = self.folder / f".step-{step:08d}"
         if self.ranks.first:
             shutil.rmtree(temporary, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()
-        dcp.save(trained.state_dict(), checkpoint_id=temporary, no_dist=self.ranks.group is None)
+        alone = self.ranks.group is None
+        if wait:
+            dcp.save(trained.state_dict(), checkpoint_id=temporary, no_dist=alone)
+            self._complete(step)
+        else:
+            if not alone and self._group is None:
+                # the writing thread's own: collectives of training on the same group would mix with its
+                self._group = dist.new_group(backend="gloo")
+            future = dcp.async_save(
+                trained.state_dict(), checkpoint_id=temporary, process_group=self._group, no_dist=alone
+            )
+            self._pending = step, cast("Future[Any]", future)
+        return self._path(step)
+
+    def finish(self) -> None:
+        """Wait for the state that is being written; every rank must call it."""
+        if self._pending is not None:
+            step, future = self._pending
+            self._pending = None
+            future.result()
+            self._complete(step)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _complete(self, step: int) -> None:
+        """All ranks have written their part: make a state of it."""
+        self.ranks.barrier()
+        target, temporary = self._path(step), self.folder / f".step-{step:08d}"
         if self.ranks.first:
             state = {"version": VERSION, "step": step, "config": self.settings, "identity": self.identity}
             write_json(temporary / "state.json", state)
@@ -111,7 +151,6 @@ class Checkpointer:
             for broken in self.folder.glob(".step-*"):
                 shutil.rmtree(broken)
         self.ranks.barrier()
-        return target
 
     def load(self, path: Path, trained: Stateful) -> int:
         """Restore everything from ``path``; returns how many steps it has done.

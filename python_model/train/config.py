@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from python_model.data.config import BatchConfig, DataConfig
+from python_model.model.hub import check_hub_name
 from python_model.settings import GritSettings
 from python_model.support.checked import Checked, Count, CountOrNone, NotNegative, Positive, Share
 
@@ -33,7 +34,8 @@ class ModelConfig(Checked):
         name: checkpoint to start from (folder or name), or ``smollm2-135m`` for the small model that ``grit fetch-model`` gets.
         architecture: folder with a ``config.json`` that ``dry_run`` builds when the model itself is not at hand.
         bf16: compute in bfloat16 over FP32 weights.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass; with ``selective`` all of them but attention, which is
+            kept.
         lora_rank: train low-rank adapters on every linear layer instead of all weights; 0: all weights.
         lora_alpha: the adapters' output is multiplied by ``lora_alpha / lora_rank``.
         lora_dropout: share of the adapters' inputs that are dropped.
@@ -44,7 +46,7 @@ class ModelConfig(Checked):
     name: str = "smollm2-135m"
     architecture: str = ""
     bf16: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     lora_rank: CountOrNone = 0
     lora_alpha: Count = 64
     lora_dropout: Share = 0.1
@@ -59,20 +61,24 @@ class ModelConfig(Checked):
 
 @dataclass
 class OptimizerConfig(Checked):
-    """AdamW, its schedule, and what the gradients are limited to.
+    """The optimiser, its schedule, and what the gradients are limited to.
 
     Attributes:
+        kind: ``adamw``, or ``muon`` for the matrices of the decoder's layers (momentum, made orthogonal; half of AdamW's memory)
+            and AdamW for all else: embeddings, heads, routers, experts, norms and biases. Muon's steps are scaled to the size of
+            AdamW's, so both take the same rate.
         lr: learning rate at its height, which the warm-up ends at.
         warmup_ratio: share of the steps over which the rate rises.
         schedule: of the rate after the warm-up: down to 0 in a line or along a cosine, ``constant``, or constant and then down in
             a line over the last ``decay_ratio`` of the steps.
         decay_ratio: see ``schedule``.
-        weight_decay: of AdamW, on matrices; norms and biases have none.
+        weight_decay: of matrices; norms and biases have none.
         objective_grad_norm: the gradient of each objective is limited to this norm before the two are added, so that neither
             drowns the other; 0: no limit. It costs nothing: both norms are measured and logged anyway.
         max_grad_norm: the sum of both gradients is limited to this norm.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 2e-5
     warmup_ratio: Share = 0.03
     schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"
@@ -92,6 +98,9 @@ class LossConfig(Checked):
         matryoshka_dims: the contrastive loss is the mean over embeddings of full size and cut to each of these sizes, so that a
             cut embedding serves as well as it can (Matryoshka, arXiv 2205.13147); ``[]``: full size alone.
         contrastive_weight: factor of the contrastive loss.
+        distillation_weight: factor of the distance (KL) between a teacher's scores of a query's passages (``pos_scores`` and
+            ``neg_scores`` of the rows) and the model's own, both after a softmax; 0: scores are not used.
+        teacher_temperature: the teacher's scores are divided by it before their softmax.
         generative_weight: factor of the next-token loss.
         router_loss_weight: factor of a mixture's load-balancing loss; default: the model config's ``router_aux_loss_coef``.
         in_batch_negatives: every passage is a negative of every other query; False: only the query's own hard negatives.
@@ -107,6 +116,8 @@ class LossConfig(Checked):
     learn_temperature: bool = False
     matryoshka_dims: list[Count] = field(default_factory=list)
     contrastive_weight: NotNegative = 1.0
+    distillation_weight: NotNegative = 0.0
+    teacher_temperature: Positive = 1.0
     generative_weight: NotNegative = 1.0
     router_loss_weight: NotNegative | None = None
     in_batch_negatives: bool = True
@@ -175,16 +186,23 @@ class LoggingConfig(Checked):
     Attributes:
         save_steps: steps between saved states; 0: only when interrupted.
         save_total: states that are kept.
+        async_save: write states while training goes on; they are copied to host memory first.
         resume: continue from the newest state in ``output_dir``.
         trackers: any of ``tensorboard``, ``wandb``, ``trackio``, beside ``log.jsonl``.
         exploding_loss: stop when the loss is this much above its mean over the last 50 steps; 0: only when not finite.
+        peak_tflops: of a device, in the precision of the run: ``mfu`` in the log is the model's operations over it; 0: that of a
+            large matrix product, measured at the start.
+        profile_steps: record so many steps with torch's profiler, from the run's third on, into ``profile/``; 0: none.
     """
 
     save_steps: CountOrNone = 0
     save_total: Count = 2
+    async_save: bool = False
     resume: bool = True
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     exploding_loss: NotNegative = 20.0
+    peak_tflops: NotNegative = 0.0
+    profile_steps: CountOrNone = 0
 
 
 @dataclass
@@ -197,12 +215,14 @@ class TrainConfig(Checked):
         output_dir: receives ``checkpoint/``, ``states/``, ``log.jsonl`` and ``loss.png``.
         seed: orders the data, picks positives and negatives, and draws dropout and new weights.
         deterministic: ask torch for deterministic algorithms.
+        push_to_hub: ``owner/name`` on the Hugging Face hub that ``checkpoint/`` is uploaded to at the end, as a private model if
+            it is new; needs ``hf auth login`` or ``HF_TOKEN``. Empty: nowhere.
         dry_run: print memory per rank and tokens per step, and stop; no weights are loaded.
         model: the model that is trained, and how it is computed.
         grit: what changes an embedding or a reply; what is not given is as the checkpoint to start from was trained.
         data: which rows are trained on, and how they become samples.
         batch: samples of a step, and the chunks that they are computed in.
-        optimizer: AdamW, its schedule and limits of the gradients.
+        optimizer: the optimiser, its schedule and limits of the gradients.
         losses: the two losses.
         parallel: several ranks.
         evaluation: measuring on held-out rows during the run.
@@ -214,6 +234,7 @@ class TrainConfig(Checked):
     output_dir: str = "grit_output"
     seed: CountOrNone = 0
     deterministic: bool = False
+    push_to_hub: str = ""
     dry_run: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     grit: GritChanges = field(default_factory=GritChanges)  # type: ignore[valid-type]
@@ -250,6 +271,8 @@ class TrainConfig(Checked):
                 f"data.train_group_size: expected hard negatives (>= 2) without losses.in_batch_negatives, "
                 f"got {data.train_group_size}"
             )
+        if self.push_to_hub:
+            check_hub_name("push_to_hub", self.push_to_hub)
         if self.dry_run:
             return
         if not data.train_data:
@@ -291,6 +314,16 @@ class TrainConfig(Checked):
                     raise ValueError(f"{group}.{error}") from error
         return cls(**nested)
 
+    def told(self) -> dict[str, Any]:
+        """The settings that differ from their defaults and say what the run was, by dotted name: without paths, and without those
+        that stand in ``grit.json``."""
+        defaults = dotted(asdict(type(self)(dry_run=True)))
+        return {
+            name: value
+            for name, value in dotted(asdict(self)).items()
+            if value != defaults[name] and name not in _UNTOLD and name.partition(".")[0] not in ("grit", "logging")
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values; what :meth:`from_dict` takes."""
         return asdict(self)
@@ -305,6 +338,13 @@ TYPES |= {
     for name, hint in get_type_hints(_TOP[group], include_extras=True).items()
 }
 """Of every setting, by its dotted name."""
+_UNTOLD = frozenset(
+    (
+        *("output_dir", "dry_run", "push_to_hub", "model.name", "model.architecture", "data.train_data"),
+        *("data.token_cache", "data.data_workers", "evaluation.data"),
+    )
+)
+"""Paths, and what changes nothing: not for a model card."""
 _RENAMED = {"model": "model.name", "learning_rate": "optimizer.lr", "parallel": "parallel.strategy"}
 MOVED = {name.partition(".")[2]: name for name in TYPES if "." in name} | _RENAMED
 """Where the flat settings of version 0.1 are now, and where those are that stand in a group."""

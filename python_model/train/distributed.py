@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from python_model.data.order import rank_share
+from python_model.model.chunks import build_chunk
+from python_model.model.modeling import GritLM
+from python_model.model.prompts import EncodedSample
 from python_model.train.config import ParallelConfig
 from python_model.train.model import TrainingModel
 
@@ -54,6 +57,17 @@ class Ranks:
             return []
         return [int(x) for row, n in zip(self.all_values(padded), counts, strict=True) for x in row[:n]]
 
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """Everybody's rows (their numbers may differ), in rank order."""
+        if self.group is None:
+            return rows
+        counts = [int(count) for count in self.all_values([rows.shape[0]])[:, 0]]
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.group is not None:
@@ -74,7 +88,7 @@ def ranks() -> Iterator[Ranks]:
     mine = not dist.is_initialized()
     if mine:
         # a slow first compilation or a large checkpoint must not look like a dead rank
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     finally:
@@ -136,6 +150,61 @@ def layers(model: TrainingModel) -> list[nn.Module]:
     if found is None:
         raise TypeError(f"model: {type(decoder).__name__} has neither 'layers' nor 'h'")
     return list(found)
+
+
+class ForwardsApart:
+    """The ranks, while each calls the decoder of sharded weights as often as it likes.
+
+    A forward over shards needs all ranks. So each announces its forwards, and a rank that waits for the others (in
+    :meth:`all_rows`, or at the end) runs empty ones until nobody announces any more.
+    """
+
+    def __init__(self, grit: GritLM, ranks: Ranks) -> None:
+        self.grit, self.ranks, self._waiting = grit, ranks, False
+
+    def share(self, count: int) -> range:
+        """As :meth:`Ranks.share`."""
+        return self.ranks.share(count)
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """As :meth:`Ranks.all_rows`, once all have done their forwards."""
+        self.wait()
+        return self.ranks.all_rows(rows)
+
+    def announce(self, *_: Any) -> None:
+        """A forward of this rank begins."""
+        if not self._waiting:
+            self._anyone(1)
+
+    def wait(self) -> None:
+        """Take part in the others' forwards until they are done."""
+        self._waiting = True
+        nothing = build_chunk([EncodedSample([0])], []).to(self.ranks.device)
+        while self._anyone(0):
+            self.grit.hidden_states(nothing.input_ids, nothing.pack)
+        self._waiting = False
+
+    def _anyone(self, forwards: int) -> bool:
+        return bool(self.ranks.all_values([forwards])[:, 0].any())
+
+
+@contextlib.contextmanager
+def forwards_apart(model: nn.Module, ranks: Ranks) -> Iterator[Ranks | ForwardsApart]:
+    """In the block the ranks may call parts of ``model`` (a wrapped TrainingModel that has been trained), each as often as it
+    likes, without gradients; what they exchange goes through what it yields."""
+    if not hasattr(model, "set_requires_gradient_sync"):  # every rank has whole weights
+        yield ranks
+        return
+    sharded = cast(Any, model)
+    apart = ForwardsApart(sharded.grit, ranks)
+    sharded.unshard()  # embeddings, heads and the last norm, which only a forward of the whole model gathers by itself
+    hook = apart.grit.decoder[0].register_forward_pre_hook(apart.announce)
+    try:
+        yield apart
+        apart.wait()
+    finally:
+        hook.remove()
+        sharded.reshard()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@
     optimiser    8 bytes per trained weight (two moments)
     working copy bfloat16 weights in use: all of them (autocast), or with FSDP two layers, embedding and head
     activations  what the backward of one chunk keeps (below), or with gradient checkpointing one state per layer and token,
-                 and one layer in full
+                 and one layer in full; the selective kind keeps attention's output (s D Hq + 4 Hq) as well
 
 Per token and layer, with hidden size h, inner size i, Hq/Hkv heads of size D, s bytes per computed and r per residual element:
 two norms (4 + 2 s) h each (their FP32 input, their output, its cast), s D (2 Hq + 2 Hkv) + 4 Hq for attention (q, k, v, out,
@@ -115,6 +115,8 @@ def plan_memory(
     state = activation_bytes(model_config, config.bf16, residual_fp32=not sharded)
     residual = (2 if sharded and config.bf16 else 4) * model_config.hidden_size
     if config.gradient_checkpointing:
+        if config.gradient_checkpointing == "selective":
+            residual += attention_output_bytes(model_config, config.bf16)
         activations = tokens.chunk * (layers * residual + state)
     else:
         activations = tokens.chunk * layers * state
@@ -147,6 +149,13 @@ def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) 
     attention = s * size * (2 * heads + 2 * kv_heads) + 4 * heads
     residual = (4 if residual_fp32 or not bf16 else 2) * hidden if bf16 else 0
     return norms + attention + residual + 4 * s * inner * active
+
+
+def attention_output_bytes(model_config: Any, bf16: bool) -> int:
+    """Bytes of what attention gives per token and layer: its output, and the LSE of each head in FP32."""
+    heads = model_config.num_attention_heads
+    size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    return heads * ((2 if bf16 else 4) * size + 4)
 
 
 def plan_tokens(mode: Mode, data: DataConfig, batch: BatchConfig, world: int) -> StepTokens:

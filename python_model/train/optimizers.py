@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from python_model.train.balance import limit_factor, total_norm
 from python_model.train.config import LossConfig, OptimizerConfig
-from python_model.train.distributed import Ranks
+from python_model.train.distributed import Ranks, layers
+from python_model.train.model import TrainingModel
 
 BETAS = (0.9, 0.999)
 # frozen weights (of a model with adapters) come from the checkpoint the run started from
@@ -26,7 +27,7 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Optimizers:
-    """AdamW over the trainable weights of ``model`` (alone or wrapped for the ranks), with a warm-up and a schedule."""
+    """AdamW or Muon over the trainable weights of ``model`` (alone or wrapped for the ranks), with a warm-up and a schedule."""
 
     def __init__(
         self, model: nn.Module, config: OptimizerConfig, losses: LossConfig, ranks: Ranks, *, steps: int, embeds: bool
@@ -35,13 +36,24 @@ class Optimizers:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("model: it has no weight that is trained")
+        matrices = hidden_matrices(model) if config.kind == "muon" else []
+        by_muon = {id(p) for p in matrices}
+        others = [p for p in trained if id(p) not in by_muon]
         # norms and biases have one dimension; pulling them to 0 regularises nothing
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if groups:
+            self.optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True))
+        if matrices:
+            self.optimizers.append(
+                torch.optim.Muon(
+                    matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         self.log_temperature: nn.Parameter | None = None
         self.temperature_optimizer: torch.optim.Optimizer | None = None
         if losses.learn_temperature and embeds:
@@ -82,7 +94,7 @@ class Optimizers:
 
     def update(self, step: int) -> None:
         """Take one optimiser step and drop the gradients."""
-        optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        optimizers = list(self.optimizers)
         if self.log_temperature is not None and self.temperature_optimizer is not None:
             optimizers.append(self.temperature_optimizer)
             if self.ranks.group is not None and self.log_temperature.grad is not None:
@@ -105,7 +117,7 @@ class Optimizers:
         """Everything that changes, as nested dicts of tensors; sharded ones stay sharded."""
         found: dict[str, Any] = {
             "model": get_model_state_dict(self.model, options=_OPTIONS),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)["state"],
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=_OPTIONS)["state"],
         }
         if self.log_temperature is not None and self.temperature_optimizer is not None:
             state = self.temperature_optimizer.state[self.log_temperature]
@@ -121,11 +133,23 @@ class Optimizers:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Set everything that changes."""
         set_model_state_dict(self.model, state_dict["model"], options=_OPTIONS)
-        groups = get_optimizer_state_dict(self.model, self.optimizer, options=_OPTIONS)["param_groups"]
+        groups = get_optimizer_state_dict(self.model, self.optimizers, options=_OPTIONS)["param_groups"]
         state: Any = {"state": state_dict["optimizer"], "param_groups": groups}
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=_OPTIONS)
+        set_optimizer_state_dict(self.model, self.optimizers, state, options=_OPTIONS)
         if self.log_temperature is not None and self.temperature_optimizer is not None:
             saved: dict[str, Tensor] = dict(state_dict["temperature"])
             with torch.no_grad():
                 self.log_temperature.copy_(saved.pop("log_temperature"))
             self.temperature_optimizer.state[self.log_temperature] = saved
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of the decoder's layers, without a mixture's router, whose rows are classes as a head's are."""
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, TrainingModel)
+    return [
+        p
+        for layer in layers(inner)
+        for name, p in layer.named_parameters()
+        if p.requires_grad and p.ndim == 2 and not name.endswith((".gate.weight", ".router.weight"))
+    ]

@@ -28,7 +28,9 @@ def _run_rank(config: TrainConfig, here: Ranks) -> Path:
     from python_model.train.trainer import Trainer
 
     in_batch_negatives = config.losses.in_batch_negatives
-    check_data(config.data, config.mode, in_batch_negatives=in_batch_negatives)  # before minutes go into a model
+    teacher = config.losses.distillation_weight > 0
+    # before minutes go into a model
+    check_data(config.data, config.mode, in_batch_negatives=in_batch_negatives, teacher=teacher)
     # with FSDP only rank 0 reads the weights; the others get their shards from it
     sharded = here.group is not None and config.parallel.strategy == "fsdp"
     model = load_model(
@@ -46,6 +48,7 @@ def _run_rank(config: TrainConfig, here: Ranks) -> Path:
         settings=model.settings,
         mode=config.mode,
         in_batch_negatives=in_batch_negatives,
+        teacher=teacher,
         seed=config.seed,
         rank=here.rank,
         world=here.world,
@@ -53,8 +56,12 @@ def _run_rank(config: TrainConfig, here: Ranks) -> Path:
     trainer = Trainer(model, config, stream, here)
     records = trainer.train()
     checkpoint = trainer.save()
-    if here.first:  # last: a plot that fails costs no weights
+    if here.first:  # last: what fails here costs no weights
         plot_losses(records, Path(config.output_dir) / "loss.png")
+        if config.push_to_hub:
+            from python_model.model.hub import push_to_hub
+
+            print(f"uploaded to {push_to_hub(checkpoint, config.push_to_hub)}")
     return checkpoint
 
 

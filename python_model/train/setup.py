@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+import grit_kernels as gk
 from python_model.corpora.small_model import resolve_model
 from python_model.model.modeling import GritLM
 from python_model.train.adapters import add_adapters, quantization_arguments
@@ -44,6 +45,12 @@ def load_model(
     )
     add_adapters(grit, config, mode)
     return grit
+
+
+def recompute_activations(grit: GritLM, config: ModelConfig) -> None:
+    """Turn gradient checkpointing on where the settings ask for it."""
+    if config.gradient_checkpointing:
+        gk.hf.checkpoint_activations(grit.model, keep_attention=config.gradient_checkpointing == "selective")
 
 
 def plan_dry_run(

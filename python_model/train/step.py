@@ -11,8 +11,9 @@ Source: GradCache, arXiv 2101.06983; GRIT, arXiv 2402.09906 (the memory appendix
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import grit_kernels as gk
 from python_model.data.config import BatchConfig
 from python_model.model.chunks import Chunk, build_chunk, first_fit, plan_texts
-from python_model.model.losses import sample_weights
+from python_model.model.losses import distillation_losses, group_scores, sample_weights
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.settings import AttentionVariant
 from python_model.train.balance import ObjectiveGradients
@@ -39,7 +40,13 @@ class RankBatch:
         mask_ids: identity of each query's and each passage's text, or None.
         weights: float64 (conversations), what each conversation's summed token losses count in the step's loss.
         conversations, all_queries: conversations and queries of the step, on all ranks.
-        tokens: of the step, on all ranks.
+        tokens, labels, pairs: of the step, on all ranks: tokens, those with a label, and (query, key) pairs that see each other.
+        first_query: queries of the ranks before.
+        scores: float32 (queries, passages per query), a teacher's, NaN in the rows of queries without; None: nobody has any.
+        scored: queries of the step with scores, on all ranks.
+        datasets: int64 (queries) and (conversations), which data set each is of, or None.
+        num_datasets: how many there are.
+        labels_of: int64 (conversations), tokens with a label.
     """
 
     text_chunks: list[Chunk]
@@ -51,6 +58,14 @@ class RankBatch:
     conversations: int
     all_queries: int
     tokens: int
+    labels: int
+    pairs: int
+    first_query: int
+    scores: Tensor | None
+    scored: int
+    datasets: tuple[Tensor, Tensor] | None
+    num_datasets: int
+    labels_of: Tensor
 
     @property
     def num_chunks(self) -> int:
@@ -71,6 +86,9 @@ class StepLosses:
     router: float | None = None
     contrastive_grad_norm: float | None = None
     generative_grad_norm: float | None = None
+    distillation: float | None = None
+    contrastive_by_dataset: list[float | None] = field(default_factory=list)
+    generative_by_dataset: list[float | None] = field(default_factory=list)
 
 
 def plan_step(
@@ -83,8 +101,17 @@ def plan_step(
     ranks: Ranks,
     *,
     attention: AttentionVariant | None = None,
+    scores: Sequence[float | None] = (),
+    datasets: tuple[Sequence[int], Sequence[int]] | None = None,
+    num_datasets: int = 0,
 ) -> RankBatch:
-    """Chunks of this rank's samples, and what the ranks must agree on. ``attention`` as in :func:`build_chunk`."""
+    """Chunks of this rank's samples, and what the ranks must agree on.
+
+    Args:
+        attention: as in :func:`build_chunk`.
+        scores: a teacher's score of each passage; a query counts as scored if all of its passages are.
+        datasets: which of ``num_datasets`` data sets each query and each conversation is of, for losses per data set.
+    """
     texts = [*queries, *passages]
     text_plan = plan_texts(
         len(queries),
@@ -103,8 +130,13 @@ def plan_step(
     counts = [sum(label != IGNORE_INDEX for label in s.labels or []) for s in conversations]
     everyone = ranks.all_lists(counts)
     tokens = sum(c.pack.tokens for c in [*text_chunks, *conversation_chunks])
-    shared = ranks.all_values([len(text_chunks), len(conversation_chunks), tokens, len(conversations), len(queries)])
+    teacher = _teacher(scores, len(queries)) if losses.distillation_weight else None
+    scored = 0 if teacher is None else int(teacher.isfinite().all(dim=1).sum())
+    pairs = sum(_visible_pairs(c.pack) for c in [*text_chunks, *conversation_chunks])
+    mine = [len(text_chunks), len(conversation_chunks), tokens, len(conversations), len(queries), scored, pairs]
+    shared = ranks.all_values(mine)
     before = int(shared[: ranks.rank, 3].sum())
+    totals = [int(total) for total in shared.sum(dim=0)]
     weights = torch.zeros(0, dtype=torch.float64)
     if everyone:
         every_weight = sample_weights(
@@ -114,17 +146,43 @@ def plan_step(
     ids = None if mask_ids is None else (torch.tensor(mask_ids[0]), torch.tensor(mask_ids[1]))
     for index, chunks in enumerate((text_chunks, conversation_chunks)):
         chunks += [_empty_chunk() for _ in range(int(shared[:, index].max()) - len(chunks))]
+    device = ranks.device
+    numbers = None if datasets is None else tuple(torch.tensor(of, dtype=torch.int64, device=device) for of in datasets)
     return RankBatch(
-        [c.to(ranks.device) for c in text_chunks],
-        [c.to(ranks.device) for c in conversation_chunks],
+        [c.to(device) for c in text_chunks],
+        [c.to(device) for c in conversation_chunks],
         len(queries),
         len(texts),
-        None if ids is None else (ids[0].to(ranks.device), ids[1].to(ranks.device)),
-        weights.to(ranks.device),
+        None if ids is None else (ids[0].to(device), ids[1].to(device)),
+        weights.to(device),
         len(everyone),
-        int(shared[:, 4].sum()),
-        int(shared[:, 2].sum()),
+        totals[4],
+        totals[2],
+        sum(everyone),
+        totals[6],
+        int(shared[: ranks.rank, 4].sum()),
+        teacher.to(device) if teacher is not None and totals[5] else None,
+        totals[5],
+        cast("tuple[Tensor, Tensor] | None", numbers),
+        num_datasets,
+        torch.tensor(counts, dtype=torch.int64, device=device),
     )
+
+
+def _teacher(scores: Sequence[float | None], queries: int) -> Tensor | None:
+    """float32 (queries, passages per query), NaN in the whole row of a query that lacks a score."""
+    if not scores:
+        return None
+    rows = torch.tensor([math.nan if score is None else score for score in scores]).view(queries, -1)
+    return torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, math.nan)
+
+
+def _visible_pairs(pack: gk.SamplePack) -> int:
+    """Pairs of a query and a key that it sees, without a sliding window."""
+    lengths = pack.lengths.long()
+    if pack.hi is not None:
+        return int(pack.hi.long().sum())
+    return int(torch.where(pack.causal, lengths * (lengths + 1) // 2, lengths * lengths).sum())
 
 
 def _empty_chunk() -> Chunk:
@@ -159,12 +217,20 @@ class StepGradients:
         self.bf16, self.objective_grad_norm, self.reduce_each_chunk = bf16, objective_grad_norm, reduce_each_chunk
         self.log_temperature = log_temperature
         self.router_loss_weight = router_loss_weight
+        # without other ranks this one has all queries, too
+        self._across = losses.cross_device_negatives or ranks.group is None
         self._router = torch.zeros((), dtype=torch.float64)
+        self._distillation = torch.zeros((), dtype=torch.float64)
+        self._by_dataset = torch.zeros(4, 0, dtype=torch.float64)
 
     def __call__(self, batch: RankBatch, seed: int) -> StepLosses:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = ObjectiveGradients(trained, self.objective_grad_norm)
-        self._router = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        device = self.ranks.device
+        self._router = torch.zeros((), dtype=torch.float64, device=device)
+        self._distillation = torch.zeros((), dtype=torch.float64, device=device)
+        # sums of the queries' losses, queries, sums of the tokens' losses, tokens
+        self._by_dataset = torch.zeros(4, batch.num_datasets, dtype=torch.float64, device=device)
         contrastive = generative = contrastive_norm = generative_norm = None
         if batch.text_chunks:
             contrastive = self._text_gradients(batch, seed)
@@ -173,7 +239,7 @@ class StepGradients:
             generative = self._conversation_gradients(batch, seed)
             generative_norm = gradients.take()
         gradients.add()
-        return self._report(contrastive, generative, contrastive_norm, generative_norm)
+        return self._report(batch, contrastive, generative, contrastive_norm, generative_norm)
 
     def _text_gradients(self, batch: RankBatch, seed: int) -> Tensor:
         """Adds the contrastive loss' gradients; returns this rank's part of the loss."""
@@ -181,16 +247,16 @@ class StepGradients:
         contrastive: Tensor | None = None
         if len(batch.text_chunks) > 1:
             leaves = self._embed(batch, seed)
-            contrastive = self._contrastive(leaves, batch)
-            (contrastive * self.losses.contrastive_weight).backward()
+            contrastive, text_objective = self._text_losses(leaves, batch)
+            text_objective.backward()
             embedding_grads = leaves.grad
         for index, chunk in enumerate(batch.text_chunks):
             with self._pass(batch, chunk, seed, index, last=chunk is batch.text_chunks[-1]) as (vectors, _, objective):
                 if vectors is not None and embedding_grads is not None:
                     objective = objective + (vectors * embedding_grads[chunk.embedded]).sum()
                 elif vectors is not None:
-                    contrastive = self._contrastive(vectors, batch)
-                    objective = objective + contrastive * self.losses.contrastive_weight
+                    contrastive, text_objective = self._text_losses(vectors, batch)
+                    objective = objective + text_objective
                 objective.backward()
         assert contrastive is not None
         return contrastive.detach()
@@ -205,6 +271,10 @@ class StepGradients:
                     weighted = (sums * batch.weights[chunk.conversations].float()).sum()
                     objective = objective + weighted * (self.losses.generative_weight * self.ranks.world)
                     generative += weighted.detach().double()
+                    if batch.datasets is not None:
+                        chosen = batch.datasets[1][chunk.conversations]
+                        self._by_dataset[2].index_add_(0, chosen, sums.detach().double())
+                        self._by_dataset[3].index_add_(0, chosen, batch.labels_of[chunk.conversations].double())
                 objective.backward()
         return generative
 
@@ -238,36 +308,57 @@ class StepGradients:
         assert rows is not None
         return rows.requires_grad_()
 
-    def _contrastive(self, vectors: Tensor, batch: RankBatch) -> Tensor:
-        """The contrastive loss over all ranks' texts, with gradients that a mean over ranks makes exact."""
+    def _text_losses(self, vectors: Tensor, batch: RankBatch) -> tuple[Tensor, Tensor]:
+        """The contrastive loss, and the weighted sum of all that is learned from embeddings; over all ranks' texts, with
+        gradients that a mean over ranks makes exact."""
         config, ranks = self.losses, self.ranks
-        across = config.cross_device_negatives and ranks.group is not None
-        temperature: float | Tensor = config.temperature
-        if self.log_temperature is not None:
-            temperature = self.log_temperature[0].exp()
         size = vectors.shape[1]
         if wrong := [dim for dim in config.matryoshka_dims if dim >= size]:
             raise ValueError(f"losses.matryoshka_dims: expected sizes below the embedding's {size}, got {wrong[0]}")
-        parts = []
+        temperature: float | Tensor = config.temperature
+        if self.log_temperature is not None:
+            temperature = self.log_temperature[0].exp()
+        contrastive, distillation = [], []
         for dim in (size, *config.matryoshka_dims):
             cut = vectors[:, :dim]
             if dim < size and self.normalized:
                 cut = nn.functional.normalize(cut, dim=-1)
-            loss = gk.contrastive_loss(
-                cut[: batch.queries],
-                cut[batch.queries :],
-                temperature=temperature,
-                in_batch_negatives=config.in_batch_negatives,
-                mask_ids=batch.mask_ids,
-                symmetric=config.symmetric,
-                process_group=ranks.group if across else None,
-            )
-            parts.append(cast(Tensor, loss))
-        loss = torch.stack(parts).mean() if len(parts) > 1 else parts[0]
-        if across or ranks.group is None:
-            return loss
-        # ranks may hold one query more or less: the mean over all queries is the mean over ranks of this
-        return loss * (batch.queries * ranks.world / batch.all_queries)
+            contrastive.append(self._contrastive_losses(cut, batch, temperature))
+            if batch.scores is not None:
+                student = group_scores(cut, batch.queries) / temperature
+                distillation.append(distillation_losses(student, batch.scores / config.teacher_temperature))
+        each = torch.stack(contrastive).mean(
+            dim=0
+        )  # of all ranks' queries where they share negatives, else of this rank's
+        loss = each.mean()
+        if not self._across:
+            # ranks may hold one query more or less: the mean over all queries is the mean over ranks of this
+            loss = loss * (batch.queries * ranks.world / batch.all_queries)
+        if batch.datasets is not None:
+            own = each[batch.first_query :][: batch.queries] if self._across else each
+            self._by_dataset[0].index_add_(0, batch.datasets[0], own.detach().double())
+            self._by_dataset[1].index_add_(0, batch.datasets[0], torch.ones_like(own, dtype=torch.float64))
+        objective = loss * config.contrastive_weight
+        if distillation:
+            part = torch.stack(distillation).mean(dim=0).sum() / batch.scored
+            self._distillation = part.detach().double()
+            objective = objective + part * (config.distillation_weight * ranks.world)
+        return loss, objective
+
+    def _contrastive_losses(self, vectors: Tensor, batch: RankBatch, temperature: float | Tensor) -> Tensor:
+        """float32: the loss of each query."""
+        config = self.losses
+        losses = gk.contrastive_loss(
+            vectors[: batch.queries],
+            vectors[batch.queries :],
+            temperature=temperature,
+            in_batch_negatives=config.in_batch_negatives,
+            mask_ids=batch.mask_ids,
+            symmetric=config.symmetric,
+            process_group=self.ranks.group if self._across else None,
+            reduction="none",
+        )
+        return cast(Tensor, losses)
 
     @contextlib.contextmanager
     def _computing(self, seed: int, index: int) -> Iterator[None]:
@@ -282,20 +373,29 @@ class StepGradients:
 
     def _report(
         self,
+        batch: RankBatch,
         contrastive: Tensor | None,
         generative: Tensor | None,
         contrastive_norm: float | None,
         generative_norm: float | None,
     ) -> StepLosses:
         config = self.losses
-        mine = [0.0 if loss is None else float(loss) for loss in (contrastive, generative, self._router)]
-        shared = self.ranks.all_values(mine)
+        parts = (contrastive, generative, self._router, self._distillation)
+        mine = [0.0 if loss is None else float(loss) for loss in parts]
+        shared = self.ranks.all_values([*mine, *self._by_dataset.flatten().tolist()])
         rep = float(shared[:, 0].mean()) if contrastive is not None else None
         gen = float(shared[:, 1].sum()) if generative is not None else None
         balance = float(shared[:, 2].sum()) if self.router_loss_weight else None
+        distilled = float(shared[:, 3].sum()) if batch.scored else None
         total = (
             config.contrastive_weight * (rep or 0.0)
             + config.generative_weight * (gen or 0.0)
             + self.router_loss_weight * (balance or 0.0)
+            + config.distillation_weight * (distilled or 0.0)
         )
-        return StepLosses(total, rep, gen, balance, contrastive_norm, generative_norm)
+        query_sum, queries, token_sum, tokens = shared[:, 4:].sum(dim=0).view(4, -1).tolist()
+        by_dataset = [
+            [loss / count if count else None for loss, count in zip(sums, counts, strict=True)]
+            for sums, counts in ((query_sum, queries), (token_sum, tokens))
+        ]
+        return StepLosses(total, rep, gen, balance, contrastive_norm, generative_norm, distilled, *by_dataset)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-import grit_kernels as gk
+from python_model.model.card import CARD_FILE, model_card
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import EncodedSample
 from python_model.support.files import new_folder, write_json
@@ -28,13 +28,15 @@ from python_model.train.balance import total_norm
 from python_model.train.checkpointer import Checkpointer
 from python_model.train.config import LossConfig, TrainConfig
 from python_model.train.distributed import Ranks, wrap
+from python_model.train.flops import ModelFlops, measured_peak
 from python_model.train.memory import GIB, device_limit, plan_memory, plan_tokens
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
-from python_model.train.setup import load_model, model_digest
+from python_model.train.profiling import step_profiler
+from python_model.train.setup import load_model, model_digest, recompute_activations
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
-from python_model.train.validation import Validation
+from python_model.train.validation import Validation, best_scores
 
 WINDOW = 50
 """Steps over which a loss counts as usual."""
@@ -50,6 +52,9 @@ class Samples(Protocol):
     passage_ids: list[int]
     query_origins: list[str]
     conversation_origins: list[str]
+    passage_scores: list[float | None]
+    query_datasets: list[int]
+    conversation_datasets: list[int]
 
 
 class Stream(Protocol):
@@ -74,11 +79,12 @@ class Trainer:
         self.grit, self.config, self.stream = model, config, stream
         self.ranks = ranks or Ranks(0, 1, model.device)
         self._check_batches()
-        if config.model.gradient_checkpointing:
-            gk.hf.checkpoint_activations(model.model)
+        recompute_activations(model, config.model)
         router = router_loss_weight(model, config.losses)
         training_model = TrainingModel(model, router_loss=router > 0)
         training_model.touch_all = self.ranks.group is not None
+        self.flops = ModelFlops.of(model)
+        self._datasets = list(getattr(stream, "datasets", ()))
         self.memory = plan_memory(
             training_model,
             model.model.config,
@@ -112,10 +118,6 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder / "states", self.settings, self.ranks, identity=identity, save_total=config.logging.save_total
         )
-        if config.evaluation.data and self.ranks.world > 1:
-            raise ValueError(
-                "evaluation.data: expected '' with several ranks, whose weights may be shards; use grit eval"
-            )
         self._best = Checkpointer(self.folder / "best", self.settings, self.ranks, save_total=1)
         self.after_step: Callable[[int], None] | None = None
         """Called with the number of steps done, before the state is saved; may measure the model."""
@@ -140,6 +142,9 @@ class Trainer:
             self.config.losses,
             self.ranks,
             attention=self.grit.attention,
+            scores=samples.passage_scores,
+            datasets=(samples.query_datasets, samples.conversation_datasets) if self._datasets else None,
+            num_datasets=len(self._datasets),
         )
         losses = self.gradients(batch, self.config.seed * 2**20 + index)
         if not math.isfinite(losses.total):
@@ -156,7 +161,9 @@ class Trainer:
             "loss": losses.total,
             "contrastive_loss": losses.contrastive,
             "generative_loss": losses.generative,
+            **({} if losses.distillation is None else {"distillation_loss": losses.distillation}),
             **({} if losses.router is None else {"router_loss": losses.router}),
+            **self._by_dataset(losses),
             **({"temperature": temperature} if self.optimizers.log_temperature is not None else {}),
             "gradient_norm": norm,
             "contrastive_grad_norm": losses.contrastive_grad_norm,
@@ -164,6 +171,20 @@ class Trainer:
             "lr": self.optimizers.lr(index),
             "tokens": batch.tokens,
             "chunks": batch.num_chunks,
+            # per rank; over the step's seconds it is what a device does
+            "tflop": self.flops.step(batch.tokens, batch.labels, batch.pairs) / self.ranks.world / 1e12,
+        }
+
+    def _by_dataset(self, losses: StepLosses) -> dict[str, float]:
+        """The mean loss of each data set's queries and reply tokens in the step."""
+        if len(self._datasets) == 1:
+            return {}
+        kinds = (("contrastive", losses.contrastive_by_dataset), ("generative", losses.generative_by_dataset))
+        return {
+            f"{kind}_loss/{name}": loss
+            for kind, by_dataset in kinds
+            for name, loss in zip(self._datasets, by_dataset, strict=True)
+            if loss is not None
         }
 
     def train(self) -> list[dict[str, Any]]:
@@ -175,13 +196,18 @@ class Trainer:
             Interrupted: after SIGTERM or SIGINT, once the state is saved.
         """
         start = self._resume()
+        config = self.config.logging
+        peak = config.peak_tflops
+        if not peak:
+            dtype = torch.bfloat16 if self.config.model.bf16 else torch.float32
+            peak = measured_peak(self.ranks.device, dtype) / 1e12
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", self.settings)
             for line in self.memory.lines(device_limit(self.ranks.device)):
                 tqdm.write(line)
         # first those that may be missing: a new log drops what an earlier run wrote
-        others = open_trackers(self.config.logging.trackers, self.folder, self.settings) if self.ranks.first else []
+        others = open_trackers(config.trackers, self.folder, self.settings) if self.ranks.first else []
         log = StepLog(self.folder / "log.jsonl", start) if self.ranks.first else None
         trackers: list[Tracker] = [log, *others] if log else []
         recent = [record["loss"] for record in log.records[-WINDOW:]] if log else []
@@ -191,14 +217,17 @@ class Trainer:
         bar = tqdm(total=self.config.steps, initial=start, desc="train", unit="step", disable=not self.ranks.first)
         torch.use_deterministic_algorithms(self.config.deterministic)
         try:
-            with bar, self._stoppable():
+            with bar, self._stoppable(), step_profiler(self.folder, config.profile_steps, self.ranks) as profiler:
                 begin = time.perf_counter()
                 for index, samples in enumerate(self.stream.steps(start, stop), start):
                     record = self.step(samples, index)
                     seconds = time.perf_counter() - begin
+                    tflops = record.pop("tflop") / seconds
                     record |= {
                         "seconds": seconds,
                         "tokens_per_second": record["tokens"] / seconds,
+                        "tflops": tflops,
+                        "mfu": tflops / peak,
                         "memory_gib": _memory_gib(self.ranks.device),
                     }
                     for tracker in trackers:
@@ -210,6 +239,7 @@ class Trainer:
                         self.model.train()
                     enough = validation is not None and validation(index + 1, self.config.steps)
                     self.model.train()
+                    profiler.step()
                     self._save_state(index + 1)
                     if validation is not None and enough:
                         bar.write(f"stopping after step {index + 1}: no better since step {validation.best()}")
@@ -217,8 +247,9 @@ class Trainer:
                     begin = time.perf_counter()
         finally:
             torch.use_deterministic_algorithms(False)
-            for tracker in [*trackers, *([validation.log] if validation else [])]:
+            for tracker in [*trackers, *([validation] if validation else [])]:
                 tracker.close()
+        self.checkpointer.finish()
         best = self._best.latest() if validation is not None else None
         if best is not None:
             self._best.load(best, self.optimizers)
@@ -235,8 +266,23 @@ class Trainer:
             merge_adapters(grit)
             with new_folder(target) as folder:
                 grit.save_pretrained(folder)
+                (folder / CARD_FILE).write_text(self._card(grit), encoding="utf-8")
         self.ranks.barrier()
         return target
+
+    def _card(self, grit: GritLM) -> str:
+        report = getattr(self.stream, "report", None)
+        scores = self.folder / "evaluation.jsonl"
+        results = best_scores(scores, self.config.evaluation.metric) if scores.is_file() else None
+        return model_card(
+            grit.settings,
+            kind="embedding" if self.config.mode == "embedding" else "grit",
+            name=self.config.push_to_hub or self.folder.name,
+            base=self.config.model.name,
+            training=self.config.told(),
+            datasets=None if report is None else report.used,
+            results=results,
+        )
 
     def _whole_model(self) -> GritLM | None:
         """The model with whole weights on rank 0 (None on the others)."""
@@ -249,11 +295,15 @@ class Trainer:
         if not self.ranks.first:
             return None
         config = self.config
-        grit = load_model(config.model, torch.device("cpu"), mode=config.mode, settings=config.settings_given)
-        fresh = TrainingModel(grit)
-        missing = fresh.load_state_dict(weights, strict=False).missing_keys
+        settings = {name: value for name, value in asdict(self.grit.settings).items() if value is not None}
+        # a model without weights takes the gathered ones as they are: there is never a second copy
+        fresh = TrainingModel(
+            load_model(config.model, torch.device("cpu"), mode=config.mode, settings=settings, weights=False)
+        )
+        missing = fresh.load_state_dict(weights, strict=False, assign=True).missing_keys
         if missing:
             raise RuntimeError(f"the gathered weights lack {missing[:3]}")
+        fresh.grit.model.tie_weights()
         return fresh.grit
 
     def _resume(self) -> int:
@@ -270,9 +320,11 @@ class Trainer:
         if not config.data:
             return None
         bf16 = self.config.model.bf16
-        if not start:  # of an earlier run
+        if not start and self.ranks.first:  # of an earlier run
             shutil.rmtree(self._best.folder, ignore_errors=True)
-        return Validation(config, self.grit, self.optimizers, self.folder, self._best, bf16=bf16, start=start)
+        return Validation(
+            config, self.model, self.grit, self.optimizers, self.folder, self._best, self.ranks, bf16=bf16, start=start
+        )
 
     def _save_state(self, done: int) -> None:
         stop = bool(self.ranks.all_values([self._stop])[:, 0].any())
@@ -280,7 +332,8 @@ class Trainer:
             done % self.config.logging.save_steps == 0 or done == self.config.steps
         )
         if due or (stop and done < self.config.steps):
-            saved = self.checkpointer.save(done, self.optimizers)
+            wait = stop or not self.config.logging.async_save
+            saved = self.checkpointer.save(done, self.optimizers, wait=wait)
             if stop and done < self.config.steps:
                 raise Interrupted(f"stopped after step {done}; the same command continues from {saved}")
 

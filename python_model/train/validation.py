@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from python_model.evaluation.held_out import HeldOut, evaluate
 from python_model.model.modeling import GritLM
 from python_model.train.checkpointer import Checkpointer, Stateful
 from python_model.train.config import EvaluationConfig
+from python_model.train.distributed import Ranks, forwards_apart
 from python_model.train.trackers import StepLog
 
 HIGHER_IS_BETTER = {"ndcg_at_10": True, "mrr_at_10": True, "recall_at_10": True, "next_token_loss": False}
@@ -18,26 +23,30 @@ HIGHER_IS_BETTER = {"ndcg_at_10": True, "mrr_at_10": True, "recall_at_10": True,
 class Validation:
     """Scores of a run in ``evaluation.jsonl``, and the state with the best ``config.metric`` in ``checkpointer``.
 
+    Every rank makes one and calls it after every step; they share the work, and the first one writes.
+
     Args:
-        model: what is measured; ``trained``: whose state is kept.
+        model: as it is trained, which wraps ``grit``, what is measured; ``trained``: whose state is kept.
         start: steps that are done; later lines of an earlier run are dropped.
     """
 
     def __init__(
         self,
         config: EvaluationConfig,
-        model: GritLM,
+        model: nn.Module,
+        grit: GritLM,
         trained: Stateful,
         folder: Path,
         checkpointer: Checkpointer,
+        ranks: Ranks,
         *,
         bf16: bool,
         start: int = 0,
     ) -> None:
-        self.config, self.model, self.trained, self.checkpointer = config, model, trained, checkpointer
-        self.bf16 = bf16
+        self.config, self.model, self.grit, self.trained = config, model, grit, trained
+        self.checkpointer, self.ranks, self.bf16 = checkpointer, ranks, bf16
         self.held_out = HeldOut(config.data)
-        self.log = StepLog(folder / "evaluation.jsonl", start)
+        self._log = StepLog(folder / "evaluation.jsonl", start) if ranks.first else None
 
     def __call__(self, step: int, steps: int) -> bool:
         """Measure where it is due after ``step`` of ``steps`` steps; returns whether the run should stop.
@@ -47,28 +56,63 @@ class Validation:
         """
         if step % self.config.every and step != steps:
             return False
-        if not any(record["step"] == step for record in self.log.records):
-            self.model.eval()
-            with torch.no_grad():
-                scores, _ = evaluate(self.model, self.held_out, max_length=self.config.max_length, bf16=self.bf16)
+        if not self._told(any(record["step"] == step for record in self._records)):
+            scores = self._measure()
             if scores.get(self.config.metric) is None:
                 measured = [name for name in HIGHER_IS_BETTER if scores.get(name) is not None]
                 raise ValueError(
                     f"evaluation.metric: expected one that mode and data give ({measured}), got {self.config.metric!r}"
                 )
-            self.log.log(step, scores)
+            if self._log is not None:
+                self._log.log(step, scores)
             if self.best() == step:
                 self.checkpointer.save(step, self.trained)
         return self.enough()
 
     def enough(self) -> bool:
         """Whether ``patience`` measurements brought nothing better."""
-        if not self.config.patience or not self.log.records:
+        if not self.config.patience:
             return False
-        return sum(record["step"] > self.best() for record in self.log.records) >= self.config.patience
+        best = self.best()
+        later = sum(record["step"] > best for record in self._records)
+        return bool(self._told(later >= self.config.patience))
 
     def best(self) -> int:
-        """The step after which the metric was best; the earliest where several were."""
-        sign = -1 if HIGHER_IS_BETTER[self.config.metric] else 1
-        best = min(self.log.records, key=lambda record: (sign * record[self.config.metric], record["step"]))
-        return int(best["step"])
+        """The step after which the metric was best, the earliest where several were; 0 before the first measurement."""
+        records = self._records
+        return self._told(int(_best(records, self.config.metric)["step"]) if records else 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._log is not None:
+            self._log.close()
+
+    @property
+    def _records(self) -> list[dict[str, Any]]:
+        return self._log.records if self._log is not None else []
+
+    def _told(self, value: int) -> int:
+        """What the first rank says, on every rank."""
+        return int(self.ranks.all_values([value])[0, 0])
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, Any]:
+        config, inference = self.config, self.grit.is_inference
+        self.model.eval()
+        self.grit.is_inference = True  # no graph of embeddings
+        try:
+            with forwards_apart(self.model, self.ranks) as ranks:
+                return evaluate(self.grit, self.held_out, max_length=config.max_length, bf16=self.bf16, ranks=ranks)[0]
+        finally:
+            self.grit.is_inference = inference
+
+
+def best_scores(file: Path, metric: str) -> dict[str, Any] | None:
+    """The scores of the best measurement in an ``evaluation.jsonl``; None without one."""
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return _best(records, metric) if records else None
+
+
+def _best(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    return min(records, key=lambda record: (sign * record[metric], record["step"]))

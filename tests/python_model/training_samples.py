@@ -32,10 +32,15 @@ class ToySamples:
     passage_ids: list[int] = field(default_factory=list)
     query_origins: list[str] = field(default_factory=list)
     conversation_origins: list[str] = field(default_factory=list)
+    passage_scores: list[float | None] = field(default_factory=list)
+    query_datasets: list[int] = field(default_factory=list)
+    conversation_datasets: list[int] = field(default_factory=list)
 
 
 class ToyStream:
     """``queries`` queries with a positive and a negative each, and ``conversations`` conversations; a rank gets its share."""
+
+    datasets = ("even", "odd", "talks")
 
     def __init__(self, tokenizer: Any, queries: int, conversations: int, ranks: Ranks | None = None) -> None:
         self.tokenizer, self.queries, self.conversations, self.ranks = tokenizer, queries, conversations, ranks
@@ -59,6 +64,9 @@ class ToyStream:
                 samples.query_ids.append(row)
                 samples.passage_ids += [row, 1000 + row]
                 samples.query_origins.append(f"toy:{row}")
+                samples.query_datasets.append(row % 2)
+                # a teacher has seen all but the third query
+                samples.passage_scores += [3.0 + number / 50, 1.0] if row != 2 else [None, 1.0]
             else:
                 draw.choice(WORDS)
         for row in talks:
@@ -67,6 +75,7 @@ class ToyStream:
                 turns = [f"say {word}", f"{word} it is" + " it is" * more, "and?", "done"]
                 samples.conversations.append(encode_conversation(self.tokenizer, turns, LENGTH))
                 samples.conversation_origins.append(f"talk:{row}")
+                samples.conversation_datasets.append(2)
         return samples
 
     def _text(self, instruction: str, text: str) -> EncodedSample:
@@ -123,4 +132,18 @@ def data_folder(folder: Path) -> Path:
     generative = [{"text": [f"say {word}", f"{word} it is", "and?", "done"]} for word in WORDS]
     for name, rows in (("emb", embedding), ("gen", generative)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def held_out_folder(folder: Path) -> Path:
+    """Queries under four instructions, three of them in the second half, a corpus and conversations."""
+    (folder / "test").mkdir(parents=True)
+    rows = [
+        {"query": [f"Find {max(n - 4, 0)}", f"where is {w}"], "pos": [["", f"{w} is here"]], "key": w}
+        for n, w in enumerate(WORDS)
+    ]
+    corpus = [{"key": row["key"], "text": row["pos"][0][1]} for row in rows]  # type: ignore[index]
+    talks = [{"text": [f"say {w}", f"{w} it is"]} for w in WORDS[:5]]
+    for name, lines in (("test/embedding", rows), ("test/generative", talks), ("corpus", corpus)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

@@ -282,6 +282,27 @@ def test_gradient_checkpointing_changes_no_gradient(model: Any) -> None:
         assert torch.equal(value, plain[name]), name
 
 
+def test_attention_that_is_kept_is_not_computed_again(model: Any) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += function is torch.ops.grit_kernels.attention_forward.default
+            return function(*args, **(kwargs or {}))
+
+    model.train()
+    plain = output_and_gradients(model)
+    for keep, times in ((False, 2), (True, 1)):
+        compat.checkpoint_activations(model, {"use_reentrant": False}, keep_attention=keep)
+        with Counter() as counter:
+            found = output_and_gradients(model)
+        assert counter.calls == times * model.config.num_hidden_layers
+        for name, value in found.items():
+            assert torch.equal(value, plain[name]), name
+
+
 def test_an_autocast_step_keeps_the_accuracy_rule(model: Any) -> None:
     with gk.backend("reference"):
         truth = output_and_gradients(gk.patch(copy.deepcopy(model).double(), fuse=False))

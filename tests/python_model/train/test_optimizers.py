@@ -78,3 +78,25 @@ def test_the_matryoshka_loss_is_the_mean_over_sizes(checkpoint: Path, tmp_path: 
     wrong = StepGradients(model, LossConfig(matryoshka_dims=[64]), ALONE, bf16=False)
     with pytest.raises(ValueError, match="matryoshka_dims: expected sizes below the embedding's 64, got 64"):
         wrong(batch, seed=0)
+
+
+def test_muon_moves_the_layers_matrices_and_adamw_all_else(checkpoint: Path, tmp_path: Path) -> None:
+    """A step of Muon is an orthogonal matrix times the rate and torch's scale; AdamW's first step is the sign of the gradient."""
+    changes = {"optimizer.kind": "muon", "lr": 0.1, "projection": 8, "warmup_ratio": 0.0, "schedule": "constant"}
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, **changes))
+    before = {name: p.detach().clone() for name, p in trainer.grit.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for p in trainer.grit.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    trainer.optimizers.update(0)
+    by_muon = 0
+    for name, p in trainer.grit.named_parameters():
+        step = (p.detach() - before[name]) / 0.1
+        if ".layers." in name and p.ndim == 2:
+            by_muon += 1
+            singular = torch.linalg.svdvals(step / (0.2 * max(p.shape) ** 0.5))
+            # the smallest of a random square matrix is near 0, and not all the way after five iterations
+            assert 0.6 < singular.median() and singular.max() < 1.3, name
+        else:
+            torch.testing.assert_close(step.abs(), torch.ones_like(step), rtol=1e-3, atol=1e-3)
+    assert by_muon == 14 and len(trainer.optimizers.optimizers) == 2

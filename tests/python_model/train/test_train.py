@@ -22,6 +22,7 @@ def test_toy_run_learns_both_objectives(checkpoint: Path, tmp_path: Path) -> Non
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert lines == records and [line["step"] for line in lines] == list(range(1, 31))
     assert all(line["tokens_per_second"] > 0 and line["memory_gib"] > 0 for line in lines)
+    assert all(line["tflops"] > 0 and line["mfu"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("mode", ["embedding", "generative"])

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from python_model import GritLM
+from python_model.train.flops import ModelFlops
 from python_model.train.trackers import StepLog
 from tests.python_model.training_samples import toy_config, toy_trainer
 
@@ -69,3 +72,60 @@ def test_a_tracker_whose_package_is_missing_is_named(
     with pytest.raises(ImportError, match="wandb is missing .*pip install wandb"):
         toy_trainer(toy_config(checkpoint, tmp_path, trackers=["wandb"])).train()
     assert (tmp_path / "out" / "log.jsonl").read_text() == '{"step": 1}\n'  # of an earlier run
+
+
+def test_the_losses_of_each_data_set_make_up_the_steps(checkpoint: Path, tmp_path: Path) -> None:
+    """Queries take turns between two data sets, two each; one chunk or many."""
+    for changes in ({}, {"chunk_tokens": 64}):
+        trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, resume=False, **changes))
+        (record,) = trainer.train()
+        halves = record["contrastive_loss/even"], record["contrastive_loss/odd"]
+        assert halves[0] != halves[1] and sum(halves) / 2 == pytest.approx(record["contrastive_loss"], rel=1e-6)
+        assert record["generative_loss/talks"] == pytest.approx(record["generative_loss"], rel=1e-6)
+        assert "generative_loss/even" not in record and "contrastive_loss/talks" not in record
+
+
+def test_operations_are_those_that_torch_counts(checkpoint: Path, tmp_path: Path) -> None:
+    """A causal conversation and its backward pass in plain transformers, under torch's counter; labels on every token."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    length = 64
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    ids = torch.arange(3, 3 + length)[None]
+    with FlopCounterMode(display=False) as counter:
+        plain(ids, labels=ids).loss.backward()
+    # the counter has the dense product of all pairs
+    mine = ModelFlops.of(GritLM(checkpoint, is_inference=False, device="cpu")).step(length, length, length**2)
+    assert mine == pytest.approx(counter.get_total_flops(), rel=0.01)
+    frozen = GritLM(checkpoint, is_inference=False, device="cpu", mode="embedding").requires_grad_(False)
+    assert ModelFlops.of(frozen).per_token == ModelFlops.of(GritLM(checkpoint, device="cpu")).per_token * 4 / 6
+    assert ModelFlops.of(frozen).per_label == 0
+
+
+def test_a_mixture_counts_the_experts_that_a_token_visits(tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes |= {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    flops = ModelFlops.of(GritLM(tmp_path, device="cpu"))
+    assert flops.per_token == 6 * (4 * 32 * 32 + 32 * 4 + 2 * 3 * 32 * 48)
+
+
+def test_mfu_is_over_the_peak_that_is_given(checkpoint: Path, tmp_path: Path) -> None:
+    (record,) = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, peak_tflops=0.5)).train()
+    assert record["mfu"] == pytest.approx(record["tflops"] / 0.5) and record["tflops"] > 0
+
+
+@pytest.mark.parametrize("steps", [4, 3])
+def test_a_profile_holds_the_steps_asked_for(checkpoint: Path, tmp_path: Path, steps: int) -> None:
+    """Two of them behind the second; a run that ends before writes what there is."""
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=steps, profile_steps=2)).train()
+    trace = json.loads((tmp_path / "out" / "profile" / "rank-0.json").read_text())
+    recorded = [event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")]
+    # of the shorter run the second is the rest behind its last step
+    assert sorted(set(recorded)) == ["ProfilerStep#2", "ProfilerStep#3"]
+    assert "grit_kernels::" in (tmp_path / "out" / "profile" / "rank-0.txt").read_text()

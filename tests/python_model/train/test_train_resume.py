@@ -46,7 +46,15 @@ def test_the_first_signal_asks_for_a_stop_and_the_second_acts_as_always(checkpoi
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4, "learn_temperature": True, "chunk_tokens": 2 * LENGTH}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_rank": 4, "learn_temperature": True, "chunk_tokens": 2 * LENGTH},
+        {"optimizer.kind": "muon"},
+        {"async_save": True, "save_steps": 1},
+    ],
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     checkpoint: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -118,6 +126,20 @@ def test_a_killed_run_resumes_exactly(checkpoint: Path, tmp_path: Path) -> None:
     start = whole.stream
     whole.stream = type("Stream", (), {"steps": lambda self, a, b: start.steps(a, stop)})()
     assert figures(whole.train()) == figures(records)
+
+
+def test_a_state_written_in_the_background_holds_its_own_step(checkpoint: Path, tmp_path: Path) -> None:
+    """Training goes on while it is written, and changes nothing in it."""
+    whole = toy_trainer(toy_config(checkpoint, tmp_path, steps=6, save_steps=2, async_save=True, save_total=3))
+    whole.train()
+    states = sorted(path.name for path in (tmp_path / "out" / "states").iterdir())
+    assert states == [f"step-{step:08d}" for step in (2, 4, 6)]
+    for state in states[1:]:
+        shutil.rmtree(tmp_path / "out" / "states" / state)
+    resumed = toy_trainer(toy_config(checkpoint, tmp_path, steps=6))
+    assert figures(resumed.train()) and len(resumed.checkpointer.settings)
+    for (name, mine), (_, theirs) in zip(resumed.grit.named_parameters(), whole.grit.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_a_state_of_another_run_is_refused_by_the_setting_that_differs(checkpoint: Path, tmp_path: Path) -> None:

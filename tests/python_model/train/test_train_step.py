@@ -21,6 +21,7 @@ from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
+from python_model.train.setup import recompute_activations
 from python_model.train.step import StepGradients, StepLosses, plan_step
 from tests.python_model.training_config import make_config
 from tests.python_model.training_samples import LENGTH, ToySamples, ToyStream, toy_config, toy_model
@@ -74,6 +75,7 @@ def gradients_of(
     """Losses and gradients of one step, whole on every rank."""
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     training_model = TrainingModel(load(checkpoint, config))
+    recompute_activations(training_model.grit, config.model)
     training_model.touch_all = ranks.group is not None
     model = wrap(training_model, config.parallel, ranks, bf16=False)
     optimizers = Optimizers(model, config.optimizer, config.losses, ranks, steps=1, embeds=config.embeds)
@@ -86,6 +88,12 @@ def gradients_of(
         config.losses,
         ranks,
         attention=training_model.grit.attention,
+        scores=samples.passage_scores,
+        datasets=(
+            samples.query_datasets if config.embeds else [],
+            samples.conversation_datasets if config.generates else [],
+        ),
+        num_datasets=len(ToyStream.datasets),
     )
     gradients = StepGradients(
         model,
@@ -103,7 +111,12 @@ def gradients_of(
         if grad is not None:
             found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     if optimizers.log_temperature is not None:
-        found["log_temperature"] = optimizers.log_temperature.grad  # type: ignore[assignment]
+        grad = optimizers.log_temperature.grad
+        assert grad is not None
+        if ranks.group is not None:  # as the optimisers do before they use it
+            dist.all_reduce(grad, group=ranks.group)
+            grad /= ranks.world
+        found["log_temperature"] = grad
     return losses, found
 
 
@@ -111,8 +124,10 @@ def assert_same(
     found: tuple[StepLosses, dict[str, torch.Tensor]], expected: tuple[StepLosses, dict[str, torch.Tensor]]
 ) -> None:
     for (name, mine), theirs in zip(asdict(found[0]).items(), asdict(expected[0]).values(), strict=True):
-        assert (mine is None) == (theirs is None), name
-        assert mine is None or mine == pytest.approx(theirs, rel=1e-5 if "norm" in name else 1e-6), name
+        pairs = zip(mine, theirs, strict=True) if isinstance(mine, list) else [(mine, theirs)]
+        for one, other in pairs:
+            assert (one is None) == (other is None), name
+            assert one is None or one == pytest.approx(other, rel=1e-5 if "norm" in name else 1e-6), name
     assert found[1].keys() == expected[1].keys()
     scale = max(float(g.norm()) for g in expected[1].values())
     for name, grad in expected[1].items():
@@ -135,7 +150,9 @@ CHUNKED = [
     {"chunk_tokens": 2 * LENGTH, "attn": "cbcc", "mask_duplicates": False},
     {"chunk_tokens": 2 * LENGTH, "attn": "cccc", "pooling_method": "weightedmean"},
     {"chunk_tokens": 2 * LENGTH, "gradient_checkpointing": True},
+    {"chunk_tokens": 2 * LENGTH, "gradient_checkpointing": "selective"},
     {"chunk_tokens": 2 * LENGTH, "matryoshka_dims": [16, 32]},
+    {"chunk_tokens": 2 * LENGTH, "distillation_weight": 0.7, "teacher_temperature": 2.0, "matryoshka_dims": [16]},
     {"chunk_tokens": 2 * LENGTH, **LIMITED},
     {"chunking": "triplet", "projection": 16, "learn_temperature": True, **LIMITED},
     {"chunk_tokens": 2 * LENGTH, "lora_rank": 4, "lora_dropout": 0.0, **LIMITED},
@@ -145,7 +162,7 @@ CHUNKED = [
 @pytest.mark.parametrize("changes", CHUNKED, ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()))
 def test_chunks_give_the_gradients_of_one_pass(checkpoint: Path, tokenizer: Any, changes: dict[str, Any]) -> None:
     samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS)[0]
-    whole = config_of(**{**changes, "chunk_tokens": 0, "chunking": "tokens"})
+    whole = config_of(**{**changes, "chunk_tokens": 0, "chunking": "tokens", "gradient_checkpointing": False})
     chunked = gradients_of(checkpoint, config_of(**changes), samples)
     assert_same(chunked, gradients_of(checkpoint, whole, samples))
 
@@ -173,6 +190,7 @@ RANKED = [
     {"parallel": "fsdp", "chunking": "triplet", "reduce_each_chunk": True, "generative_loss": "sample"},
     {"parallel": "fsdp", "chunk_tokens": 2 * LENGTH, **LIMITED},
     {"parallel": "ddp", **LIMITED},
+    {"parallel": "ddp", "distillation_weight": 0.7, "learn_temperature": True},
     {"parallel": "fsdp", "lora_rank": 4, "lora_dropout": 0.0, "chunk_tokens": LENGTH, **LIMITED},
 ]
 HYBRID = [
@@ -209,7 +227,8 @@ def test_ranks_give_the_gradients_of_one_process(
     mp.spawn(_rank, (world, str(tmp_path / "store"), str(checkpoint), cases, str(tmp_path)), nprocs=world)
     samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS)[0]
     for index, changes in enumerate(cases):
-        expected = gradients_of(checkpoint, config_of(**{**changes, "chunk_tokens": 0, "chunking": "tokens"}), samples)
+        plain = {"chunk_tokens": 0, "chunking": "tokens", "gradient_checkpointing": False}
+        expected = gradients_of(checkpoint, config_of(**{**changes, **plain}), samples)
         saved = torch.load(tmp_path / f"{index}.pt", weights_only=True)
         assert_same((StepLosses(**saved["losses"]), saved["grads"]), expected)
 

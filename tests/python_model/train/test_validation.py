@@ -10,21 +10,12 @@ import pytest
 import torch
 
 from python_model.train import validation
-from tests.python_model.training_samples import WORDS, toy_config, toy_trainer
+from tests.python_model.training_samples import held_out_folder, toy_config, toy_trainer
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    target = tmp_path / "held_out"
-    (target / "test").mkdir(parents=True)
-    rows = [{"query": ["Find", f"where is {w}"], "pos": [["", f"{w} is here"]], "key": w} for w in WORDS]
-    (target / "test" / "embedding.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    talks = [{"text": [f"say {w}", f"{w} it is"]} for w in WORDS]
-    (target / "test" / "generative.jsonl").write_text("".join(json.dumps(t) + "\n" for t in talks))
-    (target / "corpus.jsonl").write_text(
-        "".join(json.dumps({"key": r["key"], "text": r["pos"][0][1]}) + "\n" for r in rows)
-    )
-    return target
+    return held_out_folder(tmp_path / "held_out")
 
 
 def _scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> dict[float, torch.Tensor]:

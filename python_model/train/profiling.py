@@ -1,0 +1,59 @@
+"""A trace of some steps by torch's profiler."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from python_model.train.distributed import Ranks
+
+BEFORE = 2
+"""Steps of a run that are not recorded: what they compile, load and allocate happens once."""
+
+
+class StepProfiler(Protocol):
+    """Is told where steps end."""
+
+    def step(self) -> None:
+        """A step has ended."""
+
+
+class _None:
+    def step(self) -> None:
+        """Nothing is recorded."""
+
+
+@contextlib.contextmanager
+def step_profiler(folder: Path, steps: int, ranks: Ranks) -> Iterator[StepProfiler]:
+    """Records ``steps`` steps of the block, after the first two; 0: none.
+
+    Each rank writes ``profile/rank-0.json`` (for chrome://tracing or Perfetto) and ``profile/rank-0.txt``, the operations by the
+    time they took, once the steps are done, or when the block ends before.
+    """
+    if not steps:
+        yield _None()
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    target = folder / "profile"
+    target.mkdir(parents=True, exist_ok=True)
+    cuda = ranks.device.type == "cuda"
+
+    def write(trace: Any) -> None:
+        trace.export_chrome_trace(str(target / f"rank-{ranks.rank}.json"))
+        by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        table = trace.key_averages().table(sort_by=by, row_limit=50)
+        (target / f"rank-{ranks.rank}.txt").write_text(table, encoding="utf-8")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=BEFORE - 1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=write,
+        record_shapes=True,
+        with_flops=False,
+        acc_events=True,
+    ) as profiler:
+        yield profiler

@@ -1,0 +1,42 @@
+"""Learning a teacher's scores: the loss against its formula, and that a run follows the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from python_model.model.losses import distillation_losses
+from tests.python_model.training_samples import toy_config, toy_trainer
+
+
+def test_the_loss_is_the_divergence_of_the_two_softmaxes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    teacher[3] = torch.nan
+    losses = distillation_losses(student, teacher)
+    p, q = teacher.softmax(dim=1), student.detach().softmax(dim=1)
+    expected = (p * (p / q).log()).sum(dim=1)
+    expected[3] = 0
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    losses.sum().backward()
+    wanted = q - p
+    wanted[3] = 0
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+    torch.testing.assert_close(student.grad, wanted, rtol=1e-5, atol=1e-6)
+    assert distillation_losses(teacher[:3] + 2.0, teacher[:3]).abs().max() < 1e-6
+
+
+def test_a_run_on_scores_alone_follows_the_teacher(checkpoint: Path, tmp_path: Path) -> None:
+    changes = {"contrastive_weight": 0.0, "distillation_weight": 1.0, "mode": "embedding", "lr": 3e-3}
+    records = toy_trainer(toy_config(checkpoint, tmp_path, steps=25, **changes)).train()
+    first, last = (sum(r["distillation_loss"] for r in chosen) / 5 for chosen in (records[:5], records[-5:]))
+    assert last < 0.7 * first
+    assert all(r["loss"] == pytest.approx(r["distillation_loss"]) for r in records)
+
+
+def test_without_a_weight_scores_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    (record,) = toy_trainer(toy_config(checkpoint, tmp_path, steps=1)).train()
+    assert "distillation_loss" not in record
