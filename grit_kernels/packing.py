@@ -24,7 +24,7 @@ class SamplePack:
         instruction_lens: int32 (B), leading tokens that attend but are excluded from pooling.
         max_seqlen: length of the longest sample.
         tokens: number of tokens in the pack.
-        hi: int32 (tokens) or None, a staircase that replaces the right bound (see visibility.py).
+        hi: int32 (tokens) or None, upper bounds per token that replace the right bound (see visibility.py).
         indices: int64 (tokens) or None: the index of each token in the flattened padded batch.
         padded_shape: (B, T) of that batch, or None.
         starts: int32 (B), first token of each sample.
@@ -85,7 +85,7 @@ class SamplePack:
         cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
         cu_seqlens[1:] = sizes.cumsum(0)
         if hi is not None:
-            _check_staircase(hi, cu_seqlens, sizes)
+            _check_upper_bounds(hi, cu_seqlens, sizes)
             hi = hi.to(device=device, dtype=torch.int32)
         return cls(
             cu_seqlens=cu_seqlens.to(device),
@@ -221,7 +221,7 @@ def _begins_inside_rows(attention_mask: Tensor, position_ids: Tensor | None, ind
     return begins & (row.diff() == 0)
 
 
-def _check_staircase(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:
+def _check_upper_bounds(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:
     tokens = int(cu_seqlens[-1])
     if not is_integer(hi, tokens):
         raise ValueError(f"hi: expected int32 ({tokens},), got {described(hi)}")
@@ -229,6 +229,6 @@ def _check_staircase(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:
     for b, part in enumerate(values.split(sizes.tolist())):
         if part.numel() and (bool((part.diff() < 0).any()) or int(part[0]) < 0 or int(part[-1]) > part.numel()):
             raise ValueError(
-                f"hi: sample {b} is not a staircase: expected non-decreasing values in 0..{part.numel()} "
-                "(block-masked documents are no staircase)"
+                f"hi: expected non-decreasing values in 0..{part.numel()}, got others in sample {b} "
+                "(a mask of blocks of documents cannot be expressed)"
             )

@@ -4,7 +4,7 @@ A sample has ``len_k`` keys and ``len_q`` queries, its last ``len_q`` positions 
 absolute position ``i = r + len_k - len_q``. It sees key ``j`` iff ``lo(i) <= j < hi(i)``:
 
     lo(i) = clamp(i - left, 0, len_k)
-    hi(i) = clamp(i + right + 1, 0, len_k)         or, with a per-token staircase,  clamp(hi[row], 0, len_k)
+    hi(i) = clamp(i + right + 1, 0, len_k)         or, with per-token upper bounds,  clamp(hi[row], 0, len_k)
 
 ``left`` and ``right`` are inclusive distances. A causal sample has ``right = 0``. Neither bound ever decreases with ``i``, so
 
@@ -129,7 +129,8 @@ def window_bounds(
 
 
 def span_hi(cu_seqlens: Tensor, bidirectional: Tensor, right: int = UNLIMITED) -> Tensor:
-    """Staircase ``hi`` (int32 (tokens)) of samples in which runs of tokens see each other and everything else is causal.
+    """Per-token upper bounds ``hi`` (int32 (tokens)) of samples in which runs of tokens see each other and everything else is
+    causal.
 
     ``bidirectional``: bool (tokens), True for tokens of a bidirectional run; a run is a maximal stretch of True inside one
     sample. With ``end(i)`` the end of the run around token i (0 outside):  ``hi(i) = max(i + 1, min(end(i), i + right + 1))``.
@@ -178,7 +179,7 @@ def positions_and_samples(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tens
 def transpose_hi(hi: Tensor, q_start: Tensor, q_len: Tensor, k_start: Tensor, k_len: Tensor, keys: int) -> Tensor:
     """First row (relative to its sample) whose ``hi`` exceeds each key: int32 (keys), ``q_len`` if none does.
 
-    This is the transpose of a staircase: rows ``[transpose_hi[j], ...)`` see key j as far as ``hi`` is concerned. Keys that
+    This is the transpose of the upper bounds: rows ``[transpose_hi[j], ...)`` see key j as far as ``hi`` is concerned. Keys that
     belong to no sample get 0. No host sync: one searchsorted over ``sample * stride + value`` keys.
     """
     device = hi.device

@@ -29,7 +29,7 @@ def drawings() -> str:
     """Every pattern of the paper's ablation, and windows, side by side in rows of three."""
     one = torch.tensor([0, LENGTH], dtype=torch.int32)
 
-    def staircase(bidirectional: range) -> torch.Tensor:
+    def upper_bounds(bidirectional: range) -> torch.Tensor:
         return gk.span_hi(one, torch.tensor([i in bidirectional for i in range(LENGTH)]))
 
     turns = torch.tensor([i < 3 or 5 <= i < 8 for i in range(LENGTH)])
@@ -38,8 +38,8 @@ def drawings() -> str:
         "bidirectional": drawing(FARTHEST, FARTHEST),
         "causal, window (3, 0)": drawing(3, 0),
         "bidirectional, window (3, 3)": drawing(3, 3),
-        "prefix-LM, prefix of 4": drawing(FARTHEST, 0, staircase(range(4))),
-        "CB: instruction of 4 causal": drawing(FARTHEST, 0, staircase(range(4, LENGTH))),
+        "prefix-LM, prefix of 4": drawing(FARTHEST, 0, upper_bounds(range(4))),
+        "CB: instruction of 4 causal": drawing(FARTHEST, 0, upper_bounds(range(4, LENGTH))),
         "interleaved turns 0-2 and 5-7": drawing(FARTHEST, 0, gk.span_hi(one, turns)),
         "3 new tokens after a cache of 7": drawing(FARTHEST, 0, len_q=3),
         "the same, bidirectional": drawing(FARTHEST, FARTHEST, len_q=3),

@@ -89,7 +89,7 @@ class AttentionPass:
         window = window_sizes(self.causal, sliding_window, self.bidirectional_window)
         return window_bounds(self.causal, window, longest_q, longest_k)
 
-    def staircase(self, sliding_window: int | None) -> Tensor | None:
+    def upper_bounds(self, sliding_window: int | None) -> Tensor | None:
         """The pack's ``hi`` (int32 (tokens)) as a layer with this window sees it: no token looks further ahead than a
         bidirectional one does."""
         assert self.pack is not None
@@ -319,7 +319,7 @@ def grit_attention(
     def problem() -> AttentionProblem:
         ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
         bounds = grit_pass.window_bounds(sliding_window, longest, longest)
-        hi = grit_pass.staircase(sliding_window)
+        hi = grit_pass.upper_bounds(sliding_window)
         return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
 
     out = prepared_attention(q, k, v, *grit_pass.prepare((sliding_window, *options), problem))

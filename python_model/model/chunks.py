@@ -19,7 +19,8 @@ class Chunk:
 
     Attributes:
         input_ids: int64 (tokens).
-        pack: texts to embed have the flag of the attention variant, conversations are causal (or have the variant's staircase).
+        pack: texts to embed have the flag of the attention variant, conversations are causal (or have the variant's upper
+            bounds per token).
         embedded: int64 (E), indices of these texts among the step's texts (queries first, then passages).
         conversations: int64 (C), indices of the conversations that follow them, among the step's conversations.
         embedding_tokens: number of tokens of the texts to embed; the conversations' tokens follow.
@@ -69,7 +70,7 @@ def build_chunk(
     flags = [attention.embedding_causal] * len(texts) + [True] * len(conversations)
     pack = gk.SamplePack.from_lengths(lengths, flags, skips)
     if not (attention.embedding_is_uniform and attention.generates_causally):
-        # every variant is a staircase: tokens in a run see it up to its end, all others are causal
+        # every variant is given by upper bounds: tokens in a run see it up to its end, all others are causal
         bidirectional = [run for s in texts for run in _embedding_runs(s, attention)]
         bidirectional += [run for s in conversations for run in s.bidirectional or [False] * len(s)]
         hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional))

@@ -64,7 +64,7 @@ class _Part:
     starts: Tensor  # int32 (layers, B)
     lengths: Tensor
     longest: tuple[int, int]
-    hi: Tensor | None  # int32 (tokens), the staircase without a window
+    hi: Tensor | None  # int32 (tokens), the upper bounds without a window
     nearest: Tensor | None  # int32 (tokens), the key after each token's own
 
 
@@ -193,7 +193,7 @@ class PackedStep:
             total = sum(lens_q)
             hi = nearest = None
             if any(item.causal_prefix is not None for item in part):
-                hi = torch.from_numpy(np.concatenate([_staircase(item) for item in part])).to(device)
+                hi = torch.from_numpy(np.concatenate([_upper_bounds(item) for item in part])).to(device)
                 behind = np.concatenate([np.arange(item.past + 1, item.past + len(item.ids) + 1) for item in part])
                 nearest = torch.from_numpy(behind.astype(np.int32)).to(device)
             parts.append(
@@ -270,8 +270,8 @@ def _window(layer: Any, config: Any) -> int | None:
 def _visible(
     part: _Part, window: int | None, bidirectional_window: str
 ) -> tuple[tuple[int, int] | Tensor, Tensor | None]:
-    """Window sizes and staircase of a layer, as in patch(): (W - 1, 0) for a causal sample, (W, W) or the whole text for a
-    bidirectional one, with the staircase clipped to that."""
+    """Window sizes and upper bounds of a layer, as in patch(): (W - 1, 0) for a causal sample, (W, W) or the whole text for a
+    bidirectional one, with the upper bounds clipped to that."""
     if window is None:
         return (-1, -1), part.hi
     reach = window if bidirectional_window == "transformers" else -1
@@ -282,7 +282,7 @@ def _visible(
     return torch.stack(sizes, dim=1).to(torch.int32), hi
 
 
-def _staircase(item: Item) -> np.ndarray:
+def _upper_bounds(item: Item) -> np.ndarray:
     """The first key that each new token does not see, int32, for a step with causal instructions."""
     ends = np.arange(item.past + 1, item.past + len(item.ids) + 1, dtype=np.int32)
     if not item.causal:

@@ -117,9 +117,21 @@ REFUSED: list[tuple[str, str, Make]] = [
     ("instruction count", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [1])),
     ("no positions", "position_ids: ", lambda: gk.SamplePack.from_position_ids(torch.zeros(1, 0))),
     ("mask of one dimension", "attention_mask: ", lambda: gk.SamplePack.from_mask(torch.ones(3))),
-    ("hi decreases", "hi: sample 0", lambda: gk.SamplePack.from_lengths([2], True, hi=torch.tensor([2, 1]))),
-    ("hi beyond sample", "hi: sample 1", lambda: gk.SamplePack.from_lengths([1, 1], True, hi=torch.tensor([1, 2]))),
-    ("hi below zero", "hi: sample 0", lambda: gk.SamplePack.from_lengths([1], True, hi=torch.tensor([-1]))),
+    (
+        "hi decreases",
+        "hi: expected non-decreasing .*in sample 0",
+        lambda: gk.SamplePack.from_lengths([2], True, hi=torch.tensor([2, 1])),
+    ),
+    (
+        "hi beyond sample",
+        "hi: expected non-decreasing .*in sample 1",
+        lambda: gk.SamplePack.from_lengths([1, 1], True, hi=torch.tensor([1, 2])),
+    ),
+    (
+        "hi below zero",
+        "hi: expected non-decreasing .*in sample 0",
+        lambda: gk.SamplePack.from_lengths([1], True, hi=torch.tensor([-1])),
+    ),
     ("hi of another length", "hi: ", lambda: gk.SamplePack.from_lengths([2], True, hi=torch.tensor([1]))),
     ("hi of floats", "hi: ", lambda: gk.SamplePack.from_lengths([1], True, hi=torch.tensor([1.0]))),
 ]
