@@ -32,9 +32,8 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
     tile_rows,
 )
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_staircase
 from grit_kernels.triton_launch import dot, on_device, upcast_operands
-from grit_kernels.visibility import transpose_hi
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -361,9 +360,8 @@ def attention_backward_planned(
     bounds, hi, q_rows, k_rows = int32_tables(problem), problem.hi, problem.q_rows, problem.k_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
     key_grid, row_grid = (tile_grid(kernel, q, k, problem) for kernel in ("backward_keys", "backward_rows"))
-    if plan is None:
-        first_row = None if hi is None else transpose_hi(hi, *bounds[:4], keys)
-    else:
+    first_row = None
+    if plan is not None:
         at = tile_grid("forward", q, k, problem).size
         key_plan = key_grid.plan(plan[at : at + key_grid.size])
         row_plan = row_grid.plan(plan[at + key_grid.size : at + key_grid.size + row_grid.size])
@@ -386,6 +384,8 @@ def attention_backward_planned(
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
         )  # fmt: skip
         if plan is None:
+            if hi is not None:
+                first_row = transpose_staircase(hi, bounds, torch.empty(keys, dtype=torch.int32, device=q.device))
             key_plan, row_plan = plan_tiles(key_grid, bounds, first_row), plan_tiles(row_grid, bounds, hi)
         config = key_grid.config
         backward_keys_kernel[(key_plan.tiles * heads_kv,)](

@@ -30,9 +30,8 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
 )
 from grit_kernels.attention.triton_decode import LARGEST_GRID_AXIS, SHORTEST_SPLIT, attention_decode
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_staircase
 from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
-from grit_kernels.visibility import transpose_hi
 
 WARPS_PER_PROCESSOR = 16
 """Of a persistent grid: as many as can be resident, or a few more, which find the list empty and end."""
@@ -200,8 +199,7 @@ def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProbl
         if backward:
             first_row = None
             if hi is not None:
-                first_row = numbers[numbers.shape[0] - k.shape[0] :]
-                first_row.copy_(transpose_hi(hi, *tables[:4], k.shape[0]))
+                first_row = transpose_staircase(hi, tables, numbers[numbers.shape[0] - k.shape[0] :])
             at = grid.size
             for kernel, steps in (("backward_keys", first_row), ("backward_rows", hi)):
                 grid = tile_grid(kernel, q, k, problem)

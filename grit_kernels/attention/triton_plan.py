@@ -147,6 +147,43 @@ def sort_tiles_kernel(p_table, p_work, p_sorted, tiles, SLOTS: tl.constexpr, CHU
     tl.store(p_sorted + rank * 2 + 1, tl.load(p_table + slot * 2 + 1, mask=m_slot, other=0), mask=m_slot)
 
 
+@triton.jit(do_not_specialize=["batch", "keys", "search_steps", "row_steps"])
+def transpose_hi_kernel(
+    p_hi, p_first_row, p_q_start, p_q_len, p_k_start, p_k_len, batch, keys, search_steps, row_steps, SLOTS: tl.constexpr
+):
+    """visibility.transpose_hi: the first row of its sample that sees each key, 0 for a key that belongs to none."""
+    key = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    # the last sample whose first key is not after this one
+    sample = tl.zeros([SLOTS], dtype=tl.int32)
+    above = tl.zeros([SLOTS], dtype=tl.int32) + batch
+    for _ in range(0, search_steps):
+        middle = (sample + above) // 2
+        inside = tl.load(p_k_start + middle) <= key
+        sample = tl.where(inside, middle, sample)
+        above = tl.where(inside, above, middle)
+    inner = key - tl.load(p_k_start + sample)
+    used = (inner >= 0) & (inner < tl.load(p_k_len + sample))
+    p_rows = p_hi + tl.load(p_q_start + sample)
+    first = tl.zeros([SLOTS], dtype=tl.int32)
+    last = tl.load(p_q_len + sample)
+    for _ in range(0, row_steps):
+        middle = (first + last) // 2
+        searching = used & (first < last)
+        sees = tl.load(p_rows + middle, mask=searching, other=0) > inner
+        last = tl.where(searching & sees, middle, last)
+        first = tl.where(searching & (sees == 0), middle + 1, first)
+    tl.store(p_first_row + key, tl.where(used, first, 0), mask=key < keys)
+
+
+def transpose_staircase(hi: Tensor, tables: SampleTables, first_row: Tensor) -> Tensor:
+    """Fill ``first_row`` (int32 (Tk)) with the transpose of ``hi`` (int32 (Tq)); one launch."""
+    slots, batch, keys = 128, tables[0].shape[0], first_row.shape[0]
+    transpose_hi_kernel[(triton.cdiv(keys, slots),)](
+        hi, first_row, *tables[:4], batch, keys, batch.bit_length(), hi.shape[0].bit_length(), SLOTS=slots
+    )
+    return first_row
+
+
 def section_heads(heads: int, group: int, bytes_per_head: int) -> int:
     """How many of ``heads`` run side by side: whole groups, a divisor, operands of at most about half an L2 cache."""
     groups = heads // group

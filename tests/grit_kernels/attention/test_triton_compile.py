@@ -158,6 +158,13 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
                 },
                 CAPABILITY[arch],
             )
+    compile_ahead_of_time(
+        triton_plan.transpose_hi_kernel,
+        {x: "*i32" for x in ["p_first_row", *numbers[:4], "p_hi"]}
+        | {x: "i32" for x in ("batch", "keys", "search_steps", "row_steps")},
+        {"SLOTS": 128},
+        CAPABILITY[arch],
+    )
     pointers = {x: "*i32" for x in ("p_table", "p_work", "p_sorted")}
     constants = {"SLOTS": 32, "CHUNK": 128}
     compile_ahead_of_time(triton_plan.sort_tiles_kernel, pointers | {"tiles": "i32"}, constants, CAPABILITY[arch])
