@@ -107,10 +107,18 @@ test-ray: install  ## replicas of the server on Ray, which it installs
 test-nvcc: install  ## compile the CUDA sources, where nvcc is installed
 	$(call marked,nvcc)
 
-test-notebook: install  ## run the notebooks
+test-notebook: install  ## run the notebooks, with nbclient, which it installs
+	$(PIP) ".[notebook]"
 	$(call marked,notebook)
 
-test-all: test test-floor test-slow test-model test-load test-browser test-ray test-nvcc test-notebook families demo test-newest  ## everything but the GPU; an hour
+# these ask for an older huggingface-hub or openai than the tested ones, without needing it
+test-tools: install  ## TRL, sentence-transformers' trainer, LangChain, LlamaIndex, mteb, lm-eval, which it installs
+	$(PIP) ".[tools-test]"
+	$(PIP) --no-deps langchain-huggingface llama-index-embeddings-huggingface llama-index-embeddings-openai \
+		llama-index-embeddings-openai-like llama-index-llms-openai llama-index-llms-openai-like
+	$(call marked,tools)
+
+test-all: test test-floor test-slow test-model test-load test-browser test-ray test-nvcc test-notebook test-tools families demo test-newest  ## everything but the GPU; an hour
 
 # exit status 5: no test has the marker
 marked = $(BIN)/python -m pytest -rs -m "$(1) and not gpu" || test $$? -eq 5

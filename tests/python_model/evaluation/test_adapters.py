@@ -18,6 +18,7 @@ import torch
 from python_model import GritLM
 from python_model.model.prompts import EMBED, embed_instruction
 
+pytestmark = pytest.mark.tools
 needs_mteb = pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="mteb is an extra")
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra")
 INSTRUCTION = "Given a question, retrieve the passage"

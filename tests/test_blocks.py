@@ -1,0 +1,223 @@
+"""Every block of code and every command in README.md and docs/*.md works: on a tiny model, an index, a live server.
+
+A Python block runs in a folder that has what the pages name (``my_run/checkpoint``, ``INDEX``, ``STORE``, ``ST``); one that
+needs a package which is not installed is skipped and says so. A ``grit`` command is parsed by its own parser, and run if it
+takes seconds; ``make``, ``pip install``, ``python -m``, ``torchrun`` and ``curl`` lines are held to the Makefile, the extras,
+the modules and the server's routes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.conftest import needs_source_tree
+from tests.python_model.conftest import checkpoint, tokenizer  # noqa: F401  (fixtures)
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = needs_source_tree
+ADDRESS = "http://127.0.0.1:8000"
+RUN = {"index", "rag", "export", "embed", "generate", "convert", "doctor", "rerank"}
+"""Commands that are run; the others take minutes, have tests of their own, and are parsed."""
+TOOLS = ("trl", "langchain_openai", "langchain_huggingface", "llama_index", "mteb", "SentenceTransformerTrainer")
+
+
+class Block(NamedTuple):
+    page: str
+    number: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        first = next((line for line in self.text.splitlines() if line.strip()), "")
+        return f"{self.page}-{self.number}-{first[:40]}"
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for number, match in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)):
+            found.append(Block(page.name, number, match[1], match[2]))
+    return found
+
+
+PYTHON = [
+    pytest.param(b, id=b.name, marks=[pytest.mark.tools] if any(name in b.text for name in TOOLS) else [])
+    for b in blocks()
+    if b.language == "python" and "fetch_small_model" not in b.text  # tests/test_readme.py runs those
+]
+SHELL = [b for b in blocks() if b.language in ("", "bash", "sh")]
+
+
+def lines(block: Block) -> list[list[str]]:
+    """The commands of a block, split as a shell does."""
+    joined = block.text.replace("\\\n", " ")
+    found = []
+    for line in joined.splitlines():
+        line = line.removeprefix("$ ")
+        if line.split(" ")[0] in ("grit", "make", "pip", "python", "torchrun", "curl") or re.match(
+            r"[A-Z_]+=\d+ ", line
+        ):
+            words = shlex.split(line.replace("&&", " ; "), comments=True)
+            found.append([word for word in words if not re.fullmatch(r"[A-Z_]+=\S+", word) or word.startswith("docs=")])
+    return found
+
+
+COMMANDS = [pytest.param(words, id=f"{b.page}-{' '.join(words)[:60]}") for b in SHELL for words in lines(b)]
+
+
+@pytest.fixture(scope="module")
+def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A folder with everything that the pages name."""
+    from python_model import GritLM
+    from python_model.cli import main
+
+    folder = tmp_path_factory.mktemp("world")
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    model.model.config.sliding_window = None  # the pages embed texts of 512 tokens
+    model.save_pretrained(folder / "my_run" / "checkpoint")
+    (folder / "rows.jsonl").write_text(
+        json.dumps({"query": "a river", "pos": ["Water that flows."], "neg": ["A stone."]}) + "\n", encoding="utf-8"
+    )
+    (folder / "docs").mkdir()
+    (folder / "docs" / "page.txt").write_text("Paris is the capital of France. A visibility rule says who sees whom.")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "DATA").mkdir()
+    (folder / "DATA" / "train.yaml").write_text("mode: unified\n")
+    with _inside(folder):
+        where = ["--model", "my_run/checkpoint"]
+        main(["index", "INDEX", *where, "--add", "docs/", "--store", "STORE"])
+        if find_spec("sentence_transformers"):
+            main(["export", "ST", *where])
+            main(["export", "PACKED", *where, "--packed"])
+    return folder
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """contextlib.chdir, which Python 3.10 has not."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def url(world: Path) -> Iterator[str]:
+    """A live server over the tiny model."""
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package)
+    from python_model import GritLM
+    from tests.python_model.serve.server import serving
+
+    with serving(GritLM(world / "my_run" / "checkpoint", device="cpu", dtype="float32")) as running:
+        yield running.url
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("block", PYTHON)
+def test_a_python_block_runs(
+    block: Block, world: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in re.findall(r"^(?:from|import) (\w+(?:\.\w+)*)", block.text, flags=re.MULTILINE):
+        pytest.importorskip(package, exc_type=ImportError)
+    for name in ("ST", "PACKED"):
+        if f'"{name}"' in block.text and not (world / name).exists():
+            pytest.skip("sentence-transformers is not installed")
+    text = block.text
+    if ADDRESS in text:
+        text = text.replace(ADDRESS, request.getfixturevalue("url"))
+    monkeypatch.chdir(world)
+    exec(compile(text, block.page, "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_is_one_that_works(
+    words: list[str], world: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    tool, rest = words[0], words[1:]
+    if tool == "grit":
+        _grit(rest)
+    elif tool == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{name}:", makefile, flags=re.MULTILINE) for name in rest)
+    elif tool == "pip":
+        _pip(rest)
+    elif tool in ("python", "torchrun"):
+        if "-m" in rest:
+            module = rest[rest.index("-m") + 1]
+            assert find_spec(module), module
+            if module == "python_model.train":
+                _grit(["train", *rest[rest.index("-m") + 2 :]])
+    elif tool == "curl":
+        _curl(rest, request)
+
+
+def _grit(rest: list[str]) -> None:
+    import importlib
+
+    from python_model import cli
+
+    if ";" in rest:
+        cut = rest.index(";")
+        _grit(rest[:cut])
+        rest = rest[cut + 2 :]
+    module = importlib.import_module(cli.COMMANDS[rest[0]][0])
+    arguments = [word for word in rest[1:] if word != "FILE"]
+    parser = module.COMMAND.parser()
+    parser.parse_args(arguments)
+    if rest[0] not in RUN:
+        return
+    if rest[0] == "export" and "--for" not in arguments:
+        pytest.importorskip("sentence_transformers")
+    if any(word in arguments for word in ("--approximate", "--hybrid", "--delete")):
+        return  # these have tests of their own, with the documents that they need
+    if "--model" not in arguments and any("--model" in action.option_strings for action in parser._actions):
+        arguments += ["--model", "my_run/checkpoint"]
+    cli.main([rest[0], *arguments])
+
+
+def _pip(rest: list[str]) -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of pyproject.toml")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for word in rest[1:]:
+        named = re.match(r"(?:grit-kernels|\.)\[([\w,-]+)\]$", word)
+        if named:
+            assert set(named[1].split(",")) <= set(extras), word
+        elif not word.startswith(("-", ".", "grit-kernels")):
+            try:
+                version(re.split(r"[=<>]", word)[0])
+            except PackageNotFoundError:
+                pytest.skip(f"{word} is not installed")
+
+
+def _curl(rest: list[str], request: pytest.FixtureRequest) -> None:
+    httpx = pytest.importorskip("httpx")
+    (address,) = [word for word in rest if word.startswith("127.0.0.1")]
+    sent: Any = json.loads(rest[rest.index("-d") + 1])
+    if "messages" in sent:
+        sent["max_tokens"] = 4
+    answer = httpx.post(request.getfixturevalue("url") + "/" + address.split("/", 1)[1], json=sent, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+def test_the_blocks_are_found() -> None:
+    assert {b.page for b in blocks()} >= {"README.md", "getting_started.md", "integrations.md", "serving.md"}
+    assert len(PYTHON) >= 15 and len(COMMANDS) >= 40
