@@ -12,8 +12,9 @@ from python_model.support.optional import require
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective; writes nothing if there are none."""
-    require("matplotlib", "train").use("Agg")
-    from matplotlib import pyplot as plt
+    require("matplotlib", "train")
+    # not pyplot: its backend is that of the process, which may be a notebook
+    from matplotlib.figure import Figure
 
     kinds = [
         (key, title)
@@ -22,7 +23,8 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     ]
     if not kinds:
         return
-    figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.4), squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=(5 * len(kinds), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)
     for panel, (key, title) in zip(panels[0], kinds, strict=True):
         points = [(record["step"], record[key]) for record in records if record[key] is not None]
         steps, values = zip(*points, strict=True)
@@ -37,4 +39,3 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
         panel.legend(frameon=False)
     with new_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
