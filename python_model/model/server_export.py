@@ -111,6 +111,10 @@ def _check(model: GritLM, server: str, max_length: int, pool_instruction: bool) 
             f"embed_instruction: expected a model that pools the instruction too, as {server} does, or pool_instruction "
             "(--pool-instruction) to accept other vectors, got false"
         )
+    if settings.truncate_dim is not None:
+        raise ValueError(
+            f"truncate_dim: expected none, {server} cuts embeddings by no setting of a folder, got {settings.truncate_dim}"
+        )
     window = getattr(config, "sliding_window", None)
     full = settings.bidirectional_window == "full" and not settings.attention.embedding_causal
     if window is not None and max_length > window and not full:

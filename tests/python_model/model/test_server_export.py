@@ -119,6 +119,7 @@ def test_gritlm_reads_the_folder_back_as_the_server_does(checkpoint: Path, tmp_p
         ("vllm", {"embed_instruction": True}, {"max_length": 65}, "max_length: expected at most .* 64, got 65"),
         ("gguf", {"embed_instruction": True, "projection": 8}, {}, "projection: expected none"),
         ("gguf", {"embed_instruction": True, "embed_eos": "</e>"}, {}, "embed_eos: expected at most BOS"),
+        ("vllm", {"embed_instruction": True, "truncate_dim": 8}, {}, "truncate_dim: expected none, vllm cuts"),
         ("tei", {}, {}, "server: expected one of"),
     ],
 )
