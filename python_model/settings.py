@@ -1,7 +1,7 @@
-"""GritSettings: the one list of what changes an embedding or a reply, beside weights and tokenizer.
+"""GritSettings: everything besides weights and tokenizer that affects an embedding or a reply.
 
-Model, training, index, retrieval-augmented generation, evaluation and export all read it. ``grit.json`` in a checkpoint's folder
-keeps it, so whoever loads the checkpoint embeds and generates as it was trained.
+Model, training, index, retrieval-augmented generation, evaluation and export all read it. It is saved as ``grit.json`` in a
+checkpoint's folder, so whoever loads the checkpoint embeds and generates the way it was trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EMBEDDING_ATTENTION: tuple[str, ...] = get_args(EmbeddingAttention)
 GenerativeAttention = Literal["cc", "bc", "il"]
 GENERATIVE_ATTENTION: tuple[str, ...] = get_args(GenerativeAttention)
 ATTENTION = tuple(e + g for e in EMBEDDING_ATTENTION for g in ("", *GENERATIVE_ATTENTION))
-"""Four letters, or two for the embedding side alone."""
+"""Four letters, or two for the embedding side only."""
 InstructionCount = Literal["offsets", "reference"]
 INSTRUCTION_COUNTS: tuple[str, ...] = get_args(InstructionCount)
 BidirectionalWindow = Literal["transformers", "full"]
@@ -37,7 +37,7 @@ FORMATS: tuple[str, ...] = get_args(Format)
 
 SETTINGS_FILE = "grit.json"
 VERSION = 2
-"""Of grit.json; files without one are older."""
+"""Version of grit.json; older files have none."""
 _SINCE = {"truncate_dim": 2}
 """Versions of the file that settings came with; the others were there in the first."""
 _UNVERSIONED = (
@@ -53,13 +53,13 @@ _UNVERSIONED = (
 
 @dataclass(frozen=True)
 class AttentionVariant:
-    """Who sees whom: the four letters of the paper's attention variants, parsed.
+    """Which tokens see which: the four letters of the paper's attention variants, parsed.
 
     Attributes:
         embedding: texts to embed. ``bb``: every token sees the whole text. ``cc``: causal. ``cb``: the instruction is causal, the
-            sample sees everything.
-        generative: conversations. ``cc``: causal. ``bc`` (prefix-LM): all before the last reply sees all of it. ``il``
-            (interleaved): each user turn sees all of itself.
+            rest sees everything.
+        generative: conversations. ``cc``: causal. ``bc`` (prefix-LM): everything before the last reply is
+            bidirectional. ``il`` (interleaved): each user turn is bidirectional within itself.
     """
 
     embedding: EmbeddingAttention = "bb"
@@ -70,7 +70,7 @@ class AttentionVariant:
 
     @classmethod
     def parse(cls, letters: str) -> AttentionVariant:
-        """``"bbcc"``: the embedding side, then the generative one; ``"bb"`` alone generates causally.
+        """Parse ``"bbcc"``: the embedding side, then the generative side; ``"bb"`` alone generates causally.
 
         Raises:
             ValueError: other letters.
@@ -85,52 +85,52 @@ class AttentionVariant:
 
     @property
     def embedding_causal(self) -> bool:
-        """Whether the tokens of a text to embed (behind its instruction) see only what is before them."""
+        """Whether the tokens of a text to embed (after its instruction) see only what precedes them."""
         return self.embedding == "cc"
 
     @property
     def instruction_causal(self) -> bool:
-        """Whether the tokens of its instruction see only what is before them."""
+        """Whether the tokens of its instruction see only what precedes them."""
         return self.embedding != "bb"
 
     @property
     def embedding_is_uniform(self) -> bool:
-        """Whether instruction and text attend alike, so that one flag per sample says it all."""
+        """Whether instruction and text attend alike, so that one flag per sample suffices."""
         return self.instruction_causal == self.embedding_causal
 
     @property
     def generates_causally(self) -> bool:
-        """Whether a prompt is read causally, so that what was read before it can be kept."""
+        """Whether a prompt is read causally, so that states of what precedes it can be reused."""
         return self.generative == "cc"
 
 
 @dataclass(frozen=True)
 class GritSettings:
-    """What changes an embedding or a reply, beside weights and tokenizer.
+    """Everything besides weights and tokenizer that affects an embedding or a reply.
 
     Attributes:
         pooling_method: ``"mean"``, ``"weightedmean"`` (weights 1, 2, .. from the first pooled token), ``"lasttoken"``, ``"cls"``.
         normalized: L2-normalise embeddings.
-        attn: the attention variant in letters, see :class:`AttentionVariant`; two letters are completed by ``cc``.
+        attn: the attention variant in letters, see :class:`AttentionVariant`; ``cc`` is appended to two letters.
         embed_eos: text appended to each text to embed.
-        instruction_count: which leading tokens are not pooled. ``"offsets"``: those that end inside of the instruction.
-            ``"reference"``: as many as the instruction has when it is tokenised alone, as the public implementation counts.
+        instruction_count: which leading tokens are excluded from pooling. ``"offsets"``: those that end inside the instruction.
+            ``"reference"``: as many as the instruction has when tokenised alone, as in the public implementation.
         embed_instruction: pool the instruction as well.
         bidirectional_window: how far a bidirectional token sees in a model with a sliding window: ``"transformers"`` (the
-            window, to both sides) or ``"full"``.
-        projection: output size of the embedding head, a linear layer with bias after the pooling; None: no head.
-        projection_activation: what follows it: ``"identity"``, ``"tanh"``, ``"gelu"`` or ``"relu"``.
+            window, on both sides) or ``"full"``.
+        projection: output size of the embedding head, a linear layer with bias after pooling; None: no head.
+        projection_activation: the activation after it: ``"identity"``, ``"tanh"``, ``"gelu"`` or ``"relu"``.
         truncate_dim: an embedding is cut to its first so many numbers, before it is normalised, for a model that was trained for
             it (``losses.matryoshka_dims``); None: whole.
-        special_tokens: what stands around a text where special tokens are asked for. ``"tokenizer"``: what the checkpoint's
-            tokenizer adds by itself. ``"bos"``: BOS in front, whether the tokenizer adds one or not.
+        special_tokens: the tokens added around a text where special tokens are requested. ``"tokenizer"``: what the checkpoint's
+            tokenizer itself adds. ``"bos"``: BOS at the start, whether or not the tokenizer adds one.
         format: text format, ``"grit"``, ``"zephyr"`` (an EOS ends each instruction and user turn) or ``"plain"`` (an instruction
-            stands before a text as it is; there are no roles, so no conversations).
+            is prepended as it is; there are no roles, hence no conversations).
         prompts: instructions by name, for ``encode(prompt_name=..)``.
-        default_prompt_name: which of them stands before a text that comes without an instruction.
+        default_prompt_name: which of them is prepended to a text without an instruction.
 
     Raises:
-        ValueError, TypeError: a value that is not accepted; the message names the setting.
+        ValueError, TypeError: an invalid value; the message names the setting.
     """
 
     pooling_method: PoolingMethod = "mean"
@@ -175,7 +175,7 @@ class GritSettings:
         object.__setattr__(self, "attn", str(AttentionVariant.parse(str(self.attn))))
         if self.embed_instruction and not self.attention.embedding_is_uniform:
             raise ValueError(
-                f"embed_instruction: expected False with attn {self.attn!r}, which reads it apart, got True"
+                f"embed_instruction: expected False with attn {self.attn!r}, which treats it separately, got True"
             )
         for name in ("projection", "truncate_dim"):
             if (size := getattr(self, name)) is None:
@@ -189,7 +189,9 @@ class GritSettings:
                     f"truncate_dim: expected at most the projection's {self.projection}, got {self.truncate_dim}"
                 )
         elif self.projection_activation != "identity":
-            raise ValueError(f"projection_activation: got {self.projection_activation!r} without a projection")
+            raise ValueError(
+                f"projection_activation: expected 'identity' without a projection, got {self.projection_activation!r}"
+            )
 
     @property
     def attention(self) -> AttentionVariant:
@@ -197,14 +199,14 @@ class GritSettings:
         return AttentionVariant.parse(self.attn)
 
     def changed(self, **changes: Any) -> GritSettings:
-        """The same settings but for ``changes``; None leaves a setting as it is."""
+        """A copy with ``changes``; None leaves a setting as it is."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def of_embeddings(self) -> dict[str, Any]:
         """The settings that an embedding depends on, as plain values.
 
-        Left out are the generative attention, and format and prompts: they reach an embedding only by its prefix, which the
-        caller writes; but for the prompt that stands before a text without one.
+        The generative attention is left out, and so are format and prompts: they affect an embedding only through its prefix,
+        which the caller provides; only the prompt of a text without a prefix is included.
         """
         values = asdict(self)
         for name in ("format", "prompts", "default_prompt_name"):
@@ -213,7 +215,7 @@ class GritSettings:
 
     @property
     def default_prompt(self) -> str:
-        """What stands before a text that comes without an instruction."""
+        """The prompt prepended to a text without an instruction."""
         return "" if self.default_prompt_name is None else self.prompts[self.default_prompt_name]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -222,10 +224,10 @@ class GritSettings:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> GritSettings:
-        """The settings of a ``grit.json``; one of before it had a version is read as it was meant.
+        """The settings in a ``grit.json``; a file from before there were versions is read with the defaults of its time.
 
         Raises:
-            ValueError: a newer version, unknown or missing fields, values that are not accepted, or not JSON.
+            ValueError: a newer version, unknown or missing fields, invalid values, or not JSON.
         """
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -244,18 +246,18 @@ NAMES: tuple[str, ...] = tuple(entry.name for entry in fields(GritSettings))
 
 
 def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a file of any version, as this one has them."""
+    """The fields of a file of any version, converted to the current one."""
     version = content.get("version", 0)
     if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= VERSION:
         raise ValueError(
-            f"version: expected at most {VERSION}, got {version!r}; a newer grit_kernels reads this checkpoint"
+            f"version: expected at most {VERSION}, got {version!r}; this checkpoint needs a newer grit_kernels"
         )
     values = {name: value for name, value in content.items() if name != "version"}
     known = [name for name in NAMES if _SINCE.get(name, 1) <= version] if version else _UNVERSIONED
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"unknown fields {unknown}; expected {sorted(known)}")
     if not version:
-        # None meant the default; and every text began with BOS then, whatever the tokenizer says
+        # None meant the default, and every text began with BOS whatever the tokenizer said
         values = {name: value for name, value in values.items() if value is not None}
         return {**values, "special_tokens": "bos"}
     if missing := sorted(set(known) - set(values)):

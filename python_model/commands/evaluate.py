@@ -2,8 +2,8 @@
 
     grit eval --model my_run/checkpoint --model smollm2-135m --data DATA --questions nq.jsonl --output results.json
 
-DATA is a folder as python_model.evaluation.held_out describes (default: the bundled sample). Scores are per data set and overall.
-``results.json`` is renewed after each checkpoint; run again, what it has is not measured again.
+DATA is a folder as described in python_model.evaluation.held_out (default: the bundled sample). Scores are per data set and
+overall. ``results.json`` is updated after each checkpoint; results it already holds are not measured again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVERYTHING = "all"
 
 
 def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) -> dict[str, dict[str, Any]]:
-    """Scores by data set, and of all of them under ``"all"``."""
+    """Scores by data set, and overall under ``"all"``."""
     found: dict[str, dict[str, Any]] = {}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         if names := [row.dataset for row in held_out.rows]:
@@ -54,14 +54,14 @@ def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) ->
                 try:
                     loss: float | None = next_token_loss(model, rows, max_length=max_length)
                 except TooLong:
-                    loss = None  # a data set whose every first turn is longer
+                    loss = None  # every first turn of this data set is too long
                 found.setdefault(name, {})["next_token_loss"] = loss
                 found[name]["conversations"] = len(rows)
     return found
 
 
 def answer_scores(model: GritLM, questions: Path, *, max_new_tokens: int) -> dict[str, float]:
-    """Match, exact match and F1 (percent) of greedy replies to the questions, without documents."""
+    """Match, exact match and F1 (in percent) of greedy replies to the questions, without documents."""
     from python_model.evaluation.answers import read_questions, score
     from python_model.generate.text import replies
 
@@ -87,22 +87,28 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit eval``."""
     parser.add_argument("--model", action="append", help="checkpoint folder or name; may be repeated")
-    parser.add_argument("--device", help="where to compute; the default is CUDA if there is one")
-    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl and test/; the bundled sample unless given")
-    parser.add_argument("--questions", type=Path, help="jsonl of {question, answers}: also score generated answers")
+    parser.add_argument("--device", help="device to compute on; default: CUDA if available")
+    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl and test/; default: the bundled sample")
+    parser.add_argument(
+        "--questions", type=Path, help="jsonl file of {question, answers} rows: also score generated answers"
+    )
     add_truncation(parser)
     parser.add_argument("--mode", choices=["unified", "embedding"], default="unified")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--max-length", type=int, default=512, help="maximum tokens per text")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="maximum tokens per answer")
     parser.add_argument(
         "--bf16", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="compute in bfloat16"
     )
-    parser.add_argument("--output", type=Path, help="JSON file; checkpoints it has under the same options are kept")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="JSON file for the results; checkpoints it already has under the same options are not evaluated again",
+    )
     add_json(parser, "JSON instead of a table")
 
 
 def run(arguments: Namespace) -> None:
-    """Measure each checkpoint that has no result yet."""
+    """Evaluate each checkpoint that has no result yet."""
     from python_model.data import sample_dir
 
     data = arguments.data or sample_dir()
@@ -116,7 +122,7 @@ def run(arguments: Namespace) -> None:
         **({} if arguments.truncate_dim is None else {"truncate_dim": arguments.truncate_dim}),
     }
     if arguments.questions is not None and arguments.mode == "embedding":
-        raise ValueError("questions: a model in mode 'embedding' answers none")
+        raise ValueError("questions: expected a model that generates, got one in mode 'embedding'")
     held_out = HeldOut(data)
     results = _saved(arguments.output)
     for name in tqdm(arguments.model or [SMALL_MODEL], desc="checkpoints", unit="checkpoint"):
@@ -143,8 +149,8 @@ def _saved(path: Path | None) -> list[dict[str, Any]]:
         if not isinstance(saved, list) or not all({"model", "options", "scores"} <= row.keys() for row in saved):
             raise ValueError("not a list of results")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"output: {path} holds something else than results ({error}); choose another file") from error
+        raise ValueError(f"output: {path} does not hold results ({error}); choose another file") from error
     return saved
 
 
-COMMAND = Command("eval", "Measure checkpoints on held-out data.", configure, run)
+COMMAND = Command("eval", "Evaluate checkpoints on held-out data.", configure, run)

@@ -1,4 +1,4 @@
-"""``grit rag``: answer questions from an index, one or a file of them with scores."""
+"""``grit rag``: answer questions from an index: one, or a file of them with scores."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ def configure(parser: ArgumentParser) -> None:
     """The options of ``grit rag``."""
     from python_model.rag.modes import MODES
 
-    parser.add_argument("index", help="the index's folder (see grit index)")
+    parser.add_argument("index", help="folder of the index (see grit index)")
     add_model(parser)
     add_truncation(parser)
-    parser.add_argument("--question", help="one question; without it and --questions, one per line of standard input")
     parser.add_argument(
-        "--questions", type=Path, help='jsonl of {"question": .., "answers": [..]}: answers and scores them'
+        "--question", help="one question; without it and --questions, each line of standard input is one"
+    )
+    parser.add_argument(
+        "--questions", type=Path, help='jsonl file of {"question": .., "answers": [..]} rows: answer and score them'
     )
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="with --questions: measure cached states, so that --mode auto may use them with this checkpoint",
+        help="with --questions: evaluate cached states, so that --mode auto may use them with this checkpoint",
     )
-    parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="what is cached (docs/rag.md)")
-    parser.add_argument("--k", type=int, default=1, help="documents per question")
+    parser.add_argument(
+        "--mode", choices=("auto", *MODES), default="auto", help="which states are cached (docs/rag.md)"
+    )
+    parser.add_argument("--k", type=int, default=1, help="number of documents per question")
     add_search(parser)
-    parser.add_argument("--store", help="folder of the key-value store with the documents' states")
+    parser.add_argument("--store", help="folder of the key-value store of the documents' states")
     parser.add_argument(
         "--keep",
         type=float,
@@ -44,11 +48,13 @@ def configure(parser: ArgumentParser) -> None:
         help="with --store: keep the states of documents that a mode had to read, in "
         "a store of at most so many GiB; those that were not used for longest make room",
     )
-    parser.add_argument("--instruction", default="", help="for embedding the question")
-    parser.add_argument("--causal-states", action="store_true", help="read cached texts causally")
-    parser.add_argument("--recompute", type=int, default=0, help="first tokens of joined texts to read again")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer in tokens")
-    add_json(parser, "one JSON object per question, and one with the scores")
+    parser.add_argument("--instruction", default="", help="instruction for embedding the question")
+    parser.add_argument("--causal-states", action="store_true", help="cache causal states")
+    parser.add_argument(
+        "--recompute", type=int, default=0, help="number of leading tokens of each joined text to recompute"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="maximum tokens of an answer")
+    add_json(parser, "one JSON object per question, then one with the scores")
 
 
 def run(arguments: Namespace) -> None:
@@ -84,7 +90,7 @@ def run(arguments: Namespace) -> None:
             raise ValueError("--calibrate: expected --questions with answers, got none")
         result = calibrate(rag, questions, k=arguments.k, max_new_tokens=arguments.max_new_tokens)
         table = "  ".join(f"{mode} {value:.1f}" for mode, value in result["f1"].items())
-        chosen = ", ".join(result["trusted"]) or "none, so documents are read in full"
+        chosen = ", ".join(result["trusted"]) or "none; documents are read in full"
         show(arguments, result, f"F1: {table}\ncached states that --mode auto may use: {chosen}")
         return
     if questions is not None:
@@ -108,7 +114,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _sources(documents: Sequence[Document]) -> str:
-    """``[1] file, place  [2] ..``, with the numbers that the documents have in the prompt."""
+    """``[1] file, location  [2] ..``, numbered as in the prompt."""
     cited = [f"{d.source}, {d.place}" if d.source and d.place else d.key for d in documents]
     return "  ".join(f"[{number}] {text}" for number, text in enumerate(cited, 1))
 

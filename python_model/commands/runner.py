@@ -1,7 +1,6 @@
 """What all commands share: the parser, the options ``--model``, ``--device`` and ``--json``, progress, and readable errors.
 
-A command is a module with a ``COMMAND``: a function that adds its options to a parser, and one that does the work and returns
-what it prints.
+A command is a module with a ``COMMAND``: a function that adds its options to a parser, and one that does the work.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ if TYPE_CHECKING:
 
 SMALL_MODEL = "smollm2-135m"
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell reports it."""
+"""Exit status after Ctrl-C, as a shell reports it (128 + SIGINT)."""
 TERMINATED = 143
-"""Exit status after SIGTERM, as a shell reports it."""
+"""Exit status after SIGTERM, as a shell reports it (128 + SIGTERM)."""
 
 
 def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """What ``parser`` makes of the command line; an error ends the process with the usage."""
+    """Parse the command line; an error ends the process with the usage message."""
     return parser.parse_args(list(argv))
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand of ``grit``; calling it runs it with the given arguments (default: the process's).
+    """A subcommand of ``grit``; calling it runs it with the given arguments (default: those of the process).
 
     Args:
-        name: how the user calls it.
+        name: its name on the command line.
         description: the first lines of ``--help``.
         configure: adds the options to a parser.
         run: does the work with what ``parse`` returned.
-        parse: makes of the parser and the command line what ``run`` takes, by default a namespace of the options.
+        parse: turns the command line into the argument of ``run``, by default a namespace of the options.
     """
 
     name: str
@@ -60,13 +59,13 @@ class Command:
             self.run(self.arguments(argv))
 
     def arguments(self, argv: Sequence[str] | None = None) -> Any:
-        """What ``run`` takes for these arguments (default: the process's)."""
+        """The argument of ``run`` for this command line (default: that of the process)."""
         return self.parse(self.parser(), sys.argv[1:] if argv is None else argv)
 
 
 @contextlib.contextmanager
 def readable_errors(name: str) -> Iterator[None]:
-    """Errors that a user can mend end the process with one line; others keep their traceback."""
+    """Report errors that a user can fix in one line and exit; other errors keep their traceback."""
     from python_model.corpora.small_model import SmallModelError
 
     try:
@@ -82,10 +81,8 @@ def readable_errors(name: str) -> Iterator[None]:
 
 def add_model(parser: ArgumentParser) -> None:
     """``--model`` and ``--device``, read by :func:`load`."""
-    parser.add_argument(
-        "--model", default=SMALL_MODEL, help="checkpoint folder or name; the default is the small model"
-    )
-    parser.add_argument("--device", help="where to compute, such as cpu or cuda:1; the default is CUDA if there is one")
+    parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint folder or name; default: the small model")
+    parser.add_argument("--device", help="device to compute on, such as cpu or cuda:1; default: CUDA if available")
 
 
 def add_search(parser: ArgumentParser) -> None:
@@ -112,7 +109,7 @@ def add_json(parser: ArgumentParser, what: str = "one JSON object") -> None:
 
 
 def load(arguments: Namespace, mode: str = "unified", **options: Any) -> GritLM:
-    """The model of ``--model`` on ``--device``."""
+    """Load the model of ``--model`` on ``--device``."""
     from python_model.corpora.small_model import resolve_model
     from python_model.model.modeling import GritLM
 
@@ -122,13 +119,13 @@ def load(arguments: Namespace, mode: str = "unified", **options: Any) -> GritLM:
 
 
 def show(arguments: Namespace, result: Any, text: str) -> None:
-    """Print ``result`` as JSON with ``--json``, else ``text``."""
+    """Print ``result`` as JSON with ``--json``, otherwise ``text``."""
     print(json.dumps(result, ensure_ascii=False) if arguments.json else text, flush=True)
 
 
 @contextlib.contextmanager
 def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error; yields the callback ``(done, total)`` that long work calls."""
+    """A progress bar on standard error; yields the callback ``(done, total)`` that updates it."""
     with tqdm(desc=what, unit=unit, file=sys.stderr, disable=None) as bar:
 
         def update(done: int, total: int) -> None:

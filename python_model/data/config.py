@@ -1,4 +1,4 @@
-"""Settings of what is read and how much of it makes a step."""
+"""Settings of what is read and how much of it forms a step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class DataConfig(Checked):
 
     Attributes:
         train_data: jsonl file or folder of files, one data set per file; rows with ``query`` are embedding rows, rows with
-            ``text`` generative ones.
-        train_group_size: passages per query, the positive included.
-        query_max_len: tokens of a query; longer texts lose their end.
-        passage_max_len: tokens of a passage.
-        generative_max_len: tokens of a conversation.
+            ``text`` generative rows.
+        train_group_size: passages per query, including the positive.
+        query_max_len: maximum tokens of a query; longer ones are truncated.
+        passage_max_len: maximum tokens of a passage.
+        generative_max_len: maximum tokens of a conversation.
         positives: of a row with several, ``draw`` takes a random one each time the row comes; with ``each`` the row comes once
             per positive in an epoch.
-        same_dataset: batches of texts to embed hold rows of one data set; left-overs make mixed ones.
-        dataset_weights: rows of a data set per epoch as a multiple of its size, by name (the file's name up to its first dot);
-            1 for those not named, 0 leaves a data set out.
-        max_rows_per_dataset: a random choice of that many rows of each larger data set; 0: all rows.
-        max_left_out: share of a file's rows that may be unusable; more stop the run.
-        few_shot: share of the queries whose instructions get one example from another row of the data set.
+        same_dataset: draw each batch of texts to embed from one data set; the remainders form mixed batches.
+        dataset_weights: rows per epoch as a multiple of the data set's size, by name (the file's name up to its first dot);
+            default 1; 0 excludes a data set.
+        max_rows_per_dataset: use a random subset of this many rows of each larger data set; 0: all rows.
+        max_left_out: share of a file's rows that may be unusable; if there are more, the run stops.
+        few_shot: share of the queries whose instruction gets an example from another row of the data set.
         few_shot_style: wording of the example.
-        data_workers: processes that read and tokenise ahead; 0: none. The samples are the same for any number.
+        data_workers: processes that read and tokenise ahead; 0: none. The samples do not depend on it.
         token_cache: SQLite file that keeps tokenised texts between runs; empty: none.
     """
 
@@ -51,14 +51,14 @@ class DataConfig(Checked):
 
 @dataclass
 class BatchConfig(Checked):
-    """Samples of a step, and the chunks that they are computed in.
+    """The samples of a step, and the chunks in which they are computed.
 
     Attributes:
         embedding_batch_size: queries per step, over all ranks.
         generative_batch_size: conversations per step, over all ranks.
-        chunk_tokens: tokens of one forward and backward pass; 0: one pass for the texts to embed and one for the conversations.
-            The gradients are those of the whole step either way (gradient caching), and memory depends on this number, not on
-            the batch size.
+        chunk_tokens: maximum tokens of a forward and backward pass; 0: one pass for the texts to embed and one for the
+            conversations. The gradients are those of the whole step either way (gradient caching), and memory depends on this
+            number, not on the batch size.
         chunking: ``tokens`` fills chunks of ``chunk_tokens``; ``triplet`` is the paper's split: one pass each for positives,
             negatives and queries.
     """

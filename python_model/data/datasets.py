@@ -1,6 +1,6 @@
-"""Data sets on the disk: rows are found by byte offset and parsed when they are asked for; nothing is loaded whole.
+"""Data sets on disk: rows are located by byte offset and parsed on access; nothing is loaded whole.
 
-What can never be trained on is left out by the index (index.py); what the settings of a run exclude is left out here. A
+The index (index.py) leaves out rows that can never be trained on; rows that the settings of a run exclude are left out here. A
 :class:`DataReport` counts both by reason, with file and line.
 """
 
@@ -26,22 +26,22 @@ from python_model.data.rows import DataError, Row
 from python_model.support.files import write_json
 
 Problem = tuple[str, str]
-"""Why a row is left out: a reason to count by, and what exactly is wrong."""
+"""Why a row is left out: the reason it is counted under, and what exactly is wrong."""
 
 
 class RowCheck(Protocol):
-    """What the settings of a run ask of rows.
+    """What the settings of a run require of rows.
 
-    ``check_key`` names all that :meth:`problem` depends on.
+    ``check_key`` identifies everything that :meth:`problem` depends on.
     """
 
     check_key: str
 
     def refused(self, facts: np.ndarray, generative: bool) -> tuple[np.ndarray, Problem]:
-        """bool (rows): those that cannot be used, and why."""
+        """bool (rows): rows that cannot be used, and why."""
 
     def doubtful(self, facts: np.ndarray, generative: bool) -> np.ndarray:
-        """bool (rows): those that only :meth:`problem` can tell."""
+        """bool (rows): rows that only :meth:`problem` can decide."""
 
     def problem(self, row: Row) -> Problem | None:
         """Why a well-formed row cannot be used, or None."""
@@ -51,8 +51,8 @@ class DataSet(Sequence[Any]):
     """The usable rows of one data set of a file: ``len(d)``, ``d[i]`` (an EmbeddingRow or GenerativeRow).
 
     Attributes:
-        name: of the data set.
-        generative: which kind of rows it holds.
+        name: name of the data set.
+        generative: the kind of its rows.
     """
 
     def __init__(self, index: FileIndex, name: str, start: int, stop: int, skipped: np.ndarray) -> None:
@@ -60,7 +60,7 @@ class DataSet(Sequence[Any]):
         self._index, self._start, self._stop = index, start, stop
         self._skipped = (
             skipped - start - np.arange(len(skipped))
-        )  # a row's number is its place plus how many of these are <=
+        )  # a row's number is its index plus how many of these are <=
         self._chosen: np.ndarray | None = None
         self._file: Any = None
 
@@ -81,11 +81,11 @@ class DataSet(Sequence[Any]):
         return {**self.__dict__, "_file": None}
 
     def query_hash(self, index: int) -> int:
-        """A hash of the row's query and instruction, without reading it."""
+        """A hash of the row's query and instruction, without reading the row."""
         return int(self._index.facts[self._number(index)]["query"])
 
     def choice(self, count: int, seed: int) -> DataSet:
-        """``count`` of the rows, picked at random, in the order of the file; all of them if there are no more."""
+        """A random subset of ``count`` rows, in file order; all rows if there are no more."""
         if count >= len(self):
             return self
         chosen = DataSet(self._index, self.name, self._start, self._stop, np.empty(0, dtype=np.int64))
@@ -115,7 +115,7 @@ class DataSet(Sequence[Any]):
             if placed(Path(self._index.lines[0])) != self._index.lines:
                 raise DataError(f"{self._index.file}: the file has changed since it was indexed")
             self._file = open(self._index.lines[0], "rb", buffering=0)
-        if hasattr(os, "pread"):  # has no position that forked processes would share
+        if hasattr(os, "pread"):  # has no file position that forked processes would share
             return os.pread(self._file.fileno(), size, offset)
         self._file.seek(offset)
         return bytes(self._file.read(size))
@@ -149,17 +149,17 @@ class EachPositive(Sequence[Any]):
 
 
 def open_file(file: Location, check: RowCheck | None = None) -> tuple[list[DataSet], DataReport]:
-    """The data sets of a file (one, unless rows have a column ``dataset``), and what was left out.
+    """The data sets of a file (one, unless rows have a column ``dataset``), and a report of those left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: the file cannot be read at all; a file without rows is a note of the report.
+        DataError: the file cannot be read at all; a file without rows is only noted in the report.
     """
     return select(index_file(file), check)
 
 
 def select(index: FileIndex, check: RowCheck | None = None) -> tuple[list[DataSet], DataReport]:
-    """The data sets of an indexed file whose rows pass ``check``, and the report of all that do not."""
+    """The data sets of an indexed file with the rows that pass ``check``, and a report of those that do not."""
     report = DataReport()
     report.add(index.report)
     facts, kind = index.facts, bool(index.kind)
@@ -192,12 +192,12 @@ def select(index: FileIndex, check: RowCheck | None = None) -> tuple[list[DataSe
 def _problems(
     index: FileIndex, datasets: Sequence[DataSet], check: RowCheck, doubtful: np.ndarray
 ) -> list[tuple[int, str, str]]:
-    """(row's number, reason, what is wrong) of the doubtful rows that cannot be used; kept beside an index that is kept."""
+    """(row's number, reason, what is wrong) of the doubtful rows that cannot be used; cached with a cached index."""
     if not index.kept or len(doubtful) == 0:
         return _found_problems(datasets, check, doubtful)
     key = hashlib.blake2b(check.check_key.encode(), digest_size=16).hexdigest()
     kept = Path(index.kept).with_name(f"{Path(index.kept).name}.{key}.json")
-    with FileLock(f"{kept}.lock"):  # of the ranks on a machine one reads the rows
+    with FileLock(f"{kept}.lock"):  # one rank per machine reads the rows
         if not kept.exists():
             write_json(kept, _found_problems(datasets, check, doubtful))
         return [(int(number), str(reason), str(what)) for number, reason, what in json.loads(kept.read_text("utf-8"))]

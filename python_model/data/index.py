@@ -1,7 +1,7 @@
-"""The index of a file of rows: where each row is and what decides whether it can be used, whatever the settings of a run.
+"""The index of a file of rows: where each row is, and the facts that decide whether it can be used, under any settings.
 
-One pass reads the whole file, in parts, by several processes where it is large. The index of a larger file is kept in the cache
-folder and mapped into memory, so the next run and the other ranks and workers of a machine share one copy and start at once.
+One pass reads the whole file, in parallel if it is large. The index of a larger file is kept in the cache folder and mapped into
+memory, so that later runs and the other ranks and workers on a machine share one copy and start at once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from python_model.data.rows import DataError, GenerativeRow, Row
 from python_model.support.files import cache_folder, new_folder, write_json
 
 CACHED_BYTES = 8 << 20
-"""An index of a file of at least this size is kept (indexing reads about 50 MB/s and process)."""
+"""The index of a file of at least this size is kept (indexing reads about 50 MB/s per process)."""
 PART_BYTES = 64 << 20
-"""What one process reads at a time."""
+"""Bytes that one process reads at a time."""
 _VERSION = 3
 
 FACTS = np.dtype(
@@ -38,7 +38,7 @@ FACTS = np.dtype(
         ("offset", "<i8"),
         ("size", "<u4"),
         ("line", "<u4"),
-        ("query", "<u8"),  # hash of the query and its instruction: identical ones are found without reading them
+        ("query", "<u8"),  # hash of the query and its instruction, to find identical ones without reading them
         ("first", "<u4"),  # bytes of a query's instruction, or of a conversation's first turn
         ("passage", "<u4"),  # bytes of the longest instruction of a passage
         ("positives", "<u2"),
@@ -51,17 +51,17 @@ FACTS = np.dtype(
 
 @dataclass
 class FileIndex:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        file: as it was given, which origins name.
-        lines: path of its rows as lines, their size and time of change.
-        kind: whether the rows are generative; None: there is no good row.
-        names: data sets, as ``facts["dataset"]`` counts them.
-        facts: FACTS of the good rows of that kind, by data set and line.
+        file: as it was given; used in origins.
+        lines: path of its rows as lines, with size and modification time.
+        kind: whether the rows are generative; None if there is no valid row.
+        names: data sets, indexed by ``facts["dataset"]``.
+        facts: FACTS of the valid rows of that kind, by data set and line.
         report: rows that can never be used; ``used`` counts the others.
-        digest: of the file's bytes.
-        kept: folder of the index where it is kept.
+        digest: digest of the file's bytes.
+        kept: folder of the index, if it is kept.
     """
 
     file: str
@@ -84,7 +84,7 @@ class FileIndex:
 
 
 def index_file(file: Location) -> FileIndex:
-    """The index of a file in any of the forms and containers that are read.
+    """The index of a file in any supported format and container.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,14 +97,14 @@ def index_file(file: Location) -> FileIndex:
     identity = json.dumps([_VERSION, os.path.realpath(lines), *place[1:]])
     folder = cache_folder() / "index" / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # of the ranks on a machine one reads the file
+    with FileLock(f"{folder}.lock"):  # one rank per machine reads the file
         if not folder.exists():
             _save(_build(file, place), folder)
     return _load(os.fspath(file), place, folder)
 
 
 def placed(path: Path) -> tuple[str, int, int]:
-    """(path, size, time of change): a file that has changed is noticed."""
+    """(path, size, modification time), to notice that a file has changed."""
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns
 
@@ -152,7 +152,7 @@ def _build(file: Location, place: tuple[str, int, int]) -> FileIndex:
         for number in facts["line"][wrong][:SHOWN]:
             report.leave_out(
                 "another kind",
-                f"{os.fspath(file)}:{number}: another kind of row than the first; a file holds one kind",
+                f"{os.fspath(file)}:{number}: expected a row of the same kind as the first, got another; a file holds one kind",
                 0,
             )
         report.left_out["another kind"] = int(wrong.sum())
@@ -176,7 +176,7 @@ def _mapped(read: Any, starts: range) -> Iterator[_Part]:
 
 
 def _read_part(path: str, dataset: str, instructed: bool, size: int, start: int) -> _Part:
-    """The rows whose lines begin in the ``size`` bytes at ``start``; line numbers count from its first line."""
+    """The rows whose lines begin within the ``size`` bytes at ``start``; line numbers count from the first of them."""
     reader = Reader(dataset, instructed=instructed)
     found: list[tuple[int, ...]] = []
     names: dict[tuple[str, bool], int] = {}
@@ -188,7 +188,7 @@ def _read_part(path: str, dataset: str, instructed: bool, size: int, start: int)
         offset = start
         if start:
             file.seek(start - 1)
-            offset += len(file.readline()) - 1  # the line that began before belongs to the part before
+            offset += len(file.readline()) - 1  # a line that began earlier belongs to the previous part
         while offset < start + size and (line := file.readline()):
             number += 1
             digest.update(line)

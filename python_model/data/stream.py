@@ -1,6 +1,6 @@
 """The samples of a training step as token ids: a function of (settings, data, step).
 
-So a run resumes at any step without saved state, worker processes change nothing, and every rank can ask for its own share.
+So a run can resume at any step without saved state, worker processes have no effect on it, and each rank can request its share.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StepSamples:
 
 @dataclass
 class _Group:
-    """A query with the passages drawn for it, and the example its instructions show."""
+    """A query with the passages drawn for it, and the example shown by its instruction."""
 
     row: EmbeddingRow
     passages: list[InstructedText]
@@ -61,19 +61,19 @@ class _Group:
 
 
 class TrainingStream(Dataset[StepSamples]):
-    """``stream[step]`` for any step, and ``stream.steps(start, stop)`` in order, read ahead by worker processes.
+    """``stream[step]`` for any step, and ``stream.steps(start, stop)`` in order, prefetched by worker processes.
 
     Per query one random positive and ``train_group_size - 1`` negatives without replacement (of the list repeated where it is
     short).
 
     Args:
         data: data sets (:func:`open_stream` reads them); those that the mode does not train on are ignored.
-        encoder: tokenises.
-        config, batch: how rows become samples, and how many a step has.
+        encoder: tokenises rows.
+        config, batch: how rows become samples, and how many there are per step.
         mode: ``"unified"``, or ``"embedding"`` or ``"generative"`` for rows of one kind.
-        seed: of every choice.
-        rank, world: this process' share of each step, see :func:`rank_share`.
-        digest: of the files' contents.
+        seed: seed of every random choice.
+        rank, world: determine this process's share of each step, see :func:`rank_share`.
+        digest: digest of the files' contents.
 
     Attributes:
         datasets: names of the data sets, each once.
@@ -119,7 +119,7 @@ class TrainingStream(Dataset[StepSamples]):
             sampler=range(start, stop),
             num_workers=self.config.data_workers,
             collate_fn=_unchanged,
-            generator=torch.Generator(),  # the default one would be drawn from, and the run would depend on the workers
+            generator=torch.Generator(),  # the default generator would be advanced, and the run would depend on the workers
             multiprocessing_context="spawn",
             worker_init_fn=_leave_signals,
         )
@@ -129,7 +129,7 @@ class TrainingStream(Dataset[StepSamples]):
         if self._embedding_order is not None:
             batch = self._embedding_order.batch(step)
             share = rank_share(len(batch), self.rank, self.world)
-            # a rank reads its own rows, and of the others those whose query stands twice in the step
+            # a rank reads its own rows, and those of others whose query occurs more than once in the step
             groups = {
                 place: self._draw(dataset, row, random.Random(f"{self.seed}:{step}:{place}"))
                 for place in sorted({*share, *self._repeated(batch)})
@@ -177,7 +177,7 @@ class TrainingStream(Dataset[StepSamples]):
         )
 
     def _repeated(self, batch: Sequence[tuple[int, int]]) -> list[int]:
-        """Places of a batch whose query stands there more than once."""
+        """Places of a batch whose query occurs in it more than once."""
         places: dict[int, list[int]] = {}
         for place, (dataset, row) in enumerate(batch):
             places.setdefault(_query_hash(self._embedding[dataset], row), []).append(place)
@@ -221,8 +221,8 @@ class TrainingStream(Dataset[StepSamples]):
 def check_data(
     config: DataConfig, mode: str = "unified", *, in_batch_negatives: bool = True, teacher: bool = False
 ) -> None:
-    """Raise what :func:`open_stream` would, but for texts that are too long: it needs no tokenizer, so a run can call it before
-    it loads a model."""
+    """Raise what :func:`open_stream` would, except for texts that are too long: this needs no tokenizer, so a run can call it
+    before loading a model."""
     _indexed(config, mode, in_batch_negatives, teacher)
 
 
@@ -239,14 +239,14 @@ def open_stream(
     rank: int = 0,
     world: int = 1,
 ) -> TrainingStream:
-    """The stream over ``config.train_data``; rank 0 prints what is used and what is left out.
+    """The stream over ``config.train_data``; rank 0 prints which rows are used and left out.
 
     ``settings``: of the model that is trained. ``in_batch_negatives``, ``teacher``: whether its loss takes them, and a teacher's
     scores. The others as in :class:`TrainingStream`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        DataError: there are no rows, or more of a file than ``max_left_out`` is left out.
+        DataError: there are no rows, or more than ``max_left_out`` of a file is left out.
         ValueError: the mode needs rows of a kind that the data lack, a setting names a data set that is not there, or no row has
             a teacher's scores.
     """
@@ -274,7 +274,7 @@ def open_stream(
         if 0 < count < size:
             kind = "generative" if generative else "embedding"
             report.notes.append(
-                f"{count} {kind} rows are fewer than a batch of {size}: rows come more than once in a step"
+                f"{count} {kind} rows are fewer than a batch of {size}: rows are repeated within a step"
             )
     if teacher:
         report.notes.append(f"{scored} rows have a teacher's scores")
@@ -312,12 +312,12 @@ def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool, teacher: b
     if unknown := sorted(set(config.dataset_weights) - names):
         close = difflib.get_close_matches(unknown[0], names, 1)
         meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"dataset_weights: expected names out of {sorted(names)}, got {unknown[0]!r}{meant}")
+        raise ValueError(f"dataset_weights: expected names from {sorted(names)}, got {unknown[0]!r}{meant}")
     return indexes
 
 
 def _wanted(mode: str, index: FileIndex) -> bool:
-    """Whether the mode trains on the file's rows; of a file without a good row, whatever is wrong with it counts."""
+    """Whether the mode trains on the file's rows; a file without valid rows counts, whatever is wrong with it."""
     return (
         index.kind is None
         and bool(index.report.left_out)
@@ -326,14 +326,14 @@ def _wanted(mode: str, index: FileIndex) -> bool:
 
 
 def _check_left_out(config: DataConfig, file: str, report: DataReport) -> None:
-    """Stop where more than ``max_left_out`` of a file's rows cannot be used."""
+    """Raise if more than ``max_left_out`` of a file's rows cannot be used."""
     bad, used = sum(report.left_out.values()), sum(report.used.values())
     if bad > config.max_left_out * (bad + used):
         detail = "\n".join(DataReport(left_out=report.left_out, examples=report.examples).lines()[1:])
         advice = ""
         if report.left_out.get("no negatives"):
             advice = (
-                "\nRows without negatives train with train_group_size 1 (negatives out of the batch alone), or mine some: "
+                "\nRows without negatives train with train_group_size 1 (in-batch negatives only), or mine some: "
                 f"grit mine {file} ROWS.jsonl"
             )
         limit = f"more than max_left_out ({config.max_left_out}) allows"
@@ -357,7 +357,7 @@ def _query_hash(rows: Sequence[Any], index: int) -> int:
 
 
 def _negatives(row: EmbeddingRow, count: int, draw: random.Random) -> list[int]:
-    """Places of the row's negatives that are drawn."""
+    """Indices of the drawn negatives of the row."""
     if count == 0:
         return []
     if not row.neg:
@@ -366,8 +366,8 @@ def _negatives(row: EmbeddingRow, count: int, draw: random.Random) -> list[int]:
 
 
 def _numbering(groups: Sequence[_Group]) -> Callable[[str], int]:
-    """A number for a passage's text, a hash of it; texts that are positives of identical queries share one."""
-    same: dict[str, str] = {}  # text -> a text it shares its number with
+    """A number for a passage's text, its hash; texts that are positives of identical queries share one."""
+    same: dict[str, str] = {}  # text -> the text whose number it shares
 
     def root(text: str) -> str:
         while text in same:
@@ -379,7 +379,7 @@ def _numbering(groups: Sequence[_Group]) -> Callable[[str], int]:
         positive = group.passages[0].text
         mine, other = root(positive), root(first.setdefault(group.row.query, positive))
         if mine != other:
-            same[max(mine, other)] = min(mine, other)  # whatever the order of the groups
+            same[max(mine, other)] = min(mine, other)  # independent of the order of the groups
 
     def number(text: str) -> int:
         digest = hashlib.blake2b(root(text).encode(), digest_size=8).digest()
@@ -389,7 +389,7 @@ def _numbering(groups: Sequence[_Group]) -> Callable[[str], int]:
 
 
 class _naming:
-    """Puts ``file:line`` in front of an error about a row."""
+    """Prefixes an error about a row with ``file:line``."""
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
@@ -407,6 +407,6 @@ def _unchanged(samples: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """A stop signal sent to all processes of a run is the main process' to answer: it finishes the step and saves."""
+    """Ignore stop signals sent to all processes of a run: the main process handles them by finishing the step and saving."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

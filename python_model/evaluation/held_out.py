@@ -1,7 +1,7 @@
-"""Held-out rows of a data folder, and one call that measures a model on them.
+"""Held-out rows of a data folder, and a function that evaluates a model on them.
 
 The folder has ``corpus.jsonl`` (passages with keys) and ``test/embedding.jsonl`` (queries whose ``key`` names the passage that
-answers them), or ``test/generative.jsonl``, or all three, as the bundled sample has.
+answers them), or ``test/generative.jsonl``, or all three, like the bundled sample.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from python_model.model.modeling import GritLM
 
 
 class HeldOut:
-    """Queries with the index of their document, documents, conversations.
+    """Held-out queries with the index of their document, documents, and conversations.
 
     Attributes:
         documents, place: the corpus, and the index of each key in it.
         rows, queries: the embedding rows, and their queries.
-        relevant: by query, the index of the document its key names.
-        also_relevant: by query, the indices of its further positives.
+        relevant: for each query, the index of the document its key names.
+        also_relevant: for each query, the indices of its other positives.
         conversations: the generative rows.
     """
 
@@ -89,7 +89,7 @@ def evaluate(
         ValueError: there are no queries. TooLong: no conversation has a reply within ``max_length``.
     """
     if not held_out.rows:
-        raise ValueError("data: expected queries and a corpus, got conversations alone")
+        raise ValueError("data: expected queries and a corpus, got only conversations")
     ranks = ranks or _Alone()
 
     def mine(rows: Sequence[Any]) -> Sequence[Any]:

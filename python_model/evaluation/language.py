@@ -21,13 +21,13 @@ def next_token_loss(
 ) -> float:
     """Mean loss (nats) over all reply tokens of the conversations, each token counted once.
 
-    The model reads them in the format and the attention it was trained with; a prefix-LM (``bc``) is measured on each last reply
-    alone, before which it sees both sides.
+    The model reads them in the format and with the attention of its training; a prefix-LM (``bc``) is evaluated only on each last
+    reply, since what precedes it is bidirectional.
 
-    A conversation whose first user turn fills ``max_length`` has no reply token: it is left out, with a warning.
+    A conversation whose first user turn fills ``max_length`` has no reply tokens: it is skipped, with a warning.
 
     Raises:
-        TooLong: none has one.
+        TooLong: no conversation has any.
     """
     total, count, left_out = token_loss_sums(model, rows, max_length=max_length, rows_per_pack=rows_per_pack)
     return mean_token_loss(total, count, left_out, len(rows), max_length)
@@ -56,13 +56,13 @@ def token_loss_sums(
 
 
 def mean_token_loss(total: float, count: int, left_out: int, conversations: int, max_length: int) -> float:
-    """The mean of :func:`token_loss_sums`; warns of conversations that were left out, and raises TooLong where all were."""
+    """The mean of :func:`token_loss_sums`; warns about conversations that were left out, and raises TooLong if all were."""
     if left_out == conversations:
         raise TooLong(
-            f"max_length: got {max_length}, which the first turn of each of {conversations} conversation(s) fills"
+            f"max_length: expected room for a reply, got {max_length}, which every first turn fills ({conversations} rows)"
         )
     if left_out:
         log.warning(
-            "%d of %d conversations have no reply within %d tokens: left out", left_out, conversations, max_length
+            "skipping %d of %d conversations, which have no reply within %d tokens", left_out, conversations, max_length
         )
     return total / count

@@ -19,16 +19,16 @@ from python_model.support.arguments import check_at_least, check_choice
 
 ChatFormat = Literal["grit", "template"]
 FORMATS: tuple[str, ...] = get_args(ChatFormat)
-UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
+UNFINISHED = "\ufffd"  # what the first bytes of a longer character decode to
 
 
 def rag_prompt(question: str, document: str) -> list[str]:
-    """One user turn that shows a document before the question (the paper's document-first retrieval prompt)."""
+    """A user turn with a document before the question (the paper's document-first retrieval prompt)."""
     return [f"{document}\n\n{question}\n\nAnswer the prior query while optionally using the context prior to it"]
 
 
 def eos_token_ids(model: GritLM) -> list[int]:
-    """Every token that ends a reply: of the generation config and of the tokenizer."""
+    """Every token that ends a reply, from the generation config and from the tokenizer."""
     configured = model.model.generation_config.eos_token_id
     found = set(configured) if isinstance(configured, list | tuple) else {configured}
     return sorted(token for token in found | {model.tokenizer.eos_token_id} if token is not None)
@@ -42,16 +42,16 @@ def prompt_ids(model: GritLM, text: str, *, add_special_tokens: bool = True) -> 
 def conversation_ids(
     model: GritLM, turns: Sequence[str], *, format: ChatFormat = "grit", system: str = "", prefix: str = ""
 ) -> list[int]:
-    """Token ids that ask for the next assistant turn.
+    """Token ids of the prompt for the next assistant turn.
 
     Args:
         turns: user, assistant, .., user.
         format: ``"grit"`` (the text format of the model's settings) or ``"template"`` (the chat template of the tokenizer).
-        system: a system message. It opens the first user turn where the format has no such role.
-        prefix: the opening of the reply.
+        system: a system message. It opens the first user turn if the format has no system role.
+        prefix: the beginning of the reply.
 
     Raises:
-        ValueError: an unknown format, an even number of turns, or a chat template that is missing or fails.
+        ValueError: an unknown format, an even number of turns, or a chat template that is missing or broken.
     """
     check_choice("format", format, FORMATS)
     if model.attention.generative == "il" and len(turns) > 1:
@@ -63,10 +63,10 @@ def conversation_ids(
 
 
 class TextStream:
-    """One reply as it grows: tokens in, text out, ended by stop strings.
+    """A reply as it grows: tokens in, text out, ended by stop strings.
 
-    Text is handed out only once it can no longer change: not in the middle of a character, and not while it may be the
-    beginning of a stop string.
+    Text is released only once it can no longer change: not in the middle of a character, and not while it may be the beginning
+    of a stop string.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None) -> None:
@@ -88,7 +88,7 @@ class TextStream:
         return bool(found)
 
     def finish(self) -> str:
-        """Hand out the rest; returns the whole text."""
+        """Release the rest; returns the whole text."""
         self._show(len(self.text))
         return self.text
 
@@ -122,22 +122,22 @@ def complete(
     """The texts that follow prompts of token ids.
 
     Args:
-        sampling: default greedy.
-        num_beams: above 1, beam search (transformers'; not with sampling, streaming or stop strings).
-        stop: a reply ends before the first of these strings.
-        seed: of the draws; default torch's global generator.
+        sampling: default: greedy.
+        num_beams: above 1: beam search by transformers, without sampling, streaming and stop strings.
+        stop: a reply ends before the first occurrence of one of these strings.
+        seed: sampling seed; default: torch's global generator.
         on_text: called with (row, new piece of text) as the texts grow.
 
     Raises:
-        ValueError: options that exclude each other, or a model without a language-model head.
+        ValueError: mutually exclusive options, or a model without a language-model head.
     """
     if model.mode == "embedding":
         raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to generate")
     if num_beams > 1:
         if not model.attention.generates_causally:
-            raise ValueError(f"num_beams: a model with attn {model.attn!r} generates without beams")
+            raise ValueError(f"num_beams: expected 1 with attn {model.attn!r}, got {num_beams}")
         if (sampling is not None and sampling.temperature > 0) or stop or on_text is not None:
-            raise ValueError("num_beams: beam search excludes sampling, stop strings and streaming")
+            raise ValueError("num_beams: expected 1 with sampling, stop strings or streaming, got {num_beams}")
         return _beams(model, prompts, max_new_tokens, min_new_tokens, num_beams)
     generator = None
     if seed is not None:
@@ -168,7 +168,7 @@ def complete(
 def _bidirectional_states(model: GritLM, prompts: Sequence[Sequence[int]]) -> list[TextStates | None]:
     """States of all tokens but the last of each prompt, read as one bidirectional run (prefix-LM).
 
-    The last token of the run sees all of it either way, so decoding computes it again, causally, and goes on from there.
+    The last token of the run sees all of it either way, so decoding recomputes it causally and continues from there.
     """
     found: list[TextStates | None] = []
     for prompt in prompts:
@@ -217,7 +217,7 @@ def reply(
     on_text: Callable[[str], None] | None = None,
     **options: Any,
 ) -> str:
-    """The assistant's next turn, stripped. ``turns`` alternates user, assistant, .., user; ``prefix`` starts the reply.
+    """The assistant's next turn, stripped. ``turns`` alternates user, assistant, .., user; ``prefix`` begins the reply.
 
     ``on_text`` receives the reply piece by piece. ``options``: see :func:`complete`. In the format ``"grit"`` a reply also ends
     where the model goes on with a role marker.
@@ -238,7 +238,7 @@ def replies(
     system: str = "",
     **options: Any,
 ) -> list[str]:
-    """:func:`reply` for many conversations, in batches of similar length; in the order given."""
+    """:func:`reply` for many conversations, in batches of similar length; results are in the given order."""
     check_at_least("batch_size", batch_size, 1)
     ids = [conversation_ids(model, turns, format=format, system=system, prefix=prefix) for turns in conversations]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -270,13 +270,13 @@ def answer_file(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> int:
-    """Answer every row of a jsonl file; returns how many were answered now.
+    """Answer every row of a jsonl file; returns how many were answered in this run.
 
-    Rows of ``source``: ``{"prompt": str}`` or ``{"turns": [user, assistant, .., user]}``. ``target`` gets one row
-    ``{"row", "turns", "reply"}`` each, batch by batch; run again after an interruption, it goes on where it stopped.
+    Rows of ``source``: ``{"prompt": str}`` or ``{"turns": [user, assistant, .., user]}``. ``target`` receives
+    one row ``{"row", "turns", "reply"}`` each, batch by batch; run again after an interruption, it resumes.
 
     Raises:
-        ValueError: a row is broken (the message has its line), or ``target`` holds replies to other rows.
+        ValueError: a row is malformed (the message names its line), or ``target`` holds replies to other rows.
     """
     from python_model.support.resume import ResumableRows
 
@@ -300,7 +300,7 @@ def read_conversations(path: Path) -> list[list[str]]:
         texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
         if not texts or len(turns) % 2 == 0:
             raise ValueError(
-                f"{origin}: not a row to answer: expected a prompt, or turns, an odd number of texts that are not empty"
+                f"{origin}: expected a 'prompt', or 'turns' with an odd number of non-empty texts, got neither"
             )
         found.append(turns)
     return found

@@ -1,16 +1,16 @@
 """The embedding side of a GRIT model as a sentence-transformers folder.
 
 :func:`export_sentence_transformers` writes a folder that ``SentenceTransformer(folder)`` loads without any code of this
-package, with the embeddings of :meth:`GritLM.encode`, with a prompt or without one. With ``packed=True`` its first module is
-:class:`GritTransformer`, which patches the decoder when it is loaded, so that a batch of unequal lengths costs no padding; it
+package, and that gives the embeddings of :meth:`GritLM.encode`, with or without a prompt. With ``packed=True`` its first module
+is :class:`GritTransformer`, which patches the decoder when it is loaded, so that batches of unequal lengths cost no padding; it
 needs this package and ``trust_remote_code=True``.
 
-sentence-transformers pools in the dtype of the decoder. A folder of a bfloat16 model therefore says float32 (its weights stay
-bfloat16 on the disk); the packed form computes in bfloat16 and pools in float32, as GritLM does.
+sentence-transformers pools in the dtype of the decoder. The folder of a bfloat16 model therefore declares float32 (its weights
+stay bfloat16 on disk); the packed form computes in bfloat16 and pools in float32, as GritLM does.
 
-Source of the module layout: sentence-transformers >= 6.2. Its prompts are plain text in front of each text; the number of
-prompt tokens it leaves out of the pooling is that of the prompt tokenised alone (``instruction_count="reference"``); that
-differs from the default where a text merges with its prompt, as one that begins with a space may.
+Source of the module layout: sentence-transformers >= 6.2. Its prompts are plain text before each text; the number of
+prompt tokens it excludes from pooling is that of the prompt tokenised alone (``instruction_count="reference"``); that
+differs from the default where tokens merge across the boundary, as may happen to a text that begins with a space.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from python_model.support.optional import require
 _modules = require("sentence_transformers.sentence_transformer.modules", "sentence-transformers")
 """The modules of sentence-transformers >= 6.2, which :class:`GritTransformer` needs to be defined."""
 
-# plain text in, hidden states out: a tokenizer with a chat template would otherwise wrap every text in a chat message
+# plain text in, hidden states out: with a chat template, every text would otherwise be wrapped in a chat message
 _TEXT_ONLY: dict[str, Any] = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
@@ -47,8 +47,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class GritTransformer(_modules.Transformer):  # type: ignore[name-defined]
-    """sentence-transformers' Transformer over a patched decoder: padded batches are packed inside the forward pass, and token
-    embeddings leave it in float32."""
+    """sentence-transformers' Transformer over a patched decoder: the forward pass packs padded batches and returns token
+    embeddings in float32."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -69,16 +69,16 @@ def export_sentence_transformers(
     max_length: int = 512,
     packed: bool = False,
 ) -> Path:
-    """Write the embedding side of ``model`` to ``folder``, whole or not at all; returns the folder.
+    """Write the embedding side of ``model`` to ``folder``, atomically; returns the folder.
 
     Args:
         model: any GritLM whose embedding attention is ``bb`` or ``cc``.
         folder: replaced if it exists.
-        instructions: prompt name to instruction text, beside the settings' own prompts; where there are none by default
-            ``{"query": "", "document": ""}``. Each becomes the prefix of the
-            model's format (``<|user|>\\n{instruction}\\n<|embed|>\\n``, or the bare embed marker), left out of the pooling unless
-            the settings say ``embed_instruction``.
-        max_length: longer texts lose their end.
+        instructions: instruction text by prompt name, in addition to the settings' own prompts; default: ``{"query": "",
+            "document": ""}`` if the settings have none. Each becomes the prefix of the model's format
+            (``<|user|>\\n{instruction}\\n<|embed|>\\n``, or the bare embed marker), excluded from pooling unless the settings
+            have ``embed_instruction``.
+        max_length: longer texts are truncated.
         packed: load through :class:`GritTransformer`.
 
     Raises:
@@ -100,14 +100,14 @@ def export_sentence_transformers(
             module_output_name="token_embeddings",
             max_seq_length=max_length,
         )
-        # set after loading: given as an argument it would be dropped; saved, it is what a later load reads
+        # set after loading: passed as an argument it would be dropped; once saved, a later load reads it
         config = transformer.auto_model.config
         config.is_causal = settings.attention.embedding_causal
         if settings.bidirectional_window == "full" and not settings.attention.embedding_causal:
             config.sliding_window = None
         modules: list[Any] = [
             transformer,
-            # "cls" is the first token of all, prompt included, and of "lasttoken" the prompt is no part
+            # "cls" is the first token overall, prompt included; "lasttoken" never falls into the prompt
             _modules.Pooling(
                 transformer.get_embedding_dimension(),
                 settings.pooling_method,
@@ -139,7 +139,7 @@ def export_sentence_transformers(
         if instructions is None and not settings.prompts:
             names = {"query": "", "document": ""}
         if taken := sorted(set(names) & set(settings.prompts)):
-            raise ValueError(f"instructions: expected other names than the settings' prompts have, got {taken[0]!r}")
+            raise ValueError(f"instructions: expected names that differ from the settings' prompts, got {taken[0]!r}")
         prefixes = {**settings.prompts, **{name: formatter.embed_instruction(text) for name, text in names.items()}}
         prompts = {name: text.replace(TURN_END, str(model.tokenizer.eos_token)) for name, text in prefixes.items()}
         tokenize: Any = transformer.tokenizer
@@ -147,11 +147,11 @@ def export_sentence_transformers(
             theirs = tokenize(prompts.get(name, "") + "a")["input_ids"]
             if theirs != formatter.text(prefix, "a", max_length).input_ids:
                 raise ValueError(
-                    f"instructions: expected texts that the tokenizer divides alike in sentence-transformers "
+                    f"instructions: expected texts that sentence-transformers tokenises alike "
                     f"(it would give {theirs} for {name!r} and the text 'a'), got {prompts.get(name, '')!r}"
                 )
         if len(special.end) > 1 and settings.pooling_method == "mean" and any(prompts.values()):
-            raise ValueError(f"special_tokens: expected at most one behind a text, got {list(special.end)}")
+            raise ValueError(f"special_tokens: expected at most one after a text, got {list(special.end)}")
         with new_folder(target) as finished:
             default = settings.default_prompt_name
             library = require("sentence_transformers")
@@ -191,5 +191,5 @@ def _check(model: GritLM) -> None:
     layers = set(getattr(model.model.config, "layer_types", None) or ())
     if settings.bidirectional_window == "full" and not settings.attention.embedding_causal and len(layers) > 1:
         raise ValueError(
-            "bidirectional_window: expected 'transformers' for an export of a model with two kinds of layers, got 'full'"
+            "bidirectional_window: expected 'transformers' to export a model with two kinds of layers, got 'full'"
         )

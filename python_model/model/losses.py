@@ -17,24 +17,24 @@ from python_model.model.prompts import IGNORE_INDEX
 from python_model.support.arguments import check_choice
 
 ROWS = 1024
-"""Tokens whose logits exist at once where the head must be called as a module."""
+"""Tokens whose logits are in memory at once where the head must be called as a module."""
 GENERATIVE_LOSSES = ("mixed", "token", "sample")
 
 
 def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Tensor:
-    """Every aggregation as one weight per sample: the step's loss is ``sum_b weight[b] * sum of b's token losses``.
+    """Expresses each aggregation as one weight per sample: the step's loss is ``sum_b weight[b] * sum of b's token losses``.
 
-    So a step may be cut into chunks and shared among ranks in any way without changing its loss.
+    A step may therefore be split into chunks and over ranks in any way without changing its loss.
 
     Args:
-        counts: int64 (samples), loss-carrying tokens of all samples of the step, on all ranks.
-        kind: ``"token"``: sum of the token losses divided by the number of samples. ``"sample"``: mean over the samples of each
-            one's token mean, which is 0 for a sample without loss-carrying tokens. ``"mixed"``: mean over all tokens.
+        counts: int64 (samples), labelled tokens of every sample of the step, on all ranks.
+        kind: ``"token"``: sum of the token losses divided by the number of samples. ``"sample"``: mean over the samples
+            of each sample's token mean, which is 0 for a sample without labelled tokens. ``"mixed"``: mean over all tokens.
         group: with ``"mixed"``, samples per token mean, and the loss is the mean of these means (the paper's
             "mix (group -> samples / group)"); 0: one mean over everything.
 
     Returns:
-        float64 (samples); a sample without loss-carrying tokens has a weight that is multiplied by nothing.
+        float64 (samples); the weight of a sample without labelled tokens has no effect.
     """
     check_choice("kind", kind, GENERATIVE_LOSSES)
     samples = counts.shape[0]
@@ -73,7 +73,7 @@ def distillation_losses(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """float32 (tokens): the loss of each labelled token; only those rows meet the language-model head."""
+    """float32 (tokens): the loss of each labelled token; the language-model head is applied only to those rows."""
     used = (labels != IGNORE_INDEX).nonzero()[:, 0]
     gk.hf.check_plain_head(model.model)
     head: Any = model.model.get_output_embeddings()
@@ -83,7 +83,7 @@ def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
         return losses.new_zeros(labels.shape[0]).index_copy(0, used, losses)
     weight, rows = head.weight, hidden[used]
     if getattr(head, "bias", None) is not None:
-        # GPT-J's head has a bias: one more column that meets a constant 1
+        # GPT-J's head has a bias: one more column, multiplied by a constant 1
         weight = torch.cat([weight, head.bias[:, None].to(weight.dtype)], dim=1)
         rows = nn.functional.pad(rows, (0, 1), value=1.0)
     losses = gk.linear_cross_entropy(rows, weight, labels[used], softcap=softcap)
@@ -91,12 +91,12 @@ def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether the head is its weight and bias alone: no adapter, quantisation, parametrisation or hook says more."""
+    """Whether the head is nothing but its weight and bias: no adapter, quantisation, parametrisation or hook."""
     return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
 
 
 def _losses_of_module(head: nn.Module, rows: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """The losses through the module as it is; logits of ROWS tokens at a time, computed again in the backward pass."""
+    """The losses by calling the module itself: logits of ROWS tokens at a time, recomputed in the backward pass."""
 
     def losses(part: Tensor, wanted: Tensor) -> Tensor:
         logits = head(part).float()

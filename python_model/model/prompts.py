@@ -1,17 +1,17 @@
-"""The text formats of GRIT and the exact token spans they produce.
+"""The text formats of GRIT, and the exact token spans they produce.
 
     embed, with instruction      <bos><|user|>\\n{instruction}\\n<|embed|>\\n{text}
     embed, without instruction   <bos><|embed|>\\n{text}
     generate                     <bos><|user|>\\n{user}\\n<|assistant|>\\n{assistant}<eos>\\n<|user|>\\n...
 
 The ``zephyr`` format is the same with an <eos> after each instruction and user turn. <bos> stands for what
-:class:`SpecialTokens` says, as a rule what the checkpoint's tokenizer adds by itself; <eos> is the tokenizer's own. The role
-markers are plain text, as in the published models. Every span is read off the tokenizer's offsets of the whole string: a token
-belongs to the instruction only if it ends inside of it, so no character of a text is lost to a merge over the border and no
-label drifts over turns.
+:class:`SpecialTokens` says, usually what the checkpoint's tokenizer adds itself; <eos> is the tokenizer's own. The role markers
+are plain text, as in the published models. Every span comes from the tokenizer's offsets in the whole string: a token belongs to
+the instruction only if it ends inside it, so no character of a text is lost to a merge across the boundary and labels do not
+drift over turns.
 
-User content cannot become format: it is tokenised with special tokens split into plain text, a role marker spelled out in it
-gets a space (``<| user|>``), and so does a special token that a tokenizer would put together from plain pieces.
+User content cannot become format: special tokens in it are tokenised as plain text, a role marker spelled out in it gets a
+space (``<| user|>``), and so does a special token that a tokenizer would assemble from plain pieces.
 
 Source: GRIT, arXiv 2402.09906 section 2 and appendix; the public implementation's training format.
 """
@@ -44,10 +44,10 @@ ROLE_MARKERS = tuple(f"{before}<|{role}|>" for before in ("\n", "") for role in 
 """What ends a reply of a model that goes on with the next turn instead of its EOS: content cannot hold one (:func:`escape`)."""
 
 TURN_END = "\ufdd0"
-"""Stands for the tokenizer's EOS in a format string: a Unicode noncharacter, which :func:`escape` keeps out of content."""
+"""Stands for the tokenizer's EOS in a format string: a Unicode noncharacter, which :func:`escape` removes from content."""
 
 IGNORE_INDEX = -100
-"""Label of a token that carries no loss."""
+"""Label of a token without loss."""
 
 _MARKER = re.compile(r"<\|(user|embed|assistant)\|>")
 
@@ -58,8 +58,8 @@ class EncodedSample:
 
     ``instruction_len``: leading tokens that attend but are not pooled. ``labels``: for a generative sample the token each
     position predicts (already shifted: ``labels[t]`` is ``input_ids[t + 1]`` or IGNORE_INDEX), None for a text to embed.
-    ``truncated``: the sample was cut to its maximum length. ``bidirectional``: one bool per token of a conversation, True in
-    runs that see each other (prefix-LM, interleaved turns), None where all of it is causal.
+    ``truncated``: whether the sample was truncated to its maximum length. ``bidirectional``: one bool per token of a
+    conversation, True in runs that see each other (prefix-LM, interleaved turns), None if all of it is causal.
     """
 
     input_ids: list[int]
@@ -73,19 +73,19 @@ class EncodedSample:
 
 
 class TooLong(ValueError):
-    """The format and the instruction (or the first user turn) leave no room in the maximum length."""
+    """Format and instruction (or the first user turn) leave no room within the maximum length."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The token ids in front of a text and behind it; a prompt or a conversation has only those in front."""
+    """The token ids before and after a text; a prompt or a conversation has only those before it."""
 
     start: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Any, rule: SpecialTokenRule = "tokenizer") -> SpecialTokens:
-        """Those that ``tokenizer`` adds around a text by itself; with ``rule="bos"`` BOS in front (if it has one), no others."""
+        """Those that ``tokenizer`` itself adds around a text; with ``rule="bos"`` only BOS at the start (if it has one)."""
         check_choice("special_tokens", rule, SPECIAL_TOKEN_RULES)
         if rule == "bos":
             return cls(() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,))
@@ -94,14 +94,16 @@ class SpecialTokens:
         for start in range(len(added) - len(bare) + 1):
             if added[start : start + len(bare)] == bare:
                 return cls(tuple(added[:start]), tuple(added[start + len(bare) :]))
-        raise ValueError("tokenizer: with its special tokens it divides a text differently than without")
+        raise ValueError(
+            "tokenizer: expected one that tokenises a text alike with and without special tokens, got one that does not"
+        )
 
 
 class Formatter:
     """Texts, prompts and conversations as token ids, under a model's settings.
 
     Args:
-        tokenizer: a fast one (offsets are needed).
+        tokenizer: a fast tokenizer (offsets are needed).
         settings: of the model.
     """
 
@@ -115,7 +117,7 @@ class Formatter:
         return _suffix(self.tokenizer, self.settings.embed_eos)
 
     def tokenizer_that_adds(self, start: Sequence[int], end: Sequence[int]) -> Any:
-        """The tokenizer, or a copy of it, that puts these tokens around a text by itself, for tools that tokenise alone."""
+        """The tokenizer, or a copy of it, that adds these tokens around a text itself, for tools that tokenise on their own."""
         if SpecialTokens(tuple(start), tuple(end)) == SpecialTokens.of(self.tokenizer):
             return self.tokenizer
         from tokenizers.processors import TemplateProcessing
@@ -140,9 +142,9 @@ class Formatter:
     def text(
         self, prefix: str, text: str, max_length: int, *, add_special_tokens: bool = True, suffix: bool = True
     ) -> EncodedSample:
-        """A text to embed, see :func:`encode_text`; ``suffix=False`` leaves ``embed_eos`` out.
+        """A text to embed, see :func:`encode_text`; ``suffix=False`` omits ``embed_eos``.
 
-        No token is left out of the pooling where the settings say ``embed_instruction``.
+        With the setting ``embed_instruction`` no token is excluded from pooling.
         """
         sample = encode_text(
             self.tokenizer,
@@ -156,7 +158,7 @@ class Formatter:
         return replace(sample, instruction_len=0) if self.settings.embed_instruction else sample
 
     def chat_prompt(self, turns: Sequence[str]) -> str:
-        """The prompt that asks for the next reply, see :func:`chat_prompt`."""
+        """The prompt for the next reply, see :func:`chat_prompt`."""
         return chat_prompt(turns, format=self.settings.format)
 
     def prompt(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -165,7 +167,7 @@ class Formatter:
         return encode_prompt(self.tokenizer, prompt, special_tokens=special_tokens)
 
     def conversation(self, turns: Sequence[str], max_length: int) -> EncodedSample:
-        """A conversation to learn, see :func:`encode_conversation`; a single turn is a text without roles."""
+        """A conversation to train on, see :func:`encode_conversation`; a single turn is a text without roles."""
         if len(turns) == 1:
             return encode_plain(self.tokenizer, turns[0], max_length, special_tokens=self.special_tokens)
         return encode_conversation(
@@ -179,14 +181,14 @@ class Formatter:
 
 
 def escape(text: str) -> str:
-    """``text`` with role markers that a user spelled out broken up."""
+    """``text`` with role markers that a user spelled out broken up by a space."""
     return _MARKER.sub(r"<| \1|>", text).replace(TURN_END, "\ufffd")
 
 
 def embed_instruction(instruction: str, *, format: Format = "grit") -> str:
-    """The prefix of a text to embed: with an instruction, or the bare embed marker for an empty one.
+    """The prefix of a text to embed: the instruction in its markers, or the bare embed marker if it is empty.
 
-    The format ``"plain"`` has no markers: the instruction as it is.
+    The format ``"plain"`` has no markers; the prefix is the instruction itself.
     """
     if format == "plain":
         return escape(instruction)
@@ -195,9 +197,9 @@ def embed_instruction(instruction: str, *, format: Format = "grit") -> str:
 
 
 def chat_prompt(turns: Sequence[str], *, format: Format = "grit") -> str:
-    """The prompt that asks for the next assistant reply: ``turns`` alternates user, assistant, .., user. Without BOS.
+    """The prompt for the next assistant reply: ``turns`` alternates user, assistant, .., user. Without BOS.
 
-    Earlier replies are stripped and end in TURN_END, which :func:`encode_prompt` turns into the EOS they were learned with.
+    Earlier replies are stripped and end in TURN_END, which :func:`encode_prompt` turns into the EOS seen in training.
     """
     if len(turns) % 2 == 0:
         raise ValueError(f"turns: expected an odd number that ends with a user turn, got {len(turns)}")
@@ -210,9 +212,9 @@ def chat_prompt(turns: Sequence[str], *, format: Format = "grit") -> str:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, special_tokens: SpecialTokens | None = None) -> list[int]:
-    """Token ids of a formatted prompt: TURN_END is the tokenizer's EOS, special tokens spelled out stay plain text.
+    """Token ids of a formatted prompt: TURN_END becomes the tokenizer's EOS, special tokens spelled out remain plain text.
 
-    ``special_tokens``: what stands in front; default: what the tokenizer adds.
+    ``special_tokens``: what comes first; default: what the tokenizer adds.
     """
     ids = list(_special(tokenizer, special_tokens).start)
     *closed, last = prompt.split(TURN_END)
@@ -233,16 +235,17 @@ def encode_text(
 ) -> EncodedSample:
     """A text to embed, after its ``prefix`` (see :func:`embed_instruction`; it is format, ``text`` is content).
 
-    A text longer than ``max_length`` loses its end, never the ``suffix`` (one token if the tokenizer has it as a special or added
-    token) nor the ``special_tokens`` around all of it (default: what the tokenizer adds). ``instruction_count="reference"``
-    counts the prefix by tokenising it alone, as the public implementation does; it differs where tokens merge over the border.
+    A text longer than ``max_length`` is truncated, but never the ``suffix`` (one token if the tokenizer has it as a special or
+    added token) nor the surrounding ``special_tokens`` (default: what the tokenizer adds). ``instruction_count="reference"``
+    counts the prefix by tokenising it alone, as the public implementation does; the two differ where tokens merge across the
+    boundary.
 
     Raises:
         TooLong: prefix and suffix leave no room for the text in ``max_length``.
         ValueError: the text is empty.
     """
     if not text.strip():
-        raise ValueError(f"text: expected a text that is not empty, got {text!r}")
+        raise ValueError(f"text: expected a non-empty text, got {text!r}")
     special = _special(tokenizer, special_tokens)
     start = list(special.start)
     ending = _suffix(tokenizer, suffix)
@@ -274,19 +277,19 @@ def encode_conversation(
     attention: GenerativeAttention = "cc",
     special_tokens: SpecialTokens | None = None,
 ) -> EncodedSample:
-    """A conversation to learn: ``turns`` alternates user, assistant, ...; replies and their EOS carry the loss.
+    """A conversation to train on: ``turns`` alternates user, assistant, ...; replies and their EOS are labelled.
 
-    A conversation longer than ``max_length`` loses its end.
+    A conversation longer than ``max_length`` is truncated.
 
     Args:
-        attention: ``"cc"``: causal. ``"bc"`` (prefix-LM): all before the last reply is one bidirectional run, and only that reply
-            carries loss. ``"il"`` (interleaved): each user turn with its format is a bidirectional run. A token that sees its own
-            next token never carries loss.
-        special_tokens: what stands in front; default: what the tokenizer adds.
+        attention: ``"cc"``: causal. ``"bc"`` (prefix-LM): everything before the last reply is one bidirectional run, and only
+            that reply is labelled. ``"il"`` (interleaved): each user turn with its format is a bidirectional run. A token that
+            sees its own next token is never labelled.
+        special_tokens: what comes first; default: what the tokenizer adds.
 
     Raises:
         TooLong: the first user turn fills ``max_length``.
-        ValueError: a turn is empty, the number of turns is odd.
+        ValueError: a turn is empty, or the number of turns is odd.
     """
     if len(turns) < 2 or len(turns) % 2:
         raise ValueError(f"turns: expected an even number: user, assistant, ..., got {len(turns)}")
@@ -296,7 +299,9 @@ def encode_conversation(
     for index in range(0, len(turns), 2):
         user, assistant = turns[index], turns[index + 1].strip()
         if not user.strip() or not assistant:
-            raise ValueError(f"turns: turn {index if not user.strip() else index + 1} is empty")
+            raise ValueError(
+                f"turns: expected non-empty texts, got an empty turn {index if not user.strip() else index + 1}"
+            )
         *closed, head = f"{TURN_SEPARATOR if index else ''}{_user_turn(user, format)}".split(TURN_END)
         before = [*_tokenize(tokenizer, closed[0])[0], eos] if closed else []
         pieces, ends, border = _tokenize(tokenizer, head, escape(assistant))
@@ -305,7 +310,7 @@ def encode_conversation(
     truncated = len(ids) > max_length
     ids, reply = ids[:max_length], reply[:max_length]
     if max(reply) < 0:
-        raise TooLong(f"max_length: expected room for a reply behind the first user turn, got {max_length}")
+        raise TooLong(f"max_length: expected room for a reply after the first user turn, got {max_length}")
     last = max(reply)
     bidirectional: list[bool] | None = None
     if attention == "bc":
@@ -320,19 +325,19 @@ def encode_conversation(
 def encode_plain(
     tokenizer: Any, text: str, max_length: int, *, special_tokens: SpecialTokens | None = None
 ) -> EncodedSample:
-    """A text to learn without roles, every token of it and the EOS behind it.
+    """A text without roles to train on: all its tokens and the final EOS are labelled.
 
-    ``special_tokens``: what stands in front; default: what the tokenizer adds.
+    ``special_tokens``: what comes first; default: what the tokenizer adds.
     """
     if not text.strip():
-        raise ValueError(f"text: expected a text that is not empty, got {text!r}")
+        raise ValueError(f"text: expected a non-empty text, got {text!r}")
     ids = [*_special(tokenizer, special_tokens).start, *_tokenize(tokenizer, escape(text))[0], _eos(tokenizer)]
     kept = ids[:max_length]
     return EncodedSample(kept, 0, _labels(kept, [True] * len(kept), None), len(kept) < len(ids))
 
 
 def _labels(ids: list[int], learned: list[bool], bidirectional: list[bool] | None) -> list[int]:
-    """Shifted labels; none for a token that shares a bidirectional run with its next one."""
+    """Shifted labels; none for a token in the same bidirectional run as its successor."""
     labels = [token if learns else IGNORE_INDEX for token, learns in zip(ids, learned, strict=True)]
     labels = [*labels[1:], IGNORE_INDEX]
     if bidirectional is not None:
@@ -348,17 +353,17 @@ def _user_turn(user: str, format: Format) -> str:
 
 
 def _tokenize(tokenizer: Any, *pieces: str, reserved: Sequence[int] = ()) -> tuple[list[int], list[int], int]:
-    """Token ids of format and content pieces, where each token ends in their string (characters), and where the last piece
-    begins in it. No id is BOS, EOS or one of ``reserved``."""
+    """Token ids of format and content pieces, where each token ends in their joined string (in characters), and where the last
+    piece begins in it. No id is BOS, EOS or one of ``reserved``."""
     ids, ends = _plain_ids(tokenizer, "".join(pieces))
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, *reserved}
     if not special.isdisjoint(ids):
-        # a vocabulary may reach a special token by merges, even where special tokens are split
+        # merges may produce a special token even though special tokens are split
         for text in tokenizer.convert_ids_to_tokens(sorted(special.intersection(ids))):
             pieces = tuple(piece.replace(text, f"{text[:1]} {text[1:]}") for piece in pieces)
         ids, ends = _plain_ids(tokenizer, "".join(pieces))
         if not special.isdisjoint(ids):
-            raise ValueError(f"tokenizer: it turns the plain text {''.join(pieces)[:80]!r} into a special token")
+            raise ValueError(f"tokenizer: it merges the plain text {''.join(pieces)[:80]!r} into a special token")
     return ids, ends, sum(map(len, pieces[:-1]))
 
 
@@ -368,7 +373,7 @@ def _plain_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
 
 def _suffix(tokenizer: Any, suffix: str) -> list[int]:
-    """A suffix that is a token of its own (special or added) is that token, else plain text."""
+    """The suffix as one token if it is a special or added token, else as plain text."""
     if not suffix:
         return []
     token = tokenizer.convert_tokens_to_ids(suffix)
@@ -383,12 +388,12 @@ def _special(tokenizer: Any, given: SpecialTokens | None) -> SpecialTokens:
 
 def _eos(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: it has no EOS token, so a model could not learn to stop")
+        raise ValueError("tokenizer: expected an EOS token, without which a model cannot learn to stop, got none")
     return int(tokenizer.eos_token_id)
 
 
 def user_end(format: Format) -> str:
-    """What stands between a user turn or an instruction and what follows it."""
+    """What separates a user turn or an instruction from what follows it."""
     check_choice("format", format, FORMATS)
     if format == "plain":
         raise ValueError("format: expected 'grit' or 'zephyr' for a conversation, got 'plain', which has no roles")

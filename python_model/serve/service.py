@@ -1,7 +1,7 @@
-"""From requests to works: tokens of prompts and texts, limits, indexes. Runs beside the engine, which owns the model.
+"""Turns requests into works: tokens of prompts and texts, limits, indexes. Runs alongside the engine, which owns the model.
 
-Tokenizers are not safe to share between threads (whether special tokens are split is a switch of the tokenizer), so this has a
-copy of its own behind a lock; the engine's thread keeps the model's.
+Tokenizers cannot be shared between threads (splitting special tokens is a state of the tokenizer), so this has its own copy
+behind a lock; the engine's thread uses the model's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UNKNOWN = "\ufffd"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. ``seconds``: until it fails; ``texts``: of one embedding or reranking request."""
+    """The limits of a request. ``seconds``: until it fails; ``texts``: per embedding or reranking request."""
 
     reply_tokens: int = 256
     texts: int = 2048
@@ -51,7 +51,7 @@ class Limits:
 
 @dataclass
 class Searchable:
-    """An index of the server, and the store of its documents' states if there is one, behind one lock."""
+    """An index of the server and, if there is one, the store of its documents' states, behind one lock."""
 
     name: str
     rag: RAG
@@ -63,10 +63,10 @@ class Service:
 
     Args:
         engine: started by the caller.
-        name: under which the model is served.
-        format: of chat prompts, ``"grit"`` or ``"template"``.
-        query_instruction: what queries are embedded with (``input_type="query"``); documents have none.
-        indexes: what ``/v1/rag`` may search, by name. Their RAG must be made with :attr:`reader`.
+        name: the model's name in the API.
+        format: format of chat prompts, ``"grit"`` or ``"template"``.
+        query_instruction: instruction for queries (``input_type="query"``); documents have none.
+        indexes: the indexes that ``/v1/rag`` may search, by name. Their RAG must be created with :attr:`reader`.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class Service:
         self._lock = threading.Lock()
         self.context = min(engine.positions, engine.arena.rows)
         self.text_tokens = min(engine.positions, engine.scheduler.max_step_tokens)
-        # a text of n characters has at least n / longest tokens: what cannot fit is refused without reading it
+        # a text of n characters has at least n / longest tokens: one that cannot fit is refused without tokenising it
         self._longest = max(map(len, self.reader.tokenizer.get_vocab()))
 
     def check_model(self, name: str) -> None:
-        """ApiError 404 for another model's name."""
+        """ApiError 404 for the name of another model."""
         if name not in ("", self.name):
             raise ApiError(404, f"model: expected {self.name!r}, got another", param="model", code="model_not_found")
 
     def add_index(self, name: str, rag: RAG) -> None:
-        """Serve an index under a name; the first one is the default."""
+        """Serve an index under a name; the first is the default."""
         self.indexes[name] = Searchable(name, rag)
 
     # ---- generation
@@ -202,9 +202,7 @@ class Service:
         except ValueError as error:
             if text.strip():
                 raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from None
-            raise ApiError(
-                400, f"{param}: expected texts that are not empty", param=param, code="invalid_value"
-            ) from None
+            raise ApiError(400, f"{param}: expected non-empty texts", param=param, code="invalid_value") from None
         if sample.truncated:
             self._too_long(param, self.text_tokens)
         skip = 0 if model.settings.embed_instruction else sample.instruction_len
@@ -218,23 +216,23 @@ class Service:
         )
 
     def shape(self, vector: Tensor, dimensions: int | None) -> Tensor:
-        """The vector as asked for: its first ``dimensions`` numbers, of length 1 again where the model normalises."""
+        """The requested vector: its first ``dimensions`` numbers, renormalised if the model normalises."""
         if dimensions is None or dimensions == len(vector):
             return vector
         part = vector[:dimensions]
         return torch.nn.functional.normalize(part, dim=0) if self.reader.normalized else part
 
     def rerank(self, request: RerankRequest) -> list[TextWork]:
-        """A work per document: the log-odds of yes over no to whether it answers the query."""
+        """One work per document: the log-odds of "yes" over "no" to whether it answers the query."""
         if not self.engine.generates:
-            raise ApiError(400, "model: it does not generate, which reranking needs", param="model")
+            raise ApiError(400, "model: expected one that generates, for reranking", param="model")
         self._count("documents", len(request.documents))
         self._fits("query", len(request.query), self.text_tokens)
         works = []
         with self._lock:
             shared, yes, no = answer_tokens(self.reader)
             for text in request.texts:
-                # what is beyond the tokens that are shown need not be read
+                # text beyond the tokens that are shown need not be tokenised
                 shown = shorten(
                     self.reader, text[: request.max_tokens_per_doc * self._longest], request.max_tokens_per_doc
                 )
@@ -251,14 +249,14 @@ class Service:
     # ---- indexes
 
     def searchable(self, name: str | None) -> Searchable:
-        """The index of a name, or the first."""
+        """The index of this name, or the first."""
         if not self.indexes:
             raise ApiError(
-                404, "index: this server has none (grit serve --index)", param="index", code="index_not_found"
+                404, "index: this server has no indexes (grit serve --index)", param="index", code="index_not_found"
             )
         found = next(iter(self.indexes.values())) if name is None else self.indexes.get(name)
         if found is None:
-            raise ApiError(404, "index: there is none of this name", param="index", code="index_not_found")
+            raise ApiError(404, "index: there is no index of this name", param="index", code="index_not_found")
         return found
 
     def question(self, request: RagRequest, where: Searchable) -> TextWork:
@@ -281,11 +279,11 @@ class Service:
                 if mode == "auto":
                     mode = rag.choose(request.question, documents)
                 if mode == "query_cache":
-                    mode = "document_first"  # the question's states were left in scratch rows
+                    mode = "document_first"  # the question's states were left in scratch rows, which are reused
                 if mode == "document_cache" and (
                     rag.store is None or not all(document.key in rag.store for document in documents)
                 ):
-                    raise ApiError(400, "mode: not all of these documents have states in a store", param="mode")
+                    raise ApiError(400, "mode: some of these documents have no states in a store", param="mode")
                 states, prompt, _, _ = rag.prepare(request.question, documents, mode)
         except ValueError as error:
             raise ApiError(400, str(error), param="question", code="invalid_value") from None
@@ -314,7 +312,7 @@ class Service:
         return self.reader.embedding_size
 
     def _inputs(self, param: str, given: Any) -> list[str]:
-        """Strings; tokens are taken for the text they spell, so they cannot smuggle in special tokens."""
+        """The inputs as strings; token arrays become the text they spell, so they cannot smuggle in special tokens."""
         rows = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         self._count(param, len(rows))
         texts = []
@@ -344,7 +342,7 @@ class Service:
     def _too_long(self, param: str, tokens: int) -> None:
         raise ApiError(
             400,
-            f"{param}: expected at most {tokens} tokens, got more; nothing is cut silently",
+            f"{param}: expected at most {tokens} tokens, got more; nothing is truncated silently",
             param=param,
             code="context_length_exceeded",
         )
@@ -354,16 +352,16 @@ class Service:
 
 
 def reader_of(model: GritLM) -> GritLM:
-    """The same model (no weight is copied) with a tokenizer of its own."""
+    """The same model (weights are not copied) with its own tokenizer."""
     reader = copy.copy(model)
     reader.tokenizer = copy.deepcopy(model.tokenizer)
     return reader
 
 
 def conversation(messages: Sequence[Message]) -> tuple[str, list[str]]:
-    """(system message, turns user, assistant, .., user) of any order of messages that ends with the user.
+    """(system message, [user, assistant, .., user]) from messages in any order, ending with the user.
 
-    Turns of one role in a row are one turn. A system message after the first user turn opens the next one.
+    Consecutive messages of the same role become one turn. A system message after the first user turn is prepended to the next.
     """
     system: list[str] = []
     turns: list[str] = []

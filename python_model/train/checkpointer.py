@@ -1,8 +1,8 @@
-"""Saved states of a run: what resuming needs, written whole or not at all, the oldest removed.
+"""Saved states of a run: what resuming needs, written atomically, with the oldest removed.
 
 A state is a folder ``states/step-00000040`` of torch.distributed.checkpoint files (weights that are trained, optimiser,
 temperature; every rank writes its shards) with ``state.json`` (format version, step, settings). Data order, sampling and dropout
-are functions of seed and step, so nothing else has to be kept. DCP's index is a pickle: resume only folders that you wrote.
+are functions of seed and step, so nothing else has to be kept. DCP's index is a pickle: resume only from folders you wrote.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from python_model.train.config import MOVED, REMOVED, dotted
 from python_model.train.distributed import Ranks
 
 VERSION = 2
-"""Of state.json. 1 (no version in the file): settings were flat."""
+"""Version of state.json. 1 (no version in the file): settings were flat."""
 
-# what may differ between the run that saved and the run that resumes: it changes speed, memory or what is shown, not the run
+# may differ between the saving and the resuming run: affects speed, memory or output, not the result
 FREE_SETTINGS = frozenset(
     (
         "output_dir",
@@ -55,7 +55,7 @@ FREE_SETTINGS = frozenset(
         "logging.profile_steps",
     )
 )
-# paths: what they held is compared instead (``identity``)
+# paths: their contents are compared instead (``identity``)
 _PATHS = frozenset(("data.train_data", "model.name"))
 
 
@@ -63,11 +63,11 @@ class Stateful(Protocol):
     """Holds the tensors of a state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as nested dicts of tensors."""
+        """Everything that changes, as nested dicts of tensors."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set all that changes."""
+        """Restore everything that changes."""
         ...
 
 
@@ -75,9 +75,9 @@ class Checkpointer:
     """The states of one run in ``folder``.
 
     Args:
-        settings: of the run, nested; a state of other settings is not loaded (but for FREE_SETTINGS).
-        identity: name to digest of what the run reads, its data and the model it starts from; a state of others is not loaded.
-        save_total: states that are kept.
+        settings: of the run, nested; a state with other settings (except FREE_SETTINGS) is refused.
+        identity: digests by name of what the run reads, its data and the model it starts from; a state with others is refused.
+        save_total: number of states kept.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Checkpointer:
         self._group: Any = None
 
     def latest(self) -> Path | None:
-        """The last state that was written completely."""
+        """The newest complete state."""
         found = sorted(path.parent for path in self.folder.glob("step-*/state.json"))
         return found[-1] if found else None
 
     def save(self, step: int, trained: Stateful, *, wait: bool = True) -> Path:
-        """Write the state after ``step`` steps; then drop the oldest beyond ``save_total``.
+        """Write the state after ``step`` steps, then remove the oldest beyond ``save_total``.
 
         Without ``wait`` it is written while the caller goes on, and counts once :meth:`finish` or the next save has been called.
         """
@@ -153,16 +153,16 @@ class Checkpointer:
         self.ranks.barrier()
 
     def load(self, path: Path, trained: Stateful) -> int:
-        """Restore everything from ``path``; returns how many steps it has done.
+        """Restore everything from ``path``; returns the number of steps done.
 
         Raises:
-            ValueError: the state was written under settings, data or a model that make another run, or by a newer version; names
-                the first that differs.
+            ValueError: the state was written with settings, data or a model of a different run, or by a newer version; names
+                the first difference.
         """
         import torch.distributed.checkpoint as dcp
 
         saved = upgrade(json.loads((path / "state.json").read_text(encoding="utf-8")), path)
-        way_out = "give the same, logging.resume=false, or another output_dir"
+        way_out = "use the same, logging.resume=false, or another output_dir"
         current = dotted(self.settings)
         for name, value in dotted(saved["config"]).items():
             known = name in current and name not in FREE_SETTINGS | _PATHS
@@ -183,12 +183,12 @@ def upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content of a ``state.json`` of any version, as this version writes it.
 
     Raises:
-        ValueError: it is of a newer version, or its run used a setting that is gone.
+        ValueError: it has a newer version, or its run used a setting that no longer exists.
     """
     version = state.get("version", 1)
     if version > VERSION:
         raise ValueError(
-            f"{path}: expected a state of version {VERSION} at most, got {version}; a newer grit_kernels wrote it"
+            f"{path}: expected a state of at most version {VERSION}, got {version}; it was written by a newer grit_kernels"
         )
     if version == VERSION:
         return state
@@ -196,13 +196,13 @@ def upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
     for name, accepted in zip(REMOVED, (False, False, "exact"), strict=True):
         if flat.pop(name, accepted) != accepted:
             raise ValueError(
-                f"{path}: it was trained with {name}, which is gone since version 0.2; start anew "
+                f"{path}: it was trained with {name}, which version 0.2 removed; start over "
                 "(logging.resume=false or another output_dir), or finish the run with version 0.1"
             )
     config: dict[str, Any] = {}
     for name, value in flat.items():
         group, _, field = str(MOVED.get(name, name)).rpartition(".")
         (config.setdefault(group, {}) if group else config)[field] = value
-    config.setdefault("grit", {})["special_tokens"] = "bos"  # every text began with it, whatever the tokenizer says
-    # which data and model these were was not kept
+    config.setdefault("grit", {})["special_tokens"] = "bos"  # every text began with BOS, whatever the tokenizer said
+    # data and model were not recorded
     return {"version": VERSION, "step": state["step"], "config": config, "identity": {}}

@@ -1,5 +1,5 @@
 """Settings of a training run, in groups. Every field is an option of ``grit train`` (``--batch.chunk_tokens 4096``)
-and a key of its YAML file. Functions take the group they need; only the trainer sees all."""
+and a key of its YAML file. Functions take the group they need; only the trainer sees all of them."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ GritChanges = make_dataclass(
     [(name, hint | None, None) for name, hint in get_type_hints(GritSettings).items()],
     bases=(Checked,),
 )
-"""The settings of :class:`GritSettings` that a run gives; None: as the checkpoint to start from was trained."""
+"""The settings of :class:`GritSettings` given by a run; None: as in the checkpoint it starts from."""
 GritChanges.__doc__ = GritSettings.__doc__
 GritChanges.__module__ = __name__
 
 
 @dataclass
 class ModelConfig(Checked):
-    """The model that is trained, and how it is computed.
+    """The model to train, and how it is computed.
 
     Attributes:
-        name: checkpoint to start from (folder or name), or ``smollm2-135m`` for the small model that ``grit fetch-model`` gets.
-        architecture: folder with a ``config.json`` that ``dry_run`` builds when the model itself is not at hand.
-        bf16: compute in bfloat16 over FP32 weights.
+        name: checkpoint to start from (folder or name), or ``smollm2-135m`` for the small model of ``grit fetch-model``.
+        architecture: folder with a ``config.json`` from which ``dry_run`` builds the model if the checkpoint is not available.
+        bf16: compute in bfloat16 with FP32 weights.
         gradient_checkpointing: recompute activations in the backward pass; with ``selective`` all of them but attention, which is
             kept.
-        lora_rank: train low-rank adapters on every linear layer instead of all weights; 0: all weights.
+        lora_rank: rank of the adapters trained on every linear layer instead of all weights; 0: train all weights.
         lora_alpha: the adapters' output is multiplied by ``lora_alpha / lora_rank``.
-        lora_dropout: share of the adapters' inputs that are dropped.
-        lora_targets: names of the linear layers with an adapter, separated by commas, or ``all-linear``.
+        lora_dropout: dropout probability of the adapters' inputs.
+        lora_targets: comma-separated names of the linear layers with an adapter, or ``all-linear``.
         quantization: ``nf4`` loads the frozen weights in 4 bits (QLoRA; needs bitsandbytes and a GPU).
     """
 
@@ -67,15 +67,15 @@ class OptimizerConfig(Checked):
         kind: ``adamw``, or ``muon`` for the matrices of the decoder's layers (momentum, made orthogonal; half of AdamW's memory)
             and AdamW for all else: embeddings, heads, routers, experts, norms and biases. Muon's steps are scaled to the size of
             AdamW's, so both take the same rate.
-        lr: learning rate at its height, which the warm-up ends at.
-        warmup_ratio: share of the steps over which the rate rises.
-        schedule: of the rate after the warm-up: down to 0 in a line or along a cosine, ``constant``, or constant and then down in
-            a line over the last ``decay_ratio`` of the steps.
+        lr: peak learning rate, reached at the end of the warm-up.
+        warmup_ratio: share of the steps used for the warm-up.
+        schedule: the learning rate after the warm-up: linear or cosine decay to 0, ``constant``, or constant followed by a linear
+            decay over the last ``decay_ratio`` of the steps.
         decay_ratio: see ``schedule``.
         weight_decay: of matrices; norms and biases have none.
-        objective_grad_norm: the gradient of each objective is limited to this norm before the two are added, so that neither
-            drowns the other; 0: no limit. It costs nothing: both norms are measured and logged anyway.
-        max_grad_norm: the sum of both gradients is limited to this norm.
+        objective_grad_norm: clip the gradient of each objective to this norm before the two are added, so that neither dominates;
+            0: no limit. This is free: both norms are measured and logged anyway.
+        max_grad_norm: clip the sum of both gradients to this norm.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -93,20 +93,21 @@ class LossConfig(Checked):
     """The two losses.
 
     Attributes:
-        temperature: of the contrastive loss.
-        learn_temperature: train it too (its logarithm, with the same learning rate).
-        matryoshka_dims: the contrastive loss is the mean over embeddings of full size and cut to each of these sizes, so that a
-            cut embedding serves as well as it can (Matryoshka, arXiv 2205.13147); ``[]``: full size alone.
-        contrastive_weight: factor of the contrastive loss.
+        temperature: temperature of the contrastive loss.
+        learn_temperature: train the temperature as well (its logarithm, with the same learning rate).
+        matryoshka_dims: average the contrastive loss over embeddings of full size and truncated to each of these sizes, so that
+            truncated embeddings work as well as possible (Matryoshka, arXiv 2205.13147); ``[]``: full size only.
+        contrastive_weight: weight of the contrastive loss.
         distillation_weight: factor of the distance (KL) between a teacher's scores of a query's passages (``pos_scores`` and
             ``neg_scores`` of the rows) and the model's own, both after a softmax; 0: scores are not used.
         teacher_temperature: the teacher's scores are divided by it before their softmax.
-        generative_weight: factor of the next-token loss.
-        router_loss_weight: factor of a mixture's load-balancing loss; default: the model config's ``router_aux_loss_coef``.
+        generative_weight: weight of the next-token loss.
+        router_loss_weight: weight of a mixture-of-experts model's load-balancing loss; default: the model config's
+            ``router_aux_loss_coef``.
         in_batch_negatives: every passage is a negative of every other query; False: only the query's own hard negatives.
-        cross_device_negatives: contrast with the passages of all ranks, not only with this rank's.
-        symmetric: also contrast each positive with the queries.
-        mask_duplicates: a passage with the text of a query's positive is no negative of that query.
+        cross_device_negatives: contrast queries with the passages of all ranks, not only of their own.
+        symmetric: also contrast each positive with all queries.
+        mask_duplicates: do not use a passage with the same text as a query's positive as a negative of that query.
         generative_loss: ``mixed``, ``token`` or ``sample`` (see python_model.model.losses).
         generative_group: with ``mixed``, conversations per token mean (the paper's "mix 32 -> 8" has 32 in each of 8 means); 0:
             one mean over all conversations of the step.
@@ -140,12 +141,12 @@ class ParallelConfig(Checked):
     """Several ranks (torchrun).
 
     Attributes:
-        strategy: ``fsdp`` shards weights, gradients and optimiser, ``ddp`` copies them.
-        shard_size: ranks that share one set of weights (hybrid sharding: copies between such groups); 0: all of them.
+        strategy: ``fsdp`` shards weights, gradients and optimiser, ``ddp`` replicates them.
+        shard_size: ranks that share one copy of the weights (hybrid sharding: each such group holds a replica); 0: all ranks.
         reduce_each_chunk: sum gradients over the ranks after each chunk instead of once per objective: more traffic, but FSDP
-            then holds no whole gradient on any rank.
+            then holds no unsharded gradient.
         cpu_offload: keep sharded weights and optimiser in host memory.
-        device_memory: GiB per rank that ``dry_run`` compares with where no GPU can be asked.
+        device_memory: GiB per rank that ``dry_run`` assumes if there is no GPU.
     """
 
     strategy: Literal["fsdp", "ddp"] = "fsdp"
@@ -157,14 +158,15 @@ class ParallelConfig(Checked):
 
 @dataclass
 class EvaluationConfig(Checked):
-    """Measuring on held-out rows during the run.
+    """Evaluation on held-out rows during the run.
 
     Attributes:
-        data: folder with ``corpus.jsonl`` and ``test/`` (``grit data`` makes one, also of one's own rows); empty: no measuring.
-        every: steps between two measurements; the last step is always measured.
-        metric: what decides which state was best; ``checkpoint/`` is that state.
-        patience: stop after so many measurements without a better one; 0: never.
-        max_length: tokens of a text.
+        data: folder with ``corpus.jsonl`` and ``test/`` (``grit data`` builds one, also from your own rows); empty: no
+            evaluation.
+        every: steps between evaluations; the last step is always evaluated.
+        metric: decides which state is best; ``checkpoint/`` is that state.
+        patience: stop after this many evaluations without improvement; 0: never.
+        max_length: maximum tokens of a text.
     """
 
     data: str = ""
@@ -181,15 +183,15 @@ class EvaluationConfig(Checked):
 
 @dataclass
 class LoggingConfig(Checked):
-    """What is kept and shown of a run.
+    """What is saved and logged of a run.
 
     Attributes:
-        save_steps: steps between saved states; 0: only when interrupted.
-        save_total: states that are kept.
+        save_steps: steps between saved states; 0: save only when interrupted.
+        save_total: number of states kept.
         async_save: write states while training goes on; they are copied to host memory first.
         resume: continue from the newest state in ``output_dir``.
-        trackers: any of ``tensorboard``, ``wandb``, ``trackio``, beside ``log.jsonl``.
-        exploding_loss: stop when the loss is this much above its mean over the last 50 steps; 0: only when not finite.
+        trackers: any of ``tensorboard``, ``wandb``, ``trackio``, in addition to ``log.jsonl``.
+        exploding_loss: stop if the loss exceeds its mean over the last 50 steps by this much; 0: only if it is not finite.
         peak_tflops: of a device, in the precision of the run: ``mfu`` in the log is the model's operations over it; 0: that of a
             large matrix product, measured at the start.
         profile_steps: record so many steps with torch's profiler, from the run's third on, into ``profile/``; 0: none.
@@ -210,23 +212,23 @@ class TrainConfig(Checked):
     """One GRIT training run.
 
     Attributes:
-        mode: ``unified``, or one objective alone.
+        mode: ``unified``, or one of the two objectives alone.
         steps: optimiser steps.
         output_dir: receives ``checkpoint/``, ``states/``, ``log.jsonl`` and ``loss.png``.
-        seed: orders the data, picks positives and negatives, and draws dropout and new weights.
-        deterministic: ask torch for deterministic algorithms.
+        seed: determines the data order, the choice of positives and negatives, dropout and new weights.
+        deterministic: make torch use deterministic algorithms.
         push_to_hub: ``owner/name`` on the Hugging Face hub that ``checkpoint/`` is uploaded to at the end, as a private model if
             it is new; needs ``hf auth login`` or ``HF_TOKEN``. Empty: nowhere.
-        dry_run: print memory per rank and tokens per step, and stop; no weights are loaded.
-        model: the model that is trained, and how it is computed.
-        grit: what changes an embedding or a reply; what is not given is as the checkpoint to start from was trained.
-        data: which rows are trained on, and how they become samples.
-        batch: samples of a step, and the chunks that they are computed in.
+        dry_run: print memory per rank and tokens per step, then exit; no weights are loaded.
+        model: the model to train, and how it is computed.
+        grit: what affects an embedding or a reply; settings not given are those of the checkpoint that the run starts from.
+        data: which rows are used, and how they become samples.
+        batch: the samples of a step, and the chunks in which they are computed.
         optimizer: the optimiser, its schedule and limits of the gradients.
         losses: the two losses.
         parallel: several ranks.
-        evaluation: measuring on held-out rows during the run.
-        logging: what is kept and shown.
+        evaluation: evaluation on held-out rows during the run.
+        logging: what is saved and logged.
     """
 
     mode: Mode = "unified"
@@ -287,12 +289,12 @@ class TrainConfig(Checked):
 
     @property
     def generates(self) -> bool:
-        """Whether the run trains the next token."""
+        """Whether the run trains next-token prediction."""
         return self.mode != "embedding"
 
     @property
     def settings_given(self) -> dict[str, Any]:
-        """The model's settings that are not left to the checkpoint."""
+        """The model's settings that override those of the checkpoint."""
         return {name: value for name, value in asdict(self.grit).items() if value is not None}
 
     @classmethod
@@ -300,7 +302,7 @@ class TrainConfig(Checked):
         """The run of nested values, ``{"batch": {"chunk_tokens": 0}}``, or of dotted keys, ``{"batch.chunk_tokens": 0}``.
 
         Raises:
-            ValueError: an unknown field, one of version 0.1 (the message has its new place), or a value that is not accepted.
+            ValueError: an unknown field, one of version 0.1 (the message gives its new name), or an invalid value.
         """
         nested: dict[str, Any] = {}
         for key, value in flatten(values).items():
@@ -325,7 +327,7 @@ class TrainConfig(Checked):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values; what :meth:`from_dict` takes."""
+        """Nested plain values, as :meth:`from_dict` accepts them."""
         return asdict(self)
 
 
@@ -337,7 +339,7 @@ TYPES |= {
     for group in GROUPS
     for name, hint in get_type_hints(_TOP[group], include_extras=True).items()
 }
-"""Of every setting, by its dotted name."""
+"""The type of every setting, by its dotted name."""
 _UNTOLD = frozenset(
     (
         *("output_dir", "dry_run", "push_to_hub", "model.name", "model.architecture", "data.train_data"),
@@ -347,9 +349,9 @@ _UNTOLD = frozenset(
 """Paths, and what changes nothing: not for a model card."""
 _RENAMED = {"model": "model.name", "learning_rate": "optimizer.lr", "parallel": "parallel.strategy"}
 MOVED = {name.partition(".")[2]: name for name in TYPES if "." in name} | _RENAMED
-"""Where the flat settings of version 0.1 are now, and where those are that stand in a group."""
+"""New names of the flat settings of version 0.1, and full names of settings given without their group."""
 REMOVED = ("plain_text", "reference_masking", "gradient_scale")
-"""Settings of version 0.1 that reproduced slips of the public implementation."""
+"""Settings of version 0.1 that reproduced bugs of the public implementation."""
 
 
 def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,7 +369,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """As :func:`dotted`, with each key checked.
 
     Raises:
-        ValueError: an unknown field, or one of version 0.1; the message has its new place.
+        ValueError: an unknown field, or one of version 0.1; the message gives its new name.
     """
     flat = dotted(values)
     for key in flat:
@@ -377,11 +379,11 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown(key: str) -> str:
-    """The message about a key that is no setting."""
+    """The message about a key that is not a setting."""
     if key in MOVED:
-        return f"{key}: expected its new name {MOVED[key]} (settings have groups since version 0.2)"
+        return f"{key}: expected its new name {MOVED[key]} (settings are grouped since version 0.2)"
     if key in REMOVED:
-        return f"{key}: this setting of version 0.1 is gone; it reproduced a slip of the public implementation"
+        return f"{key}: this setting of version 0.1 was removed; it reproduced a bug of the public implementation"
     import difflib
 
     near = difflib.get_close_matches(key, TYPES, n=1)

@@ -1,4 +1,4 @@
-"""Ranks: starting them, wrapping the model for them, and the few numbers they must agree on."""
+"""Ranks: joining the process group, wrapping the model, and the few numbers that ranks must agree on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from python_model.train.model import TrainingModel
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. ``group`` is None in a process of its own."""
+    """This process among the others. ``group`` is None if there is only one process."""
 
     rank: int
     world: int
@@ -37,7 +37,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """The rows of a step that are this rank's: contiguous, as even as possible."""
+        """This rank's rows of a step: contiguous, and split as evenly as possible."""
         return rank_share(count, self.rank, self.world)
 
     def all_values(self, values: Sequence[float]) -> Tensor:
@@ -76,7 +76,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks() -> Iterator[Ranks]:
-    """This process's rank as torchrun set it up, or a single one; the process group lives as long as the block."""
+    """This process's rank as set up by torchrun, or a single rank; the process group exists within the block."""
     cuda = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "RANK" not in os.environ:
         yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
@@ -87,19 +87,19 @@ def ranks() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     mine = not dist.is_initialized()
     if mine:
-        # a slow first compilation or a large checkpoint must not look like a dead rank
+        # a slow first compilation or a large checkpoint must not be taken for a dead rank
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     finally:
         if mine:
-            # shards hold communicators in reference cycles; left to the interpreter's end, their threads would abort it
+            # shards hold communicators in reference cycles; left until exit, their threads would abort the interpreter
             gc.collect()
             dist.destroy_process_group()
 
 
 def wrap(model: TrainingModel, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -> nn.Module:
-    """The model as the ranks train it: itself, DDP or FSDP2. Weights of rank 0 become everyone's."""
+    """The model wrapped for the ranks: itself, DDP or FSDP2. All ranks receive the weights of rank 0."""
     if ranks.group is None:
         return model
     if config.strategy == "ddp":
@@ -123,7 +123,7 @@ def _shard(model: TrainingModel, config: ParallelConfig, ranks: Ranks, bf16: boo
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     options: dict[str, Any] = {"mesh": mesh}
     if bf16:
-        # float inputs of a layer are hidden states; rotary tables stay as the model made them
+        # float inputs of a layer are hidden states; rotary tables keep the dtype the model gave them
         options["mp_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -209,7 +209,7 @@ def forwards_apart(model: nn.Module, ranks: Ranks) -> Iterator[Ranks | ForwardsA
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, reduce: bool) -> Iterator[None]:
-    """The forward and backward inside sum gradients over the ranks, or (not ``reduce``) only add to this rank's."""
+    """Within the block, backward sums gradients over the ranks or, if not ``reduce``, only adds to this rank's."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         with contextlib.nullcontext() if reduce else model.no_sync():
             yield

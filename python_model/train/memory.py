@@ -1,13 +1,13 @@
-"""How much memory a run takes per rank, and how many tokens a step has; printed at the start and by ``--dry_run``.
+"""Estimates the memory of a run per rank and the tokens per step; printed at the start and by ``--dry_run``.
 
-    weights      4 bytes each, over the ranks that share them
-    gradients    4 bytes per trained weight; FSDP keeps them whole between chunks unless ``reduce_each_chunk``
-    kept         4 bytes per trained weight, over the ranks that share them: with two objectives, the first one's gradient while
-                 the second is computed (balance.py)
+    weights      4 bytes each, divided among the ranks that share them
+    gradients    4 bytes per trained weight; unsharded between chunks with FSDP, unless ``reduce_each_chunk``
+    kept         4 bytes per trained weight, divided among the ranks that share them: with two objectives, the gradient of
+                 the first while the second is computed (balance.py)
     optimiser    8 bytes per trained weight (two moments)
     working copy bfloat16 weights in use: all of them (autocast), or with FSDP two layers, embedding and head
-    activations  what the backward of one chunk keeps (below), or with gradient checkpointing one state per layer and token,
-                 and one layer in full; the selective kind keeps attention's output (s D Hq + 4 Hq) as well
+    activations  what is kept for the backward pass of one chunk (below), or with gradient checkpointing one state per layer
+                 and token, plus one layer in full; the selective kind keeps attention's output (s D Hq + 4 Hq) as well
 
 Per token and layer, with hidden size h, inner size i, Hq/Hkv heads of size D, s bytes per computed and r per residual element:
 two norms (4 + 2 s) h each (their FP32 input, their output, its cast), s D (2 Hq + 2 Hkv) + 4 Hq for attention (q, k, v, out,
@@ -32,7 +32,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per rank, and tokens per step at the longest."""
+    """Bytes per rank, and the maximum tokens per step."""
 
     parameters: int
     trained: int
@@ -48,13 +48,13 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """Bytes per rank, everything together."""
+        """Total bytes per rank."""
         return (
             self.weights + self.gradients + self.kept_gradient + self.optimizer + self.working_copy + self.activations
         )
 
     def lines(self, limit: float | None) -> list[str]:
-        """Readable, and whether it fits into ``limit`` bytes."""
+        """Readable lines, including whether it fits into ``limit`` bytes."""
         parts = [
             ("weights", self.weights),
             ("gradients", self.gradients),
@@ -68,7 +68,7 @@ class MemoryPlan:
             f"up to {self.step_tokens:,} tokens per step, {self.chunk_tokens:,} per chunk and rank",
             "memory per rank (estimate): " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts) + " GiB",
         ]
-        total = f"together {self.total / GIB:.2f} GiB"
+        total = f"total {self.total / GIB:.2f} GiB"
         if limit is not None:
             fits = self.total <= limit
             total += f" of {limit / GIB:.1f} GiB: {'fits' if fits else 'DOES NOT FIT'}"
@@ -81,8 +81,8 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Tokens of a step over all ranks, of a rank's largest chunk, and chunks of one objective per rank (between which FSDP keeps
-    whole gradients)."""
+    """Tokens of a step over all ranks, tokens of a rank's largest chunk, and chunks of one objective per rank (between which FSDP
+    keeps unsharded gradients)."""
 
     step: int
     chunk: int
@@ -137,7 +137,7 @@ def plan_memory(
 
 
 def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) -> float:
-    """Bytes that one layer keeps per token for its backward; see the top of the file."""
+    """Bytes that one layer keeps per token for its backward pass; see the top of the file."""
     hidden = model_config.hidden_size
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
@@ -159,7 +159,7 @@ def attention_output_bytes(model_config: Any, bf16: bool) -> int:
 
 
 def plan_tokens(mode: Mode, data: DataConfig, batch: BatchConfig, world: int) -> StepTokens:
-    """How many tokens a step has when every text is as long as it may be."""
+    """The tokens of a step if every text has its maximum length."""
     queries = batch.embedding_batch_size if mode != "generative" else 0
     conversations = batch.generative_batch_size if mode != "embedding" else 0
     texts = queries * (data.query_max_len + data.train_group_size * data.passage_max_len)
@@ -175,7 +175,7 @@ def plan_tokens(mode: Mode, data: DataConfig, batch: BatchConfig, world: int) ->
 
 
 def device_limit(device: torch.device) -> float | None:
-    """Bytes of the device's memory, None where it cannot be asked."""
+    """Bytes of the device's memory, None if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     psutil = find("psutil")

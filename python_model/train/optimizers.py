@@ -1,4 +1,4 @@
-"""What a step changes: the trained weights and their optimiser, and the temperature with its own."""
+"""What a step updates: the trained weights and the temperature, each with its own optimiser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from python_model.train.distributed import Ranks, layers
 from python_model.train.model import TrainingModel
 
 BETAS = (0.9, 0.999)
-# frozen weights (of a model with adapters) come from the checkpoint the run started from
+# frozen weights (of a model with adapters) come from the checkpoint that the run started from
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -35,11 +35,11 @@ class Optimizers:
         self.model, self.config, self.losses, self.ranks, self.steps = model, config, losses, ranks, steps
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
-            raise ValueError("model: it has no weight that is trained")
+            raise ValueError("model: expected at least one trainable weight, got none")
         matrices = hidden_matrices(model) if config.kind == "muon" else []
         by_muon = {id(p) for p in matrices}
         others = [p for p in trained if id(p) not in by_muon]
-        # norms and biases have one dimension; pulling them to 0 regularises nothing
+        # norms and biases have one dimension; decaying them regularises nothing
         groups = [
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
@@ -64,10 +64,10 @@ class Optimizers:
             )
 
     def lr(self, step: int) -> float:
-        """Learning rate of the step with this index: up to its full height over the warm-up, then as ``schedule`` says.
+        """Learning rate of the step with this index: rising during the warm-up, then following ``schedule``.
 
-        A function of the step alone, so resuming keeps no state. It is transformers' schedule of the same name, one step on:
-        no step has the rate 0.
+        A function of the step alone, so resuming needs no state. It is transformers' schedule of the same name shifted by one
+        step, so that no step has rate 0.
         """
         config = self.config
         warmup = max(1, round(self.steps * config.warmup_ratio))
@@ -83,7 +83,7 @@ class Optimizers:
         return config.lr * left
 
     def clip(self) -> float:
-        """Clip the gradients; returns their norm before, the same on all ranks."""
+        """Clip the gradients; returns their norm before clipping, the same on all ranks."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = total_norm([p.grad for p in trained if p.grad is not None])
         factor = limit_factor(norm, self.config.max_grad_norm)
@@ -93,7 +93,7 @@ class Optimizers:
         return norm
 
     def update(self, step: int) -> None:
-        """Take one optimiser step and drop the gradients."""
+        """Take an optimiser step and clear the gradients."""
         optimizers = list(self.optimizers)
         if self.log_temperature is not None and self.temperature_optimizer is not None:
             optimizers.append(self.temperature_optimizer)
@@ -108,7 +108,7 @@ class Optimizers:
 
     @property
     def temperature(self) -> float:
-        """Of the contrastive loss, now."""
+        """The current temperature of the contrastive loss."""
         if self.log_temperature is None:
             return self.losses.temperature
         return float(self.log_temperature.detach().exp())
@@ -131,7 +131,7 @@ class Optimizers:
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set everything that changes."""
+        """Restore everything that changes."""
         set_model_state_dict(self.model, state_dict["model"], options=_OPTIONS)
         groups = get_optimizer_state_dict(self.model, self.optimizers, options=_OPTIONS)["param_groups"]
         state: Any = {"state": state_dict["optimizer"], "param_groups": groups}

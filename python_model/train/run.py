@@ -1,4 +1,4 @@
-"""A run from its settings: model, data and trainer of each rank; or only what it would take."""
+"""Runs training from settings: model, data and trainer of each rank; or only estimates its memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(config: TrainConfig) -> Path:
-    """Train (or go on where an interrupted run stopped) and save; returns the checkpoint's folder."""
+    """Train (or resume an interrupted run) and save; returns the checkpoint's folder."""
     from python_model.train.distributed import ranks
 
     with ranks() as here:
@@ -21,7 +21,7 @@ def run(config: TrainConfig) -> Path:
 
 
 def _run_rank(config: TrainConfig, here: Ranks) -> Path:
-    """A function of its own, so that model and shards are gone before the process group is."""
+    """A separate function, so that model and shards are freed before the process group."""
     from python_model.data.stream import check_data, open_stream
     from python_model.train.plot import plot_losses
     from python_model.train.setup import load_model
@@ -29,7 +29,7 @@ def _run_rank(config: TrainConfig, here: Ranks) -> Path:
 
     in_batch_negatives = config.losses.in_batch_negatives
     teacher = config.losses.distillation_weight > 0
-    # before minutes go into a model
+    # before minutes are spent on loading a model
     check_data(config.data, config.mode, in_batch_negatives=in_batch_negatives, teacher=teacher)
     # with FSDP only rank 0 reads the weights; the others get their shards from it
     sharded = here.group is not None and config.parallel.strategy == "fsdp"

@@ -1,4 +1,4 @@
-"""From settings to the objects of a run."""
+"""Builds the objects of a run from its settings."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def load_model(
     seed: int = 0,
     weights: bool = True,
 ) -> GritLM:
-    """The model a run starts from, with adapters where asked for.
+    """The model that a run starts from, with adapters if requested.
 
-    ``settings``: over those that the checkpoint brings. ``weights=False`` leaves the model on the meta device.
+    ``settings`` override those of the checkpoint. ``weights=False`` leaves the model on the meta device.
     """
     arguments: dict[str, Any] = quantization_arguments(config)
     if not weights:
         arguments["device_map"] = "meta"
-    torch.manual_seed(seed)  # a new embedding head and new adapters start at random
+    torch.manual_seed(seed)  # a new embedding head and new adapters are initialised at random
     grit = GritLM(
         resolve_model(config.name),
         mode=mode,
@@ -62,7 +62,7 @@ def plan_dry_run(
     mode: Mode = "unified",
     projection: int | None = None,
 ) -> tuple[MemoryPlan, float]:
-    """The memory plan of a run on ``world`` ranks, from the architecture alone; and the bytes a device has."""
+    """The memory plan of a run on ``world`` ranks, from the architecture alone, and the memory of a device in bytes."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     source = config.architecture or str(resolve_model(config.name))
@@ -85,7 +85,7 @@ def plan_dry_run(
 
 
 def model_digest(model: torch.nn.Module) -> int:
-    """48 bits that tell models apart by their weights: up to 1,024 elements of each, evenly spaced. 0 on the meta device."""
+    """48 bits that identify a model by its weights: up to 1,024 evenly spaced elements of each. 0 on the meta device."""
     digest = hashlib.blake2b(digest_size=6)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -97,7 +97,7 @@ def model_digest(model: torch.nn.Module) -> int:
 
 
 class _Holder:
-    """What add_adapters changes of a GritLM, without tokenizer and weights."""
+    """The part of a GritLM that add_adapters changes, without tokenizer and weights."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -1,9 +1,10 @@
-"""Gradients of one step: exact for the whole batch, in memory for one chunk of it (gradient caching).
+"""Gradients of one step: exact for the whole batch, with the memory of a single chunk (gradient caching).
 
-With L_Rep a function of all embeddings, dL_Rep/dtheta = sum over texts of (dL_Rep/de_i) (de_i/dtheta). So the texts are embedded
-without gradients, the loss of all embeddings gives each dL_Rep/de_i, and every chunk is embedded again with the surrogate
-``sum_i <e_i, dL_Rep/de_i>``, whose gradient is the chunk's part. The generative loss is a sum with one weight per conversation,
-so the sum over chunks and ranks is the gradient of the whole step's loss. Texts that fit in one chunk are embedded once.
+With L_Rep a function of all embeddings, dL_Rep/dtheta = sum over texts of (dL_Rep/de_i) (de_i/dtheta). So the texts are
+embedded without gradients, the loss of all embeddings gives each dL_Rep/de_i, and every chunk is embedded again with the
+surrogate loss ``sum_i <e_i, dL_Rep/de_i>``, whose gradient is the chunk's contribution. The generative loss is a sum with one
+weight per conversation, so the sum over chunks and ranks is the gradient of the whole step's loss. Texts that fit in one chunk
+are embedded once.
 
 Source: GradCache, arXiv 2101.06983; GRIT, arXiv 2402.09906 (the memory appendix splits the triplet the same way).
 """
@@ -32,13 +33,13 @@ from python_model.train.distributed import Ranks, gradient_sync
 
 @dataclass(frozen=True)
 class RankBatch:
-    """This rank's chunks of a step, and the numbers that all ranks share.
+    """This rank's chunks of a step, and the numbers shared by all ranks.
 
     Attributes:
-        text_chunks, conversation_chunks: as many of each on every rank; a rank with less to do has empty ones at the end.
+        text_chunks, conversation_chunks: the same number of each on every rank; a rank with less work has empty ones at the end.
         queries, texts: this rank's queries, and its queries and passages together.
         mask_ids: identity of each query's and each passage's text, or None.
-        weights: float64 (conversations), what each conversation's summed token losses count in the step's loss.
+        weights: float64 (conversations), the weight of each conversation's summed token losses in the step's loss.
         conversations, all_queries: conversations and queries of the step, on all ranks.
         tokens, labels, pairs: of the step, on all ranks: tokens, those with a label, and (query, key) pairs that see each other.
         first_query: queries of the ranks before.
@@ -75,9 +76,9 @@ class RankBatch:
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Losses of the whole step and the norms of their gradients before any limit, the same on all ranks.
+    """Losses of the whole step and the norms of their gradients before clipping, the same on all ranks.
 
-    None where the step has no such samples.
+    None if the step has no such samples.
     """
 
     total: float
@@ -105,7 +106,7 @@ def plan_step(
     datasets: tuple[Sequence[int], Sequence[int]] | None = None,
     num_datasets: int = 0,
 ) -> RankBatch:
-    """Chunks of this rank's samples, and what the ranks must agree on.
+    """Splits this rank's samples into chunks, and gathers what ranks must agree on.
 
     Args:
         attention: as in :func:`build_chunk`.
@@ -186,7 +187,7 @@ def _visible_pairs(pack: gk.SamplePack) -> int:
 
 
 def _empty_chunk() -> Chunk:
-    """One token that nothing is learned from: a rank without work must still take part in collectives."""
+    """One token without loss: a rank without work must still take part in collectives."""
     nothing = torch.zeros(0, dtype=torch.int64)
     return replace(build_chunk([EncodedSample([0])], []), embedded=nothing)
 
@@ -194,8 +195,8 @@ def _empty_chunk() -> Chunk:
 class StepGradients:
     """Adds the gradients of a step to ``model``'s weights (and to ``log_temperature``) and returns the step's losses.
 
-    ``model`` is a TrainingModel, alone or wrapped for the ranks; averaging over ranks, as DDP and FSDP do, gives the gradient
-    of the losses returned. Texts come first, then conversations, so that each objective's gradient can be limited
+    ``model`` is a TrainingModel, plain or wrapped for the ranks; averaging over ranks, as DDP and FSDP do, gives the gradient
+    of the returned losses. Texts come first, then conversations, so that each objective's gradient can be clipped
     (``objective_grad_norm``) before they are added.
     """
 
@@ -242,7 +243,7 @@ class StepGradients:
         return self._report(batch, contrastive, generative, contrastive_norm, generative_norm)
 
     def _text_gradients(self, batch: RankBatch, seed: int) -> Tensor:
-        """Adds the contrastive loss' gradients; returns this rank's part of the loss."""
+        """Adds the contrastive loss's gradients; returns this rank's part of the loss."""
         embedding_grads: Tensor | None = None
         contrastive: Tensor | None = None
         if len(batch.text_chunks) > 1:
@@ -262,7 +263,7 @@ class StepGradients:
         return contrastive.detach()
 
     def _conversation_gradients(self, batch: RankBatch, seed: int) -> Tensor:
-        """Adds the next-token loss' gradients; returns this rank's part of the loss."""
+        """Adds the next-token loss's gradients; returns this rank's part of the loss."""
         generative = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for index, chunk in enumerate(batch.conversation_chunks):
             last = chunk is batch.conversation_chunks[-1]
@@ -282,7 +283,7 @@ class StepGradients:
     def _pass(
         self, batch: RankBatch, chunk: Chunk, seed: int, index: int, *, last: bool
     ) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor]]:
-        """One forward: embeddings, sums of token losses, and the router loss' part of the objective. The block inside calls
+        """One forward pass: embeddings, sums of token losses, and the router loss's part of the objective. The block calls
         backward, which sums gradients over the ranks after an objective's last chunk."""
         with gradient_sync(self.model, last or self.reduce_each_chunk):
             with self._computing(seed, index):
@@ -290,11 +291,11 @@ class StepGradients:
             real = chunk.embedded.shape[0] or chunk.conversations.shape[0]
             portion = chunk.pack.tokens / batch.tokens if real else 0.0
             self._router += router_loss.detach().double() * portion
-            # a mean over ranks follows, so sums over ranks are scaled up
+            # gradients are averaged over ranks later, so sums are scaled up here
             yield vectors, sums, router_loss * (self.router_loss_weight * portion * self.ranks.world)
 
     def _embed(self, batch: RankBatch, seed: int) -> Tensor:
-        """float32 (texts, size) embeddings of this rank without a graph, ready to collect their gradient."""
+        """float32 (texts, size) embeddings of this rank, detached and ready to receive a gradient."""
         rows: Tensor | None = None
         with torch.no_grad():
             for index, chunk in enumerate(batch.text_chunks):
@@ -332,7 +333,7 @@ class StepGradients:
         )  # of all ranks' queries where they share negatives, else of this rank's
         loss = each.mean()
         if not self._across:
-            # ranks may hold one query more or less: the mean over all queries is the mean over ranks of this
+            # ranks may differ by one query: the mean over all queries is the mean of this over ranks
             loss = loss * (batch.queries * ranks.world / batch.all_queries)
         if batch.datasets is not None:
             own = each[batch.first_query :][: batch.queries] if self._across else each
@@ -362,8 +363,10 @@ class StepGradients:
 
     @contextlib.contextmanager
     def _computing(self, seed: int, index: int) -> Iterator[None]:
-        """The precision of a forward, and a random state that depends on step, rank and chunk only: both passes draw alike."""
-        # torch takes 64 bits
+        """The precision of a forward pass, and a random state that depends only on step, rank and chunk, so both passes draw
+        alike.
+        """
+        # torch accepts 64 bits
         torch.manual_seed(((seed * 1_000_003 + index) * 4096 + self.ranks.rank) % 2**63)
         autocast: Any = contextlib.nullcontext()
         if self.bf16:

@@ -1,4 +1,4 @@
-"""The training loop: plan the step, add up its gradients, update, log, save; resumable at every step."""
+"""The training loop: plan the step, accumulate its gradients, update, log, save; resumable at every step."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from python_model.train.trackers import StepLog, Tracker, open_trackers
 from python_model.train.validation import Validation, best_scores
 
 WINDOW = 50
-"""Steps over which a loss counts as usual."""
+"""Number of previous steps that a loss is compared with."""
 
 
 class Samples(Protocol):
-    """The samples of one step, of one rank or all (python_model.data.stream.StepSamples)."""
+    """The samples of a step, for one rank or all (python_model.data.stream.StepSamples)."""
 
     queries: list[EncodedSample]
     passages: list[EncodedSample]
@@ -58,7 +58,7 @@ class Samples(Protocol):
 
 
 class Stream(Protocol):
-    """Gives the samples of any step."""
+    """Provides the samples of any step."""
 
     def steps(self, start: int, stop: int) -> Iterator[Samples]:
         """The samples of steps ``start`` .. ``stop - 1``."""
@@ -70,9 +70,9 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """Trains ``model`` on a stream of samples; see :class:`TrainConfig`. Same seed, data and machine: same run.
+    """Trains ``model`` on a stream of samples; see :class:`TrainConfig`. The same seed, data and machine give the same run.
 
-    With several ranks each is given its own share of every step (``Ranks.share``).
+    With several ranks, each receives its own share of every step (``Ranks.share``).
     """
 
     def __init__(self, model: GritLM, config: TrainConfig, stream: Stream, ranks: Ranks | None = None) -> None:
@@ -113,14 +113,14 @@ class Trainer:
             router_loss_weight=router,
         )
         self.folder = Path(config.output_dir)
-        # what the checkpoint brought is part of what the run is
+        # settings from the checkpoint are part of the run's identity
         self.settings = {**config.to_dict(), "grit": asdict(model.settings)}
         self.checkpointer = Checkpointer(
             self.folder / "states", self.settings, self.ranks, identity=identity, save_total=config.logging.save_total
         )
         self._best = Checkpointer(self.folder / "best", self.settings, self.ranks, save_total=1)
         self.after_step: Callable[[int], None] | None = None
-        """Called with the number of steps done, before the state is saved; may measure the model."""
+        """Called with the number of steps done, before the state is saved; may evaluate the model."""
         self._stop = False
         self._executed = 0
 
@@ -151,10 +151,10 @@ class Trainer:
             self._stop_at_bad_batch(batch, samples, losses, "it is not finite")
         temperature = self.optimizers.temperature
         norm = self.optimizers.clip()
-        if not math.isfinite(norm):  # before it is in the weights, and in a saved state
+        if not math.isfinite(norm):  # before it reaches the weights and a saved state
             self._stop_at_bad_batch(batch, samples, losses, f"its gradient has norm {norm}")
         self._executed += 1
-        if self._executed == 2:  # in the first step the inner half of an adapter has none yet
+        if self._executed == 2:  # in the first step, one half of each adapter has none yet
             self._report_unreached(index)
         self.optimizers.update(index)
         return {
@@ -188,7 +188,7 @@ class Trainer:
         }
 
     def train(self) -> list[dict[str, Any]]:
-        """Run the steps that are left, with a progress bar; returns the records of ``output_dir/log.jsonl``.
+        """Run the remaining steps, with a progress bar; returns the records of ``output_dir/log.jsonl``.
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite, or the loss exploded; ``bad_batch.json`` holds the
@@ -206,7 +206,7 @@ class Trainer:
             write_json(self.folder / "config.json", self.settings)
             for line in self.memory.lines(device_limit(self.ranks.device)):
                 tqdm.write(line)
-        # first those that may be missing: a new log drops what an earlier run wrote
+        # trackers first, as they may be missing: a new log drops what an earlier run wrote
         others = open_trackers(config.trackers, self.folder, self.settings) if self.ranks.first else []
         log = StepLog(self.folder / "log.jsonl", start) if self.ranks.first else None
         trackers: list[Tracker] = [log, *others] if log else []
@@ -242,7 +242,7 @@ class Trainer:
                     profiler.step()
                     self._save_state(index + 1)
                     if validation is not None and enough:
-                        bar.write(f"stopping after step {index + 1}: no better since step {validation.best()}")
+                        bar.write(f"stopping after step {index + 1}: no improvement since step {validation.best()}")
                         break
                     begin = time.perf_counter()
         finally:
@@ -257,7 +257,7 @@ class Trainer:
         return log.records if log else []
 
     def save(self) -> Path:
-        """Write the trained model to ``output_dir/checkpoint``, whole or not at all: a plain transformers checkpoint
+        """Write the trained model to ``output_dir/checkpoint``, atomically: a plain transformers checkpoint
         (adapters merged) with the tokenizer and the GRIT settings. Returns the folder; every rank must call it."""
         target = self.folder / "checkpoint"
         grit = self._whole_model()
@@ -285,7 +285,7 @@ class Trainer:
         )
 
     def _whole_model(self) -> GritLM | None:
-        """The model with whole weights on rank 0 (None on the others)."""
+        """The model with unsharded weights on rank 0 (None on the others)."""
         if not hasattr(self.model, "set_requires_gradient_sync"):
             return self.grit
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -320,7 +320,7 @@ class Trainer:
         if not config.data:
             return None
         bf16 = self.config.model.bf16
-        if not start and self.ranks.first:  # of an earlier run
+        if not start and self.ranks.first:  # left by an earlier run
             shutil.rmtree(self._best.folder, ignore_errors=True)
         return Validation(
             config, self.model, self.grit, self.optimizers, self.folder, self._best, self.ranks, bf16=bf16, start=start
@@ -339,7 +339,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask for a stop after the current step; a second one acts as always."""
+        """SIGTERM and SIGINT request a stop after the current step; a second one has its usual effect."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -375,7 +375,7 @@ class Trainer:
         )
 
     def _report_unreached(self, index: int) -> None:
-        """Say which trained weights the step's gradient does not reach: they stay as they are."""
+        """Report trained weights that the step's gradient does not reach: they remain unchanged."""
         names = [
             name.removeprefix("module.grit.").removeprefix("grit.")
             for name, p in self.model.named_parameters()
@@ -404,12 +404,12 @@ class Trainer:
 
 
 def router_loss_weight(model: GritLM, config: LossConfig) -> float:
-    """Factor of the load-balancing loss: 0 for a model without experts."""
+    """Weight of the load-balancing loss; 0 for a model without experts."""
     settings = model.model.config
     if not getattr(settings, "num_local_experts", 0):
         if config.router_loss_weight:
             raise ValueError(
-                f"losses.router_loss_weight: got {config.router_loss_weight}, but the model has no experts"
+                f"losses.router_loss_weight: expected none for a model without experts, got {config.router_loss_weight}"
             )
         return 0.0
     if config.router_loss_weight is not None:
@@ -418,7 +418,7 @@ def router_loss_weight(model: GritLM, config: LossConfig) -> float:
 
 
 def _memory_gib(device: torch.device) -> float | None:
-    """GiB in use at the most (GPU), or now (host); None where psutil is not there to ask."""
+    """Peak GiB in use (GPU), or current GiB (host); None if psutil is missing."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     psutil = find("psutil")

@@ -1,4 +1,4 @@
-"""Measuring a run on held-out rows while it trains: the best state is kept, and a run that no longer improves stops."""
+"""Evaluates a run on held-out rows while it trains, keeps the best state, and stops a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Validation:
 
     Args:
         model: as it is trained, which wraps ``grit``, what is measured; ``trained``: whose state is kept.
-        start: steps that are done; later lines of an earlier run are dropped.
+        start: steps already done; later lines of an earlier run are dropped.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Validation:
         self._log = StepLog(folder / "evaluation.jsonl", start) if ranks.first else None
 
     def __call__(self, step: int, steps: int) -> bool:
-        """Measure where it is due after ``step`` of ``steps`` steps; returns whether the run should stop.
+        """Evaluate if due after ``step`` of ``steps`` steps; returns whether the run should stop.
 
         Raises:
-            ValueError: the metric is not measured on this data or in this mode.
+            ValueError: the metric is not available for this data or mode.
         """
         if step % self.config.every and step != steps:
             return False
@@ -61,7 +61,7 @@ class Validation:
             if scores.get(self.config.metric) is None:
                 measured = [name for name in HIGHER_IS_BETTER if scores.get(name) is not None]
                 raise ValueError(
-                    f"evaluation.metric: expected one that mode and data give ({measured}), got {self.config.metric!r}"
+                    f"evaluation.metric: expected one available for this mode and data ({measured}), got {self.config.metric!r}"
                 )
             if self._log is not None:
                 self._log.log(step, scores)
@@ -70,7 +70,7 @@ class Validation:
         return self.enough()
 
     def enough(self) -> bool:
-        """Whether ``patience`` measurements brought nothing better."""
+        """Whether there was no improvement in ``patience`` evaluations."""
         if not self.config.patience:
             return False
         best = self.best()

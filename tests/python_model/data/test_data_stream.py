@@ -254,7 +254,7 @@ def test_weights_and_limits_change_how_often_rows_come(tokenizer: Any, tmp_path:
     assert counts(dataset_weights={"a": 2.0, "b": 0.5}) == {"a": 16, "b": 4}
     assert counts(dataset_weights={"a": 0}) == {"a": 0, "b": 8}
     assert counts(max_rows_per_dataset=4) == {"a": 4, "b": 4}
-    with pytest.raises(ValueError, match="dataset_weights: expected names out of .*, got 'c'"):
+    with pytest.raises(ValueError, match="dataset_weights: expected names from .*, got 'c'"):
         counts(dataset_weights={"c": 1.0})
     with pytest.raises(ValueError, match="which leave no embedding rows"):
         counts(dataset_weights={"a": 0, "b": 0})

@@ -103,8 +103,8 @@ def test_conversations_without_a_reply_within_the_limit_are_left_out(
     short = GenerativeRow(("say river", "river it is"))
     long = GenerativeRow(("say river " * 40, "river it is"))
     assert next_token_loss(model, [long, short], max_length=24) == next_token_loss(model, [short], max_length=24)
-    assert "1 of 2 conversations have no reply within 24 tokens" in caplog.text
-    with pytest.raises(TooLong, match="max_length: .*got 24, which the first turn of each of 1"):
+    assert "skipping 1 of 2 conversations, which have no reply within 24 tokens" in caplog.text
+    with pytest.raises(TooLong, match="max_length: .*got 24, which every first turn fills"):
         next_token_loss(model, [long], max_length=24)
 
 
@@ -139,7 +139,7 @@ def test_mistakes_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match="corpus.jsonl"):
         main(["--model", str(checkpoint), "--data", str(tmp_path)])
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(SystemExit, match="holds something else"):
+    with pytest.raises(SystemExit, match="does not hold results"):
         main(["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "other.json")])
     with (data / "test" / "embedding.jsonl").open("a") as file:
         file.write(json.dumps({"query": "q", "pos": ["p"], "neg": [], "key": "nowhere"}) + "\n")

@@ -188,6 +188,6 @@ def test_settings_without_a_counterpart_are_refused_by_name(checkpoint: Path, tm
         with pytest.raises(ValueError, match=f"{name}: expected .*got"):
             export_sentence_transformers(GritLM(checkpoint, device="cpu", **settings), tmp_path / "st")
     named = GritLM(checkpoint, device="cpu", prompts={"query": "Find: "})
-    with pytest.raises(ValueError, match="instructions: expected other names .*got 'query'"):
+    with pytest.raises(ValueError, match="instructions: expected names that differ .*got 'query'"):
         export_sentence_transformers(named, tmp_path / "st", instructions={"query": "Find the text"})
     assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,9 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
         grit_train(["--data.train_data", str(data), "--batch.chunk_tokens", "10"])
     with pytest.raises(ValueError, match="no_such_option"):
         grit_train.arguments(["--data.train_data", str(data), "--no_such_option", "1"])
-    with pytest.raises(SystemExit, match="losses.router_loss_weight: got 1.0, but the model has no experts"):
+    with pytest.raises(
+        SystemExit, match="losses.router_loss_weight: expected none for a model without experts, got 1.0"
+    ):
         grit_train(
             ["--model.name", str(checkpoint), "--data.train_data", str(data), "--losses.router_loss_weight", "1.0"]
             + ["--output_dir", str(tmp_path / "out")]
@@ -111,7 +113,7 @@ def test_a_flat_setting_of_version_0_1_is_refused_with_its_new_place(tmp_path: P
             grit_train([f"--{name}", "4"])
     with pytest.raises(SystemExit, match="model: expected its new name model.name"):
         grit_train(["--model", "smollm2-135m"])
-    with pytest.raises(SystemExit, match="plain_text: this setting of version 0.1 is gone"):
+    with pytest.raises(SystemExit, match="plain_text: this setting of version 0.1 was removed"):
         grit_train(["--plain_text=true"])
     file = tmp_path / "old.yaml"
     file.write_text("steps: 2\ntemperature: 0.1\n")

@@ -189,7 +189,7 @@ def test_a_state_of_version_0_1_is_refused_where_its_settings_are_gone_or_differ
     checkpoint: Path, tmp_path: Path
 ) -> None:
     _state_0_1(tmp_path / "gone", plain_text=True)
-    with pytest.raises(ValueError, match="trained with plain_text, which is gone since version 0.2; start anew"):
+    with pytest.raises(ValueError, match="trained with plain_text, which version 0.2 removed; start over"):
         toy_trainer(toy_config(checkpoint, tmp_path / "gone", **RUN_0_1)).train()
     _state_0_1(tmp_path / "other", learning_rate=0.5)
     with pytest.raises(ValueError, match="optimizer.lr: expected 0.5, with which .* was written, got 2e-05"):
@@ -204,7 +204,7 @@ def test_a_state_of_a_newer_version_is_refused(checkpoint: Path, tmp_path: Path)
     content = json.loads((state / "state.json").read_text())
     assert content["version"] == VERSION
     (state / "state.json").write_text(json.dumps({**content, "version": VERSION + 1}))
-    with pytest.raises(ValueError, match=f"expected a state of version {VERSION} at most, got {VERSION + 1}"):
+    with pytest.raises(ValueError, match=f"expected a state of at most version {VERSION}, got {VERSION + 1}"):
         toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1)).train()
 
 

@@ -59,7 +59,9 @@ def test_the_best_state_is_what_is_left_and_no_improvement_stops(
 def test_a_metric_that_the_run_does_not_give_is_refused(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
     settings = {"evaluation.data": str(folder), "evaluation.every": 1, "evaluation.metric": "next_token_loss"}
     config = toy_config(checkpoint, tmp_path, steps=2, mode="embedding", **settings)
-    with pytest.raises(ValueError, match="evaluation.metric: expected one that mode and data give .*ndcg_at_10"):
+    with pytest.raises(
+        ValueError, match="evaluation.metric: expected one available for this mode and data .*ndcg_at_10"
+    ):
         toy_trainer(config).train()
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         toy_config(checkpoint, tmp_path, **{"evaluation.data": "nowhere"})
