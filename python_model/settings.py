@@ -39,7 +39,7 @@ SETTINGS_FILE = "grit.json"
 VERSION = 2
 """Version of grit.json; older files have none."""
 _SINCE = {"truncate_dim": 2}
-"""Versions of the file that settings came with; the others were there in the first."""
+"""The file version in which a setting was introduced; others were in the first."""
 _UNVERSIONED = (
     "pooling_method",
     "normalized",
@@ -120,7 +120,7 @@ class GritSettings:
             window, on both sides) or ``"full"``.
         projection: output size of the embedding head, a linear layer with bias after pooling; None: no head.
         projection_activation: the activation after it: ``"identity"``, ``"tanh"``, ``"gelu"`` or ``"relu"``.
-        truncate_dim: an embedding is cut to its first so many numbers, before it is normalised, for a model that was trained for
+        truncate_dim: embeddings are truncated to this size before normalisation, for a model that was trained for
             it (``losses.matryoshka_dims``); None: whole.
         special_tokens: the tokens added around a text where special tokens are requested. ``"tokenizer"``: what the checkpoint's
             tokenizer itself adds. ``"bos"``: BOS at the start, whether or not the tokenizer adds one.

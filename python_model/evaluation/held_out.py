@@ -59,14 +59,14 @@ class HeldOut:
 
 
 class Sharing(Protocol):
-    """Processes that measure together (python_model.train.distributed.Ranks)."""
+    """Processes that evaluate together (python_model.train.distributed.Ranks)."""
 
     def share(self, count: int) -> range:
-        """Those of ``count`` rows that are this process's: contiguous, in the order of the processes."""
+        """This process's share of ``count`` rows: contiguous, in the order of the processes."""
         ...
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """Everybody's rows, one process after another."""
+        """The rows of all processes, one after another."""
         ...
 
 
@@ -83,7 +83,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], Tensor]:
     """Retrieval metrics, next-token loss (None without conversations or a language-model head), and the documents' embeddings.
 
-    ``ranks``: processes that share the work; each is given the scores of all.
+    ``ranks``: processes that share the work; each receives the overall scores.
 
     Raises:
         ValueError: there are no queries. TooLong: no conversation has a reply within ``max_length``.

@@ -37,7 +37,7 @@ def next_token_loss(
 def token_loss_sums(
     model: GritLM, rows: Sequence[GenerativeRow], *, max_length: int, rows_per_pack: int = 16
 ) -> tuple[float, int, int]:
-    """The sum of the reply tokens' losses, their number, and how many conversations have none within ``max_length``."""
+    """The sum of the reply tokens' losses, their number, and how many conversations have no reply within ``max_length``."""
     formatter = model.formatter
     samples = []
     for row in rows:

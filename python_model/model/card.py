@@ -1,6 +1,6 @@
-"""The model card (README.md) of a checkpoint: what it was made from, with which settings, how good it is, how to load it.
+"""The model card (README.md) of a checkpoint: its origin, settings and results, and how to load it.
 
-It names data sets and no paths or addresses, which may hold names of machines or credentials.
+It names data sets but no paths or URLs, which may contain machine names or credentials.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ def model_card(
     prompts: Sequence[str] = (),
     remote_code: bool = False,
 ) -> str:
-    """The text of ``README.md``, with the metadata that the Hugging Face hub reads in front.
+    """The text of ``README.md``, beginning with the metadata for the Hugging Face hub.
 
     Args:
         settings: of the model.
-        kind: what the folder holds: a model that embeds and generates, one that embeds, or an export to sentence-transformers.
-        name: what a reader loads it by.
-        base: name of the model it was trained from; only a hub name (``owner/name``) becomes metadata, of a path the last part is
-            shown.
-        training: settings of the run by their dotted names.
-        datasets: rows by data set.
+        kind: content of the folder: a model that embeds and generates, one that embeds, or an export to sentence-transformers.
+        name: the name under which readers load it.
+        base: name of the model it was trained from; only a hub name (``owner/name``) becomes metadata; of a path only
+            the last part is shown.
+        training: settings of the run by dotted name.
+        datasets: number of rows by data set.
         results: scores on held-out rows.
-        sections: of the card of the checkpoint it was made from, see :func:`carried_sections`.
-        prompts: of the export, by name; ``remote_code``: it needs this package's code.
+        sections: sections from the card of the checkpoint it was made from, see :func:`carried_sections`.
+        prompts: names of the export's prompts; ``remote_code``: whether it needs this package's code.
     """
     from huggingface_hub import ModelCardData
 
@@ -115,7 +115,7 @@ def model_card(
 
 
 def carried_sections(folder: Path) -> dict[str, str]:
-    """What the card of a checkpoint says about training and results; empty where it has none, or another's card."""
+    """The sections on training and results in a checkpoint's card; empty if it has none, or a card of other origin."""
     file = folder / CARD_FILE
     if not file.is_file():
         return {}

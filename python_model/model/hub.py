@@ -1,4 +1,4 @@
-"""Uploading a checkpoint to the Hugging Face hub."""
+"""Uploads a checkpoint to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md")
-"""Files of a checkpoint; whatever else lies in the folder stays at home."""
+"""Files of a checkpoint; anything else in the folder is not uploaded."""
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -19,16 +19,16 @@ def check_hub_name(argument: str, name: str) -> None:
 
 
 def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = True, api: Any = None) -> str:
-    """Upload a checkpoint as ``name`` (``owner/name``), which is made if it is not there; returns its address.
+    """Upload a checkpoint as ``name`` (``owner/name``), created if it does not exist; returns its URL.
 
-    Who uploads is what ``hf auth login`` or ``HF_TOKEN`` say: a token is no argument, so it is in no file of a run.
+    The user is the one of ``hf auth login`` or ``HF_TOKEN``: a token is not an argument, so that no file of a run contains it.
 
     Args:
-        private: of a repository that is made.
+        private: whether a new repository is private.
         api: a ``huggingface_hub.HfApi``.
 
     Raises:
-        ValueError: a name of another form. FileNotFoundError: the folder holds no checkpoint.
+        ValueError: a malformed name. FileNotFoundError: the folder holds no checkpoint.
     """
     check_hub_name("name", name)
     source = Path(folder)

@@ -51,7 +51,7 @@ def sample_weights(counts: Tensor, *, kind: str = "mixed", group: int = 0) -> Te
 
 
 def group_scores(vectors: Tensor, queries: int) -> Tensor:
-    """float32 (queries, group): the product of each query with its own passages; ``vectors`` (queries + passages, size), the
+    """float32 (queries, group): the dot product of each query with its own passages; ``vectors`` (queries + passages, size), the
     passages of a query one after another."""
     own = vectors[queries:].unflatten(0, (queries, -1))
     return torch.einsum("qd,qgd->qg", vectors[:queries].float(), own.float())

@@ -127,7 +127,7 @@ class Checkpointer:
         return self._path(step)
 
     def finish(self) -> None:
-        """Wait for the state that is being written; every rank must call it."""
+        """Wait until a state being written is complete; every rank must call this."""
         if self._pending is not None:
             step, future = self._pending
             self._pending = None
@@ -138,7 +138,7 @@ class Checkpointer:
         return self.folder / f"step-{step:08d}"
 
     def _complete(self, step: int) -> None:
-        """All ranks have written their part: make a state of it."""
+        """Finish the state after all ranks have written their parts."""
         self.ranks.barrier()
         target, temporary = self._path(step), self.folder / f".step-{step:08d}"
         if self.ranks.first:

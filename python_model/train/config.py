@@ -61,7 +61,7 @@ class ModelConfig(Checked):
 
 @dataclass
 class OptimizerConfig(Checked):
-    """The optimiser, its schedule, and what the gradients are limited to.
+    """The optimiser, its schedule, and gradient clipping.
 
     Attributes:
         kind: ``adamw``, or ``muon`` for the matrices of the decoder's layers (momentum, made orthogonal; half of AdamW's memory)
@@ -72,7 +72,7 @@ class OptimizerConfig(Checked):
         schedule: the learning rate after the warm-up: linear or cosine decay to 0, ``constant``, or constant followed by a linear
             decay over the last ``decay_ratio`` of the steps.
         decay_ratio: see ``schedule``.
-        weight_decay: of matrices; norms and biases have none.
+        weight_decay: weight decay of matrices; norms and biases have none.
         objective_grad_norm: clip the gradient of each objective to this norm before the two are added, so that neither dominates;
             0: no limit. This is free: both norms are measured and logged anyway.
         max_grad_norm: clip the sum of both gradients to this norm.
@@ -98,9 +98,9 @@ class LossConfig(Checked):
         matryoshka_dims: average the contrastive loss over embeddings of full size and truncated to each of these sizes, so that
             truncated embeddings work as well as possible (Matryoshka, arXiv 2205.13147); ``[]``: full size only.
         contrastive_weight: weight of the contrastive loss.
-        distillation_weight: factor of the distance (KL) between a teacher's scores of a query's passages (``pos_scores`` and
+        distillation_weight: weight of the divergence (KL) between a teacher's scores of a query's passages (``pos_scores`` and
             ``neg_scores`` of the rows) and the model's own, both after a softmax; 0: scores are not used.
-        teacher_temperature: the teacher's scores are divided by it before their softmax.
+        teacher_temperature: divides the teacher's scores before the softmax.
         generative_weight: weight of the next-token loss.
         router_loss_weight: weight of a mixture-of-experts model's load-balancing loss; default: the model config's
             ``router_aux_loss_coef``.
@@ -188,13 +188,13 @@ class LoggingConfig(Checked):
     Attributes:
         save_steps: steps between saved states; 0: save only when interrupted.
         save_total: number of states kept.
-        async_save: write states while training goes on; they are copied to host memory first.
+        async_save: write states while training continues; they are copied to host memory first.
         resume: continue from the newest state in ``output_dir``.
         trackers: any of ``tensorboard``, ``wandb``, ``trackio``, in addition to ``log.jsonl``.
         exploding_loss: stop if the loss exceeds its mean over the last 50 steps by this much; 0: only if it is not finite.
         peak_tflops: of a device, in the precision of the run: ``mfu`` in the log is the model's operations over it; 0: that of a
             large matrix product, measured at the start.
-        profile_steps: record so many steps with torch's profiler, from the run's third on, into ``profile/``; 0: none.
+        profile_steps: number of steps recorded with torch's profiler in ``profile/``, starting with the third; 0: none.
     """
 
     save_steps: CountOrNone = 0
@@ -224,7 +224,7 @@ class TrainConfig(Checked):
         grit: what affects an embedding or a reply; settings not given are those of the checkpoint that the run starts from.
         data: which rows are used, and how they become samples.
         batch: the samples of a step, and the chunks in which they are computed.
-        optimizer: the optimiser, its schedule and limits of the gradients.
+        optimizer: the optimiser, its schedule, and gradient clipping.
         losses: the two losses.
         parallel: several ranks.
         evaluation: evaluation on held-out rows during the run.
@@ -346,7 +346,7 @@ _UNTOLD = frozenset(
         *("data.token_cache", "data.data_workers", "evaluation.data"),
     )
 )
-"""Paths, and what changes nothing: not for a model card."""
+"""Paths, and settings without effect on the result, which do not belong in a model card."""
 _RENAMED = {"model": "model.name", "learning_rate": "optimizer.lr", "parallel": "parallel.strategy"}
 MOVED = {name.partition(".")[2]: name for name in TYPES if "." in name} | _RENAMED
 """New names of the flat settings of version 0.1, and full names of settings given without their group."""

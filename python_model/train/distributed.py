@@ -58,7 +58,7 @@ class Ranks:
         return [int(x) for row, n in zip(self.all_values(padded), counts, strict=True) for x in row[:n]]
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """Everybody's rows (their numbers may differ), in rank order."""
+        """The rows of all ranks (their numbers may differ), in rank order."""
         if self.group is None:
             return rows
         counts = [int(count) for count in self.all_values([rows.shape[0]])[:, 0]]
@@ -153,7 +153,7 @@ def layers(model: TrainingModel) -> list[nn.Module]:
 
 
 class ForwardsApart:
-    """The ranks, while each calls the decoder of sharded weights as often as it likes.
+    """The ranks, while each calls a decoder with sharded weights any number of times.
 
     A forward over shards needs all ranks. So each announces its forwards, and a rank that waits for the others (in
     :meth:`all_rows`, or at the end) runs empty ones until nobody announces any more.
@@ -172,12 +172,12 @@ class ForwardsApart:
         return self.ranks.all_rows(rows)
 
     def announce(self, *_: Any) -> None:
-        """A forward of this rank begins."""
+        """Called when a forward pass of this rank begins."""
         if not self._waiting:
             self._anyone(1)
 
     def wait(self) -> None:
-        """Take part in the others' forwards until they are done."""
+        """Take part in the forward passes of the others until they are done."""
         self._waiting = True
         nothing = build_chunk([EncodedSample([0])], []).to(self.ranks.device)
         while self._anyone(0):
@@ -190,9 +190,9 @@ class ForwardsApart:
 
 @contextlib.contextmanager
 def forwards_apart(model: nn.Module, ranks: Ranks) -> Iterator[Ranks | ForwardsApart]:
-    """In the block the ranks may call parts of ``model`` (a wrapped TrainingModel that has been trained), each as often as it
-    likes, without gradients; what they exchange goes through what it yields."""
-    if not hasattr(model, "set_requires_gradient_sync"):  # every rank has whole weights
+    """Within the block, the ranks may call parts of ``model`` (a wrapped TrainingModel that has been trained) any number of
+    times each, without gradients, and exchange data through the object it yields."""
+    if not hasattr(model, "set_requires_gradient_sync"):  # every rank has all weights
         yield ranks
         return
     sharded = cast(Any, model)

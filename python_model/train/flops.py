@@ -1,10 +1,10 @@
-"""Operations of a step, and which share of the device's peak they are (MFU).
+"""Floating-point operations of a step, and the share of the device's peak that they use (MFU).
 
-Counted is what the model's definition asks for, whatever is computed twice: a product with a trained weight takes 6 operations
-per weight and token (2 forward, 4 backward), with a frozen one 4, attention 12 per layer, head, head dimension and pair of
-tokens that see each other. Texts that are embedded twice (gradient caching) and recomputed activations do not count, so they
-lower the share. A sliding window is not subtracted; of a mixture's experts those that a token visits count, and the
-language-model head is counted for the tokens with a label.
+Only operations required by the model's definition count: a product with a trained weight takes 6 operations per weight and token
+(2 forward, 4 backward), with a frozen one 4; attention takes 12 per layer, head, head dimension and visible pair of tokens. Texts
+embedded twice (gradient caching) and recomputed activations count once, so they lower the share. A sliding window is not taken
+into account; of a mixture's experts, those that a token is routed to count, and the language-model head counts for labelled
+tokens.
 
 Source: MFU of PaLM, arXiv 2204.02311 appendix B.
 """
@@ -33,16 +33,16 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: GritLM) -> ModelFlops:
-        """Those of a model, before it is sharded; adapters and frozen weights as they are."""
+        """The operations of a model before it is sharded, given its adapters and frozen weights."""
         config: Any = model.model.config
         head = None if model.mode == "embedding" else model.model.get_output_embeddings()
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        # a token visits some of the experts
+        # a token is routed to some of the experts
         visited = (getattr(config, "num_experts_per_tok", 0) or 0) / (getattr(config, "num_local_experts", 0) or 1)
         body = 0.0
         for module in model.decoder[0].modules():
-            if isinstance(module, nn.Linear):  # a quantised one keeps fewer elements than it has weights
+            if isinstance(module, nn.Linear):  # a quantised layer stores fewer elements than it has weights
                 body += _passes(module.weight) * module.in_features * module.out_features
             elif not isinstance(module, nn.Embedding):  # a router, or experts, one matrix each
                 for p in module.parameters(recurse=False):
@@ -54,7 +54,7 @@ class ModelFlops:
         return cls(body, logits, 12.0 * config.num_hidden_layers * heads * size)
 
     def step(self, tokens: int, labels: int, pairs: int) -> float:
-        """Operations of a step with so many tokens, labelled tokens and visible pairs."""
+        """Operations of a step with these numbers of tokens, labelled tokens and visible pairs."""
         return self.per_token * tokens + self.per_label * labels + self.per_pair * pairs
 
 
@@ -64,12 +64,12 @@ def _passes(weight: Any) -> int:
 
 @functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square product on the device: what a perfect step would reach."""
+    """Operations per second of a large square matrix product on the device, as the peak."""
     size = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # the run's own draws stay as they are
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random state is not affected
     a, b = (torch.rand(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = math.inf
-    for _ in range(4):  # the first one warms up
+    for _ in range(4):  # the first run is a warm-up
         _wait(device)
         begin = time.perf_counter()
         a @ b

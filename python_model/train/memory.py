@@ -152,7 +152,7 @@ def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) 
 
 
 def attention_output_bytes(model_config: Any, bf16: bool) -> int:
-    """Bytes of what attention gives per token and layer: its output, and the LSE of each head in FP32."""
+    """Bytes of attention's results per token and layer: its output, and the LSE of each head in FP32."""
     heads = model_config.num_attention_heads
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     return heads * ((2 if bf16 else 4) * size + 4)

@@ -27,7 +27,7 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Optimizers:
-    """AdamW or Muon over the trainable weights of ``model`` (alone or wrapped for the ranks), with a warm-up and a schedule."""
+    """AdamW or Muon over the trainable weights of ``model`` (plain or wrapped for the ranks), with a warm-up and a schedule."""
 
     def __init__(
         self, model: nn.Module, config: OptimizerConfig, losses: LossConfig, ranks: Ranks, *, steps: int, embeds: bool
@@ -144,7 +144,7 @@ class Optimizers:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices of the decoder's layers, without a mixture's router, whose rows are classes as a head's are."""
+    """The trained matrices of the decoder's layers, except a mixture's router, whose rows are classes like those of a head."""
     inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     assert isinstance(inner, TrainingModel)
     return [

@@ -1,4 +1,4 @@
-"""A trace of some steps by torch's profiler."""
+"""Traces some steps with torch's profiler."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any, Protocol
 from python_model.train.distributed import Ranks
 
 BEFORE = 2
-"""Steps of a run that are not recorded: what they compile, load and allocate happens once."""
+"""Initial steps that are not recorded: they compile, load and allocate once."""
 
 
 class StepProfiler(Protocol):
-    """Is told where steps end."""
+    """Is notified at the end of each step."""
 
     def step(self) -> None:
-        """A step has ended."""
+        """Called at the end of a step."""
 
 
 class _None:
     def step(self) -> None:
-        """Nothing is recorded."""
+        """Records nothing."""
 
 
 @contextlib.contextmanager
 def step_profiler(folder: Path, steps: int, ranks: Ranks) -> Iterator[StepProfiler]:
-    """Records ``steps`` steps of the block, after the first two; 0: none.
+    """Records ``steps`` steps of the block after the first two; 0: none.
 
-    Each rank writes ``profile/rank-0.json`` (for chrome://tracing or Perfetto) and ``profile/rank-0.txt``, the operations by the
-    time they took, once the steps are done, or when the block ends before.
+    Each rank writes ``profile/rank-0.json`` (for chrome://tracing or Perfetto) and ``profile/rank-0.txt``, the operations
+    sorted by time, once the steps are done or when the block ends.
     """
     if not steps:
         yield _None()

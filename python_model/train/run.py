@@ -56,7 +56,7 @@ def _run_rank(config: TrainConfig, here: Ranks) -> Path:
     trainer = Trainer(model, config, stream, here)
     records = trainer.train()
     checkpoint = trainer.save()
-    if here.first:  # last: what fails here costs no weights
+    if here.first:  # last, so that a failure here costs no weights
         plot_losses(records, Path(config.output_dir) / "loss.png")
         if config.push_to_hub:
             from python_model.model.hub import push_to_hub

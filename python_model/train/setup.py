@@ -48,7 +48,7 @@ def load_model(
 
 
 def recompute_activations(grit: GritLM, config: ModelConfig) -> None:
-    """Turn gradient checkpointing on where the settings ask for it."""
+    """Enable gradient checkpointing if the settings say so."""
     if config.gradient_checkpointing:
         gk.hf.checkpoint_activations(grit.model, keep_attention=config.gradient_checkpointing == "selective")
 

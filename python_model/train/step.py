@@ -42,12 +42,13 @@ class RankBatch:
         weights: float64 (conversations), the weight of each conversation's summed token losses in the step's loss.
         conversations, all_queries: conversations and queries of the step, on all ranks.
         tokens, labels, pairs: of the step, on all ranks: tokens, those with a label, and (query, key) pairs that see each other.
-        first_query: queries of the ranks before.
-        scores: float32 (queries, passages per query), a teacher's, NaN in the rows of queries without; None: nobody has any.
+        first_query: number of queries on earlier ranks.
+        scores: float32 (queries, passages per query), of a teacher, NaN in rows of queries without scores; None if no query has
+            any.
         scored: queries of the step with scores, on all ranks.
-        datasets: int64 (queries) and (conversations), which data set each is of, or None.
-        num_datasets: how many there are.
-        labels_of: int64 (conversations), tokens with a label.
+        datasets: int64 (queries) and (conversations), the data set of each, or None.
+        num_datasets: number of data sets.
+        labels_of: int64 (conversations), labelled tokens of each.
     """
 
     text_chunks: list[Chunk]
@@ -111,7 +112,7 @@ def plan_step(
     Args:
         attention: as in :func:`build_chunk`.
         scores: a teacher's score of each passage; a query counts as scored if all of its passages are.
-        datasets: which of ``num_datasets`` data sets each query and each conversation is of, for losses per data set.
+        datasets: the data set (of ``num_datasets``) of each query and each conversation, for losses per data set.
     """
     texts = [*queries, *passages]
     text_plan = plan_texts(
@@ -218,7 +219,7 @@ class StepGradients:
         self.bf16, self.objective_grad_norm, self.reduce_each_chunk = bf16, objective_grad_norm, reduce_each_chunk
         self.log_temperature = log_temperature
         self.router_loss_weight = router_loss_weight
-        # without other ranks this one has all queries, too
+        # without other ranks, this one has all queries
         self._across = losses.cross_device_negatives or ranks.group is None
         self._router = torch.zeros((), dtype=torch.float64)
         self._distillation = torch.zeros((), dtype=torch.float64)
@@ -310,8 +311,8 @@ class StepGradients:
         return rows.requires_grad_()
 
     def _text_losses(self, vectors: Tensor, batch: RankBatch) -> tuple[Tensor, Tensor]:
-        """The contrastive loss, and the weighted sum of all that is learned from embeddings; over all ranks' texts, with
-        gradients that a mean over ranks makes exact."""
+        """The contrastive loss, and the weighted sum of all losses of embeddings, over the texts of all ranks; gradients are
+        exact after averaging over ranks."""
         config, ranks = self.losses, self.ranks
         size = vectors.shape[1]
         if wrong := [dim for dim in config.matryoshka_dims if dim >= size]:
@@ -330,7 +331,7 @@ class StepGradients:
                 distillation.append(distillation_losses(student, batch.scores / config.teacher_temperature))
         each = torch.stack(contrastive).mean(
             dim=0
-        )  # of all ranks' queries where they share negatives, else of this rank's
+        )  # for the queries of all ranks if they share negatives, else for this rank's
         loss = each.mean()
         if not self._across:
             # ranks may differ by one query: the mean over all queries is the mean of this over ranks

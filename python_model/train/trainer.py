@@ -171,7 +171,7 @@ class Trainer:
             "lr": self.optimizers.lr(index),
             "tokens": batch.tokens,
             "chunks": batch.num_chunks,
-            # per rank; over the step's seconds it is what a device does
+            # per rank; divided by the step's seconds, the rate of a device
             "tflop": self.flops.step(batch.tokens, batch.labels, batch.pairs) / self.ranks.world / 1e12,
         }
 
@@ -296,7 +296,7 @@ class Trainer:
             return None
         config = self.config
         settings = {name: value for name, value in asdict(self.grit.settings).items() if value is not None}
-        # a model without weights takes the gathered ones as they are: there is never a second copy
+        # a model without weights adopts the gathered ones, so there is never a second copy
         fresh = TrainingModel(
             load_model(config.model, torch.device("cpu"), mode=config.mode, settings=settings, weights=False)
         )

@@ -26,7 +26,7 @@ class Validation:
     Every rank makes one and calls it after every step; they share the work, and the first one writes.
 
     Args:
-        model: as it is trained, which wraps ``grit``, what is measured; ``trained``: whose state is kept.
+        model: the module being trained, which wraps ``grit``, the model to evaluate; ``trained``: the module whose state is kept.
         start: steps already done; later lines of an earlier run are dropped.
     """
 
@@ -78,7 +78,7 @@ class Validation:
         return bool(self._told(later >= self.config.patience))
 
     def best(self) -> int:
-        """The step after which the metric was best, the earliest where several were; 0 before the first measurement."""
+        """The step after which the metric was best, the earliest if there are several; 0 before the first evaluation."""
         records = self._records
         return self._told(int(_best(records, self.config.metric)["step"]) if records else 0)
 
@@ -92,14 +92,14 @@ class Validation:
         return self._log.records if self._log is not None else []
 
     def _told(self, value: int) -> int:
-        """What the first rank says, on every rank."""
+        """The first rank's value, on every rank."""
         return int(self.ranks.all_values([value])[0, 0])
 
     @torch.no_grad()
     def _measure(self) -> dict[str, Any]:
         config, inference = self.config, self.grit.is_inference
         self.model.eval()
-        self.grit.is_inference = True  # no graph of embeddings
+        self.grit.is_inference = True  # embed without a graph
         try:
             with forwards_apart(self.model, self.ranks) as ranks:
                 return evaluate(self.grit, self.held_out, max_length=config.max_length, bf16=self.bf16, ranks=ranks)[0]
@@ -108,7 +108,7 @@ class Validation:
 
 
 def best_scores(file: Path, metric: str) -> dict[str, Any] | None:
-    """The scores of the best measurement in an ``evaluation.jsonl``; None without one."""
+    """The scores of the best evaluation in an ``evaluation.jsonl``; None without any."""
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return _best(records, metric) if records else None
 
