@@ -20,7 +20,12 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--passages", type=Path, required=True, help="jsonl or text file, or a folder; - reads one per line"
     )
-    parser.add_argument("--method", choices=METHODS, default="listwise", help="a written order, or a score each")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="likelihood",
+        help="how likely the query is behind each; a yes or no; an order",
+    )
     parser.add_argument("--top", type=int, default=10, help="passages to print")
     add_json(parser)
 

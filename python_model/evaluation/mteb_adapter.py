@@ -77,7 +77,7 @@ def mteb_encoder(
 def mteb_search(
     model: GritLM,
     *,
-    method: Method = "listwise",
+    method: Method = "likelihood",
     rerank_top: int = 10,
     name: str = "local/grit-rerank",
     revision: str = "0",

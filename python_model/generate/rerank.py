@@ -1,8 +1,10 @@
-"""Reranking with the generative side of the model: by a written permutation, or by asking about each passage.
+"""Reranking with the generative side of the model: by a written permutation, by asking about each passage, or by how well each
+passage leads to the query.
 
 Listwise: the model is shown numbered passages and writes ``[2] > [0] > [1]`` (Sun et al., arXiv 2304.09542, as in the GRIT paper
 for its top 10). Longer lists are sorted by a window that slides from the last passages to the first. Pointwise: the score of a
-passage is the log-odds of "yes" over "no" as the first token of the answer.
+passage is the log-odds of "yes" over "no" as the first token of the answer. Likelihood: the score is the mean log-probability of
+the query's tokens as a reply that is asked to be a question about the passage (Sachan et al., arXiv 2204.07496).
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import torch
 
 import grit_kernels as gk
 from python_model.generate.text import complete, prompt_ids
-from python_model.model.modeling import GritLM
-from python_model.model.prompts import ASSISTANT, USER, escape
+from python_model.model.chunks import build_chunk
+from python_model.model.losses import next_token_losses
+from python_model.model.modeling import GritLM, token_batches
+from python_model.model.prompts import ASSISTANT, IGNORE_INDEX, USER, escape
 from python_model.support.arguments import check_at_least, check_choice
 
-Method = Literal["listwise", "pointwise"]
+Method = Literal["likelihood", "listwise", "pointwise"]
 METHODS: tuple[str, ...] = get_args(Method)
 _NUMBER = re.compile(r"\d+")
 
@@ -38,11 +42,11 @@ def rerank(
     query: str,
     passages: Sequence[str],
     *,
-    method: Method = "listwise",
+    method: Method = "likelihood",
     window: int = 10,
     step: int = 5,
     passage_tokens: int = 160,
-    batch_size: int = 16,
+    batch_size: int = 256,
 ) -> list[Ranked]:
     """All ``passages``, each exactly once, best first.
 
@@ -50,7 +54,7 @@ def rerank(
         passages: in the order of the first retrieval, best first; what the model does not rank keeps it.
         window, step: listwise, passages shown at once and by how many the window moves.
         passage_tokens: a passage is shown up to this many tokens.
-        batch_size: pointwise, passages scored in one forward pass.
+        batch_size: unless listwise, most passages scored in one packed pass (a pass also ends at 16384 tokens).
 
     Raises:
         ValueError: an unknown method, an empty query, a window that cannot sort, or a size below 1.
@@ -63,8 +67,9 @@ def rerank(
     if model.mode == "embedding":
         raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to rerank")
     shown = [shorten(model, passage, passage_tokens) for passage in passages]
-    if method == "pointwise":
-        scores = yes_scores(model, query, shown, batch_size=batch_size)
+    if method != "listwise":
+        score = yes_scores if method == "pointwise" else query_likelihoods
+        scores = score(model, query, shown, batch_size=batch_size)
         order = sorted(range(len(passages)), key=lambda i: -scores[i])
         return [Ranked(i, scores[i]) for i in order]
 
@@ -129,23 +134,44 @@ def pointwise_prompt(query: str, passage: str) -> str:
     )
 
 
+def likelihood_turn(passage: str) -> str:
+    """The user turn whose reply is a question about the passage."""
+    return f"Passage: {passage}\n\nWrite a question that this passage answers."
+
+
 @torch.no_grad()
-def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 16) -> list[float]:
+def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 256) -> list[float]:
     """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read as
     :func:`python_model.generate.complete` reads them."""
-    causal = model.attention.generates_causally
     shared, yes, no = answer_tokens(model)
     gk.hf.check_plain_head(model.model)
-    scores: list[float] = []
-    for start in range(0, len(passages), batch_size):
-        prompts = [
-            [*prompt_ids(model, pointwise_prompt(query, p)), *shared] for p in passages[start : start + batch_size]
-        ]
-        pack = gk.SamplePack.from_lengths([len(p) for p in prompts], causal).to(model.device)
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    prompts = [[*prompt_ids(model, pointwise_prompt(query, passage)), *shared] for passage in passages]
+    scores = [0.0] * len(passages)
+    for batch in token_batches([len(prompt) for prompt in prompts], batch_size):
+        lengths = [len(prompts[index]) for index in batch]
+        pack = gk.SamplePack.from_lengths(lengths, model.attention.generates_causally).to(model.device)
+        ids = torch.tensor([token for index in batch for token in prompts[index]], device=model.device)
         last = model.hidden_states(ids, pack)[pack.cu_seqlens[1:].long() - 1]
         logits = model.model.get_output_embeddings()(last).float()
-        scores += (logits[:, yes] - logits[:, no]).tolist()
+        for index, score in zip(batch, (logits[:, yes] - logits[:, no]).tolist(), strict=True):
+            scores[index] = score
+    return scores
+
+
+@torch.no_grad()
+def query_likelihoods(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 256) -> list[float]:
+    """The mean log-probability of the query (and its end) as the reply to :func:`likelihood_turn`, for each passage, from one
+    packed forward pass per batch; conversations are read as in training."""
+    longest = int(model.model.config.max_position_embeddings)
+    samples = [model.formatter.conversation([likelihood_turn(passage), query], longest) for passage in passages]
+    scores = [0.0] * len(passages)
+    for batch in token_batches([len(sample) for sample in samples], batch_size):
+        chosen = [samples[index] for index in batch]
+        chunk = build_chunk([], chosen, attention=model.attention).to(model.device)
+        losses = next_token_losses(model, model.hidden_states(chunk.input_ids, chunk.pack), chunk.labels)
+        lengths = [len(sample) for sample in chosen]
+        for index, part, labels in zip(batch, losses.split(lengths), chunk.labels.split(lengths), strict=True):
+            scores[index] = -float(part[labels != IGNORE_INDEX].mean())
     return scores
 
 
@@ -162,6 +188,8 @@ def answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
 def shorten(model: GritLM, passage: str, tokens: int) -> str:
     """The beginning of ``passage`` of at most ``tokens`` tokens, on one line."""
     text = " ".join(passage.split())
-    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    encoded = model.tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
     ends = [end for _, end in encoded["offset_mapping"]]
     return text if len(ends) <= tokens else text[: ends[tokens - 1]]

@@ -265,7 +265,7 @@ class GritLM(nn.Module):
         instruction = instruction or self._prompt(prompt_name)
         samples = self._encode_texts(texts, instruction, max_length, add_special_tokens)
         skips = [0 if embed_instruction else s.instruction_len for s in samples]
-        batches = _batches([len(s) for s in samples], batch_size)
+        batches = token_batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:
             raise ValueError(f"get_cache: expected one batch, got {len(texts)} texts in {len(batches)} batches")
         if get_cache:
@@ -386,7 +386,7 @@ class GritLM(nn.Module):
         return states[mask.bool()], cache
 
 
-def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+def token_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices sorted by length, cut into packs of at most ``batch_size`` texts and TOKENS_PER_PACK tokens."""
     check_at_least("batch_size", batch_size, 1)
     batches: list[list[int]] = []

@@ -124,7 +124,8 @@ def test_the_commands_embed_index_answer_and_rerank(checkpoint: Path, tmp_path: 
     answer, scores = run("rag", folder, *base, "--questions", str(tmp_path / "q.jsonl"), *options)
     assert answer["documents"][0]["key"] == "0" and answer["cached_tokens"] > 0 and scores["questions"] == 1
     (ranked,) = run("rerank", *base, "--query", "river?", "--passages", str(tmp_path / "d.jsonl"), "--top", "3")
-    assert len(ranked["passages"]) == 3
+    assert len(ranked["passages"]) == 3 and ranked["method"] == "likelihood"
+    assert ranked["passages"][0]["score"] >= ranked["passages"][1]["score"]
     for command in (["rag", str(tmp_path / "nowhere"), "--question", "x"], ["index", str(tmp_path / "nowhere")]):
         with pytest.raises(SystemExit, match="there is no index in"):
             main([*command, "--model", str(checkpoint)])

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from python_model import GritLM
 from python_model.generate.rerank import (
+    METHODS,
+    likelihood_turn,
     listwise_prompt,
     parse_permutation,
     pointwise_prompt,
+    query_likelihoods,
     rerank,
     shorten,
     sliding_order,
@@ -81,7 +84,7 @@ def test_listwise_follows_what_the_model_writes(model: GritLM, monkeypatch: pyte
         return ["[2] > [1] > [0]"]
 
     monkeypatch.setattr("python_model.generate.rerank.complete", write)
-    ranked = rerank(model, "river?", PASSAGES, window=3, step=2)
+    ranked = rerank(model, "river?", PASSAGES, method="listwise", window=3, step=2)
     # the last three are turned round, then the first three
     assert [r.index for r in ranked] == [4, 1, 0, 3, 2]
     assert [r.score for r in ranked] == [5, 4, 3, 2, 1] and len(prompts) == 2
@@ -89,7 +92,7 @@ def test_listwise_follows_what_the_model_writes(model: GritLM, monkeypatch: pyte
 
 
 def test_the_model_itself_ranks_every_passage_once(model: GritLM) -> None:
-    for method in ("listwise", "pointwise"):
+    for method in METHODS:
         ranked = rerank(model, "river?", PASSAGES, method=method)  # type: ignore[arg-type]
         assert sorted(r.index for r in ranked) == list(range(len(PASSAGES)))
         scores = [r.score for r in ranked]
@@ -133,6 +136,34 @@ def test_a_prefix_lm_scores_a_prompt_that_it_reads_from_both_sides(checkpoint: P
     (got,) = yes_scores(model, "river?", PASSAGES[:1])
     (causal,) = yes_scores(GritLM(checkpoint, device="cpu", dtype="float32"), "river?", PASSAGES[:1])
     assert got == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4) and abs(got - causal) > 1e-3
+
+
+@pytest.mark.parametrize("attn", ["bbcc", "bbbc"])
+def test_a_likelihood_is_the_mean_over_the_query_and_its_end(checkpoint: Path, attn: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = GritLM(checkpoint, attn=attn, device="cpu", dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    query, want = "what flows?", []
+    for passage in PASSAGES:
+        opened = prompt_ids(model, model.formatter.chat_prompt([likelihood_turn(passage)]))
+        reply = [*model.tokenizer(query, add_special_tokens=False)["input_ids"], model.tokenizer.eos_token_id]
+        ids = torch.tensor([[*opened, *reply]])
+        with torch.no_grad():
+            if attn == "bbcc":
+                logits = plain(ids).logits[0]
+            else:  # the prompt sees itself from both sides, the reply what stands before
+                causal = torch.ones(len(ids[0]), len(ids[0]), dtype=torch.bool).tril()
+                causal[: len(opened), : len(opened)] = True
+                mask = torch.zeros(causal.shape).masked_fill(~causal, -torch.inf)[None, None]
+                logits = plain(ids, attention_mask=mask).logits[0]
+        found = logits.log_softmax(dim=-1)[len(opened) - 1 : -1].gather(1, ids[0, len(opened) :, None])
+        want.append(float(found.mean()))
+    assert len({round(value, 4) for value in want}) == len(want)
+    np.testing.assert_allclose(query_likelihoods(model, query, PASSAGES), want, atol=1e-4)
+    np.testing.assert_allclose(query_likelihoods(model, query, PASSAGES, batch_size=2), want, atol=1e-4)
+    best = int(np.argmax(want))
+    assert rerank(model, query, PASSAGES)[0].index == best
 
 
 def test_passages_are_shortened_and_cannot_open_a_turn(model: GritLM) -> None:
