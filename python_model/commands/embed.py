@@ -34,36 +34,80 @@ def _key(model: GritLM, texts: Sequence[str], *settings: Any) -> str:
     return digest.hexdigest()
 
 
-def _cut(model: GritLM, texts: Sequence[str], prefix: str, max_length: int) -> int:
-    """How many texts are longer than ``max_length``; those that have fewer bytes are not tokenised for it."""
-    formatter = model.formatter
-    around = len((prefix + model.embed_eos).encode()) + 8
-    doubtful = [text for text in texts if around + len(text.encode()) > max_length]
-    return sum(formatter.text(prefix, text, max_length).truncated for text in doubtful)
-
-
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit embed``."""
     parser.add_argument(
         "--model", default=SMALL_MODEL, help="checkpoint folder or name; the default is the small model"
     )
     parser.add_argument("--text", action="append", help="a text to embed, instead of standard input; may be repeated")
-    parser.add_argument("--input", type=Path, help="jsonl or text file, or a folder of documents, instead")
+    parser.add_argument("--input", help="jsonl or text file, or a folder of documents, instead")
     parser.add_argument("--instruction", default="", help="what the embedding is for, e.g. 'Find the answer'")
-    parser.add_argument("--output", type=Path, help=".npy file for the vectors; an interrupted run goes on")
+    parser.add_argument(
+        "--output", help=".npy file for the vectors (with --ray: folder of their shards); an interrupted run goes on"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; the rest is cut")
     parser.add_argument("--batch-size", type=int, default=256)
     add_truncation(parser)
     parser.add_argument("--device", action="append", help="may be repeated: the texts are shared among the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
+    parser.add_argument(
+        "--ray", action="store_true", help="embed .jsonl or .parquet files at any address on a Ray cluster"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="with --ray: copies of the model")
+    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs of each of them")
+    parser.add_argument("--chunk-tokens", type=int, default=0, help="with --ray: divide texts; 0 leaves them whole")
+    parser.add_argument("--overlap", type=int, default=0, help="with --ray: tokens that neighbouring chunks share")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="with --ray: of the vectors in the shards"
+    )
 
 
 def run(arguments: Namespace) -> None:
-    """Embed the texts block by block."""
+    """Embed the texts block by block, or on Ray."""
+    if arguments.ray:
+        _run_on_ray(arguments)
+    else:
+        _run_here(arguments)
+
+
+def _run_on_ray(arguments: Namespace) -> None:
+    from python_model.commands.runner import progress
+    from python_model.rag.corpus import Recipe, embed_corpus
+
+    if arguments.input is None or arguments.output is None:
+        raise ValueError("--ray: expected --input and --output, got only one of them, or neither")
+    given = [name for name in ("text", "json", "device") if getattr(arguments, name)]
+    if given:
+        raise ValueError(f"--ray: expected no --{given[0]}, got it")
+    recipe = Recipe(
+        arguments.model,
+        arguments.instruction,
+        arguments.max_length,
+        arguments.chunk_tokens,
+        arguments.overlap,
+        arguments.dtype,
+    )
+    with progress("embed", "shard") as update:
+        result = embed_corpus(
+            arguments.input, arguments.output, recipe, workers=arguments.workers, gpus=arguments.gpus, progress=update
+        )
+    if result.done_before:
+        print(f"{result.done_before} of {result.units} shards were there already", file=sys.stderr)
+    print(f"{result.rows} vectors in {result.units} shards at {arguments.output}")
+    if result.rows_now:
+        speed = result.rows_now / result.seconds
+        print(
+            f"{speed:.1f} documents/s with {arguments.workers} workers; {result.outside:.1%} of their time outside of encode()"
+        )
+    _tell_cut(result.cut, result.rows, arguments.max_length)
+
+
+def _run_here(arguments: Namespace) -> None:
     from tqdm.auto import tqdm
 
     from python_model.corpora.small_model import resolve_model
     from python_model.model.modeling import GritLM
+    from python_model.rag.corpus import count_cut
 
     if not arguments.json and arguments.output is None:
         raise ValueError("output: expected --output FILE.npy or --json, got neither")
@@ -75,7 +119,7 @@ def run(arguments: Namespace) -> None:
     prefix = model.formatter.embed_instruction(arguments.instruction)
     file = None
     if arguments.output is not None:
-        file = ResumableArray(arguments.output, len(texts), _key(model, texts, prefix, arguments.max_length))
+        file = ResumableArray(Path(arguments.output), len(texts), _key(model, texts, prefix, arguments.max_length))
     start = 0 if file is None or arguments.json else file.done
     if start:
         print(f"going on after {start} of {len(texts)} texts", file=sys.stderr)
@@ -91,7 +135,7 @@ def run(arguments: Namespace) -> None:
                 devices=devices if len(devices) > 1 else None,
                 show_progress_bar=False,
             )
-            cut += _cut(model, part, prefix, arguments.max_length)
+            cut += count_cut(model, part, prefix, arguments.max_length)
             if file is not None and place >= file.done:
                 file.append(vectors)
             if arguments.json:
@@ -102,8 +146,12 @@ def run(arguments: Namespace) -> None:
         rows, size = file.finish()
         if not arguments.json:
             print(f"{rows} vectors of size {size} in {arguments.output}")
+    _tell_cut(cut, len(texts) - start, arguments.max_length)
+
+
+def _tell_cut(cut: int, texts: int, max_length: int) -> None:
     if cut:
-        what = f"{cut} of {len(texts) - start} texts are longer than --max-length {arguments.max_length} tokens"
+        what = f"{cut} of {texts} texts are longer than --max-length {max_length} tokens"
         print(f"grit embed: {what}; their ends are not in the vectors", file=sys.stderr)
 
 

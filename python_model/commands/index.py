@@ -32,6 +32,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--add", action="append", default=[], help="file or folder to bring the index in line with; repeat it"
     )
+    parser.add_argument("--shards", help="folder of `grit embed --ray` whose documents and vectors to add")
     parser.add_argument("--sync", action="store_true", help="with --add: drop files that are no longer in the folder")
     parser.add_argument(
         "--delete",
@@ -69,13 +70,19 @@ def run(arguments: Namespace) -> None:
 
     if arguments.sync and not arguments.add:
         raise ValueError("--sync: expected --add with the folder to be in line with, got none")
+    if arguments.shards and arguments.add:
+        raise ValueError("--shards: expected no --add beside it, got both")
     model = None
+    options = {"format": arguments.format, "vectors": arguments.vectors}
+    if arguments.shards:
+        from python_model.rag.corpus import open_index_of
+
+        open_index_of(arguments.index, arguments.shards, **options).close()  # another model's is refused here
     if arguments.add or arguments.search is not None:
         model = load(arguments, mode="unified" if arguments.store else "embedding")
-        options = {"format": arguments.format, "vectors": arguments.vectors}
         index = open_index(arguments.index, model, create=bool(arguments.add), **options)
     else:
-        index = Index(arguments.index, format=arguments.format, vectors=arguments.vectors, create=False)
+        index = Index(arguments.index, create=False, **options)
     result: dict[str, Any] = {}
     lines = []
     with only_writer(index, lambda: _tell(f"another process is adding to {arguments.index}; waiting for it")):
@@ -83,6 +90,12 @@ def run(arguments: Namespace) -> None:
             report = _add(arguments, index, model)
             result = {**asdict(report), "added": report.documents, "files_added": report.added}
             lines.append(str(report))
+        if arguments.shards:
+            from python_model.rag.corpus import add_shards
+
+            with progress("index", "shard") as update:
+                result["added"] = add_shards(index, arguments.shards, update)
+            lines.append(f"{result['added']} documents added from {arguments.shards}")
         if arguments.delete:
             result["deleted"] = delete(index, arguments.delete)
             lines.append(f"{result['deleted']} documents deleted")

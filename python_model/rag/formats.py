@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from python_model.data.files import read_objects
 from python_model.rag.modes import Document
@@ -114,18 +115,31 @@ _PARSERS: dict[str, Callable[[bytes], Parts]] = {
     ".docx": _by_library(_docx),
     ".pdf": _by_library(_pdf),
 }
-_OWN_FIELDS = ("text", "title", "id", "_id", "key", "source")
 SUFFIXES = (".jsonl", *_PARSERS)
+
+
+_OWN_FIELDS = ("text", "title", "id", "_id", "key", "source")
+
+
+def document_of_row(row: Mapping[str, Any], origin: str, key: str, name: str, place: str) -> Document:
+    """The document of a row ``{"text": str, "title"?: str, "id"?: str or int}`` (or ``_id``, ``key``; default: the given key).
+
+    Other fields that are a text, a number or a truth value are its metadata.
+
+    Raises:
+        UnreadableFileError: text or title is missing, empty or not a text; the message begins with ``origin``.
+    """
+    text, title = row.get("text"), row.get("title") or ""
+    if not isinstance(text, str) or not isinstance(title, str) or not text.strip():
+        raise UnreadableFileError(f"{origin}: not a document row: text or title is missing, empty or not a text")
+    own = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), key)
+    facts = {k: v for k, v in row.items() if k not in _OWN_FIELDS and isinstance(v, (str, int, float))}
+    return Document(str(own), text, title, name, place, facts)
 
 
 def _rows(file: Path, name: str) -> list[Document]:
     documents = []
     for origin, row in read_objects(file):
-        text, title = row.get("text"), row.get("title") or ""
-        if not isinstance(text, str) or not isinstance(title, str) or not text.strip():
-            raise UnreadableFileError(f"{origin}: not a document row: text or title is missing, empty or not a text")
         number = origin.rpartition(":")[2]
-        key = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), f"{name}:{number}")
-        facts = {k: v for k, v in row.items() if k not in _OWN_FIELDS and isinstance(v, (str, int, float))}
-        documents.append(Document(str(key), text, title, name, f"line {number}", facts))
+        documents.append(document_of_row(row, origin, f"{name}:{number}", name, f"line {number}"))
     return documents

@@ -1,0 +1,198 @@
+"""A corpus on Ray: every row becomes one vector, the vector that encode() gives, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from python_model import GritLM
+from python_model.rag import corpus
+from python_model.rag.corpus import Embedder, Recipe, Unit, add_shards, open_index_of, plan, read_shard, read_unit
+from python_model.rag.formats import UnreadableFileError
+
+if importlib.util.find_spec("pyarrow") is None:
+    pytest.skip("shards need pyarrow: pip install 'grit-kernels[ray]'", allow_module_level=True)
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is an extra (ray)")
+
+
+LINES = st.text(alphabet="ab\u00e9 ", min_size=1, max_size=30).filter(str.strip)
+
+
+def write_rows(path: Path, count: int, start: int = 0) -> list[str]:
+    texts = [f"river number {n} " + "flows " * (n % 9) for n in range(start, start + count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, "lang": "en"}) + "\n" for text in texts))
+    return texts
+
+
+@given(st.lists(LINES, min_size=1, max_size=30), st.integers(1, 200), st.booleans())
+def test_every_line_belongs_to_exactly_one_unit(texts: list[str], size: int, last: bool) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        file.write_bytes("\n".join(lines).encode() + b"\n" * last)
+        units = plan(str(folder), size)
+        found = [document for unit in units for document in read_unit(unit)]
+        assert [d.text for d in found] == texts and len({d.key for d in found}) == len(texts)
+        assert [u.number for u in units] == list(range(len(units)))
+        places = [int(d.place.removeprefix("byte ")) for d in found]
+        assert all(file.read_bytes()[place:].startswith(b"{") for place in places)
+
+
+def test_units_of_parquet_are_row_groups_at_any_address(tmp_path: Path) -> None:
+    import fsspec
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"id": n, "text": f"text {n}", "title": None if n % 2 else "T", "year": 1.5} for n in range(100)]
+    with fsspec.open("memory://corpus/sub/a.parquet", "wb") as file:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=7)
+    with fsspec.open("memory://corpus/b.txt", "wb") as file:
+        file.write(b"not a row")
+    for size, count in ((1, 15), (1 << 20, 1)):
+        units = plan("memory://corpus", size)
+        found = [document for unit in units for document in read_unit(unit)]
+        assert len(units) == count and [d.key for d in found] == [str(n) for n in range(100)]
+        assert found[99].place == "row 99" and found[99].source == "sub/a.parquet" and found[98].title == "T"
+        assert found[0].metadata == {"year": 1.5}
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"title": "x"}\n')
+    with pytest.raises(UnreadableFileError, match="a.jsonl, byte 16: not a document row"):
+        list(read_unit(plan(str(tmp_path))[0]))
+    with pytest.raises(FileNotFoundError, match="input: there is no .jsonl or .parquet file at"):
+        plan(str(tmp_path / "nowhere"))
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(ValueError, match="input: expected .jsonl or .parquet, got"):
+        plan(str(tmp_path / "b.txt"))
+    with pytest.raises(FileNotFoundError, match="shards: there is no run"):
+        corpus.read_run(str(tmp_path))
+
+
+def run_of(checkpoint: Path, source: Path, output: Path, **options: Any) -> tuple[Embedder, list[Unit], Recipe]:
+    """What embed_corpus does before it asks Ray."""
+    recipe = Recipe(str(checkpoint), **options)
+    made_by = corpus._describe(recipe)
+    units = plan(str(source), 400)
+    corpus._record(
+        str(output), {"recipe": corpus.asdict(recipe), **made_by, "units": [corpus.asdict(u) for u in units]}
+    )
+    return Embedder(recipe, str(output), made_by["fingerprint"]), units, recipe
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_shards_hold_what_encode_gives_and_become_an_index(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    texts = write_rows(tmp_path / "in" / "a.jsonl", 40)
+    (tmp_path / "in" / "empty.jsonl").write_text("\n" * 500)
+    worker, units, _ = run_of(checkpoint, tmp_path / "in", tmp_path / "out", max_length=20, dtype=dtype)
+    assert len(units) > 5 and all(corpus.committed(str(tmp_path / "out"), unit) is None for unit in units)
+    with pytest.raises(ValueError, match=f"shards: expected {len(units)} .*got none for {len(units)}"):
+        add_shards(open_index_of(str(tmp_path / "i"), str(tmp_path / "out")), str(tmp_path / "out"))
+    markers = [worker.embed(unit) for unit in units]
+    assert sum(marker["rows"] for marker in markers) == 40 and sum(marker["cut"] for marker in markers) > 0
+    model = GritLM(checkpoint, mode="embedding")
+    want = model.encode(texts, instruction=model.formatter.embed_instruction(""), max_length=20)
+    found = [read_shard(str(tmp_path / "out"), unit) for unit in units]
+    got = np.concatenate([vectors.numpy() for documents, vectors in found if documents])
+    np.testing.assert_allclose(got, want, atol=1e-3 if dtype == "float16" else 1e-6)
+    index = open_index_of(str(tmp_path / "i"), str(tmp_path / "out"))
+    assert add_shards(index, str(tmp_path / "out")) == 40 and add_shards(index, str(tmp_path / "out")) == 0
+    hit = index.search(want[7:8], 1, where={"lang": "en"})[0][0]
+    assert hit.document.text == texts[7].strip() or hit.document.text == texts[7]
+    part = tmp_path / "out" / f"{units[0].shard}.parquet"
+    part.write_bytes(part.read_bytes()[:-1])  # a marker does not make half a shard whole
+    assert corpus.committed(str(tmp_path / "out"), units[0]) is None
+
+
+def test_a_run_of_other_settings_is_refused_and_long_texts_may_be_divided(checkpoint: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in" / "a.jsonl", 20)
+    worker, units, recipe = run_of(checkpoint, tmp_path / "in", tmp_path / "out", chunk_tokens=12)
+    documents, _ = read_shard(str(tmp_path / "out"), units[0]) if worker.embed(units[0]) else ([], None)
+    assert any(document.key.endswith("#1") for document in documents)
+    run = corpus.read_run(str(tmp_path / "out"))
+    corpus._record(str(tmp_path / "out"), run)
+    with pytest.raises(ValueError, match="output: .* holds a run with another recipe"):
+        corpus._record(str(tmp_path / "out"), {**run, "recipe": {**run["recipe"], "max_length": 3}})
+
+
+# ---- the cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray on this machine alone, on the loopback address and with a token of its own."""
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    import ray  # reads them when it is imported
+
+    ray.init(
+        num_cpus=3,
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
+    yield
+    ray.shutdown()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+@needs_ray
+@pytest.mark.ray
+def test_two_workers_of_whom_one_is_killed_embed_every_row_once(
+    cluster: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    texts = write_rows(tmp_path / "in" / "a.jsonl", 3000) + write_rows(tmp_path / "in" / "sub" / "b.jsonl", 1000, 3000)
+    recipe, output = Recipe(str(checkpoint), max_length=64), tmp_path / "out"
+    killed: list[int] = []
+
+    def kill() -> None:
+        import psutil
+
+        while not killed:
+            if len(list(output.glob("*.json"))) > 3:  # some shards are there
+                for process in psutil.process_iter(["pid", "cmdline"]):
+                    if any("MapWorker" in part for part in process.info["cmdline"] or []):
+                        os.kill(process.info["pid"], signal.SIGKILL)
+                        killed.append(process.info["pid"])
+                        break
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = corpus.embed_corpus(str(tmp_path / "in"), str(output), recipe, workers=2, unit_bytes=4000)
+    assert killed and result.rows == 4000 == result.rows_now and result.done_before == 0
+    index = open_index_of(str(tmp_path / "i"), str(output))
+    assert add_shards(index, str(output)) == 4000 == len(index)
+    model = GritLM(checkpoint, mode="embedding")
+    want = model.encode(texts, instruction=model.formatter.embed_instruction(""), max_length=64)
+    np.testing.assert_allclose(index.vectors()[1], want, atol=1e-5)
+    for shard in ("part-000003.json", "part-000007.json"):
+        (output / shard).unlink()
+    again = corpus.embed_corpus(str(tmp_path / "in"), str(output), recipe, workers=2, unit_bytes=4000)
+    assert (again.rows, again.units - again.done_before) == (4000, 2) and 0 < again.rows_now < 4000
+    with pytest.raises(ValueError, match="holds a run with another recipe"):
+        corpus.embed_corpus(str(tmp_path / "in"), str(output), Recipe(str(checkpoint), max_length=9), unit_bytes=4000)
