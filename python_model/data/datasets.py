@@ -126,7 +126,7 @@ class EachPositive(Sequence[Any]):
 
     def __init__(self, rows: DataSet) -> None:
         self.name, self.generative, self.rows = rows.name, rows.generative, rows
-        self._ends = np.cumsum(rows.facts("positives"), dtype=np.int64)
+        self._ends: np.ndarray = rows.facts("positives").cumsum(dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -247,8 +247,10 @@ class Trainer:
                     begin = time.perf_counter()
         finally:
             torch.use_deterministic_algorithms(False)
-            for tracker in [*trackers, *([validation] if validation else [])]:
+            for tracker in trackers:
                 tracker.close()
+            if validation is not None:
+                validation.close()
         self.checkpointer.finish()
         best = self._best.latest() if validation is not None else None
         if best is not None:
