@@ -122,7 +122,7 @@ def _run_here(arguments: Namespace) -> None:
         file = ResumableArray(Path(arguments.output), len(texts), _key(model, texts, prefix, arguments.max_length))
     start = 0 if file is None or arguments.json else file.done
     if start:
-        print(f"going on after {start} of {len(texts)} texts", file=sys.stderr)
+        print(f"resuming after {start} of {len(texts)} texts", file=sys.stderr)
     cut, block = 0, BLOCK * len(devices)
     with tqdm(total=len(texts), initial=start, unit="text", disable=len(texts) <= arguments.batch_size) as bar:
         for place in range(start, len(texts), block):
