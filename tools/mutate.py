@@ -219,7 +219,7 @@ def wilson(noticed: int, count: int, z: float = 1.96) -> tuple[float, float]:
     share = noticed / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def report(rows: Iterable[dict[str, object]], equivalent: set[str]) -> str:

@@ -139,7 +139,7 @@ def test_a_draw_is_fixed_and_holds_every_folder_by_its_size(tree: Path) -> None:
 def test_the_interval_is_wilsons() -> None:
     low, high = mutate.wilson(8, 10)
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
-    assert mutate.wilson(10, 10)[1] == pytest.approx(1.0) and mutate.wilson(0, 0) == (0.0, 1.0)
+    assert mutate.wilson(10, 10)[1] == 1.0 and mutate.wilson(0, 5)[0] == 0.0 and mutate.wilson(0, 0) == (0.0, 1.0)
 
 
 def test_mutants_are_noticed_survive_or_meet_no_test_and_a_run_goes_on(

@@ -82,6 +82,7 @@ def test_labels_of_one_turn_are_the_public_ones_and_later_turns_do_not_drift(
     kind: Any = "zephyr" if zephyr else "grit"
     one = encode_conversation(tokenizer, turns[:2], 512, format=kind)
     assert one.labels == public_labels(tokenizer, turns[:2], zephyr)
+    assert one.instruction_len == 0, "nothing of a conversation is left out of a pooling"
     for count in (4, 6):
         sample = encode_conversation(tokenizer, turns[:count], 512, format=kind)
         assert sample.labels != public_labels(tokenizer, turns[:count], zephyr)
@@ -226,7 +227,7 @@ def test_an_end_of_text_token_is_one_token_and_content_cannot_be_it() -> None:
 def test_a_text_without_roles_is_learned_whole(tokenizer: Any) -> None:
     sample = encode_plain(tokenizer, "A river flows.", 64)
     assert decoded(tokenizer, sample) == "<s>A river flows.</s>"
-    assert sample.labels == [*sample.input_ids[1:], IGNORE_INDEX]
+    assert sample.labels == [*sample.input_ids[1:], IGNORE_INDEX] and sample.instruction_len == 0
     cut = encode_plain(tokenizer, "A river flows." * 20, 16)
     assert len(cut) == 16 and cut.truncated and cut.labels is not None and cut.labels[-1] == IGNORE_INDEX
     with pytest.raises(ValueError, match="text: expected a text that is not empty, got"):
