@@ -23,7 +23,7 @@ from grit_kernels.packing import SamplePack
 
 UNDERSTOOD = (
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "is_causal", "sample_pack"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 )
 HARMLESS = ("output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict", "cache_position")
 """Keywords that change neither what a token sees nor how many rows a tensor has; passed to the class's own forward."""
@@ -151,6 +151,9 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     caching = cache is not None or use_cache
     mask, positions = bound.pop("attention_mask", None), bound.pop("position_ids", None)
     is_causal, sample_pack = bound.pop("is_causal", None), bound.pop("sample_pack", None)
+    numbers = bound.pop("seq_idx", None)
+    if numbers is not None and (tuple(numbers.shape) != (batch, length) or numbers.is_floating_point()):
+        raise ValueError(f"seq_idx: expected integers {(batch, length)}, one per token, got {described(numbers)}")
     table = {key: bound.pop(key, None) for key in UNDERSTOOD[-4:]}
     if positions is not None and positions.ndim == 1:
         positions = positions[None]
@@ -173,10 +176,16 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
             raise ValueError("attention_mask: expected none with packed input, which has no padding")
         if caching:
             raise ValueError("cache, use_cache: expected none: packed input cannot fill a transformers cache")
+        if numbers is not None and not compiling:
+            _check_numbers(numbers, sample_pack)
         if positions is None:
             positions = sample_pack.position_ids[None]
         return call.packed(inputs, sample_pack, positions)
 
+    if numbers is not None:  # as a mask that numbers the samples, from 1
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError("seq_idx: expected no mask, or one of (B, T), beside it")
+        mask = numbers + 1 if mask is None else (numbers + 1) * (mask != 0)
     causal = _flags(default if is_causal is None else is_causal, batch, inputs.device)
     if length and not caching:
         pack = _pack_of_rows(record, inputs, mask, positions, causal)
@@ -249,6 +258,13 @@ def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.d
     if keys is not None and keys is not queries and not torch.equal(keys.to("cpu").diff(), lengths):
         raise ValueError("cu_seq_lens_k: expected the same samples as cu_seq_lens_q, got others")
     return SamplePack.from_lengths(lengths, causal.to("cpu") if isinstance(causal, Tensor) else causal, device=device)
+
+
+def _check_numbers(numbers: Tensor, pack: SamplePack) -> None:
+    """``seq_idx`` (1, tokens) may change only where a sample of the pack begins."""
+    changes = (numbers[0].diff() != 0).nonzero()[:, 0] + 1
+    if not bool(torch.isin(changes.to("cpu"), pack.cu_seqlens.to("cpu")).all()):
+        raise ValueError("seq_idx: expected the samples of cu_seq_lens_q or sample_pack, got others")
 
 
 def _pack_of_rows(

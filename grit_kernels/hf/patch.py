@@ -40,7 +40,8 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
     * ``sample_pack``: a :class:`SamplePack` for input that is already packed, ``input_ids`` of shape (1, tokens); the output
       stays packed. transformers' ``cu_seq_lens_q`` and ``max_length_q`` have the same effect.
     * rows with several samples: they are separated by ``position_ids`` that restart within a row, with or without a mask, or by a
-      2-D mask that numbers the samples (1, 1, 2, 2, 0). ``is_causal`` remains one flag per row.
+      2-D mask that numbers the samples (1, 1, 2, 2, 0), or by transformers' ``seq_idx`` (0, 0, 1, 1). ``is_causal`` remains one
+      flag per row.
 
     Without ``is_causal``, a model with a language-model head and every pass with a cache are causal, whatever the config says;
     a bare decoder follows its config (``is_causal``), as when unpatched. An unsupported keyword is an error.

@@ -123,6 +123,23 @@ def test_samples_of_one_row_are_kept_apart_by_positions_or_a_numbered_mask(is_ca
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @torch.no_grad()
+def test_seq_idx_keeps_the_samples_of_a_row_apart(stock: Any, model: Any, is_causal: bool) -> None:
+    """What TRL and transformers' DataCollatorWithFlattening send beside positions, or instead of them."""
+    truth = torch.cat([stock(r, is_causal=is_causal).logits for r in (IDS[:1, :6], IDS[1:2, :8])], 1)
+    call = {"is_causal": is_causal, "use_cache": False, "position_ids": STARTS_OVER, "seq_idx": NUMBERED.int() - 1}
+    table = {"cu_seq_lens_q": torch.tensor([0, 6, 14], dtype=torch.int32), "max_length_q": 8}
+    for extra in ({}, {"attention_mask": torch.ones_like(ROW)}, table):
+        close(model(ROW, **call, **extra).logits, truth)
+    padded = model(ROW, **{**call, "seq_idx": NUMBERED - 1}, attention_mask=(NUMBERED == 2).long()).logits
+    close(padded[:, 6:], truth[:, 6:])
+    with pytest.raises(ValueError, match="seq_idx: expected the samples of cu_seq_lens_q or sample_pack, got others"):
+        model(ROW, **{**call, "seq_idx": torch.arange(14)[None] // 5}, **table)
+    with pytest.raises(ValueError, match=r"seq_idx: expected integers \(1, 14\)"):
+        model(ROW, **{**call, "seq_idx": NUMBERED.float()})
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@torch.no_grad()
 def test_positions_that_start_over_beside_a_mask_are_kept_apart_without_patch(stock: Any, is_causal: bool) -> None:
     plain = copy.deepcopy(stock)
     plain.set_attn_implementation("grit")
