@@ -36,7 +36,6 @@ def losses(checkpoint: Path, tokenizer: Any, folder: Path, patched: bool, **opti
         output_dir=str(folder),
         per_device_train_batch_size=len(TEXTS),
         max_steps=3,
-        max_length=256,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
@@ -45,7 +44,7 @@ def losses(checkpoint: Path, tokenizer: Any, folder: Path, patched: bool, **opti
         bf16=False,
         disable_tqdm=True,
         save_strategy="no",
-        **options,
+        **{"max_length": 256, **options},
     )
     trainer = trl.SFTTrainer(
         model=gk.patch(model) if patched else model,
@@ -58,7 +57,9 @@ def losses(checkpoint: Path, tokenizer: Any, folder: Path, patched: bool, **opti
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"packing": True}, {"padding_free": True}], ids=["padded", "packing", "padding_free"]
+    "options",
+    [{}, {"packing": True}, {"padding_free": True, "max_length": None}],
+    ids=["padded", "packing", "padding_free"],
 )
 def test_sft_learns_what_the_unpatched_model_learns(
     checkpoint: Path, tokenizer: Any, tmp_path: Path, options: dict[str, Any]
