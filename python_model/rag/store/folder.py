@@ -50,12 +50,13 @@ class StoreFolder:
     files: ClassVar[str]
     version: ClassVar[int]
     rebuild: ClassVar[str]
+    settings_since: ClassVar[dict[str, Any]] = {"truncate_dim": None}
+    """Settings that came after the version that recorded ``special_tokens``, with what code had before it knew them."""
     settings_before: ClassVar[dict[str, Any]] = {
         "instruction_count": "offsets",
         "embed_instruction": False,
         "bidirectional_window": "transformers",
         "projection_activation": "identity",
-        "truncate_dim": None,
         "default_prompt": "",
     }
 
@@ -119,7 +120,7 @@ class StoreFolder:
                     known = {**self._upgrade(db, known, given), "version": self.version}
                     for name, value in known.items():
                         set_meta(db, name, value)
-        settings = _completed(known.get("settings"), given.get("settings"), self.settings_before)
+        settings = _completed(known.get("settings"), given.get("settings"), self.settings_before, self.settings_since)
         if settings != known.get("settings"):
             with self._transaction() as db:
                 set_meta(db, "settings", settings)
@@ -212,13 +213,17 @@ def set_meta(db: sqlite3.Connection, name: str, value: Any) -> None:
     db.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, json.dumps(value)))
 
 
-def _completed(recorded: Any, given: Any, before: dict[str, Any]) -> Any:
-    """Settings recorded by the first version, with those that it did not know: its code had the values ``before``.
+def _completed(recorded: Any, given: Any, before: dict[str, Any], since: dict[str, Any]) -> Any:
+    """Recorded settings with those that the code which recorded them did not know, at the values that it had: ``since`` for any
+    code, ``before`` for that of the first version.
 
-    It put one token (BOS) in front of every text and none behind it. Which token that is, the fingerprint fixes; so a model that
-    does the same may go on.
+    The first version put one token (BOS) in front of every text and none behind it. Which token that is, the fingerprint fixes;
+    so a model that does the same may go on.
     """
-    if not recorded or not given or "special_tokens" not in given or "special_tokens" in recorded:
+    if not recorded or not given:
+        return recorded
+    recorded = {**{name: value for name, value in since.items() if name in given}, **recorded}
+    if "special_tokens" not in given or "special_tokens" in recorded:
         return recorded
     special = given["special_tokens"]
     as_before = len(special[0]) == 1 and special[1] == []

@@ -69,6 +69,21 @@ def test_an_index_and_a_store_of_the_first_version_are_brought_up_to_date(checkp
         open_index(tmp_path / "i", GritLM(checkpoint, device="cpu", dtype="float32", bidirectional_window="full"))
 
 
+def test_a_setting_that_came_later_has_the_value_it_had_before(checkpoint: Path, tmp_path: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    open_index(tmp_path / "i", model).close()
+    with sqlite3.connect(tmp_path / "i" / "index.sqlite") as db:
+        (text,) = db.execute("SELECT value FROM meta WHERE name = 'settings'").fetchone()
+        settings = json.loads(text)
+        assert settings.pop("truncate_dim", 0) is None
+        db.execute("UPDATE meta SET value = ? WHERE name = 'settings'", (json.dumps(settings),))
+    db.close()
+    for _ in range(2):
+        assert open_index(tmp_path / "i", model).recorded["settings"]["truncate_dim"] is None
+    with pytest.raises(ValueError, match="settings: expected"):
+        open_index(tmp_path / "i", GritLM(checkpoint, truncate_dim=16, device="cpu", dtype="float32"))
+
+
 def test_a_newer_version_is_refused_by_the_command_that_makes_it_anew(tmp_path: Path) -> None:
     Index(tmp_path / "i").close()
     KVStore(tmp_path / "s").close()
