@@ -1,9 +1,10 @@
 """The embedding side of a GRIT model as a folder for vLLM, or for llama.cpp's converter.
 
-Both read a transformers checkpoint whose config says ``is_causal: false``, and sentence-transformers' ``modules.json`` for the
-pooling. Both pool every token of a text, its instruction too, and neither knows prompts by name: a client sends the whole text,
-``<|user|>\\n{instruction}\\n<|embed|>\\n{text}``. What they cannot do is refused by name, so a folder gives GritLM's vectors
-or is not written; docs/export.md says what each does and where that was read.
+Both read a transformers checkpoint whose config says ``is_causal: false``, and the pooling from sentence-transformers'
+``modules.json``. Both pool every token of a text, including its instruction, and neither supports named prompts: a client sends
+the whole text,
+``<|user|>\\n{instruction}\\n<|embed|>\\n{text}``. What they do not support is refused by name, so a folder gives GritLM's
+vectors or is not written; docs/export.md describes both, with sources.
 
 Source: vLLM 0.33.0 (config/model.py, models/llama.py, models/adapters.py, transformers_utils/config.py), llama.cpp as in
 llama-cpp-python 0.3.36 (conversion/base.py, src/llama-model.cpp, src/llama-context.cpp).
@@ -41,22 +42,22 @@ def export_for_server(
     max_length: int = 512,
     pool_instruction: bool = False,
 ) -> Path:
-    """Write the embedding side of ``model`` to ``folder``, whole or not at all; returns the folder.
+    """Write the embedding side of ``model`` to ``folder``, atomically; returns the folder.
 
-    The weights keep their language-model head, so ``architectures`` is the class that both know (``MistralForCausalLM``). The
-    sliding window is null wherever texts are no longer than it: vLLM's and llama.cpp's windows differ from transformers' beyond.
-    For chats, give them the checkpoint itself.
+    The weights keep their language-model head, so ``architectures`` is a class that both know (``MistralForCausalLM``). The
+    sliding window is null if no text is longer: beyond it, the windows of vLLM and llama.cpp differ from transformers'. For
+    chats, serve the checkpoint itself.
 
     Args:
         model: a GritLM loaded with ``mode="unified"``, whose embedding attention is ``bb`` or ``cc``.
         folder: replaced if it exists.
         server: ``"vllm"``, or ``"gguf"`` for llama.cpp's ``convert_hf_to_gguf.py``.
         max_length: the longest text, in tokens.
-        pool_instruction: accept vectors that pool the instruction, of a model that was trained without (they are other vectors
-            than :meth:`GritLM.encode` gives).
+        pool_instruction: accept vectors that pool the instruction from a model trained without it (they differ from those of
+            :meth:`GritLM.encode`).
 
     Raises:
-        ValueError, TypeError: a setting of the model that the server cannot follow; the message names it.
+        ValueError, TypeError: a setting of the model that the server does not support; the message names it.
     """
     check_choice("server", server, SERVERS)
     check_at_least("max_length", max_length, 1)
@@ -84,7 +85,7 @@ def commands(model: GritLM, folder: str | os.PathLike[str], server: Server, max_
     if server == "vllm":
         return [f"vllm serve {folder} --runner pooling --max-model-len {max_length}"]
     pooling = {"mean": "mean", "cls": "cls", "lasttoken": "last"}[model.settings.pooling_method]
-    # a batch of texts that see both sides must fit into one step
+    # a batch of bidirectional texts must fit into one step
     batch = f"--batch-size {max_length} --ubatch-size {max_length}"
     return [
         f"python convert_hf_to_gguf.py {folder} --outfile model.gguf",
@@ -136,7 +137,7 @@ def _check(model: GritLM, server: str, max_length: int, pool_instruction: bool) 
 
 
 def _write_modules(model: GritLM, folder: Path, max_length: int) -> None:
-    """sentence-transformers' description of what follows the decoder; the names are those that every version of vLLM reads."""
+    """sentence-transformers' description of the modules after the decoder, with names that every version of vLLM reads."""
     settings, size = model.settings, int(model.model.config.hidden_size)
     kinds = ["Transformer", "Pooling"]
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})

@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from python_model.rag.index import Index
 
 TOKENS_AT_ONCE = 8192
-"""Of documents that are embedded and kept in one pass."""
+"""Batch size of documents embedded and stored in one pass."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply and how it came about.
+    """A reply and how it was produced.
 
-    ``cached_tokens`` were taken from states, ``read_tokens`` were read to answer (the prompt, and texts whose states were not
-    stored). ``seconds``: of finding documents ("search"), obtaining states ("states"), and generating ("generate").
+    ``cached_tokens`` were taken from states, ``read_tokens`` were read for the answer (the prompt, and texts without stored
+    states). ``seconds``: time spent on finding documents ("search"), obtaining states ("states") and generating ("generate").
     """
 
     text: str
@@ -64,14 +64,14 @@ class RAG:
 
     Args:
         model: loaded in mode ``"unified"``.
-        index: where documents are searched; without one they are given with each question.
-        store: states of documents (see :func:`open_store`); without one they are read when a mode needs them.
+        index: where documents are searched; without one they must be given with each question.
+        store: states of documents (see :func:`open_store`); without one, documents are read when a mode needs their states.
         causal_states: read documents and questions causally instead of with the model's embedding attention. Such states are
             what the model would have computed had the text opened the conversation.
-        recompute: the first tokens of each cached text but the first to read again, now seeing what stands before.
-        marked: tell the model that documents are data, and number them; False: the paper's prompts as they are.
+        recompute: number of leading tokens of each cached text but the first to recompute, now seeing what precedes them.
+        marked: tell the model that documents are data, and number them; False: the paper's unmodified prompts.
         trusted: the modes with cached states that ``"auto"`` may choose; default: those that were measured for this checkpoint.
-        max_length: most tokens of one question with its documents and reply; default: the model's. More is an error, never cut.
+        max_length: maximum tokens of a question with its documents and reply; default: the model's. More is an error.
         query_prefix: the format before a question to embed (see :func:`python_model.model.prompts.embed_instruction`).
         keep_read: keep the states of the index's documents that had none when a mode needed them, so that a store with a limit
             and ``when_full="drop_unused"`` comes to hold those that are asked for most.
@@ -141,8 +141,8 @@ class RAG:
         ``mode``: one of modes.MODES, or ``"auto"`` (see :func:`python_model.rag.modes.choose_mode`).
 
         Raises:
-            ValueError: an unknown mode, an empty question, a mode that needs documents where there are none, or more tokens
-                than ``max_length``.
+            ValueError: an unknown mode, an empty question, a mode that needs documents when there are none, or more than
+                ``max_length`` tokens.
         """
         check_choice("mode", mode, ("auto", *MODES))
         seconds: dict[str, float] = {}
@@ -225,8 +225,8 @@ class RAG:
         answer_prefix: str = ANSWER_PREFIX,
         query_states: TextStates | None = None,
     ) -> tuple[TextStates | None, list[int], int, int]:
-        """What a reply continues: joined states (None without any) and the ids of the prompt after them; then how many tokens had
-        states already, and how many were read for them just now."""
+        """What a reply continues: joined states (None without any) and the ids of the prompt after them; then how many tokens
+        already had states, and how many were read for them now."""
         text = prompt_text(
             mode, question, documents, answer_prefix, format=self.model.settings.format, marked=self.marked
         )
@@ -235,9 +235,9 @@ class RAG:
         return states, prompt, stored, fresh
 
     def choose(self, question: str, documents: Sequence[Document]) -> str:
-        """The mode that ``"auto"`` stands for (see :func:`python_model.rag.modes.choose_mode`).
+        """The mode chosen by ``"auto"`` (see :func:`python_model.rag.modes.choose_mode`).
 
-        Cached states are chosen only where their quality was measured for this checkpoint (see calibration.py).
+        Cached states are chosen only if their quality was measured for this checkpoint (see calibration.py).
         """
         stored = self.store is not None and (self.keep_read or all(d.key in self.store for d in documents))
         tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in documents]
@@ -250,9 +250,11 @@ class RAG:
         overwrite: bool = False,
         states: Sequence[TextStates] | None = None,
     ) -> None:
-        """Read documents and keep their states, each on the disk before the next is read; or keep ``states`` in one step."""
+        """Read documents and store their states, each on disk before the next is read; or store the given ``states`` in one
+        step.
+        """
         if self.store is None:
-            raise ValueError("store: this RAG has none")
+            raise ValueError("store: expected a RAG with a store, got one without")
         if states is not None:
             items = [(d.key, part, {"title": d.title}) for d, part in zip(documents, states, strict=True)]
             self.store.append_many(items, overwrite=overwrite)
@@ -264,7 +266,7 @@ class RAG:
     def embed_and_read(
         self, documents: Sequence[Document], prefix: str
     ) -> tuple[torch.Tensor, list[TextStates]] | None:
-        """The documents' vectors behind ``prefix`` and their states, from one pass; None where one pass does not give both."""
+        """The documents' vectors after ``prefix`` and their states, from one pass; None if one pass does not give both."""
         if not self._one_pass or prefix != DOCUMENT_PREFIX:
             return None
         ids = [torch.tensor(self._ids(prefix, document.content)) for document in documents]
@@ -288,13 +290,13 @@ class RAG:
 
     @property
     def _one_pass(self) -> bool:
-        """Whether the pass that embeds a text leaves the states that this object would read."""
+        """Whether the pass that embeds a text produces the states that this object uses."""
         return self.causal == self.model.attention.embedding_causal and not self.model.embed_eos
 
     def _states(
         self, mode: str, question: str, documents: list[Document], query_states: TextStates | None
     ) -> tuple[TextStates | None, int, int]:
-        """The joined states that stand before the prompt; the tokens that were there already, and those read just now."""
+        """The joined states before the prompt; the number of tokens that already had states, and of those read now."""
         parts: list[TextStates] = []
         fresh = 0
         for part in cached_parts(mode):
@@ -340,7 +342,7 @@ class RAG:
                 self.add_to_store([document], states=[states], overwrite=True)
 
     def _document_ids(self, document: Document, bos: bool) -> list[int]:
-        """The tokens of a document that is read now; ``bos``: it opens the cache (without one it stands behind a question)."""
+        """The tokens of a document to be read; ``bos``: whether it opens the cache (otherwise it follows a question)."""
         return self._ids(DOCUMENT_PREFIX, document.content)
 
     def _join(self, parts: list[TextStates]) -> tuple[TextStates, list[int]]:
@@ -356,7 +358,7 @@ class RAG:
         return sample.input_ids
 
     def _embed_question(self, question: str) -> tuple[torch.Tensor, TextStates | None]:
-        """The question's vector (1, size) and, where one pass gives both, its states."""
+        """The question's vector (1, size) and, if one pass gives both, its states."""
         ids = self._ids(self.query_prefix, question)
         options: dict[str, Any] = {"instruction": self.query_prefix, "max_length": self.max_length}
         if not self._one_pass:
@@ -367,7 +369,7 @@ class RAG:
 
 
 def _states_attention(model: GritLM, causal_states: bool) -> bool:
-    """Whether states are read causally: as asked, or as the model embeds."""
+    """Whether states are read causally: as requested, or as the model embeds."""
     if not causal_states and not model.attention.embedding_is_uniform:
         raise ValueError("attn: 'cb' fills no cache; expected 'bb' or 'cc', or causal_states=True")
     return causal_states or model.attention.embedding_causal
@@ -385,7 +387,7 @@ def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]
 
 
 def bytes_per_token(model: GritLM, format: str) -> int:
-    """What a token's states take in a store; int8 scales are left out."""
+    """Bytes of a token's states in a store, without int8 scales."""
     config = model.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim
@@ -401,7 +403,7 @@ def open_store(
     max_bytes: int | None = None,
     when_full: WhenFull = "error",
 ) -> KVStore:
-    """The key-value store at ``path`` for this model, made when missing; another model's is refused.
+    """The key-value store at ``path`` for this model, created if missing; one of another model is refused.
 
     ``format``: default: the store's own, int8 for a new one (half of bfloat16).
     """

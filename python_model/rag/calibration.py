@@ -1,8 +1,9 @@
-"""Whether cached states answer as well as reading the documents, measured for one checkpoint and kept beside it.
+"""Measures whether cached states answer as well as reading the documents, for one checkpoint, and keeps the result with it.
 
-``rag_calibration.json`` holds F1 per mode. It counts only for the weights it was measured with (by fingerprint) and for states
-that are made in the same way. A mode is trusted if its F1 is at least :data:`KEEPS` of that of reading the documents, and if
-those help at all: a checkpoint that answers no better with them than without says nothing about how well they were cached.
+``rag_calibration.json`` holds F1 per mode. It is valid only for the weights it was measured with (by fingerprint) and for
+states made in the same way. A mode is trusted if its F1 is at least :data:`KEEPS` of that of reading the documents, and if
+reading them helps at all: if a checkpoint answers no better with documents than without, nothing follows about its cached
+states.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 FILE = "rag_calibration.json"
 KEEPS = 0.98
 HELPS = 1.5
-"""How many times the F1 without documents reading them must reach."""
+"""The F1 of reading documents must be at least this multiple of the F1 without documents."""
 LEAST_QUESTIONS = 50
 FULL, WITHOUT, CACHED = "document_first", "none", ("document_cache", "query_cache")
 
 
 def calibrate(rag: RAG, questions: Sequence[Question], *, k: int = 1, max_new_tokens: int = 16) -> dict[str, Any]:
-    """Answer ``questions`` without documents, reading them, and from cached states; keep the scores beside the checkpoint.
+    """Answer ``questions`` without documents, reading them, and from cached states; keep the scores next to the checkpoint.
 
     Raises:
         ValueError: fewer than :data:`LEAST_QUESTIONS` questions, or a model that was not loaded from a folder.
@@ -37,7 +38,7 @@ def calibrate(rag: RAG, questions: Sequence[Question], *, k: int = 1, max_new_to
         raise ValueError(f"questions: expected at least {LEAST_QUESTIONS} to calibrate with, got {len(questions)}")
     file = _file(rag)
     if file is None:
-        raise ValueError("model: expected a checkpoint in a folder, beside which to keep the scores")
+        raise ValueError("model: expected a checkpoint in a folder, to keep the scores in")
     scores = {}
     for mode in (WITHOUT, FULL, *CACHED):
         replies = [rag.answer(q.question, mode=mode, k=k, max_new_tokens=max_new_tokens).text for q in questions]
@@ -51,7 +52,7 @@ def calibrate(rag: RAG, questions: Sequence[Question], *, k: int = 1, max_new_to
 
 
 def trusted_modes(rag: RAG) -> frozenset[str]:
-    """The modes with cached states whose quality was measured for this checkpoint, and found to be kept."""
+    """The modes with cached states that were measured for this checkpoint and found good enough."""
     file = _file(rag)
     content = {} if file is None else _read(file)
     if content.get("version") != 1 or content.get("fingerprint") != fingerprint(rag.model):
@@ -64,7 +65,7 @@ def trusted_modes(rag: RAG) -> frozenset[str]:
 
 
 def _states(rag: RAG) -> str:
-    """What the quality of cached states depends on, beside the model."""
+    """What the quality of cached states depends on, besides the model."""
     stored = rag.store.format if rag.store is not None else "as read"
     return f"{'causal' if rag.causal else 'bidirectional'}, {stored}, recompute {rag.recompute}"
 

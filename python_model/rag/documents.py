@@ -1,4 +1,4 @@
-"""Documents from files and folders, and their division into chunks of a number of tokens."""
+"""Documents from files and folders, and their division into chunks of a given number of tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from python_model.support.optional import find
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=[\u3002\uff01\uff1f])")
 SMALLEST_SHARE = 4
-"""A chunk has at least one of this many parts of the allowed tokens, where its neighbours can give it some."""
+"""A chunk smaller than the allowed tokens divided by this takes text from its neighbours if possible."""
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder by name, but for hidden ones and those in hidden folders."""
+    """All files below a folder, sorted by name, except hidden ones and those in hidden folders."""
     found = (f for f in sorted(folder.rglob("*")) if f.is_file())
     return [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
@@ -46,18 +46,18 @@ def read_documents(path: str | os.PathLike[str]) -> Iterator[Document]:
 
 
 def splitter_name() -> str:
-    """What :func:`chunk` cuts with, as it changes the chunks."""
+    """How :func:`chunk` splits, since this affects the chunks."""
     return "white space" if find("semantic_text_splitter") is None else "sentences"
 
 
 def chunk(document: Document, tokenizer: Any, max_tokens: int, overlap: int = 0) -> list[Document]:
-    """``document`` in pieces whose text has at most ``max_tokens`` tokens.
+    """Split ``document`` into pieces whose text has at most ``max_tokens`` tokens.
 
-    They are cut at headings, paragraphs or sentences, the coarsest of them that fits, by semantic-text-splitter (of the extra
-    ``files``); without it at white space. Consecutive pieces share up to ``overlap`` tokens, in whole sentences; with 0 they are
-    the text, piece by piece, less the white space between them. A piece that would be tiny takes some of its neighbour's text.
-    A document that fits keeps its key; pieces are called ``key#0``, ``key#1``, ..; all keep the title, and each says at which
-    line it begins.
+    semantic-text-splitter (extra ``files``) splits at headings, paragraphs or sentences, whichever is the coarsest that fits;
+    without it, text is split at white space. Consecutive pieces share up to ``overlap`` tokens, in whole sentences; with 0 they
+    are the text without the white space between pieces. A piece that would be tiny takes some of its neighbour's text. A document
+    that fits keeps its key; pieces are called ``key#0``, ``key#1``, ..; all keep the title, and each records the line where it
+    begins.
 
     Raises:
         ValueError: ``max_tokens`` < 1, or ``overlap`` is not below half of it.
@@ -95,7 +95,7 @@ def _spans(text: str, name: str, tokenizer: Any, max_tokens: int, overlap: int) 
     spans = [s for s in spans if s[0] < s[1]]
     done: list[Span] = []
     for span in spans:
-        # the last one may be tiny, and so may one before a heading: share the text with the neighbour
+        # the last piece may be tiny, and so may one before a heading: redistribute text with the neighbour
         if done and min(count(done[-1]), count(span)) * SMALLEST_SHARE < max_tokens:
             done[-1:] = _shared(text, (done[-1][0], span[1]), max_tokens, overlap, count) or [done[-1], span]
         else:
@@ -113,13 +113,13 @@ def _spans(text: str, name: str, tokenizer: Any, max_tokens: int, overlap: int) 
 
 
 def _shared(text: str, span: Span, max_tokens: int, overlap: int, count: Callable[[Span], int]) -> list[Span] | None:
-    """``span``, which two neighbours cover, in one piece or in two, cut at the sentence end next to its middle; None if no cut
-    makes two pieces that are neither too long nor tiny."""
+    """``span``, covered by two neighbours, in one piece or in two, split at the sentence end closest to its middle; None if no
+    split gives two pieces that are neither too long nor tiny."""
     if count(span) <= max_tokens:
         return [span]
     part, middle = text[slice(*span)], (span[1] - span[0]) // 2
     cuts = [match.end() for match in _SENTENCE_END.finditer(part)]
-    # a heading stays with what it is the heading of
+    # a heading stays with its text
     cuts = [cut for cut in cuts if not part[:cut].rstrip().rpartition("\n")[2].startswith("#")]
     for cut in sorted(cuts, key=lambda end: abs(end - middle)):
         first, second = (_trimmed(text, s) for s in ((span[0], span[0] + cut), (span[0] + cut, span[1])))
@@ -137,7 +137,7 @@ def _at_white_space(text: str, tokenizer: Any, max_tokens: int, overlap: int) ->
     spans: list[Span] = []
     start = 0
     while start < len(text):
-        # a token is seldom longer than 16 characters; looking at a bounded part keeps long documents linear
+        # a token is rarely longer than 16 characters; a bounded window keeps long documents linear
         window = text[start : start + 16 * max_tokens]
         ends = _ends(tokenizer, window)
         if len(ends) <= max_tokens:
@@ -147,7 +147,7 @@ def _at_white_space(text: str, tokenizer: Any, max_tokens: int, overlap: int) ->
                 break
         else:
             end = start + max(_cut(window, ends[max_tokens - 1]), 1)
-        # a piece tokenised alone may take more tokens than inside its text
+        # a piece may have more tokens alone than within its text
         while end - start > 1 and len(_ends(tokenizer, text[start:end].strip())) > max_tokens:
             end = start + max(_cut(text[start:end], (end - start) * 9 // 10), 1)
         spans.append((start, end))
@@ -170,7 +170,7 @@ def _ends(tokenizer: Any, text: str) -> list[int]:
 
 
 def _cut(text: str, end: int) -> int:
-    """The last white space in the second half of ``text[:end]``, else ``end``."""
+    """The last white space in the second half of ``text[:end]``, otherwise ``end``."""
     for position in range(end, end // 2, -1):
         if position == len(text) or text[position].isspace():
             return position
@@ -178,7 +178,7 @@ def _cut(text: str, end: int) -> int:
 
 
 def _tail(tokenizer: Any, piece: str, overlap: int) -> int:
-    """Characters of the last ``overlap`` tokens of a piece."""
+    """Number of characters of the last ``overlap`` tokens of a piece."""
     if overlap == 0:
         return 0
     ends = _ends(tokenizer, piece)

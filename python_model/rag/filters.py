@@ -1,8 +1,8 @@
 """Which documents a search may find: conditions on their file and their metadata.
 
-A filter is a dict of fields, all of which must agree: ``{"lang": "de"}`` (equal), ``{"lang": ["de", "fr"]}`` (one of them),
-``{"year": {"min": 2020, "max": 2024}}`` (both ends belong to it; one may be missing). The field ``source`` is the name of a
-document's file and takes patterns such as ``notes/*.md``. A document without a field does not agree.
+A filter is a dict of fields, all of which must match: ``{"lang": "de"}`` (equal), ``{"lang": ["de", "fr"]}`` (one of them),
+``{"year": {"min": 2020, "max": 2024}}`` (inclusive; one may be missing). The field ``source`` is the name of a
+document's file and takes patterns such as ``notes/*.md``. A document without the field does not match.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _CONDITION = re.compile(r"\s*([^<>=\s]+)\s*(<=|>=|=)\s*(.+?)\s*")
 
 
 def read_conditions(texts: Sequence[str]) -> dict[str, Any]:
-    """A filter from conditions ``lang=de``, ``year>=2020``, ``year<=2024``; the same field with ``=`` twice means one of both.
+    """A filter from conditions ``lang=de``, ``year>=2020``, ``year<=2024``; repeating ``=`` for a field means any of the values.
 
-    Values are numbers, ``true`` and ``false`` where they read as such, else texts.
+    Values are numbers or ``true`` and ``false`` if they read as such, otherwise texts.
 
     Raises:
-        ValueError: a condition is none, or a field has both values and bounds.
+        ValueError: a malformed condition, or a field with both values and bounds.
     """
     found: dict[str, Any] = {}
     for text in texts:
@@ -46,7 +46,7 @@ def checked(where: Filter) -> dict[str, list[Any] | dict[str, float]]:
     """The filter with every field's values as a list, or its bounds.
 
     Raises:
-        ValueError: a value is no text, number or truth value, a list is empty, or bounds are no numbers.
+        ValueError: a value is not a text, number or bool, a list is empty, or bounds are not numbers.
     """
     found: dict[str, list[Any] | dict[str, float]] = {}
     for field, value in where.items():
@@ -80,7 +80,7 @@ def sql_condition(where: Filter) -> tuple[str, list[Any]]:
             parts += [f"json_type(metadata, ?) IN ('integer', 'real') AND {column} {sign} ?" for sign in _signs(value)]
             parameters += [entry for bound in value.values() for entry in (path, path, bound)]
             continue
-        # true is 1 in SQL, but not in a row of JSON
+        # true is 1 in SQL, but not in JSON
         parts.append("(" + " OR ".join([f"({column} = ? AND json_type(metadata, ?) IN (?, ?))"] * len(value)) + ")")
         for entry in value:
             parameters += [path, int(entry) if isinstance(entry, bool) else entry, path, *_types(entry)]

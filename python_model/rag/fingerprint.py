@@ -1,4 +1,4 @@
-"""fingerprint(model): tells whether stored vectors and states were made by the model that is about to use them."""
+"""fingerprint(model): identifies the model that made stored vectors and states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CONFIG = (
 def fingerprint(model: GritLM) -> str:
     """Hex digest over the architecture, a sample of every weight and the tokenizer.
 
-    Weights are compared as bfloat16, so a model has one fingerprint in whatever dtype it was loaded.
+    Weights are compared in bfloat16, so a model's fingerprint does not depend on the dtype it was loaded in.
     """
     digest = hashlib.sha256()
     config = {name: getattr(model.model.config, name, None) for name in _CONFIG}
@@ -41,7 +41,7 @@ def fingerprint(model: GritLM) -> str:
 
 
 def embedding_settings(model: GritLM) -> dict[str, Any]:
-    """What else an embedding depends on: the settings, the special tokens around a text, an embedding head by its weights."""
+    """What else an embedding depends on: settings, special tokens around a text, the weights of an embedding head."""
     projection = None
     if model.projection is not None:
         digest = hashlib.sha256()

@@ -1,10 +1,10 @@
 """Index: documents and their embeddings in a folder, searched by vectors, by words or by both.
 
-    folder/index.sqlite  documents (key, title, text), their words, where their vectors stand; the index's settings
+    folder/index.sqlite  documents (key, title, text), their words, the places of their vectors; the index's settings
     folder/vectors/      the vectors (see store/vectors.py), unless they are in Qdrant; a FAISS index if one was built
 
-What KVStore says about kills, full disks and several writers holds here, too. Nothing is pickled. Scores are inner products:
-cosines for a model that normalises.
+What KVStore guarantees about kills, full disks and several writers holds here as well. Nothing is pickled. Scores are inner
+products: cosines for a model that normalises.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from python_model.support.arguments import check_at_least, check_choice
 
 ENGINES = ("auto", "exact", "approximate")
 GROWTH = 0.1
-"""A FAISS index is extended when this share of its documents has come since."""
+"""A FAISS index is extended when new documents reach this share of its size."""
 FUSION = 60
 """The constant of reciprocal rank fusion (Cormack et al., SIGIR 2009): a document scores the sum of 1 / (FUSION + rank)."""
 FEW = 20_000
-"""So many documents of a filter are compared one by one though there is a FAISS index."""
+"""Up to this many documents that pass a filter are compared one by one even if there is a FAISS index."""
 _DOCUMENT = "key, text, title, source, place, metadata"  # a Document's fields
 
 _SCHEMA = f"""{SCHEMA}
@@ -68,8 +68,8 @@ class Hit:
 class Source:
     """A file whose documents are in the index.
 
-    ``path``: where it was read, absolute. ``digest``: of its content, empty while only a part of its documents is there.
-    ``recipe``: how it was divided.
+    ``path``: where it was read, absolute. ``digest``: of its content, empty while only part of its documents is in the index.
+    ``recipe``: how it was chunked.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Index(StoreFolder):
     """Documents with vectors of one size, made by one model.
 
     Args:
-        path: the index's folder; created when missing (unless ``create`` is False).
+        path: the index's folder; created if missing (unless ``create`` is False).
         fingerprint: of the model (see fingerprint.py); must equal the recorded one.
         settings: what else the vectors depend on (pooling, normalisation, prefix); must equal the recorded ones.
         format: how vectors are stored: ``"float32"``, ``"float16"`` or ``"int8"`` (a scale per vector). Default: the index's own,
             float32 for a new one.
-        vectors: where they are: ``"folder"``, or ``"qdrant:PLACE"`` with a server's URL or a folder of Qdrant's local mode.
+        vectors: where they are kept: ``"folder"``, or ``"qdrant:PLACE"`` with a server's URL or a folder of Qdrant's local mode.
             Default: where the index has them, its folder for a new one.
-        lock_timeout: seconds that a writer waits for another one.
+        lock_timeout: seconds that a writer waits for another.
 
     :func:`open_index` fills in fingerprint and settings from a model.
     """
@@ -97,7 +97,7 @@ class Index(StoreFolder):
     kind = "index"
     schema = _SCHEMA
     files = "vectors"
-    version = 3  # 1 did not know which file a document is from, 2 neither metadata nor words
+    version = 3  # 1 did not record a document's file, 2 neither metadata nor words
     rebuild = "grit index NEW_INDEX --add FOLDER"
 
     def __init__(
@@ -139,11 +139,11 @@ class Index(StoreFolder):
         return _document(row)
 
     def add(self, documents: Sequence[Document], vectors: Tensor | np.ndarray, *, overwrite: bool = False) -> None:
-        """Add documents with their vectors (documents, size): all of them, or on an error none.
+        """Add documents with their vectors (documents, size): all of them or, on an error, none.
 
         Raises:
-            ValueError: a key is there already (and ``overwrite`` is False) or comes twice, or the vectors have another size,
-                another number, or values that are not finite.
+            ValueError: a key exists already (and ``overwrite`` is False) or occurs twice, or the vectors have a wrong size,
+                a wrong number, or values that are not finite.
         """
         matrix = _checked(documents, vectors)
         with self._writing() as writing:
@@ -162,7 +162,8 @@ class Index(StoreFolder):
         vectors: Tensor | np.ndarray | None,
         sources: Sequence[Source] = (),
     ) -> None:
-        """In one step: remove the keys ``stale``, put ``documents`` in (also for their keys), record their ``sources``."""
+        """In one transaction: remove the keys ``stale``, insert ``documents`` (replacing their keys), record their ``sources``.
+        """
         matrix = _checked(documents, vectors) if documents else None
         with self._writing() as writing:
             gone = self._remove(writing, [*stale, *(document.key for document in documents)])
@@ -202,7 +203,7 @@ class Index(StoreFolder):
         return [identity for identity, _ in found]
 
     def sources(self) -> dict[str, Source]:
-        """The files whose documents are here, by name."""
+        """The files whose documents are in the index, by name."""
         return {row[0]: Source(*row) for row in self._db.execute("SELECT name, path, digest, recipe FROM sources")}
 
     def documents_of(self, source: str) -> dict[str, Document]:
@@ -211,7 +212,7 @@ class Index(StoreFolder):
         return {row[0]: _document(row) for row in rows}
 
     def owner(self, key: str) -> str | None:
-        """The file of a document, or None where there is no such document."""
+        """The file of a document, or None if there is no such document."""
         row = self._db.execute("SELECT source FROM documents WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
@@ -223,13 +224,13 @@ class Index(StoreFolder):
         """The keys that ``name`` stands for: a document's key, a file's name, or a pattern (``*``, ``?``, ``[..]``) of either.
 
         Raises:
-            KeyError: it stands for none.
+            KeyError: it matches nothing.
         """
         rows = self.owners()
         found = [key for key, source in rows if name in (key, source)]
         found = found or [key for key, source in rows if fnmatchcase(key, name) or fnmatchcase(source, name)]
         if not found:
-            raise KeyError(f"{name!r} is no document, file or pattern of one in the index {self.path}")
+            raise KeyError(f"{name!r} matches no document or file in the index {self.path}")
         return found
 
     @property
@@ -249,7 +250,7 @@ class Index(StoreFolder):
         """Remove documents. The space of their vectors is freed with the last one of their file.
 
         Raises:
-            KeyError: one of them is not there; then none is removed.
+            KeyError: one of them does not exist; then none is removed.
         """
         with self._writing() as writing:
             for key in keys:
@@ -260,7 +261,7 @@ class Index(StoreFolder):
         self._vectors.removed(gone)
 
     def compact(self) -> None:
-        """Give back the space of removed documents, and merge files. Needs room for a copy of the vectors; readers go on."""
+        """Free the space of removed documents and merge files. Needs room for a copy of the vectors; readers are not blocked."""
         with self._writing() as writing:
             self._vectors.compact(writing)
             writing.db.execute("INSERT INTO words (words) VALUES ('optimize')")
@@ -284,18 +285,18 @@ class Index(StoreFolder):
     ) -> list[list[Hit]]:
         """The ``k`` documents with the largest inner products, best first, for each row of ``queries`` (Q, size).
 
-        What another process has added or removed since is seen.
+        Changes by other processes are taken into account.
 
         Args:
             engine: ``"exact"`` compares with every vector (of equal scores the older document comes first), ``"approximate"``
-                asks the FAISS index (see :meth:`build_approximate`), ``"auto"`` does that where there is one. Vectors in
+                uses the FAISS index (see :meth:`build_approximate`), ``"auto"`` does so if there is one. Vectors in
                 Qdrant are searched by Qdrant.
             where: which documents may be found (see :mod:`python_model.rag.filters`).
-            texts: the queries' words (Q). With them the search is a hybrid: the best by vectors and the best by BM25
-                are fused by reciprocal ranks.
+            texts: the queries as text (Q). With them the search is hybrid: the best by vectors and the best by BM25 are
+                combined by reciprocal rank fusion.
 
         Raises:
-            ValueError: wrong shapes, ``k`` < 1, an unknown engine, a filter that is none, or ``"approximate"`` without a FAISS
+            ValueError: wrong shapes, ``k`` < 1, an unknown engine, an invalid filter, or ``"approximate"`` without a FAISS
                 index. ImportError: FAISS or the client of Qdrant is not installed.
         """
         matrix = torch.as_tensor(queries).detach().float().cpu()
@@ -330,26 +331,25 @@ class Index(StoreFolder):
 
     @property
     def approximate(self) -> faiss_index.Record | None:
-        """What is known about the FAISS index, None where there is none."""
+        """The record of the FAISS index, None if there is none."""
         found = self._meta().get("approximate")
         return None if found is None else faiss_index.Record(**found)
 
     def build_approximate(self, kind: faiss_index.Kind = "ivf-sq8", *, recall: float = 0.98) -> faiss_index.Record:
-        """Build a FAISS index of all vectors, measure it, and keep it beside them; :meth:`extend_approximate` keeps it up.
+        """Build a FAISS index of all vectors, measure it, and store it with them; :meth:`extend_approximate` updates it.
 
         Args:
             kind: ``"ivf-sq8"``: inverted lists of int8 vectors; ``"hnsw"``: a graph, larger and slower to build.
-            recall: a search does as little as finds this share of the 10 nearest documents; ``Record.recall`` is what came of it.
+            recall: target share of the 10 nearest documents, reached with the least effort; ``Record.recall`` is the measured
+                one.
 
         Raises:
-            ValueError: an unknown kind, fewer than 256 documents, or vectors in Qdrant, which has an index of its own.
+            ValueError: an unknown kind, fewer than 256 documents, or vectors in Qdrant, which has its own index.
             ImportError: FAISS is not installed.
         """
         check_choice("kind", kind, faiss_index.KINDS)
         if not isinstance(self._vectors, ShardVectors):
-            raise ValueError(
-                "approximate: expected vectors in the index's folder, got Qdrant, which has an index of its own"
-            )
+            raise ValueError("approximate: expected vectors in the index's folder, got Qdrant, which has its own index")
         count = len(self)
         wanted = faiss_index.ROWS_PER_LIST * faiss_index.lists_for(count)
         sample = self._sample(self._vectors, count, wanted, seed=0)[1] if count else torch.zeros(0, 1)
@@ -361,9 +361,9 @@ class Index(StoreFolder):
         return self._keep_approximate(built, kind, last, recall)
 
     def extend_approximate(self) -> bool:
-        """Add new documents to the FAISS index if there is one and they are many; returns whether that was done.
+        """Add new documents to the FAISS index, if there is one and there are many of them; returns whether that was done.
 
-        Where more has been added than it was built for, or most of it removed, it is built anew.
+        If more has been added than it was built for, or most of it removed, it is rebuilt.
         """
         record = self.approximate
         if record is None:
@@ -385,7 +385,7 @@ class Index(StoreFolder):
         return True
 
     def _keep_approximate(self, built: Any, kind: faiss_index.Kind, last: int, target: float) -> faiss_index.Record:
-        """Measure a FAISS index and put it in the place of the one before."""
+        """Measure a FAISS index and replace the previous one."""
         assert isinstance(self._vectors, ShardVectors)
         itself, queries = self._sample(self._vectors, len(self), faiss_index.QUERIES, seed=1)
         _, found = self._vectors.search(queries, faiss_index.NEIGHBOURS + 1, Selection())
@@ -429,7 +429,7 @@ class Index(StoreFolder):
         return int(self._db.execute(f"SELECT COUNT(*) FROM documents WHERE {condition}", parameters).fetchone()[0])
 
     def _nearest(self, queries: Tensor, k: int, engine: str, where: Filter | None) -> list[list[Hit]]:
-        """The hits by vectors. What finds removed documents, too, is asked for more until enough are left."""
+        """The hits by vectors. A search that also finds removed documents is repeated with larger ``k`` until enough are left."""
         selection = self._selection(where)
         record = self.approximate if engine != "exact" else None
         few = engine == "auto" and selection.ids is not None and len(selection.ids) <= FEW
@@ -448,7 +448,7 @@ class Index(StoreFolder):
             ]
             if exhaustive or all(len(row) >= k for row in hits):
                 return [row[:k] for row in hits]
-            if ids.shape[1] < wanted or bool((ids < 0).any(dim=1).all()):  # there is no more to be had from it
+            if ids.shape[1] < wanted or bool((ids < 0).any(dim=1).all()):  # it has no more results
                 return hits if record is None else self._nearest(queries, k, "exact", where)
             wanted *= 2
 
@@ -498,7 +498,7 @@ class Index(StoreFolder):
         create_words(db)
 
     def _upgrade(self, db: sqlite3.Connection, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Version 1: a file is what stands before ``#chunk`` and ``:line`` in a key; without a digest it is read again.
+        """Version 1: a file's name is the part of a key before ``#chunk`` and ``:line``; without a digest it is read again.
         Version 2: rows of files are counted, words are read from the texts."""
         columns = {
             table: [row[1] for row in db.execute(f"PRAGMA table_info({table})")] for table in ("documents", "shards")
@@ -532,7 +532,7 @@ def open_index(
     vectors: str | None = None,
     create: bool = True,
 ) -> Index:
-    """The index at ``path`` for this model, made when missing; one made by another model, or with other settings, is refused.
+    """The index at ``path`` for this model, created if missing; one made by another model, or with other settings, is refused.
 
     ``prefix``: the format before each document; default: the model's without an instruction, as in the paper.
     """
@@ -551,24 +551,24 @@ def add_documents(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Embed documents and add them, ``batch`` at a time: an interruption keeps the batches that are done.
+    """Embed documents and add them, ``batch`` at a time: after an interruption, finished batches are kept.
 
     Raises:
-        ValueError: a document has more than ``max_length`` tokens (default: the model's positions); divide it with
-            :func:`python_model.rag.documents.chunk`. Nothing is cut silently.
+        ValueError: a document has more than ``max_length`` tokens (default: the model's positions); split it with
+            :func:`python_model.rag.documents.chunk`. Nothing is truncated silently.
     """
     limit = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
     for start in range(0, len(documents), batch):
         part = documents[start : start + batch]
         if (long := too_long(index, model, part, limit)) is not None:
-            raise ValueError(f"documents: {long.key!r} has more than {limit} tokens; divide it into chunks")
+            raise ValueError(f"documents: {long.key!r} has more than {limit} tokens; split it into chunks")
         index.add(part, embed(index, model, part, limit), overwrite=overwrite)
         if progress is not None:
             progress(start + len(part), len(documents))
 
 
 def too_long(index: Index, model: GritLM, documents: Sequence[Document], limit: int) -> Document | None:
-    """The first of ``documents`` that has more than ``limit`` tokens behind the index's prefix."""
+    """The first of ``documents`` that has more than ``limit`` tokens after the index's prefix."""
     prefix = index.recorded["settings"]["prefix"]
     return next((d for d in documents if model.formatter.text(prefix, d.content, limit).truncated), None)
 
@@ -589,9 +589,9 @@ def _checked(documents: Sequence[Document], vectors: Tensor | np.ndarray | None)
     if matrix.ndim != 2 or matrix.shape[0] != len(documents) or not len(documents):
         raise ValueError(f"vectors: expected ({len(documents)}, size), at least one row, got {tuple(matrix.shape)}")
     if not bool(matrix.isfinite().all()):
-        raise ValueError("vectors: some values are not finite")
+        raise ValueError("vectors: expected finite values, got others")
     if len({document.key for document in documents}) < len(documents):
-        raise ValueError("documents: a key comes twice")
+        raise ValueError("documents: expected different keys, got a duplicate key")
     return matrix
 
 
@@ -600,7 +600,7 @@ def _document(row: Sequence[Any]) -> Document:
 
 
 def _fused(rankings: Sequence[Sequence[Document]]) -> list[Hit]:
-    """Reciprocal rank fusion; of equal sums the one found first comes first."""
+    """Reciprocal rank fusion; of equal sums, the one found first comes first."""
     sums: dict[Document, float] = {}
     for ranking in rankings:
         for rank, document in enumerate(ranking, 1):

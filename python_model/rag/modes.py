@@ -1,6 +1,6 @@
 """The ways to answer a question from documents, with the paper's prompts.
 
-| mode | read again at question time | states used | prompt after them |
+| mode | read at question time | states used | prompt after them |
 |---|---|---|---|
 | none | question | - | user turn: question |
 | query_first | question, documents | - | user turn: question, documents, "Optionally using .." |
@@ -50,7 +50,7 @@ _CACHED: dict[str, tuple[Part, ...]] = {
     "document_query_cache": ("documents", "query"),
 }
 LEAST_SAVING = 32
-"""Tokens that a cached document must save to be worth its place in front of the question."""
+"""Minimum number of tokens that a cached document must save to be used."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Document:
 
     @property
     def content(self) -> str:
-        """What is embedded and shown to the model."""
+        """The text that is embedded and shown to the model."""
         return f"{self.title} {self.text}" if self.title else self.text
 
 
 def cached_parts(mode: str) -> tuple[Part, ...]:
-    """Whose states stand before the prompt, in order."""
+    """Whose states precede the prompt, in order."""
     return _CACHED.get(mode, ())
 
 
@@ -91,8 +91,8 @@ def prompt_text(
 ) -> str:
     """The prompt that follows the cached states (or, without any, BOS). Several documents are separated by blank lines.
 
-    ``marked``: a line before the documents says that they are data and not instructions, and each has its number; False: the
-    paper's prompts as they are.
+    ``marked``: number the documents, after a line saying that they are data and not instructions; False: the paper's unmodified
+    prompts.
     """
     check_choice("mode", mode, MODES)
     query = escape(question)
@@ -116,12 +116,12 @@ def prompt_text(
 def choose_mode(
     query_tokens: int, document_tokens: int, documents_are_stored: bool, trusted: Collection[str] = MODES
 ) -> Mode:
-    """The mode that reads fewest tokens among those that answer well; cached states only in the modes ``trusted``.
+    """The mode that reads the fewest tokens among those that answer well; cached states only in the ``trusted`` modes.
 
     Stored documents are used when that saves :data:`LEAST_SAVING` tokens (document caching also answers best in the paper).
-    Without stored states, the question's are at hand from retrieval: they are used where the question is longer than the
-    documents, so that less than half is read again. Else the documents are read first, as in plain retrieval. The modes that
-    cache both are never chosen: in the paper they answer no better than without retrieval.
+    Without stored states, those of the question are available from retrieval: they are used if the question is longer than the
+    documents, so that less than half is read again. Otherwise the documents are read first, as in plain retrieval. The modes that
+    cache both are never chosen: in the paper they answer no better than no retrieval.
     """
     if document_tokens == 0:
         return "none"

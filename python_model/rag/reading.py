@@ -14,7 +14,7 @@ from python_model.model.modeling import GritLM
 
 @torch.no_grad()
 def read(model: GritLM, texts: Sequence[Sequence[int]], *, causal: bool, start: int = 0) -> list[TextStates]:
-    """States of each text (token ids, at least one each), keys at positions from ``start`` on; padding is left out."""
+    """States of each text (token ids, at least one each), with key positions beginning at ``start``; without padding."""
     if not texts or not all(len(ids) for ids in texts):
         raise ValueError("texts: expected at least one token per text, got none or an empty one")
     longest = max(map(len, texts))
@@ -39,9 +39,9 @@ def read(model: GritLM, texts: Sequence[Sequence[int]], *, causal: bool, start: 
 def recompute_first(model: GritLM, states: TextStates, starts: Sequence[int], count: int) -> TextStates:
     """Let the first ``count`` tokens of each joined text see everything before it.
 
-    ``starts``: where texts begin in the joined ``states``; the first text saw all there is to see and is left alone. The
-    recomputed tokens attend causally. Afterwards a text no longer opens with tokens that took themselves for the start of
-    everything, which is what later tokens attend to most (EPIC, arXiv 2410.15332).
+    ``starts``: where texts begin in the joined ``states``; the first text has nothing before it and is left alone. The
+    recomputed tokens attend causally. Afterwards no text but the first begins with tokens computed as the start of a sequence,
+    which later tokens would attend to most (EPIC, arXiv 2410.15332).
     """
     ends = [*starts[1:], len(states)]
     for start, end in zip(starts, ends, strict=True):

@@ -1,10 +1,10 @@
-"""Moving cached keys to other positions: exact for rotary embeddings, checked per model.
+"""Moves cached keys to other positions: exact for rotary embeddings, verified per model.
 
 A key at position p is R(p) k, and R(a) R(b) = R(a + b); so R(new - old) turns the stored key into the one the model would have
-computed at the new position from the same hidden state. Keys are rotated in FP32 and rounded once, from the copy that was
-stored, so the error does not grow with the distance.
+computed at the new position from the same hidden state. Keys are rotated in FP32 from the stored copy and rounded once,
+so the error does not grow with the distance.
 
-What this does not do: a document's states still have not seen the texts it is joined with.
+Note that a document's states still have not seen the texts it is joined with.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def frequencies(model: GritLM) -> Tensor:
 
 
 def rotate(keys: Tensor, distance: Tensor, radians: Tensor) -> Tensor:
-    """Keys (..., tokens, head_dim) turned by ``distance`` (tokens) positions; channel i is paired with i + rotary_dim / 2."""
+    """Keys (..., tokens, head_dim) rotated by ``distance`` (tokens) positions; channel i is paired with i + rotary_dim / 2."""
     half = radians.shape[0]
     angle = distance.to(keys.device).double()[:, None] * radians.to(keys.device)  # [tokens, rotary_dim / 2]
     cos, sin = angle.cos().float(), angle.sin().float()
@@ -71,9 +71,9 @@ def move(states: TextStates, positions: Tensor, model: GritLM) -> TextStates:
 
 
 def join(parts: Sequence[TextStates], model: GritLM) -> tuple[TextStates, list[int]]:
-    """One cache of several texts, and where each of them starts in it: each text's keys are moved behind those before it.
+    """One cache of several texts, and where each starts in it: each text's keys are moved after those of the previous one.
 
-    A BOS at the start of any but the first text is left out.
+    A BOS at the start of any but the first text is dropped.
     """
     bos = model.tokenizer.bos_token_id
     moved: list[TextStates] = []
@@ -94,8 +94,8 @@ def check(model: GritLM) -> float:
     Run once per loaded model, before its first key is moved; two short forward passes.
 
     Raises:
-        ValueError: the error is not rounding (above 16 roundings of the model's dtype and 1e-4), so this model's keys are not
-            rotated as assumed and joining its caches would garble them.
+        ValueError: the error exceeds rounding (16 roundings of the model's dtype, and 1e-4), so this model's keys are not
+            rotated as assumed and joining its caches would corrupt them.
     """
     decoder = model.decoder[0]
     if decoder not in _checked:

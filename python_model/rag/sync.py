@@ -1,9 +1,9 @@
-"""Bringing an index in line with files: what changed is read again, what did not is left alone, what was begun is finished.
+"""Synchronises an index with files: what has changed is read again, what has not is left alone, interrupted work is finished.
 
-A file counts as unchanged if its content's digest and the way it was divided are those that the index has. Documents are
-embedded in batches, and each batch is one step of the index: it removes what its files held before, puts the new documents in,
-and records the digests of the files that are complete now. So whatever ends the process, the next run goes on after the last
-batch. States in key-value stores are removed before the step and added after it: none outlives its text.
+A file counts as unchanged if its digest and the way it was chunked are those recorded in the index. Documents are embedded in
+batches, and each batch is one transaction of the index: it removes the files' previous documents, inserts the new ones, and
+records the digests of files that are now complete. However the process ends, the next run continues after the last batch.
+States in key-value stores are removed before the transaction and added after it: none outlives its text.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from python_model.rag.modes import Document
 from python_model.rag.store.kvstore import KVStore
 
 BATCH = 32
-"""Documents embedded and written in one step."""
+"""Number of documents embedded and written in one transaction."""
 
 
 @dataclass
 class Report:
-    """What has been done so far; ``skipped`` are (file, reason)."""
+    """What has been done; ``skipped`` are (file, reason)."""
 
     files: int = 0
     unchanged: int = 0
@@ -51,7 +51,7 @@ class Report:
 
 @contextlib.contextmanager
 def only_writer(index: Index, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Other processes that add to the index wait here until this one is done, or dead; ``waiting`` is called before a wait."""
+    """Other processes that add to the index wait here until this one is done or dead; ``waiting`` is called before waiting."""
     lock = FileLock(str(index.path / "writer.lock"))
     try:
         lock.acquire(timeout=0)
@@ -75,7 +75,7 @@ def delete(index: Index, names: Sequence[str]) -> int:
     """Remove documents by key, file or pattern (see :meth:`Index.matching`), and their states; returns how many.
 
     Raises:
-        KeyError: one of ``names`` stands for none; then nothing is removed.
+        KeyError: one of ``names`` matches nothing; then nothing is removed.
     """
     keys = list(dict.fromkeys(key for name in names for key in index.matching(name)))
     drop_states(index, keys)
@@ -106,15 +106,15 @@ def add_files(
     """Bring ``index`` in line with files and folders.
 
     Args:
-        rag: with a store: keep the documents' states there as well.
-        max_tokens: divide documents into chunks of so many tokens; 0 leaves them whole.
-        overlap: tokens that neighbouring chunks share.
+        rag: if it has a store, the documents' states are kept there as well.
+        max_tokens: maximum tokens per chunk; 0 leaves documents whole.
+        overlap: tokens shared by neighbouring chunks.
         sync: remove the documents of files that are no longer below the given folders, or cannot be read any more.
-        report: what is done is counted here, so that it can be told after an interruption.
-        progress: called with the files that are done and all of them.
+        report: counts what is done, so that it can be reported after an interruption.
+        progress: called with the number of files done and of all files.
 
     Raises:
-        FileNotFoundError: there is nothing at a path. ValueError: two files would have one name.
+        FileNotFoundError: there is nothing at a path. ValueError: two files would have the same name.
     """
     report = report if report is not None else Report()
     work = _Work(index, model, rag, _recipe(max_tokens, overlap), report)
@@ -184,7 +184,7 @@ def _find(index: Index, paths: Sequence[str | Path]) -> dict[str, Path]:
 
 
 class _Work:
-    """The batch that is being filled."""
+    """The batch being filled."""
 
     def __init__(self, index: Index, model: GritLM, rag: RAG | None, recipe: str, report: Report) -> None:
         self.index, self.model, self.recipe, self.report = index, model, recipe, report
@@ -216,7 +216,7 @@ class _Work:
         self.stale += [key for key in old if key not in new]
         self.owners.update(dict.fromkeys(new, name))
         self.known[name] = source
-        # chunks that are as they were keep their vectors
+        # unchanged chunks keep their vectors
         fresh = [d for key, d in new.items() if key not in old or asdict(old[key]) != asdict(d)]
         for start in range(0, len(fresh), BATCH):
             self.documents += fresh[start : start + BATCH]
@@ -229,7 +229,7 @@ class _Work:
             self.flush()
 
     def flush(self) -> None:
-        """One step of the index."""
+        """One transaction of the index."""
         if not (self.stale or self.documents or self.sources):
             return
         vectors, states = self._embed()
@@ -243,7 +243,7 @@ class _Work:
         self.stale, self.documents, self.sources, self.counts = [], [], [], []
 
     def _embed(self) -> tuple[Tensor | None, list[TextStates] | None]:
-        """The batch's vectors and, where one pass gives both, its states."""
+        """The batch's vectors and, if one pass gives both, its states."""
         if not self.documents:
             return None, None
         if self.rag is not None:
@@ -258,7 +258,7 @@ class _Work:
             self.rag.add_to_store([d for key, d in self.index.documents_of(name).items() if key not in store])
 
     def _check(self, name: str, documents: Sequence[Document]) -> None:
-        """Keys must be this file's own, and texts no longer than the model reads."""
+        """Check that keys belong to this file, and that texts are no longer than the model can read."""
         seen = set()
         for document in documents:
             owner = self.owners.get(document.key) or self.index.owner(document.key)

@@ -1,7 +1,7 @@
-"""A FAISS index of an index's vectors, kept in a file beside them: searches that look at a small part of them.
+"""A FAISS index of an index's vectors, in a file next to them: searches that look at only a small part of them.
 
-It stands for the documents that were there when it was built; newer ones are compared one by one until it is extended, and what
-has been removed is passed over. How many of the true neighbours it finds was measured when it was built, and stands beside it.
+It covers the documents that existed when it was built; newer ones are compared one by one until it is extended, and removed ones
+are ignored. Its recall was measured when it was built, and is recorded.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from python_model.support.optional import require
 Kind = Literal["ivf-sq8", "hnsw"]
 KINDS: tuple[str, ...] = get_args(Kind)
 LEAST_DOCUMENTS = 256
-"""Fewer are compared one by one."""
+"""With fewer documents, all are compared one by one."""
 NEIGHBOURS = 10
 QUERIES = 256
 ROWS_PER_LIST = 64
-"""Vectors that an inverted list's centre is trained with."""
+"""Number of vectors per inverted list used to train its centre."""
 HNSW_LINKS = 32
 MOST_EFFORT = 1024
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the index's database keeps about the file.
+    """What the index's database records about the file.
 
     Attributes:
         kind: ``"ivf-sq8"`` (inverted lists of int8 vectors) or ``"hnsw"`` (a graph over int8 vectors).
-        file, checksum: where it is, and the CRC-32 of its content.
+        file, checksum: its name, and the CRC-32 of its content.
         documents: how many it holds; ``last``: the largest of their ids.
-        target: the recall that was asked for.
-        effort: lists looked into per query (``nprobe``), or candidates kept (``efSearch``).
+        target: the recall that was requested.
+        effort: lists visited per query (``nprobe``), or candidates kept (``efSearch``).
         recall: the share of the ``NEIGHBOURS`` nearest documents that it found, on average over ``queries`` documents of the
             index as queries, each without itself.
     """
@@ -59,7 +59,7 @@ class Record:
 
 
 def lists_for(count: int) -> int:
-    """Inverted lists for so many documents; below 39 vectors per list FAISS finds its training weak."""
+    """Number of inverted lists for this many documents; below 39 vectors per list FAISS warns about poor training."""
     return min(round(4 * math.sqrt(count)), count // 39)
 
 
@@ -81,7 +81,7 @@ def trained(kind: str, count: int, sample: Tensor) -> Any:
 
 
 def extend(index: Any, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Add (ids, vectors), part by part."""
+    """Add (ids, vectors) in parts."""
     for ids, matrix in parts:
         index.add_with_ids(np.ascontiguousarray(matrix.numpy()), ids.numpy())
 
@@ -91,7 +91,7 @@ def search(index: Any, kind: str, effort: int, queries: Tensor, k: int, ids: Ten
     faiss = require("faiss", "rag")
     options: dict[str, Any] = {}
     if ids is not None:
-        chosen = np.ascontiguousarray(ids.numpy())  # the selector does not keep it
+        chosen = np.ascontiguousarray(ids.numpy())  # the selector does not keep a reference to it
         options["sel"] = faiss.IDSelectorBatch(chosen)
     if kind == "hnsw":
         parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k), **options)
@@ -104,8 +104,8 @@ def search(index: Any, kind: str, effort: int, queries: Tensor, k: int, ids: Ten
 def measure(
     index: Any, kind: str, queries: Tensor, itself: Tensor, nearest: Tensor, target: float
 ) -> tuple[int, float]:
-    """The least effort (doubled from 1, or from ``NEIGHBOURS`` in a graph) whose recall is at least ``target``, else the most;
-    and its recall.
+    """The least effort (doubled from 1, or from ``NEIGHBOURS`` in a graph) whose recall is at least ``target``, otherwise the
+    largest; and its recall.
 
     Args:
         queries: float32 (Q, size), vectors of documents whose ids are ``itself`` (Q).
@@ -134,7 +134,7 @@ def read(path: Path, checksum: int) -> Any:
     """The FAISS index of a file.
 
     Raises:
-        FileNotFoundError: there is none. StoreCorruptError: it is not what was written.
+        FileNotFoundError: the file does not exist. StoreCorruptError: it is damaged.
     """
     content = np.fromfile(path, dtype=np.uint8)
     if zlib.crc32(content.data) != checksum:

@@ -1,6 +1,6 @@
-"""StoreFolder: a folder with an SQLite index beside larger files; what KVStore and Index share.
+"""StoreFolder: a folder with an SQLite index next to larger files; the common part of KVStore and Index.
 
-SQLite's writer lock is the folder's: a writer holds it while it writes its large files, others wait; a killed process loses it.
+SQLite's writer lock guards the folder: a writer holds it while writing large files, others wait; it is freed if a process dies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 
 class StoreError(RuntimeError):
-    """A store cannot do what was asked."""
+    """A store cannot do what was requested."""
 
 
 class StoreFullError(StoreError):
@@ -25,11 +25,11 @@ class StoreFullError(StoreError):
 
 
 class StoreCorruptError(StoreError):
-    """What is on the disk is not what was written; the message names the file and the document."""
+    """The data on disk are not what was written; the message names the file and the document."""
 
 
 class StoreBusyError(StoreError):
-    """Another process kept writing, or mapping what is there, for longer than ``lock_timeout``."""
+    """Another process kept writing, or mapping the files, for longer than ``lock_timeout``."""
 
 
 class Writing(NamedTuple):
@@ -43,7 +43,7 @@ class Writing(NamedTuple):
 class StoreFolder:
     """See the top of the file. ``kind`` is for messages; ``schema`` are the tables, among them ``shards`` (id, file) and
     ``documents`` (key, shard); ``files`` is the folder of the large files; ``version`` is that of the format, which the table
-    ``meta`` records; ``rebuild`` is the command that makes the folder anew."""
+    ``meta`` records; ``rebuild`` is the command that rebuilds the folder."""
 
     kind: ClassVar[str]
     schema: ClassVar[str]
@@ -83,14 +83,14 @@ class StoreFolder:
     def _db(self) -> sqlite3.Connection:
         db = getattr(self._local, "db", None)
         if db is None:
-            # autocommit mode: transactions are begun by hand, so that a writer takes its lock before it reads
+            # autocommit mode: transactions are begun explicitly, so that a writer takes its lock before it reads
             db = sqlite3.connect(self.path / "index.sqlite", timeout=self.lock_timeout, isolation_level=None)
             db.execute("PRAGMA synchronous = FULL")
             self._local.db = db
         return db
 
     def _agree(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Record the settings of a new store, or compare them with the recorded ones; None agrees with anything."""
+        """Record the settings of a new store, or compare them with the recorded ones; None matches anything."""
         try:
             known = self._meta()
         except sqlite3.OperationalError as error:
@@ -111,7 +111,7 @@ class StoreFolder:
         if known.get("version") not in range(1, self.version + 1):
             raise StoreError(
                 f"{self.path}: the {self.kind} has format version {known.get('version')}, this code reads 1 to {self.version}: "
-                f"update grit-kernels, or make it anew with `{self.rebuild}`"
+                f"update grit-kernels, or rebuild it with `{self.rebuild}`"
             )
         if known["version"] < self.version:
             with self._transaction() as db:
@@ -129,17 +129,17 @@ class StoreFolder:
             if value is not None and known.get(name) != value:
                 raise ValueError(
                     f"{name}: expected {known.get(name)!r} as the {self.kind} {self.path} has, got {value!r}; "
-                    f"to change it, make the {self.kind} anew: `{self.rebuild}`"
+                    f"to change it, rebuild the {self.kind}: `{self.rebuild}`"
                 )
         return known
 
     def _create(self, db: sqlite3.Connection) -> None:
-        """Make the tables that are missing."""
+        """Create missing tables."""
         for statement in self.schema.split(";"):
             db.execute(statement)
 
     def _upgrade(self, db: sqlite3.Connection, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Bring the tables of an older version up to date, in the caller's transaction; returns what ``meta`` has to say then."""
+        """Upgrade the tables of an older version, in the caller's transaction; returns the new entries of ``meta``."""
         return known
 
     def _new_settings(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class StoreFolder:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """The only writer, from here to the commit; another one waits at BEGIN, and COMMIT waits for readers."""
+        """Makes this the only writer until the commit; another one waits at BEGIN, and COMMIT waits for readers."""
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -193,7 +193,7 @@ class StoreFolder:
         after += [file for _, file in empty]
 
     def _remove_leftovers(self, db: sqlite3.Connection) -> None:
-        """Files of writers that were killed. Only a writer may call this: its lock says that nobody else is writing."""
+        """Remove files of killed writers. Only a writer may call this: its lock guarantees that nobody else is writing."""
         if not self._cleaned:
             known = self._known_files(db)
             self._remove_files([file.name for file in self._file_folder.iterdir() if file.name not in known])
@@ -214,11 +214,11 @@ def set_meta(db: sqlite3.Connection, name: str, value: Any) -> None:
 
 
 def _completed(recorded: Any, given: Any, before: dict[str, Any], since: dict[str, Any]) -> Any:
-    """Recorded settings with those that the code which recorded them did not know, at the values that it had: ``since`` for any
-    code, ``before`` for that of the first version.
+    """Recorded settings plus those unknown to the code that recorded them, at the values it had: ``since`` for any code,
+    ``before`` for that of the first version.
 
-    The first version put one token (BOS) in front of every text and none behind it. Which token that is, the fingerprint fixes;
-    so a model that does the same may go on.
+    The first version put one token (BOS) before every text and none after it. Which token that is follows from the fingerprint,
+    so a model that does the same may continue to use it.
     """
     if not recorded or not given:
         return recorded

@@ -3,10 +3,10 @@
     folder/index.sqlite          one row per document and per shard; the store's settings
     folder/shards/*.safetensors  one stacked (layers, 2, kv_heads, tokens, head_dim) tensor per document
 
-A shard is never changed: it is written beside the others, forced to the disk and renamed before the index names it, in the
-transaction that also keeps other writers waiting. So a process killed at any moment leaves a store with every document whose
-``append`` had returned; what it leaves lying about, the next writer removes. Readers need no lock; a reader that meets a shard
-which has just been merged away asks the index again.
+A shard is never changed: it is written next to the others, synced to disk and renamed before the index refers to it, within the
+transaction that keeps other writers waiting. So a process killed at any moment leaves a store with every document whose
+``append`` had returned; the next writer removes its leftovers. Readers need no lock; a reader that finds a shard merged away
+meanwhile queries the index again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORMATS: tuple[str, ...] = get_args(Format)
 WhenFull = Literal["error", "drop_oldest", "drop_unused"]
 WHEN_FULL: tuple[str, ...] = get_args(WhenFull)
 OPEN_SHARDS = 256
-"""Mapped shards that one KVStore keeps open."""
+"""Number of mapped shards that a KVStore keeps open."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, bytes INTEGER NOT NULL);
@@ -51,15 +51,15 @@ class KVStore(StoreFolder):
     """States of documents by key, made by one model with one setting.
 
     Args:
-        path: the store's folder; created when missing (unless ``create`` is False).
+        path: the store's folder; created if missing (unless ``create`` is False).
         fingerprint: of the model whose states these are (see fingerprint.py); must equal the stored one.
         format: ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"int8"`` (half its size).
             Default: the store's own, bfloat16 for a new one.
         settings: how the documents were read (text prefix, attention); recorded, and must equal what is stored.
-        max_bytes: most bytes of all shards together; None is unlimited.
+        max_bytes: maximum total size of all shards; None: unlimited.
         when_full: ``"error"`` refuses a document that does not fit into ``max_bytes``; ``"drop_oldest"`` removes the oldest
             shards for it, ``"drop_unused"`` those that no document was loaded from for the longest time, by any process.
-        lock_timeout: seconds that a writer waits for another one.
+        lock_timeout: seconds that a writer waits for another.
         create: False refuses a folder that holds no store.
 
     An object may be shared by threads. Objects in several processes may read and write the same folder.
@@ -100,14 +100,14 @@ class KVStore(StoreFolder):
     def append(
         self, key: str, states: TextStates, metadata: dict[str, Any] | None = None, *, overwrite: bool = False
     ) -> None:
-        """Write one document; when this returns it is on the disk. See :meth:`append_many`."""
+        """Write one document; when this returns it is on disk. See :meth:`append_many`."""
         self.append_many([(key, states, metadata or {})], overwrite=overwrite)
 
     def append_many(self, items: Iterable[tuple[str, TextStates, dict[str, Any]]], *, overwrite: bool = False) -> None:
-        """Write (key, states, metadata) items as one shard: all of them, or on an error none.
+        """Write (key, states, metadata) items as one shard: all of them or, on an error, none.
 
         Raises:
-            ValueError: a key is there already (and ``overwrite`` is False) or twice in ``items``, or the states do not have
+            ValueError: a key exists already (and ``overwrite`` is False) or occurs twice in ``items``, or the states do not have
                 this store's layers, heads and head size.
             StoreFullError, StoreBusyError: see there.
         """
@@ -119,7 +119,7 @@ class KVStore(StoreFolder):
             return
         keys = [entry[0] for entry in entries]
         if len(set(keys)) < len(keys):
-            raise ValueError(f"items: a key comes twice in {keys}")
+            raise ValueError(f"items: expected different keys, got a duplicate key in {keys}")
         geometries = {entry[1].geometry for entry in entries}
         named = {f"{index}.{part}": t for index, entry in enumerate(entries) for part, t in entry[2].items()}
         with self._writing() as (db, undo, after):
@@ -157,7 +157,7 @@ class KVStore(StoreFolder):
     ) -> TextStates:
         """A document's states. In the stored format they are mapped into memory, not read: do not write into them.
 
-        ``dtype``: default the stored one (bfloat16 for int8). ``verify``: compare the checksum on this object's first load of
+        ``dtype``: default: the stored one (bfloat16 for int8). ``verify``: compare the checksum on this object's first load of
         the document, on every load, or never.
 
         Raises:
@@ -173,7 +173,7 @@ class KVStore(StoreFolder):
                 found = self._read(file, tensor)
                 self._note_use(file)
             except FileNotFoundError:
-                if attempt < 2:  # merged away since the index was asked
+                if attempt < 2:  # merged away since the index was queried
                     continue
                 raise StoreCorruptError(f"{file}: the shard of {key!r} is missing from {self.path}") from None
             except (SafetensorError, OSError) as error:
@@ -193,7 +193,7 @@ class KVStore(StoreFolder):
         return TextStates(data, _unpack_ints(ids), _unpack_ints(positions), bool(causal))
 
     def metadata(self, key: str) -> dict[str, Any]:
-        """What was given with :meth:`append`."""
+        """The metadata given to :meth:`append`."""
         row = self._db.execute("SELECT metadata FROM documents WHERE key = ?", (key,)).fetchone()
         if row is None:
             raise KeyError(f"{key!r} is not in the key-value store {self.path}")
@@ -222,7 +222,7 @@ class KVStore(StoreFolder):
             self._delete(db, [key], after)
 
     def discard(self, keys: Iterable[str]) -> int:
-        """Remove those of ``keys`` that are there; returns how many were."""
+        """Remove those of ``keys`` that exist; returns how many did."""
         with self._writing() as (db, _, after):
             present = [key for key in keys if self._row(key, db) is not None]
             self._delete(db, present, after)
@@ -239,9 +239,9 @@ class KVStore(StoreFolder):
         return damaged
 
     def compact(self, shard_bytes: int = 1 << 30) -> None:
-        """Merge shards into ones of about ``shard_bytes`` and leave deleted documents out. Readers may go on reading.
+        """Merge shards into shards of about ``shard_bytes``, without deleted documents. Readers may continue.
 
-        Needs room for a copy of what is merged. Damaged documents stop it (:meth:`verify` finds them; delete them first).
+        Needs room for a copy of what is merged. A damaged document stops it (:meth:`verify` finds them; delete them first).
         """
         with self._writing() as (db, undo, after):
             rows = db.execute(
@@ -331,8 +331,8 @@ class KVStore(StoreFolder):
     # shards
 
     def _note_use(self, file: str) -> None:
-        """A shard's time of change, which nothing else changes, is that of its last use: no database is locked for it."""
-        with contextlib.suppress(PermissionError):  # a store that is only read
+        """A shard's modification time, which nothing else changes, records its last use without locking the database."""
+        with contextlib.suppress(PermissionError):  # a read-only store
             os.utime(self._file_folder / file)
 
     def _last_use(self, file: str) -> int:

@@ -1,7 +1,7 @@
-"""Vectors in Qdrant: a server by its URL, or a folder of the client's local mode, for tests and trials.
+"""Vectors in Qdrant: a server given by URL, or a folder of the client's local mode, for tests and experiments.
 
-The index's folder stays the truth: what a killed writer leaves on the server has ids that the folder does not know, and the next
-writer gives them to other documents. Documents' files and metadata go along, so that the server filters.
+The index's folder remains authoritative: what a killed writer leaves on the server has ids unknown to the folder, and the next
+writer reuses them. Documents' files and metadata are uploaded as well, so that the server can filter.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class QdrantVectors:
 
     Args:
         place: a URL (``http://localhost:6333``; the environment variable ``QDRANT_API_KEY`` is its key) or a folder.
-        collection: its name there; made with the first vectors.
-        format: ``"float16"`` is Qdrant's datatype, ``"int8"`` its scalar quantisation beside vectors of float32.
+        collection: its name there; created with the first vectors.
+        format: ``"float16"`` is Qdrant's datatype, ``"int8"`` its scalar quantisation in addition to float32 vectors.
         connect: gives the calling thread's connection to the index's database.
     """
 
@@ -46,7 +46,7 @@ class QdrantVectors:
             self._client = client(path=place)
 
     def add(self, writing: Writing, ids: range, documents: Sequence[Document], matrix: Tensor) -> None:
-        """See :class:`Vectors`. Points are there when this returns; should the transaction fail, nobody knows them."""
+        """See :class:`Vectors`. Points are stored when this returns; if the transaction fails, nothing refers to them."""
         with _told(self.place):
             if not self._exists():
                 self._create(matrix.shape[1])
@@ -66,7 +66,7 @@ class QdrantVectors:
                 self._client.delete(self.collection, self._models.PointIdsList(points=list(ids)), wait=True)
 
     def compact(self, writing: Writing) -> None:
-        """Remove points that no document has any more; the server merges its segments itself."""
+        """Remove points without a document; the server merges its segments itself."""
         known = {row[0] for row in writing.db.execute("SELECT id FROM documents")}
         self.removed([identity for identity in self._ids() if identity not in known])
 
@@ -117,7 +117,7 @@ class QdrantVectors:
                 bounds = models.Range(gte=value.get("min"), lte=value.get("max"))
                 conditions.append(models.FieldCondition(key=key, range=bounds))
                 continue
-            # MatchValue takes no float: an equal number is a range of one
+            # MatchValue accepts no float: equality is a range of one number
             either = [
                 models.FieldCondition(key=key, range=models.Range(gte=entry, lte=entry))
                 if isinstance(entry, (int, float)) and not isinstance(entry, bool)
@@ -146,7 +146,7 @@ class QdrantVectors:
 
 @contextlib.contextmanager
 def _told(place: str) -> Iterator[None]:
-    """The client's errors as ones that name the server."""
+    """Reraise the client's errors with the name of the server."""
     errors: Any = require("qdrant_client.http.exceptions", "qdrant")
     try:
         yield

@@ -2,8 +2,8 @@
 
     q = round(x / s), s = max |x| / 127, maximum over the tokens for keys and over the channels for values.
 
-Keys have a few channels that are large in every token, values have none; so a key scale that is shared by the tokens of a
-channel is three times as accurate as one shared by the channels of a token (KIVI, arXiv 2402.02750).
+Keys have a few channels that are large in every token, values have none; so a key scale shared by the tokens of a channel is
+three times as accurate as one shared by the channels of a token (KIVI, arXiv 2402.02750).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Shards of a key-value store: safetensors files, written whole or not at all, with a checksum per document.
+"""Shards of a key-value store: safetensors files, written atomically, with a checksum per document.
 
-The writer streams tensors to a temporary file, forces it to the disk and renames it. (safetensors' own ``save_file`` does
+The writer streams tensors to a temporary file, syncs it to disk and renames it. (safetensors' own ``save_file`` does
 neither of the last two.) Reading is ``safetensors.safe_open``, which maps the file into memory.
 """
 
@@ -33,7 +33,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """CRC-32 of the tensors' bytes, one after another."""
+    """CRC-32 of the concatenated bytes of the tensors."""
     value = 0
     for tensor in tensors:
         value = zlib.crc32(raw_bytes(tensor), value)
@@ -41,7 +41,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def size_in_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all tensors together."""
+    """Total bytes of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -67,7 +67,7 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def file_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file that :func:`write_shard` makes of ``tensors``."""
+    """Bytes of the file that :func:`write_shard` writes for ``tensors``."""
     return 8 + len(_header(tensors)) + size_in_bytes(tensors.values())
 
 

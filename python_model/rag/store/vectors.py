@@ -1,10 +1,10 @@
-"""Vectors by the ids of their documents: what an index needs of them, and the kind it keeps in its own folder.
+"""Vectors by the ids of their documents: the interface that an index needs, and the implementation in its own folder.
 
     folder/vectors/*.safetensors  matrices (documents, size) in float32, float16 or int8 with a float32 scale per row
 
-A file is written once and never changed. So that a search after an addition reads what was added and no more, each file has the
-number of the change that last touched it, and what is mapped stays mapped. So that the files stay few, ``FAN_OUT`` neighbours of
-about one size become one: a vector is copied once per order of magnitude that the index grows by.
+A file is written once and never changed. Each file has the number of the change that last touched it, and mapped files stay
+mapped, so that a search after an addition reads only what was added. To keep the number of files small, ``FAN_OUT`` neighbours of
+similar size are merged: a vector is copied once per order of magnitude by which the index grows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS: tuple[str, ...] = get_args(VectorFormat)
 ROWS_AT_ONCE = 1 << 16
 FAN_OUT = 8
 MERGED_ROWS = 1 << 20
-"""Files of so many rows are not merged with others, so that an addition never copies more than some millions of vectors."""
+"""Files with this many rows are not merged further, so that an addition never copies more than a few million vectors."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT UNIQUE NOT NULL, checksum INTEGER NOT NULL,
@@ -39,9 +39,9 @@ CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TE
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents a search may find: those of these ids (int64, sorted) and of this filter; None allows all.
+    """Which documents a search may find: those with these ids (int64, sorted) and this filter; None allows all.
 
-    Both say the same. Vectors in this process take the ids, a server the filter, whose patterns of files are spelled out.
+    Both are equivalent. Vectors in this process use the ids, a server uses the filter, with its file patterns expanded.
     """
 
     ids: Tensor | None = None
@@ -49,21 +49,21 @@ class Selection:
 
 
 class Vectors(Protocol):
-    """What an index needs of its vectors. They may know ids that the index does not know any more, which it passes over."""
+    """What an index needs from its vectors. They may return ids that are no longer in the index, which it ignores."""
 
     exhaustive: bool
-    """Whether :meth:`search` finds no such ids."""
+    """Whether :meth:`search` never returns such ids."""
 
     def add(self, writing: Writing, ids: range, documents: Sequence[Document], matrix: Tensor) -> None:
         """Add rows (documents, size) of documents that the index has just inserted, in its transaction."""
         ...
 
     def removed(self, ids: Sequence[int]) -> None:
-        """The index has removed these documents, and the transaction is committed."""
+        """Called when the index has removed these documents and the transaction is committed."""
         ...
 
     def search(self, queries: Tensor, k: int, selection: Selection) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest inner products per query (Q, k), float32, largest first, and their ids, -1 where there are fewer."""
+        """The ``k`` largest inner products per query (Q, k), float32, largest first, and their ids, -1 if there are fewer."""
         ...
 
     def all(self) -> tuple[Tensor, Tensor]:
@@ -71,18 +71,18 @@ class Vectors(Protocol):
         ...
 
     def compact(self, writing: Writing) -> None:
-        """Give back what removed documents take."""
+        """Free the space of removed documents."""
         ...
 
 
 def stable_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest of each row of ``scores`` (rows, n), largest first, and their columns; equal scores keep their order.
 
-    ``torch.topk`` is several times faster than a sort of everything, but may take any of equal scores. So its choice is put in
-    order, and only rows in which an equal of the k-th score was left out are sorted whole.
+    ``torch.topk`` is several times faster than a full sort, but may pick any of equal scores. So its choice is put in order, and
+    only rows in which a tie with the k-th score was left out are sorted fully.
     """
     k = min(k, scores.shape[1])
-    best = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more, to see whether the k-th has an equal outside
+    best = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more, to see whether the k-th has a tie outside
     columns = best.indices[:, :k].sort(dim=1).values
     values = scores.gather(1, columns)
     order = values.argsort(dim=1, descending=True, stable=True)
@@ -104,9 +104,9 @@ def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def int8_products(queries: Tensor, data: Tensor, scales: Tensor) -> Tensor:
     """Inner products of float32 ``queries`` (Q, size) with int8 rows (n, size) and their scales (n, 1), in float32 (Q, n).
 
-    The rows are never widened: the processor multiplies int8 by int8 and sums in int32, exactly. A query goes in twice, rounded
-    to int8 and what that left over rounded once more, which together are 16 bits; so the error is about 1/250 of what
-    the rows' own rounding made.
+    The rows are never widened: the processor multiplies int8 by int8 and sums exactly in int32. A query is used twice, rounded
+    to int8 and as the rounded remainder, which together are 16 bits; so the error is about 1/250 of that of the rows' own
+    rounding.
     """
     high, high_scales = quantize(queries)
     low, low_scales = quantize(queries - high * high_scales)
@@ -117,7 +117,7 @@ def int8_products(queries: Tensor, data: Tensor, scales: Tensor) -> Tensor:
 
 @dataclass
 class _Block:
-    """One file: a matrix and the ids of its rows, -1 for those of documents that are gone."""
+    """One file: a matrix and the ids of its rows, -1 for removed documents."""
 
     changed: int
     ids: Tensor  # int64 (rows)
@@ -139,9 +139,9 @@ class ShardVectors:
     """See the top of the file; every search compares with every vector.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
         format: how vectors are stored.
-        connect: gives the calling thread's connection to the index's database.
+        connect: returns the calling thread's connection to the index's database.
     """
 
     exhaustive = True
@@ -160,10 +160,10 @@ class ShardVectors:
         self._merge(writing, self._due(writing.db))
 
     def removed(self, ids: Sequence[int]) -> None:
-        """See :class:`Vectors`: the database says it all."""
+        """See :class:`Vectors`: everything needed is in the database."""
 
     def compact(self, writing: Writing) -> None:
-        """Write all files anew, of up to about ``MERGED_ROWS`` rows each, without those of documents that are gone."""
+        """Rewrite all files with up to about ``MERGED_ROWS`` rows each, without those of removed documents."""
         groups: list[list[int]] = []
         filled = MERGED_ROWS
         for shard, rows in writing.db.execute("SELECT id, rows FROM shards ORDER BY id").fetchall():
@@ -187,7 +187,7 @@ class ShardVectors:
                     allowed &= torch.isin(part, selection.ids, assume_unique=False)
                 count = int(allowed.sum())
                 rows: slice | Tensor = slice(start, start + len(part))
-                if 2 * count < len(part):  # copying the few is cheaper than comparing with all
+                if 2 * count < len(part):  # copying these few is cheaper than comparing with all
                     rows, part, allowed = start + allowed.nonzero()[:, 0], part[allowed], allowed[allowed]
                 if not count:
                     continue
@@ -209,7 +209,7 @@ class ShardVectors:
         return torch.cat([ids for ids, _ in parts]), torch.cat([matrix for _, matrix in parts])
 
     def parts(self, newer_than: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """As :meth:`all`, some rows at a time, of the ids above ``newer_than``."""
+        """As :meth:`all`, a few rows at a time, for ids above ``newer_than``."""
         for block in self._current(newer_than):
             for start in range(0, len(block.ids), ROWS_AT_ONCE):
                 ids, matrix = block.floats(slice(start, start + ROWS_AT_ONCE))
@@ -217,9 +217,9 @@ class ShardVectors:
                 yield ids[newer], matrix[newer]
 
     def _current(self, newer_than: int = 0) -> list[_Block]:
-        """The files that hold ids above ``newer_than``, as they are now; only what has changed is read."""
+        """The current files that hold ids above ``newer_than``; only what has changed is read."""
         db = self._connect()
-        db.execute("BEGIN")  # one state of the index, whatever others write meanwhile
+        db.execute("BEGIN")  # a consistent state of the index, whatever others write meanwhile
         try:
             present = db.execute("SELECT id, file, checksum, changed FROM shards ORDER BY id").fetchall()
             self._blocks = {shard: self._blocks[shard] for shard, *_ in present if shard in self._blocks}
@@ -254,7 +254,7 @@ class ShardVectors:
         writing.db.executemany("UPDATE documents SET shard = ?, row = ? WHERE id = ?", places)
 
     def _due(self, db: sqlite3.Connection) -> list[int]:
-        """The newest files that are to become one: at least ``FAN_OUT`` that are no larger than an order of magnitude."""
+        """The newest files to merge: at least ``FAN_OUT`` of the same order of magnitude."""
         newest = db.execute("SELECT id, rows FROM shards ORDER BY id DESC").fetchall()
         due: list[int] = []
         limit = FAN_OUT
@@ -266,7 +266,7 @@ class ShardVectors:
         return due
 
     def _merge(self, writing: Writing, group: Sequence[int]) -> None:
-        """Write neighbouring files as one new one, without rows of documents that are gone."""
+        """Merge neighbouring files into a new one, without rows of removed documents."""
         db, parts, ids = writing.db, [], []
         for shard in group:
             file, check = db.execute("SELECT file, checksum FROM shards WHERE id = ?", (shard,)).fetchone()

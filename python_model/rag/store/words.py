@@ -1,4 +1,4 @@
-"""BM25 over the documents' titles and texts: SQLite's FTS5, which is in step with the documents in every transaction.
+"""BM25 over the documents' titles and texts: SQLite's FTS5, which stays consistent with the documents in every transaction.
 
 Words are runs of letters and digits, without case and accents, stemmed by Porter's algorithm for English. FTS5's BM25 has
 k1 = 1.2 and b = 0.75.
@@ -23,7 +23,7 @@ _STATEMENTS = (
 
 
 def create_words(db: sqlite3.Connection) -> None:
-    """Make the table of words, and what keeps it in step with the table ``documents``.
+    """Create the table of words, and the triggers that keep it consistent with the table ``documents``.
 
     Raises:
         StoreError: this Python's SQLite has no FTS5.
@@ -40,12 +40,12 @@ def create_words(db: sqlite3.Connection) -> None:
 
 
 def rebuild_words(db: sqlite3.Connection) -> None:
-    """Fill the table from documents that were there before it."""
+    """Fill the table from documents that existed before it."""
     db.execute("INSERT INTO words (words) VALUES ('rebuild')")
 
 
 def search_words(db: sqlite3.Connection, text: str, k: int, condition: str, parameters: list[object]) -> list[int]:
-    """The ids of the ``k`` best documents with a word of ``text``, best first, of those that fulfil an SQL condition over
+    """The ids of the ``k`` best documents with a word of ``text``, best first, among those that satisfy an SQL condition over
     ``documents``."""
     words = dict.fromkeys(_WORD.findall(text.lower()))
     if not words:

@@ -98,7 +98,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         (lambda: index.add(documents, vectors[:1]), r"vectors: expected .*, got \(1, 16\)"),
         (lambda: index.add([Document("n", "x")], torch.full((1, 16), float("nan"))), "not finite"),
         (lambda: index.add([Document("n", "x")], torch.ones(1, 8)), "expected size 16 .* got 8"),
-        (lambda: index.add([Document("n", "x")] * 2, vectors), "a key comes twice"),
+        (lambda: index.add([Document("n", "x")] * 2, vectors), "a duplicate key"),
         (lambda: index.search(torch.ones(1, 8)), r"queries: expected .*, got \(1, 8\)"),
         (lambda: index.search(vectors, 0), "k: expected .*got 0"),
         (lambda: index.search(vectors, engine="annoy"), "engine: expected .*got 'annoy'"),

@@ -109,7 +109,7 @@ def test_a_store_refuses_another_model_another_format_and_other_shapes(tmp_path:
         KVStore(tmp_path / "s", settings={"prefix": "y"})
     with pytest.raises(ValueError, match=r"kv_heads, head_dim\) \(3, 2, 8\) as this store has, got \(3, 2, 16\)"):
         store.append("b", TextStates(torch.zeros(3, 2, 2, 1, 16), torch.zeros(1), torch.zeros(1), True))
-    with pytest.raises(ValueError, match="a key comes twice"):
+    with pytest.raises(ValueError, match="a duplicate key"):
         store.append_many([("b", make_states(), {}), ("b", make_states(), {})])
     with pytest.raises(ValueError, match="format: expected .*got 'int4'"):
         KVStore(tmp_path / "t", format="int4")  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def test_states_leave_the_store_with_their_text(model: GritLM, folder: Path, tmp
     assert set(store.keys()) == set(index.keys())
     assert sync.delete(index, ["sub/b.py", "7"]) == 2 and set(store.keys()) == {"a.md", "rows.jsonl:2"}
     assert sync.delete(index, ["*.md"]) == 1 and store.keys() == index.keys() == ["rows.jsonl:2"]
-    with pytest.raises(KeyError, match="'nothing' is no document, file or pattern"):
+    with pytest.raises(KeyError, match="'nothing' matches no document or file"):
         sync.delete(index, ["rows.jsonl:2", "nothing"])
     assert len(index) == 1
 

@@ -65,7 +65,7 @@ def test_an_index_and_a_store_of_the_first_version_are_brought_up_to_date(checkp
     Index(tmp_path / "i").close()  # without a model: its settings are completed by the next that has one
     assert len(open_index(tmp_path / "i", model)) == 4
     as_version_1(tmp_path / "i")
-    with pytest.raises(ValueError, match="settings: expected.*make the index anew: `grit index"):
+    with pytest.raises(ValueError, match="settings: expected.*rebuild the index: `grit index"):
         open_index(tmp_path / "i", GritLM(checkpoint, device="cpu", dtype="float32", bidirectional_window="full"))
 
 
@@ -91,5 +91,5 @@ def test_a_newer_version_is_refused_by_the_command_that_makes_it_anew(tmp_path: 
         with sqlite3.connect(tmp_path / name / "index.sqlite") as db:
             db.execute("UPDATE meta SET value = '9' WHERE name = 'version'")
         db.close()
-        with pytest.raises(StoreError, match="format version 9.*anew with `grit index"):
+        with pytest.raises(StoreError, match="format version 9.*rebuild it with `grit index"):
             kind(tmp_path / name)
