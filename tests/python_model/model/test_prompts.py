@@ -157,7 +157,7 @@ def test_truncation_keeps_the_suffix_and_says_so(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
 def test_empty_text_is_refused(tokenizer: Any, text: str) -> None:
-    with pytest.raises(ValueError, match="text: expected a text that is not empty, got"):
+    with pytest.raises(ValueError, match="text: expected a non-empty text, got"):
         encode_text(tokenizer, EMBED, text, 64)
 
 
@@ -171,7 +171,7 @@ def test_instruction_longer_than_max_length_is_refused(tokenizer: Any) -> None:
 def test_conversation_errors_name_the_turn(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="turns: expected an even number.*got 3"):
         encode_conversation(tokenizer, ["a", "b", "c"], 64)
-    with pytest.raises(ValueError, match="turn 3 is empty"):
+    with pytest.raises(ValueError, match="turns: expected non-empty texts, got an empty turn 3"):
         encode_conversation(tokenizer, ["a", "b", "c", " "], 64)
 
 

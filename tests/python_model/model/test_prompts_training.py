@@ -230,5 +230,5 @@ def test_a_text_without_roles_is_learned_whole(tokenizer: Any) -> None:
     assert sample.labels == [*sample.input_ids[1:], IGNORE_INDEX] and sample.instruction_len == 0
     cut = encode_plain(tokenizer, "A river flows." * 20, 16)
     assert len(cut) == 16 and cut.truncated and cut.labels is not None and cut.labels[-1] == IGNORE_INDEX
-    with pytest.raises(ValueError, match="text: expected a text that is not empty, got"):
+    with pytest.raises(ValueError, match="text: expected a non-empty text, got"):
         encode_plain(tokenizer, " ", 16)

@@ -96,7 +96,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     index.add(documents, vectors)
     for bad, message in (
         (lambda: index.add(documents, vectors[:1]), r"vectors: expected .*, got \(1, 16\)"),
-        (lambda: index.add([Document("n", "x")], torch.full((1, 16), float("nan"))), "not finite"),
+        (lambda: index.add([Document("n", "x")], torch.full((1, 16), float("nan"))), "expected finite values"),
         (lambda: index.add([Document("n", "x")], torch.ones(1, 8)), "expected size 16 .* got 8"),
         (lambda: index.add([Document("n", "x")] * 2, vectors), "a duplicate key"),
         (lambda: index.search(torch.ones(1, 8)), r"queries: expected .*, got \(1, 8\)"),
