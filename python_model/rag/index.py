@@ -162,8 +162,7 @@ class Index(StoreFolder):
         vectors: Tensor | np.ndarray | None,
         sources: Sequence[Source] = (),
     ) -> None:
-        """In one transaction: remove the keys ``stale``, insert ``documents`` (replacing their keys), record their ``sources``.
-        """
+        """In one transaction: remove the keys ``stale``, insert or replace ``documents``, record their ``sources``."""
         matrix = _checked(documents, vectors) if documents else None
         with self._writing() as writing:
             gone = self._remove(writing, [*stale, *(document.key for document in documents)])
