@@ -46,6 +46,12 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+_DECODER_INPUTS = (
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "output_hidden_states", "return_dict"),
+    *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
+
+
 class GritTransformer(_modules.Transformer):  # type: ignore[name-defined]
     """sentence-transformers' Transformer over a patched decoder: the forward pass packs padded batches and returns token
     embeddings in float32."""
@@ -53,6 +59,8 @@ class GritTransformer(_modules.Transformer):  # type: ignore[name-defined]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         gk.patch(self.auto_model)
+        # a patched decoder refuses what it does not know, and a loss may hand on the outputs of another model's pass (CachedGIST)
+        self.model_forward_params = set(_DECODER_INPUTS)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """``features`` with ``token_embeddings`` (B, T, hidden)."""
