@@ -81,17 +81,18 @@ def torch_launches(profile: Any) -> list[str]:
 @pytest.mark.parametrize("staircase", [False, True])
 def test_a_shared_plan_changes_no_bit(staircase: bool) -> None:
     pack, problem = pack_and_problem(staircase)
-    inputs, plans = tensors(pack.tokens), {}
+    q, k, v = inputs = tensors(pack.tokens)
+    plans: dict[Any, Tensor] = {}
     grad = torch.randn(pack.tokens, 4, 32)
     expected: list[Tensor] = []
     for given in (None, plans, plans):  # the second layer finds the plan and a counter that is 0 again
-        out = prepared_attention(*inputs, problem, given)
+        out = prepared_attention(q, k, v, problem, given)
         found = [out, *torch.autograd.grad(out, inputs, grad)]
         expected = expected or found
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(plans) == 1
     with torch.no_grad():  # plans for the forward alone
-        assert torch.equal(prepared_attention(*inputs, problem, plans), expected[0])
+        assert torch.equal(prepared_attention(q, k, v, problem, plans), expected[0])
     assert len(plans) == 2
 
 
@@ -139,10 +140,10 @@ def run_layers(launches: Counter[str], given: dict[str, Any], shapes: list[tuple
     """(launches of Triton, launches of torch) of two layers in a row; ``shapes`` of query, key and value."""
     counted = []
     for _ in range(2):
-        states = [torch.empty(shape) for shape in shapes]
+        query, key, value = (torch.empty(shape) for shape in shapes)
         launches.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
-            grit_attention(torch.nn.Module(), *states, scaling=0.2, **given)
+            grit_attention(torch.nn.Module(), query, key, value, scaling=0.2, **given)
         counted.append((dict(launches), torch_launches(profile)))
     return counted
 
