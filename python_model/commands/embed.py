@@ -1,6 +1,6 @@
 """``grit embed``: vectors of texts, to a file or as JSON.
 
-A file is written while it is made: the same command goes on where an interrupted one stopped.
+A file is written incrementally: run again after an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
 
 BLOCK = 2048
-"""Texts that are embedded between two writes, of each device."""
+"""Texts per device that are embedded between two writes."""
 
 
 def _key(model: GritLM, texts: Sequence[str], *settings: Any) -> str:
-    """Tells runs apart that give other vectors."""
+    """Distinguishes runs that give different vectors."""
     from python_model.rag.fingerprint import embedding_settings, fingerprint
 
     digest = hashlib.sha256(json.dumps([fingerprint(model), embedding_settings(model), *settings]).encode())
@@ -40,15 +40,17 @@ def configure(parser: ArgumentParser) -> None:
         "--model", default=SMALL_MODEL, help="checkpoint folder or name; the default is the small model"
     )
     parser.add_argument("--text", action="append", help="a text to embed, instead of standard input; may be repeated")
-    parser.add_argument("--input", help="jsonl or text file, or a folder of documents, instead")
-    parser.add_argument("--instruction", default="", help="what the embedding is for, e.g. 'Find the answer'")
+    parser.add_argument("--input", help="read a jsonl or text file, or a folder of documents, instead")
+    parser.add_argument("--instruction", default="", help="instruction, such as 'Find the answer'")
     parser.add_argument(
-        "--output", help=".npy file for the vectors (with --ray: folder of their shards); an interrupted run goes on"
+        "--output", help=".npy file for the vectors (with --ray: folder of their shards); an interrupted run resumes"
     )
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; the rest is cut")
+    parser.add_argument(
+        "--max-length", type=int, default=512, help="maximum tokens per text; longer ones are truncated"
+    )
     parser.add_argument("--batch-size", type=int, default=256)
     add_truncation(parser)
-    parser.add_argument("--device", action="append", help="may be repeated: the texts are shared among the devices")
+    parser.add_argument("--device", action="append", help="may be repeated: the texts are distributed over the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
     parser.add_argument(
         "--ray", action="store_true", help="embed .jsonl or .parquet files at any address on a Ray cluster"
@@ -152,7 +154,7 @@ def _run_here(arguments: Namespace) -> None:
 def _tell_cut(cut: int, texts: int, max_length: int) -> None:
     if cut:
         what = f"{cut} of {texts} texts are longer than --max-length {max_length} tokens"
-        print(f"grit embed: {what}; their ends are not in the vectors", file=sys.stderr)
+        print(f"grit embed: {what}; their ends are ignored", file=sys.stderr)
 
 
 def _texts(arguments: Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""``grit index``: make, extend, search and shrink an index of documents."""
+"""``grit index``: create, update and search an index of documents."""
 
 from __future__ import annotations
 
@@ -26,38 +26,47 @@ def configure(parser: ArgumentParser) -> None:
     from python_model.rag.store.kvstore import FORMATS as STORE_FORMATS
     from python_model.rag.store.vectors import FORMATS
 
-    parser.add_argument("index", help="the index's folder")
+    parser.add_argument("index", help="folder of the index")
     add_model(parser)
     add_truncation(parser)
     parser.add_argument(
-        "--add", action="append", default=[], help="file or folder to bring the index in line with; repeat it"
+        "--add",
+        action="append",
+        default=[],
+        help="file or folder to add, or to update if it has changed; may be repeated",
     )
     parser.add_argument("--shards", help="folder of `grit embed --ray` whose documents and vectors to add")
-    parser.add_argument("--sync", action="store_true", help="with --add: drop files that are no longer in the folder")
+    parser.add_argument(
+        "--sync", action="store_true", help="with --add: drop documents of files that are no longer in the folder"
+    )
     parser.add_argument(
         "--delete",
         action="append",
         default=[],
-        help="file, pattern such as 'notes/*.md', or key to remove, with its states; repeat it",
+        help="remove a file, a pattern such as 'notes/*.md', or a key, with its states; may be repeated",
     )
-    parser.add_argument("--search", help="a query")
+    parser.add_argument("--search", help="query to search for")
     add_search(parser)
-    parser.add_argument("--instruction", default="", help="of the query")
-    parser.add_argument("--k", type=int, default=5, help="documents to find")
-    parser.add_argument("--chunk-tokens", type=int, default=256, help="divide documents; 0 leaves them whole")
-    parser.add_argument("--overlap", type=int, default=32, help="tokens that neighbouring chunks share")
-    parser.add_argument("--format", choices=FORMATS, help="of the vectors in a new index; float32 unless given")
+    parser.add_argument("--instruction", default="", help="instruction of the query")
+    parser.add_argument("--k", type=int, default=5, help="number of documents to find")
     parser.add_argument(
-        "--vectors", help="where a new index has them: folder (the default), or qdrant:URL of a server of Qdrant"
+        "--chunk-tokens", type=int, default=256, help="maximum tokens per chunk; 0 leaves documents whole"
+    )
+    parser.add_argument("--overlap", type=int, default=32, help="tokens shared by neighbouring chunks")
+    parser.add_argument("--format", choices=FORMATS, help="format of the vectors in a new index; default: float32")
+    parser.add_argument(
+        "--vectors", help="where a new index keeps its vectors: folder (the default), or qdrant:URL of a Qdrant server"
     )
     parser.add_argument(
-        "--approximate", choices=KINDS, help="build a FAISS index of the vectors, and measure how much it finds"
+        "--approximate", choices=KINDS, help="build a FAISS index of the vectors and measure its recall"
     )
-    parser.add_argument("--compact", action="store_true", help="merge files, give back what removed documents took")
-    parser.add_argument("--store", help="folder of a key-value store that keeps the documents' states as well")
-    parser.add_argument("--store-format", choices=STORE_FORMATS, help="of the states in a new store; int8 unless given")
+    parser.add_argument("--compact", action="store_true", help="merge files and free the space of removed documents")
+    parser.add_argument("--store", help="folder of a key-value store: keep the documents' states as well")
     parser.add_argument(
-        "--store-limit", type=float, default=20.0, help="stop before the work if states would take more GiB"
+        "--store-format", choices=STORE_FORMATS, help="format of the states in a new store; default: int8"
+    )
+    parser.add_argument(
+        "--store-limit", type=float, default=20.0, help="do not start if the states would take more GiB"
     )
     add_json(parser)
 
@@ -69,7 +78,7 @@ def run(arguments: Namespace) -> None:
     from python_model.rag.sync import compact, delete, only_writer
 
     if arguments.sync and not arguments.add:
-        raise ValueError("--sync: expected --add with the folder to be in line with, got none")
+        raise ValueError("--sync: expected --add with the folder to synchronise with, got none")
     if arguments.shards and arguments.add:
         raise ValueError("--shards: expected no --add beside it, got both")
     model = None
@@ -77,7 +86,7 @@ def run(arguments: Namespace) -> None:
     if arguments.shards:
         from python_model.rag.corpus import open_index_of
 
-        open_index_of(arguments.index, arguments.shards, **options).close()  # another model's is refused here
+        open_index_of(arguments.index, arguments.shards, **options).close()  # refuses an index of another model
     if arguments.add or arguments.search is not None:
         model = load(arguments, mode="unified" if arguments.store else "embedding")
         index = open_index(arguments.index, model, create=bool(arguments.add), **options)
@@ -126,7 +135,7 @@ def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
     rag = None
     overlap = arguments.overlap if arguments.chunk_tokens else 0
     if arguments.store:
-        store = open_store(arguments.store, model, format=arguments.store_format)  # another model's is refused here
+        store = open_store(arguments.store, model, format=arguments.store_format)  # refuses a store of another model
         rag = RAG(model, store=store)
         size = bytes_to_read(index, arguments.add, arguments.chunk_tokens, overlap, store)
         tokens = size / BYTES_PER_TOKEN * (1 + overlap / max(arguments.chunk_tokens, 1))
@@ -136,7 +145,7 @@ def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
         if states + store.bytes_used / 2**30 > arguments.store_limit:
             raise ValueError(
                 f"--store-limit: expected at most {arguments.store_limit:g} GiB of states, got about {states:.2f} beside "
-                f"{store.bytes_used / 2**30:.2f} in the store; nothing was read. Raise it, or index without --store"
+                f"{store.bytes_used / 2**30:.2f} in the store; nothing was read. Raise it, or omit --store"
             )
         index.note_store(arguments.store)
     report = Report()
@@ -155,7 +164,7 @@ def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
             )
     except KeyboardInterrupt:
         _tell(
-            f"interrupted: of {report.files} files, {report}. All of that is kept; the same command goes on from here."
+            f"interrupted: of {report.files} files, {report}. All of that is kept; the same command resumes from here."
         )
         raise
     finally:
@@ -165,7 +174,7 @@ def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
 
 
 def _line(hit: Hit) -> str:
-    """One line: score, file and position (else the key), and how the text begins."""
+    """One line: score, file and location (or the key), and the beginning of the text."""
     document = hit.document
     where = f"{document.source}, {document.place}" if document.source and document.place else document.key
     title = f"{document.title}: " if document.title and document.title not in where else ""
@@ -176,4 +185,4 @@ def _tell(text: str) -> None:
     print(f"grit index: {text}", file=sys.stderr, flush=True)
 
 
-COMMAND = Command("index", "Make, extend, search and shrink an index.", configure, run)
+COMMAND = Command("index", "Create, update and search an index of documents.", configure, run)

@@ -38,7 +38,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--mode", choices=("auto", *MODES), default="auto", help="which states are cached (docs/rag.md)"
     )
-    parser.add_argument("--k", type=int, default=1, help="number of documents per question")
+    parser.add_argument("--k", type=int, default=1, help="number of number of documents per question")
     add_search(parser)
     parser.add_argument("--store", help="folder of the key-value store of the documents' states")
     parser.add_argument(
@@ -69,7 +69,7 @@ def run(arguments: Namespace) -> None:
     if limit is not None and not (limit > 0 and arguments.store):
         raise ValueError("--keep: expected --store and a number of GiB above 0, got no store, or another number")
     if arguments.store:
-        options = {} if limit is None else {"max_bytes": int(limit * 2**30), "when_full": "drop_unused"}
+        options: dict[str, Any] = {} if limit is None else {"max_bytes": int(limit * 2**30), "when_full": "drop_unused"}
         store = open_store(arguments.store, model, causal_states=arguments.causal_states, **options)
     rag = RAG(
         model,

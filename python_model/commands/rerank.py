@@ -1,4 +1,4 @@
-"""``grit rerank``: order passages by their relevance to a query."""
+"""``grit rerank``: rank passages by their relevance to a query."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ def configure(parser: ArgumentParser) -> None:
     from python_model.generate.rerank import METHODS
 
     add_model(parser)
-    parser.add_argument("--query", required=True, help="what the passages should answer")
+    parser.add_argument("--query", required=True, help="query that the passages should answer")
     parser.add_argument(
-        "--passages", type=Path, required=True, help="jsonl or text file, or a folder; - reads one per line"
+        "--passages",
+        type=Path,
+        required=True,
+        help="jsonl or text file, or folder; - reads standard input, one passage per line",
     )
     parser.add_argument(
         "--method",
@@ -26,12 +29,12 @@ def configure(parser: ArgumentParser) -> None:
         default="likelihood",
         help="how likely the query is behind each; a yes or no; an order",
     )
-    parser.add_argument("--top", type=int, default=10, help="passages to print")
+    parser.add_argument("--top", type=int, default=10, help="number of passages to print")
     add_json(parser)
 
 
 def run(arguments: Namespace) -> None:
-    """Print the passages in order."""
+    """Print the passages, best first."""
     from python_model.generate.rerank import rerank
     from python_model.rag.documents import read_documents
 
@@ -48,4 +51,4 @@ def run(arguments: Namespace) -> None:
     )
 
 
-COMMAND = Command("rerank", "Order passages by their relevance to a query.", configure, run)
+COMMAND = Command("rerank", "Rank passages by their relevance to a query.", configure, run)

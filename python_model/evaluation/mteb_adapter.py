@@ -26,9 +26,9 @@ def _meta(name: str, revision: str) -> Any:
 
 
 def prefix_for(model: GritLM, encoder: Any, task_metadata: Any, prompt_type: Any) -> str:
-    """The text format of one side of a task: its instruction, and none for the documents of retrieval, as in the paper.
+    """The prefix for one side of a task: its instruction, or none for the documents of retrieval, as in the paper.
 
-    mteb hands the same instruction to both sides when a task has only one; for retrieval that is the queries'.
+    mteb passes the same instruction for both sides if a task has only one; for retrieval that is the queries'.
     """
     side = getattr(prompt_type, "value", prompt_type)
     if task_metadata.type == "Retrieval" and side == "document":
@@ -44,7 +44,7 @@ def mteb_encoder(
     max_length: int = 512,
     batch_size: int = 256,
 ) -> Any:
-    """An mteb encoder. ``name`` (with one slash) and ``revision`` say under what its results are filed."""
+    """An mteb encoder. Its results are filed under ``name`` (with one slash) and ``revision``."""
     require("mteb", "eval")
     from mteb.models.abs_encoder import AbsEncoder
 
@@ -83,9 +83,9 @@ def mteb_search(
     revision: str = "0",
     max_length: int = 512,
 ) -> Any:
-    """An mteb search model: exact search with embeddings, whose ``rerank_top`` best are put in the order of :func:`rerank`.
+    """An mteb search model: exact search with embeddings, whose ``rerank_top`` best hits are reordered by :func:`rerank`.
 
-    The reranked documents share out the scores that were theirs, so they stay in front of the others.
+    The reranked documents keep their scores as a set, reassigned in the new order, so they stay ahead of the others.
     """
 
     class Search:

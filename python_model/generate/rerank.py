@@ -2,7 +2,7 @@
 passage leads to the query.
 
 Listwise: the model is shown numbered passages and writes ``[2] > [0] > [1]`` (Sun et al., arXiv 2304.09542, as in the GRIT paper
-for its top 10). Longer lists are sorted by a window that slides from the last passages to the first. Pointwise: the score of a
+for its top 10). Longer lists are sorted by a window that slides from the end of the list to the front. Pointwise: the score of a
 passage is the log-odds of "yes" over "no" as the first token of the answer. Likelihood: the score is the mean log-probability of
 the query's tokens as a reply that is asked to be a question about the passage (Sachan et al., arXiv 2204.07496).
 """
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Ranked:
-    """A passage's place in the given list, and its score: larger is better. Listwise scores only tell the order."""
+    """A passage's index in the given list, and its score (higher is better). Listwise scores only express the order."""
 
     index: int
     score: float
@@ -48,12 +48,12 @@ def rerank(
     passage_tokens: int = 160,
     batch_size: int = 256,
 ) -> list[Ranked]:
-    """All ``passages``, each exactly once, best first.
+    """Rank ``passages``: each appears exactly once, best first.
 
     Args:
-        passages: in the order of the first retrieval, best first; what the model does not rank keeps it.
-        window, step: listwise, passages shown at once and by how many the window moves.
-        passage_tokens: a passage is shown up to this many tokens.
+        passages: in retrieval order, best first; passages that the model does not rank keep that order.
+        window, step: listwise only: how many passages are shown at once, and by how many the window moves.
+        passage_tokens: passages are truncated to this many tokens.
         batch_size: unless listwise, most passages scored in one packed pass (a pass also ends at 16384 tokens).
 
     Raises:
@@ -61,7 +61,7 @@ def rerank(
     """
     check_choice("method", method, METHODS)
     if not query.strip():
-        raise ValueError(f"query: expected a text that is not empty, got {query!r}")
+        raise ValueError(f"query: expected a non-empty text, got {query!r}")
     check_at_least("passage_tokens", passage_tokens, 1)
     check_at_least("batch_size", batch_size, 1)
     if model.mode == "embedding":
@@ -75,7 +75,7 @@ def rerank(
 
     def permute(part: list[int]) -> list[int]:
         prompt = prompt_ids(model, listwise_prompt(query, [shown[i] for i in part]))
-        # "[12] > " takes some five tokens
+        # "[12] > " takes about five tokens
         (text,) = complete(model, [prompt], max_new_tokens=8 * len(part))
         return parse_permutation(text, len(part))
 
@@ -84,10 +84,10 @@ def rerank(
 
 
 def sliding_order(count: int, permute: Callable[[list[int]], list[int]], window: int, step: int) -> list[int]:
-    """The order of ``count`` items after ``permute`` has sorted each window, from the last one to the first.
+    """The order of ``count`` items after ``permute`` has sorted each window, from the last to the first.
 
-    ``permute`` gets the items of a window and returns the order of their places. One sweep carries the best ``window - step``
-    items of each window on into the next, so these end up first whatever place they came from.
+    ``permute`` receives the items of a window and returns their new order. One sweep carries the best ``window - step`` items of
+    each window into the next, so these end up first wherever they started.
     """
     if window < 2 or not 1 <= step < window:
         raise ValueError(f"window, step: expected window >= 2 and 1 <= step < window, got {window}, {step}")
@@ -104,9 +104,9 @@ def sliding_order(count: int, permute: Callable[[list[int]], list[int]], window:
 
 
 def parse_permutation(text: str, count: int) -> list[int]:
-    """The places 0 .. count - 1 in the order ``text`` names them; what it leaves out follows in its old order.
+    """The indices 0 .. count - 1 in the order ``text`` names them; those it omits follow in their old order.
 
-    Any numbers are understood, whatever stands between them; repeated and unknown ones are passed over.
+    Numbers are recognised whatever separates them; repeated and unknown ones are ignored.
     """
     named = [int(number) for number in _NUMBER.findall(text) if len(number) < 10]
     found = list(dict.fromkeys(place for place in named if place < count))
@@ -114,7 +114,7 @@ def parse_permutation(text: str, count: int) -> list[int]:
 
 
 def listwise_prompt(query: str, passages: Sequence[str]) -> str:
-    """The prompt that asks for a permutation; passages are numbered from 0."""
+    """The prompt for a permutation; passages are numbered from 0."""
     count = len(passages)
     listed = "\n\n".join(f"[{i}] {escape(passage)}" for i, passage in enumerate(passages))
     return (
@@ -141,8 +141,8 @@ def likelihood_turn(passage: str) -> str:
 
 @torch.no_grad()
 def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 256) -> list[float]:
-    """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read as
-    :func:`python_model.generate.complete` reads them."""
+    """Log-odds of the answer "yes" over "no" for each passage, from one packed forward pass per batch; prompts are read
+    as by :func:`python_model.generate.complete`."""
     shared, yes, no = answer_tokens(model)
     gk.hf.check_plain_head(model.model)
     prompts = [[*prompt_ids(model, pointwise_prompt(query, passage)), *shared] for passage in passages]
@@ -176,7 +176,7 @@ def query_likelihoods(model: GritLM, query: str, passages: Sequence[str], *, bat
 
 
 def answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
-    """What "yes" and "no" behind "Answer:" begin with alike (a space that is a token of its own), and then apart."""
+    """The tokens with which "yes" and "no" after "Answer:" begin alike (a separate space token), and those where they differ."""
     before, yes, no = (
         list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
         for text in ("Answer:", "Answer: yes", "Answer: no")
@@ -186,7 +186,7 @@ def answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
 
 
 def shorten(model: GritLM, passage: str, tokens: int) -> str:
-    """The beginning of ``passage`` of at most ``tokens`` tokens, on one line."""
+    """``passage`` truncated to at most ``tokens`` tokens, on one line."""
     text = " ".join(passage.split())
     encoded = model.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False

@@ -24,7 +24,7 @@ from python_model.support.arguments import check_at_least, check_choice
 MODES = ("unified", "embedding", "generative")
 HEAD_FILE = "embedding_head.safetensors"
 WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
-"""Arguments of ``from_pretrained`` that say where a checkpoint's files are."""
+"""Arguments of ``from_pretrained`` that locate a checkpoint's files."""
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": nn.Identity(),
     "tanh": nn.functional.tanh,
@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
 }
 TOKENS_PER_PACK = 16384
-"""encode() fills one forward pass up to this many tokens."""
+"""encode() fills each forward pass with up to this many tokens."""
 
 
 class GritLM(nn.Module):
@@ -43,17 +43,18 @@ class GritLM(nn.Module):
         mode: ``"unified"`` and ``"generative"`` load the language-model head, ``"embedding"`` does not.
         pooling_method: ``"mean"``, ``"weightedmean"``, ``"lasttoken"`` or ``"cls"``.
         normalized: L2-normalise embeddings.
-        projection: output size of the embedding head, read from ``embedding_head.safetensors`` where the checkpoint has one, else
-            random (with ``is_inference`` that is a warning).
+        projection: output size of the embedding head, which is read from ``embedding_head.safetensors`` if the checkpoint has one
+            and random otherwise (with a warning if ``is_inference``).
         attn: the attention variant, see :class:`python_model.settings.AttentionVariant`.
         embed_eos: text appended to each text to embed (``lasttoken`` models).
-        device: where to put the model; default CUDA if there is one, else the CPU.
+        device: where to put the model; default: CUDA if available, else the CPU.
         is_inference: eval mode, and encode() without gradients.
-        instruction_count: which leading tokens are not pooled, see :class:`python_model.settings.GritSettings`.
+        instruction_count: how the leading tokens excluded from pooling are counted, see
+            :class:`python_model.settings.GritSettings`.
         from_pretrained_kwargs: the other settings of :class:`python_model.settings.GritSettings` by name; the rest is passed to
-            ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...), to the tokenizer's what says where the files are.
+            ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...), and what locates files to the tokenizer's as well.
 
-    Settings that are not given are those saved with the checkpoint, in a folder or on the hub: ``grit.json``, else what
+    Settings not given are those saved with the checkpoint, in a folder or on the hub: ``grit.json``, else what
     sentence-transformers saves (``modules.json`` and the files beside it). Attributes: ``settings`` (all of them), ``model``,
     ``tokenizer``, ``projection`` (a module or None).
     """
@@ -97,8 +98,8 @@ class GritLM(nn.Module):
         )
         if is_inference and (missing := sorted(report["missing_keys"])):
             warnings.warn(
-                f"mode: {path} has no {', '.join(missing[:3])}, which start at random with mode={mode!r}; an embedding model "
-                "without a language-model head is loaded with mode='embedding'",
+                f"mode: {path} has no {', '.join(missing[:3])}, which mode={mode!r} initialises at random; load an embedding "
+                "model without a language-model head with mode='embedding'",
                 stacklevel=2,
             )
         self.model = gk.patch(loaded, bidirectional_window=self.settings.bidirectional_window)
@@ -123,7 +124,7 @@ class GritLM(nn.Module):
                 self.projection.load_state_dict(head)
             elif is_inference:
                 warnings.warn(
-                    f"projection: there is no {HEAD_FILE} in {path}, so the embedding head starts at random",
+                    f"projection: there is no {HEAD_FILE} in {path}, so the embedding head is initialised at random",
                     stacklevel=2,
                 )
         whole = self.settings.projection or self.model.config.hidden_size
@@ -161,7 +162,7 @@ class GritLM(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        """Numbers of an embedding."""
+        """The size of an embedding."""
         return self.settings.truncate_dim or self.settings.projection or int(self.model.config.hidden_size)
 
     @property
@@ -171,12 +172,12 @@ class GritLM(nn.Module):
 
     @property
     def formatter(self) -> Formatter:
-        """Makes token ids of texts, prompts and conversations as this model was trained with them."""
+        """Turns texts, prompts and conversations into token ids in the format this model was trained with."""
         return Formatter(self.tokenizer, self.settings)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,8 +204,8 @@ class GritLM(nn.Module):
     def pool(self, hidden: Tensor, cu_seqlens: Tensor, instruction_lens: Tensor) -> Tensor:
         """(tokens, hidden) of texts to embed -> float32 (B, size): pooled, projected, cut, normalised.
 
-        The head is applied after pooling. For a linear one that is what the public implementation gets by applying it to every
-        token (the weights of pooling sum to one), at a hundredth of the work.
+        The head is applied after pooling. For a linear head this equals applying it to every token, as the public implementation
+        does (pooling weights sum to one), at a fraction of the work.
         """
         pooled = gk.pool(hidden, cu_seqlens=cu_seqlens, instruction_lens=instruction_lens, method=self.pooling_method)
         if self.projection is not None:
@@ -232,23 +233,23 @@ class GritLM(nn.Module):
         """Embed texts: a float32 array (texts, size), one-dimensional for a single string.
 
         Args:
-            sentences: a text or texts; an empty one is an error that names its index.
-            batch_size: most texts in one forward pass (a pass also ends at 16384 tokens).
-            max_length: longer texts lose their end; counts instruction and special tokens.
+            sentences: one text or several; an empty one is an error that names its index.
+            batch_size: maximum number of texts in a forward pass (which also holds at most 16384 tokens).
+            max_length: longer texts are truncated; instruction and special tokens count.
             instruction: the formatted prefix, e.g. ``prompts.embed_instruction("Find the article")``; by default that of
                 ``prompt_name``.
-            embed_instruction: pool the instruction as well (always, where the settings say so).
-            get_cache: also return the key-value states as a ``DynamicCache`` (one batch only), right-padded, with the number of
-                real slots per text in its attribute ``seqlens``.
+            embed_instruction: pool the instruction as well (always done if the settings say so).
+            get_cache: also return the key-value states as a ``DynamicCache`` (single batch only), right-padded, with the number
+                of used slots per text in its attribute ``seqlens``.
             convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
             recast: round the embedding to the model's dtype (the paper's "BF16 embedding").
-            add_special_tokens: add what ``settings.special_tokens`` says, as a rule what the tokenizer adds.
+            add_special_tokens: add what ``settings.special_tokens`` says, usually what the tokenizer adds.
             prompt_name: one of ``settings.prompts``; by default ``settings.default_prompt_name``, if there is one.
-            truncate_dim: cut embeddings to so many numbers (and normalise them again, where the settings say so), at most those
+            truncate_dim: truncate embeddings to this size (and renormalise them, if the settings say so), at most those
                 that the settings give.
-            show_progress_bar: default: when there is more than one batch.
-            devices: share the batches among copies of the model on these devices (with gradients: not accepted); the copies
-                live as long as the call.
+            show_progress_bar: by default only if there is more than one batch.
+            devices: distribute the batches over copies of the model on these devices (not with gradients); the copies live for
+                the duration of the call.
         """
         single = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
@@ -256,7 +257,7 @@ class GritLM(nn.Module):
             raise ValueError("sentences: expected at least one text, got an empty list")
         if embed_instruction and not self.attention.embedding_is_uniform:
             raise ValueError(
-                f"embed_instruction: expected False with attn {self.attn!r}, which reads it apart, got True"
+                f"embed_instruction: expected False with attn {self.attn!r}, which treats it separately, got True"
             )
         if instruction and prompt_name is not None:
             raise ValueError(f"prompt_name: expected none beside an instruction, got {prompt_name!r}")
@@ -269,7 +270,7 @@ class GritLM(nn.Module):
         if get_cache and len(batches) > 1:
             raise ValueError(f"get_cache: expected one batch, got {len(texts)} texts in {len(batches)} batches")
         if get_cache:
-            batches = [sorted(batches[0])]  # the rows of the cache follow the texts
+            batches = [sorted(batches[0])]  # the cache's rows are in the order of the texts
         cache = None
         if get_cache:
             chosen = [samples[i] for i in batches[0]]
@@ -309,13 +310,13 @@ class GritLM(nn.Module):
         progress: Any,
         devices: Sequence[str | torch.device] | None,
     ) -> list[Tensor]:
-        """One row per sample, on this model's device; batches run where a device is free."""
+        """One row per sample, on this model's device; each batch runs on whichever device is free."""
 
         def embed(model: GritLM, batch: list[int]) -> Tensor:
             chosen = [samples[i] for i in batch]
             pack = model.embedding_pack([len(s) for s in chosen], [skips[i] for i in batch])
             ids = torch.tensor([t for s in chosen for t in s.input_ids], device=model.device)
-            # grad mode belongs to a thread, so each call sets it
+            # grad mode is per thread, so each call sets it
             with torch.set_grad_enabled(not self.is_inference):
                 return model._pool_batch(model.hidden_states(ids, pack), pack, recast).to(self.device)
 
@@ -326,11 +327,11 @@ class GritLM(nn.Module):
         return [rows[index] for index in range(len(samples))]
 
     def encode_queries(self, queries: str | Sequence[str], **kwargs: Any) -> Any:
-        """:meth:`encode`, under the name retrieval benchmarks call for queries."""
+        """:meth:`encode`, under the name that retrieval benchmarks call for queries."""
         return self.encode(queries, **kwargs)
 
     def encode_corpus(self, corpus: str | dict[str, str] | Sequence[str | dict[str, str]], **kwargs: Any) -> Any:
-        """:meth:`encode` of documents; a dict gives ``title + " " + text``, without the space when the title is empty."""
+        """:meth:`encode` of documents; a dict is read as ``title + " " + text``, without the space if the title is empty."""
         if isinstance(corpus, str):
             return self.encode(corpus, **kwargs)
         documents = [corpus] if isinstance(corpus, dict) else list(corpus)
@@ -340,7 +341,7 @@ class GritLM(nn.Module):
         return self.encode(texts, **kwargs)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """A plain transformers checkpoint (safetensors), the tokenizer, and ``grit.json`` with this class's settings."""
+        """Save a plain transformers checkpoint (safetensors), the tokenizer, and ``grit.json`` with this class's settings."""
         folder = Path(path)
         if self.projection is not None and type(self.projection) is not nn.Linear:
             raise TypeError(
@@ -361,7 +362,7 @@ class GritLM(nn.Module):
         formatter = self.formatter
         for index, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"sentences: entry {index} is {type(text).__name__}, accepted is a str")
+                raise TypeError(f"sentences: entry {index}: expected a str, got {type(text).__name__}")
             try:
                 samples.append(formatter.text(prefix, text, max_length, add_special_tokens=add_special_tokens))
             except ValueError as error:
@@ -369,9 +370,9 @@ class GritLM(nn.Module):
         return samples
 
     def _cached_states(self, samples: list[EncodedSample], pack: gk.SamplePack) -> tuple[Tensor, Any]:
-        """Hidden states of the pack, and the cache a padded pass fills (a transformers cache holds padded rows)."""
+        """Hidden states of the pack, and the cache filled by a padded pass (a transformers cache holds padded rows)."""
         if pack.hi is not None:
-            raise ValueError("get_cache: attn 'cb' fills no cache; accepted are 'bb' and 'cc'")
+            raise ValueError("get_cache: expected attn 'bb' or 'cc', got 'cb', which fills no cache")
         longest = pack.max_seqlen
         ids = torch.full((len(samples), longest), self.tokenizer.pad_token_id, device=self.device)
         mask = torch.zeros_like(ids)
@@ -387,7 +388,7 @@ class GritLM(nn.Module):
 
 
 def token_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices sorted by length, cut into packs of at most ``batch_size`` texts and TOKENS_PER_PACK tokens."""
+    """Indices sorted by length, split into packs of at most ``batch_size`` texts and TOKENS_PER_PACK tokens."""
     check_at_least("batch_size", batch_size, 1)
     batches: list[list[int]] = []
     tokens = 0
@@ -404,7 +405,7 @@ def saved_settings(path: str | os.PathLike[str], **where: Any) -> GritSettings |
     """The settings saved with a checkpoint, a folder or a name on the hub; None if it has none. ``where``: see ``WHERE``.
 
     Raises:
-        ValueError: a file of settings says something that is not understood.
+        ValueError: a settings file holds something that is not understood.
     """
     if (file := _file(str(path), SETTINGS_FILE, **where)) is not None:
         return GritSettings.load(file)
@@ -426,9 +427,9 @@ def saved_head(path: str | os.PathLike[str], **where: Any) -> dict[str, Tensor] 
 
 
 def _one_flag_per_sample(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """``from_pretrained``'s arguments, with a config whose attention follows the flag of each sample.
+    """``from_pretrained``'s arguments, with a config whose attention follows each sample's flag.
 
-    A Gemma 3 that is bidirectional by its config sees ``|i - j| < sliding_window``; by the flag it sees ``<=``.
+    A Gemma 3 made bidirectional by its config sees ``|i - j| < sliding_window``; by the flag it sees ``<=``.
     """
     if "config" in arguments:
         return arguments
@@ -452,7 +453,7 @@ def _file(path: str, name: str, **where: Any) -> Path | None:
 
 
 def _in_float32(layer: nn.Module, rows: Tensor) -> Tensor:
-    """``layer(rows)`` with its weights as float32, whatever they are kept in; the layer is called, so what wraps it counts."""
+    """``layer(rows)`` with its weights cast to float32; the layer is called as a module, so wrappers and hooks apply."""
     half = {name: p.float() for name, p in layer.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
     with torch.autocast(rows.device.type, enabled=False):
         if not half:

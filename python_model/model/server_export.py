@@ -164,7 +164,7 @@ def _write_modules(model: GritLM, folder: Path, max_length: int) -> None:
         save_file(weights, folder / "2_Dense" / "model.safetensors")
     if settings.normalized:
         kinds.append("Normalize")
-    modules = [
+    modules: list[dict[str, Any]] = [
         {
             "idx": number,
             "name": str(number),

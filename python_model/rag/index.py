@@ -595,7 +595,8 @@ def _checked(documents: Sequence[Document], vectors: Tensor | np.ndarray | None)
 
 
 def _document(row: Sequence[Any]) -> Document:
-    return Document(*row[:-1], metadata=json.loads(row[-1]))
+    key, text, title, source, place, metadata = row
+    return Document(key, text, title, source, place, metadata=json.loads(metadata))
 
 
 def _fused(rankings: Sequence[Sequence[Document]]) -> list[Hit]:

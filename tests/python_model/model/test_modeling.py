@@ -174,7 +174,7 @@ def test_saved_checkpoint_loads_in_plain_transformers(model: GritLM, tmp_path: P
 
 
 def test_tokenizer_and_settings_come_from_where_the_weights_do(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="projection: there is no .*so the embedding head starts at random"):
+    with pytest.warns(UserWarning, match="projection: there is no .*so the embedding head is initialised at random"):
         model = GritLM(checkpoint, attn="cccc", projection=8, device="cpu", dtype="float32")
     model.save_pretrained(tmp_path / "step-2")
     with warnings.catch_warnings():

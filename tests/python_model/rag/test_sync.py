@@ -188,7 +188,7 @@ with sync.only_writer(index):
         main(command)
     assert stopped.value.code == 130
     told = capsys.readouterr().err
-    assert "of 8 files, 2 files added, 0 changed, 4 unchanged" in told and "goes on from here" in told
+    assert "of 8 files, 2 files added, 0 changed, 4 unchanged" in told and "resumes from here" in told
     monkeypatch.setattr(Index, "replace", real)
     main([*command, "--search", "Note 3.", "--k", "2"])
     lines = capsys.readouterr().out.splitlines()
