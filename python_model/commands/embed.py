@@ -36,9 +36,7 @@ def _key(model: GritLM, texts: Sequence[str], *settings: Any) -> str:
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit embed``."""
-    parser.add_argument(
-        "--model", default=SMALL_MODEL, help="checkpoint folder or name; the default is the small model"
-    )
+    parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint folder or name; default: the small model")
     parser.add_argument("--text", action="append", help="a text to embed, instead of standard input; may be repeated")
     parser.add_argument("--input", help="read a jsonl or text file, or a folder of documents, instead")
     parser.add_argument("--instruction", default="", help="instruction, such as 'Find the answer'")
@@ -52,20 +50,23 @@ def configure(parser: ArgumentParser) -> None:
     add_truncation(parser)
     parser.add_argument("--device", action="append", help="may be repeated: the texts are distributed over the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
+    parser.add_argument("--ray", action="store_true", help="embed .jsonl or .parquet files at any URL on a Ray cluster")
+    parser.add_argument("--workers", type=int, default=1, help="with --ray: number of copies of the model")
+    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs per copy")
     parser.add_argument(
-        "--ray", action="store_true", help="embed .jsonl or .parquet files at any address on a Ray cluster"
+        "--chunk-tokens", type=int, default=0, help="with --ray: maximum tokens per chunk; 0 leaves texts whole"
     )
-    parser.add_argument("--workers", type=int, default=1, help="with --ray: copies of the model")
-    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs of each of them")
-    parser.add_argument("--chunk-tokens", type=int, default=0, help="with --ray: divide texts; 0 leaves them whole")
-    parser.add_argument("--overlap", type=int, default=0, help="with --ray: tokens that neighbouring chunks share")
+    parser.add_argument("--overlap", type=int, default=0, help="with --ray: tokens shared by neighbouring chunks")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="with --ray: of the vectors in the shards"
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="with --ray: dtype of the vectors in the shards",
     )
 
 
 def run(arguments: Namespace) -> None:
-    """Embed the texts block by block, or on Ray."""
+    """Embed the texts in blocks, or on Ray."""
     if arguments.ray:
         _run_on_ray(arguments)
     else:

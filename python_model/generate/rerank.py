@@ -1,10 +1,10 @@
-"""Reranking with the generative side of the model: by a written permutation, by asking about each passage, or by how well each
-passage leads to the query.
+"""Reranking with the generative side of the model: by generating a permutation, by asking about each passage, or by how likely
+each passage makes the query.
 
 Listwise: the model is shown numbered passages and writes ``[2] > [0] > [1]`` (Sun et al., arXiv 2304.09542, as in the GRIT paper
 for its top 10). Longer lists are sorted by a window that slides from the end of the list to the front. Pointwise: the score of a
 passage is the log-odds of "yes" over "no" as the first token of the answer. Likelihood: the score is the mean log-probability of
-the query's tokens as a reply that is asked to be a question about the passage (Sachan et al., arXiv 2204.07496).
+the query's tokens as the reply to a request for a question about the passage (Sachan et al., arXiv 2204.07496).
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""A corpus embedded on a Ray cluster: rows at any address that fsspec knows, to Parquet shards that an index is made from.
+"""Embeds a corpus on a Ray cluster: from rows at any URL that fsspec understands to Parquet shards that an index is built from.
 
 The input is divided into units before the work: about ``UNIT_BYTES`` of a ``.jsonl`` file, or row groups of a ``.parquet`` file.
-A unit is one task of Ray Data on an actor that holds the model; its rows are embedded in packs by tokens, whatever rows they
-are, and become one shard:
+A unit is one task of Ray Data on an actor that holds the model; its rows are embedded in packs filled by tokens and
+become one shard:
 
     OUTPUT/run.json             what the vectors depend on, and the units; another run is refused
     OUTPUT/part-000012.parquet  key, text, title, source, place, metadata (JSON), vector
     OUTPUT/part-000012.json     the commit marker: rows, bytes of the shard, seconds
 
-A shard counts once its marker is there. So a run that was killed goes on with the units that have none, and a worker that dies
-costs the unit it was at, which Ray gives to another.
+A shard counts once its marker exists. So a killed run resumes with the units that have none, and a worker that dies costs only
+its current unit, which Ray gives to another.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SUFFIXES = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Unit:
-    """What becomes one shard: bytes ``start`` to ``end`` of a file of lines (the lines that begin there), or row groups
-    ``start`` to ``end`` of a Parquet file. ``number`` counts them, ``name`` is the file's below the source."""
+    """The input of one shard: bytes ``start`` to ``end`` of a file of lines (the lines that begin there), or row groups
+    ``start`` to ``end`` of a Parquet file. ``number`` counts them, ``name`` is the file's path below the source."""
 
     number: int
     file: str
@@ -60,10 +60,10 @@ class Recipe:
 
     Attributes:
         model: checkpoint folder or name; every node of the cluster must find it there.
-        instruction: what the vectors are for; empty for documents of an index.
-        max_length: tokens of a text, prefix included; the rest is cut, and counted.
-        chunk_tokens, overlap: divide texts into chunks of so many tokens first; 0 leaves them whole.
-        dtype: of the vectors in the shards, ``"float32"`` or ``"float16"``.
+        instruction: instruction of the texts; empty for documents of an index.
+        max_length: maximum tokens of a text, including its prefix; longer ones are truncated and counted.
+        chunk_tokens, overlap: split texts into chunks of this many tokens first; 0 leaves them whole.
+        dtype: dtype of the vectors in the shards, ``"float32"`` or ``"float16"``.
     """
 
     model: str
@@ -76,12 +76,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What was done, now and before.
+    """What was done, in this run and earlier ones.
 
     Attributes:
         rows, cut: vectors in the shards, and how many of their texts were longer than ``max_length``.
-        units, done_before: shards, and how many of them an earlier run had made.
-        seconds: of this run, from the first unit to the last; ``rows_now``: vectors that it made.
+        units, done_before: shards, and how many of them earlier runs had written.
+        seconds: of this run, from the first unit to the last; ``rows_now``: vectors it computed.
         outside: the share of the workers' time in this run that was not spent in ``GritLM.encode`` (reading, writing).
     """
 
@@ -110,13 +110,13 @@ def embed_corpus(
     Args:
         source: a ``.jsonl`` or ``.parquet`` file, or a folder of them at any depth, on a disk that all nodes share or at
             an address such as ``s3://bucket/folder``.
-        output: a folder there; what an interrupted run left is gone on with.
+        output: a folder there; an interrupted run is resumed.
         workers: actors, each with a copy of the model, ``gpus`` GPUs and ``cpus`` CPUs.
-        progress: called with the shards that are there and all of them.
+        progress: called with the number of finished shards and of all shards.
 
     Raises:
         FileNotFoundError: there is no such file at ``source``. ImportError: Ray or pyarrow is missing.
-        ValueError: ``output`` holds a run of other rows or settings, or a row is broken (the message has its place).
+        ValueError: ``output`` holds a run of other rows or settings, or a row is malformed (the message names its place).
     """
     ray = require("ray", "ray")
     require("ray.data", "ray")
@@ -137,7 +137,7 @@ def embed_corpus(
 
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         DataContext.get_current().enable_progress_bars = False  # ``progress`` is told
-        # Ray Data restarts a dead actor and gives its unit out again, without limit
+        # Ray Data restarts dead actors and reassigns their units, without limit
         data = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             Embedder,
             batch_size=1,
@@ -163,7 +163,7 @@ def embed_corpus(
 
 
 def plan(source: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """The units of ``source``, file by file in the order of their names."""
+    """The units of ``source``, file by file, sorted by name."""
     filesystem, root = _filesystem(source)
     if filesystem.isfile(root):
         names = [root]
@@ -203,7 +203,7 @@ def _row_groups(filesystem: Any, name: str, unit_bytes: int) -> list[tuple[int, 
 
 
 def read_unit(unit: Unit) -> Iterator[Document]:
-    """The documents of a unit; a row without an id is called by its file and its first byte or its number."""
+    """The documents of a unit; a row without an id is named by its file and its first byte or its number."""
     filesystem, path = _filesystem(unit.file)
     name = unit.name
     with filesystem.open(path, "rb") as file:
@@ -216,7 +216,7 @@ def read_unit(unit: Unit) -> Iterator[Document]:
                     number += 1
             return
         place = unit.start
-        if unit.start:  # the line that is under way belongs to the unit before
+        if unit.start:  # a line that began earlier belongs to the previous unit
             file.seek(unit.start - 1)
             place += len(file.readline()) - 1
         while place < unit.end and (line := file.readline()):
@@ -244,7 +244,7 @@ class Embedder:
         return {"number": [u.number for u in units], "marker": [json.dumps(self.embed(u)) for u in units]}
 
     def embed(self, unit: Unit) -> dict[str, Any]:
-        """Make the shard of a unit; returns its marker."""
+        """Write the shard of a unit; returns its marker."""
         start = time.perf_counter()
         recipe, model = self.recipe, self.model
         documents = list(read_unit(unit))
@@ -274,7 +274,7 @@ class Embedder:
 
 
 def count_cut(model: GritLM, texts: Sequence[str], prefix: str, max_length: int) -> int:
-    """How many texts are longer than ``max_length``; those that have fewer bytes are not tokenised for it."""
+    """How many texts are longer than ``max_length``; texts with fewer bytes than that are not tokenised to find out."""
     formatter = model.formatter
     around = len((prefix + model.embed_eos).encode()) + 8
     doubtful = [text for text in texts if around + len(text.encode()) > max_length]
@@ -282,7 +282,7 @@ def count_cut(model: GritLM, texts: Sequence[str], prefix: str, max_length: int)
 
 
 def committed(output: str, unit: Unit) -> dict[str, Any] | None:
-    """The marker of a unit's shard; None where the shard is not there, or not whole."""
+    """The marker of a unit's shard; None if the shard is missing or incomplete."""
     filesystem, root = _filesystem(output)
     try:
         with filesystem.open(f"{root}/{unit.shard}.json", "r") as file:
@@ -308,15 +308,15 @@ def read_run(output: str) -> dict[str, Any]:
 
 
 def open_index_of(path: str, output: str, **options: Any) -> Index:
-    """The index at ``path`` for the model of a run, made when missing; no model is loaded. ``options``: see :class:`Index`."""
+    """The index at ``path`` for the model of a run, created if missing; no model is loaded. ``options``: see :class:`Index`."""
     run = read_run(output)
     return Index(path, fingerprint=run["fingerprint"], settings=run["settings"], **options)
 
 
 def add_shards(index: Index, output: str, progress: Any = None) -> int:
-    """Put the documents of a finished run into an index; returns how many were not in it as they are.
+    """Add the documents of a finished run to an index; returns how many were new or changed.
 
-    A shard is one step of the index, so an interrupted call goes on where it was.
+    A shard is one transaction of the index, so an interrupted call can be resumed.
 
     Raises:
         ValueError: a shard is missing: the run is not finished.

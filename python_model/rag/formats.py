@@ -1,4 +1,4 @@
-"""What stands in a file: text, source code and rows by themselves; .pdf, .html, .docx by a library of the extra ``files``."""
+"""Reads documents from files: text, source code and rows directly; .pdf, .html, .docx with libraries of the extra ``files``."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ CODE_SUFFIXES = tuple(
     for name in "bash c cc cpp cs css cu cuh go h hpp java jl js kt lua php pl proto py pyi r rb rs scala sh sql swift ts".split()
 )
 MAX_BYTES = 64 << 20
-"""Largest file that is read whole; rows (.jsonl) are read one by one, whatever the file's size."""
+"""Largest file that is read whole; rows (.jsonl) are read one by one, regardless of file size."""
 
 
 class UnreadableFileError(ValueError):
-    """Why a file gives no documents."""
+    """Why a file yields no documents."""
 
 
 def read_file(file: Path, name: str) -> list[Document]:
-    """The documents of a file that is called ``name`` in the index.
+    """The documents of a file with this ``name`` in the index.
 
     ``.jsonl``: a document per row ``{"text": str, "title"?: str, "id"?: str or int}`` (or ``_id``, ``key``; default: name and
-    line); other fields that are a text, a number or a truth value are its metadata. ``.pdf``: one per page. Others: one, its
-    title the file's name without its suffix.
+    line); other fields that are a text, a number or a bool are its metadata. ``.pdf``: one per page. Others: one, whose title
+    is the file's name without suffix.
 
     Raises:
-        UnreadableFileError: an unknown kind, empty, too large, binary, not UTF-8, damaged, or a broken row (with its line).
+        UnreadableFileError: an unknown kind, empty, too large, binary, not UTF-8, damaged, or a malformed row (with its line).
         ImportError: the library that reads this kind is not installed.
     """
     suffix = file.suffix.lower()
@@ -53,7 +53,7 @@ def read_file(file: Path, name: str) -> list[Document]:
     return documents
 
 
-Parts = list[tuple[str, str, str, str]]  # what follows the name in the key; place, title, text
+Parts = list[tuple[str, str, str, str]]  # suffix of the key; place, title, text
 
 
 def _content(file: Path) -> bytes:
@@ -103,7 +103,7 @@ def _by_library(parse: Callable[[bytes], Parts]) -> Callable[[bytes], Parts]:
             return parse(content)
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # damaged files make these libraries raise nearly anything
+        except Exception as error:  # with damaged files, these libraries may raise almost anything
             raise UnreadableFileError(f"cannot be read ({type(error).__name__}: {error})") from error
 
     return parsed
@@ -124,7 +124,7 @@ _OWN_FIELDS = ("text", "title", "id", "_id", "key", "source")
 def document_of_row(row: Mapping[str, Any], origin: str, key: str, name: str, place: str) -> Document:
     """The document of a row ``{"text": str, "title"?: str, "id"?: str or int}`` (or ``_id``, ``key``; default: the given key).
 
-    Other fields that are a text, a number or a truth value are its metadata.
+    Other fields that are a text, a number or a bool are its metadata.
 
     Raises:
         UnreadableFileError: text or title is missing, empty or not a text; the message begins with ``origin``.
