@@ -65,14 +65,16 @@ def best_peers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         line = found.setdefault(row["regime"], {"regime": row["regime"]})
         if "ms" not in row:
-            line["note"] = "; ".join(filter(None, [line.get("note"), f"{row['variant']}: {row['note']}"]))[:60]
+            why = f"{row['variant']}: {row['note']}"
+            if why not in line.get("note", ""):
+                line["note"] = "; ".join(filter(None, [line.get("note"), why]))
         elif row["variant"] == "grit":
             share = next((row[name] for name in ("of_gemm", "of_copy", "of_read") if name in row), None)
             line |= {"ms": row["ms"], "tflops": row["tflops"], "gbps": row.get("gbps", ""), "share": share}
         elif not row["variant"].startswith("grit") and row["variant"] != "matmul only":
             if row["times_grit"] < line.get("its time", float("inf")):
                 line |= {"best peer": row["variant"], "its time": row["times_grit"]}
-    return list(found.values())
+    return [{**line, "note": line.get("note", "")[:60]} for line in found.values()]
 
 
 def best_configs(rows: Sequence[Row]) -> list[Row]:

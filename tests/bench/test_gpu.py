@@ -196,6 +196,8 @@ def test_the_table_is_short_and_says_who_is_quickest() -> None:
     assert len(lines) < 100 and lines[-1].endswith("more lines, see records.json")
     first = next(line for line in lines if line.startswith("r0 "))
     assert "torch varlen" in first and "0.8" in first and "flash-attn: differs" in first and "flex" not in first
+    twice = gpu_table.best_peers([peers[-1], peers[-1]])[0]["note"]
+    assert twice == "flash-attn: differs from grit: relative error 0.5"
 
 
 def test_a_regime_that_hangs_goes_last_and_after_twice_no_more(tmp_path: Path) -> None:
@@ -262,6 +264,7 @@ def test_records_of_a_dry_run_are_not_kept_and_those_of_a_gpu_are(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_dry_run_brings_records_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every benchmark, tiny, on the CPU, with what gpu_dry injects."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no profilers
