@@ -128,8 +128,8 @@ def _check(model: GritLM, server: str, max_length: int, pool_instruction: bool) 
         if model.projection is not None:
             raise ValueError(f"projection: expected none, llama.cpp has no such head for {config.model_type}")
         tokenizer: Any = model.tokenizer
-        ends = [[]] if tokenizer.eos_token_id is None else [[], [tokenizer.eos_token_id]]
-        starts = [[]] if tokenizer.bos_token_id is None else [[], [tokenizer.bos_token_id]]
+        ends: list[list[int]] = [[]] if tokenizer.eos_token_id is None else [[], [tokenizer.eos_token_id]]
+        starts: list[list[int]] = [[]] if tokenizer.bos_token_id is None else [[], [tokenizer.bos_token_id]]
         if around[0] not in starts or around[1] not in ends:
             raise ValueError(
                 f"special_tokens, embed_eos: expected at most BOS before a text and EOS behind it for gguf, got {around}"
@@ -174,5 +174,5 @@ def _write_modules(model: GritLM, folder: Path, max_length: int) -> None:
         for number, kind in enumerate(kinds)
     ]
     if settings.normalized:
-        (folder / modules[-1]["path"]).mkdir()
+        (folder / f"{len(kinds) - 1}_Normalize").mkdir()
     write_json(folder / "modules.json", modules)
