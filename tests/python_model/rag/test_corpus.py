@@ -162,6 +162,7 @@ def cluster() -> Iterator[None]:
 
 @needs_ray
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, of its settings
 def test_two_workers_of_whom_one_is_killed_embed_every_row_once(
     cluster: None, checkpoint: Path, tmp_path: Path
 ) -> None:
