@@ -275,7 +275,7 @@ class GritLM(nn.Module):
         if get_cache:
             chosen = [samples[i] for i in batches[0]]
             pack = self.embedding_pack([len(s) for s in chosen], [skips[i] for i in batches[0]])
-            with torch.set_grad_enabled(not self.is_inference):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_inference):
                 hidden, cache = self._cached_states(chosen, pack)
                 rows = list(self._pool_batch(hidden, pack, recast))
         else:
@@ -317,7 +317,7 @@ class GritLM(nn.Module):
             pack = model.embedding_pack([len(s) for s in chosen], [skips[i] for i in batch])
             ids = torch.tensor([t for s in chosen for t in s.input_ids], device=model.device)
             # grad mode is per thread, so each call sets it
-            with torch.set_grad_enabled(not self.is_inference):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_inference):
                 return model._pool_batch(model.hidden_states(ids, pack), pack, recast).to(self.device)
 
         rows: dict[int, Tensor] = {}

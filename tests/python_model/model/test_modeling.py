@@ -344,3 +344,11 @@ def test_a_call_may_cut_embeddings(checkpoint: Path, normalized: bool) -> None:
             cut.encode(texts, truncate_dim=wrong)
     with pytest.raises(ValueError, match="truncate_dim: expected at most the embedding's 64, got 65"):
         GritLM(checkpoint, truncate_dim=65, **options)
+
+
+def test_a_caller_that_wants_no_gradients_gets_none(checkpoint: Path) -> None:
+    """Also of a model in training: with a graph each, the embeddings of a corpus would keep every activation."""
+    model = GritLM(checkpoint, is_inference=False, device="cpu", dtype="float32")
+    assert model.encode(TEXTS, convert_to_tensor=True).requires_grad
+    with torch.no_grad():
+        assert not model.encode(TEXTS, convert_to_tensor=True).requires_grad
