@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import grit_kernels as gk
 from grit_kernels.attention import prepared_attention
 from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.hf import compat
 from grit_kernels.hf.interface import AttentionPass, grit_attention, grit_mask
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -134,6 +135,19 @@ def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
         found[layers] = (sum(launches[name] for name in LAYER), sum(launches[name] for name in PLAN), len(memsets))
     assert found[1][0] == 5 and found[3][0] == 15
     assert found[1][1:] == found[3][1:], "plans and memsets do not grow with the layers"
+
+
+def test_checkpoints_that_keep_attention_do_not_launch_it_again(launches: Counter[str]) -> None:
+    pack, problem = pack_and_problem(staircase=True)
+    q, k, v = tensors(pack.tokens)
+    plans: dict[Any, Tensor] = {}
+    for keep, times in ((False, 2), (True, 1)):
+        options: dict[str, Any] = {"context_fn": compat._keeping_attention} if keep else {}
+        launches.clear()
+        out = checkpoint(prepared_attention, q, k, v, problem, plans, use_reentrant=False, **options)
+        out.sum().backward()
+        assert launches["attention_forward_kernel"] == times
+        assert launches["backward_keys_kernel"] == launches["backward_rows_kernel"] == 1
 
 
 def run_layers(launches: Counter[str], given: dict[str, Any], shapes: list[tuple[int, ...]]) -> list[Any]:
