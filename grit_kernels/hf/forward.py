@@ -182,9 +182,11 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
             positions = sample_pack.position_ids[None]
         return call.packed(inputs, sample_pack, positions)
 
-    if numbers is not None:  # as a mask that numbers the samples, from 1
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise ValueError("seq_idx: expected no mask, or one of (B, T), beside it")
+    if numbers is not None and caching:
+        _refuse_several_numbers(numbers)  # and one sample per row is what a cache holds anyway
+    elif numbers is not None:  # as a mask that numbers the samples, from 1
+        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length)):
+            raise ValueError(f"attention_mask: expected none or {(batch, length)} with seq_idx, got {described(mask)}")
         mask = numbers + 1 if mask is None else (numbers + 1) * (mask != 0)
     causal = _flags(default if is_causal is None else is_causal, batch, inputs.device)
     if length and not caching:
@@ -265,6 +267,15 @@ def _check_numbers(numbers: Tensor, pack: SamplePack) -> None:
     changes = (numbers[0].diff() != 0).nonzero()[:, 0] + 1
     if not bool(torch.isin(changes.to("cpu"), pack.cu_seqlens.to("cpu")).all()):
         raise ValueError("seq_idx: expected the samples of cu_seq_lens_q or sample_pack, got others")
+
+
+def _refuse_several_numbers(numbers: Tensor) -> None:
+    """Check that ``seq_idx`` (B, T) does not change within a row."""
+    same = (numbers == numbers[:, :1]).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(same, "seq_idx: expected one sample per row with a cache")
+    elif not bool(same):
+        raise ValueError("seq_idx: expected one sample per row with a cache, got several")
 
 
 def _pack_of_rows(

@@ -160,6 +160,18 @@ def test_states_rotate_and_a_half_written_one_is_ignored(checkpoint: Path, tmp_p
     assert newest is not None and newest.name == "step-00000004"
 
 
+def test_a_run_that_starts_over_replaces_the_states_of_the_earlier_one(checkpoint: Path, tmp_path: Path) -> None:
+    """They have later steps, and must not pass for the newest."""
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=6, save_steps=2)).train()
+    again = toy_trainer(toy_config(checkpoint, tmp_path, steps=6, save_steps=2, lr=1e-3, resume=False))
+    again.after_step = lambda done: setattr(again, "_stop", done == 3)
+    with pytest.raises(Interrupted, match="stopped after step 3; the same command continues from .*step-00000003"):
+        again.train()
+    assert sorted(p.name for p in (tmp_path / "out" / "states").iterdir()) == ["step-00000002", "step-00000003"]
+    resumed = toy_trainer(toy_config(checkpoint, tmp_path, steps=6, save_steps=2, lr=1e-3))
+    assert [record["step"] for record in resumed.train()] == [1, 2, 3, 4, 5, 6]
+
+
 # what version 0.1 (commit bdb9736) wrote: four steps of a toy run, and its state after two
 STATE_0_1 = Path(__file__).parent / "state_0_1"
 RUN_0_1: dict[str, Any] = {"steps": 4, "lora_rank": 1, "lora_targets": "layers.1.self_attn.v_proj"}
