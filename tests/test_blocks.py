@@ -187,7 +187,7 @@ def _grit(rest: list[str]) -> None:
         return
     if rest[0] == "export" and "--for" not in arguments:
         pytest.importorskip("sentence_transformers")
-    if any(word in arguments for word in ("--approximate", "--hybrid", "--delete")):
+    if any(word in arguments for word in ("--approximate", "--hybrid", "--delete", "--ray")):
         return  # these have tests of their own, with the documents that they need
     if "--model" not in arguments and any("--model" in action.option_strings for action in parser._actions):
         arguments += ["--model", "my_run/checkpoint"]

@@ -275,7 +275,7 @@ def test_errors_name_the_argument(checkpoint: Path, model: GritLM) -> None:
         model.encode(["fine", ""])
     with pytest.raises(ValueError, match="sentences: expected .* got an empty list"):
         model.encode([])
-    with pytest.raises(TypeError, match="sentences: entry 0 is int"):
+    with pytest.raises(TypeError, match="sentences: entry 0: expected a str, got int"):
         model.encode([3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="max_length: expected .* got 8"):
         model.encode("text", instruction=INSTRUCTION, max_length=8)

@@ -319,7 +319,7 @@ def test_a_closed_engine_fails_what_is_left_and_takes_no_more(served_model: Grit
     engine.close(drain_seconds=0.05)
     assert isinstance(events[-1], Failure) and events[-1].kind == "stopped"
     assert not engine.accepts
-    with pytest.raises(RuntimeError, match="stops"):
+    with pytest.raises(RuntimeError, match="is stopping"):
         engine.submit([work])
 
 
