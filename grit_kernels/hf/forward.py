@@ -183,7 +183,7 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
         return call.packed(inputs, sample_pack, positions)
 
     if numbers is not None and caching:
-        _refuse_several_numbers(numbers)  # and one sample per row is what a cache holds anyway
+        _refuse_several_numbers(numbers)  # one sample per row is what a cache holds anyway
     elif numbers is not None:  # as a mask that numbers the samples, from 1
         if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length)):
             raise ValueError(f"attention_mask: expected none or {(batch, length)} with seq_idx, got {described(mask)}")

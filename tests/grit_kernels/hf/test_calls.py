@@ -136,6 +136,25 @@ def test_seq_idx_keeps_the_samples_of_a_row_apart(stock: Any, model: Any, is_cau
         model(ROW, **{**call, "seq_idx": torch.arange(14)[None] // 5}, **table)
     with pytest.raises(ValueError, match=r"seq_idx: expected integers \(1, 14\)"):
         model(ROW, **{**call, "seq_idx": NUMBERED.float()})
+    with pytest.raises(ValueError, match=r"attention_mask: expected none or \(1, 14\) with seq_idx, got .*\(1, 15\)"):
+        model(ROW, **call, attention_mask=torch.ones(1, 15, dtype=torch.int64))
+
+
+@torch.no_grad()
+def test_seq_idx_changes_nothing_beside_a_cache(model: Any) -> None:
+    mask, numbers = torch.ones_like(IDS), torch.full_like(IDS, 3)
+    mask[1, :2] = 0
+    for options in ({}, {"attention_mask": mask}):
+        truth, cache, seen = model(IDS, **options, use_cache=False).logits, gk.hf.new_cache(), 0
+        for end in (6, 7, IDS.shape[1]):
+            given = {name: value[:, :end] for name, value in options.items()}
+            step = {**given, **gk.hf.cache_keyword(model, cache), "seq_idx": numbers[:, seen:end]}
+            found = model(IDS[:, seen:end], **step).logits
+            real = mask[:, seen:end].bool() if options else torch.ones_like(IDS[:, seen:end], dtype=torch.bool)
+            close(found[real], truth[:, seen:end][real])
+            seen = end
+    with pytest.raises(ValueError, match="seq_idx: expected one sample per row with a cache, got several"):
+        model(ROW, seq_idx=NUMBERED, use_cache=True)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
