@@ -100,7 +100,8 @@ class Checkpointer:
         return found[-1] if found else None
 
     def save(self, step: int, trained: Stateful, *, wait: bool = True) -> Path:
-        """Write the state after ``step`` steps, then remove the oldest beyond ``save_total``.
+        """Write the state after ``step`` steps, then remove the oldest beyond ``save_total``, and those of later steps, which an
+        earlier run left in the folder.
 
         Without ``wait`` it is written while the caller goes on, and counts once :meth:`finish` or the next save has been called.
         """
@@ -146,7 +147,9 @@ class Checkpointer:
             write_json(temporary / "state.json", state)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-            for old in sorted(self.folder.glob("step-*"))[: -self.save_total]:
+            states = sorted(self.folder.glob("step-*"))
+            count = states.index(target) + 1  # those after it are of an earlier run, which this one does not continue
+            for old in [*states[:count][: -self.save_total], *states[count:]]:
                 shutil.rmtree(old)
             for broken in self.folder.glob(".step-*"):
                 shutil.rmtree(broken)
