@@ -8,7 +8,8 @@ are measured on the same rows. Each run writes its record with the scores of eve
 soon as it ends, and a run that has a record is not run again; commit the records, then the checkpoints are not needed. A run that
 was interrupted goes on where it stopped. At the end (or with ``--table``) the records become ``table.md`` and ``proof.png``.
 
-DATA is a folder that `grit data` built; the plan is in configs/proof.yaml.
+DATA is a folder that `grit data` built; the plan is in configs/proof.yaml, a third of it in configs/proof_short.yaml, whose
+records go into a folder of that name.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ from python_model.train.config import TrainConfig, flatten
 from python_model.train.distributed import Ranks
 from python_model.train.setup import load_model
 from python_model.train.trainer import Interrupted, Trainer
-
-RECORDS = common.RESULTS / "proof"
 
 
 @dataclass(frozen=True)
@@ -253,13 +252,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, default=common.ROOT / "configs" / "proof.yaml")
     parser.add_argument("--data", type=Path, help="folder built by `grit data`")
     parser.add_argument("--output", type=Path, default=Path("proof_output"), help="states of the runs")
-    parser.add_argument("--records", type=Path, default=RECORDS, help="where records, table and plot go")
+    parser.add_argument("--records", type=Path, help="where records, table and plot go: bench/results/NAME-OF-CONFIG")
     parser.add_argument(
         "--only", action="append", help="these runs (unified-0, embedding-double-0, base, BM25); default: all"
     )
     parser.add_argument("--table", action="store_true", help="only renew table and plot from the records")
     arguments = parser.parse_args(argv)
     plan = read_plan(arguments.config)
+    if arguments.records is None:
+        arguments.records = common.RESULTS / arguments.config.stem
     if not arguments.table:
         if arguments.data is None:
             parser.error("--data: expected a folder built by `grit data`")

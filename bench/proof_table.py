@@ -107,7 +107,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
+    curves = any(record.get("curve") for record in records)  # a plan may measure at the end alone
+    figure, drawn = plt.subplots(1, 3 if curves else 1, figsize=(12 if curves else 5, 3.4), constrained_layout=True)
+    panels = drawn if curves else [None, None, drawn]
     colours = {"unified": "tab:blue", "embedding": "tab:orange", "generative": "tab:green"}
     for record in sorted(records, key=_order):
         points = sorted(record.get("curve", {}).values(), key=lambda p: p["share"])
@@ -117,12 +119,20 @@ def plot(records: Sequence[Record], path: Path) -> None:
             values = [
                 ndcg(p[key]).mean() if key == "ranks" else np.mean(list(p[key].values())) for p in points if p.get(key)
             ]
-            if values:
+            if values and panel is not None:
                 panel.plot([p["share"] * 100 for p in points if p.get(key)], values, **style)
         for key, colour in (("contrastive_grad_norm", "tab:orange"), ("generative_grad_norm", "tab:green")):
             if record["mode"] == "unified" and record.get("log"):
-                panels[2].plot([r["step"] for r in record["log"]], [r[key] for r in record["log"]], color=colour, lw=1)
+                panels[2].plot(
+                    [r["step"] for r in record["log"]],
+                    [r[key] for r in record["log"]],
+                    color=colour,
+                    lw=1,
+                    label=f"{record['name']} {key.split('_')[0]}",
+                )
     for panel, title in zip(panels, ("nDCG@10", "next-token loss", "gradient norms of unified runs"), strict=True):
+        if panel is None:
+            continue
         panel.set(title=title, xlabel="% of the steps" if panel is not panels[2] else "step")
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
