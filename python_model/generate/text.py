@@ -137,7 +137,7 @@ def complete(
         if not model.attention.generates_causally:
             raise ValueError(f"num_beams: expected 1 with attn {model.attn!r}, got {num_beams}")
         if (sampling is not None and sampling.temperature > 0) or stop or on_text is not None:
-            raise ValueError("num_beams: expected 1 with sampling, stop strings or streaming, got {num_beams}")
+            raise ValueError(f"num_beams: expected 1 with sampling, stop strings or streaming, got {num_beams}")
         return _beams(model, prompts, max_new_tokens, min_new_tokens, num_beams)
     generator = None
     if seed is not None:
