@@ -296,6 +296,7 @@ class Service:
             states=states,
             sampling=Sampling(request.temperature, 0, request.top_p),
             seed=None if request.seed is None else request.seed % 2**63,
+            stop=ROLE_MARKERS,
         )
         return work, mode
 

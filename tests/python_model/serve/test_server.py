@@ -20,12 +20,12 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
 from python_model import GritLM  # noqa: E402
-from python_model.generate.text import conversation_ids, reply  # noqa: E402
+from python_model.generate.text import TextStream, conversation_ids, reply  # noqa: E402
 from python_model.model.prompts import EMBED, embed_instruction  # noqa: E402
 from python_model.rag.answer import RAG, open_store  # noqa: E402
 from python_model.rag.index import add_documents, open_index  # noqa: E402
 from python_model.rag.modes import Document  # noqa: E402
-from python_model.serve.protocol import ApiError, Message  # noqa: E402
+from python_model.serve.protocol import ApiError, Message, RagRequest  # noqa: E402
 from python_model.serve.service import Limits, conversation  # noqa: E402
 from tests.python_model.serve.server import Server, serving, wait_until  # noqa: E402
 
@@ -369,6 +369,24 @@ def documents(served_model: GritLM, tmp_path_factory: pytest.TempPathFactory) ->
     add_documents(index, served_model, given)
     RAG(served_model, store=open_store(str(folder / "store"), served_model)).add_to_store(given)
     return folder / "index", folder / "store"
+
+
+def test_an_answer_ends_where_the_model_goes_on_with_a_role_marker(
+    served_model: GritLM, documents: tuple[Path, Path]
+) -> None:
+    from python_model.commands.serve import add_indexes
+
+    services: list[Any] = []
+
+    def prepare(service: Any) -> None:
+        add_indexes(service, [f"docs={documents[0]}"], [], "")
+        services.append(service)
+
+    with serving(served_model, prepare=prepare):
+        work, _ = services[0].answer(RagRequest(question="What is a river?"), services[0].searchable("docs"), [])
+    stream = TextStream(served_model.tokenizer, work.stop)
+    written = served_model.tokenizer("A river flows.\n<|user|>\nAnd a sea?", add_special_tokens=False)["input_ids"]
+    assert any(stream.push(token) for token in written) and stream.finish() == "A river flows."
 
 
 @pytest.mark.parametrize("with_store", [True, False])
