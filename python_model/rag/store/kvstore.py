@@ -332,7 +332,7 @@ class KVStore(StoreFolder):
 
     def _note_use(self, file: str) -> None:
         """A shard's modification time, which nothing else changes, records its last use without locking the database."""
-        with contextlib.suppress(PermissionError):  # a read-only store
+        with contextlib.suppress(OSError):  # a store or file system that is read-only, or a shard dropped meanwhile
             os.utime(self._file_folder / file)
 
     def _last_use(self, file: str) -> int:

@@ -213,6 +213,16 @@ def test_the_least_recently_used_make_room_whichever_process_used_them(tmp_path:
     assert store.keys() == ["c", "d", "e"] and store.verify() == []
 
 
+def test_a_store_on_a_read_only_file_system_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KVStore(tmp_path / "s").append("a", make_states())
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert len(KVStore(tmp_path / "s").load("a")) == len(make_states())
+
+
 def test_a_second_writer_waits_and_gives_up_with_an_error(tmp_path: Path) -> None:
     first = KVStore(tmp_path / "s")
     impatient = KVStore(tmp_path / "s", lock_timeout=0.05)
