@@ -121,6 +121,8 @@ class RAG:
         self.hybrid, self.where = hybrid, where
         if keep_read and store is None:
             raise ValueError("keep_read: expected a store to keep states in, got none")
+        if keep_read and store is not None and index is not None:
+            index.note_store(store.path)  # states go when their document changes or is removed
         self.keep_read = keep_read
         self.trusted = frozenset(trusted) if trusted is not None else trusted_modes(self)
 

@@ -30,6 +30,7 @@ from python_model.rag.fingerprint import embedding_settings, fingerprint
 from python_model.rag.formats import document_of_row
 from python_model.rag.index import Index
 from python_model.rag.modes import Document
+from python_model.rag.sync import drop_states
 from python_model.support.optional import require
 
 UNIT_BYTES = 8 << 20
@@ -316,7 +317,7 @@ def open_index_of(path: str, output: str, **options: Any) -> Index:
 def add_shards(index: Index, output: str, progress: Any = None) -> int:
     """Add the documents of a finished run to an index; returns how many were new or changed.
 
-    A shard is one transaction of the index, so an interrupted call can be resumed.
+    A shard is one transaction of the index, so an interrupted call can be resumed. States of changed documents are removed.
 
     Raises:
         ValueError: a shard is missing: the run is not finished.
@@ -336,6 +337,7 @@ def add_shards(index: Index, output: str, progress: Any = None) -> int:
             if document.key not in index or asdict(index.document(document.key)) != asdict(document)
         ]
         if fresh:
+            drop_states(index, [documents[row].key for row in fresh])
             index.replace([], [documents[row] for row in fresh], vectors[fresh])
         added += len(fresh)
         if progress is not None:

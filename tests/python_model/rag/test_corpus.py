@@ -11,16 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from python_model import GritLM
-from python_model.rag import corpus
+from python_model.rag import KVStore, TextStates, corpus
 from python_model.rag.corpus import Embedder, Recipe, Unit, add_shards, open_index_of, plan, read_shard, read_unit
 from python_model.rag.formats import UnreadableFileError
 
@@ -116,6 +118,12 @@ def test_shards_hold_what_encode_gives_and_become_an_index(checkpoint: Path, tmp
     assert add_shards(index, str(tmp_path / "out")) == 40 and add_shards(index, str(tmp_path / "out")) == 0
     hit = index.search(want[7:8], 1, where={"lang": "en"})[0][0]
     assert hit.document.text == texts[7].strip() or hit.document.text == texts[7]
+    store = KVStore(tmp_path / "s")
+    store.append(hit.document.key, TextStates(torch.zeros(1, 2, 1, 1, 2), torch.tensor([1]), torch.tensor([0]), True))
+    index.note_store(store.path)
+    index.add([replace(hit.document, text="as it was before")], want[7:8], overwrite=True)
+    assert add_shards(index, str(tmp_path / "out")) == 1 and index.document(hit.document.key) == hit.document
+    assert store.keys() == []  # of the text before
     part = tmp_path / "out" / f"{units[0].shard}.parquet"
     part.write_bytes(part.read_bytes()[:-1])  # a marker does not make half a shard whole
     assert corpus.committed(str(tmp_path / "out"), units[0]) is None

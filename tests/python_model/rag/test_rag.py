@@ -19,6 +19,7 @@ from python_model.rag.answer import RAG, Answer, open_store
 from python_model.rag.index import add_documents, open_index
 from python_model.rag.modes import DATA_MARK, MODES, Document, choose_mode, prompt_text
 from python_model.rag.reading import read
+from python_model.rag.sync import delete
 
 Q = "Where is the river?"
 D = Document("d1", "A river flows through the city.", "Rivers")
@@ -290,5 +291,6 @@ def test_states_of_documents_that_are_asked_for_are_kept_within_a_limit(checkpoi
     assert sorted(store.keys()) == ["0", "2"] and store.bytes_used <= limit
     rag.answer("x", ["another text, not of the index"], **options)
     assert sorted(store.keys()) == ["0", "2"]
+    assert delete(index, ["2"]) == 1 and store.keys() == ["0"]  # its states go with a document
     small = open_store(str(tmp_path / "small"), model, max_bytes=10, when_full="drop_unused")
     assert RAG(model, index=index, store=small, keep_read=True).answer(texts[0], **options).text and len(small) == 0
