@@ -79,9 +79,9 @@ def _run_on_ray(arguments: Namespace) -> None:
 
     if arguments.input is None or arguments.output is None:
         raise ValueError("--ray: expected --input and --output, got only one of them, or neither")
-    given = [name for name in ("text", "json", "device") if getattr(arguments, name)]
+    given = [name for name in ("text", "json", "device", "truncate_dim") if getattr(arguments, name)]
     if given:
-        raise ValueError(f"--ray: expected no --{given[0]}, got it")
+        raise ValueError(f"--ray: expected no --{given[0].replace('_', '-')}, got it")
     recipe = Recipe(
         arguments.model,
         arguments.instruction,

@@ -12,6 +12,13 @@ from python_model import GritLM
 from python_model.commands import embed
 
 
+def test_options_that_a_cluster_would_ignore_are_refused(tmp_path: Path) -> None:
+    base = ["--ray", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    for option in (["--truncate-dim", "8"], ["--device", "cpu"]):
+        with pytest.raises(SystemExit, match=f"--ray: expected no {option[0]}, got it"):
+            embed.COMMAND([*base, *option])
+
+
 def test_a_killed_run_goes_on_where_it_stopped(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
