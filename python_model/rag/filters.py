@@ -8,6 +8,7 @@ document's file and takes patterns such as ``notes/*.md``. A document without th
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +47,8 @@ def checked(where: Filter) -> dict[str, list[Any] | dict[str, float]]:
     """The filter with every field's values as a list, or its bounds.
 
     Raises:
-        ValueError: a value is not a text, number or bool, a list is empty, or bounds are not numbers.
+        ValueError: a value is not a text, number or bool, a list is empty, bounds are not numbers, or an integer has more than
+            64 bits.
     """
     found: dict[str, list[Any] | dict[str, float]] = {}
     for field, value in where.items():
@@ -62,6 +64,10 @@ def checked(where: Filter) -> dict[str, list[Any] | dict[str, float]]:
             names = " or ".join(kind.__name__ for kind in accepted)
             raise ValueError(f"where: expected {names} values of {field!r}, at least one, got {value!r}")
         found[field] = values
+    for field, given in found.items():
+        for entry in given.values() if isinstance(given, dict) else given:
+            if isinstance(entry, int) and not -(2**63) <= entry < 2**63:
+                raise ValueError(f"where: expected integers of 64 bits for {field!r}, got {entry}")
     return found
 
 
@@ -71,8 +77,9 @@ def sql_condition(where: Filter) -> tuple[str, list[Any]]:
     for field, value in checked(where).items():
         if field == "source":
             assert isinstance(value, list)
-            parts.append("(" + " OR ".join(["source GLOB ?"] * len(value)) + ")")
-            parameters += value
+            # a name may hold brackets, which a pattern would take for a set of characters
+            parts.append("(" + " OR ".join(["source = ? OR source GLOB ?"] * len(value)) + ")")
+            parameters += [name for name in value for _ in range(2)]
             continue
         path = "$." + json.dumps(field, ensure_ascii=False)
         column = "json_extract(metadata, ?)"
@@ -102,7 +109,9 @@ def _value(written: str) -> Any:
         return written == "true"
     for kind in (int, float):
         try:
-            return kind(written)
+            number = kind(written)
         except ValueError:
             continue
+        if math.isfinite(number):  # "nan" and "inf" are texts
+            return number
     return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ _OWN_FIELDS = ("text", "title", "id", "_id", "key", "source")
 def document_of_row(row: Mapping[str, Any], origin: str, key: str, name: str, place: str) -> Document:
     """The document of a row ``{"text": str, "title"?: str, "id"?: str or int}`` (or ``_id``, ``key``; default: the given key).
 
-    Other fields that are a text, a number or a bool are its metadata.
+    Other fields that are a text, a finite number or a bool are its metadata.
 
     Raises:
         UnreadableFileError: text or title is missing, empty or not a text; the message begins with ``origin``.
@@ -134,6 +135,9 @@ def document_of_row(row: Mapping[str, Any], origin: str, key: str, name: str, pl
         raise UnreadableFileError(f"{origin}: not a document row: text or title is missing, empty or not a text")
     own = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), key)
     facts = {k: v for k, v in row.items() if k not in _OWN_FIELDS and isinstance(v, (str, int, float))}
+    facts = {
+        k: v for k, v in facts.items() if not isinstance(v, float) or math.isfinite(v)
+    }  # Parquet's missing numbers
     return Document(str(own), text, title, name, place, facts)
 
 

@@ -10,6 +10,7 @@ products: cosines for a model that normalises.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sqlite3
@@ -142,8 +143,8 @@ class Index(StoreFolder):
         """Add documents with their vectors (documents, size): all of them or, on an error, none.
 
         Raises:
-            ValueError: a key exists already (and ``overwrite`` is False) or occurs twice, or the vectors have a wrong size,
-                a wrong number, or values that are not finite.
+            ValueError: a key exists already (and ``overwrite`` is False) or occurs twice, the vectors have a wrong size, a wrong
+                number, or values that are not finite, or metadata have such a number.
         """
         matrix = _checked(documents, vectors)
         with self._writing() as writing:
@@ -362,7 +363,8 @@ class Index(StoreFolder):
     def extend_approximate(self) -> bool:
         """Add new documents to the FAISS index, if there is one and there are many of them; returns whether that was done.
 
-        If more has been added than it was built for, or most of it removed, it is rebuilt.
+        If more has been added than it was built for, or most of it removed, it is rebuilt; with too few documents left for
+        one, it is removed.
         """
         record = self.approximate
         if record is None:
@@ -372,6 +374,9 @@ class Index(StoreFolder):
         if newer <= GROWTH * record.documents and 2 * present >= record.documents:
             return False
         if 2 * present < record.documents or newer > record.documents:
+            if present + newer < faiss_index.LEAST_DOCUMENTS:
+                self._drop_approximate()
+                return False
             self.build_approximate(record.kind, recall=record.target)
             return True
         assert isinstance(self._vectors, ShardVectors)
@@ -401,6 +406,13 @@ class Index(StoreFolder):
             set_meta(writing.db, "approximate", asdict(record))
         self._approximate = (name, built)
         return record
+
+    def _drop_approximate(self) -> None:
+        with self._writing() as writing:
+            if (found := self._meta(writing.db).get("approximate")) is not None:
+                writing.after.append(found["file"])
+                writing.db.execute("DELETE FROM meta WHERE name = 'approximate'")
+        self._approximate = None
 
     @staticmethod
     def _sample(vectors: ShardVectors, count: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -448,7 +460,7 @@ class Index(StoreFolder):
             if exhaustive or all(len(row) >= k for row in hits):
                 return [row[:k] for row in hits]
             if ids.shape[1] < wanted or bool((ids < 0).any(dim=1).all()):  # it has no more results
-                return hits if record is None else self._nearest(queries, k, "exact", where)
+                return [row[:k] for row in hits] if record is None else self._nearest(queries, k, "exact", where)
             wanted *= 2
 
     def _approximate_search(
@@ -591,6 +603,10 @@ def _checked(documents: Sequence[Document], vectors: Tensor | np.ndarray | None)
         raise ValueError("vectors: expected finite values, got others")
     if len({document.key for document in documents}) < len(documents):
         raise ValueError("documents: expected different keys, got a duplicate key")
+    for document in documents:
+        for name, value in document.metadata.items():
+            if isinstance(value, float) and not math.isfinite(value):  # JSON has none, so SQLite could read no field
+                raise ValueError(f"metadata: expected finite numbers, got {value} as {name!r} of {document.key!r}")
     return matrix
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,13 +38,16 @@ class QdrantVectors:
     exhaustive = False
 
     def __init__(self, place: str, collection: str, format: str, connect: Callable[[], sqlite3.Connection]) -> None:
-        client: Any = require("qdrant_client", "qdrant").QdrantClient
         self._models: Any = require("qdrant_client.models", "qdrant")
         self.place, self.collection, self.format, self._connect = place, collection, format, connect
-        if "://" in place:
-            self._client = client(url=place, api_key=os.environ.get("QDRANT_API_KEY"))
-        else:
-            self._client = client(path=place)
+
+    @cached_property
+    def _client(self) -> Any:
+        """Opened at the first use, since local mode allows one client per folder at a time."""
+        client: Any = require("qdrant_client", "qdrant").QdrantClient
+        if "://" in self.place:
+            return client(url=self.place, api_key=os.environ.get("QDRANT_API_KEY"))
+        return client(path=self.place)
 
     def add(self, writing: Writing, ids: range, documents: Sequence[Document], matrix: Tensor) -> None:
         """See :class:`Vectors`. Points are stored when this returns; if the transaction fails, nothing refers to them."""
@@ -91,10 +95,6 @@ class QdrantVectors:
             points = [p for p in self._points(with_vectors=True) if p.id in known]
         vectors = torch.tensor([point.vector for point in points]) if points else torch.zeros(0, 0)
         return torch.tensor([point.id for point in points], dtype=torch.int64), vectors
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
 
     def _exists(self) -> bool:
         return bool(self._client.collection_exists(self.collection))

@@ -233,10 +233,10 @@ class ShardVectors:
                     block = _Block(-1, torch.zeros(0), tensors["data"], tensors.get("scales"))
                     self._blocks[shard] = block
                 if block.changed != changed:
-                    block.ids = torch.full((len(block.data),), -1)
+                    ids = torch.full((len(block.data),), -1)
                     places = torch.tensor(_places(db, shard))
-                    block.ids[places[:, 0]] = places[:, 1]
-                    block.changed = changed
+                    ids[places[:, 0]] = places[:, 1]
+                    block.ids, block.changed = ids, changed  # another thread may be searching the block
                 used.append(block)
             return used
         finally:

@@ -201,6 +201,29 @@ def test_conditions_are_read_and_bad_ones_named(tmp_path: Path) -> None:
         index.search(unit(1), where={"a": None})
     injected = {"x') OR 1 --": "1", 'quote"d': "2"}
     assert index.search(unit(1), where=injected) == [[]]
+    for large in (2**63, {"min": -(2**63) - 1}):
+        with pytest.raises(ValueError, match="where: expected integers of 64 bits for 'a', got"):
+            index.search(unit(1), where={"a": large})
+    assert read_conditions(["name=nan", "name=inf", "name=1e3"]) == {"name": ["nan", "inf", 1000.0]}
+
+
+def test_a_name_that_reads_as_a_pattern_stands_for_itself_too(tmp_path: Path) -> None:
+    index = Index(tmp_path / "i")
+    index.add([Document("a", "x", source="notes[1].md"), Document("b", "x", source="notes1.md")], unit(2))
+    assert sorted(keys(index.search(unit(1), where={"source": "notes[1].md"}))[0]) == ["a", "b"]
+    assert keys(index.search(unit(1), where={"source": "*]*"})) == [["a"]]
+
+
+def test_numbers_that_json_does_not_have_are_no_metadata(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "a": NaN, "b": -Infinity, "c": 1.5}')
+    (document,) = read_file(tmp_path / "a.jsonl", "a.jsonl")
+    assert document.metadata == {"c": 1.5}
+    index = Index(tmp_path / "i")
+    index.add([document], unit(1))
+    assert len(index.search(unit(1), where={"c": 1.5})[0]) == 1
+    with pytest.raises(ValueError, match="metadata: expected finite numbers, got nan as 'a' of 'k'"):
+        index.add([Document("k", "x", metadata={"a": float("nan")})], unit(1))
+    assert len(index) == 1
 
 
 def test_other_fields_of_a_row_are_its_metadata(tmp_path: Path) -> None:
@@ -316,6 +339,21 @@ def test_a_faiss_index_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     assert Index(tmp_path / "i").search(unit(255)[:1], 1)[0][0].score == pytest.approx(1, abs=0.02)
 
 
+@needs_faiss
+def test_a_faiss_index_with_too_few_documents_left_is_removed(tmp_path: Path) -> None:
+    index = Index(tmp_path / "i")
+    index.add(documents(300), unit(300))
+    file = tmp_path / "i" / "vectors" / index.build_approximate().file
+    index.delete([str(i) for i in range(200)])
+    assert len(index.search(unit(1), 10)[0]) == 10 and file.exists()
+    assert not index.extend_approximate() and index.approximate is None and not file.exists()
+    assert (
+        keys(index.search(unit(300)[250:251], 1))
+        == keys(Index(tmp_path / "i").search(unit(300)[250:251], 1))
+        == [["250"]]
+    )
+
+
 @pytest.mark.skipif(importlib.util.find_spec("faiss") is not None, reason="tells what to do without FAISS")
 def test_without_faiss_the_message_says_how_to_get_it(tmp_path: Path) -> None:
     index = Index(tmp_path / "i")
@@ -350,6 +388,14 @@ def test_vectors_in_qdrant_are_found_filtered_and_removed(tmp_path: Path) -> Non
         index.build_approximate()
     with pytest.raises(ValueError, match="vectors: expected 'qdrant:"):
         Index(tmp_path / "i", vectors="folder")
+
+
+@needs_qdrant
+def test_a_folder_of_qdrant_is_opened_when_it_is_used(tmp_path: Path) -> None:
+    first = Index(tmp_path / "i", vectors=f"qdrant:{tmp_path / 'q'}")
+    second = Index(tmp_path / "i", vectors=f"qdrant:{tmp_path / 'q'}")
+    second.add(documents(1), unit(1))
+    assert len(first) == 1 and keys(second.search(unit(1), 1)) == [["0"]]
 
 
 @needs_qdrant
