@@ -38,7 +38,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--mode", choices=("auto", *MODES), default="auto", help="which states are cached (docs/rag.md)"
     )
-    parser.add_argument("--k", type=int, default=1, help="number of number of documents per question")
+    parser.add_argument("--k", type=int, default=1, help="number of documents per question")
     add_search(parser)
     parser.add_argument("--store", help="folder of the key-value store of the documents' states")
     parser.add_argument(
