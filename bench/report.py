@@ -10,6 +10,7 @@ tests/bench/test_records.py compares the committed page with what this writes, s
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,18 +97,11 @@ TITLES: dict[str, tuple[str, str]] = {
         "`make demo-seeds`: SmolLM2-135M after one epoch of the bundled sample's triples, on rows held out by entity; BM25 with "
         "stemming, stop words and the parts of identifiers on the same rows.",
     ),
-    "proof_cpu": (
-        "One model against two specialists",
-        "SmolLM2-135M after the same number of steps on the bundled sample with both losses, or one of them; retrieval and "
-        "next-token loss on rows held out by entity. A short CPU run shows that both are learned at once, not what a "
-        "full training reaches.",
-    ),
-    "proof_data_cpu": (
-        "The same on what `grit data` builds",
-        "60 steps, a fraction of an epoch, on the six sources of `grit data DATA --test-rows 40 --corpus-rows 160`: 240 held-out "
-        "queries among 1050 passages.",
-    ),
 }
+PROOF_NOTE = (
+    "`make proof`: SmolLM2-135M trained for both jobs, or for one of them with the same base, rows, steps, tokens per objective "
+    "and clipping, on what `grit data DATA --test-rows 700` builds; measured on rows held out by entity."
+)
 HIDDEN = (
     *("seconds", "all_seconds", "lengths", "ms", "tflops", "dtype", "heads", "window", "prepare_ms", "loss"),
     *("batch", "texts"),
@@ -149,14 +143,11 @@ def _table(path: Path, title: str, named: bool) -> list[str]:
     record = records.read(path)
     rows: list[dict[str, Any]] = record["rows"]
     machine = record["machine"]
-    gpu = f", {machine['gpu']['name']}" if "gpu" in machine else ""
-    features = ", ".join(machine.get("cpu_features") or machine.get("instruction_sets", []))
     columns = columns_of(rows)
     plot = path.with_suffix(".png")
     return [
         *([f"### {path.parent.name}", ""] if named else []),
-        f"{machine['processor']}{gpu} ({features}), {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"{machine['time'][:10]}, commit {machine['commit'][:10]}. `{record['command']}`",
+        f"{describe(machine)}. `{record['command']}`",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
@@ -164,6 +155,16 @@ def _table(path: Path, title: str, named: bool) -> list[str]:
         "",
         *([f"![{title}](../{plot.relative_to(ROOT).as_posix()})", ""] if plot.exists() else []),
     ]
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """Processor, instruction sets, threads, torch, date and commit of a record."""
+    gpu = f", {machine['gpu']['name']}" if "gpu" in machine else ""
+    features = ", ".join(machine.get("cpu_features") or machine.get("instruction_sets", []))
+    return (
+        f"{machine['processor']}{gpu} ({features}), {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"{machine['time'][:10]}, commit {machine['commit'][:10]}"
+    )
 
 
 def committed() -> dict[str, list[Path]]:
@@ -177,9 +178,29 @@ def committed() -> dict[str, list[Path]]:
     return {name: found[name] for name in names}
 
 
+def proofs() -> str:
+    """The proof's tables, by plan (bench/results/proof for configs/proof.yaml, and so on)."""
+    lines: list[str] = []
+    for table in sorted(RESULTS.glob("proof*/table.md")):
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(table.parent.glob("*-*.json"))]
+        machines = {describe(run["machine"]) for run in runs}
+        plot = table.with_name("proof.png").relative_to(ROOT).as_posix()
+        lines += [
+            f"### configs/{table.parent.name}.yaml",
+            "",
+            *sorted(machines),
+            "",
+            table.read_text(encoding="utf-8"),
+            *([f"![The proof's runs](../{plot})", ""] if (ROOT / plot).exists() else []),
+        ]
+    title = "## One model against two specialists"
+    return "\n".join([title, "", PROOF_NOTE, "", *lines]) if lines else ""
+
+
 def page() -> str:
     """The whole page."""
-    return HEADER + "\n" + "\n".join(section(name, paths) for name, paths in committed().items())
+    sections = [section(name, paths) for name, paths in committed().items()]
+    return HEADER + "\n" + "\n".join([*sections, proofs()]).rstrip("\n") + "\n"
 
 
 def write(plots: Iterable[Path] = ()) -> None:

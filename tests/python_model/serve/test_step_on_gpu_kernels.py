@@ -35,11 +35,9 @@ def test_decoding_beside_a_long_text_splits_its_keys_and_changes_no_result(
     calls: list[tuple[int, int]] = []
     decode = triton_forward.attention_decode
 
-    def noted(
-        q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, hi: Any, rows: int, max_q: int, *rest: Any
-    ) -> None:
-        calls.append((bounds[0].shape[0], max_q))
-        decode(q, k, v, out, lse, bounds, hi, rows, max_q, *rest)
+    def noted(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Any, *rest: Any) -> None:
+        calls.append((problem.q_start.shape[0], problem.max_q))
+        decode(q, k, v, out, lse, problem, *rest)
 
     monkeypatch.setattr(triton_forward, "attention_decode", noted)
     source = random.Random(0)
