@@ -236,7 +236,7 @@ def _samples_of_rows(
     """The pass of rows that hold several samples, in a model that runs this implementation without patch(); else None.
 
     transformers marks such samples by a table or by positions that start over (see :meth:`SamplePack.from_position_ids`).
-    Found once per pass and kept on the tensor that all layers share.
+    Found once per pass and kept on the tensor that all layers share; its owner may change it, or use it with another mask.
     """
     marker = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
     if marker is None:
@@ -245,9 +245,15 @@ def _samples_of_rows(
         if cu_seq_lens_q is not None:
             raise ValueError("cu_seq_lens_q: a compiled model needs grit_kernels.patch(model) and a sample_pack")
         return None
-    cached = getattr(marker, "_grit_pass", None)
-    if cached is not None and cached[0] == causal:
-        return cached[1]
+    version = None if marker.is_inference() else marker._version
+    kept: tuple[Any, dict[Any, tuple[AttentionPass | None, Tensor | None]]]
+    kept = getattr(marker, "_grit_passes", (version, {}))
+    written, passes = kept
+    if written != version or len(passes) >= MOST_PREPARED:
+        passes = {}
+    key = (causal, batch, length, id(relative))
+    if key in passes:
+        return passes[key][0]
     found: AttentionPass | None
     if cu_seq_lens_q is not None:
         pack = SamplePack.from_lengths(cu_seq_lens_q.to("cpu").diff(), causal, device=cu_seq_lens_q.device)
@@ -260,7 +266,8 @@ def _samples_of_rows(
             real = (relative[:, 0, 0] < NO_KEY).expand(batch, length)
             pack = SamplePack.from_mask(real, causal, position_ids=positions)
         found = AttentionPass(pack.causal, pack=pack) if len(pack) > batch else None
-    marker._grit_pass = (causal, found)  # type: ignore[attr-defined]
+    passes[key] = (found, relative)  # which lives as long as its id is in a key
+    marker._grit_passes = (version, passes)  # type: ignore[attr-defined]
     return found
 
 

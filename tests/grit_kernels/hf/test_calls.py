@@ -162,13 +162,25 @@ def test_seq_idx_changes_nothing_beside_a_cache(model: Any) -> None:
 def test_positions_that_start_over_beside_a_mask_are_kept_apart_without_patch(stock: Any, is_causal: bool) -> None:
     plain = copy.deepcopy(stock)
     plain.set_attn_implementation("grit")
-    truth = torch.cat([stock(ROW[:, s], is_causal=is_causal).logits for s in (slice(0, 6), slice(6, None))], dim=1)
     mask = torch.ones_like(ROW)
     for real in (14, 12):
         mask[0, real:] = 0
+        parts = [stock(ROW[:, s], is_causal=is_causal).logits for s in (slice(0, 6), slice(6, real))]
         found = plain(ROW, attention_mask=mask, position_ids=STARTS_OVER, is_causal=is_causal, use_cache=False).logits
-        if is_causal or real == 14:
-            close(found[:, :real], truth[:, :real])
+        close(found[:, :real], torch.cat(parts, dim=1))
+
+
+@torch.no_grad()
+def test_positions_that_change_in_place_or_serve_another_batch_are_read_again_without_patch(stock: Any) -> None:
+    plain = copy.deepcopy(stock)
+    plain.set_attn_implementation("grit")
+    positions = torch.empty_like(STARTS_OVER)
+    for first in (6, 9):
+        positions.copy_(torch.cat([torch.arange(first), torch.arange(14 - first)])[None])
+        truth = torch.cat([stock(ROW[:, s]).logits for s in (slice(0, first), slice(first, None))], dim=1)
+        for batch in (1, 2):
+            found = plain(ROW.expand(batch, -1), position_ids=positions, use_cache=False).logits
+            close(found, truth.expand(batch, -1, -1))
 
 
 def test_several_samples_in_a_row_of_a_cache_are_refused(model: Any) -> None:
