@@ -108,6 +108,7 @@ def evaluate(
         loss = None
         if model.mode != "embedding" and held_out.conversations:
             sums = token_loss_sums(model, mine(held_out.conversations), max_length=max_length)
-            total, count, left_out = ranks.all_rows(torch.tensor([sums], device=model.device).double()).sum(0).tolist()
+            row = torch.tensor([sums], dtype=torch.float64, device=model.device)
+            total, count, left_out = ranks.all_rows(row).sum(0).tolist()
             loss = mean_token_loss(total, int(count), int(left_out), len(held_out.conversations), max_length)
     return {**asdict(retrieval), "next_token_loss": loss}, corpus

@@ -273,6 +273,11 @@ class TrainConfig(Checked):
                 f"data.train_group_size: expected hard negatives (>= 2) without losses.in_batch_negatives, "
                 f"got {data.train_group_size}"
             )
+        if self.losses.distillation_weight and self.embeds and data.train_group_size < 2:
+            raise ValueError(
+                f"data.train_group_size: expected at least 2 passages to compare with losses.distillation_weight, "
+                f"got {data.train_group_size}"
+            )
         if self.push_to_hub:
             check_hub_name("push_to_hub", self.push_to_hub)
         if self.dry_run:

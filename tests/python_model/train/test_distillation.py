@@ -40,3 +40,11 @@ def test_a_run_on_scores_alone_follows_the_teacher(checkpoint: Path, tmp_path: P
 def test_without_a_weight_scores_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
     (record,) = toy_trainer(toy_config(checkpoint, tmp_path, steps=1)).train()
     assert "distillation_loss" not in record
+
+
+def test_scores_need_passages_to_compare(checkpoint: Path, tmp_path: Path) -> None:
+    """The softmax over one passage is 1 whatever its score: a run would learn nothing from the teacher."""
+    alone = {"distillation_weight": 1.0, "train_group_size": 1}
+    with pytest.raises(ValueError, match="data.train_group_size: expected at least 2 passages to compare .*, got 1"):
+        toy_config(checkpoint, tmp_path, **alone)
+    toy_config(checkpoint, tmp_path, mode="generative", **alone)

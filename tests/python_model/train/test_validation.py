@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from python_model import GritLM
+from python_model.evaluation import next_token_loss
+from python_model.evaluation.held_out import HeldOut, evaluate
 from python_model.train import validation
 from tests.python_model.training_samples import held_out_folder, toy_config, toy_trainer
 
@@ -37,6 +40,13 @@ def test_scores_are_logged_and_the_last_step_is_measured(checkpoint: Path, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert all(0 <= line["ndcg_at_10"] <= 1 and line["next_token_loss"] > 0 for line in lines)
+
+
+def test_sums_shared_by_ranks_keep_their_digits(checkpoint: Path, folder: Path) -> None:
+    model, held_out = GritLM(checkpoint, device="cpu", dtype="float32"), HeldOut(folder)
+    scores, _ = evaluate(model, held_out, max_length=64, bf16=False)
+    expected = next_token_loss(model, held_out.conversations, max_length=64)
+    assert scores["next_token_loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_best_state_is_what_is_left_and_no_improvement_stops(
