@@ -1,5 +1,5 @@
-// What the compiler's headers would ask of a newer libstdc++ and glibc than a wheel may expect (manylinux_2_28: GLIBCXX_3.4.25). The
-// library holds its own copies, which csrc/exports.map keeps to itself; `make wheel` checks what is still asked for.
+// What the compiler's headers would require of a newer libstdc++ and glibc than a wheel may expect (manylinux_2_28: GLIBCXX_3.4.25). The
+// library holds its own copies, which csrc/exports.map hides; `make wheel` checks what is still required.
 #include <sstream>
 
 // constructors without arguments (GLIBCXX_3.4.26) and str() of C++20 (3.4.29)

@@ -1,4 +1,4 @@
-// Registers the CPU implementations. Schemas, fakes and autograd stand in the op.py files of grit_kernels.
+// Registers the CPU implementations. Schemas, fakes and autograd are in the op.py files of grit_kernels.
 #include "cpu/attention_op.h"
 #include "cpu/contrastive_op.h"
 #include "cpu/fused_op.h"

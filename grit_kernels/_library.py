@@ -1,6 +1,6 @@
-"""Finds and loads the compiled libraries (csrc/). Their absence is never an import error: see :func:`status`.
+"""Find and load the compiled libraries (csrc/). A missing one is never an import error: see :func:`status`.
 
-``_C.so`` holds the CPU kernels and is loaded whenever it is there; ``_C_cuda.so`` holds CUDA C++ kernels and is loaded where
+``_C.so`` holds the CPU kernels and is loaded whenever it is present; ``_C_cuda.so`` holds CUDA C++ kernels and is loaded where
 torch sees a CUDA device. Both use torch's stable C ABI only, so neither depends on the versions of torch and Python.
 """
 
@@ -23,7 +23,7 @@ _BUILD = "`pip install . --no-build-isolation` with a C++ compiler builds it"
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """Whether a compiled library serves this process, and if not, why and what to do."""
+    """Whether a compiled library serves this process and, if not, why and how to fix it."""
 
     loaded: bool
     reason: str
@@ -60,14 +60,14 @@ def interpreting() -> bool:
 
 
 def status() -> LibraryStatus:
-    """Load the CPU library on the first call and tell how that went."""
+    """Load the CPU library on the first call and report the outcome."""
     global _cpu
-    # a plain global and no functools.cache: torch.compile traces through this function
+    # a plain global rather than functools.cache: torch.compile traces through this function
     if _cpu is None:
         if interpreting():
-            _cpu = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
+            _cpu = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it with the Triton kernels")
         else:
-            # GRIT_KERNELS_LIBRARY: another build of the CPU library, such as the one of `make asan`
+            # GRIT_KERNELS_LIBRARY: another build of the CPU library, such as that of `make asan`
             _cpu = _load(Path(os.environ.get("GRIT_KERNELS_LIBRARY") or FOLDER / "_C.so"), "compiled library")
             cuda_status()
     return _cpu
@@ -79,12 +79,12 @@ def cuda_status() -> LibraryStatus:
     if _cuda is None:
         path = FOLDER / "_C_cuda.so"
         if interpreting():
-            _cuda = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it by the Triton kernels")
+            _cuda = LibraryStatus(False, "TRITON_INTERPRET=1 replaces it with the Triton kernels")
         elif not torch.cuda.is_available():
             _cuda = LibraryStatus(False, "torch sees no CUDA device")
         elif not path.exists():
             _cuda = LibraryStatus(
-                False, "the CUDA library was not built: install with nvcc on PATH (GRIT_KERNELS_CUDA=1 insists on it)"
+                False, "the CUDA library was not built: install with nvcc on PATH (GRIT_KERNELS_CUDA=1 requires it)"
             )
         else:
             _cuda = _load(path, "CUDA library")
@@ -106,20 +106,20 @@ def _handle() -> ctypes.CDLL:
 
 
 def cpu_isas() -> list[str]:
-    """Instruction sets of the library that this CPU can run, best first. GRIT_KERNELS_CPU_ISA=NAME chooses at start.
+    """Instruction sets of the library that this CPU can run, best first. GRIT_KERNELS_CPU_ISA=NAME selects one at start-up.
 
-    The best is what the CPU is quickest with: Intel's multiply FP32 twice as fast as pairs of bfloat16 outside of AMX, so there
-    ``avx512`` stands before ``avx512_bf16``. ``amx_emulated`` computes what ``amx`` does, slowly, on any CPU with avx512_bf16.
+    The best is the fastest on this CPU: outside AMX, Intel's CPUs multiply FP32 twice as fast as pairs of bfloat16, so there
+    ``avx512`` comes before ``avx512_bf16``. ``amx_emulated`` computes what ``amx`` does, slowly, on any CPU with avx512_bf16.
     """
     return _handle().grit_kernels_cpu_isas().decode().split(",")
 
 
 @dataclass(frozen=True)
 class CpuChoice:
-    """The instruction sets that serve now, by work."""
+    """The instruction sets in use now, by kind of work."""
 
     bfloat16_products: str  # attention and contrastive kernels, and with them the per-token loss
-    others: str  # these in other dtypes, and every other kernel
+    others: str  # the same kernels in other dtypes, and every other kernel
     amx_reason: str  # why AMX is not used, empty where it is available
 
 
@@ -132,7 +132,7 @@ def cpu_choice() -> CpuChoice:
 
 @contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
-    """Run the CPU kernels of one instruction set inside (process-wide); for tests and benchmarks."""
+    """Run the CPU kernels of one instruction set inside the block (process-wide); for tests and benchmarks."""
     previous = os.environ.get("GRIT_KERNELS_CPU_ISA") or None
     if _handle().grit_kernels_set_cpu_isa(name.encode()):
         raise ValueError(f"instruction set: expected one of {', '.join(cpu_isas())} on this CPU, got {name!r}")

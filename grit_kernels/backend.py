@@ -1,9 +1,9 @@
 """Which implementation of an op runs: ``reference`` (plain torch), ``cpu`` (C++) or ``triton``.
 
-Every kernel is a ``torch.library`` op whose schema, fake and autograd stand in the ``op.py`` of its folder. The dispatcher
+Every kernel is a ``torch.library`` op whose schema, fake and autograd are in the ``op.py`` of its folder. The dispatcher
 picks the implementation by device: CPU tensors go to the C++ library, CUDA tensors to Triton. Where one of them is
-missing, the reference takes its place and says so once. ``with grit_kernels.backend(name)`` or the environment variable
-GRIT_KERNELS_BACKEND overrules the choice and never falls back.
+missing, the reference takes its place, with one warning. ``with grit_kernels.backend(name)`` or the environment variable
+GRIT_KERNELS_BACKEND overrides the choice and never falls back.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def triton_reason() -> str:
 
 
 def check_backend_name(name: str) -> str:
-    """The name, or ValueError with those that are accepted."""
+    """The name, or ValueError listing the accepted ones."""
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by the context manager or the environment, None when the device decides."""
+    """The backend requested by the context manager or the environment, None when the device decides."""
     if _forced is not None:
         return _forced
     name = os.environ.get("GRIT_KERNELS_BACKEND")
@@ -58,7 +58,7 @@ def forced_backend() -> str | None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every grit_kernels op inside on one backend: ``"reference"``, ``"cpu"`` or ``"triton"``.
+    """Run every grit_kernels op inside the block on one backend: ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     The setting is process-wide (backward passes may run on another thread). An op whose tensors do not fit the backend
     raises instead of falling back.
@@ -80,16 +80,16 @@ def use_reference(device: torch.device) -> bool:
         return True
     if name == "cpu":
         if device.type != "cpu":
-            raise ValueError(f"backend 'cpu' was asked for, but the tensors are on {device}")
+            raise ValueError(f"backend 'cpu' was requested, but the tensors are on {device}")
         if not _library.status().loaded:
-            raise RuntimeError(f"backend 'cpu' was asked for, but {_library.status().reason}")
+            raise RuntimeError(f"backend 'cpu' was requested, but {_library.status().reason}")
         return False
     if device.type == "cpu" and not interpreting():
         raise ValueError(
-            "backend 'triton' was asked for, but the tensors are on the CPU (TRITON_INTERPRET=1 at start allows it)"
+            "backend 'triton' was requested, but the tensors are on the CPU (TRITON_INTERPRET=1 at start-up allows it)"
         )
     if reason := triton_reason():
-        raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+        raise RuntimeError(f"backend 'triton' was requested, but {reason}")
     return False
 
 
@@ -145,10 +145,10 @@ def define_op(
 
     ``reference``: plain torch function with the schema's arguments, None for an op that only Triton needs. ``triton``:
     ``"module:function"`` of a launcher with the same arguments, imported at the first call (so importing the package never
-    imports Triton), or None. ``cuda``: the :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, which serves
+    imports Triton), or None. ``cuda``: the op of :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, used
     where Triton is not installed.
-    ``problem``: reference and launcher take its fields as one object, behind all other arguments. ``composite``: the plain torch
-    function calls the kernels that there are; it is what runs everywhere, and no stopgap.
+    ``problem``: reference and launcher take its fields as one object, after all other arguments. ``composite``: the plain torch
+    function calls whichever kernels exist; it is the implementation everywhere, not a fallback.
     """
     _library_handle.define(schema)
     name = schema.split("(")[0]
@@ -209,7 +209,7 @@ def _has_kernel(name: str, key: str) -> bool:
 def describe_backends() -> dict[str, Any]:
     """What can run here and what each op uses: ``{"available": [{name, usable, reason}], "ops": {op: {device: choice}}}``.
 
-    ``"cpu_sets"``: the instruction sets that the C++ kernels use on this CPU, and why AMX is not among them; None without them.
+    ``"cpu_sets"``: the instruction sets that the C++ kernels use on this CPU, and why not AMX; None without the library.
     """
     library = _library.status()
     triton = triton_reason()

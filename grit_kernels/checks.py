@@ -1,4 +1,4 @@
-"""What the public functions share to check arguments: how a message names them, which values may be looked at, their layout."""
+"""Argument checks that the public functions share: how a message describes an argument, which values may be read, layouts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def readable(x: Tensor) -> bool:
 
 
 def may_read_back(x: Tensor) -> bool:
-    """Whether a value of ``x`` may decide what is done next: a compiled graph and a CUDA graph that is recorded read nothing."""
+    """Whether a value of ``x`` may decide what happens next: a compiled graph, or a CUDA graph being captured, reads nothing."""
     return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x`` with a last dimension of stride 1, which every kernel wants; other strides are free."""
+    """``x`` with a last dimension of stride 1, which every kernel requires; the other strides are free."""
     # not contiguous(): it leaves a dimension of one element as it is, whatever its stride
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
@@ -51,7 +51,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> int | None:
         raise ValueError(f"{name}: expected int32 (B + 1,) with B >= 1, got an empty batch")
     if not readable(cu_seqlens):
         return None
-    table = cu_seqlens.tolist()  # in Python: for a batch of samples quicker than a handful of tensor operations
+    table = cu_seqlens.tolist()  # in Python: for the samples of a batch, quicker than a handful of tensor operations
     steps = [end - start for start, end in pairwise(table)]
     if table[0] != 0 or table[-1] != tokens or min(steps) < 0:
         raise ValueError(f"{name}: expected a non-decreasing table from 0 to {tokens}, got {table}")

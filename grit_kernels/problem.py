@@ -1,4 +1,4 @@
-"""Arguments that the functions behind several ops share, as one object."""
+"""Arguments shared by several ops, as one object."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt"
 class Problem:
     """Base of frozen dataclasses whose fields are arguments of ops, tensors first.
 
-    torch.library wants flat schemas. The fields are spelled once, in the dataclass: ``TENSORS`` and ``OPTIONS`` are their part of
-    a schema, and :func:`gathering` turns a flat call into one that takes the object.
+    torch.library requires flat schemas. The fields are declared once, in the dataclass: ``TENSORS`` and ``OPTIONS`` are their
+    part of a schema, and :func:`gathering` turns a flat call into one that takes the object.
     """
 
     NAMES: ClassVar[tuple[str, ...]]
@@ -33,7 +33,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors lie."""
+        """The device of its tensors."""
         return getattr(self, self.NAMES[0]).device
 
     def flat(self) -> tuple[Any, ...]:
@@ -42,7 +42,7 @@ class Problem:
 
 
 def gathering(problem: type[Problem], schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(*others, problem)`` with the arguments of ``schema``: the problem's fields wherever they stand in it."""
+    """``function(*others, problem)`` with the arguments of ``schema``: the problem's fields wherever they appear in it."""
     names = [argument.split()[-1] for argument in schema[schema.index("(") + 1 : schema.index(")")].split(",")]
     fields = [names.index(name) for name in problem.NAMES]
     others = [i for i in range(len(names)) if i not in fields]

@@ -1,4 +1,4 @@
-"""What the Triton kernels of every folder share: launching on the right device, products in full precision."""
+"""Shared by all Triton kernels: launching on the right device, products in full precision."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 @functools.cache
 def processor_count(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units); a small number in the interpreter, so that tests split work, too."""
+    """Streaming multiprocessors (compute units); a small number in the interpreter, so that tests split work as well."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """What tiles are chosen by: ``"sm80"``, ``"sm90"``, ``"sm100"``, ``"gfx9"``; ``"cpu"`` in the interpreter."""
+    """What tile sizes are chosen by: ``"sm80"``, ``"sm90"``, ``"sm100"``, ``"gfx9"``; ``"cpu"`` in the interpreter."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:

@@ -1,6 +1,6 @@
 """The visibility rule: which key may a query see? The only mask definition in the project.
 
-A sample has ``len_k`` keys and ``len_q`` queries, its last ``len_q`` positions (bottom-right aligned), so row ``r`` has the
+A sample has ``len_k`` keys and ``len_q`` queries at its last ``len_q`` positions (bottom-right aligned), so row ``r`` has the
 absolute position ``i = r + len_k - len_q``. It sees key ``j`` iff ``lo(i) <= j < hi(i)``:
 
     lo(i) = clamp(i - left, 0, len_k)
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 UNLIMITED = -1
-"""Window entry for no limit on that side."""
+"""Window entry that sets no limit on that side."""
 
 FARTHEST = 2**30
-"""No window is kept larger than this, so ``i - left`` and ``i + right`` fit int32 for samples of up to 2**30 tokens."""
+"""Larger windows are clipped to this, so ``i - left`` and ``i + right`` fit int32 for samples of up to 2**30 tokens."""
 
 Index = TypeVar("Index", int, Tensor)
 

@@ -330,7 +330,7 @@ bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const
         sum = fma((vf)row_words<Single>(grad + i * g.grad_out.row, d, a.dim), (vf)row_words<Single>(o + i * g.out.row, d, a.dim), sum);
       const int64_t number = (first + i) * a.heads_q + head;
       const float lse = g.lse[number];
-      // a row that sees nothing is masked everywhere; its infinity must not meet an infinity
+      // the infinity of a fully masked row must not meet another
       out.lse_log2[at] = lse == MINUS_INFINITY ? 0.0f : lse * LOG2_E;
       large |= __builtin_fabsf(out.lse_log2[at]) >= LARGE_LSE<T>;
       out.delta[at] = sum_lanes(sum) - (g.grad_lse ? g.grad_lse[number] : 0.0f);

@@ -14,7 +14,7 @@ namespace grit {
 namespace {
 
 // Key chunks of a sample: enough work items for many cores, few enough partial sums of dq. Decided by the length alone, so
-// neither threads nor the rest of the batch change a bit.
+// neither threads nor the rest of the batch change any bit.
 constexpr int64_t MOST_CHUNKS = 4, LEAST_CHUNK = 512;
 
 int64_t chunk_keys(int64_t keys) {

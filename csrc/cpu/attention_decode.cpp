@@ -9,9 +9,9 @@
 namespace grit::GRIT_ISA {
 namespace {
 
-constexpr int BLOCK = 16;                // keys per step: all heads of so many keys fit the first cache
+constexpr int BLOCK = 16;                // keys per step: all heads of this many keys fit the first-level cache
 constexpr int ROWS = 4;                  // (row, head) pairs that share the K and V vectors in registers
-constexpr int64_t FETCH_BYTES = 1 << 15;  // K and V asked for ahead of their use, all heads together
+constexpr int64_t FETCH_BYTES = 1 << 15;  // K and V fetched ahead of their use, all heads together
 
 // ROWS or fewer query rows of one key head
 struct Group {
@@ -26,7 +26,7 @@ struct State {
   float *maximum, *total, *sums;
 };
 
-// Rows of one head lie apart, where hardware prefetching fails: a line is asked for in the second cache long before it is used.
+// Rows of one head lie apart, where hardware prefetching fails: a line is fetched into the second-level cache long before it is used.
 GRIT_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // rows of K or V of one key head: row j at data + j * stride, row j + ahead is fetched, up to row `last`
@@ -38,7 +38,7 @@ struct KeyRows {
   GRIT_MEMBER const T* coming(int64_t j) const { return data + smaller(j + ahead, last) * stride; }
 };
 
-// scores[r][j] = q_r . k_j for all keys; the last key repeats when their number is no whole number of steps.
+// scores[r][j] = q_r . k_j for all keys; the last key repeats when they do not fill a whole number of steps.
 // WHOLE: a row is a whole number of vectors.
 template <class F, class T, int R, bool WHOLE>
 GRIT_INLINE void score_block(const Group& g, const KeyRows<T>& k, int64_t dim, float (*scores)[BLOCK + W]) {

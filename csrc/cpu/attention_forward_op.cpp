@@ -102,7 +102,7 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
   }
   Memory memory = allocate(states * (1 + lanes + wide) * 4);
   float *sums = (float*)memory.get(), *total = sums + states * wide, *maximum = total + states * lanes;
-  // parts that follow each other stay together, so that what is fetched ahead is used by the thread that asked for it
+  // parts that follow each other stay together, so that what is fetched ahead is used by the thread that fetched it
   const int64_t count = (int64_t)parts.size(), run = std::clamp<int64_t>(count / (8 * torch::stable::get_num_threads()), 1, 8);
   run_items(isa.thread, (count + run - 1) / run, 0, [&](int64_t i, void*) {
     const int64_t last = std::min(count, (i + 1) * run);

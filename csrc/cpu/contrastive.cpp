@@ -44,7 +44,7 @@ GRIT_INLINE void load_lanes(const Contrastive& p, int64_t query, Lanes& l) {
       l.high[v] = load_int(p.query_high + at);
     }
     if (p.own) {
-      // a lane behind the last query repeats it: its own passages would lie behind what 32 bits count
+      // a lane after the last query repeats it: its own passages would lie beyond what 32 bits count
       const vi row = lane_numbers() + (int32_t)at, last = splat_int((int32_t)p.queries - 1);
       l.own_begin[v] = (row < last ? row : last) * (int32_t)p.own;
       l.own_end[v] = l.own_begin[v] + (int32_t)p.own;
@@ -185,7 +185,7 @@ template <class F>
 void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first,
                    int64_t last, const ContrastiveWeights& w) {
   Products<F> products{panels, lanes, padded_dim(p.width) / F::values, last};
-  [[maybe_unused]] vu columns[VECTORS][W];  // of a tiled format: the words of a step, to be turned
+  [[maybe_unused]] vu columns[VECTORS][W];  // of a tiled format: the words of a step, to be transposed
   Lanes l;
   load_lanes(p, query, l);
   vf top[VECTORS], log_total[VECTORS], a[VECTORS];
@@ -258,7 +258,7 @@ void product_typed(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, i
 }
 
 #if defined(GRIT_ISA_TILES)
-// TILE rows and columns; where the matrix ends within them the sums take the way over a block of their own
+// TILE rows and columns; where the matrix ends within them the sums go through a block of their own
 void product_of_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, const ContrastiveBlock& c) {
   const TileRows rows = a_stride ? TileRows{a, 16 * a_stride, 16, a_stride} : TileRows{a, TILE_SIZE, TILE / 16 * TILE_SIZE, 16};
   if (c.rows == TILE && c.columns >= TILE) {

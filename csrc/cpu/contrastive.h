@@ -14,7 +14,7 @@
 
 namespace grit {
 
-constexpr float NO_CANDIDATE = -3.402823466e38f;  // score of a passage that is none: below every other one
+constexpr float NO_CANDIDATE = -3.402823466e38f;  // score of a passage that is not a candidate: below every other one
 
 // score_ij = query_scale[i] * passage_scale[j] * q_i . p_j; passage_scale, the id arrays and `own` (0: all) may be absent
 struct Contrastive {

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of packed passages (or weights) that stay in the second-level cache
 constexpr int64_t CHUNK_BYTES = 32 << 20;   // of weights and scores of a chunk of queries
 constexpr int64_t LEAST_CHUNK_TILES = 4;    // grad_p is read and written once per chunk of queries: it must not be too short
-constexpr int64_t KEEP_WORDS = 96;          // scores of shorter rows are as quickly computed again as kept
+constexpr int64_t KEEP_WORDS = 96;          // scores of shorter rows are as quickly recomputed as kept
 constexpr int64_t TILES_PER_ITEM = 11;
 constexpr int64_t LEAST_ITEMS = 32;
 constexpr int64_t PACK_ROWS = 256;
@@ -159,7 +159,7 @@ struct Losses {
   int64_t* best;
 };
 
-// The numbers of the queries of tiles [first, last). The scores, if asked for, lie as [tile - first][score_rows][tile]; the
+// The numbers of the queries of tiles [first, last). The scores, if requested, lie as [tile - first][score_rows][tile]; the
 // first row is the first passage that any of the tiles sees.
 void compute_losses(const Call& call, int64_t first, int64_t last, float* scores, int64_t score_rows, const Losses& out) {
   const int64_t tile = call.tile, tiles = last - first, padded = tiles * tile;
@@ -234,7 +234,7 @@ struct GradientRows {
   char* narrow_passages;  // instead of `passages`
 };
 
-// The gradients of sum_i coefficient_i loss_i. `numbers` hold whole tiles; unless they are known they are computed on the way, and
+// The gradients of sum_i coefficient_i loss_i. `numbers` hold whole tiles; unless they are known they are computed along the way, and
 // the scores of a chunk then serve both the losses and the gradients.
 void compute_gradients(const Call& call, const float* coefficients, bool known, const Losses& numbers, bool normalize,
                        const GradientRows& out) {

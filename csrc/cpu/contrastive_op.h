@@ -7,7 +7,7 @@
 
 namespace grit {
 
-// The tensors of ContrastiveProblem in grit_kernels/contrastive/problem.py; its flags stand behind other arguments.
+// The tensors of ContrastiveProblem in grit_kernels/contrastive/problem.py; its flags come after other arguments.
 struct Pairs {
   Tensor queries, passages, temperature, targets;
   std::optional<Tensor> query_ids, passage_ids;

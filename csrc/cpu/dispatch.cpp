@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time, by what it gives and not by the flag alone.
+// Chooses the instruction set at run time, by its speed on this CPU and not by its flag alone.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>

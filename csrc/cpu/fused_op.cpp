@@ -25,7 +25,7 @@ struct View {
   char* data;
   DType dtype;
   int64_t rows, columns, element;
-  int dims = 0;  // of the rows, innermost first; neighbours that lie behind each other are one
+  int dims = 0;  // of the rows, innermost first; adjacent ones that are contiguous are merged
   int64_t size[MAX_DIMS], stride[MAX_DIMS];
 
   View(const Tensor& t, const char* name) {

@@ -20,7 +20,7 @@ namespace grit {
 constexpr int64_t LARGE_PAGE = 2 << 20;
 
 // Asks for large pages in the part of fresh memory that holds whole ones: writing it for the first time then costs a page fault
-// per 2 MB, not per 4 KB, which takes longer than the writing itself. Where the system has none to give nothing changes.
+// per 2 MB, not per 4 KB, which takes longer than the writing itself. Where the system has none to give, nothing changes.
 inline void use_large_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t first = ((uintptr_t)p + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
@@ -44,7 +44,7 @@ struct Free {
 };
 using Memory = std::unique_ptr<void, Free>;
 
-// `bytes` of memory aligned to 64 bytes, holding anything
+// `bytes` of uninitialised memory, aligned to 64 bytes
 inline Memory allocate(int64_t bytes) {
   bytes += HEADER;
   const bool large = bytes >= 2 * LARGE_PAGE;

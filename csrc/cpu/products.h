@@ -101,7 +101,7 @@ GRIT_INLINE const T* head_rows(const Rows& x, int64_t first, int64_t head) {
   return (const T*)x.data + first * x.row + head * x.head;
 }
 
-// W words of a row from word d on; 0 behind the row's end and when the row does not exist
+// W words of a row from word d on; 0 after the row's end and when the row does not exist
 template <class F, class T>
 GRIT_INLINE vu row_words(const T* row, int64_t d, int64_t dim) {
   if constexpr (F::values == 2) {
@@ -164,7 +164,7 @@ GRIT_INLINE vf sums_of_each(vf (&x)[W]) {
 
 // ---- packing
 
-// Rows [0, rows) of T as panels of PANEL rows: out [padded / PANEL][words][PANEL], 0 behind the last row and the last word.
+// Rows [0, rows) of T as panels of PANEL rows: out [padded / PANEL][words][PANEL], 0 after the last row and the last word.
 // Tiled: out [padded / 16][words / 16][16 rows][16 words]. In both the panels of rows from j on start at out + j * words.
 template <class F, class T>
 void pack_row_panels(const T* data, int64_t stride, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
@@ -342,7 +342,7 @@ GRIT_INLINE void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32
 
 // ---- functions
 
-// 2^x for x <= about 1; exactly 1 at 0. x below -126 gives 2^-126: whoever masks must write its own 0. A NaN stays a NaN.
+// 2^x for x <= about 1; exactly 1 at 0. x below -126 gives 2^-126: a caller that masks must write its own 0. A NaN stays a NaN.
 template <int DEGREE>
 GRIT_INLINE vf exp2_of(vf x) {
 #if defined(GRIT_ISA_TILES)
@@ -388,7 +388,7 @@ GRIT_INLINE vf tanh_of(vf x) {
   return size < 0.625f ? near_zero : of_sign;
 }
 
-// From this score on (in powers of 2) a product with the scale is rounded before the highest one is subtracted, as SDPA does it:
+// From this score on (in powers of 2) a product with the scale is rounded before the highest one is subtracted, as SDPA does:
 // fused, the difference keeps digits that the maximum has lost, and 2 to the power of it may overflow from 2^31 on.
 constexpr float LARGE_SCORE = 4096;
 

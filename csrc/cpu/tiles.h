@@ -83,7 +83,7 @@ struct Tiles {
   alignas(64) uint32_t lanes[2][TILE_WORDS][W];
   uint32_t control = _mm_getcsr();
 
-  GRIT_INLINE Tiles() { _mm_setcsr((control & ~0xe040u) | 0x8040u); }  // denormals are 0, coming and going; to nearest even
+  GRIT_INLINE Tiles() { _mm_setcsr((control & ~0xe040u) | 0x8040u); }  // denormals are 0 on input and output; to nearest even
   GRIT_INLINE ~Tiles() { _mm_setcsr(control); }
 
   static GRIT_INLINE void copy(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
@@ -132,7 +132,7 @@ struct TileLanes {
   int64_t word_step, stride;  // words; stride: between words of a column
 };
 
-constexpr int64_t STEPS = 8;  // tiles of words between two visits of the sums: lanes of so many words stay in the first cache
+constexpr int64_t STEPS = 8;  // tiles of words between two visits to the sums: lanes of this many words stay in the first-level cache
 
 template <int R, int C>
 GRIT_INLINE void multiply_corner(Tiles& t, float* sums, int64_t stride, const TileRows& a, const TileLanes& b, int64_t steps, bool add) {

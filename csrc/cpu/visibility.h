@@ -17,7 +17,7 @@ GRIT_RANGE int64_t first_key(const Sample& s, int64_t row) {
   return clamp_to(row + s.k_len - s.q_len - s.left, s.k_len);
 }
 
-// visibility.key_range: one past the last key that row r sees; the staircase replaces the right bound
+// visibility.key_range: one past the last key that row r sees; per-token upper bounds replace the right bound
 GRIT_RANGE int64_t last_key(const Sample& s, int64_t row) {
   return clamp_to(s.hi ? s.hi[row] : row + s.k_len - s.q_len + s.right + 1, s.k_len);
 }
@@ -29,14 +29,14 @@ struct RowRange {
 };
 
 GRIT_RANGE RowRange rows_that_see(const Sample& s, int64_t begin, int64_t end) {
-  int64_t low = 0, high = s.q_len;  // first row whose last key lies behind begin
+  int64_t low = 0, high = s.q_len;  // first row whose last key lies after begin
   while (low < high) {
     int64_t middle = (low + high) / 2;
     if (last_key(s, middle) > begin) high = middle;
     else low = middle + 1;
   }
   const int64_t first = low;
-  high = s.q_len;  // first row that starts at end or behind it
+  high = s.q_len;  // first row that starts at end or after it
   while (low < high) {
     int64_t middle = (low + high) / 2;
     if (first_key(s, middle) >= end) high = middle;

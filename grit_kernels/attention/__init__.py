@@ -1,4 +1,4 @@
-"""Switch attention: attention whose causal flag belongs to the sample, in one call.
+"""Switch attention: attention with a causal flag for each sample, in one call.
 
 Three public functions, one op. ``switch_attention`` takes rectangular (B, T, H, D) tensors, ``switch_attention_varlen``
 packs of (tokens, H, D), ``switch_attention_with_kvcache`` queries that continue a cache.
@@ -21,7 +21,7 @@ from grit_kernels.attention.checks import (
     check_softmax_options,
     length_tensor,
     refuse_gradients,
-    staircase,
+    upper_bounds,
     window_argument,
 )
 from grit_kernels.attention.problem import AttentionProblem
@@ -59,7 +59,7 @@ def switch_attention(
         causal: bool, or bool tensor (B): True sees only the past, False sees both sides.
         window_size: (left, right) inclusive distances for all samples or an integer tensor (B, 2); -1 is unlimited. Mistral's
             ``sliding_window=W`` is (W - 1, 0) for a causal sample.
-        hi: int32 (B, T_q), optional staircase that replaces ``right``: row i sees keys below ``hi[i]``; non-decreasing.
+        hi: int32 (B, T_q), optional upper bound per token, replaces ``right``: row i sees keys below ``hi[i]``; non-decreasing.
         seqlens_q, seqlens_k: int (B), real rows of each sample; the rest is padding (output 0, lse -inf). ``seqlens_k`` defaults
             to T_k, ``seqlens_q`` to ``minimum(T_q, seqlens_k)``.
         softmax_scale: defaults to D ** -0.5.
@@ -92,7 +92,7 @@ def switch_attention(
         v,
         (q_len, torch.zeros_like(k_len), k_len),
         window_bounds(flags, window_argument(window_size, batch), max_q, max_k),
-        staircase(hi, (batch, max_q), device, q_len),
+        upper_bounds(hi, (batch, max_q), device, q_len),
         check_softmax_options(softmax_scale, softcap, dim),
     )
     return (out, lse) if return_lse else out
@@ -119,15 +119,15 @@ def switch_attention_varlen(
     """:func:`switch_attention` over a pack: samples one after another, no padding.
 
     With ``k_starts`` and ``seqlens_k`` the keys of sample b are the ``seqlens_k[b]`` rows of k and v from ``k_starts[b]`` on,
-    wherever they lie: the ranges may leave gaps, come in any order and overlap. This is the call of a server, whose sequences
-    own parts of one memory of keys: rows that decode, pieces of prompts and texts to embed are samples like any other. Not
+    wherever they lie: the ranges may leave gaps, come in any order and overlap. This is the call a server makes, whose sequences
+    own parts of one key memory: decoding rows, pieces of prompts and texts to embed are samples like any other. Not
     differentiable.
 
     Args:
         q: (tokens_q, H_q, D); k, v: (tokens_k, H_kv, D).
         causal: bool, or bool tensor (B).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1), where each sample starts; 0 first, the number of tokens last. ``cu_seqlens_k``
-            is None beside ``k_starts``.
+            is None with ``k_starts``.
         max_seqlen_q, max_seqlen_k: the longest sample (ints; an upper bound is fine).
         hi: int32 (tokens_q), positions counted inside the sample.
         window_size, softmax_scale, softcap: as in :func:`switch_attention`.
@@ -157,7 +157,7 @@ def switch_attention_varlen(
         raise ValueError(f"cu_seqlens_k: expected the {batch} samples of cu_seqlens_q, got {k_len.shape[0]}")
     flags = causal_flags(causal, batch, device)
     left, right = window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k)
-    steps = staircase(hi, (tokens_q,), device, q_len, starts_q)
+    steps = upper_bounds(hi, (tokens_q,), device, q_len, starts_q)
     scale, cap = check_softmax_options(softmax_scale, softcap, dim)
     ranges = (starts_q, q_len, starts_k, k_len)
     problem = AttentionProblem(*ranges, left, right, steps, 0, 0, max_seqlen_q, max_seqlen_k, scale, cap)
@@ -208,10 +208,10 @@ def switch_attention_with_kvcache(
     q_len = length_tensor("seqlens_q", seqlens_q, batch, max_q, device)
     used = length_tensor("cache_seqlens", cache_seqlens, batch, slots, device)
     if (k is None) != (v is None):
-        raise ValueError("k, v: give both or none of them")
+        raise ValueError("k, v: expected both or none, got one")
     leftpad = length_tensor("cache_leftpad", cache_leftpad, batch, slots, device, default=0)
     bounds = window_bounds(causal_flags(causal, batch, device), window_argument(window_size, batch), max_q, slots)
-    steps = staircase(hi, (batch, max_q), device, q_len)
+    steps = upper_bounds(hi, (batch, max_q), device, q_len)
     options = check_softmax_options(softmax_scale, softcap, dim)
     # nothing is written before everything is checked
     with torch.no_grad():
@@ -221,7 +221,7 @@ def switch_attention_with_kvcache(
                 raise ValueError(f"k, v: expected {(batch, max_q, *k_cache.shape[2:])}, got {tuple(k.shape)}")
             if readable(used) and bool((used + q_len > slots).any()):
                 raise ValueError(
-                    f"cache_seqlens: a sample has no room for its new states in {slots} slots: {used.tolist()} + {q_len.tolist()}"
+                    f"cache_seqlens: expected room for the new states in {slots} slots, got {used.tolist()} + {q_len.tolist()}"
                 )
             for cache, new in zip(caches, (k, v), strict=True):
                 _append(cache, new, used, q_len)
@@ -237,7 +237,7 @@ def prepared_attention(
     """Attention of one layer over a problem whose values were checked when it was made: what the layers of a model call.
 
     q (Tq, Hq, D), k and v (Tk, Hkv, D) -> (Tq, Hq, D). ``plans`` belongs to the problem and is filled here: what the
-    kernels compute of the problem alone is computed by the first layer.
+    kernels derive from the problem alone is computed once, by the first layer.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
     return _call(q, k, v, problem, plans)[0]
@@ -282,7 +282,7 @@ def key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     """k and v (B, S, H, D) as (rows, H, D), and how many rows lie between the first keys of two samples.
 
     A cache stored as (B, H, S, D) cannot be flattened without copying it, once per layer and token. Sample b's keys are rows of
-    it all the same, ``stride(0) / stride(1)`` rows apart. Such a view overlaps itself, so gradients and casts take the copy.
+    it nonetheless, ``stride(0) / stride(1)`` rows apart. Such a view overlaps itself, so gradients and casts take the copy.
     """
     slots = k.shape[1]
     k_batch, k_row = k.stride()[:2]
@@ -297,10 +297,10 @@ def key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
-    """Write the ``q_len[b]`` real rows of ``new`` (B, T, H, D) behind the used slots of ``cache`` (B, S, H, D).
+    """Write the ``q_len[b]`` real rows of ``new`` (B, T, H, D) after the used slots of ``cache`` (B, S, H, D).
 
     No list of the real rows is made, which would read the lengths back: a padded row repeats the sample's last real one, slot
-    and value alike (the order of writes does not matter then); a sample without real rows writes what is there already.
+    and value alike (so the order of writes does not matter); a sample without real rows rewrites what is already there.
     """
     batch = torch.arange(new.shape[0], device=new.device)[:, None]
     row = torch.arange(new.shape[1], device=new.device).minimum((q_len[:, None] - 1).clamp(min=0))  # [B, T]
@@ -312,7 +312,7 @@ def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
 def _call(
     q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the backend that is asked for."""
+    """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the requested backend."""
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

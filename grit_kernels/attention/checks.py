@@ -81,12 +81,12 @@ def window_argument(window_size: tuple[int, int] | Tensor, batch: int) -> tuple[
     return left, right
 
 
-def staircase(
+def upper_bounds(
     hi: Tensor | None, shape: tuple[int, ...], device: torch.device, q_len: Tensor, q_start: Tensor | None = None
 ) -> Tensor | None:
     """Check ``hi`` and flatten it to int32 (rows). ``q_start``: first row of each sample, None for ``shape`` (B, T).
 
-    That it never falls inside a sample is checked where it lies on the CPU: kernels bisect it.
+    Kernels bisect it, so it must not decrease within a sample; this is checked where it lies on the CPU.
     """
     if hi is None:
         return None

@@ -30,7 +30,7 @@ define_op(
     triton=f"{_TRITON}_backward:attention_backward",
     problem=AttentionProblem,
 )
-# the same where the order of the tiles is known from another layer of the pass; only the Triton kernels have one
+# the same with the order of the tiles given, from another layer of the pass; only the Triton kernels have one
 define_op(
     f"attention_plan(Tensor q, Tensor k, bool backward, {_PROBLEM}) -> Tensor",
     reference=None,

@@ -1,4 +1,4 @@
-"""What an attention call attends to, beside q, k and v."""
+"""Everything that defines an attention call besides q, k and v."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     score = cap(softmax_scale * q . k),  cap(s) = softcap * tanh(s / softcap) if softcap > 0 else s
     out_i = sum_j softmax_j(score_ij) v_j over the visible keys j of row i,   lse_i = ln sum_j exp(score_ij)
 
-Computed in float64 for float64 inputs and in float32 otherwise; differentiable by autograd (twice, too). Every other
+Computed in float64 for float64 inputs and in float32 otherwise; differentiable by autograd, twice as well. Every other
 implementation is tested against this file.
 """
 
@@ -39,7 +39,7 @@ def _sample(
     if softcap > 0:
         score = softcap * torch.tanh(score / softcap)
     score = score.masked_fill(~mask, float("-inf"))
-    # a row that sees nothing subtracts 0 instead of -inf and divides by 1 instead of 0: output 0, lse -inf, gradient 0
+    # a fully masked row subtracts 0 instead of -inf and divides by 1 instead of 0: output 0, lse -inf, gradient 0
     alive = mask.any(dim=-1)
     top = score.detach().amax(dim=-1) if len_k else score.new_full(score.shape[:-1], float("-inf"))
     top = torch.where(alive, top, 0.0)
@@ -58,7 +58,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=compute, device=q.device)
     for rows, keys, mask in _samples(problem, q.device):
-        # an empty sample goes the same way: the result stays part of the autograd graph when all samples are empty
+        # an empty sample takes the same path: the result stays part of the autograd graph when all samples are empty
         out[rows], lse[rows] = _sample(
             q[rows].to(compute),
             k[keys].to(compute),

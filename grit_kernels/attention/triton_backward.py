@@ -32,7 +32,7 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
     tile_rows,
 )
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_staircase
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_upper_bounds
 from grit_kernels.triton_launch import dot, on_device, upcast_operands
 
 
@@ -63,7 +63,7 @@ def row_statistics_kernel(
 
 @triton.jit
 def probabilities(b_qk, b_lse, scale, cap, HAS_CAP: tl.constexpr):
-    """p and cap'(score) of raw products; ``b_lse`` is in units of log2 and already broadcast."""
+    """p and cap'(score) from raw products; ``b_lse`` is in units of log2 and already broadcast."""
     if HAS_CAP:
         b_tanh = tanh(b_qk * scale)
         b_p = tl.exp2(cap * b_tanh - b_lse)
@@ -85,7 +85,7 @@ def gather_rows(
     o_m = tl.arange(0, BM)
     row = block * BM + o_m
     b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
-    # rows that see nothing may hold anything
+    # fully masked rows may hold anything
     m_row = (row < len_q) & (b_lo < b_hi)
     first_row = tl.cast(block * BM, tl.int64)
     head_offset = tl.cast(head_in_group, tl.int64)
@@ -111,7 +111,7 @@ def gather_rows(
         b_dp = dot(b_v2, tl.trans(b_do2), b_dp, UPCAST)
     b_p, b_slope = probabilities(b_qk, b_lse[None, :], scale, cap, HAS_CAP)
     if EDGE:
-        # key_range by distances: they cost no registers per row. What else it clamps needs no mask here: rows that see nothing
+        # key_range by distances, which cost no registers per row. Its clamps need no mask here: fully masked rows
         # were loaded as 0, and slots that hold no key of the sample are cleared when the tile is stored
         distance = key[:, None] - (row + len_k - len_q)[None, :]
         visible = distance >= -left
@@ -143,7 +143,7 @@ def backward_keys_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of BN keys of a sample and key head: the rows of all query heads of its group that see a key.
 
-    Rows that see every key of the tile come first, without any mask, then the edges. Keys of padding get 0.
+    Rows that see every key of the tile come first, without any mask, then the edges. Padding keys get 0.
     """
     head_kv, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
     if block < 0:
@@ -158,7 +158,7 @@ def backward_keys_kernel(
     p_hi += q_start
     p_first_row += k_start
 
-    # a padded sample owns all its slots, also those before its first key: keys count from -shift there
+    # a padded sample owns all its slots, including those before its first key: keys count from -shift there
     shift = tl.where(k_rows > 0, tl.cast(k_start, tl.int32) - sample * k_rows, 0)
     owned = tl.where(k_rows > 0, k_rows - shift, len_k)
     first_key = block * BN - shift
@@ -188,7 +188,7 @@ def backward_keys_kernel(
     b_dv2 = tl.zeros([BN, D2 if D2 > 0 else 16], dtype=tl.float32)
     full = tl.where(real, full_last - full_first, 0)
     edges = tl.where(real, (full_first - first) + (last - full_last), 0)
-    # one loop over (query head, block), so that the pipeline of loads fills once and not once per head
+    # one loop over (query head, block), so that the pipeline of loads fills once rather than once per head
     for step in range(0, full * GROUP):
         head_in_group = step // full
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
@@ -204,7 +204,7 @@ def backward_keys_kernel(
             stride_dot, stride_doh, rows, head_in_group, row_block, key, len_q, len_k, left, right,
             scale, cap, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST,
         )  # fmt: skip
-    # slots of padding get 0; unmasked blocks have summed up anything there
+    # padding slots get 0: unmasked blocks have summed arbitrary values there
     b_dk1 = tl.where(m_key[:, None], b_dk1 * softmax_scale, 0.0)
     b_dk2 = tl.where(m_key[:, None], b_dk2 * softmax_scale, 0.0)
     b_dv1 = tl.where(m_key[:, None], b_dv1, 0.0)
@@ -266,7 +266,7 @@ def backward_rows_kernel(
 ):  # fmt: skip
     """dQ of one tile of BM rows of a sample and query head: the keys that every row sees first, then the edges.
 
-    Rows of padding inside a rectangular sample get 0.
+    Padding rows inside a rectangular sample get 0.
     """
     head, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
     if block < 0:
@@ -346,7 +346,7 @@ def attention_backward_planned(
     plan: Tensor | None,
     problem: AttentionProblem,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``grit_kernels::attention_backward_planned``; ``plan``: of triton_forward.attention_plan, with ``backward``."""
+    """The op ``grit_kernels::attention_backward_planned``; ``plan``: made by triton_forward.attention_plan with ``backward``."""
     rows, heads, dim = q.shape
     keys, heads_kv, _ = k.shape
     group = heads // heads_kv
@@ -385,7 +385,7 @@ def attention_backward_planned(
         )  # fmt: skip
         if plan is None:
             if hi is not None:
-                first_row = transpose_staircase(hi, bounds, torch.empty(keys, dtype=torch.int32, device=q.device))
+                first_row = transpose_upper_bounds(hi, bounds, torch.empty(keys, dtype=torch.int32, device=q.device))
             key_plan, row_plan = plan_tiles(key_grid, bounds, first_row), plan_tiles(row_grid, bounds, hi)
         config = key_grid.config
         backward_keys_kernel[(key_plan.tiles * heads_kv,)](

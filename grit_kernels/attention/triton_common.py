@@ -1,9 +1,9 @@
-"""What the attention kernels share: the visibility rule per tile, the softmax step, loads of a split head dimension.
+"""Shared by the attention kernels: the visibility rule per tile, the softmax step, loads of a split head dimension.
 
 Naming: ``p_`` pointer, ``o_`` offsets, ``m_`` mask, ``b_`` block value; capitals are compile-time constants.
 
-A head dimension that is no power of two is split into D1 (the largest power of two below it) and D2 (the rest, rounded up
-to a power of two of at least 16 and masked): 96 = 64 + 32, 80 = 64 + 16, 72 = 64 + 8 of 16. So 96 costs 96 and not 128.
+A head dimension that is not a power of two is split into D1 (the largest power of two below it) and D2 (the rest, rounded up
+to a power of two of at least 16 and masked): 96 = 64 + 32, 80 = 64 + 16, 72 = 64 + 8 of 16. So 96 costs 96, not 128.
 For a power of two D2 is 0 and every value named ``..2`` is a constant that the compiler removes.
 """
 
@@ -87,7 +87,7 @@ def tanh(x):
 def load_part(
     p_x, o_row, stride, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Columns [FIRST, FIRST + WIDTH) of the rows ``o_row`` of p_x: [rows, WIDTH]; 0 outside of D and where m_row is False."""
+    """Columns [FIRST, FIRST + WIDTH) of the rows ``o_row`` of p_x: [rows, WIDTH]; 0 outside D and where m_row is False."""
     o_d = FIRST + tl.arange(0, WIDTH)
     p = p_x + o_row[:, None] * stride + o_d[None, :]
     if FIRST + WIDTH > D:
@@ -137,8 +137,8 @@ def in_blocks(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_keys(first_row, last_row, p_hi, len_q, len_k, left, right, BLOCK: tl.constexpr, HAS_HI: tl.constexpr):
-    """visibility.tile_keys of rows [first_row, min(last_row, len_q)), in blocks of BLOCK keys; none for padding only."""
-    # a sample without rows has no last one: row 0 stands for it, before which nothing may be loaded
+    """visibility.tile_keys of rows [first_row, min(last_row, len_q)), in blocks of BLOCK keys; none if all rows are padding."""
+    # a sample without rows has no last one: row 0 takes its place, as nothing before it may be loaded
     final_row = tl.maximum(tl.minimum(last_row, len_q) - 1, 0)
     lo_first, hi_first = key_range(first_row, p_hi, len_q, len_k, left, right, HAS_HI)
     lo_last, hi_last = key_range(final_row, p_hi, len_q, len_k, left, right, HAS_HI)
@@ -230,7 +230,7 @@ def attend_blocks(
 ):  # fmt: skip
     """The rows of one tile over key blocks [first, last), of which [full_first, full_last) need no mask.
 
-    Returns ``out`` [BM, D1], [BM, D2] and ``lse`` [BM] in units of log2; 0 and -inf for a row that sees no key.
+    Returns ``out`` [BM, D1], [BM, D2] and ``lse`` [BM] in units of log2; 0 and -inf for a fully masked row.
     """
     b_acc1 = tl.zeros([BM, D1], dtype=tl.float32)
     b_acc2 = tl.zeros([BM, D2 if D2 > 0 else 16], dtype=tl.float32)

@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels: a table by (kernel, head dimension, element size, architecture), and its override.
+"""Tile sizes of the attention kernels: a table by (kernel, head dimension, element size, architecture), and how to override it.
 
 Nothing is tuned on a user's first call. ``with override_config("forward", Config(...))`` or the environment variable
 GRIT_KERNELS_ATTENTION_CONFIG (``forward=128x64x8x3p,backward_keys=...``: rows x keys x warps x stages, ``p`` for a persistent
@@ -28,7 +28,7 @@ class Config(NamedTuple):
     """``rows`` x ``keys`` of one tile, warps of one program, depth of the software pipeline.
 
     ``persistent`` (forward only): as many programs as fit take tiles off a list, longest first; else one program per tile in
-    that order. On where the loop around the tile costs no spilled register.
+    that order. Enabled where the loop around the tile spills no register.
     """
 
     rows: int
@@ -98,7 +98,7 @@ def _from_environment(text: str) -> dict[str, Config]:
 
 @contextlib.contextmanager
 def override_config(kernel: str, config: Config) -> Iterator[None]:
-    """Use ``config`` for ``kernel`` (one of KERNELS) inside, for every head dimension and dtype."""
+    """Use ``config`` for ``kernel`` (one of KERNELS) inside the block, for every head dimension and dtype."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected {KERNELS}, got {kernel!r}")
     previous = _overrides.get(kernel)

@@ -1,6 +1,6 @@
 """Attention of few rows over many keys: decoding, and a short prompt after a long cache.
 
-Reading the keys and values once is all the work there is. So the rows of all query heads of a group form one tile (row
+Reading the keys and values once is all the work, so the rows of all query heads of a group form one tile (row
 ``r * GROUP + g``), which reads each key once per group, and the blocks of keys that the tile sees are dealt out evenly to
 ``splits`` programs. Each writes its own softmax (out, lse); a second kernel merges them in a fixed order:
 
@@ -152,7 +152,7 @@ def choose_splits(programs: int, max_k: int, block_keys: int, processors: int) -
 
 def largest_tile(dim: int, element_size: int) -> int:
     """Rows of a tile where a sample has that many: all of a GQA group's heads read the keys once. What fits 99 KiB of shared
-    memory and needs no memory for registers; tests compile these too."""
+    memory and spills no registers; tests compile these too."""
     if element_size == 4:
         return 16
     return 64 if dim <= 128 else 32

@@ -30,7 +30,7 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
 )
 from grit_kernels.attention.triton_decode import LARGEST_GRID_AXIS, SHORTEST_SPLIT, attention_decode
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_staircase
+from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_upper_bounds
 from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
 
 WARPS_PER_PROCESSOR = 16
@@ -61,7 +61,7 @@ def forward_tile(
     p_q += tl.cast(head, tl.int64) * stride_qh
     p_out += tl.cast(head, tl.int64) * D
     if PERSISTENT:
-        # made anew for each tile; what is the same for all tiles would stay in registers
+        # recomputed for each tile: what all tiles share would stay in registers
         o_row = q_start + row
     else:
         p_q += (q_start + first_row) * stride_qt
@@ -80,7 +80,7 @@ def forward_tile(
         b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
         D, D1, D2, BM, BN, HAS_CAP, UPCAST,
     )  # fmt: skip
-    # rows of padding inside a rectangular sample are written, too
+    # padding rows inside a rectangular sample are written as well
     b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
     b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
     b_lse = tl.where(m_row, b_lse * 0.6931471805599453, float("-inf"))
@@ -99,7 +99,7 @@ def attention_forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """PERSISTENT: take tiles off the list until it is empty (which program takes one changes no bit of it). Else: one tile.
+    """PERSISTENT: take tiles off the list until it is empty (which program takes a tile changes no bit of it). Else: one tile.
 
     Every tile that is taken draws one number from the counter, so the last number is known, and who draws it clears the counter
     for the next launch.
@@ -114,7 +114,7 @@ def attention_forward_kernel(
                     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
                     HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, True,
                 )  # fmt: skip
-            # the first tiles are given by the programs' own numbers
+            # each program's first tile is that of its own index
             order = tl.num_programs(0) + tl.atomic_add(p_counter, 1, sem="relaxed")
         if order == tl.num_programs(0) + tiles * HEADS - 1:
             tl.store(p_counter, 0)
@@ -136,7 +136,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem
 def attention_forward_planned(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor | None, problem: AttentionProblem
 ) -> tuple[Tensor, Tensor]:
-    """The op ``grit_kernels::attention_forward_planned``; ``plan``: what :func:`attention_plan` made of shapes and problem."""
+    """The op ``grit_kernels::attention_forward_planned``; ``plan``: that of :func:`attention_plan` for this call."""
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
@@ -184,8 +184,8 @@ def plan_size(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -
 def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> Tensor:
     """The op ``grit_kernels::attention_plan``: the order of the tiles of every kernel, for all layers of a pass.
 
-    int32, one section after the other: forward, and with ``backward`` backward_keys, backward_rows and, with a staircase, its
-    transpose. Only shapes, dtype and device of q and k count. Launches of one stream may share a plan, for they take turns with
+    int32, one section after the other: forward, and with ``backward`` backward_keys, backward_rows and, with ``hi``, its
+    transpose. Only shapes, dtype and device of q and k matter. Launches of one stream may share a plan, as they take turns with
     its counter; launches that may run at the same time may not.
     """
     tables, hi = int32_tables(problem), problem.hi
@@ -199,7 +199,7 @@ def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProbl
         if backward:
             first_row = None
             if hi is not None:
-                first_row = transpose_staircase(hi, tables, numbers[numbers.shape[0] - k.shape[0] :])
+                first_row = transpose_upper_bounds(hi, tables, numbers[numbers.shape[0] - k.shape[0] :])
             at = grid.size
             for kernel, steps in (("backward_keys", first_row), ("backward_rows", hi)):
                 grid = tile_grid(kernel, q, k, problem)

@@ -6,7 +6,7 @@ from the device tensors, the number of tiles from bounds that the host knows, so
 
 * rectangular (``rows > 0`` rows per sample): slot t is block ``t % ceil(rows / BLOCK)`` of sample ``t // ceil(rows / BLOCK)``;
 * packed: sample b takes the slots from ``start[b] // BLOCK + b`` on. ``ceil(n / BLOCK)`` slots always fit before those of the
-  next sample, and all need ``total // BLOCK + B``; slots left over have block -1 and end at once.
+  next sample, and all need ``total // BLOCK + B``; the slots left over have block -1 and end at once.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TileGrid(NamedTuple):
         return _ALIGNED + triton.cdiv(2 * self.tiles, _ALIGNED) * _ALIGNED
 
     def plan(self, numbers: Tensor) -> Plan:
-        """``numbers`` (int32 (size)) taken apart."""
+        """``numbers`` (int32 (size)) split into its parts."""
         table = numbers[_ALIGNED : _ALIGNED + 2 * self.tiles].view(self.tiles, 2)
         return Plan(table, numbers[:1], self.tiles, self.heads)
 
@@ -110,7 +110,7 @@ def list_tiles_kernel(
         )
         used = begin < owned
     else:
-        # a padded sample owns all its slots, also those before its first key
+        # a padded sample owns all its slots, including those before its first key
         shift = k_start - sample * rows if RECTANGULAR else tl.zeros_like(k_start)
         begin = block * TILE - shift
         owned = rows - shift if RECTANGULAR else len_k
@@ -175,7 +175,7 @@ def transpose_hi_kernel(
     tl.store(p_first_row + key, tl.where(used, first, 0), mask=key < keys)
 
 
-def transpose_staircase(hi: Tensor, tables: SampleTables, first_row: Tensor) -> Tensor:
+def transpose_upper_bounds(hi: Tensor, tables: SampleTables, first_row: Tensor) -> Tensor:
     """Fill ``first_row`` (int32 (Tk)) with the transpose of ``hi`` (int32 (Tq)); one launch."""
     slots, batch, keys = 128, tables[0].shape[0], first_row.shape[0]
     transpose_hi_kernel[(triton.cdiv(keys, slots),)](
@@ -207,7 +207,7 @@ def tile_grid(kernel: str, q: Tensor, k: Tensor, problem: AttentionProblem) -> T
 
 
 def plan_tiles(grid: TileGrid, tables: SampleTables, hi: Tensor | None, numbers: Tensor | None = None) -> Plan:
-    """Fill ``numbers`` (int32 (grid.size), default new ones). ``hi``: the staircase, or over rows its transpose."""
+    """Fill ``numbers`` (int32 (grid.size), default new ones). ``hi``: the bounds per token, over rows their transpose."""
     device, batch = tables[0].device, tables[0].shape[0]
     plan = grid.plan(torch.empty(grid.size, dtype=torch.int32, device=device) if numbers is None else numbers)
     # one wave runs in any order

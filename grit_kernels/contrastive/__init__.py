@@ -1,4 +1,4 @@
-"""Contrastive (InfoNCE) loss with FP32 accumulation that never holds all scores."""
+"""Contrastive (InfoNCE) loss with FP32 accumulation that never materialises all scores."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def contrastive_loss(
         temperature: positive number, or a scalar tensor that may be learnable.
         targets: int64 (Q), the passage that belongs to each query; defaults to ``i * (P // Q)``.
         in_batch_negatives: every passage is a negative of every other query. False: only the query's own group.
-        mask_ids: ``(query_ids (Q), passage_ids (P))``; a passage with the query's id is no negative of it.
+        mask_ids: ``(query_ids (Q), passage_ids (P))``; a passage with the query's id is not a negative for it.
         symmetric: add the reverse direction (positive passage to queries) and halve the sum.
         weights: (Q), weight of each query's loss; ``mean`` divides by their sum.
         normalize: L2-normalise both sides first.
@@ -49,13 +49,13 @@ def contrastive_loss(
         return_accuracy: also return the share of queries whose target scores highest.
 
     On a CPU a mean or sum that needs gradients computes them together with the loss (three matrix products, not four) and holds
-    them in FP32 until the backward, which only scales them; under ``torch.no_grad()`` nothing of this happens.
+    them in FP32 until the backward, which only scales them; under ``torch.no_grad()`` none of this happens.
 
     Returns:
         float32 scalar (or (Q) for ``"none"``), and with ``return_accuracy`` a float32 scalar.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was expected and what was given.
 
     Source: GRIT, arXiv 2402.09906 equation 1.
     """
@@ -91,7 +91,7 @@ def contrastive_loss(
         raise ValueError(f"weights: expected ({count},), got shape {tuple(weights.shape)}")
     ids = None if mask_ids is None else _comparable(*mask_ids)
     targets = targets.to(device=queries.device, dtype=torch.int64).contiguous()
-    # with known coefficients the gradients are computed on the way, without them by a backward pass of its own
+    # with known coefficients the gradients are computed along the way, without them by a backward pass of its own
     coefficients = None
     if reduction != "none" and _computes_gradients_early(queries, passages, weights):
         coefficients = _coefficients(weights, count, reduction) / (2 if symmetric else 1)
@@ -120,7 +120,7 @@ def _computes_gradients_early(queries: Tensor, passages: Tensor, weights: Tensor
 
 
 def _coefficients(weights: Tensor | None, count: int, reduction: str) -> Tensor:
-    """float32 (Q), contiguous: what each query's loss is multiplied with."""
+    """float32 (Q), contiguous: what each query's loss is multiplied by."""
     if weights is None:
         return torch.full((count,), 1.0 if reduction == "sum" else 1.0 / count)
     weights = weights.float().contiguous()
@@ -161,7 +161,7 @@ def _comparable(query_ids: Tensor, passage_ids: Tensor) -> tuple[Tensor, Tensor]
     """The ids as int64, contiguous: equal exactly where the given ones are."""
     query_ids, passage_ids = query_ids.contiguous(), passage_ids.contiguous()
     if query_ids.is_floating_point() or passage_ids.is_floating_point():
-        # adding 0 makes one zero of both; equal floats have equal bits then
+        # adding 0 turns -0 into 0, so that equal floats have equal bits
         return (query_ids.double() + 0.0).view(torch.int64), (passage_ids.double() + 0.0).view(torch.int64)
     return query_ids.to(torch.int64), passage_ids.to(torch.int64)
 

@@ -1,4 +1,4 @@
-"""The contrastive ops in plain torch with flat memory: the scores of one chunk of queries exist at a time.
+"""The contrastive ops in plain torch with bounded memory: only the scores of one chunk of queries exist at a time.
 
 Serves devices without a compiled kernel.
 
@@ -78,7 +78,7 @@ def _scores(
     passage_scale: Tensor | None,
     problem: ContrastiveProblem,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of a chunk, -inf where the passage is no candidate, and the targets' columns within it; q and p are float32."""
+    """Scores of a chunk, -inf where the passage is not a candidate, and the targets' columns within it; q and p are float32."""
     first, last, begin, end = chunk
     group, query_ids, passage_ids = problem.group, problem.query_ids, problem.passage_ids
     scores = (q[first:last] @ p[begin:end].T).mul_(query_scale[first:last, None])
@@ -146,7 +146,7 @@ def contrastive_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss = sum_i coefficients_i loss_i, ``best``, and the loss's gradients, all float32: queries, passages, temperature.
 
-    The gradients of a sum with known coefficients need no scores twice: three matrix products instead of four.
+    The gradients of a sum with known coefficients need the scores only once: three matrix products instead of four.
     """
     losses, top, log_total, excess, best = contrastive_forward(problem)
     precise = replace(problem, queries=problem.queries.float(), passages=problem.passages.float())

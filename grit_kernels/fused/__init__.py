@@ -1,7 +1,7 @@
 """What lies between the matrix products of a decoder layer, each in one pass over memory: RMSNorm with the residual addition
 in front of it, rotary embedding into the layout that attention reads, and the gate of an MLP.
 
-Arithmetic is FP32 inside, so a result carries one rounding to its dtype; the definitions stand in ``reference.py``.
+Arithmetic is FP32 inside, so a result carries one rounding to its dtype; the definitions are in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def rms_norm(
         weight: (C,).
         eps: added to the mean of squares, >= 0.
         residual: of x's shape, in x's dtype or with one of the two float32. The sum is rounded to the wider dtype first.
-        offset: 1 for weights that are stored as their distance from 1, as Gemma's.
+        offset: 1 for weights stored as their distance from 1, as in Gemma.
         dtype: of the result; default that of x (of the sum). float32 or x's own for 16-bit inputs, any of the three for float32.
 
     Returns:
         (..., C), contiguous; with a ``residual`` the pair (normed, x + residual).
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was expected and what was given.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
@@ -108,7 +108,7 @@ def rms_norm(
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys, ``x * cos + rotate_half(x) * sin`` on the first R values of each head.
 
-    ``rotate_half((x1, x2)) = (-x2, x1)``; what lies behind the first R values of a head is copied. The results are contiguous in
+    ``rotate_half((x1, x2)) = (-x2, x1)``; the rest of a head is copied. The results are contiguous in
     (B, T, heads, D), the layout that :func:`grit_kernels.switch_attention` reads in place, whatever the inputs' strides.
 
     Args:
@@ -117,10 +117,10 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             constants: no gradient flows to them.
 
     Returns:
-        Turned q and k, in their dtype.
+        Rotated q and k, in their dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was expected and what was given.
 
     Source: Su et al., RoFormer, arXiv 2104.09864.
     """
@@ -157,7 +157,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         (..., C), contiguous, in their dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was expected and what was given.
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
     """

@@ -100,7 +100,7 @@ def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _rotary_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    # the turn is linear in q and k; its tables are constants
+    # the rotation is linear in q and k; its tables are constants
     cos, sin = ctx.saved_tensors
     grads = torch.ops.grit_kernels.rotary(dense_rows(grad_q), dense_rows(grad_k), cos, sin, not ctx.transposed)
     return *grads, None, None, None

@@ -75,7 +75,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
 
 @without_autocast
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """q (B, T, Hq, D), k (B, T, Hkv, D), cos and sin (B or 1, T, R) -> both turned; ``transposed``: by the transposed matrix."""
+    """q (B, T, Hq, D), k (B, T, Hkv, D), cos and sin (B or 1, T, R) -> both rotated; ``transposed``: by the transposed matrix."""
     return _turn(q, cos, sin, transposed), _turn(k, cos, sin, transposed)
 
 

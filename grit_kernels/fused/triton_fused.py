@@ -1,4 +1,4 @@
-"""The fused ops in Triton. Each reads its inputs once and writes its outputs once; no atomics, so results repeat bit by bit.
+"""The fused ops in Triton. Each reads its inputs once and writes its outputs once; no atomics, so results repeat bit for bit.
 
     norm      total = x + residual,  out = total r (weight + offset),  r = rsqrt(mean(total^2) + eps)
               grad = r (g - n mean(g n)) + grad_total,  n = total r,  g = grad_out (weight + offset)
@@ -95,7 +95,7 @@ def _turn_heads(
     p_x, p_out, b_cos_1, b_cos_2, b_sin_1, b_sin_2, first_head, heads, head_stride, dim,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one row: the halves of the first 2 HALF values are turned, what lies behind them is copied."""
+    """HEADS heads of one row: the halves of the first 2 HALF values are rotated, the rest is copied."""
     o_head = (first_head + tl.arange(0, HEADS))[:, None]
     o_c = tl.arange(0, BLOCK_HALF)[None, :]
     m_tile = (o_head < heads) & (o_c < HALF)

@@ -1,4 +1,4 @@
-"""Per-token next-token loss in FP32 that never holds all logits."""
+"""Per-token next-token loss in FP32 that never materialises all logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def linear_cross_entropy(
         float32 (tokens).
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was expected and what was given.
     """
     if not isinstance(hidden, Tensor) or hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden: expected a float tensor (tokens, hidden), got {described(hidden)}")

@@ -1,4 +1,4 @@
-"""Per-token loss in chunks of rows: the logits of one chunk exist at a time, forward and backward.
+"""Per-token loss in chunks of rows: only the logits of one chunk exist at a time, forward and backward.
 
 The forward keeps each row's highest logit and the log-sum-exp above it (FP32); the backward recomputes a chunk's logits. Matrix
 products take the input dtype, everything after them is FP32, the weight gradient is summed in FP32. Logits of 16-bit inputs leave

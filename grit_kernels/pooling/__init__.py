@@ -32,7 +32,7 @@ def pool(
     norm_eps: float = 1e-6,
     empty: Literal["error", "zeros"] = "error",
 ) -> Tensor:
-    """One float32 vector per sample out of its hidden states; all sums are FP32 whatever the input dtype.
+    """One float32 vector per sample from its hidden states; all sums are FP32 whatever the input dtype.
 
     With t running over the pooled tokens of a sample (its real tokens without the first ``instruction_lens[b]``):
 
@@ -57,7 +57,7 @@ def pool(
         float32 (B, hidden); float64 for float64 input on the reference backend.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is accepted.
+        ValueError, TypeError: naming the argument, what was expected and what was given.
 
     Source: GRIT, arXiv 2402.09906 section 2; the formulas are those of its public implementation.
     """

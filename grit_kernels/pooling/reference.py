@@ -3,7 +3,7 @@
     out_b = (sum_{row_start_b <= t < row_end_b} w_t x_t) / denominators_b
     x_t   = hidden_t,  or with the model's final RMSNorm fused:  hidden_t * rsqrt(mean(hidden_t^2) + norm_eps) * norm_weight
 
-Sums in float64 for float64 inputs and in float32 otherwise. A row of weight 0 contributes nothing whatever it holds, a
+Sums in float64 for float64 inputs and in float32 otherwise. A row of weight 0 contributes nothing whatever it holds; a
 sample with ``denominators_b <= 0`` gives zeros.
 """
 

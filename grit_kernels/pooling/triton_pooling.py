@@ -1,4 +1,4 @@
-"""Pooling in Triton: one pass over the hidden states, FP32 sums, no atomics, so results repeat bit by bit.
+"""Pooling in Triton: one pass over the hidden states, FP32 sums, no atomics, so results repeat bit for bit.
 
     out_b  = sum_t w_t x_t / denominators_b,   x_t = h_t  or  h_t r_t * norm_weight,  r_t = rsqrt(mean(h_t^2) + eps)
     dh_t   = g                                 with g = w_t / denominators_b * grad_out_b, without the norm, else
@@ -84,7 +84,7 @@ def pool_bwd_kernel(
     for row in range(first, last, ROWS):
         o_row = row + tl.arange(0, ROWS)
         m_row = o_row < last
-        # the last sample whose first row is not behind this one: row_start never decreases, ranges do not overlap
+        # the last sample whose first row is not after this one: row_start never decreases, ranges do not overlap
         b_low = tl.zeros([ROWS], dtype=tl.int32)
         b_high = tl.zeros([ROWS], dtype=tl.int32) + samples
         for _ in range(bisections):

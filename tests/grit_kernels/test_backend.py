@@ -59,20 +59,20 @@ def test_the_context_manager_overrules_the_environment(monkeypatch: pytest.Monke
 def test_triton_is_refused_for_cpu_tensors_outside_the_interpreter() -> None:
     with (
         gk.backend("triton"),
-        pytest.raises(ValueError, match="'triton' was asked for, but the tensors are on the CPU"),
+        pytest.raises(ValueError, match="'triton' was requested, but the tensors are on the CPU"),
     ):
         attend()
 
 
 def test_cpu_is_refused_with_the_reason_when_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "status", lambda: _library.LibraryStatus(False, "it is missing; build it"))
-    with gk.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for, but it is missing; build it"):
+    with gk.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was requested, but it is missing; build it"):
         attend()
 
 
 def test_cpu_is_refused_for_tensors_elsewhere() -> None:
     q = torch.ones(1, 2, 1, 32, device="meta")
-    with gk.backend("cpu"), pytest.raises(ValueError, match="'cpu' was asked for, but the tensors are on meta"):
+    with gk.backend("cpu"), pytest.raises(ValueError, match="'cpu' was requested, but the tensors are on meta"):
         gk.switch_attention(q, q, q, True)
 
 

@@ -179,7 +179,7 @@ def check_transpose(hi: list[int], q: list[tuple[int, int]], k: list[tuple[int, 
     assert found.tolist() == brute_transpose(hi, q, k, keys), (hi, q, k)
 
 
-def staircases(rows: int, top: int) -> list[tuple[int, ...]]:
+def upper_bounds(rows: int, top: int) -> list[tuple[int, ...]]:
     return [values for values in product(range(top + 1), repeat=rows) if list(values) == sorted(values)]
 
 
@@ -187,10 +187,10 @@ def test_transpose_hi_of_packs_equals_brute_force_with_empty_samples() -> None:
     for lens_q, lens_k in product(product(range(3), repeat=3), product((0, 1, 3), repeat=3)):
         starts_q = [sum(lens_q[:b]) for b in range(3)]
         starts_k = [sum(lens_k[:b]) for b in range(3)]
-        for turn in range(4):  # a few staircases per layout: chosen by turn, so every sample meets all of its own
+        for turn in range(4):  # a few lists of bounds per layout: chosen by turn, so every sample meets all of its own
             hi: list[int] = []
             for len_q, len_k in zip(lens_q, lens_k, strict=True):
-                choices = staircases(len_q, len_k)
+                choices = upper_bounds(len_q, len_k)
                 hi += choices[(turn * 7 + len_q) % len(choices)]
             pairs_q = list(zip(starts_q, lens_q, strict=True))
             check_transpose(hi, pairs_q, list(zip(starts_k, lens_k, strict=True)), sum(lens_k))
@@ -199,7 +199,7 @@ def test_transpose_hi_of_packs_equals_brute_force_with_empty_samples() -> None:
 def test_transpose_hi_of_padded_batches_ignores_unused_rows_and_slots() -> None:
     rows, slots = 3, 4
     for len_a, len_b, first, count in product(range(rows + 1), range(rows + 1), range(2), range(slots)):
-        for hi_a, hi_b in product(staircases(len_a, slots)[::5], staircases(len_b, count)[::3]):
+        for hi_a, hi_b in product(upper_bounds(len_a, slots)[::5], upper_bounds(len_b, count)[::3]):
             for junk in (0, 99, -5):
                 hi = [*hi_a, *[junk] * (rows - len_a), *hi_b, *[junk] * (rows - len_b)]
                 layout_k = [(0, slots), (slots + first, min(count, slots - first))]

@@ -1,4 +1,4 @@
-"""Random calls of the low-level op: padded or packed, windows, staircases, strided views; NaN wherever no sample owns a row."""
+"""Random calls of the low-level op: padded or packed, windows, upper bounds, strided views; NaN wherever no sample owns a row."""
 
 from __future__ import annotations
 

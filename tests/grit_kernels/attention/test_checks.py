@@ -104,8 +104,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "packed q of four dimensions": (ValueError, "q: expected .*got shape", varlen(q=t(1, 3, 2, 32))),
     "cache named": (ValueError, "k_cache: expected .*got 3", cached(k_cache=t(3, 5, 2, 32), v_cache=t(3, 5, 2, 32))),
     "cache longer than its slots": (ValueError, "cache_seqlens: expected", cached(cache_seqlens=ints(6, 2))),
-    "no room in the cache": (ValueError, "cache_seqlens: a sample has no room", cached(k=t(2, 3, 2, 32), v=t(2, 3, 2, 32))),
-    "k without v": (ValueError, "k, v: give both", cached(k=t(2, 3, 2, 32))),
+    "no room in the cache": (ValueError, "cache_seqlens: expected room for", cached(k=t(2, 3, 2, 32), v=t(2, 3, 2, 32))),
+    "k without v": (ValueError, "k, v: expected both or none", cached(k=t(2, 3, 2, 32))),
     "k of another length": (ValueError, "k, v: expected", cached(k=t(2, 1, 2, 32), v=t(2, 1, 2, 32))),
     "k of other heads than its cache": (ValueError, "k, v: expected", cached(k=t(2, 3, 1, 32), v=t(2, 3, 1, 32))),
     "leftpad too large": (ValueError, "cache_leftpad: expected", cached(cache_leftpad=ints(0, 9))),
@@ -126,7 +126,7 @@ def test_float64_is_refused_outside_the_reference_backend() -> None:
         gk.switch_attention(q, q, q, True)
 
 
-def test_a_staircase_may_fall_between_samples_and_in_padding() -> None:
+def test_upper_bounds_may_decrease_between_samples_and_in_padding() -> None:
     with gk.backend("reference"):
         varlen(hi=ints(1, 3, 1))()
         dense(hi=torch.tensor([[4, 5, 0], [3, 3, 3]]), seqlens_q=ints(2, 3))()

@@ -136,7 +136,7 @@ def check(call: Call, with_lse: bool = True) -> None:
         assert_within_rule(a, b, c, name)
 
 
-def staircase(lens_q: list[int], lens_k: list[int]) -> Tensor:
+def upper_bounds(lens_q: list[int], lens_k: list[int]) -> Tensor:
     steps = [torch.randint(0, n + 2, (m,)).sort().values for m, n in zip(lens_q, lens_k, strict=True)]
     return torch.cat(steps).int()
 
@@ -150,7 +150,7 @@ def test_mixed_packs_keep_the_accuracy_rule_on_every_instruction_set(isa: str, d
         check(
             make_call(lens_q, lens_k, left=[9, 3, 0, 70, 1], right=[0, 3, 4, 7, 1], dtype=dtype, heads=(2, 2), dim=80)
         )
-        check(make_call([40, 3], [40, 5], dtype=dtype, softcap=2.0, hi=staircase([40, 3], [40, 5]), dim=40), False)
+        check(make_call([40, 3], [40, 5], dtype=dtype, softcap=2.0, hi=upper_bounds([40, 3], [40, 5]), dim=40), False)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -180,7 +180,7 @@ def test_any_call_keeps_the_accuracy_rule(data: st.DataObject) -> None:
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         softmax_scale=draw(st.sampled_from([0.2, 0.0, -0.3])),
         softcap=draw(st.sampled_from([0.0, 1.5])),
-        hi=draw(st.sampled_from([None, staircase(lens_q, lens_k)])),
+        hi=draw(st.sampled_from([None, upper_bounds(lens_q, lens_k)])),
     )
     with _library.cpu_isa(draw(st.sampled_from(ISAS))):
         check(call)
@@ -303,7 +303,7 @@ def test_cost_of_a_window_grows_with_the_window_not_the_length(right: int) -> No
     assert visited[2048][0] * 4 < _library.visited_key_blocks()
 
 
-def test_a_staircase_costs_what_it_shows() -> None:
+def test_upper_bounds_cost_what_they_show() -> None:
     rows, keys = 512, 2048
     low, high = (make_call([rows], [keys], heads=(1, 1), dim=32, hi=torch.full((rows,), n).int()) for n in (128, keys))
     counts = []

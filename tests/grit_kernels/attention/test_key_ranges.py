@@ -105,7 +105,7 @@ def test_decode_rows_beside_long_texts_and_pieces_of_prompts_equal_the_oracle(ba
     check(case, backend, run(case, backend, *scattered(case, 3)))
 
 
-def test_a_staircase_counts_positions_inside_the_range(backend: Backend) -> None:
+def test_upper_bounds_count_positions_inside_the_range(backend: Backend) -> None:
     case = make_case([3, 4], [5, 4], [True, False], hi=[[3, 3, 5], [2, 2, 4, 4]])
     check(case, backend, run(case, backend, *scattered(case, 1)))
 

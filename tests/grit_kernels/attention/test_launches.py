@@ -25,7 +25,7 @@ pytestmark = pytest.mark.interpret
 LENGTHS, CAUSAL = [40, 3, 0, 61], torch.tensor([True, False, True, False])
 PLAN = {"list_tiles_kernel", "sort_tiles_kernel", "transpose_hi_kernel"}
 LAYER = {"attention_forward_kernel", "row_statistics_kernel", "backward_keys_kernel", "backward_rows_kernel"}
-NO_COPY = {"to", "contiguous"}  # with nothing inside: the tensor was what was asked for
+NO_COPY = {"to", "contiguous"}  # with nothing inside: the tensor already was what is needed
 METADATA = (
     "empty",
     "view",
@@ -42,9 +42,9 @@ METADATA = (
 )
 
 
-def pack_and_problem(staircase: bool) -> tuple[gk.SamplePack, AttentionProblem]:
+def pack_and_problem(upper_bounds: bool) -> tuple[gk.SamplePack, AttentionProblem]:
     hi = None
-    if staircase:
+    if upper_bounds:
         hi = torch.cat([torch.randint(0, n + 1, (n,), dtype=torch.int32).sort().values for n in LENGTHS])
     pack = gk.SamplePack.from_lengths(LENGTHS, CAUSAL, hi=hi)
     bounds = AttentionPass(pack.causal, pack=pack).window_bounds(20, 61, 61)
@@ -79,9 +79,9 @@ def torch_launches(profile: Any) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("staircase", [False, True])
-def test_a_shared_plan_changes_no_bit(staircase: bool) -> None:
-    pack, problem = pack_and_problem(staircase)
+@pytest.mark.parametrize("upper_bounds", [False, True])
+def test_a_shared_plan_changes_no_bit(upper_bounds: bool) -> None:
+    pack, problem = pack_and_problem(upper_bounds)
     q, k, v = inputs = tensors(pack.tokens)
     plans: dict[Any, Tensor] = {}
     grad = torch.randn(pack.tokens, 4, 32)
@@ -98,7 +98,7 @@ def test_a_shared_plan_changes_no_bit(staircase: bool) -> None:
 
 
 def test_opcheck_accepts_the_ops_that_take_a_plan() -> None:
-    pack, problem = pack_and_problem(staircase=True)
+    pack, problem = pack_and_problem(upper_bounds=True)
     q, k, v = tensors(pack.tokens)
     ops, utils = torch.ops.grit_kernels, ("test_schema", "test_autograd_registration", "test_faketensor")
     plain = [x.detach() for x in (q, k, v)]
@@ -110,12 +110,12 @@ def test_opcheck_accepts_the_ops_that_take_a_plan() -> None:
     torch.library.opcheck(ops.attention_backward_planned.default, arguments, test_utils=utils)
 
 
-@pytest.mark.parametrize("staircase", [False, True])
+@pytest.mark.parametrize("upper_bounds", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
-    launches: Counter[str], staircase: bool, use_reentrant: bool
+    launches: Counter[str], upper_bounds: bool, use_reentrant: bool
 ) -> None:
-    pack, problem = pack_and_problem(staircase)
+    pack, problem = pack_and_problem(upper_bounds)
     found = {}
     for layers in (1, 3):
         q, k, v = tensors(pack.tokens)
@@ -138,7 +138,7 @@ def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
 
 
 def test_checkpoints_that_keep_attention_do_not_launch_it_again(launches: Counter[str]) -> None:
-    pack, problem = pack_and_problem(staircase=True)
+    pack, problem = pack_and_problem(upper_bounds=True)
     q, k, v = tensors(pack.tokens)
     plans: dict[Any, Tensor] = {}
     for keep, times in ((False, 2), (True, 1)):
@@ -182,7 +182,7 @@ def test_a_layer_that_decodes_runs_its_kernels_and_nothing_else(
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_packed_layer_launches_one_kernel_forward(launches: Counter[str], window: int | None) -> None:
-    pack, _ = pack_and_problem(staircase=True)
+    pack, _ = pack_and_problem(upper_bounds=True)
     given = {"attention_mask": None, "sliding_window": window, "grit_pass": AttentionPass(pack.causal, pack=pack)}
     (first, prepared), (second, more) = run_layers(launches, given, [(1, n, pack.tokens, 32) for n in (4, 2, 2)])
     assert prepared and set(first) == PLAN - {"transpose_hi_kernel"} | {"attention_forward_kernel"}

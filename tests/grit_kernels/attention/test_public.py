@@ -143,7 +143,7 @@ def test_head_dims_and_dtypes_keep_the_accuracy_rule(backend: Backend, dtype: to
     check_against_oracle(case, backend, dtype)
 
 
-def test_staircases_replace_the_right_bound_only(backend: Backend) -> None:
+def test_upper_bounds_replace_the_right_bound_only(backend: Backend) -> None:
     hi = [[3, 3, 3, 4, 9, 9, 9, 9, 9], [0, 0, 2, 4, 4]]
     check_against_oracle(make_case([9, 5], [9, 5], [True, False], hi=hi), backend, torch.float32)
     windowed = make_case([9, 5], [9, 5], [False, False], hi=hi, window=[(2, 0), (1, -1)])
@@ -286,8 +286,8 @@ def test_opcheck_accepts_both_ops(backend: Backend) -> None:
     bounds = [torch.tensor(x, dtype=torch.int32, device=backend.device) for x in numbers]
     hi = torch.tensor([1, 4, 4, 4, 1, 2], dtype=torch.int32, device=backend.device)
     ops = torch.ops.grit_kernels
-    for staircase in (None, hi):
-        arguments = (*bounds, staircase, 0, 0, 4, 4, 0.2, 0.0)
+    for upper_bounds in (None, hi):
+        arguments = (*bounds, upper_bounds, 0, 0, 4, 4, 0.2, 0.0)
         torch.library.opcheck(ops.attention_forward.default, (q, k, v, *arguments))
         out, lse = (x.detach() for x in ops.attention_forward(q, k, v, *arguments))
         plain = [x.detach() for x in (q, k, v)]

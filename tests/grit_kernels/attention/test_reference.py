@@ -15,7 +15,7 @@ from tests.grit_kernels.attention.oracle import attention, gradients, make_case
 
 # per sample (len_q, len_k, left, right): empty queries, no keys, more queries than keys (dead rows), windows, a cache
 SAMPLES = [(3, 3, 99, 0), (0, 2, 99, 99), (2, 0, 99, 99), (4, 2, 1, 0), (2, 5, 2, 1), (1, 3, 0, 0)]
-HI = {4: [3, 5]}  # overridden bounds of sample 4 when a staircase is used
+HI = {4: [3, 5]}  # upper bounds of sample 4 when there are bounds per token
 
 
 def numbers() -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def numbers() -> dict[str, Tensor]:
     }
 
 
-def staircase() -> Tensor:
+def upper_bounds() -> Tensor:
     rows: list[int] = []
     for b, (len_q, len_k, _, right) in enumerate(SAMPLES):
         rows += HI.get(b, [max(0, min(len_k, r + len_k - len_q + right + 1)) for r in range(len_q)])
@@ -61,7 +61,7 @@ def live_rows(hi: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize(("softcap", "use_hi"), VARIANTS)
 def test_forward_passes_gradcheck_in_out_and_lse(softcap: float, use_hi: bool) -> None:
-    hi = staircase() if use_hi else None
+    hi = upper_bounds() if use_hi else None
     live = live_rows(hi)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def test_forward_passes_gradcheck_in_out_and_lse(softcap: float, use_hi: bool) -
 
 @pytest.mark.parametrize(("softcap", "use_hi"), [(0.0, False), (1.5, True)])
 def test_forward_passes_gradgradcheck(softcap: float, use_hi: bool) -> None:
-    hi = staircase() if use_hi else None
+    hi = upper_bounds() if use_hi else None
     live = live_rows(hi)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def test_forward_passes_gradgradcheck(softcap: float, use_hi: bool) -> None:
 @pytest.mark.parametrize(("softcap", "use_hi"), VARIANTS)
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_closed_form_backward_equals_autograd(softcap: float, use_hi: bool, with_lse: bool) -> None:
-    hi = staircase() if use_hi else None
+    hi = upper_bounds() if use_hi else None
     tensors, problem = inputs(), problem_of(softcap, hi)
     out, lse = reference.attention_forward(*tensors, problem)
     grad_out = torch.randn_like(out)

@@ -156,18 +156,18 @@ def test_every_tile_runs_once_and_the_longest_first(rows: int, window: tuple[int
 
 @INTERPRET
 @pytest.mark.parametrize("seed", range(6))
-def test_the_transpose_of_a_staircase_equals_the_rule(seed: int) -> None:
+def test_the_transpose_of_upper_bounds_equals_the_rule(seed: int) -> None:
     problem = draw_call(random.Random(seed).choice, lengths=(0, 1, 7, 40), dims=(32,)).problem
     keys = int((problem.k_start + problem.k_len).max()) + 2
     hi = torch.zeros(int((problem.q_start + problem.q_len).max()), dtype=torch.int32)
     for first, n, m in zip(problem.q_start.tolist(), problem.q_len.tolist(), problem.k_len.tolist(), strict=True):
         hi[first : first + n] = torch.randint(-2, m + 3, (n,), dtype=torch.int32).sort().values
-    found = triton_plan.transpose_staircase(hi, problem.tables, torch.full((keys,), -9, dtype=torch.int32))
+    found = triton_plan.transpose_upper_bounds(hi, problem.tables, torch.full((keys,), -9, dtype=torch.int32))
     assert torch.equal(found, transpose_hi(hi, *problem.tables[:4], keys))
 
 
 @INTERPRET
-def test_a_staircase_orders_tiles_by_what_it_shows() -> None:
+def test_upper_bounds_order_tiles_by_what_they_show() -> None:
     hi = torch.arange(1, 65, dtype=torch.int32)
     table, _ = make_plan([64], [64], [False], (-1, -1), 0, True, hi)
     assert [block for _, block in table if block >= 0] == [2, 3, 0, 1]

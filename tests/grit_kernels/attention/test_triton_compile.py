@@ -47,7 +47,7 @@ SPILL_BUDGET: dict[tuple[str, str, int], int] = {
     ("backward_keys", "sm80", 128): 64,
 }
 SMALL_BUDGET = 24  # a few scalars, outside of the loops
-FLAGS_BUDGET = 400  # more, with a staircase or a softcap
+FLAGS_BUDGET = 400  # more, with upper bounds per token or a softcap
 
 
 def compile_kernel(

@@ -330,7 +330,7 @@ def test_a_second_derivative_is_refused_with_what_to_do() -> None:
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="backend\\('reference'\\)"):
             grad.sum().backward()
-    # the rotation is linear, and its gradient a rotation too
+    # the rotation is linear, and its gradient is a rotation too
     q = torch.randn(1, 2, 1, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(rotary(q, q, *torch.randn(2, 1, 2, 4))[0].square().sum(), q, create_graph=True)
     grad.sum().backward()

@@ -330,17 +330,17 @@ def test_a_gptj_layer_without_its_decoder_is_an_error_not_a_wrong_mask() -> None
 @pytest.mark.parametrize("convention", ["transformers", "full"])
 @pytest.mark.parametrize("family", WINDOWED)
 @torch.no_grad()
-def test_a_staircase_meets_each_layers_own_window(family: str, convention: str) -> None:
+def test_upper_bounds_meet_each_layers_own_window(family: str, convention: str) -> None:
     """Prefix-LM: the layers without a window see the whole prefix, those with one at most the window ahead."""
     model, length, prefix = stock(family), IDS.shape[1], 9
     row, column = torch.arange(length)[:, None], torch.arange(length)[None]
-    staircase = (column <= row) | (column < prefix).expand(length, length) & (row < prefix)
+    by_bounds = (column <= row) | (column < prefix).expand(length, length) & (row < prefix)
     behind = row - column < WINDOW
     near = behind & (column - row <= WINDOW) if convention == "transformers" else behind
-    assert (staircase & behind).sum() > (staircase & near).sum() or convention == "full"
+    assert (by_bounds & behind).sum() > (by_bounds & near).sum() or convention == "full"
     masks = {
         kind: torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
-        for kind, visible in (("full_attention", staircase), ("sliding_attention", staircase & near))
+        for kind, visible in (("full_attention", by_bounds), ("sliding_attention", by_bounds & near))
     }
     mixed = len(set(getattr(model.config, "layer_types", None) or ["sliding_attention"])) > 1
     mask: Any = masks if mixed else masks["sliding_attention"]

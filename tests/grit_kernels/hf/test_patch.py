@@ -118,7 +118,7 @@ def test_packed_input_equals_padded_input(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_sample_pack_may_carry_a_staircase(model: Any) -> None:
+def test_a_sample_pack_may_carry_upper_bounds(model: Any) -> None:
     cu = torch.tensor([0, 8], dtype=torch.int32)
     whole, none = (gk.prefix_lm_hi(cu, torch.tensor([n]), 8) for n in (8, 0))
     ids = IDS[:1, :8]
