@@ -163,7 +163,7 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
         total = total * decay;
         safe = running;
       }
-      safe = (vi)(safe > MASKED) ? safe : vf{};  // 0 as long as there was no candidate
+      safe = (vi)(safe > MASKED) ? safe : vf{};  // 0 until there is a candidate
       GRIT_UNROLL for (int i = 0; i < PANEL; ++i) {
         const vf d = vmax(splat(LOWEST), s[i][v] - safe);
         const vf e = exp_of(d);

@@ -1,4 +1,4 @@
-// The rows of fused.h. Memory bound: a row is read from memory once and stays in the first-level cache for a second look.
+// The rows of fused.h. Memory bound: a row is read from memory once and stays in the first-level cache for its second use.
 #include "fused.h"
 
 #include "kernels.h"

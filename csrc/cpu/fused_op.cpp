@@ -81,7 +81,7 @@ std::vector<float> gain_of(const Tensor& weight, int64_t columns, double offset)
   return gain;
 }
 
-// a 16-bit dtype and another one meet in float32
+// a 16-bit dtype and a different one are combined in float32
 bool fits(ScalarType a, ScalarType b) { return a == b || a == ScalarType::Float || b == ScalarType::Float; }
 
 template <class Function>

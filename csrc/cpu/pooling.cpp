@@ -1,5 +1,5 @@
 // Weighted sum of rows and its gradient: the inner parts of pool_forward and pool_backward. Memory bound: each row is read from
-// memory once, several rows per pass over the sums, while the rows of the next pass are on their way to the second-level cache
+// memory once, several rows per pass over the sums, while the rows of the next pass are fetched into the second-level cache
 // (the hardware's own prefetch stops at the end of a page and does not follow eight rows at once).
 #include "kernels.h"
 #include "simd.h"

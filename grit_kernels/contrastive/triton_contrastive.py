@@ -11,8 +11,8 @@ Backward: for one chunk of queries at a time (CHUNK_BYTES of weights) three prod
     grad_q_i  = sum_j weight_ij p_j        grad_p_j += sum_i weight_ij q_i       (FP32)
 where a is grad_losses * query_scale. The weights are stored in the inputs' dtype; a and passage_scale are first divided by
 their largest value, so they fit float16, and multiplied back at the end.
-A product fused with its score tile would compute the scores once more for each of grad_q and grad_p, and once more for
-each 256 columns of width. FP32 inputs are multiplied in full precision, never in TF32. No atomics: results repeat.
+A product fused with its score tile would recompute the scores for each of grad_q and grad_p, and again for every
+256 columns of width. FP32 inputs are multiplied in full precision, never in TF32. No atomics: results repeat.
 
 Naming: ``p_`` pointer, ``o_`` offsets, ``m_`` mask, ``b_`` block value; capitals are compile-time constants.
 """
@@ -85,7 +85,7 @@ def contrastive_fwd_kernel(
 ):  # fmt: skip
     """Grid: (blocks of BLOCK_Q queries, splits). Softmax numbers of a block over one share of the passages, each (splits, Q).
 
-    With GROUPED the share is one of the block's own passages, else of all.
+    With GROUPED the share is taken from the block's own passages, else from all of them.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     o_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -123,7 +123,7 @@ def contrastive_fwd_kernel(
         b_tile_top, b_tile_best = tl.max(b_s, axis=1, return_indices=True, return_indices_tie_break_left=True)
         b_best = tl.where(b_tile_top > b_top, start + b_tile_best, b_best)
         b_new = tl.maximum(b_top, b_tile_top)
-        b_safe = tl.where(b_new > -1e29, b_new, 0.0)  # 0 as long as there was no candidate
+        b_safe = tl.where(b_new > -1e29, b_new, 0.0)  # 0 until there is a candidate
         b_s -= b_safe[:, None]
         b_e = tl.exp(b_s)
         b_decay = tl.exp(b_top - b_safe)
@@ -148,7 +148,7 @@ def contrastive_weights_kernel(
 ):  # fmt: skip
     """One block of BLOCK_Q queries and BLOCK_P passages of a chunk. Stores weight_ij, see the top of the file.
 
-    The grid has one axis, blocks of queries first: a second axis ends at 65535 blocks, which are 8 million passages.
+    The grid has one axis, blocks of queries first: a second axis is limited to 65535 blocks, or 8 million passages.
     p_weights: (last_query - first_query, last_passage - first_passage), contiguous.
     """
     query_blocks = tl.cdiv(last_query - first_query, BLOCK_Q)

@@ -18,8 +18,7 @@ CAPABILITIES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Compiled:
-    """Per-thread bytes that live in memory for want of registers, shared memory of a block in bytes, the assembly (PTX, or
-    AMD's), registers per thread."""
+    """Spilled bytes per thread, shared memory of a block in bytes, the assembly (PTX, or AMD's), registers per thread."""
 
     spilled: int
     shared: int

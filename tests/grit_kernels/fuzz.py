@@ -3,8 +3,8 @@
 ``python -m tests.grit_kernels.fuzz --calls 2000`` (make fuzz) prints how many calls each kernel passed; test_fuzz.py runs a few
 of them. A call is drawn from its number alone, so what fails can be run again.
 
-A result may be off by twice what the same computation errs eagerly in the inputs' dtype, as everywhere in the tests, and by what
-an input that is changed by a few FP32 roundings changes (``spread``): of two scores of 1e14 that differ by less than FP32 can
+A result may be off by twice the eager error of the same computation in the inputs' dtype, as everywhere in the tests, plus the
+change that a few FP32 roundings of an input cause (``spread``): of two scores of 1e14 that differ by less than FP32 can
 hold, either may be the highest. A gradient through a norm is what is left after its part along the row is taken away, and may be
 off by the rounding of what it was before. Three more bounds follow from the formulas:
 
@@ -326,7 +326,7 @@ def results_and_gradients(
 
 
 def fault(actual: Tensor, truth: Tensor, eager: Tensor, spread: Tensor, dtype: torch.dtype, least: float) -> str:
-    """Empty when ``actual`` is as near to ``truth`` as it must be; ``least``: what counts as 0."""
+    """Empty when ``actual`` is as close to ``truth`` as it must be; ``least``: what counts as 0."""
     if actual.shape != truth.shape:
         return f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     judged = truth.isfinite() & (truth.abs() < torch.finfo(actual.dtype).max / 2)  # the others do not fit the dtype

@@ -1,4 +1,4 @@
-"""The compiled libraries: what they may depend on, and what is said when one of them cannot serve."""
+"""The compiled libraries: what they may depend on, and what is reported when one of them cannot be used."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_libraries_use_torchs_c_interface_only(library: Path) -> None:
 
 @pytest.mark.skipif(not (_library.FOLDER / "_C.so").exists(), reason="needs the compiled library")
 def test_the_library_asks_for_no_newer_system_than_manylinux_2_28() -> None:
-    """csrc/older_systems.cpp has what this compiler's headers would ask for; CUDA's library is built where it runs."""
+    """csrc/older_systems.cpp has what this compiler's headers would require; CUDA's library is built where it runs."""
     allowed = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11)}
     data = (_library.FOLDER / "_C.so").read_bytes()
     asked = re.findall(rb"(?<=\0)(GLIBC|GLIBCXX|CXXABI)_([\d.]+)(?=\0)", data)
@@ -106,7 +106,7 @@ def test_every_set_is_usable_and_the_first_one_serves() -> None:
         with _library.cpu_isa(name):
             choice = _library.cpu_choice()
             assert choice.bfloat16_products == name
-            # tiles multiply bfloat16 alone; everything else takes a set that has it all
+            # tiles multiply bfloat16 alone; everything else runs on a complete set
             assert choice.others == ("avx512_bf16" if name.startswith("amx") else name)
     assert ("amx" in names) == (not _library.cpu_choice().amx_reason)
 

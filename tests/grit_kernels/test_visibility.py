@@ -187,7 +187,7 @@ def test_transpose_hi_of_packs_equals_brute_force_with_empty_samples() -> None:
     for lens_q, lens_k in product(product(range(3), repeat=3), product((0, 1, 3), repeat=3)):
         starts_q = [sum(lens_q[:b]) for b in range(3)]
         starts_k = [sum(lens_k[:b]) for b in range(3)]
-        for turn in range(4):  # a few lists of bounds per layout: chosen by turn, so every sample meets all of its own
+        for turn in range(4):  # a few lists of bounds per layout: taken in turn, so every sample meets all of its own
             hi: list[int] = []
             for len_q, len_k in zip(lens_q, lens_k, strict=True):
                 choices = upper_bounds(len_q, len_k)

@@ -57,7 +57,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def output_cache(output: Any) -> Any:
-    """The KV cache in a model's output, whatever this version of transformers calls it."""
+    """The KV cache in a model's output, under the name this version of transformers gives it."""
     return next((value for name, value in output.items() if name in ("cache", "past_key_values")), None)
 
 

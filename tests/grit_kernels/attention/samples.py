@@ -19,7 +19,7 @@ Choose = Callable[[Sequence[Any]], Any]
 
 @dataclass
 class Call:
-    """``q, k, v, grad_out`` (NaN outside of the samples), ``grad_lse`` or None, and the problem."""
+    """``q, k, v, grad_out`` (NaN outside the samples), ``grad_lse`` or None, and the problem."""
 
     q: Tensor
     k: Tensor

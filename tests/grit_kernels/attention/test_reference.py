@@ -13,7 +13,7 @@ from grit_kernels.attention import reference
 from grit_kernels.attention.problem import AttentionProblem
 from tests.grit_kernels.attention.oracle import attention, gradients, make_case
 
-# per sample (len_q, len_k, left, right): empty queries, no keys, more queries than keys (dead rows), windows, a cache
+# per sample (len_q, len_k, left, right): empty queries, no keys, more queries than keys (fully masked rows), windows, a cache
 SAMPLES = [(3, 3, 99, 0), (0, 2, 99, 99), (2, 0, 99, 99), (4, 2, 1, 0), (2, 5, 2, 1), (1, 3, 0, 0)]
 HI = {4: [3, 5]}  # upper bounds of sample 4 when there are bounds per token
 
@@ -66,7 +66,7 @@ def test_forward_passes_gradcheck_in_out_and_lse(softcap: float, use_hi: bool) -
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = reference.attention_forward(q, k, v, problem_of(softcap, hi))
-        return out, lse[live]  # a dead row's -inf has no difference quotient
+        return out, lse[live]  # a fully masked row's -inf has no difference quotient
 
     assert torch.autograd.gradcheck(run, inputs())
 

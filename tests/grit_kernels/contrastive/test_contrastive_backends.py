@@ -171,7 +171,7 @@ def test_compile_captures_the_loss_whole(backend: Backend) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_of_scores_of_mixed_magnitudes_keep_their_digits(backend: Backend, reduction: Any) -> None:
-    """Losses of thousands beside losses of nearly nothing, in both directions."""
+    """Losses of thousands alongside losses near zero, in both directions."""
     q = torch.randn(64, 48, device=backend.device) * 10 ** (3 * torch.rand(64, 1, device=backend.device))
     p = torch.randn(128, 48, device=backend.device) * 10 ** torch.rand(128, 1, device=backend.device)
 

@@ -1,4 +1,4 @@
-"""Sizes at which memory matters, and four processes: minutes, so not among the fast tests."""
+"""Sizes at which memory matters, and four processes: takes minutes, so not among the fast tests."""
 
 from __future__ import annotations
 

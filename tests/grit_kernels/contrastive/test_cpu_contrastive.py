@@ -122,7 +122,7 @@ def test_the_loss_is_the_same_with_and_without_gradients() -> None:
         leaf = q.clone().requires_grad_()
         wanted = gk.contrastive_loss(leaf, p, normalize=True, **options)
         torch.testing.assert_close(wanted, plain)
-        # per-query losses take the way of two passes
+        # per-query losses take two passes
         per_query = gk.contrastive_loss(leaf, p, normalize=True, **(options | {"reduction": "none"}))
         per_query = per_query[0] if isinstance(per_query, tuple) else per_query
         total = per_query.sum()

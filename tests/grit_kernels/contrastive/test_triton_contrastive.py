@@ -67,7 +67,7 @@ def test_float64_is_refused_by_name() -> None:
 
 
 class Grids:
-    """Stands in for a kernel and notes the grids it is launched with."""
+    """Stands in for a kernel and records the grids it is launched with."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []

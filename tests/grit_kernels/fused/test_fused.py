@@ -123,7 +123,7 @@ def test_any_strides_give_what_contiguous_tensors_give(backend: Backend, data: s
 
 
 def test_rotary_reads_any_layout_and_writes_the_one_of_attention(backend: Backend) -> None:
-    """As a model hands its states over: (B, heads, T, D), or thirds of one product."""
+    """As a model passes its states: (B, heads, T, D), or thirds of one product."""
     states = torch.randn(2, 5, 3, 3 * 16, device=backend.device)
     cos, sin = torch.randn(2, 1, 5, 16, device=backend.device)
     q, k, _ = states.chunk(3, dim=-1)

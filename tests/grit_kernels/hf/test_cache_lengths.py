@@ -24,7 +24,7 @@ CHUNKS = pytest.mark.parametrize(
 
 
 def continue_per_sample(model: Any, mask: Tensor, cache: Any, chunks: list[int]) -> Tensor:
-    """Greedy tokens (B, STEPS) after padded prompts: every sample goes on after its own last token, wherever the cache holds
+    """Greedy tokens (B, STEPS) after padded prompts: every sample continues after its own last token, wherever the cache holds
     its padding."""
     batch, lengths = len(mask), mask.sum(1)
     last_slot = (mask * torch.arange(mask.shape[1])).argmax(1)
@@ -89,7 +89,7 @@ def test_left_padded_samples_of_a_sliding_cache(static: bool, chunks: list[int])
 
     found = continue_per_sample(model, LEFT, sliding(), chunks)
     assert torch.equal(found, alone(stock, LEFT))
-    # such a cache keeps the last W - 1 places of the batch, so it drops tokens of a right-padded sample: as in transformers
+    # such a cache keeps the last W - 1 positions of the batch, so it drops tokens of a right-padded sample: as in transformers
     right = [continue_per_sample(m, MASKS["right"], sliding(), chunks) for m in (stock, model)]
     assert torch.equal(*right)
 

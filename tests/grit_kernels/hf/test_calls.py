@@ -1,4 +1,4 @@
-"""What a call may say to a patched model, and that nothing it says is dropped silently."""
+"""What a call may pass to a patched model, and that nothing it passes is silently dropped."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_generation_is_causal_whatever_the_config_says(stock: Any) -> None:
         options = {"max_new_tokens": 5, "do_sample": False, "use_cache": caching}
         assert torch.equal(embedder.generate(IDS, **options), stock.generate(IDS, **options))
     close(embedder(IDS).logits, stock(IDS).logits)
-    # a bare decoder generates nothing: it does what its config says, as unpatched
+    # a bare decoder generates nothing: it follows its config, as it does unpatched
     bare = gk.patch(gk.unpatch(embedder).model)
     close(bare(IDS).last_hidden_state, bidirectional)
     close(bare(IDS, is_causal=True).last_hidden_state, stock.model(IDS).last_hidden_state)

@@ -53,7 +53,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def stock(family: str) -> Any:
-    """The unpatched model; eager attention, the only stock kind that knows softcaps."""
+    """The unpatched model; eager attention, the only stock kind that supports softcaps."""
     torch.manual_seed(0)
     common = {k: v for k, v in COMMON.items() if family != "gptj" or k[-3:] == "_id" or k == "vocab_size"}
     config = transformers.AutoConfig.for_model(family, **{**common, **SPECIAL[family]})
@@ -73,7 +73,7 @@ def run_stock(family: str, is_causal: bool, model: Any = None, **arguments: Any)
     model = stock(family) if model is None else model
     if family != "gptj":
         return model(**arguments, is_causal=is_causal, use_cache=False)
-    model.config.is_causal = is_causal  # GPT-J swallows the argument, but its mask follows the config
+    model.config.is_causal = is_causal  # GPT-J ignores the argument, but its mask follows the config
     try:
         return model(**arguments, use_cache=False)
     finally:
@@ -236,7 +236,7 @@ def test_gradients_with_and_without_checkpointing_equal_separate_runs(family: st
 @feature("nothing read back")
 @torch.no_grad()
 def test_a_pass_over_a_sample_pack_reads_nothing_back(family: str) -> None:
-    # the meta device holds no values; in bfloat16 because transformers' experts know no other dtype there
+    # the meta device holds no values; in bfloat16 because transformers' experts support no other dtype there
     model = patched(family).to("meta", torch.bfloat16)
     pack = gk.SamplePack.from_lengths([5, 9], [True, False], device="meta")
     ids = torch.zeros(1, 14, dtype=torch.int64, device="meta")

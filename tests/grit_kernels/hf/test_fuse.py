@@ -1,4 +1,4 @@
-"""The fuse half of patch(): which modules take part, accuracy, and that nothing put on a module later is skipped."""
+"""The fuse half of patch(): which modules take part, accuracy, and that nothing added to a module later is skipped."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FAMILIES = {
 def random_model(family: str) -> Any:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family][0])
-    config._experts_implementation = "eager"  # the others have no float64
+    config._experts_implementation = "eager"  # the others do not support float64
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

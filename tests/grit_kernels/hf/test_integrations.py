@@ -235,7 +235,7 @@ def test_the_trainer_trains_a_patched_model_like_the_unpatched_one(stock: Any, t
 
 
 class _Pad:
-    """The little of a tokenizer that the padding collator asks for."""
+    """The little of a tokenizer that the padding collator needs."""
 
     padding_side = "right"
     pad_token_id = 0

@@ -1,4 +1,4 @@
-"""patch(model) on a tiny Mistral: equal to unpatched transformers where that can do the same, to separate runs elsewhere."""
+"""patch(model) on a tiny Mistral: equal to unpatched transformers where it can do the same, else to separate runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_flags_per_sample_equal_separate_runs(stock: Any, model: Any, mask_name:
 @pytest.mark.parametrize("caching", [False, True])
 @torch.no_grad()
 def test_holes_equal_the_unpatched_model_without_a_window(caching: bool) -> None:
-    # with a window they differ: transformers counts places, patch() counts real tokens
+    # with a window they differ: transformers counts slots, patch() counts real tokens
     stock = tiny_model(sliding_window=None)
     model, mask = gk.patch(copy.deepcopy(stock)), MASKS["holes"]
     causal, bidirectional = (stock(IDS, attention_mask=mask, is_causal=flag).logits for flag in (True, False))

@@ -74,7 +74,7 @@ def test_a_bidirectional_prefill_may_be_continued_causally(stock: Any, model: An
     document, query = IDS[:, :9], IDS[:, 9:]
     caches, logits = [], []
     for m in (stock, model):
-        cache = transformers.DynamicCache()  # without config: keeps all tokens, not the last window only
+        cache = transformers.DynamicCache()  # without a config: keeps all tokens, not just the last window
         m(document, is_causal=False, use_cache=True, **gk.hf.cache_keyword(m, cache))
         caches.append(cache)
         logits.append(m(query, use_cache=True, **gk.hf.cache_keyword(m, cache)).logits)

@@ -71,7 +71,7 @@ def tiny(kind: str, scaling: str) -> Any:
 # every supported family under both scalings that depend on the length, one of them under the others as well
 CASES = [(kind, scaling) for kind in sorted(set(FAMILIES) - FIXED) for scaling in ("dynamic", "longrope")]
 CASES += [("llama", scaling) for scaling in ("default", "linear", "yarn")]
-CASES.remove(("phi3", "dynamic"))  # its config takes no other scaling than longrope
+CASES.remove(("phi3", "dynamic"))  # its config takes no scaling other than longrope
 
 
 @pytest.fixture(scope="module")

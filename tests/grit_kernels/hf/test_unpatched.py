@@ -15,7 +15,7 @@ from torch import Tensor
 import grit_kernels as gk
 from tests.grit_kernels.hf.test_families import FAMILIES, IDS, LEFT, RIGHT, WINDOW, WINDOWED, close, run_stock, stock
 
-# GPT-J has no exchangeable attention in transformers: patch() alone serves it
+# GPT-J's attention is not pluggable in transformers: only patch() supports it
 PLAIN = sorted(set(FAMILIES) - {"gptj"})
 FAMILY = pytest.mark.parametrize("family", PLAIN)
 PADDING = pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
