@@ -1,1 +1,1 @@
-"""Benchmarks: run with `python -m bench.NAME`; records land in bench/results."""
+"""Benchmarks: run with `python -m bench.NAME`; records go into bench/results."""

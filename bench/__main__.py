@@ -1,12 +1,12 @@
-"""Every benchmark on a CPU in one command; bench/gpu.py is that of a GPU.
+"""Every CPU benchmark in one command; bench/gpu.py does the same for a GPU.
 
     python -m bench                  about 15 minutes on 2 cores; compares with the committed records (make bench)
     python -m bench --full --keep    everything, and the records become the committed ones (make bench-full)
 
-The kernel tests run first: a benchmark of wrong results is worth nothing, so red tests end it. Then the machine's ceilings are
-measured, then each benchmark in a process of its own; each interleaves its variants. Records go to bench/results/latest, with
-``--keep`` to the folder of this kind of machine, whose plots and page (docs/benchmarks.md) are then renewed. Run again after an
-interruption, it goes on with the benchmarks that have not finished on this commit.
+The kernel tests run first, and nothing is measured unless they pass: a benchmark of wrong results is worth nothing. Then come
+the machine's ceilings, then each benchmark in a process of its own, with its variants interleaved. Records go to
+bench/results/latest, or with ``--keep`` to the folder of this kind of machine, whose plots and page (docs/benchmarks.md) are
+then rewritten. Run again after an interruption, it resumes with the benchmarks that have not finished on this commit.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def tests_pass() -> bool:
 
 
 def run_within(command: Sequence[str], limit: float | None) -> int | None:
-    """The command's exit code, None where it was stopped after ``limit`` seconds. What it has started is stopped with it: a
-    measurement of memory runs in a process of its own, and would disturb the next benchmark."""
+    """The command's exit code, None where it was stopped after ``limit`` seconds. Its child processes are stopped
+    with it: one that measures memory would disturb the next benchmark."""
     process = subprocess.Popen(command, cwd=common.ROOT, start_new_session=True)
     try:
         return process.wait(limit)
@@ -123,7 +123,7 @@ def run_within(command: Sequence[str], limit: float | None) -> int | None:
 
 
 def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool) -> dict[str, str]:
-    """Run what has not finished on this commit; returns what became of each."""
+    """Run what has not finished on this commit; returns the outcome of each."""
     folder.mkdir(parents=True, exist_ok=True)
     commit = common.machine()["commit"]
     progress = folder / PROGRESS
@@ -150,7 +150,7 @@ def run_all(benchmarks: Sequence[Benchmark], folder: Path, *, full: bool) -> dic
 
 
 def compare(folder: Path) -> list[str]:
-    """What moved between the committed records of a like machine and those in ``folder``."""
+    """What moved between the committed records of a machine like this one and those in ``folder``."""
     kind = common.machine_kind(common.machine())
     committed = common.RESULTS / kind
     if not committed.is_dir():
@@ -172,9 +172,11 @@ def compare(folder: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every size and peer")
-    parser.add_argument("--keep", action="store_true", help="write to bench/results/KIND and renew docs/benchmarks.md")
+    parser.add_argument(
+        "--keep", action="store_true", help="write to bench/results/KIND and rewrite docs/benchmarks.md"
+    )
     parser.add_argument("--only", default="", help="benchmarks whose name contains this text")
-    parser.add_argument("--skip-tests", action="store_true", help="when they have just passed")
+    parser.add_argument("--skip-tests", action="store_true", help="skip the kernel tests, if they have just passed")
     arguments = parser.parse_args(argv)
     if not arguments.skip_tests and not tests_pass():
         raise SystemExit("bench: the kernel tests are red; nothing is measured")

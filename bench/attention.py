@@ -1,11 +1,11 @@
-"""Attention speed: dense, mixed causal and bidirectional packs, windows, decoding, backward, against the field.
+"""Attention speed: dense, mixed causal and bidirectional packs, windows, decoding, backward, against its peers.
 
     python -m bench.attention [--device cpu|cuda] [--only mixed] [--peers grit,flex] [--record NAME.json]
 
-Variants run interleaved; a row keeps the median. Printed per variant: ms, TFLOP/s on visible pairs, its time over this package's
-time in the same rounds, its rate over that of a large matrix product in the same run; for decoding, GB/s of keys and values and
-their share of a read of as many bytes of memory (on a GPU: of a large copy). Every variant's output is compared with this
-package's before it is timed.
+Variants run interleaved; a row keeps the median. Printed per variant: ms, TFLOP/s on visible pairs, its time relative to this
+package's in the same rounds, its rate relative to that of a large matrix product in the same run; for decoding, GB/s of keys
+and values, and their rate relative to reading as many bytes of memory (on a GPU: to a large copy). Every variant's output is
+compared with this package's before it is timed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ COLUMNS = [
     "note",
 ]
 BEGAN, BEGAN_TWICE = "began and did not end", "began twice and did not end"
-"""Notes of a regime while it runs: what stays of it if the process is stopped."""
+"""Notes on a regime while it runs, which remain if the process is stopped."""
 AGAIN = 75
-"""Exit status after the GPU is lost to this process: run it again with --resume, the rest is still to do."""
+"""Exit status once this process has lost the GPU: run it again with --resume to do the rest."""
 
 
 def same(name: str, length: int, count: int, causal: bool, shape: tuple[int, int, int], **options: Any) -> Regime:
@@ -50,7 +50,7 @@ def mixed(
     name: str, tokens: int, share: float, shape: tuple[int, int, int], scale: float = 1.0, **options: Any
 ) -> Regime:
     """A training step's pack: ``share`` of the tokens in causal samples of up to 2048, the rest in queries of up to 256 and
-    passages of up to 2048 (one query per passage); real lengths are spread over 40 to 100 % of those."""
+    passages of up to 2048 (one query per passage); actual lengths are 40 to 100 % of those."""
     generator = random.Random(0)
 
     def length(most: int) -> int:
@@ -80,7 +80,7 @@ def decode(name: str, batch: int, cache: int, shape: tuple[int, int, int]) -> Re
 
 def gpu_regimes() -> list[Regime]:
     large, small = (32, 8, 128), (32, 32, 64)
-    # the most valuable first: the time may not suffice for all
+    # the most valuable first: there may not be time for all
     found = [mixed(f"mixed {share}% causal", 65536, share / 100, large) for share in (50, 0, 25, 75, 100)]
     found.append(mixed("backward mixed 50% causal", 32768, 0.5, large, backward=True))
     for shape in (large, small):
@@ -120,8 +120,8 @@ def cpu_regimes() -> list[Regime]:
 
 
 def variants(problem: Problem, peers: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """What can solve the problem, each checked against this package (in the backward pass: its gradients). A peer that fails,
-    for want of memory or of a kernel, or computes something else is left out, and why is kept in ``problem.failures``."""
+    """The variants that solve the problem, each checked against this package (in the backward pass: its gradients). A peer that
+    fails, lacks memory or a kernel, or computes something else is left out; ``problem.failures`` says why."""
     found: dict[str, Callable[[], Any]] = {}
     expected: list[torch.Tensor] = []
     leaves = (problem.q, problem.k, problem.v)
@@ -210,14 +210,14 @@ def measure(regime: Regime, device: str, peers: Sequence[str], repeats: int) -> 
 
 
 def measured_in(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
-    """Whether a row of an earlier record belongs to a regime that was measured anew."""
+    """Whether a row of an earlier record belongs to a regime that has been measured again."""
     done = {row["regime"] for row in rows}
     return lambda row: row["regime"] in done
 
 
 def to_do(regimes: Sequence[Regime], record: Path) -> list[Regime]:
-    """What a run that goes on with ``record`` measures: regimes that it lacks, then those that once began and did not end (the
-    process was stopped, or it hung). One that did so twice is left."""
+    """What a run that resumes from ``record`` measures: regimes that it lacks, then those that once began and did not end (the
+    process was stopped, or hung). One that did so twice is left out."""
     rows = records.read(record)["rows"] if record.exists() else []
     seen = {row["regime"]: row.get("note") for row in rows}
     new = [regime for regime in regimes if regime.name not in seen]
@@ -243,15 +243,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--record",
-        help="JSON file, a bare name lands in bench/results/KIND; --only replaces its rows only",
+        help="JSON file, a bare name goes into bench/results/KIND; with --only, only those rows are replaced",
     )
-    parser.add_argument("--resume", action="store_true", help="leave out regimes that the record has")
+    parser.add_argument("--resume", action="store_true", help="skip regimes that the record has")
     arguments = parser.parse_args(argv)
     peers = [name.strip() for name in arguments.peers.split(";")]
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--peers: {sorted(unknown)} are not among {list(PEERS)}")
     if arguments.resume and not arguments.record:
-        parser.error("--resume: expected a --record to go on with")
+        parser.error("--resume: expected a --record to resume from")
     torch.manual_seed(0)
     wanted = arguments.only.split(";")
     regimes = gpu_regimes() if arguments.device == "cuda" else cpu_regimes()
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(common.table(measured, COLUMNS), flush=True)
         rows += measured
         if arguments.record:
-            # after each regime: an interrupted run keeps what it has, and the rest of an earlier record
+            # after each regime: an interrupted run keeps its rows, and the other rows of an earlier record
             common.write_records(arguments.record, rows, measured_in(rows) if keeps else None)
         if device_lost(arguments.device):
             raise SystemExit(AGAIN)
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _begun(record: str) -> set[str]:
-    """Regimes that began and did not end, as the record says."""
+    """Regimes that began and did not end, according to the record."""
     path = common.result_path(record)
     rows = records.read(path)["rows"] if path.exists() else []
     return {row["regime"] for row in rows if row.get("note") == BEGAN}

@@ -25,11 +25,11 @@ from grit_kernels.visibility import key_range
 
 Run = Callable[[], Tensor]
 DIFFERS = "differs"
-"""How the reason begins why a peer that computes something else has no time."""
+"""How the reason begins for a peer that has no time because it computes something else."""
 LARGEST_ERROR = 0.02
-"""Of a peer's result, as a norm relative to that of this package's result."""
+"""Largest error of a peer's result, as a norm relative to that of this package's result."""
 NO_KERNEL = ("No available kernel", "No viable backend")
-"""What SDPA says where the one kernel it may use does not support the problem."""
+"""How SDPA reports that the one kernel it may use does not support the problem."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Problem:
     v: Tensor = field(init=False)
     prepare_seconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    """Why a peer has no time: the error that it raised, or how far its result is from this package's."""
+    """Why a peer has no time: the error that it raised, or how far its result is from that of this package."""
 
     def __post_init__(self) -> None:
         r = self.regime
@@ -103,13 +103,13 @@ class Problem:
         return torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=self.device)
 
     def groups(self) -> list[tuple[bool, list[int]]]:
-        """Samples of one mode each: what a kernel with one flag per call must launch."""
+        """The samples divided by mode: what a kernel with one flag per call must launch."""
         flags = self.regime.causal
         both = [(mode, [b for b, c in enumerate(flags) if c == mode]) for mode in (True, False)]
         return [(mode, samples) for mode, samples in both if samples]
 
     def rows(self, lens: tuple[int, ...], samples: list[int]) -> Tensor:
-        """Rows of ``samples`` in the pack of all."""
+        """Rows of ``samples`` in the whole pack."""
         bounds = [0, *itertools.accumulate(lens)]
         return torch.cat([torch.arange(bounds[b], bounds[b + 1], device=self.device) for b in samples])
 
@@ -197,7 +197,7 @@ def sdpa_loop(p: Problem, backend: SDPBackend | None = None) -> Run | None:
 
 
 def _padded(p: Problem, samples: list[int], cu: Tensor, lens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Index (B, T) of the rows of ``samples``, right-padded with row 0, and which of them are real."""
+    """Index (B, T) of the rows of ``samples``, right-padded with row 0, and which entries are real."""
     longest = max(lens[b] for b in samples)
     step = torch.arange(longest, device=p.device)
     real = step < torch.tensor([lens[b] for b in samples], device=p.device)[:, None]
@@ -227,7 +227,7 @@ def sdpa_masked(p: Problem) -> Run | None:
 
 
 def sdpa_split(p: Problem, backend: SDPBackend | None = None) -> Run | None:
-    """A launch for the causal and one for the bidirectional samples, each padded to its longest and scattered back.
+    """One launch for the causal and one for the bidirectional samples, each padded to its longest and scattered back.
 
     Padding at the end needs no mask in a causal batch; a bidirectional one of several lengths needs a key mask.
     """
@@ -307,13 +307,13 @@ def flash_attn(p: Problem, module: str = "flash_attn") -> Run | None:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # one graph per kind of problem; beyond the limit torch would run FlexAttention without compiling it, and say so only once
+    # one graph per kind of problem; beyond the limit torch runs FlexAttention uncompiled, and warns only once
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, fullgraph=True)
 
 
 def flex(p: Problem) -> Run | None:
-    """Compiled FlexAttention over the pack; the time of its BlockMask is kept apart in ``prepare_seconds``."""
+    """Compiled FlexAttention over the pack; the time to build its BlockMask is recorded separately in ``prepare_seconds``."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     r = p.regime
@@ -353,7 +353,7 @@ def flex(p: Problem) -> Run | None:
 
 
 def matmul(p: Problem) -> Run | None:
-    """Decoding without the softmax: the two grouped products alone, a bound on what reading the cache costs. Not attention."""
+    """Decoding without the softmax: only the two grouped products, a bound on the cost of reading the cache. Not attention."""
     r = p.regime
     if max(r.q_lens) > 1 or len(set(r.k_lens)) > 1:
         return None
@@ -368,7 +368,7 @@ def matmul(p: Problem) -> Run | None:
 
 
 def no_window(p: Problem) -> Run | None:
-    """This package on the same causal samples without the window: what skipping blocks saves. Another result."""
+    """This package on the same causal samples without the window: what skipping blocks saves. Its result differs."""
     whole = unwindowed(p.regime)
     if whole == p.regime or p.regime.mode != "causal" or p.device != "cpu":
         return None

@@ -3,7 +3,7 @@
     python -m bench.attention_tune [--kernels forward,backward_keys] [--dims 64,128] [--few] [--limit 240]
                                    [--record NAME.json [--resume]]
 
-Each candidate is checked against the table's entry before it is timed; one that does not compile or launch is reported as such.
+Each candidate is checked against the table's entry before it is timed; one that does not compile or launch is reported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLUMNS = ["kernel", "dim", "mode", "config", "ms", "tflops", "of_gemm", "note"]
 
 
 def candidates(kernel: str, dim: int) -> Iterator[Config]:
-    """Tiles whose operands fit Hopper's shared memory and whose FP32 sums have a chance to fit the registers."""
+    """Tiles whose operands fit into Hopper's shared memory and whose FP32 sums may fit into registers."""
     sizes = (16, 32, 64, 128)
     for rows, keys, warps, stages in product((16,) if kernel == "decode" else sizes, sizes, (4, 8), (2, 3, 4)):
         fixed, moving = (keys, rows) if kernel == "backward_keys" else (rows, keys)
@@ -49,7 +49,7 @@ def problems(kernel: str, dim: int, device: str = "cuda") -> Iterator[tuple[str,
 
 
 def contenders(kernel: str, dim: int) -> list[Config]:
-    """The few worth a first look, the table's entry for bfloat16 on Hopper first: each differs from it in one way."""
+    """The few worth trying first, beginning with the table's entry for bfloat16 on Hopper; the others differ in one way."""
     base = table_config(kernel, dim, 2, "sm90")
     near = [
         base._replace(persistent=not base.persistent),
@@ -77,7 +77,7 @@ def config_name(config: Config) -> str:
 
 
 def measure(kernel: str, dim: int, few: bool, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    """A row per mode and configuration that is not among ``done``, the table's entry first; ``few``: the contenders only."""
+    """A row per mode and configuration not among ``done``, the table's entry first; ``few``: only the contenders."""
     gemm, gemm_flops = common.gemm_ceiling("cuda", torch.bfloat16)
     for mode, problem in problems(kernel, dim):
         run = call(problem)
@@ -94,7 +94,11 @@ def measure(kernel: str, dim: int, few: bool, done: set[tuple[Any, ...]]) -> Ite
                 try:
                     torch.testing.assert_close(run(), expected, rtol=0.02, atol=0.02)
                     seconds = common.medians(common.interleave_events({"run": run, "gemm": gemm}, 5))
-                except (TritonError, RuntimeError, AssertionError) as error:  # what does not fit is a row of the result
+                except (
+                    TritonError,
+                    RuntimeError,
+                    AssertionError,
+                ) as error:  # what does not fit becomes a row of the result
                     row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                     yield row
                     continue
@@ -111,13 +115,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.attention_tune", description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--dims", default="64,128,256")
-    parser.add_argument("--few", action="store_true", help="the contenders next to the table's entry only")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which no candidate begins")
-    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results; written after each candidate")
-    parser.add_argument("--resume", action="store_true", help="leave out candidates that the record has")
+    parser.add_argument("--few", action="store_true", help="only the contenders and the table's entry")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which no further candidate begins")
+    parser.add_argument(
+        "--record", help="JSON file, a bare name goes into bench/results/KIND; written after each candidate"
+    )
+    parser.add_argument("--resume", action="store_true", help="skip candidates that the record has")
     arguments = parser.parse_args(argv)
     if arguments.resume and not arguments.record:
-        parser.error("--resume: expected a --record to go on with")
+        parser.error("--resume: expected a --record to resume from")
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     if arguments.resume and (path := common.result_path(arguments.record)).exists():

@@ -1,4 +1,4 @@
-"""A machine's own rates: a large matrix product in bfloat16 and FP32 (TFLOP/s), a copy and a read (GB/s).
+"""A machine's ceilings: a large matrix product in bfloat16 and FP32 (TFLOP/s), a copy and a read (GB/s).
 
 python -m bench.ceilings [--device cuda] [--record ceilings_cuda.json]
 """
@@ -37,7 +37,7 @@ def rows(rates: dict[str, float]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ceilings", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results/KIND")
+    parser.add_argument("--record", help="JSON file, a bare name goes into bench/results/KIND")
     arguments = parser.parse_args(argv)
     found = rows(measure(arguments.device))
     print(common.table(found, ["ceiling", "rate"]))

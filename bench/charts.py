@@ -1,7 +1,7 @@
-"""The plots of records, all in one style; ``python -m bench.report`` draws them anew from the committed rows.
+"""The plots of records, all in one style; ``python -m bench.report --plots`` redraws them from the committed rows.
 
-Most show speed-ups: a row per setting, a facet per named peer, the peer's time over this package's. Right of the line at 1 this
-package is faster.
+Most show speed-ups: a row per setting, a facet per named peer, the peer's time relative to this package's. Right of the line at
+1, this package is faster.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float], **opt
 
 
 def facets(table: Table, path: Path, *, unit: str = "peer's time over grit_kernels'") -> None:
-    """A panel per peer with a bar per setting; what a peer did not run has none."""
+    """A panel per peer with a bar per setting; a setting that a peer did not run has no bar."""
     peers = list(dict.fromkeys(peer for ratios in table.values() for peer in ratios))
     settings = list(table)
     most = max(ratio for ratios in table.values() for ratio in ratios.values())
@@ -91,8 +91,8 @@ def speedups(
 
     Args:
         setting: the name of a row's setting.
-        values: fields that hold a ratio, and what stands behind the setting's name for each.
-        peers: title by variant; default: each variant that is not this package's.
+        values: fields that hold a ratio, and what is appended to the setting's name for each.
+        peers: titles by variant; default: all variants but this package's.
     """
     table: Table = {}
     for field, suffix in values.items():
@@ -106,12 +106,12 @@ def speedups(
 
 
 def attention(rows: Rows, path: Path) -> None:
-    """Every regime against each way of the field."""
+    """Every regime against each peer."""
     facets(speedups(rows, lambda row: str(row["regime"]), {"times_grit": ""}, PEERS), path)
 
 
 def pooling(rows: Rows, path: Path) -> None:
-    """Every shape against each way to take the same mean."""
+    """Every shape against each way to compute the same mean."""
 
     def setting(row: dict[str, Any]) -> str:
         return f"{row['dtype']}, {row['tokens']} x {row['hidden']}, {row['samples']} texts"
@@ -199,11 +199,11 @@ CHARTS: dict[str, Callable[[Rows, Path], None]] = {
     "train": train,
     "rag": rag,
 }
-"""By the record's name without its device."""
+"""By the record's name without the device."""
 
 
 def draw(record: Path, rows: Rows) -> Path | None:
-    """The plot beside a record; None where its kind has none."""
+    """Draw the plot of a record beside it; None for a kind without a plot."""
     chart = CHARTS.get(record.stem.removesuffix("_cpu").removesuffix("_cuda"))
     if chart is None:
         return None

@@ -1,10 +1,10 @@
 """What all benchmarks share: interleaved timing, the machine's own ceilings, and the record format.
 
-Machines are noisy, so a speed is never a single number: variants run interleaved (A B A B ..), a row keeps the median, and it
-stands next to a ceiling (a large matrix product, a large copy) measured in the same run.
+Machines are noisy, so a speed is never a single number: variants run interleaved (A B A B ..), a row keeps the median, and it is
+compared with a ceiling (a large matrix product, a large copy) measured in the same run.
 
-A record file is one JSON object ``{"machine": {..}, "command": .., "rows": [{..}, ..]}``; a row holds what was run, on which
-shape, the median and all repeats in seconds.
+A record file is one JSON object ``{"machine": {..}, "command": .., "rows": [{..}, ..]}``; a row holds what was run, its shape,
+and the median and all repeats in seconds.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from python_model.support.tables import aligned
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-"""Smaller products stay below what the machine can do."""
+"""Smaller products do not reach the machine's peak."""
 COMMIT = "GRIT_KERNELS_COMMIT"
-"""Environment variable that names the commit of sources that came without git."""
+"""Environment variable with the commit of sources that came without git."""
 CPU_FEATURES = (
     "avx2",
     "avx512f",
@@ -47,11 +47,11 @@ CPU_FEATURES = (
     "bf16",
     "sve",
 )
-"""Instruction sets that a record names, as /proc/cpuinfo spells them."""
+"""Instruction sets that a record lists, as /proc/cpuinfo spells them."""
 
 
 def synchronizer(device: str | torch.device) -> Callable[[], None]:
-    """What waits for the device's queued work; nothing on the CPU."""
+    """A function that waits for the device's queued work; on the CPU it does nothing."""
     return torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
 
 
@@ -85,7 +85,7 @@ def interleave_events(
     variants: dict[str, Callable[[], Any]], repeats: int = 7, warmup: int = 2, round_seconds: float = 0.02
 ) -> dict[str, list[float]]:
     """:func:`interleave` for a GPU: seconds per call from device events around as many back-to-back calls as fill
-    ``round_seconds``, so that what the host needs to launch a kernel hides behind the kernel before it."""
+    ``round_seconds``, so that the host's launch overhead hides behind the previous kernel."""
     calls = {}
     for name, run in variants.items():
         for _ in range(warmup):
@@ -113,7 +113,7 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
-    """Median over the repeats of ``time(variant) / time(base)`` in the same round: drift of the machine cancels."""
+    """Median over the repeats of ``time(variant) / time(base)`` in the same round: the machine's drift cancels."""
     return {
         name: statistics.median(a / b for a, b in zip(values, seconds[base], strict=True))
         for name, values in seconds.items()
@@ -136,13 +136,13 @@ def gemm_ceiling(
     device: str | torch.device, dtype: torch.dtype, size: int | None = None
 ) -> tuple[Callable[[], Any], float]:
     """A large square matrix product ``(run, flops)``: put ``run`` among the variants to get its rate in the same run. Its result
-    goes into memory that is there: fresh pages would cost a part of the time."""
+    goes into memory already allocated, as fresh pages would cost part of the time."""
     n = size or GEMM_SIZE[torch.device(device).type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
 
     def run() -> Any:
-        with torch.no_grad():  # out= knows no gradients, and a backward pass is timed with them enabled
+        with torch.no_grad():  # out= does not support gradients, and a backward pass is timed with them enabled
             return torch.mm(a, b, out=out)
 
     return run, 2.0 * n**3
@@ -163,14 +163,14 @@ def read_ceiling(device: str | torch.device, megabytes: int = 256) -> tuple[Call
 
 
 def fresh_read_ceiling(size: float, pool_megabytes: int = 512) -> tuple[Callable[[], Any], float]:
-    """A sum over ``size`` bytes of CPU memory ``(run, bytes read)``; every call reads other ones, so that no cache holds them."""
+    """A sum over ``size`` bytes of CPU memory ``(run, bytes read)``; every call reads different ones, so no cache holds them."""
     count = int(size) // 4
     parts = itertools.cycle(torch.randn(max(pool_megabytes * 2**18, 3 * count)).split(count)[:-1])
     return (lambda: next(parts).sum()), float(count * 4)
 
 
 def _command(*arguments: str) -> str:
-    """What a command prints; nothing where it fails or is not installed."""
+    """What a command prints; empty if it fails or is not installed."""
     if shutil.which(arguments[0]) is None:
         return ""
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -178,7 +178,7 @@ def _command(*arguments: str) -> str:
 
 
 def _cpuinfo(name: str) -> str:
-    """The first value of a field of /proc/cpuinfo; nothing where there is none."""
+    """The first value of a field of /proc/cpuinfo; empty if there is none."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text().splitlines():
@@ -188,19 +188,19 @@ def _cpuinfo(name: str) -> str:
 
 
 def cpu_features() -> list[str]:
-    """Instruction sets of this CPU, of those that decide about speed here."""
+    """Those of this CPU's instruction sets that matter for speed here."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return [name for name in CPU_FEATURES if name in flags]
 
 
 def machine_kind(described: Mapping[str, Any]) -> str:
-    """The folder of a machine's records: its GPU, or its CPU's maker and the widest instruction set it has for bfloat16. Ratios
-    between variants carry over within a kind, not from one to another."""
+    """The folder of a machine's records: its GPU, or its CPU's maker and widest instruction set for bfloat16. Ratios between
+    variants carry over within a kind, not between kinds."""
     if "gpu" in described:
         return re.sub(r"[^a-z0-9]+", "-", described["gpu"]["name"].lower()).strip("-")
     processor = str(described["processor"]).lower()
     maker = next((name for name in ("amd", "intel", "apple", "neoverse", "arm") if name in processor), "cpu")
-    # older records name what the library could use
+    # older records list what the library could use
     features = described.get("cpu_features") or described.get("instruction_sets", [])
     best = next(
         (n for n in ("amx_bf16", "avx512_bf16", "avx512f", "avx512", "avx2", "sve", "asimd") if n in features), ""
@@ -209,7 +209,7 @@ def machine_kind(described: Mapping[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, versions and commit, as every record names them."""
+    """Hardware, versions and commit, as recorded in every record."""
     import grit_kernels
     from grit_kernels import _library
 
@@ -248,7 +248,7 @@ def machine() -> dict[str, Any]:
 
 
 def result_path(path: str | Path) -> Path:
-    """Where a record or plot goes: a bare name into the folder of this kind of machine."""
+    """Where a record or plot is written: a bare name goes into the folder of this kind of machine."""
     target = Path(path)
     if not target.is_absolute() and target.parent == Path("."):
         target = RESULTS / machine_kind(machine()) / target
@@ -258,14 +258,14 @@ def result_path(path: str | Path) -> Path:
 def write_records(
     path: str | Path, rows: Iterable[dict[str, Any]], replaces: Callable[[dict[str, Any]], bool] | None = None
 ) -> Path:
-    """Write the rows with the machine's description; a bare name lands in bench/results, in the folder of this kind of machine.
+    """Write the rows with the machine's description; a bare name goes into bench/results, in the folder of this kind of machine.
 
     Args:
-        replaces: whether a row of the record that is there is measured anew; the others stay where they are and name the commit
-            and date that they are of. Default: all are.
+        replaces: whether a row of the existing record has been measured again; other rows stay, with their commit and date.
+            Default: all rows are replaced.
 
     Raises:
-        ValueError: rows would stay that another kind of machine measured.
+        ValueError: rows measured on another kind of machine would stay.
     """
     target = result_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -291,11 +291,11 @@ def write_records(
 
 
 def kernel_parser(description: str, repeats: int) -> argparse.ArgumentParser:
-    """The options of a benchmark of one kernel."""
+    """The options of a single kernel's benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--record", help="file below bench/results")
+    parser.add_argument("--record", help="JSON file, a bare name goes into bench/results/KIND")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     return parser
 
@@ -304,7 +304,7 @@ def measure_shapes(
     options: argparse.Namespace, shapes: Sequence[tuple[int, int, int]], measure: Callable[..., list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """``measure(device, shape, dtype, repeats)`` for every shape, first in bfloat16, then in float32. The record is written after
-    each, so an interrupted run keeps what it has."""
+    each, so an interrupted run keeps its rows."""
     if options.threads:
         torch.set_num_threads(options.threads)
     rows = []
@@ -317,7 +317,7 @@ def measure_shapes(
 
 
 def _module_arguments() -> list[str]:
-    """The module that runs and its arguments, paths below the checkout without it."""
+    """The running module and its arguments, with paths relative to the checkout."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module = spec.name if spec is not None else Path(sys.argv[0]).stem
     return [module, *(argument.removeprefix(f"{ROOT}{os.sep}") for argument in sys.argv[1:])]

@@ -97,7 +97,7 @@ def oracle(q: Tensor, p: Tensor, targets: Tensor) -> float:
 
 
 def once(name: str, device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
-    """A step in a fresh process: its loss and the oracle's, growth of the peak, milliseconds; empty when it failed."""
+    """A step in a fresh process: its loss and the oracle's, growth of the peak, milliseconds; empty if it failed."""
     code = f"from bench.contrastive import _once; _once({name!r}, {device!r}, {shape!r}, {str(dtype)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
@@ -108,7 +108,7 @@ def _once(name: str, device: str, shape: tuple[int, int, int], dtype: str) -> No
     torch.manual_seed(0)
     run = variants(device)[name]
     small = inputs(device, (64, 64, shape[2]), kind)
-    torch.autograd.grad(run(*small), small[:2])  # loads libraries and compiles before the first reading
+    torch.autograd.grad(run(*small), small[:2])  # load libraries and compile before the first reading
     given, wait = inputs(device, shape, kind), synchronizer(device)
     peak = growth(device)
     start = time.perf_counter()
@@ -178,7 +178,7 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
 
 def main() -> None:
     parser = kernel_parser(__doc__, repeats=7)
-    parser.add_argument("--large", action="store_true", help="also a step at a size whose scores do not fit")
+    parser.add_argument("--large", action="store_true", help="add a step at a size whose scores do not fit into memory")
     options = parser.parse_args()
     rows = measure_shapes(options, shapes(options.device), measure)
     if options.large:

@@ -1,9 +1,9 @@
-"""Is the GPU right? A mixed pack forward and backward against the reference, then the same launches again, bit by bit.
+"""Is the GPU right? A mixed pack forward and backward against the reference, then the same launches again, bit for bit.
 
     python -m bench.correctness [--device cuda] [--repeats 50] [--record correctness_cuda.json]
 
 Errors are norms relative to those of the reference in float64 on the same inputs; ``eager`` is the reference in the inputs'
-dtype, whose error is what the dtype alone costs. The record is written after each problem.
+dtype, whose error is due to the dtype alone. The record is written after each problem.
 """
 
 from __future__ import annotations
@@ -79,21 +79,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all lengths")
-    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results/KIND")
+    parser.add_argument("--record", help="JSON file, a bare name goes into bench/results/KIND")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     for regime in problems(arguments.scale):
         try:
             rows += measure(regime, arguments.device, arguments.repeats)
-        except Exception as error:  # the next problem may still work
+        except Exception as error:  # the next problem may still run
             note = attention.reason(error)
             rows.append({"problem": regime.name, "variant": "grit", "right": False, "note": note})
         if arguments.record:
             common.write_records(arguments.record, rows)
     print(common.table(rows, COLUMNS))
     if not all(row.get("right", True) and not row.get("differing_repeats") for row in rows):
-        raise SystemExit("correctness: expected results within the rule that repeat bit by bit, see the table")
+        raise SystemExit("correctness: expected results within tolerance that repeat bit for bit, see the table")
 
 
 if __name__ == "__main__":

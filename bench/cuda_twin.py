@@ -3,7 +3,7 @@
     python -m bench.cuda_twin [--repeats 11] [--record cuda_twin_cuda.json]
 
 An op ``grit_kernels::NAME`` whose CUDA C++ kernel is ``grit_kernels::NAME_cuda`` is found by calling this package's functions and
-noting what they call. Without the compiled CUDA library there is nothing to compare.
+recording what they call. Without the compiled CUDA library there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = ["op", "problem", "variant", "milliseconds", "times_triton", "note"]
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the arguments of each of this package's ops that has a twin."""
+    """Records the arguments of each op of this package that has a twin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class _Calls(TorchDispatchMode):
 
 
 def twin(function: Any) -> Any:
-    """The op of the CUDA C++ kernel, None where there is none or the library is not loaded."""
+    """The op of the CUDA C++ kernel; None if there is none or the library is not loaded."""
     name = f"{function.name()}_cuda"
     try:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             return None
-    except RuntimeError:  # no op of that name
+    except RuntimeError:  # there is no such op
         return None
     return getattr(torch.ops.grit_kernels, name.removeprefix("grit_kernels::"))
 
@@ -90,7 +90,7 @@ def measure(device: str, repeats: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_twin", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--record", help="JSON file, a bare name lands in bench/results/KIND")
+    parser.add_argument("--record", help="JSON file, a bare name goes into bench/results/KIND")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     with torch.no_grad():

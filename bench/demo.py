@@ -2,9 +2,9 @@
 
     python -m bench.demo [--seeds 0 1 2] [--steps 60] [--record demo_seeds_cpu.json]
 
-Runs `grit demo` once per seed, writes the record and says whether the goal holds: mean nDCG@10 of at least .50 with every seed
-above BM25, and a next-token loss at least .2 below the untrained model's. A seed whose results are in its folder, made by the
-same recipe, is not run again.
+Runs `grit demo` once per seed, writes the record and reports whether the goal is met: mean nDCG@10 of at least .50 with every
+seed above BM25, and a next-token loss at least .2 below the untrained model's. A seed whose results are already in its folder,
+from the same recipe, is not run again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = ["variant", "seed", "ndcg_at_10", "mrr_at_10", "recall_at_10", "next_t
 
 
 def result(folder: Path, steps: int, seed: int) -> dict[str, Any]:
-    """What a seed's demo found, run now or read from an earlier run of the same recipe."""
+    """The results of a seed's demo, run now or read from an earlier run of the same recipe."""
     config = demo.demo_config(str(folder), steps, seed)
     file = folder / "results.json"
     if file.exists():
@@ -58,7 +58,7 @@ def rows_of(results: dict[int, dict[str, Any]], steps: int) -> list[dict[str, An
 
 
 def shortfalls(results: dict[int, dict[str, Any]]) -> list[str]:
-    """What the goal asks for and was not reached."""
+    """The parts of the goal that were not met."""
     found = []
     mean = statistics.fmean(result["after"]["ndcg_at_10"] for result in results.values())
     if mean < MEAN_NDCG:
@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=demo.STEPS)
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"))
-    parser.add_argument("--record", default="demo_seeds_cpu.json", help="file in bench/results")
+    parser.add_argument(
+        "--record", default="demo_seeds_cpu.json", help="JSON file, a bare name goes into bench/results/KIND"
+    )
     arguments = parser.parse_args(argv)
     quiet()
     results = {seed: result(arguments.output_dir / f"seed-{seed}", arguments.steps, seed) for seed in arguments.seeds}

@@ -22,7 +22,7 @@ from python_model.support.quiet import quiet
 
 
 def variants(plain: Any, patched: Any, batch: int, context: int, new: int) -> dict[str, Any]:
-    """What is timed; both give the same number of tokens."""
+    """What is timed; both produce the same number of tokens."""
     config = plain.config
     generator = torch.Generator().manual_seed(0)
     shape = (config.num_hidden_layers, 2, config.num_key_value_heads, context, config.head_dim)
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[512])
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
+    parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args()
     quiet()
     from transformers import AutoModelForCausalLM

@@ -46,7 +46,7 @@ def variants(device: str) -> dict[str, Loss]:
     if importlib.util.find_spec("cut_cross_entropy") is not None:
         from cut_cross_entropy import linear_cross_entropy as cut
 
-        # its own kernels are Triton's; on the CPU it offers a compiled product with all logits
+        # its own kernels need Triton; on the CPU it has a compiled product with all logits
         impl = "cce" if device == "cuda" else "torch_compile"
         found["cut-cross-entropy"] = lambda h, w, t: cut(h, w, t, reduction="none", impl=impl)
     return found

@@ -1,14 +1,14 @@
-"""All that a borrowed GPU should tell, in pieces of a few minutes; run again, it goes on where it stopped (make gpu).
+"""Everything to measure on a borrowed GPU, in steps of a few minutes; run again, it resumes where it stopped (make gpu).
 
-    python3 -m bench.gpu --out FOLDER                          # stops by itself after --limit seconds (540)
-    python3 -m bench.gpu --out FOLDER --resume EARLIER         # goes on with another run's folder
+    python3 -m bench.gpu --out FOLDER                          # stops after --limit seconds (540)
+    python3 -m bench.gpu --out FOLDER --resume EARLIER         # resumes from another run's folder
     python3 -m bench.gpu --out FOLDER --step 2                 # one step only
     python3 -m bench.gpu --out FOLDER --dry-run                # on any CPU, tiny, with injected failures
     python -m bench.gpu --keep FOLDER                          # its records become the committed ones
 
-It needs no network, and of this Python torch, Triton, transformers and pytest. The most valuable comes first; each task is a
-process of its own with a limit, and whatever happens to one, the next begins. FOLDER gets three files: records.json, renewed at
-every row that a task writes; table.txt, the table that is printed last; log.txt, what the tasks printed.
+It needs no network; this Python must have torch, Triton, transformers and pytest. The most valuable tasks come first; each is a
+process of its own with a time limit, and whatever happens to one, the next begins. FOLDER gets three files: records.json, updated
+with every row that a task writes; table.txt, the table that is printed last; log.txt, what the tasks printed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from bench.attention import AGAIN
 
 RECORDS, TABLE, LOG = "records.json", "table.txt", "log.txt"
 RESERVE = 6.0
-"""Seconds of the limit that stay for the table."""
+"""Seconds of the limit reserved for the table."""
 TRIES = 3
-"""How often a task begins that was stopped or lost the GPU without a new row."""
+"""How often a task is begun that was stopped or lost the GPU without writing a new row."""
 SILENCE = 120.0
-"""Seconds without a new row after which a task that can go on with its record is taken to hang, and begun again."""
+"""Seconds without a new row after which a task that can resume from its record is considered hung, and restarted."""
 DRY_SILENCE = 15.0
 HUNG, LOST = "hung", "lost the GPU"
 
@@ -51,8 +51,8 @@ Row = dict[str, Any]
 class Task:
     """A module with its arguments: ``{record}`` becomes a file, ``{device}`` cuda.
 
-    ``limit``, ``least``: seconds it may take, and has to have left to begin. ``before``: a program that runs it, such as a
-    profiler; without it on PATH the task is left out. ``parse``: makes rows of what it printed, where it writes no record.
+    ``limit``, ``least``: seconds it may take, and seconds that must be left for it to begin. ``before``: a program that runs it,
+    such as a profiler; unless it is on PATH, the task is skipped. ``parse``: makes rows of its output, if it writes no record.
     ``dry``: the command of a dry run, by default the same on the CPU, tiny.
     """
 
@@ -68,7 +68,7 @@ class Task:
 
 
 def parse_tests(text: str) -> list[Row]:
-    """pytest's counts, and a row for each test that failed."""
+    """pytest's counts, and a row per failed test."""
     rows: list[Row] = []
     for line in text.splitlines():
         if found := re.match(r"(?:FAILED|ERROR) (\S+)(?: - (.*))?", line):
@@ -85,7 +85,7 @@ def parse_sanitizer(text: str) -> list[Row]:
 
 
 def parse_profile(text: str) -> list[Row]:
-    """A row per kernel of ncu's raw CSV page: those of METRICS that this GPU has."""
+    """A row per kernel of ncu's raw CSV page, with those of METRICS that this GPU has."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     table = list(csv.reader(lines))
     if len(table) < 3:
@@ -184,7 +184,7 @@ TASKS = (
 
 
 def described() -> dict[str, Any]:
-    """This machine, asked of a process of its own: the runner holds no memory of the GPU, and a broken GPU does not end it."""
+    """This machine, as described by a separate process: the runner takes no GPU memory, and a broken GPU does not end it."""
     code = "import json; from bench import common; print(json.dumps(common.machine()))"
     run = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -220,7 +220,7 @@ class Run:
         return self.work / f"{name}.json"
 
     def save(self) -> None:
-        """Write records.json and table.txt anew."""
+        """Rewrite records.json and table.txt."""
         state = {"machine": self.machine, "dry_run": self.dry, "tasks": self.tasks, "records": self.records}
         for name, text in ((RECORDS, json.dumps(state, indent=1)), (TABLE, self.table())):
             partial = self.out / f"{name}.partial"
@@ -232,7 +232,7 @@ class Run:
         return gpu_table.table(self.machine, self.tasks, self.records)
 
     def collect(self) -> None:
-        """Take over what the tasks have written since."""
+        """Read what the tasks have written since."""
         changed = False
         for path in self.work.glob("*.json"):
             written = path.stat().st_mtime
@@ -244,7 +244,7 @@ class Run:
             self.save()
 
     def to_do(self, tasks: Sequence[Task]) -> list[Task]:
-        """Tasks that have not ended and were not stopped too often."""
+        """Tasks that have not ended and have not been stopped too often."""
         ended = {name for name, found in self.tasks.items() if found["ended"] or found["tries"] >= TRIES}
         return [task for task in tasks if task.name not in ended]
 
@@ -259,7 +259,7 @@ class Run:
         return [*shlex.split(task.before), *run]
 
     def run(self, task: Task, end: float) -> None:
-        """Run a task until it ends, or the time does; what became of it is kept."""
+        """Run a task until it ends or its time does, and keep its outcome."""
         found = self.tasks.setdefault(task.name, {"step": task.step, "tries": 0, "seconds": 0.0, "ended": False})
         if task.before and shutil.which(task.before.split()[0]) is None:
             found.update(outcome=f"{task.before.split()[0]} is not installed", ended=True)
@@ -271,7 +271,7 @@ class Run:
         limit = min(task.limit, left)
         found["tries"] += 1
         rows = self.rows(task)
-        found["outcome"] = "began"  # what stays if this process is killed
+        found["outcome"] = "began"  # what remains if this process is killed
         self.save()
         print(f"{task.name} ..", flush=True)
         start = time.monotonic()
@@ -300,11 +300,11 @@ class Run:
         print(f"{task.name}: {found['outcome']}", flush=True)
 
     def rows(self, task: Task) -> int:
-        """How many rows the task's record has."""
+        """Number of rows in the task's record."""
         return len(self.records.get(task.name, {"rows": ()})["rows"])
 
     def _run_within(self, task: Task, limit: float, log: Path) -> tuple[int | None, bool]:
-        """The exit status, None where the task was stopped; and whether that was because it hung."""
+        """The exit status, or None if the task was stopped; and whether it was stopped because it hung."""
         paths = [str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths), **task.environment}
         end = time.monotonic() + limit
@@ -324,7 +324,7 @@ class Run:
                 return process.poll(), process.poll() is None and time.monotonic() < end
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
                     process.wait()
 
     def close(self) -> None:
@@ -332,7 +332,7 @@ class Run:
 
 
 def run_all(run: Run, tasks: Sequence[Task], seconds: float) -> None:
-    """Run what is to be done within ``seconds``; print the table whatever happens."""
+    """Run what remains within ``seconds``; print the table whatever happens."""
     end = time.monotonic() + seconds - RESERVE
     try:
         for task in run.to_do(tasks):
@@ -350,7 +350,7 @@ def run_all(run: Run, tasks: Sequence[Task], seconds: float) -> None:
 
 
 def keep(folder: Path) -> None:
-    """Make the folder's records those of its kind of machine, and renew the page."""
+    """Make the folder's records the committed ones of its kind of machine, and rewrite the page."""
     from bench import report
 
     saved = json.loads((folder / RECORDS).read_text(encoding="utf-8"))
@@ -365,14 +365,14 @@ def keep(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the results; one that has some is gone on with")
-    parser.add_argument("--resume", type=Path, metavar="EARLIER", help="folder of an earlier run to go on with")
+    parser.add_argument("--out", type=Path, help="folder of the results; a run in it is resumed")
+    parser.add_argument("--resume", type=Path, metavar="EARLIER", help="folder of an earlier run to resume from")
     parser.add_argument("--step", type=int, nargs="+", help="of 1 to 4; default: all")
     parser.add_argument("--only", default="", help="tasks whose name contains this text")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds after which this run ends")
-    parser.add_argument("--commit", default="", help="of these sources, for the records, where git does not tell")
+    parser.add_argument("--commit", default="", help="of these sources, for the records, if there is no git")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, with failures")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="commit the folder's records and renew the page")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="commit the folder's records and rewrite the page")
     arguments = parser.parse_args(argv)
     if arguments.keep is not None:
         return keep(arguments.keep)

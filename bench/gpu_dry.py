@@ -1,9 +1,9 @@
-"""Commands of `python -m bench.gpu --dry-run`: the benchmarks on the CPU, tiny, with the failures that a GPU run must survive.
+"""Commands of `python -m bench.gpu --dry-run`: tiny benchmarks on the CPU, with the failures that a GPU run must survive.
 
     python -m bench.gpu_dry attention --device cpu --record FILE ..       # any module of bench with its arguments
 
 Injected: a peer that computes something else, one that raises, a regime in which this package raises, one that hangs, an
-installation that fails, red tests, a benchmark that crashes, one that its limit stops.
+installation that fails, failing tests, a benchmark that crashes, one that is stopped at its limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def regimes() -> list[Regime]:
 
 
 def broken(regime: str, what: Callable[[], None]) -> Callable[[Any], Any]:
-    """This package, but for one regime."""
+    """This package, except in one regime."""
 
     def build(problem: attention_peers.Problem) -> attention_peers.Run:
         if problem.regime.name == regime:
@@ -43,7 +43,7 @@ def broken(regime: str, what: Callable[[], None]) -> Callable[[Any], Any]:
 
 
 def inject() -> None:
-    """Make everything tiny, and peers and regimes fail."""
+    """Make everything tiny, and make peers and regimes fail."""
 
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -69,7 +69,7 @@ def inject() -> None:
 
 
 def shrink(name: str, module: Any) -> None:
-    """Fewer and smaller problems, and no process of its own for a measurement of memory."""
+    """Fewer and smaller problems, and no separate process to measure memory."""
     if name in ("pooling", "contrastive"):
         module.shapes = lambda device: [(64, 64, 4)]
     if name == "contrastive":
@@ -86,7 +86,7 @@ def shrink(name: str, module: Any) -> None:
 
 
 def red_tests() -> None:
-    """What pytest prints where a test is red."""
+    """What pytest prints when a test fails."""
     print(
         "FAILED tests/test_x.py::test_a_kernel[0] - AssertionError: out: error 0.3, allowed 0.01\n1 failed, 2 passed in 3s"
     )
@@ -98,7 +98,7 @@ def broken_install() -> None:
 
 
 def slow_rows() -> None:
-    """A row, and then nothing until the limit."""
+    """One row, then nothing until the limit."""
     row = {"kernel": "forward", "dim": 64, "mode": "causal", "config": "1x1x1x1", "ms": 1.0, "of_gemm": 0.5}
     common.write_records(sys.argv[sys.argv.index("--record") + 1], [row])
     time.sleep(3600)

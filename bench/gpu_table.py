@@ -1,4 +1,4 @@
-"""The table that a run on a borrowed GPU ends with: under 100 lines, of the records that it has."""
+"""The table at the end of a run on a borrowed GPU: less than 100 lines, from the records so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 
 def table(machine: Row, tasks: Mapping[str, Row], records: Mapping[str, Row]) -> str:
-    """Tasks and what became of them, then a section per record, the most valuable first."""
+    """Tasks and their outcomes, then a section per record, the most valuable first."""
     gpu = machine.get("gpu", {})
     name = gpu.get("name") or machine.get("processor")
     lines = [
@@ -60,7 +60,7 @@ def _section(rows: Sequence[Row], columns: list[str]) -> list[str]:
 
 
 def best_peers(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line per regime: this package, the quickest peer and its time over ours, and what failed."""
+    """A line per regime: this package, the fastest peer and its time relative to ours, and what failed."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         line = found.setdefault(row["regime"], {"regime": row["regime"]})
@@ -78,7 +78,7 @@ def best_peers(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def best_configs(rows: Sequence[Row]) -> list[Row]:
-    """The table's entry and the two quickest, per kernel, head size and mode."""
+    """The table's entry and the two fastest, per kernel, head size and mode."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["dim"], row["mode"]), []).append(row)

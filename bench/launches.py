@@ -1,10 +1,10 @@
-"""The Triton kernels that the GPU benchmarks launch: found without a GPU, compiled by many processes at once.
+"""The Triton kernels that the GPU benchmarks launch: found without a GPU, compiled in parallel.
 
     python -m bench.launches [--groups attention,pooling] [--jobs 16]      # fills Triton's cache before anything is measured
 
 A group runs a benchmark's own calls on the meta device, whose tensors have shapes but no data. The launchers run as they are; at
-each launch Triton says which variant of which kernel it would compile (its ``jit_cache_hook``), and that is noted instead.
-Compiling needs no GPU either, so all cores compile before the first measurement, and it waits for no compiler.
+each launch Triton says which variant of which kernel it would compile (its ``jit_cache_hook``), and this is recorded instead.
+Compiling needs no GPU either, so all cores compile before the first measurement, and no measurement waits for a compiler.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from grit_kernels.pooling import triton_pooling  # noqa: F401
 
 OURS = ("grit", "grit, two launches")
 HOPPER = (90, 132)
-"""Compute capability and number of multiprocessors, where this machine has no GPU to ask."""
+"""Compute capability and number of multiprocessors, if this machine has no GPU to ask."""
 
 
 class Launch(NamedTuple):
@@ -55,7 +55,7 @@ class _Driver:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> str:
-        return f"ahead of time, {self.target.arch}"  # kernels are kept per device: never mixed with those of a real one
+        return f"ahead of time, {self.target.arch}"  # kernels are cached per device: never mix them with those of a real one
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -65,10 +65,10 @@ class _Driver:
 
 
 class _Launchers(TorchDispatchMode):
-    """Runs this package's launchers on tensors without data, where torch would only ask for the shapes of results."""
+    """Runs this package's launchers on tensors without data, for which torch would only ask for the shapes of results."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # tensors with data, such as those of a check that patch() makes, are served as ever
+        # tensors with data, such as those of a check by patch(), take the usual path
         ours = function.namespace == "grit_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args)
         if ours and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CUDA"):
             return function._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
@@ -84,7 +84,7 @@ def this_gpu() -> tuple[int, int]:
 
 
 def _architecture(capability: int) -> str:
-    """As triton_launch.architecture names it."""
+    """The name that triton_launch.architecture gives it."""
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(capability // 10, "sm80")
 
 
@@ -100,14 +100,14 @@ def _ahead_of_time(capability: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(gpu: tuple[int, int] | None = None) -> Iterator[set[Launch]]:
-    """Inside, ops on tensors of the meta device call the launchers of a GPU (compute capability, number of multiprocessors), and
+    """Within the block, ops on meta tensors call the launchers for a GPU (compute capability, number of multiprocessors), and
     every launch of a Triton kernel is added to the set."""
     capability, processors = gpu or this_gpu()
     found: set[Launch] = set()
 
     def note(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         found.add(Launch(fn.module, fn.name, compile["specialization_data"]))
-        return True  # compile nothing, launch nothing
+        return True  # neither compile nor launch
 
     answers = {"processor_count": lambda device: processors, "architecture": lambda device: _architecture(capability)}
     with contextlib.ExitStack() as stack:
@@ -115,7 +115,7 @@ def recorded(gpu: tuple[int, int] | None = None) -> Iterator[set[Launch]]:
             for name, answer in answers.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, answer))
-        # so that results that do not exist can be compared
+        # lets results that do not exist be compared
         stack.enter_context(mock.patch.object(torch.Tensor, "__float__", lambda self: 0.0))
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note))
         stack.enter_context(_ahead_of_time(capability))
@@ -179,7 +179,7 @@ GROUPS: dict[str, Callable[[], None]] = {
 
 
 def launches(names: Sequence[str], gpu: tuple[int, int] | None = None) -> list[Launch]:
-    """What the groups launch, in order and once each."""
+    """The variants that the groups launch, in order, each once."""
     found: dict[Launch, None] = {}
     for name in names:
         with recorded(gpu) as group:
@@ -189,17 +189,17 @@ def launches(names: Sequence[str], gpu: tuple[int, int] | None = None) -> list[L
 
 
 def _compile(launch: Launch, capability: int) -> str:
-    """Compile into Triton's cache; what went wrong, empty when nothing did."""
+    """Compile into Triton's cache; returns what went wrong, or an empty text."""
     with _ahead_of_time(capability):
         try:
             getattr(importlib.import_module(launch.module), launch.name).preload(launch.data)
-        except Exception as error:  # a variant that does not compile is a line of the report
+        except Exception as error:  # a variant that does not compile becomes a line of the report
             return f"{launch.name}: {attention.reason(error)}"
     return ""
 
 
 def compile_all(found: Sequence[Launch], jobs: int, gpu: tuple[int, int] | None = None) -> list[str]:
-    """Compile in ``jobs`` processes; the failures."""
+    """Compile in ``jobs`` processes; returns the failures."""
     capability, _ = gpu or this_gpu()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:

@@ -13,10 +13,10 @@ from bench.common import peak_resident_bytes
 
 
 def growth(device: str) -> Callable[[], float]:
-    """Start counting; the returned function tells by how many MB (2^20) the peak has grown since.
+    """Start counting; the returned function gives the growth of the peak since then, in MiB.
 
-    On a GPU of the allocated bytes. On the CPU of the resident set: memory that the allocator holds free goes back to the system
-    first, and the kernel's mark of the highest set is lowered to the present one, so that neither hides what a call takes.
+    On a GPU, this is the peak of allocated bytes. On the CPU it is that of the resident set: first, memory that the allocator
+    holds free is returned to the system and the kernel's high-water mark is reset, so that neither hides what a call takes.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -24,7 +24,7 @@ def growth(device: str) -> Callable[[], float]:
         start = torch.cuda.memory_allocated()
         return lambda: (torch.cuda.max_memory_allocated() - start) / 2**20
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only in glibc
         if trim is not None:
             trim(0)
         Path("/proc/self/clear_refs").write_text("5")

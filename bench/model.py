@@ -1,17 +1,17 @@
-"""End-to-end forward of the 135M model on mixed-length batches: one packed pass against what people run today.
+"""End-to-end forward of the 135M model on mixed-length batches: one packed pass against what is commonly run today.
 
     python -m bench.model [--texts 24] [--repeats 3] [--record NAME.json] [--no-profile]
 
 Lengths are log-uniform in 8..512 tokens of the bundled corpus; half of the samples are causal (chats), half bidirectional (texts
-to embed). Every repeat is a batch of its own lengths. Variants, interleaved in one run, in bfloat16:
+to embed). Every repeat is a batch with new lengths. Variants, interleaved in one run, in bfloat16:
 
 * forward: ``packed``, the patched model, all samples in one pass; ``packed, not fused``, patched with ``fuse=False``;
-  ``sdpa, two padded passes``, unpatched transformers, causal rows and bidirectional rows apart, each padded to its longest
+  ``sdpa, two padded passes``, unpatched transformers, one for causal and one for bidirectional rows, each padded to its longest
 * encode: python_model.GritLM.encode on the texts, with and without fused ops, against the class of the package gritlm 1.0.2
   where it is importable (``pip install --no-deps gritlm==1.0.2``)
 
-Speeds are reported only after all variants of a group gave the same result, within what bfloat16 allows. The profile says
-where a pass spends its time, per group of modules (model_profile.py).
+Speeds are reported only after all variants of a group agreed, up to the rounding of bfloat16. The profile shows where a
+pass spends its time, per group of modules (model_profile.py).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 Variant = Callable[[Batch], Tensor]
-"""Runs a batch and returns one row per sample, to compare the variants by."""
+"""Runs a batch and returns one row per sample, for comparing variants."""
 
 
 def log_uniform_lengths(count: int, generator: random.Random) -> list[int]:
@@ -116,7 +116,7 @@ def encode_variants(path: str) -> dict[str, Variant]:
     """GritLM.encode of this package, fused and not, and of gritlm 1.0.2 where it is installed."""
 
     def encoder(model: Any) -> Variant:
-        # the model's tokenizer puts no BOS in front; GritLM here would, unless told not to
+        # the model's tokenizer adds no BOS; GritLM would here, unless told not to
         options = {"instruction": EMBED, "max_length": LONGEST, "add_special_tokens": False}
         return lambda batch: torch.as_tensor(model.encode(batch.texts, batch_size=len(batch.texts), **options))
 
@@ -131,8 +131,8 @@ def encode_variants(path: str) -> dict[str, Variant]:
 
 
 def check_agreement(variants: dict[str, Variant], batch: Batch) -> None:
-    """All variants give the same rows, as far as bfloat16 carries through 30 layers (on the shortest texts, a few per cent);
-    the tests compare them in FP32. Warms them up as well."""
+    """Check that all variants give the same rows, up to the rounding of bfloat16 over 30 layers (a few per cent on the shortest
+    texts); the tests compare them in FP32. This also warms them up."""
     results = {name: run(batch).float() for name, run in variants.items()}
     (base, want), *others = results.items()
     for name, got in others:
@@ -142,7 +142,7 @@ def check_agreement(variants: dict[str, Variant], batch: Batch) -> None:
 
 
 def measure(group: str, variants: dict[str, Variant], batches: list[Batch], counts: list[int]) -> list[dict[str, Any]]:
-    """One row per variant; every repeat runs all variants on one batch, in turn."""
+    """One row per variant; every repeat runs all variants in turn on one batch."""
     check_agreement(variants, batches[0])
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for batch in batches:
@@ -181,9 +181,11 @@ def profile_rows(variants: dict[str, Variant], decoders: dict[str, Any], batch: 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=int, default=24, help="samples of a batch")
-    parser.add_argument("--repeats", type=int, default=3, help="batches, each of its own lengths")
+    parser.add_argument("--repeats", type=int, default=3, help="batches, each with new lengths")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", default="model_cpu.json", help="file in bench/results")
+    parser.add_argument(
+        "--record", default="model_cpu.json", help="JSON file, a bare name goes into bench/results/KIND"
+    )
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args(argv)
     quiet()

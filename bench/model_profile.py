@@ -1,7 +1,7 @@
 """Where the time of a forward pass goes: exclusive seconds per group of modules.
 
-Hooks around every module of a decoder, and a wrapper around its attention function, keep one stack: a group is charged for
-the time between its own start and end that no group inside it takes. So the groups add up to the pass.
+Hooks around every module of a decoder, and a wrapper around its attention function, share one stack: a group is charged for
+the time between its start and end that no group inside it takes, so the groups add up to the whole pass.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _timed(decoder: nn.Module, clock: _Clock) -> Iterator[None]:
 
 
 def seconds_by_group(decoder: nn.Module, run: Callable[[], Any], repeats: int = 1) -> dict[str, float]:
-    """Mean seconds of each of GROUPS over ``repeats`` runs; CPU only (no device is waited for)."""
+    """Mean seconds of each of GROUPS over ``repeats`` runs; CPU only (it does not wait for a device)."""
     clock = _Clock()
     with _timed(decoder, clock):
         for _ in range(repeats):

@@ -1,7 +1,7 @@
 """Pooling: gk.pool against a mean per slice, a masked FP32 mean and torch.compile; rates next to the machine's read rate.
 
 Every variant runs with the same threads on inputs that are not in the cache. The read rate is that of a sum over 256 MB (on a
-GPU: of a copy). Memory is how far a call raises the peak: its intermediate values and its result.
+GPU: of a copy). Memory is the growth of the peak during a call: its intermediate values and its result.
 
     python -m bench.pooling [--device cuda] [--repeats 11] [--threads 1] [--record pooling_cpu.json] [--plot pooling_cpu.png]
 """
@@ -49,7 +49,7 @@ NAMES = (
 
 
 def slice_mean(hidden: Tensor, starts: list[int], skips: list[int]) -> Tensor:
-    """What one writes first: a mean per sample in a Python loop, in FP32."""
+    """The obvious version: a mean per sample in a Python loop, in FP32."""
     rows = [hidden[a + s : b].float().mean(0) for a, b, s in zip(starts, starts[1:], skips, strict=False)]
     return torch.stack(rows)
 
@@ -67,14 +67,14 @@ def shapes(device: str) -> list[tuple[int, int, int]]:
 
 
 def pooled_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """What :func:`variants` read at least."""
+    """Bytes that :func:`variants` read at least."""
     tokens, hidden, samples = shape
     length = tokens // samples
     return (length - length // 8) * samples * hidden * dtype.itemsize
 
 
 def variants(device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """What pools ``shape`` = tokens, hidden, samples, an eighth of each sample left out as its instruction."""
+    """Variants that pool ``shape`` = tokens, hidden, samples; an eighth of each sample is left out as its instruction."""
     tokens, hidden, samples = shape
     length = tokens // samples
     starts = [i * length for i in range(samples + 1)]
@@ -101,7 +101,7 @@ def measure(device: str, shape: tuple[int, int, int], dtype: torch.dtype, repeat
     tokens, hidden, samples = shape
     ceiling, moved = (copy_ceiling if device == "cuda" else read_ceiling)(device)
     runs = {"ceiling": ceiling, **variants(device, shape, dtype)}
-    # the input may fit into the cache: without this, what runs after the ceiling would read memory and the others would not
+    # the input may fit into the cache: without this, only the variant after the ceiling would read from memory
     evict, _ = read_ceiling(device, 256)
     seconds = interleave(runs, repeats, synchronizer(device), before=evict)
     middle, relative = medians(seconds), ratios(seconds, "grit_kernels")

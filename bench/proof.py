@@ -1,15 +1,15 @@
-"""One model for both jobs against two specialists of the same budget, on held-out rows (make proof).
+"""One model for both jobs against two specialists on the same budget, on held-out rows (make proof).
 
     python -m bench.proof --data DATA [--config configs/proof.yaml] [--output proof_output] [--only unified-0] [--table]
 
-Runs, each from the same base under the same settings, so with the same rows, tokens per objective and clipping: unified,
-embedding-only and generative-only per seed, and the specialists with twice the steps (equal compute). The base model and BM25
+The runs are unified, embedding-only and generative-only per seed, and the specialists with twice the steps (equal compute). All
+start from the same base with the same settings, hence the same rows, tokens per objective and clipping. The base model and BM25
 are measured on the same rows. Each run writes its record with the scores of every query to ``bench/results/proof/NAME.json`` as
-soon as it ends, and a run that has a record is not run again; commit the records, then the checkpoints are not needed. A run that
-was interrupted goes on where it stopped. At the end (or with ``--table``) the records become ``table.md`` and ``proof.png``.
+soon as it ends, and a run that has a record is not run again; once the records are committed, the checkpoints are not needed. An
+interrupted run resumes where it stopped. At the end (or with ``--table``) the records become ``table.md`` and ``proof.png``.
 
-DATA is a folder that `grit data` built; the plan is in configs/proof.yaml, a third of it in configs/proof_short.yaml, whose
-records go into a folder of that name.
+DATA is a folder built by `grit data`; the plan is in configs/proof.yaml, and one of a third of its size in
+configs/proof_short.yaml, whose records go into a folder of that name.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Plan:
     curve: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
 
     def runs(self) -> list[Run]:
-        """All runs, the most telling first."""
+        """All runs, the most informative first."""
         modes = ("unified", "embedding", "generative")
         single = [Run(f"{mode}-{seed}", mode, seed, 1) for seed in self.seeds for mode in modes]
         return single + [
@@ -78,7 +78,7 @@ class Run:
     times: int
 
     def config(self, plan: Plan, data: Path, output: Path) -> TrainConfig:
-        """Its settings: those of the plan, over those that ``grit data`` wrote."""
+        """Its settings: those of the plan, which override those that ``grit data`` wrote."""
         written = (
             yaml.safe_load((data / "train.yaml").read_text(encoding="utf-8")) if (data / "train.yaml").exists() else {}
         )
@@ -133,7 +133,7 @@ class Measure:
         return found
 
     def everything(self, model: GritLM, mode: str) -> dict[str, Any]:
-        """What a record holds of a model: per-query ranks, losses by data set, per-question matches."""
+        """What a record holds about a model: ranks per query, losses per data set, matches per question."""
         model.eval()
         found: dict[str, Any] = {}
         if mode != "generative":
@@ -164,7 +164,7 @@ def _choice(count: int, wanted: int) -> list[int]:
 
 
 def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) -> dict[str, Any]:
-    """Train (or go on), measure at the points of the curve and at the end; returns the record."""
+    """Train (or resume), measuring at the points of the curve and at the end; returns the record."""
     config = run.config(plan, data, output)
     check_data(config.data, config.mode)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,7 +209,7 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
 
 
 def baseline(plan: Plan, measure: Measure, data: Path, output: Path) -> dict[str, Any]:
-    """The model that the runs start from."""
+    """The record of the model that the runs start from."""
     config = Run("base", "unified", 0, 1).config(plan, data, output)
     model = GritLM(resolve_model(config.model.name), dtype="float32", **config.settings_given)
     return {"name": "base", "mode": "unified", "seed": 0, "steps": 0, "measured_on": measure.described()} | (
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only", action="append", help="these runs (unified-0, embedding-double-0, base, BM25); default: all"
     )
-    parser.add_argument("--table", action="store_true", help="only renew table and plot from the records")
+    parser.add_argument("--table", action="store_true", help="only rewrite table and plot from the records")
     arguments = parser.parse_args(argv)
     plan = read_plan(arguments.config)
     if arguments.records is None:

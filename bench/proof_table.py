@@ -1,4 +1,4 @@
-"""From the records of `make proof` to a table with paired bootstrap intervals, and a plot of the curves."""
+"""Turns the records of `make proof` into a table with paired bootstrap intervals and a plot of the curves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def relative_difference(mine: np.ndarray, theirs: np.ndarray, rounds: int = ROUN
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: every run's figures, then unified against each specialist, per set and over all."""
+    """Markdown: every run's figures, then unified against each specialist, per data set and overall."""
     lines = ["| run | steps | nDCG@10 | next-token loss | short answers |", "|---|---|---|---|---|"]
     for record in sorted(records, key=_order):
         cells = [
@@ -107,7 +107,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    curves = any(record.get("curve") for record in records)  # a plan may measure at the end alone
+    curves = any(record.get("curve") for record in records)  # a plan may measure only at the end
     figure, drawn = plt.subplots(1, 3 if curves else 1, figsize=(12 if curves else 5, 3.4), constrained_layout=True)
     panels = drawn if curves else [None, None, drawn]
     colours = {"unified": "tab:blue", "embedding": "tab:orange", "generative": "tab:green"}

@@ -1,11 +1,11 @@
-"""Latency of answering from a document, each way of the GRIT paper's table, over the lengths of its figure.
+"""Latency of answering from a document in each mode of the GRIT paper's table, over the lengths of its figure.
 
     python -m bench.rag --lengths 250 1000 4000 --record rag.json
     python -m bench.rag --shape mistral-7b --lengths 250 4000 --repeats 3 --dtype bfloat16     # random weights
 
-Two samples: a 1-token question with a document of ``length`` tokens, and the mirror. Timed: embedding the question, the search,
-loading or reading states, and 16 new tokens. Documents are stored beforehand; nothing is cut. (The public implementation cut what
-it cached to 512 tokens, which flatters its long rows.)
+Two samples: a 1-token question with a document of ``length`` tokens, and the reverse. Timed: embedding the question,
+the search, loading or reading states, and 16 new tokens. Documents are stored beforehand; nothing is truncated. (The public
+implementation truncates what it caches to 512 tokens, which flatters it at long lengths.)
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
+    parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args()
     quiet()
     modes = list(dict.fromkeys([BASE, *arguments.modes]))
@@ -119,7 +119,7 @@ def main() -> None:
                 ]
                 columns = ["sample", "length", "variant", "median_s", "spread_s", "of_plain_rag", "cached", "read"]
                 print(table(found, columns), flush=True)
-                if arguments.record:  # after each cell: an interrupted run keeps what it has
+                if arguments.record:  # after each cell: an interrupted run keeps its rows
                     write_records(arguments.record, rows)
 
 

@@ -40,7 +40,7 @@ def set_shape(config: Any, shape: str) -> None:
 
 
 def random_model(shape: str, *, device: str, dtype: torch.dtype, vocabulary: int = 32000) -> Any:
-    """An unpatched MistralForCausalLM with sdpa attention; the weights are made on the device."""
+    """An unpatched MistralForCausalLM with sdpa attention; the weights are created on the device."""
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(vocab_size=vocabulary, sliding_window=None, attn_implementation="sdpa")

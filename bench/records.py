@@ -1,7 +1,7 @@
-"""Records of benchmarks: finding the same measurement in two of them, and saying what moved beyond noise.
+"""Compares benchmark records: finds the same measurement in two of them, and what moved beyond noise.
 
-A row is a variant in a setting. What identifies it are its texts, whole numbers, flags and lists of them; what was measured are
-its floats. Machines differ and drift, so times are not compared but ratios: each variant against the first of its setting.
+A row is a variant in a setting. It is identified by its texts, integers, flags and lists of them; its floats are the
+measurements. Machines differ and drift, so ratios are compared instead of times: each variant against the first of its setting.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ NOISE = 0.10
 """Ratios closer than this never count as moved."""
 
 NOT_IDENTITY = ("variant", "cached", "read", "same_tokens")
-"""Whole numbers and flags that are measured, or differ by variant."""
+"""Integers and flags that are measured or depend on the variant."""
 
 Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A variant's time over that of the first variant of its setting, and how far repeats scatter (relative)."""
+    """A variant's time over that of the first variant of its setting, and the relative scatter of the repeats."""
 
     value: float
     scatter: float
@@ -33,7 +33,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Move:
-    """A ratio that differs between two records by more than both runs scatter."""
+    """A ratio that differs between two records by more than the scatter of both."""
 
     setting: str
     variant: str
@@ -47,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def setting(row: Mapping[str, Any]) -> Key:
-    """What a row measures, without the variant."""
+    """What a row measures, apart from the variant."""
     found = []
     for name, value in row.items():
         if name in NOT_IDENTITY or isinstance(value, float) or value is None:

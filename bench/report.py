@@ -2,8 +2,7 @@
 
     python -m bench.report [--plots]
 
-One section per benchmark, in it one table per kind of machine, from bench/results/KIND/NAME.json. ``--plots`` draws the plots
-anew.
+One section per benchmark with one table per kind of machine, from bench/results/KIND/NAME.json. ``--plots`` redraws the plots.
 tests/bench/test_records.py compares the committed page with what this writes, so no figure can go stale or be typed by hand.
 """
 
@@ -21,28 +20,28 @@ from bench.common import RESULTS, ROOT
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEADER = """# Benchmarks
 
-Written by `python -m bench.report` from the records in `bench/results`, one folder per kind of machine. Variants of a table ran
-interleaved in one process on one machine; figures are medians. Compare ratios within a table, not figures between tables.
-`make bench` repeats the CPU ones in about 15 minutes and says what moved.
+Written by `python -m bench.report` from the records in `bench/results`, one folder per kind of machine. The variants of a table
+ran interleaved in one process on one machine; figures are medians. Compare ratios within a table, not figures between tables.
+`make bench` repeats the CPU benchmarks in about 15 minutes and reports what moved.
 
 ## Time one kernel yourself
 
     pip install -e ".[bench]" --no-build-isolation
     python -m pytest bench --benchmark-only -k "attention and mixed"           # a table per op and shape, a row per peer
     python -m pytest bench --benchmark-only --benchmark-save before            # now change the kernel ..
-    python -m pytest bench --benchmark-only --benchmark-compare                # .. and compare with the run saved last
+    python -m pytest bench --benchmark-only --benchmark-compare                # .. and compare with the last saved run
 
-These run on any machine, on its CUDA device where it has one; `--benchmark-compare-fail=median:10%` makes a slower median an
+These run on any machine, and on its CUDA device if it has one; `--benchmark-compare-fail=median:10%` makes a slower median an
 error. A peer's result is compared with this package's before it is timed, and a peer that is not installed or has no kernel for
 a problem is skipped; `-rs` shows why. The peers:
 
-- attention, forward and backward: this package in one launch and in two; SDPA per sample, with a dense mask, and in a padded call
-  per mode (on a GPU also its cuDNN and flash kernels by name); torch's `varlen_attn`; compiled FlexAttention; flash-attn and
-  FlashAttention 3 in their varlen form, a launch per mode
+- attention, forward and backward: this package in one launch and in two; SDPA per sample, with a dense mask, and in one padded
+  call per mode (on a GPU also its cuDNN and flash kernels by name); torch's `varlen_attn`; compiled FlexAttention; flash-attn and
+  FlashAttention 3 in their varlen form, with one launch per mode
 - contrastive loss: eager, eager with FP32 scores, `torch.compile`, Inf-CL
 - next-token loss: eager, `torch.compile`, torch's `linear_cross_entropy`, Liger, Cut Cross-Entropy
 - pooling: a mean per sample, a masked mean, the same under `torch.compile`
-- RMSNorm with a residual, SiLU gate: eager, `torch.compile`, Liger
+- RMSNorm with a residual, SiLU-gated product: eager, `torch.compile`, Liger
 
 Each variant runs to its end before the next begins; published ratios come from `python -m bench`, whose variants take turns.
 """
@@ -50,13 +49,13 @@ Each variant runs to its end before the next begins; published ratios come from 
 TITLES: dict[str, tuple[str, str]] = {
     "attention_cpu": (
         "Attention on a CPU",
-        "`times_grit`: the variant's time over this package's. `of_gemm`: share of a matrix product's rate, on visible pairs.",
+        "`times_grit`: the variant's time over this package's. `of_gemm`: share of a matrix product's rate, for visible pairs.",
     ),
     "pooling_cpu": (
         "Pooling on a CPU",
         "`of_ceiling`: share of the rate at which the machine reads memory; `speedup`: the variant's time over grit_kernels'. "
         "No input is in the cache. The backward writes a gradient as large as its input to fresh memory, whose page faults cost "
-        "more than the writing. Memory: how far a call raises the peak resident set.",
+        "more than the writing. Memory: growth of the peak resident set during a call.",
     ),
     "contrastive_cpu": (
         "Contrastive loss on a CPU",
@@ -68,7 +67,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "generative_loss_cpu": (
         "Next-token loss on a CPU",
         "`speedup`: the variant's time over grit_kernels', forward and backward. `error`: the largest difference of a token's "
-        "loss from float64. Memory is the growth of the peak resident set in a process of its own.",
+        "loss from that in float64. Memory is the growth of the peak resident set in a process of its own.",
     ),
     "model_cpu": ("The 135M model end to end on a CPU", "`time_over_first`: the variant's time over the first one's."),
     "train_cpu": (
@@ -77,16 +76,16 @@ TITLES: dict[str, tuple[str, str]] = {
     ),
     "generate_cpu": (
         "Decoding with the 135M model on a CPU",
-        "16 greedy tokens after a filled cache; in bfloat16 two ways of computing may choose other tokens.",
+        "16 greedy tokens after a filled cache; in bfloat16 two ways of computing may choose different tokens.",
     ),
     "rag_cpu": (
         "Answering from documents with the 135M model on a CPU",
         "16 new tokens. `of_plain_rag`: time over plain retrieval with the document first; `cached`, `read`: tokens from stored "
-        "states, tokens read now.",
+        "states, and tokens read.",
     ),
     "serve_cpu": (
         "One server against two processes on a CPU",
-        "`load_per_cent`: of half a chat and 8 texts to embed per second, which arrive whatever the server does.",
+        "`load_per_cent`: percentage of half a chat and 8 texts to embed per second, which arrive whatever the server does.",
     ),
     "rag_1b_cpu": (
         "The same with random weights of a 1.1B shape on a CPU",
@@ -107,11 +106,11 @@ HIDDEN = (
     *("batch", "texts"),
 )
 EXACT = ("mean_loss", "oracle_loss")
-"""Columns of figures that are the same but for rounding."""
+"""Columns that differ only by rounding."""
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a table shows: every scalar but what only serves comparing records; the dtype where rows differ in nothing else."""
+    """What a table shows: every scalar except those that only serve comparing records; the dtype if only it differs."""
     told = {tuple(v for k, v in row.items() if k != "dtype" and isinstance(v, str | int)) for row in rows}
     found: list[str] = ["dtype"] if len(told) < len(rows) and len({row.get("dtype") for row in rows}) > 1 else []
     for row in rows:
@@ -131,7 +130,7 @@ def cell(value: Any, digits: int = 3) -> str:
 
 
 def section(name: str, paths: Sequence[Path]) -> str:
-    """One benchmark on every kind of machine that has a record of it."""
+    """The section of a benchmark, on every kind of machine that has a record of it."""
     title, note = TITLES.get(name, (name.replace("_", " "), ""))
     lines = [f"## {title}", "", *([note, ""] if note else [])]
     for path in paths:
@@ -204,7 +203,7 @@ def page() -> str:
 
 
 def write(plots: Iterable[Path] = ()) -> None:
-    """Renew docs/benchmarks.md, and the plots of the records in these folders."""
+    """Rewrite docs/benchmarks.md, and redraw the plots of the records in these folders."""
     for folder in plots:
         for path in folder.glob("*.json"):
             if path.stem != "progress" and "rows" in (record := records.read(path)):
@@ -214,7 +213,7 @@ def write(plots: Iterable[Path] = ()) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--plots", action="store_true", help="draw the plots of all committed records anew")
+    parser.add_argument("--plots", action="store_true", help="redraw the plots of all committed records")
     folders = {path.parent for paths in committed().values() for path in paths}
     write(sorted(folders) if parser.parse_args(argv).plots else ())
 

@@ -3,13 +3,13 @@
     python -m bench.serve --seconds 60 --loads 50 100 200 --record serve_cpu.json
 
 The load is open: chats and texts to embed arrive as two Poisson processes whatever the server does, so a server that falls
-behind shows it in its times. ``--loads`` are per cents of ``--chats`` and ``--texts`` per second.
+behind shows it in its times. ``--loads`` are percentages of ``--chats`` and ``--texts`` per second.
 
     one server     grit serve
     two processes  transformers serve for the chats (with --continuous-batching where --peer-batching says so), and
-                   sentence-transformers behind FastAPI, which embeds all texts that wait as one batch
+                   sentence-transformers behind FastAPI, which embeds all waiting texts as one batch
 
-Both read the same checkpoint in the same dtype, with half of the cores' threads each in the second case. A row has the time to
+Both read the same checkpoint in the same dtype, each with half of the threads in the second case. A row has the time to
 the first token, the time between tokens, finished texts and tokens per second, and the largest resident memory of all processes.
 """
 
@@ -81,7 +81,7 @@ async def ready():
 
 uvicorn.run(app, port=port, log_level="warning")
 """
-"""The peer for embeddings; a file of its own, so that it imports nothing of this repository."""
+"""The peer for embeddings, run as a file of its own so that it imports nothing from this repository."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Running:
 
 @dataclass
 class Measured:
-    """What one run under load has shown, in seconds."""
+    """What one run under load measured, in seconds."""
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
@@ -124,7 +124,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(commands: dict[str, list[str]], ready: Sequence[str], limit: float = 300.0) -> Iterator[list[Any]]:
-    """Processes, once all ``ready`` addresses answer."""
+    """The processes, once all ``ready`` addresses answer."""
     import httpx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -211,7 +211,7 @@ PACKAGES = {
 
 
 def missing_packages(system: str) -> list[str]:
-    """Packages that a system needs and this Python does not have."""
+    """Packages that a system needs and this Python lacks."""
     return [name for name in PACKAGES[system] if importlib.util.find_spec(name) is None]
 
 
@@ -232,7 +232,7 @@ def _export(checkpoint: str, folder: Path) -> None:
 
 
 def words(source: random.Random, tokens: int) -> str:
-    """A text of about so many tokens, different each time."""
+    """A text of about this many tokens, different each time."""
     known = "river city word light stone paper number garden music letter window bread road winter".split()
     return " ".join(source.choice(known) for _ in range(tokens))
 
@@ -280,7 +280,7 @@ async def embed(
 
 
 async def load(running: Running, arguments: argparse.Namespace, per_cent: int, seconds: float, seed: int) -> Measured:
-    """An open load for ``seconds``; what has not ended ``--patience`` seconds later counts as failed."""
+    """An open load for ``seconds``; requests that have not ended ``--patience`` seconds later count as failed."""
     import httpx
 
     found = Measured()
@@ -312,7 +312,7 @@ async def load(running: Running, arguments: argparse.Namespace, per_cent: int, s
 
 
 def percentile(values: Sequence[float], part: float) -> float:
-    """NaN of nothing."""
+    """NaN without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else float("nan")
 
@@ -346,17 +346,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--loads", type=int, nargs="+", default=[50, 100, 200], help="per cents of the rates")
-    parser.add_argument("--chats", type=float, default=0.5, help="per second, at a load of 100")
-    parser.add_argument("--texts", type=float, default=8.0, help="to embed per second, at a load of 100")
+    parser.add_argument("--loads", type=int, nargs="+", default=[50, 100, 200], help="percentages of the rates")
+    parser.add_argument("--chats", type=float, default=0.5, help="chats per second, at a load of 100")
+    parser.add_argument("--texts", type=float, default=8.0, help="texts to embed per second, at a load of 100")
     parser.add_argument("--words", type=int, nargs="+", default=[10, 60, 200], help="lengths of prompts and texts")
     parser.add_argument("--texts-per-request", type=int, default=4)
     parser.add_argument("--reply-tokens", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds that late requests may take more")
-    parser.add_argument("--target-ms", type=float, default=100.0, help="grit serve's aim between tokens")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds that late requests may take in addition")
+    parser.add_argument(
+        "--target-ms", type=float, default=100.0, help="grit serve's target for the time between tokens"
+    )
     parser.add_argument("--peer-batching", action="store_true", help="transformers serve --continuous-batching")
-    parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
+    parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args(argv)
     quiet()
     from python_model.corpora.small_model import resolve_model
@@ -370,9 +372,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     {"variant": name, "load_per_cent": per_cent, "note": f"not installed: {', '.join(missing)}"}
                 )
             else:
-                # a server of its own for each load: memory and what is kept start alike
+                # a new server for each load, so that memory and caches start alike
                 with SYSTEMS[name](arguments, checkpoint) as running:
-                    asyncio.run(load(running, arguments, 100, 5.0, seed=1))  # warms up
+                    asyncio.run(load(running, arguments, 100, 5.0, seed=1))  # warm-up
                     found = asyncio.run(load(running, arguments, per_cent, arguments.seconds, seed=2))
                     rows.append(row(name, per_cent, found, running.peak_memory(), arguments))
             print(table(rows[-1:], [c for c in rows[-1] if c not in ("dtype", "threads", "reply_tokens")]), flush=True)

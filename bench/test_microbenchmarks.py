@@ -3,10 +3,10 @@
     python -m pytest bench --benchmark-only -k "decode and grit"
     python -m pytest bench --benchmark-only --benchmark-save mine      # later: --benchmark-compare
 
-For looking closely at one kernel and comparing two commits. It runs a peer to its end before the next begins, so on a machine
-that drifts its ratios drift, too: the committed ratios come from ``python -m bench``, which takes turns. A CUDA device is used
-where there is one. No time is asserted; a peer's result is compared with this package's before it is timed, and what a peer does
-not support or this machine does not have is skipped with the reason.
+Meant for a close look at one kernel and for comparing two commits. Each peer runs to its end before the next begins, so on a
+machine that drifts, the ratios drift as well: committed ratios come from ``python -m bench``, where variants take turns. A CUDA
+device is used if there is one. No time is asserted; a peer's result is compared with this package's before it is timed, and
+what a peer does not support or this machine does not have is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPE = torch.bfloat16
 
 
 def timed(benchmark: Any, op: str, shape: str, peer: str, run: Callable[[], Any], **facts: Any) -> None:
-    """Time ``run`` until the device has done it; all peers of an op and shape are one group of the table."""
+    """Time ``run`` until the device is done; all peers of an op and shape form one group of the table."""
     wait = synchronizer(DEVICE)
 
     def whole() -> None:

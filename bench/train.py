@@ -141,7 +141,7 @@ def make(name: str, path: str, batch: Batch, bf16: bool = True) -> tuple[Callabl
 
 
 def memory_growth(name: str, seed: int) -> float:
-    """MiB that the peak resident set grows by in one step of a fresh process that has done a tiny one."""
+    """Growth of the peak resident set (MiB) in one step of a fresh process, after a tiny one."""
     run = subprocess.run(
         [sys.executable, "-m", "bench.train", "--memory-of", name, "--seed", str(seed)],
         capture_output=True,
@@ -155,7 +155,7 @@ def memory_growth(name: str, seed: int) -> float:
 def _measure_memory(name: str, seed: int) -> None:
     batch = make_batch(seed, 2, 1, 0.1)
     step, _ = make(name, str(resolve_model("smollm2-135m")), batch)
-    step()  # gradients and thread pools have been there from here on
+    step()  # from here on, gradients and thread pools exist
     before = common.peak_resident_bytes()
     real = make_batch(seed)
     batch.queries[:], batch.passages[:], batch.conversations[:] = real.queries, real.passages, real.conversations
@@ -167,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", default="train_cpu.json", help="file in bench/results")
+    parser.add_argument(
+        "--record", default="train_cpu.json", help="JSON file, a bare name goes into bench/results/KIND"
+    )
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     quiet()

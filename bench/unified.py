@@ -4,14 +4,14 @@
     python -m bench.unified --shape 1b --queries 2 --conversations 1 --scale 0.1
 
 A batch has queries of up to 256 tokens, two passages of up to 2048 per query (bidirectional, pooled) and conversations of up to
-2048 tokens (causal, next-token loss on their second half); real lengths are 40 to 100 % of those. Timed in turn, in bfloat16:
+2048 tokens (causal, next-token loss on their second half); actual lengths are 40 to 100 % of those. Timed in turn, in bfloat16:
 
 * forward: ``packed``, the patched model on one pack; ``three padded passes``, unpatched transformers with sdpa, one pass each for
   queries, passages and conversations
-* step: the same with both losses, backward pass and gradient checkpointing; no optimiser. ``packed`` takes this package's
-  pooling and losses, the padded passes what the public implementation does: masked mean, scores, full logits
+* step: the same with both losses, backward pass and gradient checkpointing; no optimiser. ``packed`` uses this package's
+  pooling and losses, the padded passes those of the public implementation: masked mean, scores, full logits
 
-Speeds are reported after both gave the same losses. FLOPs are 2 (forward) or 6 (step) per weight and real token.
+Speeds are reported only after both gave the same losses. FLOPs are 2 (forward) or 6 (step) per weight and real token.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ Losses = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 
 
 def step(model: Any, losses: Losses, batch: Batch) -> tuple[float, float]:
-    """Gradients of the sum of both losses; they are dropped again."""
+    """Gradients of the sum of both losses, which are then discarded."""
     model.train()
     contrastive, generative = losses(model, batch)
     (contrastive + generative).backward()
@@ -168,7 +168,7 @@ def measure(plain: Any, batch: Batch, device: str, repeats: int) -> list[dict[st
         raise AssertionError(f"the losses differ: {values}; no speed is reported")
 
     def peak(run: Callable[[], Any]) -> float | None:
-        """MiB above what is there before, on a GPU."""
+        """MiB above what was allocated before, on a GPU."""
         if device != "cuda":
             return None
         torch.cuda.synchronize()
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--conversations", type=int, default=4)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all lengths")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--record", help="file for the record; a bare name lands in bench/results")
+    parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     plain = random_model(arguments.shape, device=arguments.device, dtype=torch.bfloat16)

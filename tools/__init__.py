@@ -1,1 +1,1 @@
-"""What maintains the repository: none of it is installed."""
+"""Programs that maintain the repository; none of them is installed."""

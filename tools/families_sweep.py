@@ -1,4 +1,4 @@
-"""Every causal decoder of the installed transformers, tried as patch() tries an unlisted one: admitted, or refused with a reason.
+"""Tries every causal decoder of the installed transformers as patch() tries an unlisted one: admitted, or refused with a reason.
 
     python -m tools.families_sweep
 
@@ -27,20 +27,20 @@ LAYERS = 8
 """Enough for every pattern of kinds; building the default number takes an hour."""
 HYBRID = {"layer_types": ["conv", "full_attention"] * 4, "num_hidden_layers": 8}
 REPRESENTATIVE: dict[str, dict[str, Any]] = {"lfm2": HYBRID, "lfm2_moe": HYBRID}
-"""Where the default config is no model that people use: LFM2's has no convolution."""
+"""Changes where the default config is not of a model that people use: LFM2's has no convolution."""
 COMPLETE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-"""What some default configs leave open and every checkpoint's says."""
+"""Values that some default configs leave open and every checkpoint's config sets."""
 
 WRONG = (
     *("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint", "qwen3_next", "qwen3_5_text"),
     *("qwen3_5_moe_text", "lfm2", "lfm2_moe", "lfm3", "olmo_hybrid", "nemotron_h", "minimax", "bamba", "jamba"),
     *("granitemoehybrid", "llama4_text"),
 )
-"""Types that attention as patch() has it computes wrongly: sinks, states carried across a pack, chunked layers."""
+"""Types whose attention patch() would compute wrongly: sinks, states carried across a pack, chunked layers."""
 
 
 def representative_model(model_type: str) -> Any:
-    """The model of a type with the config that its checkpoints are like, without memory for weights."""
+    """The model of a type, with a config like that of its checkpoints and without memory for weights."""
     changes = REPRESENTATIVE.get(model_type, {})
     config = transformers.AutoConfig.for_model(model_type, **changes)
     if not changes and getattr(config, "num_hidden_layers", 0) > LAYERS:
@@ -59,13 +59,13 @@ def _built(config: Any) -> Any:
         config.head_dim = config.hidden_size // heads
     for name in DROPOUT:
         if given.get(name):
-            setattr(config, name, 0.0)  # as for inference; patch() refuses it by name
+            setattr(config, name, 0.0)  # as in inference; patch() refuses it by name
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def tried(model_type: str) -> proof.Verdict:
-    """What patch() finds out about a type."""
+    """The verdict of patch() on a type."""
     try:
         model = representative_model(model_type)
     except Exception as error:

@@ -64,7 +64,7 @@ with the unpatched model with its window lifted for bidirectional samples.
 
 
 def declared_pairs(module: ModuleType) -> set[Pair]:
-    """(feature, family) of every marked test of ``module``, read off its markers without running anything."""
+    """(feature, family) of every marked test of ``module``, from its markers, without running anything."""
     pairs: set[Pair] = set()
     for function in vars(module).values():
         marks = list(getattr(function, "pytestmark", []))
@@ -90,7 +90,7 @@ def committed_pairs() -> set[Pair]:
 
 
 class _Recorder:
-    """pytest plugin: outcome of every (feature, family)."""
+    """A pytest plugin that collects the outcome of every (feature, family)."""
 
     def __init__(self) -> None:
         self.marked: dict[str, list[Pair]] = {}
@@ -108,7 +108,7 @@ class _Recorder:
 
 
 def render(passed: dict[Pair, bool], families: Iterable[str]) -> str:
-    """The Markdown table; rows in the order in which the tests stand."""
+    """The Markdown table, with rows in the order of the tests."""
     columns = list(families)
     lines = ["| | " + " | ".join(f"`{family}`" for family in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(name for name, _ in passed):

@@ -1,10 +1,10 @@
-"""python_model/support/constraints.txt: the versions that are tested, for Python 3.10 to 3.14.
+"""Writes python_model/support/constraints.txt: the tested versions, for Python 3.10 to 3.14.
 
     python -m tools.lock            (make lock)
 
 uv resolves every extra of pyproject.toml and the build tools for all Pythons and platforms at once, with the installed torch.
-torch itself and what only it brings (Triton, CUDA's libraries) stay out: the user chooses them by choosing a torch, and a
-constraint on them could only replace that choice. The header names those that were tested, for `grit doctor`.
+torch itself and what only it depends on (Triton, CUDA's libraries) are left out: the user chooses them by choosing a torch, and a
+constraint could only override that choice. The header names the tested ones, for `grit doctor`.
 """
 
 from __future__ import annotations

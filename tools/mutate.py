@@ -1,20 +1,20 @@
-"""How many small changes of the code do the tests notice?
+"""How many small changes to the code do the tests notice?
 
     python -m tools.mutate                              (make mutate)
     python -m tools.mutate --only grit_kernels/hf       the part of the draw in one folder
-    python -m tools.mutate --survivors                  try those again that nothing noticed
+    python -m tools.mutate --survivors                  retry those that no test noticed
     python -m tools.mutate --map "cpu tests/bench"      one piece of the coverage map
 
-A fixed seed draws mutants (one small edit each, see tools/mutate_sites.py) from the Python packages, every folder in
+A fixed seed draws mutants (one small edit each, see tools/mutate_sites.py) from the Python packages, each folder in
 proportion to what can be changed in it, and from csrc/cpu. Each is made in a copy of the tree, and the tests that run its line
-(see tools/mutate_map.py) run until one fails; an end by a signal or by the time limit counts as noticed as well. csrc/cpu is
-rebuilt for the portable instruction set without optimisation, so its draw is the same on every CPU and leaves out what only
+(see tools/mutate_map.py) run until one fails; ending by a signal or at the time limit counts as noticed, too. csrc/cpu is
+rebuilt for the portable instruction set without optimisation, so its draw is the same on every CPU and leaves out code that only
 other sets compile.
 
-The order of the draw is random: its first n mutants, when it is stopped early, are a sample as well. Everything lies in
-build/mutate, and a run goes on where the last one stopped. The coverage map there is made once, piece by piece, of the sources
-as they are then; delete build/mutate/map for a new one. A mutant that no test can notice, because it computes the same, is
-written with its reason into tools/mutate_equivalent.jsonl and counted apart.
+The order of the draw is random, so if a run is stopped early, its first n mutants are a sample as well. Everything is kept in
+build/mutate, and a run resumes where the last one stopped. The coverage map there is made once, piece by piece, from the
+sources at that time; delete build/mutate/map for a new one. A mutant that no test can notice, because it computes the same, is
+listed with the reason in tools/mutate_equivalent.jsonl and counted separately.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EQUIVALENT = Path(__file__).parent / "mutate_equivalent.jsonl"
 
 @dataclass(frozen=True)
 class Mutant:
-    """An edit with the folder it is counted under and a name that stays while its file does."""
+    """An edit with the folder it is counted under and a name that is stable while its file is unchanged."""
 
     key: str
     folder: str
@@ -106,7 +106,7 @@ def python_mutants(root: Path) -> dict[str, list[Mutant]]:
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """The files that git knows and the compiled library, with their times; compiled to bytecode once."""
+    """Copy the files that git knows and the compiled library, with their times; compile to bytecode once."""
     shutil.rmtree(target, ignore_errors=True)
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True
@@ -144,7 +144,7 @@ def run_tests(
         child = subprocess.Popen(
             command, cwd=tree, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        # should this process be killed, the child ends too
+        # if this process is killed, the child ends too
         resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit)))
         for _ in range(math.ceil(limit)):
             try:
@@ -213,7 +213,7 @@ class Trial:
 
 
 def wilson(noticed: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share."""
+    """The 95 % confidence interval of a share."""
     if not count:
         return 0.0, 1.0
     share = noticed / count
@@ -223,7 +223,7 @@ def wilson(noticed: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def report(rows: Iterable[dict[str, object]], equivalent: set[str]) -> str:
-    """Scores with their intervals, per folder and in all, and what nothing noticed."""
+    """Scores with their intervals, per folder and overall, and the mutants that no test noticed."""
     rows = list(rows)
     counted = [row for row in rows if row["key"] not in equivalent]
     lines = []
@@ -258,7 +258,7 @@ def known_equivalent(path: Path = EQUIVALENT) -> set[str]:
 def try_all(
     mutants: list[Mutant], trials: Sequence[Callable[[Mutant], Verdict]], log: JsonLines, partial: bool = False
 ) -> None:
-    """Every mutant once, by as many threads as there are trials; a row for each is on the disk when it is decided."""
+    """Try every mutant once, with a thread per trial; each one's row is on disk as soon as it is decided."""
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
         waiting.put(mutant)
@@ -311,19 +311,21 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("--count", type=int, default=400, help="mutants of the draw")
     parser.add_argument("--cpp", type=int, default=50, help="how many of them in csrc/cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="FOLDER", default="", help="of the draw, what lies in this folder")
+    parser.add_argument("--only", metavar="FOLDER", default="", help="only the part of the draw in this folder")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
-    parser.add_argument("--seconds", type=float, default=60, help="tests per mutant, by what they took for the map")
-    parser.add_argument("--survivors", action="store_true", help="try again what nothing noticed")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="limit for the tests of a mutant, by their time for the map"
+    )
+    parser.add_argument("--survivors", action="store_true", help="retry the mutants that no test noticed")
     parser.add_argument(
         "--map", metavar="TEXT", help="only run the pieces 'MODE PATH' of the map that contain this text"
     )
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="use the pieces of the map that are there; a later run tries again what then was not noticed",
+        help="use only the existing pieces of the map; a later run retries what was not noticed",
     )
-    parser.add_argument("--report", action="store_true", help="only print what is known")
+    parser.add_argument("--report", action="store_true", help="only print the results so far")
     options = parser.parse_args(arguments)
     work = root / "build" / "mutate"
     if options.map is not None:

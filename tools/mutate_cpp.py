@@ -1,7 +1,7 @@
 """The part of tools/mutate.py for csrc/cpu: what can be changed, how it is rebuilt, which tests run.
 
-One instruction set is built, the portable one, without optimisation: its lines are the same on every CPU. Coverage does not know
-the lines of a compiled library, so its tests are those of the folder that the source's name says.
+One instruction set is built, the portable one, without optimisation: its lines are the same on every CPU. Coverage does not see
+the lines of a compiled library, so a source's tests are those in the folder that its name indicates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which tests run a line: every test once, under coverage with a context per test (see tools/mutate.py).
 
-The tests run in pieces, a folder each, as they are (``cpu``) and in Triton's interpreter (``interpret``); a piece that is
-there is not run again. What a test does in processes that it starts counts as its own.
+The tests run in pieces, a folder each, as they are (``cpu``) and in Triton's interpreter (``interpret``); an existing
+piece is not run again. What a test does in child processes counts as its own.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def environment(tree: Path, mode: str) -> dict[str, str]:
 
 
 def pytest_command(*arguments: str) -> list[str]:
-    """One process, without the files that pytest keeps."""
+    """Options for one process that leaves no files of pytest's own."""
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.mutate_plugin", *arguments]
 
 
 def pieces(tree: Path) -> list[tuple[str, str]]:
-    """(mode, path of tests); what the interpreter runs is little, so it is divided by package only."""
+    """(mode, path of tests); the interpreter runs few tests, so they are divided only by package."""
     paths: dict[str, list[Path]] = {mode: [] for mode in MODES}
     for package in sorted((tree / "tests").iterdir()):
         inside = sorted(package.iterdir()) if package.is_dir() else []
@@ -59,7 +59,7 @@ def measure(tree: Path, folder: Path, name: str, mode: str, paths: Sequence[str]
     environ = environment(tree, mode) | {DURATIONS: str(folder / f"{name}.json")} | dict(variables)
     with open(folder / f"{name}.log", "w") as log:
         run = subprocess.run(pytest_command(*paths), cwd=tree, env=environ, stdout=log, stderr=subprocess.STDOUT)
-    if run.returncode not in (0, 1, 5):  # all passed, some failed, none was there
+    if run.returncode not in (0, 1, 5):  # all passed, some failed, there were none
         raise RuntimeError(f"coverage map: pytest {' '.join(paths)} ended with {run.returncode}, see {log.name}")
 
 
@@ -72,7 +72,7 @@ def run_piece(tree: Path, folder: Path, mode: str, path: str) -> None:
         stale.unlink()
     site, settings = folder / "site", folder / f"{name}.coveragerc"
     site.mkdir(parents=True, exist_ok=True)
-    # every Python process that finds this module measures itself
+    # a Python process that finds this module measures its own coverage
     (site / "sitecustomize.py").write_text("import coverage\n\ncoverage.process_startup()\n")
     settings.write_text(
         f"[run]\nsource =\n    {tree / 'grit_kernels'}\n    {tree / 'python_model'}\n"
@@ -95,7 +95,7 @@ class Map:
         """Passing tests that run the edit's line; what runs on import is watched by the tests of its function or file."""
         if not edit.on_import:
             found = set(self.lines.get((mode, edit.file, edit.line), ()))
-            # a statement of several lines is counted at its first one
+            # a statement of several lines counts at its first
             line = edit.line
             while not found and edit.scope and line > edit.scope[0]:
                 line -= 1
@@ -110,7 +110,7 @@ class Map:
 
     def choose(self, mode: str, edit: Edit, budget: float) -> list[str]:
         """The tests for an edit, at most ``budget`` seconds of them but always one: those that run its line, cheap ones first,
-        then others of the same files, which may share what a covering test set up. Grouped by file."""
+        then others of the same files, which may share a covering test's set-up. Grouped by file."""
         seconds = self.seconds[mode]
         covering = sorted(self.covering(mode, edit), key=lambda test: (seconds[test], test))
         files = {test.split("::")[0] for test in covering}

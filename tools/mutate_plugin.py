@@ -1,7 +1,7 @@
-"""A pytest plugin of tools/mutate.py: for the coverage map, it tells coverage which test runs and writes how long each took; for
-a mutant, it runs the chosen tests in the chosen order.
+"""The pytest plugin of tools/mutate.py: for the coverage map, it tells coverage which test is running and records how long each
+took; for a mutant, it runs the chosen tests in the chosen order.
 
-A process that a test starts is measured as well: coverage's configuration takes its context from the environment.
+Child processes of a test are measured as well: coverage's configuration takes its context from the environment.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 CONTEXT, DURATIONS, SELECTED = "MUTATE_CONTEXT", "MUTATE_DURATIONS", "MUTATE_SELECTED"
-"""Variables: the test that runs now; the file for the durations; the file with the chosen tests."""
+"""Environment variables: the running test; the file for the durations; the file with the chosen tests."""
 
 _seconds: dict[str, float] = {}
 _not_passed: set[str] = set()
 
 
 def _used() -> float:
-    """CPU seconds of this process and of those that it has waited for: what a test costs on a busy machine too."""
+    """CPU seconds of this process and of the children it has waited for: the cost of a test, even on a busy machine."""
     return sum(os.times()[:4])
 
 

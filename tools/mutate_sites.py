@@ -1,7 +1,7 @@
 """What can be changed in a source file: small edits that a test should notice (see tools/mutate.py).
 
-Python is changed by its syntax tree. Left out is what no result depends on: annotations, decorators, docstrings, the texts of
-messages, imports, ``__main__`` blocks. C++ is changed token by token, in the lines that the preprocessor keeps.
+Python is edited through its syntax tree, leaving out what no result depends on: annotations, decorators, docstrings, the texts of
+messages, imports, ``__main__`` blocks. C++ is edited token by token, in the lines that the preprocessor keeps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace ``before``, which stands at character ``start`` of ``file``, by ``after``."""
+    """Replace ``before``, at character ``start`` of ``file``, with ``after``."""
 
     file: str
     line: int
@@ -88,7 +88,7 @@ MESSAGES = {
     "TypeVar",
     "cast",
 }
-"""Calls whose arguments are texts for people, or declarations."""
+"""Calls whose arguments are texts for readers, or declarations."""
 
 
 def python_edits(file: str, source: str) -> list[Edit]:
@@ -136,7 +136,7 @@ def _changes(tree: ast.Module) -> Iterator[Change]:
         for after, operator in _replacements(node):
             yield node, after, operator, scope, on_import
         for condition in [node.test] if isinstance(node, ast.If) else getattr(node, "ifs", []):
-            if not isinstance(condition, (ast.Compare, ast.UnaryOp)):  # these have an opposite of their own
+            if not isinstance(condition, (ast.Compare, ast.UnaryOp)):  # these have opposites of their own
                 yield condition, f"(not ({ast.unparse(condition)}))", "condition negated", scope, on_import
         if isinstance(node, ast.Raise):
             return
@@ -273,7 +273,7 @@ def _blank(line: str) -> str:
 
 
 def live_lines(preprocessed: str, root: Path) -> dict[str, set[int]]:
-    """Lines that ``g++ -E`` kept of each file below ``root``, by the line markers of its output."""
+    """Lines of each file below ``root`` that ``g++ -E`` kept, by the line markers of its output."""
     kept: dict[str, set[int]] = {}
     file: str | None = None
     number = 0

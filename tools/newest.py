@@ -1,4 +1,4 @@
-"""Everything but torch at its newest, in a folder of its own: what differs from the lock, the tests, a demo of two steps.
+"""Installs the newest of everything but torch in a folder of its own; reports differences from the lock, runs tests and a demo.
 
 python -m tools.newest [--torch torch==2.13.0] [--jobs 2]            (make test-newest)
 """
@@ -26,13 +26,13 @@ def pip(*arguments: str) -> str:
 
 
 def install(torch: str) -> None:
-    """torch as given, then the newest of the rest, which may not replace torch or what it brought."""
+    """Install torch as given, then the newest of the rest, which must not replace torch or its dependencies."""
     if not PYTHON.exists():
         venv.create(FOLDER, with_pip=True)
     pip("install", "--quiet", "--upgrade", "pip")
     pip("install", "--quiet", torch)
     pins = [line for line in pip("freeze").splitlines() if CHOSEN_BY_TORCH.match(line)]
-    # a wheel of a file or of another index is frozen as "torch @ file:..": its version is what must stay
+    # a wheel from a file or another index is frozen as "torch @ file:.."; its version must stay
     pins += [f"torch=={re.search(r'^Version: (.*)$', pip('show', 'torch'), re.MULTILINE)[1]}"]  # type: ignore[index]
     constraints = FOLDER / "torch.txt"
     constraints.write_text("\n".join(pins) + "\n")

@@ -1,4 +1,4 @@
-"""The drawings of docs/visibility.md, made by the rule that they show.
+"""Draws the masks of docs/visibility.md with the rule that they show.
 
     python -m tools.pages
 
@@ -57,7 +57,7 @@ def drawings() -> str:
 
 
 def visibility_page(current: str) -> str:
-    """The page with its drawings (everything between the two markers) renewed."""
+    """The page with its drawings (everything between the two markers) redrawn."""
     before, _, after = current.split(MARKER)
     return f"{before}{MARKER}\n{drawings()}{MARKER}{after}"
 

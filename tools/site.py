@@ -1,4 +1,4 @@
-"""What the site needs beside mkdocs.yml: the plots of bench/results, which lie outside of docs/, and docstrings as Markdown."""
+"""What the site needs beside mkdocs.yml: the plots of bench/results, which are outside docs/, and docstrings as Markdown."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 class Roles(Extension):
-    """Docstrings name things as Sphinx does, :func:`pool`; in Markdown that is code."""
+    """Docstrings refer to names as Sphinx does, :func:`pool`; in Markdown this becomes code."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        """Rewrite the docstring of everything that is read."""
+        """Rewrite every docstring that is read."""
         if obj.docstring:
             obj.docstring.value = re.sub(r":(?:class|func|meth|mod|data|attr):(?=`)", "", obj.docstring.value)

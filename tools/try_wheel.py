@@ -39,11 +39,11 @@ print("Python", platform.python_version(), "torch", torch.__version__, "transfor
 
 
 def attempt(wheel: Path, python: str, torch: str) -> str:
-    """Install and use ``wheel``; what it printed, or its last line before it failed."""
+    """Install and use ``wheel``; returns what it printed, or the last line before it failed."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         scripts = Path(folder, "bin")
-        # pip needs no more than this, and a build would stop for want of a compiler
+        # all that pip needs; a build would fail for lack of a compiler
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC", "VIRTUAL_ENV")}
         environment |= {"PATH": str(scripts), "HOME": folder}
         steps = [
@@ -63,7 +63,7 @@ def attempt(wheel: Path, python: str, torch: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.try_wheel", description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path, nargs="?")
-    parser.add_argument("--use", action="store_true", help="no wheel: use what is installed here")
+    parser.add_argument("--use", action="store_true", help="no wheel: use the package installed here")
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--torch", nargs="+", default=["torch==2.13.0"], help="requirements")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""``make demo``: one set of weights learns to search and goes on chatting, in minutes on a laptop's CPU.
+"""``make demo``: one set of weights learns to search and can still chat, in minutes on a laptop's CPU.
 
 Trains SmolLM2-135M jointly (contrastive and next-token loss, packed without padding) on the bundled sample and measures it
 before and after on rows held out from training: retrieval beside BM25, next-token loss, five searches, two chats, an answer from
-a document that was found. Writes ``results.json``, ``loss.png``, ``log.jsonl`` and the trained checkpoint to the output folder.
+a retrieved document. Writes ``results.json``, ``loss.png``, ``log.jsonl`` and the trained checkpoint to the output folder.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ STEPS = 60
 """One epoch of the sample's triples."""
 SEARCHES = 5
 DRAW_SEED = 0
-"""Of what is shown; it does not follow the seed of the training, so that runs show the same searches and chats."""
+"""Seed of the examples shown; independent of the training seed, so that all runs show the same searches and chats."""
 REPLY_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on the held-out rows."""
+    """Measurements of a model on the held-out rows."""
 
     scores: dict[str, Any]
     """Retrieval metrics and ``next_token_loss``."""
     ranks: list[int]
-    """Of each query's right passage."""
+    """Rank of each query's relevant passage."""
     corpus: Tensor
     """(passages, size) embeddings."""
 
@@ -71,7 +71,7 @@ def measure(model: GritLM, sample: HeldOut) -> Measured:
 
 
 def draw_searches(rows: Sequence[EmbeddingRow], count: int) -> list[int]:
-    """Indices of ``count`` rows, of each kind (data set) in turn, drawn without looking at what a model makes of them."""
+    """Indices of ``count`` rows, of each kind (data set) in turn, drawn regardless of how a model does on them."""
     generator = random.Random(DRAW_SEED)
     kinds: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
@@ -132,7 +132,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     chats: list[dict[str, str]] = [{"question": question, "before": chat(model, [question])} for question in questions]
     print(report.measured(before.scores), flush=True)
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the plan of the memory and the like: the bar says enough here
+    with contextlib.redirect_stdout(io.StringIO()):  # no memory plan and the like: the bar says enough here
         stream = open_stream(config.data, config.batch, model.tokenizer, settings=model.settings, seed=config.seed)
         trainer = Trainer(model, config, stream)
         records = trainer.train()
@@ -209,9 +209,11 @@ def demo_config(output_dir: str, steps: int = STEPS, seed: int = 0, model: str =
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit demo``."""
     parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint to start from; the default is the small model")
-    parser.add_argument("--output-dir", default="demo_output", help="for the checkpoint, the figures and the plot")
+    parser.add_argument(
+        "--output-dir", default="demo_output", help="folder for the checkpoint, the figures and the plot"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     parser.add_argument("--started", type=float, help="Unix time at which the installation began, to report it as well")
 
 

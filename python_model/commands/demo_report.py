@@ -1,4 +1,4 @@
-"""What ``grit demo`` prints, as lines of at most 80 columns, from what it measured."""
+"""What ``grit demo`` prints about its measurements, in lines of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def opening(queries: int, passages: int, conversations: int) -> str:
 
 
 def measured(scores: dict[str, Any]) -> str:
-    """One line on a model."""
+    """One line about a model."""
     return f"  nDCG@10 {scores['ndcg_at_10']:.3f}   next-token loss {scores['next_token_loss']:.3f}"
 
 
@@ -31,7 +31,7 @@ def both_better(results: dict[str, Any]) -> bool:
 
 
 def lines(results: dict[str, Any], folder: str, since: float | None = None) -> list[str]:
-    """Everything after the training. ``since``: seconds from the beginning of the installation."""
+    """Everything after the training. ``since``: seconds since the installation began."""
     return [
         *_table(results),
         *_searches(results),
