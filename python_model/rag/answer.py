@@ -199,8 +199,8 @@ class RAG:
         total = before + len(prompt) + max_new_tokens
         if total > self.max_length:
             raise ValueError(
-                f"max_length: got {self.max_length}, but question, documents and reply take {total} tokens "
-                f"({before} cached, {len(prompt)} in the prompt, {max_new_tokens} new); nothing is cut silently: "
+                f"max_length: expected at least {total} tokens for question, documents and reply ({before} cached, "
+                f"{len(prompt)} in the prompt, {max_new_tokens} new), got {self.max_length}; nothing is truncated silently: "
                 "use fewer or shorter documents"
             )
         seconds["states"] = time.perf_counter() - start
@@ -354,8 +354,8 @@ class RAG:
         sample = self.model.formatter.text(prefix, text, self.max_length, add_special_tokens=bos, suffix=False)
         if sample.truncated:
             raise ValueError(
-                f"max_length: got {self.max_length}, but a text is longer ({text[:60]!r}..); nothing is cut silently: "
-                "split it into shorter documents"
+                f"max_length: expected room for the whole text ({text[:60]!r}..), got {self.max_length}; nothing is truncated "
+                "silently: split it into shorter documents"
             )
         return sample.input_ids
 

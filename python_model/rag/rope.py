@@ -39,8 +39,8 @@ def frequencies(model: GritLM) -> Tensor:
     kind = getattr(rotary, "rope_type", "default")
     if inverse is None or kind not in STATIC_ROPE_TYPES:
         raise ValueError(
-            f"model: cached keys cannot be moved with rotary embeddings of type {kind if inverse is not None else None!r}; "
-            f"accepted are {', '.join(map(repr, STATIC_ROPE_TYPES))}"
+            f"model: expected rotary embeddings of type {', '.join(map(repr, STATIC_ROPE_TYPES))} to move cached keys, "
+            f"got {kind if inverse is not None else None!r}"
         )
     return inverse.detach().double()
 

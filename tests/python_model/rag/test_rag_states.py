@@ -119,7 +119,7 @@ def test_rotary_embeddings_that_change_with_the_length_are_refused(
     model: GritLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.decoder[0].rotary_emb, "rope_type", "dynamic")
-    with pytest.raises(ValueError, match="type 'dynamic'; accepted are 'default'"):
+    with pytest.raises(ValueError, match="expected rotary embeddings of type 'default'.*got 'dynamic'"):
         rope.frequencies(model)
 
 
