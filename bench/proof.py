@@ -196,7 +196,7 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
         "mode": run.mode,
         "seed": run.seed,
         "steps": config.steps,
-        "config": config.to_dict(),
+        "config": _settings(config),
         "measured_on": measure.described(),
         **measure.everything(model, run.mode),
         "curve": curve,
@@ -206,6 +206,20 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
             for r in log
         ],
     }
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What a run was made with, without where its data and states lay."""
+    found = config.to_dict()
+    del found["output_dir"], found["data"]["train_data"]
+    return found
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """JSON with a line per entry: thousands of ranks are no lines to read."""
+    write_text(
+        path, "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()) + "\n}\n"
+    )
 
 
 def baseline(plan: Plan, measure: Measure, data: Path, output: Path) -> dict[str, Any]:
@@ -285,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except Interrupted as reason:
                 print(f"proof: {reason}", file=sys.stderr)
                 raise SystemExit(143) from None
-            write_json(file, {"machine": common.machine(), **record})
+            write_record(file, {"machine": common.machine(), **record})
     found = records(arguments.records)
     write_text(arguments.records / "table.md", table(found))
     plot(found, arguments.records / "proof.png")

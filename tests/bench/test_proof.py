@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     monkeypatch.setattr(proof, "run_one", lambda run, *rest: trained.append(run.name) or run_one(run, *rest))
     proof.main(arguments)
     assert trained == ["embedding-0", "generative-0", "embedding-double-0", "generative-double-0"]
+    for path in (tmp_path / "records").glob("*.json"):  # where data and states lay is nobody else's business
+        assert not any(str(tmp_path / folder) in path.read_text() for folder in ("out", "data"))
     records = {record["name"]: record for record in proof.records(tmp_path / "records")}
     assert len(records["unified-0"]["ranks"]) == 6 and len(records["unified-0"]["matches"]) == 8
     assert sorted(map(int, records["unified-0"]["curve"])) == [1, 2, 3, 4]
@@ -111,6 +114,13 @@ def test_the_table_sets_unified_against_the_specialist_per_set() -> None:
     assert "| unified-0 | 5 | 0.500 | 2.000 | - |" in lines
     assert next(line for line in lines if line.startswith("| a |")).startswith("| a | 2 | 0.750 | 1.000 | -25.0%")
     assert next(line for line in lines if line.startswith("| b |")).startswith("| b | 1 | 0.000 | 1.000 | -100.0%")
+
+
+@needs_source_tree
+def test_no_committed_record_names_a_folder_of_a_machine() -> None:
+    for path in proof.common.RESULTS.rglob("*.json"):
+        found = re.findall(r'"(?:/|[A-Z]:\\\\)[^"]*"', path.read_text(encoding="utf-8"))
+        assert not found, f"{path}: {found[0]}"
 
 
 @needs_source_tree
