@@ -1,0 +1,52 @@
+"""The token cache gives what the tokenizer would, and belongs to what determines the ids."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from python_model.data.token_cache import tokenizer_fingerprint
+from tests.python_model.data.streams import config_of, stream_of
+
+
+def test_cached_samples_are_those_that_were_encoded(tokenizer: Any, tmp_path: Path) -> None:
+    for changes in (
+        {},
+        {"attn": "bbbc"},
+        {"attn": "bbil", "format": "zephyr"},
+        {"generative_max_len": 40, "max_left_out": 0.5},
+    ):
+        plain = stream_of(config_of(**changes), tokenizer)
+        cached = stream_of(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
+        again = stream_of(config_of(token_cache=str(tmp_path / "tokens"), **changes), tokenizer)
+        expected = [plain[step] for step in range(3)]
+        assert [cached[step] for step in range(3)] == expected == [again[step] for step in range(3)]
+        first, second = cached.encoder.cache, again.encoder.cache
+        assert first is not None and second is not None
+        assert first.misses > 0 == second.misses and second.hits == first.hits + first.misses
+
+
+def test_a_file_that_is_no_token_cache_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("something else" * 100)
+    with pytest.raises(ValueError, match="token_cache: cannot use .*tokens .*delete it or name another"):
+        stream_of(config_of(token_cache=str(file)), tokenizer)[0]
+
+
+def test_cached_tokens_belong_to_what_determines_the_ids_and_to_nothing_else(tokenizer: Any) -> None:
+    """A call with padding and truncation leaves both in the tokenizer's state; the next run must find its texts all the same."""
+    other = copy.deepcopy(tokenizer)
+    before = tokenizer_fingerprint(other)
+    other(["a text", "a text that is longer"], padding="max_length", truncation=True, max_length=5)
+    assert json.loads(other.backend_tokenizer.to_str())["truncation"] is not None
+    assert tokenizer_fingerprint(other) == before
+    other.bos_token = "</s>"
+    assert tokenizer_fingerprint(other) != before
+    other.bos_token = "<s>"
+    assert tokenizer_fingerprint(other) == before
+    other.add_tokens(["capital of"])
+    assert tokenizer_fingerprint(other) != before
