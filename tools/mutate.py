@@ -40,7 +40,7 @@ from pathlib import Path
 
 from python_model.support.resume import JsonLines
 from tools import mutate_cpp
-from tools.mutate_map import MODES, Map, environment, pieces, pytest_command, read_map, run_piece
+from tools.mutate_map import MODES, PORTABLE, Map, environment, pieces, pytest_command, read_map, run_piece
 from tools.mutate_plugin import SELECTED
 from tools.mutate_sites import Edit, python_edits
 
@@ -201,11 +201,13 @@ class Trial:
         return Verdict("survived" if ran else "no test", tests=ran)
 
     def _cpp(self, edit: Edit) -> Verdict:
+        tests = mutate_cpp.choose(self.tests, edit.file, self.budget)
+        if not tests:
+            return Verdict("no test")
         library = mutate_cpp.build(self.tree)
         if library is None:
             return Verdict("noticed", "does not compile")
-        tests = mutate_cpp.choose(self.tests, edit.file, self.budget)
-        limit = self._limit("portable", tests)
+        limit = self._limit(PORTABLE, tests)
         return run_tests(self.tree, "cpu", tests, limit, {"GRIT_KERNELS_LIBRARY": str(library)})
 
     def _limit(self, mode: str, tests: Iterable[str]) -> float:
@@ -362,7 +364,7 @@ def make_map(root: Path, work: Path, text: str) -> None:
     for mode, path in pieces(tree):
         if text in f"{mode} {path}":
             run_piece(tree, work / "map", mode, path)
-    if text in mutate_cpp.MODE and (root / mutate_cpp.FOLDER).exists():
+    if text in PORTABLE and (root / mutate_cpp.FOLDER).exists():
         mutate_cpp.run_baseline(tree, work / "map")
 
 

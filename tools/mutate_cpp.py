@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from tools.mutate_map import Map, measure
+from tools.mutate_map import PORTABLE, Map, measure
 from tools.mutate_sites import Edit, cpp_edits, live_lines
 
 FOLDER = Path("csrc/cpu")
-MODE = "portable"
 TESTS = {
     "attention": ("attention",),
     "contrastive": ("contrastive", "linear_cross_entropy"),
@@ -51,7 +50,7 @@ def edits(root: Path) -> list[Edit]:
 
 def build(tree: Path) -> Path | None:
     """Bring the portable library of ``tree`` up to date; None where it does not compile."""
-    folder = tree / "build" / MODE
+    folder = tree / "build" / PORTABLE
     if not (folder / "build.ninja").exists():
         tools = Path(sys.executable).parent
         cmake, ninja = (shutil.which(name, path=str(tools)) or name for name in ("cmake", "ninja"))
@@ -75,20 +74,20 @@ def build(tree: Path) -> Path | None:
 
 def run_baseline(tree: Path, folder: Path) -> None:
     """Time the kernels' tests on the unchanged portable library, once."""
-    if (folder / f"{MODE}.json").exists():
+    if (folder / f"{PORTABLE}.json").exists():
         return
     library = build(tree)
     if library is None:
         raise RuntimeError("csrc/cpu: the unchanged sources do not compile")
     folders = sorted({f"{KERNELS}/{name}" for names in TESTS.values() for name in names})
-    measure(tree, folder, MODE, MODE, folders, {"GRIT_KERNELS_LIBRARY": str(library)})
+    measure(tree, folder, PORTABLE, PORTABLE, folders, {"GRIT_KERNELS_LIBRARY": str(library)})
 
 
 def choose(tests: Map, file: str, budget: float) -> list[str]:
     """The tests of a source, cheap ones first, at most ``budget`` seconds of them."""
     own = next((names for start, names in TESTS.items() if Path(file).name.startswith(start)), None)
     folders = own or [name for names in TESTS.values() for name in names]
-    seconds = tests.seconds[MODE]
+    seconds = tests.seconds[PORTABLE]
     inside = sorted((t for t in seconds if t.split("/")[2] in folders), key=lambda test: (seconds[test], test))
     chosen, spent = [], 0.0
     for test in inside:

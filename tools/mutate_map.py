@@ -19,6 +19,8 @@ from tools.mutate_plugin import CONTEXT, DURATIONS
 from tools.mutate_sites import Edit
 
 MODES = ("cpu", "interpret")
+PORTABLE = "portable"
+"""The kernels' tests on the library that tools/mutate_cpp.py builds: their seconds only."""
 
 
 def environment(tree: Path, mode: str) -> dict[str, str]:
@@ -87,9 +89,8 @@ def run_piece(tree: Path, folder: Path, mode: str, path: str) -> None:
 class Map:
     """What :func:`run_piece` left: per mode, the seconds of every passing test and the tests of every line."""
 
-    seconds: dict[str, dict[str, float]] = field(default_factory=lambda: {mode: {} for mode in MODES})
+    seconds: dict[str, dict[str, float]] = field(default_factory=lambda: {mode: {} for mode in (*MODES, PORTABLE)})
     lines: dict[tuple[str, str, int], set[str]] = field(default_factory=lambda: defaultdict(set))
-    failed: set[str] = field(default_factory=set)
 
     def covering(self, mode: str, edit: Edit) -> set[str]:
         """Passing tests that run the edit's line; what runs on import is watched by the tests of its function or file."""
@@ -139,9 +140,7 @@ def read_map(tree: Path, folder: Path) -> Map:
     result = Map()
     for mode in MODES:
         for file in sorted(folder.glob(f"{mode}.*.json")):
-            piece = json.loads(file.read_text())
-            result.seconds[mode] |= piece["passed"]
-            result.failed |= set(piece["not_passed"])
+            result.seconds[mode] |= json.loads(file.read_text())["passed"]
         for file in sorted(folder.glob(f"{mode}.*.coverage.*")):
             data = coverage.CoverageData(str(file))
             data.read()
@@ -149,6 +148,6 @@ def read_map(tree: Path, folder: Path) -> Map:
                 name = str(Path(measured).relative_to(tree))
                 for line, contexts in data.contexts_by_lineno(measured).items():
                     result.lines[mode, name, line] |= {context for context in contexts if context}
-    if (portable := folder / "portable.json").exists():
-        result.seconds["portable"] = json.loads(portable.read_text())["passed"]
+    if (portable := folder / f"{PORTABLE}.json").exists():
+        result.seconds[PORTABLE] = json.loads(portable.read_text())["passed"]
     return result

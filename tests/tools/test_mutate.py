@@ -171,6 +171,15 @@ def test_mutants_are_noticed_survive_or_meet_no_test_and_a_run_goes_on(
     assert len((tree / "build/mutate/log.jsonl").read_text().splitlines()) == 2 * whole
 
 
+def test_a_change_of_cpp_meets_no_test_before_its_piece_of_the_map_is_there(tree: Path) -> None:
+    (tree / "csrc/cpu").mkdir(parents=True)
+    (tree / "csrc/cpu/pooling.cpp").write_text("bool f(int a) { return a < 2; }\n")
+    edit = cpp_edits("csrc/cpu/pooling.cpp", (tree / "csrc/cpu/pooling.cpp").read_text(), {1})[0]
+    tests = read_map(tree, tree / "build/mutate/map")
+    trial = mutate.Trial(tree, tree / "build/mutate/tree0", tests, budget=60)
+    assert trial(mutate.keyed(edit, "")).outcome == "no test"
+
+
 def test_neighbours_that_share_a_fixture_are_tried_after_the_covering_tests() -> None:
     edit = next(e for e in python_edits("values.py", SOURCE) if e.before == "a * LIMIT")
     seconds = {"t.py::covering": 1.0, "t.py::dear": 50.0, "t.py::cheap": 0.1, "other.py::far": 0.1}
