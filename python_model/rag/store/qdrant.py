@@ -72,7 +72,9 @@ class QdrantVectors:
     def compact(self, writing: Writing) -> None:
         """Remove points without a document; the server merges its segments itself."""
         known = {row[0] for row in writing.db.execute("SELECT id FROM documents")}
-        self.removed([identity for identity in self._ids() if identity not in known])
+        with _told(self.place):
+            left = [point.id for point in self._points(with_vectors=False) if point.id not in known]
+        self.removed(left)
 
     def search(self, queries: Tensor, k: int, selection: Selection) -> tuple[Tensor, Tensor]:
         """See :class:`Vectors`."""
@@ -127,21 +129,14 @@ class QdrantVectors:
             conditions.append(models.Filter(should=either))
         return models.Filter(must=conditions)
 
-    def _ids(self) -> list[int]:
-        with _told(self.place):
-            return [point.id for point in self._points(with_vectors=False)] if self._exists() else []
-
-    def _points(self, with_vectors: bool) -> list[Any]:
-        found: list[Any] = []
-        offset = None
-        while self._exists():
+    def _points(self, with_vectors: bool) -> Iterator[Any]:
+        offset, more = None, self._exists()
+        while more:
             points, offset = self._client.scroll(
                 self.collection, limit=POINTS_AT_ONCE, offset=offset, with_payload=False, with_vectors=with_vectors
             )
-            found += points
-            if offset is None:
-                break
-        return found
+            yield from points
+            more = offset is not None
 
 
 @contextlib.contextmanager
