@@ -67,8 +67,7 @@ def only_writer(index: Index, waiting: Callable[[], None] | None = None) -> Iter
 
 def drop_states(index: Index, keys: Sequence[str]) -> int:
     """Remove the states of documents from every store that keeps some for this index; returns how many were removed."""
-    stores = [Path(path) for path in index.stores if keys and (Path(path) / "index.sqlite").exists()]
-    return sum(KVStore(path, create=False).discard(keys) for path in stores)
+    return sum(store.discard(keys) for store in _stores(index)) if keys else 0
 
 
 def delete(index: Index, names: Sequence[str]) -> int:
@@ -86,9 +85,15 @@ def delete(index: Index, names: Sequence[str]) -> int:
 def compact(index: Index) -> None:
     """Give back what removed documents took, in the index and in the stores that keep states for it."""
     index.compact()
+    for store in _stores(index):
+        store.compact()
+
+
+def _stores(index: Index) -> Iterator[KVStore]:
+    """The stores that keep states for the index, without those that were deleted."""
     for path in index.stores:
         if (Path(path) / "index.sqlite").exists():
-            KVStore(path, create=False).compact()
+            yield KVStore(path, create=False)
 
 
 def add_files(

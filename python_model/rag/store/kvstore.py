@@ -312,7 +312,7 @@ class KVStore(StoreFolder):
     def _make_room(self, db: sqlite3.Connection, needed: int, after: list[str]) -> None:
         if self.max_bytes is None:
             return
-        used = int(db.execute("SELECT COALESCE(SUM(bytes), 0) FROM shards").fetchone()[0])
+        used = self.bytes_used
         if needed > self.max_bytes or (used + needed > self.max_bytes and self.when_full == "error"):
             raise StoreFullError(
                 f"max_bytes: {needed} more bytes do not fit: {used} of {self.max_bytes} are used; nothing changed"
