@@ -18,7 +18,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from python_model.rag.formats import document_of_row
 from python_model.rag.index import Index
 from python_model.rag.modes import Document
 from python_model.rag.sync import drop_states
+from python_model.support.arguments import check_at_least
 from python_model.support.optional import require
 
 UNIT_BYTES = 8 << 20
@@ -121,8 +122,7 @@ def embed_corpus(
     """
     ray = require("ray", "ray")
     require("ray.data", "ray")
-    if workers < 1:
-        raise ValueError(f"workers: expected an int >= 1, got {workers}")
+    check_at_least("workers", workers, 1)
     units = plan(source, unit_bytes)
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
@@ -240,8 +240,8 @@ class Embedder:
             raise ValueError(f"model: expected fingerprint {expected} as the first worker has, got {found}")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        columns = [[_plain(value) for value in batch[name]] for name in ("number", "file", "name", "start", "end")]
-        units = [Unit(*fields) for fields in zip(*columns, strict=True)]
+        columns = [batch[field.name].tolist() for field in fields(Unit)]
+        units = [Unit(*row) for row in zip(*columns, strict=True)]
         return {"number": [u.number for u in units], "marker": [json.dumps(self.embed(u)) for u in units]}
 
     def embed(self, unit: Unit) -> dict[str, Any]:
@@ -403,7 +403,3 @@ def _load(name: str) -> GritLM:
 def _filesystem(address: str) -> tuple[Any, str]:
     filesystem, root = require("fsspec", "ray").core.url_to_fs(address)
     return filesystem, str(root).rstrip("/")
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
