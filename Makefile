@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 LOCK := python_model/support/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --constraint $(LOCK)
+# this package, with the extras that follow: as it stands here, built against the torch in .venv
+EDITABLE := $(PIP) --no-build-isolation --editable
 # processes that run tests; each uses one thread
 JOBS ?= 2
 # when make began: the demo prints the time from here on as well
@@ -35,12 +37,12 @@ $(VENV)/.base: $(LOCK)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base $(SOURCES)
-	test $(VENV)/.installed -nt $(LOCK) || $(PIP) --no-build-isolation -e ".[demo]"
+	test $(VENV)/.installed -nt $(LOCK) || $(EDITABLE) ".[demo]"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.base $(SOURCES)
 	case "$$(uname)" in Linux) $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(TRITON);; esac
-	$(PIP) --no-build-isolation -e ".[dev]"
+	$(EDITABLE) ".[dev]"
 	touch $@
 
 lock: install  ## resolve the tested versions anew, for Python 3.10 to 3.14
@@ -100,20 +102,20 @@ test-load: install  ## the server under load
 test-browser: install  ## the server's page, in a Chromium that is installed
 	$(call marked,browser)
 
-test-ray: install  ## replicas of the server on Ray, which it installs
-	$(PIP) "ray[serve]"
+test-ray: install  ## replicas of the server and embedding of a corpus on Ray, which it installs
+	$(EDITABLE) ".[ray]"
 	$(call marked,ray)
 
 test-nvcc: install  ## compile the CUDA sources, where nvcc is installed
 	$(call marked,nvcc)
 
 test-notebook: install  ## run the notebooks, with nbclient, which it installs
-	$(PIP) ".[notebook]"
+	$(EDITABLE) ".[notebook]"
 	$(call marked,notebook)
 
 # these ask for an older huggingface-hub or openai than the tested ones, without needing it
 test-tools: install  ## TRL, sentence-transformers' trainer, LangChain, LlamaIndex, mteb, lm-eval, which it installs
-	$(PIP) ".[tools-test]"
+	$(EDITABLE) ".[tools-test]"
 	$(PIP) --no-deps langchain-huggingface llama-index-embeddings-huggingface llama-index-embeddings-openai \
 		llama-index-embeddings-openai-like llama-index-llms-openai llama-index-llms-openai-like
 	$(call marked,tools)
