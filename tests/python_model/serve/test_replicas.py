@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -16,7 +15,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's own, of its settings
+]
 httpx = pytest.importorskip("httpx")
 if importlib.util.find_spec("ray") is None:
     pytest.skip("replicas need Ray: pip install 'grit-kernels[ray]'", allow_module_level=True)
@@ -27,6 +29,7 @@ from python_model import GritLM  # noqa: E402
 from python_model.generate.text import reply  # noqa: E402
 from python_model.rag.index import add_documents, open_index  # noqa: E402
 from python_model.rag.modes import Document  # noqa: E402
+from tests.python_model.ray_cluster import own_cluster  # noqa: E402
 from tests.python_model.serve.server import wait_until  # noqa: E402
 
 CHAT = "/v1/chat/completions"
@@ -50,48 +53,30 @@ def url(checkpoint: Path, model: GritLM, tmp_path_factory: pytest.TempPathFactor
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # a cluster of the test's own: on the loopback address, with a token that nobody else knows
-    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    import ray  # reads them when it is imported
+    with own_cluster(num_cpus=4) as ray:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        command = [sys.executable, "-m", "python_model.cli", "serve", "--ray", "--replicas", "2", "--port", str(port)]
+        command += ["--model", str(checkpoint), "--dtype", "float32", "--kv-tokens", "2000", "--max-step-tokens", "128"]
+        command += ["--index", str(folder / "rivers"), "--index", str(folder / "cities"), "--threads", "1"]
+        log = (folder / "log").open("w")
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        address = f"http://127.0.0.1:{port}"
 
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ray.init(
-        num_cpus=4,
-        _node_ip_address="127.0.0.1",
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}},
-    )
-    environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "python_model.cli", "serve", "--ray", "--replicas", "2", "--port", str(port)]
-    command += ["--model", str(checkpoint), "--dtype", "float32", "--kv-tokens", "2000", "--max-step-tokens", "128"]
-    command += ["--index", str(folder / "rivers"), "--index", str(folder / "cities"), "--threads", "1"]
-    log = (folder / "log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
+        def ready() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            try:
+                return bool(httpx.get(f"{address}/ready", timeout=5).status_code == 200)
+            except httpx.TransportError:
+                return False
 
-    def ready() -> bool:
-        assert process.poll() is None, (folder / "log").read_text()[-3000:]
         try:
-            return bool(httpx.get(f"{address}/ready", timeout=5).status_code == 200)
-        except httpx.TransportError:
-            return False
-
-    try:
-        wait_until(ready, 240, "the replicas did not start")
-        wait_until(lambda: running() == 2, 120, "there are no two replicas")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-        ray.shutdown()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+            wait_until(ready, 240, "the replicas did not start")
+            wait_until(lambda: running() == 2, 120, "there are no two replicas")
+            yield address
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def replicas() -> list[tuple[str, str]]:
