@@ -184,7 +184,7 @@ class ShardVectors:
                 part = block.ids[start : start + ROWS_AT_ONCE]
                 allowed = part > max(newer_than, 0)
                 if selection.ids is not None:
-                    allowed &= torch.isin(part, selection.ids, assume_unique=False)
+                    allowed &= torch.isin(part, selection.ids)
                 count = int(allowed.sum())
                 rows: slice | Tensor = slice(start, start + len(part))
                 if 2 * count < len(part):  # copying these few is cheaper than comparing with all
@@ -254,13 +254,16 @@ class ShardVectors:
         writing.db.executemany("UPDATE documents SET shard = ?, row = ? WHERE id = ?", places)
 
     def _due(self, db: sqlite3.Connection) -> list[int]:
-        """The newest files to merge: at least ``FAN_OUT`` of the same order of magnitude."""
+        """The newest files to merge: at least ``FAN_OUT``, that together reach an order of magnitude which none of them has.
+
+        Otherwise a large file would be copied for every few small ones behind it.
+        """
         newest = db.execute("SELECT id, rows FROM shards ORDER BY id DESC").fetchall()
         due: list[int] = []
         limit = FAN_OUT
         while limit <= MERGED_ROWS:
             count = next((i for i, (_, rows) in enumerate(newest) if rows >= limit), len(newest))
-            if count >= FAN_OUT:
+            if count >= FAN_OUT and sum(rows for _, rows in newest[:count]) >= limit:
                 due = [shard for shard, _ in reversed(newest[:count])]
             limit *= FAN_OUT
         return due

@@ -80,6 +80,14 @@ def test_a_search_after_an_addition_reads_what_was_added_and_no_more(tmp_path: P
     assert "7" not in keys(reader.search(unit(5000)[7:8], 50))[0] and files_read == []
 
 
+def test_files_of_similar_size_are_merged_eight_at_a_time(tmp_path: Path) -> None:
+    index, matrix = Index(tmp_path / "i"), unit(100)
+    for row, document in enumerate(documents(100)):
+        index.add([document], matrix[row : row + 1])
+    assert FAN_OUT == 8 and len(list((tmp_path / "i" / "vectors").iterdir())) == 9  # 64 + 4 x 8 + 4 x 1
+    assert torch.equal(index.vectors()[1], matrix)
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.randoms(use_true_random=False))
 def test_files_stay_few_and_every_document_is_found_in_its_place(sizes: list[int], random: Any) -> None:
@@ -366,7 +374,8 @@ def test_without_faiss_the_message_says_how_to_get_it(tmp_path: Path) -> None:
 
 
 @needs_qdrant
-def test_vectors_in_qdrant_are_found_filtered_and_removed(tmp_path: Path) -> None:
+def test_vectors_in_qdrant_are_found_filtered_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("python_model.rag.store.qdrant.POINTS_AT_ONCE", 100)  # several pages
     plain, index = Index(tmp_path / "p"), Index(tmp_path / "i", vectors=f"qdrant:{tmp_path / 'q'}")
     rows, matrix = documents(300), unit(300)
     assert index.search(unit(1), 3) == [[]] and index.vectors()[0] == []
