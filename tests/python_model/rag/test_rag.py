@@ -14,6 +14,7 @@ import torch
 import grit_kernels as gk
 from python_model import GritLM
 from python_model.evaluation import answers as metrics
+from python_model.rag import answer as answering
 from python_model.rag import calibration
 from python_model.rag.answer import RAG, Answer, open_store
 from python_model.rag.index import add_documents, open_index
@@ -268,6 +269,17 @@ def test_question_files_name_file_and_line_of_a_broken_row(tmp_path: Path) -> No
     file.write_text("\n")
     with pytest.raises(ValueError, match="expected questions, got none"):
         metrics.read_questions(file)
+
+
+def test_an_answer_ends_where_the_model_goes_on_with_a_role_marker(
+    model: GritLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: Any, on_token: Any, **__: Any) -> None:
+        tokens = model.tokenizer(" Paris.\n<|user|>\nAnd of Italy?", add_special_tokens=False)["input_ids"]
+        assert any(on_token(0, token) for token in tokens)
+
+    monkeypatch.setattr(answering, "decode", decode)
+    assert RAG(model).answer(Q, [D], mode="document_first").text == "Paris."
 
 
 def test_states_of_documents_that_are_asked_for_are_kept_within_a_limit(checkpoint: Path, tmp_path: Path) -> None:
