@@ -147,7 +147,7 @@ def define_op(
     ``"module:function"`` of a launcher with the same arguments, imported at the first call (so importing the package never
     imports Triton), or None. ``cuda``: the op of :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, used
     where Triton is not installed.
-    ``problem``: reference and launcher take its fields as one object, after all other arguments. ``composite``: the plain torch
+    ``problem``: reference and launcher take its fields as one object, see :func:`gathering`. ``composite``: the plain torch
     function calls whichever kernels exist; it is the implementation everywhere, not a fallback.
     """
     _library_handle.define(schema)

@@ -42,12 +42,15 @@ class Problem:
 
 
 def gathering(problem: type[Problem], schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(*others, problem)`` with the arguments of ``schema``: the problem's fields wherever they appear in it."""
+    """``function`` behind the arguments of ``schema``: it takes the problem where the last of the problem's fields is."""
     names = [argument.split()[-1] for argument in schema[schema.index("(") + 1 : schema.index(")")].split(",")]
     fields = [names.index(name) for name in problem.NAMES]
-    others = [i for i in range(len(names)) if i not in fields]
+    before, after = (
+        [i for i in part if i not in fields] for part in (range(fields[-1]), range(fields[-1], len(names)))
+    )
 
     def run(*flat: Any) -> Any:
-        return function(*(flat[i] for i in others), problem(*(flat[i] for i in fields)))
+        gathered = problem(*(flat[i] for i in fields))
+        return function(*(flat[i] for i in before), gathered, *(flat[i] for i in after))
 
     return run

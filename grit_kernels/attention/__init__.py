@@ -325,7 +325,7 @@ def _call(
     if plans is None or not runs_triton("attention_plan", q.device):
         return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
     plan = _plan(q, k, v, problem, plans)
-    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, plan, *problem.flat())
+    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan)
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor]) -> Tensor:

@@ -38,15 +38,15 @@ define_op(
     problem=AttentionProblem,
 )
 define_op(
-    f"attention_forward_planned({_TENSORS}, Tensor plan, {_PROBLEM}) {_RESULTS}",
+    f"attention_forward_planned({_TENSORS}, {_PROBLEM}, Tensor plan) {_RESULTS}",
     reference=None,
-    triton=f"{_TRITON}_forward:attention_forward_planned",
+    triton=f"{_TRITON}_forward:attention_forward",
     problem=AttentionProblem,
 )
 define_op(
-    f"attention_backward_planned({_GRADS}, Tensor plan, {_PROBLEM}) {_GRAD_RESULTS}",
+    f"attention_backward_planned({_GRADS}, {_PROBLEM}, Tensor plan) {_GRAD_RESULTS}",
     reference=None,
-    triton=f"{_TRITON}_backward:attention_backward_planned",
+    triton=f"{_TRITON}_backward:attention_backward",
     problem=AttentionProblem,
 )
 
@@ -73,18 +73,19 @@ def _plan_fake(q: Tensor, k: Tensor, backward: bool, *problem: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors = len(inputs) - len(AttentionProblem.NAMES) + AttentionProblem.TENSOR_COUNT
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:tensors])
-    ctx.options = inputs[tensors:]
+    options, plan = 3 + AttentionProblem.TENSOR_COUNT, 3 + len(AttentionProblem.NAMES)
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], *inputs[plan:])
+    ctx.options = inputs[options:plan]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(backward: Any) -> Any:
     def run(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # q, k, v, out, lse, the plan if there is one, the problem's
+        saved = ctx.saved_tensors  # q, k, v, out, lse, the problem's, the plan if there is one
+        plan = 5 + AttentionProblem.TENSOR_COUNT
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
-        grads = backward(grad_out, grad_lse, *saved, *ctx.options)
+        grads = backward(grad_out, grad_lse, *saved[:plan], *ctx.options, *saved[plan:])
         return *grads, *([None] * (len(saved) - 5 + len(ctx.options)))
 
     return run

@@ -330,23 +330,12 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     problem: AttentionProblem,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``grit_kernels::attention_backward``. The same inputs give the same bits."""
-    return attention_backward_planned(grad_out, grad_lse, q, k, v, out, lse, None, problem)
+    """The ops ``grit_kernels::attention_backward`` and ``attention_backward_planned``. The same inputs give the same bits.
 
-
-def attention_backward_planned(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plan: Tensor | None,
-    problem: AttentionProblem,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``grit_kernels::attention_backward_planned``; ``plan``: made by triton_forward.attention_plan with ``backward``."""
+    ``plan``: that of triton_forward.attention_plan with ``backward``; without one the tiles are put in order here.
+    """
     rows, heads, dim = q.shape
     keys, heads_kv, _ = k.shape
     group = heads // heads_kv

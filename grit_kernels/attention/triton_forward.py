@@ -128,15 +128,13 @@ def attention_forward_kernel(
             )  # fmt: skip
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """The op ``grit_kernels::attention_forward``. No autotuning, no value read from the device."""
-    return attention_forward_planned(q, k, v, None, problem)
-
-
-def attention_forward_planned(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor | None, problem: AttentionProblem
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The op ``grit_kernels::attention_forward_planned``; ``plan``: that of :func:`attention_plan` for this call."""
+    """The ops ``grit_kernels::attention_forward`` and ``attention_forward_planned``. No autotuning, no value read from the device.
+
+    ``plan``: that of :func:`attention_plan` for this call; without one the tiles are put in order here.
+    """
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)

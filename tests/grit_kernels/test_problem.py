@@ -31,8 +31,8 @@ def test_the_fields_are_spelled_as_a_schema() -> None:
 def test_fields_are_gathered_wherever_they_stand() -> None:
     schema = f"op(Tensor x, {Small.TENSORS}, Tensor? y, {Small.OPTIONS}, int z) -> Tensor"
     found = gathering(Small, schema, lambda *arguments: arguments)(1, 2, 3, 4, 5, 6, 7, 8)
-    assert found == (1, 4, 8, Small(2, 3, 5, 6, 7))  # type: ignore[arg-type]
-    assert found[-1].flat() == (2, 3, 5, 6, 7)
+    assert found == (1, 4, Small(2, 3, 5, 6, 7), 8)  # type: ignore[arg-type]
+    assert found[2].flat() == (2, 3, 5, 6, 7)
 
 
 def test_an_option_before_a_tensor_is_refused() -> None:
@@ -46,7 +46,7 @@ def test_an_option_before_a_tensor_is_refused() -> None:
 @pytest.mark.parametrize(
     ("problem", "ops"),
     [
-        (AttentionProblem, ("attention_forward", "attention_backward")),
+        (AttentionProblem, ("attention_forward", "attention_backward", "attention_forward_planned")),
         (ContrastiveProblem, ("contrastive_forward", "contrastive_backward", "contrastive_step")),
         (PoolingProblem, ("pool_forward", "pool_backward", "pool_forward_cuda")),
     ],

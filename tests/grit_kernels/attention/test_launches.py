@@ -104,9 +104,9 @@ def test_opcheck_accepts_the_ops_that_take_a_plan() -> None:
     plain = [x.detach() for x in (q, k, v)]
     torch.library.opcheck(ops.attention_plan.default, (*plain[:2], True, *problem.flat()), test_utils=utils)
     plan = ops.attention_plan(*plain[:2], True, *problem.flat())
-    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, plan, *problem.flat()), test_utils=utils)
-    out, lse = ops.attention_forward_planned(*plain, plan, *problem.flat())
-    arguments = (torch.randn_like(out), None, *plain, out, lse, plan, *problem.flat())
+    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, *problem.flat(), plan), test_utils=utils)
+    out, lse = ops.attention_forward_planned(*plain, *problem.flat(), plan)
+    arguments = (torch.randn_like(out), None, *plain, out, lse, *problem.flat(), plan)
     torch.library.opcheck(ops.attention_backward_planned.default, arguments, test_utils=utils)
 
 
