@@ -32,7 +32,13 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
     tile_rows,
 )
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_upper_bounds
+from grit_kernels.attention.triton_plan import (
+    plan_grids,
+    plan_sections,
+    plan_tiles,
+    program_tile,
+    transpose_upper_bounds,
+)
 from grit_kernels.triton_launch import dot, on_device, upcast_operands
 
 
@@ -348,13 +354,12 @@ def attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     bounds, hi, q_rows, k_rows = int32_tables(problem), problem.hi, problem.q_rows, problem.k_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
-    key_grid, row_grid = (tile_grid(kernel, q, k, problem) for kernel in ("backward_keys", "backward_rows"))
+    _, key_grid, row_grid = grids = plan_grids(q, k, True, problem)
     first_row = None
     if plan is not None:
-        at = tile_grid("forward", q, k, problem).size
-        key_plan = key_grid.plan(plan[at : at + key_grid.size])
-        row_plan = row_grid.plan(plan[at + key_grid.size : at + key_grid.size + row_grid.size])
-        first_row = None if hi is None else plan[plan.shape[0] - keys :]
+        _, key_section, row_section, transpose = plan_sections(plan, grids)
+        key_plan, row_plan = key_grid.plan(key_section), row_grid.plan(row_section)
+        first_row = None if hi is None else transpose
     d1, d2 = split_head_dim(dim)
     statistics = torch.empty((2, heads, rows), dtype=torch.float32, device=q.device)
     strides = (

@@ -30,7 +30,14 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
 )
 from grit_kernels.attention.triton_decode import LARGEST_GRID_AXIS, SHORTEST_SPLIT, attention_decode
-from grit_kernels.attention.triton_plan import plan_tiles, program_tile, tile_grid, transpose_upper_bounds
+from grit_kernels.attention.triton_plan import (
+    plan_grids,
+    plan_sections,
+    plan_tiles,
+    program_tile,
+    tile_grid,
+    transpose_upper_bounds,
+)
 from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
 
 WARPS_PER_PROCESSOR = 16
@@ -131,7 +138,7 @@ def attention_forward_kernel(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The ops ``grit_kernels::attention_forward`` and ``attention_forward_planned``. No autotuning, no value read from the device.
+    """The ops ``grit_kernels::attention_forward`` and ``attention_forward_planned``. No autotuning, nothing read back.
 
     ``plan``: that of :func:`attention_plan` for this call; without one the tiles are put in order here.
     """
@@ -172,11 +179,8 @@ def attention_forward(
 
 def plan_size(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> int:
     """int32 numbers of :func:`attention_plan`."""
-    size = tile_grid("forward", q, k, problem).size
-    if backward:
-        size += sum(tile_grid(kernel, q, k, problem).size for kernel in ("backward_keys", "backward_rows"))
-        size += 0 if problem.hi is None else k.shape[0]
-    return size
+    transpose = k.shape[0] if backward and problem.hi is not None else 0
+    return sum(grid.size for grid in plan_grids(q, k, backward, problem)) + transpose
 
 
 def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> Tensor:
@@ -190,19 +194,15 @@ def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProbl
     numbers = torch.empty(plan_size(q, k, backward, problem), dtype=torch.int32, device=q.device)
     if not q.shape[0] or not k.shape[0]:
         return numbers
+    grids = plan_grids(q, k, backward, problem)
+    *sections, transpose = plan_sections(numbers, grids)
     with on_device(q):
-        grid = tile_grid("forward", q, k, problem)
         if not splits_keys(q, k, problem):
-            plan_tiles(grid, tables, hi, numbers[: grid.size])
+            plan_tiles(grids[0], tables, hi, sections[0])
         if backward:
-            first_row = None
-            if hi is not None:
-                first_row = transpose_upper_bounds(hi, tables, numbers[numbers.shape[0] - k.shape[0] :])
-            at = grid.size
-            for kernel, steps in (("backward_keys", first_row), ("backward_rows", hi)):
-                grid = tile_grid(kernel, q, k, problem)
-                plan_tiles(grid, tables, steps, numbers[at : at + grid.size])
-                at += grid.size
+            first_row = None if hi is None else transpose_upper_bounds(hi, tables, transpose)
+            plan_tiles(grids[1], tables, first_row, sections[1])
+            plan_tiles(grids[2], tables, hi, sections[2])
     return numbers
 
 

@@ -11,6 +11,7 @@ from the device tensors, the number of tiles from bounds that the host knows, so
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -204,6 +205,18 @@ def tile_grid(kernel: str, q: Tensor, k: Tensor, problem: AttentionProblem) -> T
     tiles = batch * triton.cdiv(rows, tile) if rows else tokens // tile + batch
     side_by_side = section_heads(heads, group if over_keys else 1, 2 * shared * dim * q.element_size())
     return TileGrid(config, over_keys, tiles, side_by_side, heads, rows)
+
+
+def plan_grids(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> list[TileGrid]:
+    """Of the kernels that share a plan: forward and, with ``backward``, backward_keys and backward_rows."""
+    kernels = ("forward", "backward_keys", "backward_rows") if backward else ("forward",)
+    return [tile_grid(kernel, q, k, problem) for kernel in kernels]
+
+
+def plan_sections(plan: Tensor, grids: list[TileGrid]) -> list[Tensor]:
+    """``plan`` (int32) cut into a section for each grid and what follows them, the transpose of ``hi``."""
+    ends = list(accumulate(grid.size for grid in grids))
+    return [plan[start:end] for start, end in pairwise([0, *ends, plan.shape[0]])]
 
 
 def plan_tiles(grid: TileGrid, tables: SampleTables, hi: Tensor | None, numbers: Tensor | None = None) -> Plan:
