@@ -157,10 +157,10 @@ def switch_attention_varlen(
         raise ValueError(f"cu_seqlens_k: expected the {batch} samples of cu_seqlens_q, got {k_len.shape[0]}")
     flags = causal_flags(causal, batch, device)
     left, right = window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k)
-    steps = upper_bounds(hi, (tokens_q,), device, q_len, starts_q)
+    hi = upper_bounds(hi, (tokens_q,), device, q_len, starts_q)
     scale, cap = check_softmax_options(softmax_scale, softcap, dim)
     ranges = (starts_q, q_len, starts_k, k_len)
-    problem = AttentionProblem(*ranges, left, right, steps, 0, 0, max_seqlen_q, max_seqlen_k, scale, cap)
+    problem = AttentionProblem(*ranges, left, right, hi, 0, 0, max_seqlen_q, max_seqlen_k, scale, cap)
     out, lse = _call(q, k, v, problem)
     return (out, lse) if return_lse else out
 
@@ -211,7 +211,7 @@ def switch_attention_with_kvcache(
         raise ValueError("k, v: expected both or none, got one")
     leftpad = length_tensor("cache_leftpad", cache_leftpad, batch, slots, device, default=0)
     bounds = window_bounds(causal_flags(causal, batch, device), window_argument(window_size, batch), max_q, slots)
-    steps = upper_bounds(hi, (batch, max_q), device, q_len)
+    hi = upper_bounds(hi, (batch, max_q), device, q_len)
     options = check_softmax_options(softmax_scale, softcap, dim)
     # nothing is written before everything is checked
     with torch.no_grad():
@@ -227,7 +227,7 @@ def switch_attention_with_kvcache(
                 _append(cache, new, used, q_len)
             k_cache, v_cache = dense_rows(caches[0]), dense_rows(caches[1])
             used = used + q_len
-        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, used), bounds, steps, options)
+        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, used), bounds, hi, options)
     return (out, lse) if return_lse else out
 
 

@@ -385,13 +385,13 @@ def attention_backward(
         backward_keys_kernel[(key_plan.tiles * heads_kv,)](
             q, k, v, grad_out, dk, dv, statistics, key_plan.table, *bounds,
             bounds[0] if hi is None else hi, bounds[0] if first_row is None else first_row,
-            *strides, rows, key_plan.tiles, key_plan.heads, k_rows, scale, cap, softmax_scale,
+            *strides, rows, key_plan.tiles, key_plan.side_by_side, k_rows, scale, cap, softmax_scale,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
         config = row_grid.config
         backward_rows_kernel[(row_plan.tiles * heads,)](
             q, k, v, grad_out, dq, statistics, row_plan.table, *bounds, bounds[0] if hi is None else hi,
-            *strides, rows, row_plan.tiles, row_plan.heads, q_rows, scale, cap, softmax_scale * sign,
+            *strides, rows, row_plan.tiles, row_plan.side_by_side, q_rows, scale, cap, softmax_scale * sign,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
     return dq, dk, dv

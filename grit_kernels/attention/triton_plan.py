@@ -35,23 +35,26 @@ class Plan(NamedTuple):
     """One kernel's order of tiles.
 
     ``table``: int32 (tiles, 2) of (sample, block). ``counter``: int32 (1), 0 between launches; programs of a persistent grid draw
-    tiles from it. ``heads``: heads that run side by side so their operands stay in L2.
+    tiles from it. ``side_by_side``: heads that run side by side so their operands stay in L2.
     """
 
     table: Tensor
     counter: Tensor
     tiles: int
-    heads: int
+    side_by_side: int
 
 
 class TileGrid(NamedTuple):
-    """What the host knows of a kernel's plan."""
+    """What the host knows of a kernel's plan: ``tiles`` of each of ``heads``, see :class:`Plan`.
+
+    ``rows``: those of a sample (keys for backward_keys) in a rectangular batch, 0 for a pack.
+    """
 
     config: Config
     over_keys: bool
     tiles: int
+    side_by_side: int
     heads: int
-    grid_heads: int
     rows: int
 
     @property
@@ -62,7 +65,7 @@ class TileGrid(NamedTuple):
     def plan(self, numbers: Tensor) -> Plan:
         """``numbers`` (int32 (size)) split into its parts."""
         table = numbers[_ALIGNED : _ALIGNED + 2 * self.tiles].view(self.tiles, 2)
-        return Plan(table, numbers[:1], self.tiles, self.heads)
+        return Plan(table, numbers[:1], self.tiles, self.side_by_side)
 
 
 @triton.jit(do_not_specialize=["batch", "tiles", "rows", "search_steps"])
@@ -224,7 +227,7 @@ def plan_tiles(grid: TileGrid, tables: SampleTables, hi: Tensor | None, numbers:
     device, batch = tables[0].device, tables[0].shape[0]
     plan = grid.plan(torch.empty(grid.size, dtype=torch.int32, device=device) if numbers is None else numbers)
     # one wave runs in any order
-    sort = processor_count(device) < grid.tiles * grid.grid_heads and grid.tiles <= LARGEST_SORT
+    sort = processor_count(device) < grid.tiles * grid.heads and grid.tiles <= LARGEST_SORT
     table = torch.empty_like(plan.table) if sort else plan.table
     work = torch.empty(grid.tiles, dtype=torch.int32, device=device)
     slots = 128
