@@ -64,16 +64,13 @@ def attach(decoder: nn.Module) -> None:
     for module in decoder.modules():
         forward = _fused_forward(module, found)
         if forward is not None:
-            setattr(module, _slot(module), forward)
+            setattr(module, forward_slot(module), forward)
 
 
 def detach(decoder: nn.Module) -> None:
     """Undo :func:`attach`."""
     for module, slot, _ in _fused(decoder):
-        if slot == "forward":
-            del module.__dict__[slot]
-        else:
-            setattr(module, slot, types.MethodType(type(module).forward, module))
+        restore_forward(module, slot)
 
 
 def kinds(decoder: nn.Module) -> dict[str, int]:
@@ -85,14 +82,22 @@ def kinds(decoder: nn.Module) -> dict[str, int]:
     return found
 
 
-def _slot(module: nn.Module) -> str:
+def forward_slot(module: nn.Module) -> str:
     """The attribute of a module that holds the forward to replace: accelerate's hooks move and wrap it."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
+def restore_forward(module: nn.Module, slot: str) -> None:
+    """Put the class's own forward back into ``slot``, see :func:`forward_slot`."""
+    if slot == "forward":
+        del module.__dict__[slot]
+    else:
+        setattr(module, slot, types.MethodType(type(module).forward, module))
+
+
 def _fused(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     for module in decoder.modules():
-        slot = _slot(module)
+        slot = forward_slot(module)
         forward = module.__dict__.get(slot)
         if isinstance(forward, functools.partial) and forward.func in (_norm_forward, _mlp_forward, _attention_forward):
             yield module, slot, forward
@@ -100,7 +105,7 @@ def _fused(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 def _fused_forward(module: nn.Module, found: dict[Any, Any]) -> Any:
     """The forward to bind, or None. A partial, not a closure, so that deepcopy and pickle carry it over."""
-    slot = _slot(module)
+    slot = forward_slot(module)
     bound = module.__dict__.get(slot)
     if bound is not None and not (slot == "_old_forward" and getattr(bound, "__func__", None) is type(module).forward):
         return None  # another library's forward

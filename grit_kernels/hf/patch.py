@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +111,7 @@ def install(model: Any, decoder: Any, *, bidirectional_window: str, packing: boo
             fused_modules.attach(decoder)
         decoder._grit_patch = record
         # a partial, not a closure, so that deepcopy and pickle carry it over
-        setattr(decoder, _forward_slot(decoder), functools.partial(forward, decoder, record))
+        setattr(decoder, fused_modules.forward_slot(decoder), functools.partial(forward, decoder, record))
 
 
 def unpatch(model: Any) -> Any:
@@ -124,15 +123,12 @@ def unpatch(model: Any) -> Any:
     with exclusive(decoder):
         if not is_patched(model):
             return model
-        slot, record = _forward_slot(decoder), decoder._grit_patch
+        slot, record = fused_modules.forward_slot(decoder), decoder._grit_patch
         installed = decoder.__dict__.get(slot)
         if not (isinstance(installed, functools.partial) and installed.func is forward):
             raise RuntimeError("model: its decoder's forward was replaced after patch(); undo that first")
         fused_modules.detach(decoder)
-        if slot == "forward":
-            del decoder.__dict__[slot]
-        else:
-            setattr(decoder, slot, types.MethodType(type(decoder).forward, decoder))
+        fused_modules.restore_forward(decoder, slot)
         del decoder.__dict__["_grit_patch"]
         decoder.config._attn_implementation = record.attn_implementation
         if record.own_attention:
@@ -171,11 +167,6 @@ def _give_own_config(model: Any, decoder: Any) -> None:
     for module in {*model.modules(), *compat.unwrapped(model).modules()}:
         if module.__dict__.get("config") is shared:
             module.config = own
-
-
-def _forward_slot(decoder: Any) -> str:
-    """The attribute of the decoder that holds the forward to replace: accelerate's hooks move and wrap it."""
-    return "_old_forward" if "_old_forward" in decoder.__dict__ else "forward"
 
 
 @contextlib.contextmanager
