@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import SMALL_MODEL, Command, add_truncation
+from python_model.commands.runner import SMALL_MODEL, Command, add_truncation, load, progress
 from python_model.support.resume import ResumableArray
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ def run(arguments: Namespace) -> None:
 
 
 def _run_on_ray(arguments: Namespace) -> None:
-    from python_model.commands.runner import progress
     from python_model.rag.corpus import Recipe, embed_corpus
 
     if arguments.input is None or arguments.output is None:
@@ -108,17 +107,14 @@ def _run_on_ray(arguments: Namespace) -> None:
 def _run_here(arguments: Namespace) -> None:
     from tqdm.auto import tqdm
 
-    from python_model.corpora.small_model import resolve_model
-    from python_model.model.modeling import GritLM
     from python_model.rag.corpus import count_cut
 
     if not arguments.json and arguments.output is None:
         raise ValueError("output: expected --output FILE.npy or --json, got neither")
     texts = _texts(arguments)
     devices = arguments.device or [None]
-    model = GritLM(
-        resolve_model(arguments.model), mode="embedding", device=devices[0], truncate_dim=arguments.truncate_dim
-    )
+    first = Namespace(model=arguments.model, device=devices[0], truncate_dim=arguments.truncate_dim)
+    model = load(first, mode="embedding")
     prefix = model.formatter.embed_instruction(arguments.instruction)
     file = None
     if arguments.output is not None:
