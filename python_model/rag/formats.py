@@ -117,8 +117,6 @@ _PARSERS: dict[str, Callable[[bytes], Parts]] = {
     ".pdf": _by_library(_pdf),
 }
 SUFFIXES = (".jsonl", *_PARSERS)
-
-
 _OWN_FIELDS = ("text", "title", "id", "_id", "key", "source")
 
 
@@ -134,11 +132,13 @@ def document_of_row(row: Mapping[str, Any], origin: str, key: str, name: str, pl
     if not isinstance(text, str) or not isinstance(title, str) or not text.strip():
         raise UnreadableFileError(f"{origin}: not a document row: text or title is missing, empty or not a text")
     own = next((row[k] for k in ("id", "_id", "key") if row.get(k) is not None), key)
-    facts = {k: v for k, v in row.items() if k not in _OWN_FIELDS and isinstance(v, (str, int, float))}
-    facts = {
-        k: v for k, v in facts.items() if not isinstance(v, float) or math.isfinite(v)
-    }  # Parquet's missing numbers
+    facts = {k: v for k, v in row.items() if k not in _OWN_FIELDS and _is_fact(v)}
     return Document(str(own), text, title, name, place, facts)
+
+
+def _is_fact(value: Any) -> bool:
+    """Whether a value is a text, a bool or a finite number; a number that is missing in Parquet is a NaN."""
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, (str, int))
 
 
 def _rows(file: Path, name: str) -> list[Document]:
