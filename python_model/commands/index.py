@@ -176,9 +176,8 @@ def _add(arguments: Namespace, index: Index, model: GritLM) -> Report:
 def _line(hit: Hit) -> str:
     """One line: score, file and location (or the key), and the beginning of the text."""
     document = hit.document
-    where = f"{document.source}, {document.place}" if document.source and document.place else document.key
-    title = f"{document.title}: " if document.title and document.title not in where else ""
-    return shorten(f"{hit.score:.4f}  {where}  {title}{document.text}", 160, placeholder=" ..")
+    title = f"{document.title}: " if document.title and document.title not in document.location else ""
+    return shorten(f"{hit.score:.4f}  {document.location}  {title}{document.text}", 160, placeholder=" ..")
 
 
 def _tell(text: str) -> None:

@@ -115,8 +115,7 @@ def run(arguments: Namespace) -> None:
 
 def _sources(documents: Sequence[Document]) -> str:
     """``[1] file, location  [2] ..``, numbered as in the prompt."""
-    cited = [f"{d.source}, {d.place}" if d.source and d.place else d.key for d in documents]
-    return "  ".join(f"[{number}] {text}" for number, text in enumerate(cited, 1))
+    return "  ".join(f"[{number}] {document.location}" for number, document in enumerate(documents, 1))
 
 
 COMMAND = Command("rag", "Answer questions from an index of documents.", configure, run)

@@ -74,6 +74,11 @@ class Document:
         """The text that is embedded and shown to the model."""
         return f"{self.title} {self.text}" if self.title else self.text
 
+    @property
+    def location(self) -> str:
+        """Where a reader finds it: file and place, or the key."""
+        return f"{self.source}, {self.place}" if self.source and self.place else self.key
+
 
 def cached_parts(mode: str) -> tuple[Part, ...]:
     """Whose states precede the prompt, in order."""
