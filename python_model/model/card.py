@@ -5,17 +5,16 @@ It names data sets but no paths or URLs, which may contain machine names or cred
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from python_model.model.hub import HUB_NAME
 from python_model.settings import GritSettings
 
 CARD_FILE = "README.md"
 TAG = "grit-kernels"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CARRIED = ("Training", "Results")
 _USE = {
     "grit": """```python
@@ -74,7 +73,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    on_hub = base if _HUB_NAME.fullmatch(base) and not Path(base).exists() else None
+    on_hub = base if HUB_NAME.fullmatch(base) and not Path(base).exists() else None
     embeds_only = kind != "grit"
     data = ModelCardData(
         base_model=on_hub,

@@ -26,7 +26,7 @@ from torch import nn
 
 import grit_kernels as gk
 from python_model.model.card import CARD_FILE, carried_sections, model_card
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import ACTIVATIONS, GritLM
 from python_model.model.prompts import TURN_END
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import require
@@ -36,14 +36,6 @@ _modules = require("sentence_transformers.sentence_transformer.modules", "senten
 
 # plain text in, hidden states out: with a chat template, every text would otherwise be wrapped in a chat message
 _TEXT_ONLY: dict[str, Any] = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-
-
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "identity": nn.Identity,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-}
 
 
 _DECODER_INPUTS = (
@@ -127,7 +119,7 @@ def export_sentence_transformers(
             # an activation is applied to each number alone, so the head's first rows give the first numbers
             size = model.embedding_size
             dense = _modules.Dense(
-                head.in_features, size, activation_function=_ACTIVATIONS[settings.projection_activation]()
+                head.in_features, size, activation_function=ACTIVATIONS[settings.projection_activation]()
             )
             dense.linear.load_state_dict({"weight": head.weight[:size], "bias": head.bias[:size]})
             modules.append(dense)

@@ -9,12 +9,13 @@ from typing import Any
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md")
 """Files of a checkpoint; anything else in the folder is not uploaded."""
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""``owner/name``."""
 
 
 def check_hub_name(argument: str, name: str) -> None:
     """ValueError unless ``name`` is ``owner/name``."""
-    if not _NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name):
         raise ValueError(f"{argument}: expected owner/name, got {name!r}")
 
 

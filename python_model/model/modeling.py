@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ MODES = ("unified", "embedding", "generative")
 HEAD_FILE = "embedding_head.safetensors"
 WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 """Arguments of ``from_pretrained`` that locate a checkpoint's files."""
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": nn.Identity(),
-    "tanh": nn.functional.tanh,
-    "gelu": nn.functional.gelu,
-    "relu": nn.functional.relu,
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
 }
+"""The module of each ``projection_activation``."""
 TOKENS_PER_PACK = 16384
 """encode() fills each forward pass with up to this many tokens."""
 
@@ -209,7 +210,7 @@ class GritLM(nn.Module):
         """
         pooled = gk.pool(hidden, cu_seqlens=cu_seqlens, instruction_lens=instruction_lens, method=self.pooling_method)
         if self.projection is not None:
-            pooled = _ACTIVATIONS[self.settings.projection_activation](_in_float32(self.projection, pooled))
+            pooled = ACTIVATIONS[self.settings.projection_activation]()(_in_float32(self.projection, pooled))
         pooled = pooled[:, : self.settings.truncate_dim]
         return nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
 

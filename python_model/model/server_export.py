@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import ACTIVATIONS, GritLM
 from python_model.support.arguments import check_at_least, check_choice
 from python_model.support.files import new_folder, write_json
 
@@ -31,7 +31,6 @@ BIDIRECTIONAL = {
 }
 """Model types whose attention reads ``is_causal`` there."""
 _POOLING = ("mean", "cls", "lasttoken")
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"identity": nn.Identity, "tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def export_for_server(
@@ -150,7 +149,7 @@ def _write_modules(model: GritLM, folder: Path, max_length: int) -> None:
         head: Any = model.projection
         kinds.append("Dense")
         (folder / "2_Dense").mkdir()
-        activation = _ACTIVATIONS[settings.projection_activation]
+        activation = ACTIVATIONS[settings.projection_activation]
         write_json(
             folder / "2_Dense" / "config.json",
             {
