@@ -151,23 +151,23 @@ def plan_step(
     device = ranks.device
     numbers = None if datasets is None else tuple(torch.tensor(of, dtype=torch.int64, device=device) for of in datasets)
     return RankBatch(
-        [c.to(device) for c in text_chunks],
-        [c.to(device) for c in conversation_chunks],
-        len(queries),
-        len(texts),
-        None if ids is None else (ids[0].to(device), ids[1].to(device)),
-        weights.to(device),
-        len(everyone),
-        totals[4],
-        totals[2],
-        sum(everyone),
-        totals[6],
-        int(shared[: ranks.rank, 4].sum()),
-        teacher.to(device) if teacher is not None and totals[5] else None,
-        totals[5],
-        cast("tuple[Tensor, Tensor] | None", numbers),
-        num_datasets,
-        torch.tensor(counts, dtype=torch.int64, device=device),
+        text_chunks=[c.to(device) for c in text_chunks],
+        conversation_chunks=[c.to(device) for c in conversation_chunks],
+        queries=len(queries),
+        texts=len(texts),
+        mask_ids=None if ids is None else (ids[0].to(device), ids[1].to(device)),
+        weights=weights.to(device),
+        conversations=len(everyone),
+        all_queries=totals[4],
+        tokens=totals[2],
+        labels=sum(everyone),
+        pairs=totals[6],
+        first_query=int(shared[: ranks.rank, 4].sum()),
+        scores=teacher.to(device) if teacher is not None and totals[5] else None,
+        scored=totals[5],
+        datasets=cast("tuple[Tensor, Tensor] | None", numbers),
+        num_datasets=num_datasets,
+        labels_of=torch.tensor(counts, dtype=torch.int64, device=device),
     )
 
 
@@ -329,9 +329,8 @@ class StepGradients:
             if batch.scores is not None:
                 student = group_scores(cut, batch.queries) / temperature
                 distillation.append(distillation_losses(student, batch.scores / config.teacher_temperature))
-        each = torch.stack(contrastive).mean(
-            dim=0
-        )  # for the queries of all ranks if they share negatives, else for this rank's
+        # of the queries of all ranks if they share negatives, else of this rank's
+        each = torch.stack(contrastive).mean(dim=0)
         loss = each.mean()
         if not self._across:
             # ranks may differ by one query: the mean over all queries is the mean of this over ranks
@@ -385,8 +384,9 @@ class StepGradients:
     ) -> StepLosses:
         config = self.losses
         parts = (contrastive, generative, self._router, self._distillation)
-        mine = [0.0 if loss is None else float(loss) for loss in parts]
-        shared = self.ranks.all_values([*mine, *self._by_dataset.flatten().tolist()])
+        mine = [torch.zeros_like(self._router) if loss is None else loss.double() for loss in parts]
+        # read back from the device once
+        shared = self.ranks.all_values(torch.cat([torch.stack(mine), self._by_dataset.flatten()]).tolist())
         rep = float(shared[:, 0].mean()) if contrastive is not None else None
         gen = float(shared[:, 1].sum()) if generative is not None else None
         balance = float(shared[:, 2].sum()) if self.router_loss_weight else None
