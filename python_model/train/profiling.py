@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from python_model.train.distributed import Ranks
 
@@ -13,27 +13,15 @@ BEFORE = 2
 """Initial steps that are not recorded: they compile, load and allocate once."""
 
 
-class StepProfiler(Protocol):
-    """Is notified at the end of each step."""
-
-    def step(self) -> None:
-        """Called at the end of a step."""
-
-
-class _None:
-    def step(self) -> None:
-        """Records nothing."""
-
-
 @contextlib.contextmanager
-def step_profiler(folder: Path, steps: int, ranks: Ranks) -> Iterator[StepProfiler]:
-    """Records ``steps`` steps of the block after the first two; 0: none.
+def step_profiler(folder: Path, steps: int, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Records ``steps`` steps of the block after the first two; 0: none. Call what it yields at the end of each step.
 
     Each rank writes ``profile/rank-0.json`` (for chrome://tracing or Perfetto) and ``profile/rank-0.txt``, the operations
     sorted by time, once the steps are done or when the block ends.
     """
     if not steps:
-        yield _None()
+        yield lambda: None
         return
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -53,7 +41,6 @@ def step_profiler(folder: Path, steps: int, ranks: Ranks) -> Iterator[StepProfil
         schedule=schedule(wait=BEFORE - 1, warmup=1, active=steps, repeat=1),
         on_trace_ready=write,
         record_shapes=True,
-        with_flops=False,
         acc_events=True,
     ) as profiler:
-        yield profiler
+        yield profiler.step

@@ -217,7 +217,7 @@ class Trainer:
         bar = tqdm(total=self.config.steps, initial=start, desc="train", unit="step", disable=not self.ranks.first)
         torch.use_deterministic_algorithms(self.config.deterministic)
         try:
-            with bar, self._stoppable(), step_profiler(self.folder, config.profile_steps, self.ranks) as profiler:
+            with bar, self._stoppable(), step_profiler(self.folder, config.profile_steps, self.ranks) as profile_step:
                 begin = time.perf_counter()
                 for index, samples in enumerate(self.stream.steps(start, stop), start):
                     record = self.step(samples, index)
@@ -239,7 +239,7 @@ class Trainer:
                         self.model.train()
                     enough = validation is not None and validation(index + 1, self.config.steps)
                     self.model.train()
-                    profiler.step()
+                    profile_step()
                     self._save_state(index + 1)
                     if validation is not None and enough:
                         bar.write(f"stopping after step {index + 1}: no improvement since step {validation.best()}")
