@@ -321,14 +321,16 @@ class TrainConfig(Checked):
                     raise ValueError(f"{group}.{error}") from error
         return cls(**nested)
 
-    def told(self) -> dict[str, Any]:
-        """The settings that differ from their defaults and say what the run was, by dotted name: without paths, and without those
-        that stand in ``grit.json``."""
+    def card_settings(self) -> dict[str, Any]:
+        """The settings of a model card, by dotted name: those that differ from their defaults, without paths and without those in
+        ``grit.json``, which the card lists anyway."""
         defaults = dotted(asdict(type(self)(dry_run=True)))
         return {
             name: value
             for name, value in dotted(asdict(self)).items()
-            if value != defaults[name] and name not in _UNTOLD and name.partition(".")[0] not in ("grit", "logging")
+            if value != defaults[name]
+            and name not in _NOT_IN_CARD
+            and name.partition(".")[0] not in ("grit", "logging")
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -345,7 +347,7 @@ TYPES |= {
     for name, hint in get_type_hints(_TOP[group], include_extras=True).items()
 }
 """The type of every setting, by its dotted name."""
-_UNTOLD = frozenset(
+_NOT_IN_CARD = frozenset(
     (
         *("output_dir", "dry_run", "push_to_hub", "model.name", "model.architecture", "data.train_data"),
         *("data.token_cache", "data.data_workers", "evaluation.data"),

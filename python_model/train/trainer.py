@@ -281,7 +281,7 @@ class Trainer:
             kind="embedding" if self.config.mode == "embedding" else "grit",
             name=self.config.push_to_hub or self.folder.name,
             base=self.config.model.name,
-            training=self.config.told(),
+            training=self.config.card_settings(),
             datasets=None if report is None else report.used,
             results=results,
         )

@@ -56,7 +56,7 @@ class Validation:
         """
         if step % self.config.every and step != steps:
             return False
-        if not self._told(any(record["step"] == step for record in self._records)):
+        if not self._from_first(any(record["step"] == step for record in self._records)):
             scores = self._measure()
             if scores.get(self.config.metric) is None:
                 measured = [name for name in HIGHER_IS_BETTER if scores.get(name) is not None]
@@ -75,12 +75,12 @@ class Validation:
             return False
         best = self.best()
         later = sum(record["step"] > best for record in self._records)
-        return bool(self._told(later >= self.config.patience))
+        return bool(self._from_first(later >= self.config.patience))
 
     def best(self) -> int:
         """The step after which the metric was best, the earliest if there are several; 0 before the first evaluation."""
         records = self._records
-        return self._told(int(_best(records, self.config.metric)["step"]) if records else 0)
+        return self._from_first(int(_best(records, self.config.metric)["step"]) if records else 0)
 
     def close(self) -> None:
         """Close the file."""
@@ -91,7 +91,7 @@ class Validation:
     def _records(self) -> list[dict[str, Any]]:
         return self._log.records if self._log is not None else []
 
-    def _told(self, value: int) -> int:
+    def _from_first(self, value: int) -> int:
         """The first rank's value, on every rank."""
         return int(self.ranks.all_values([value])[0, 0])
 
