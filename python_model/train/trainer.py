@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from python_model.data.stream import StepSamples
 from python_model.model.card import CARD_FILE, model_card
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import EncodedSample
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import find
 from python_model.train.adapters import merge_adapters
@@ -42,25 +42,10 @@ WINDOW = 50
 """Number of previous steps that a loss is compared with."""
 
 
-class Samples(Protocol):
-    """The samples of a step, for one rank or all (python_model.data.stream.StepSamples)."""
-
-    queries: list[EncodedSample]
-    passages: list[EncodedSample]
-    conversations: list[EncodedSample]
-    query_ids: list[int]
-    passage_ids: list[int]
-    query_origins: list[str]
-    conversation_origins: list[str]
-    passage_scores: list[float | None]
-    query_datasets: list[int]
-    conversation_datasets: list[int]
-
-
 class Stream(Protocol):
     """Provides the samples of any step."""
 
-    def steps(self, start: int, stop: int) -> Iterator[Samples]:
+    def steps(self, start: int, stop: int) -> Iterator[StepSamples]:
         """The samples of steps ``start`` .. ``stop - 1``."""
         ...
 
@@ -131,7 +116,7 @@ class Trainer:
                 f"batch.embedding_batch_size: expected at least one query for each of the {world} ranks, got {queries}"
             )
 
-    def step(self, samples: Samples, index: int) -> dict[str, Any]:
+    def step(self, samples: StepSamples, index: int) -> dict[str, Any]:
         """One optimiser step on this rank's samples; returns what the log records."""
         batch = plan_step(
             samples.queries,
@@ -359,7 +344,7 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _check_explosion(self, losses: list[float], samples: Samples) -> list[float]:
+    def _check_explosion(self, losses: list[float], samples: StepSamples) -> list[float]:
         limit = self.config.logging.exploding_loss
         if limit and len(losses) > 5 and losses[-1] > statistics.fmean(losses[:-1]) + limit:
             mean = statistics.fmean(losses[:-1])
@@ -369,7 +354,7 @@ class Trainer:
             )
         return losses
 
-    def _stop_at_bad_batch(self, batch: RankBatch, samples: Samples, losses: StepLosses, why: str) -> None:
+    def _stop_at_bad_batch(self, batch: RankBatch, samples: StepSamples, losses: StepLosses, why: str) -> None:
         file = self._save_bad_batch(samples)
         raise FloatingPointError(
             f"loss: got {losses.total} (contrastive {losses.contrastive}, generative {losses.generative}), {why}; "
@@ -387,7 +372,7 @@ class Trainer:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             tqdm.write(f"no gradient reached {len(names)} trained weight(s) in step {index + 1}: {shown}")
 
-    def _save_bad_batch(self, samples: Samples) -> Path:
+    def _save_bad_batch(self, samples: StepSamples) -> Path:
         name = "bad_batch.json" if self.ranks.world == 1 else f"bad_batch.rank{self.ranks.rank}.json"
         file = self.folder / name
         write_json(

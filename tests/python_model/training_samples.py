@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from python_model import GritLM
+from python_model.data.stream import StepSamples
 from python_model.model.prompts import EncodedSample, embed_instruction, encode_conversation, encode_text
 from python_model.train import TrainConfig, Trainer
 from python_model.train.distributed import Ranks
@@ -23,20 +23,6 @@ LENGTH = 64
 SAME = ("loss", "contrastive_loss", "generative_loss", "gradient_norm", "lr", "tokens")
 
 
-@dataclass
-class ToySamples:
-    queries: list[EncodedSample] = field(default_factory=list)
-    passages: list[EncodedSample] = field(default_factory=list)
-    conversations: list[EncodedSample] = field(default_factory=list)
-    query_ids: list[int] = field(default_factory=list)
-    passage_ids: list[int] = field(default_factory=list)
-    query_origins: list[str] = field(default_factory=list)
-    conversation_origins: list[str] = field(default_factory=list)
-    passage_scores: list[float | None] = field(default_factory=list)
-    query_datasets: list[int] = field(default_factory=list)
-    conversation_datasets: list[int] = field(default_factory=list)
-
-
 class ToyStream:
     """``queries`` queries with a positive and a negative each, and ``conversations`` conversations; a rank gets its share."""
 
@@ -45,15 +31,15 @@ class ToyStream:
     def __init__(self, tokenizer: Any, queries: int, conversations: int, ranks: Ranks | None = None) -> None:
         self.tokenizer, self.queries, self.conversations, self.ranks = tokenizer, queries, conversations, ranks
 
-    def steps(self, start: int, stop: int) -> Iterator[ToySamples]:
+    def steps(self, start: int, stop: int) -> Iterator[StepSamples]:
         for step in range(start, stop):
             yield self[step]
 
-    def __getitem__(self, step: int) -> ToySamples:
+    def __getitem__(self, step: int) -> StepSamples:
         draw = random.Random(step)
         rows, talks = range(self.queries), range(self.conversations)
         mine = (rows, talks) if self.ranks is None else (self.ranks.share(len(rows)), self.ranks.share(len(talks)))
-        samples = ToySamples()
+        samples = StepSamples()
         for row in rows:
             word, number = draw.choice(WORDS), draw.randrange(100)
             longer = "to be seen " * draw.randrange(1, 4)

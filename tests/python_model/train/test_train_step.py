@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from python_model import GritLM
+from python_model.data.stream import StepSamples
 from python_model.model.chunks import build_chunk, first_fit, plan_texts
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.settings import AttentionVariant
@@ -24,7 +25,7 @@ from python_model.train.optimizers import Optimizers
 from python_model.train.setup import recompute_activations
 from python_model.train.step import StepGradients, StepLosses, plan_step
 from tests.python_model.training_config import make_config
-from tests.python_model.training_samples import LENGTH, ToySamples, ToyStream, toy_config, toy_model
+from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model
 
 QUERIES, CONVERSATIONS = 6, 3
 
@@ -70,7 +71,7 @@ def test_any_seed_that_is_not_negative_is_accepted(checkpoint: Path) -> None:
 
 
 def gradients_of(
-    checkpoint: Path, config: TrainConfig, samples: ToySamples, ranks: Ranks | None = None
+    checkpoint: Path, config: TrainConfig, samples: StepSamples, ranks: Ranks | None = None
 ) -> tuple[StepLosses, dict[str, torch.Tensor]]:
     """Losses and gradients of one step, whole on every rank."""
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
