@@ -260,7 +260,8 @@ def open_stream(
             found, left_out = select(index, encoder)
             _check_left_out(config, index.file, left_out)
             chosen = [rows.choice(config.max_rows_per_dataset or len(rows), seed) for rows in found]
-            scored += sum(int(rows.facts("scored").sum()) for rows in chosen)
+            if teacher:
+                scored += sum(int(rows.facts("scored").sum()) for rows in chosen)
             each = config.positives == "each"
             data += [EachPositive(rows) if each and not rows.generative else rows for rows in chosen]
             report.add(left_out)
@@ -303,8 +304,8 @@ def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool, teacher: b
     for generative, needed in ((False, mode != "generative"), (True, mode != "embedding")):
         if needed and generative not in kinds:
             raise ValueError(_lacking(config.train_data, mode, "generative" if generative else "embedding"))
-    scored = any(index.facts["scored"].any() for index in indexes if index.kind is False)
-    if teacher and mode != "generative" and not scored:
+    embedding = [index for index in indexes if index.kind is False]
+    if teacher and mode != "generative" and not any(index.facts["scored"].any() for index in embedding):
         raise ValueError(
             f"losses.distillation_weight: expected 0, for no row of {config.train_data} has pos_scores and neg_scores (grit mine "
             "--scores writes them)"
