@@ -388,6 +388,11 @@ class GritLM(nn.Module):
         return states[mask.bool()], cache
 
 
+def head_size(config: Any) -> int:
+    """The size of an attention head of a model with this config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def token_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices sorted by length, split into packs of at most ``batch_size`` texts and TOKENS_PER_PACK tokens."""
     check_at_least("batch_size", batch_size, 1)

@@ -14,7 +14,7 @@ import torch
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.generate.text import TextStream, eos_token_ids, prompt_ids
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import GritLM, head_size
 from python_model.model.prompts import ROLE_MARKERS
 from python_model.rag.calibration import trusted_modes
 from python_model.rag.fingerprint import fingerprint
@@ -391,8 +391,7 @@ def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]
 def bytes_per_token(model: GritLM, format: str) -> int:
     """Bytes of a token's states in a store, without int8 scales."""
     config = model.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim
+    values = config.num_hidden_layers * 2 * config.num_key_value_heads * head_size(config)
     return int(values * (1 if format == "int8" else getattr(torch, format).itemsize))
 
 

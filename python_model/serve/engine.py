@@ -24,7 +24,7 @@ from torch import Tensor
 
 from python_model.generate.decode import Sampling
 from python_model.generate.text import TextStream, eos_token_ids
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import GritLM, head_size
 from python_model.serve import scheduler as plans
 from python_model.serve.arena import Arena
 from python_model.serve.step import Item, PackedStep, refusal
@@ -134,12 +134,11 @@ class Engine:
         if reason is not None:
             raise ValueError(reason)
         config = model.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.model, self.metrics, self.clock = model, metrics, clock
         self.arena = Arena(
             config.num_hidden_layers,
             config.num_key_value_heads,
-            head_dim,
+            head_size(config),
             arena_rows,
             max_step_tokens,
             dtype=model.model.dtype,

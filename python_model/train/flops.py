@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import GritLM, head_size
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class ModelFlops:
         """The operations of a model before it is sharded, given its adapters and frozen weights."""
         config: Any = model.model.config
         head = None if model.mode == "embedding" else model.model.get_output_embeddings()
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
         # a token is routed to some of the experts
         visited = (getattr(config, "num_experts_per_tok", 0) or 0) / (getattr(config, "num_local_experts", 0) or 1)
         body = 0.0
@@ -51,7 +49,7 @@ class ModelFlops:
         if head is not None:
             outer = next((m for m in head.modules() if isinstance(m, nn.Linear)), head)
             logits = _passes(outer.weight) * config.vocab_size * config.hidden_size
-        return cls(body, logits, 12.0 * config.num_hidden_layers * heads * size)
+        return cls(body, logits, 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size(config))
 
     def step(self, tokens: int, labels: int, pairs: int) -> float:
         """Operations of a step with these numbers of tokens, labelled tokens and visible pairs."""

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from python_model.data.config import BatchConfig, DataConfig
+from python_model.model.modeling import head_size
 from python_model.support.optional import find
 from python_model.train.config import Mode, ModelConfig, ParallelConfig
 
@@ -141,7 +142,7 @@ def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) 
     hidden = model_config.hidden_size
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
-    size = getattr(model_config, "head_dim", None) or hidden // heads
+    size = head_size(model_config)
     inner = getattr(model_config, "intermediate_size", None) or 4 * hidden
     active = getattr(model_config, "num_experts_per_tok", 1) or 1
     s = 2 if bf16 else 4
@@ -153,9 +154,7 @@ def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) 
 
 def attention_output_bytes(model_config: Any, bf16: bool) -> int:
     """Bytes of attention's results per token and layer: its output, and the LSE of each head in FP32."""
-    heads = model_config.num_attention_heads
-    size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    return heads * ((2 if bf16 else 4) * size + 4)
+    return model_config.num_attention_heads * ((2 if bf16 else 4) * head_size(model_config) + 4)
 
 
 def plan_tokens(mode: Mode, data: DataConfig, batch: BatchConfig, world: int) -> StepTokens:
