@@ -3,8 +3,8 @@
     folder/vectors/*.safetensors  matrices (documents, size) in float32, float16 or int8 with a float32 scale per row
 
 A file is written once and never changed. Each file has the number of the change that last touched it, and mapped files stay
-mapped, so that a search after an addition reads only what was added. To keep the number of files small, ``FAN_OUT`` neighbours of
-similar size are merged: a vector is copied once per order of magnitude by which the index grows.
+mapped, so that a search after an addition reads only what was added. To keep the number of files small, ``FAN_OUT``
+neighbours or more are merged into one of a larger order of magnitude: a vector is copied once per order by which the index grows.
 """
 
 from __future__ import annotations
