@@ -15,6 +15,7 @@ from python_model.data.stream import StepSamples
 from python_model.model.prompts import EncodedSample, embed_instruction, encode_conversation, encode_text
 from python_model.train import TrainConfig, Trainer
 from python_model.train.distributed import Ranks
+from python_model.train.model import TrainingModel
 from python_model.train.setup import load_model
 from tests.python_model.training_config import make_config
 
@@ -133,3 +134,18 @@ def held_out_folder(folder: Path) -> Path:
     for name, lines in (("test/embedding", rows), ("test/generative", talks), ("corpus", corpus)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def router_model(tokenizer: Any, folder: Path) -> tuple[TrainingModel, TrainConfig]:
+    """A tiny Mixtral, and settings in which every conversation is a chunk and only the router loss counts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    settings = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+    )  # fmt: skip
+    MixtralForCausalLM(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = toy_config(folder, folder, chunk_tokens=LENGTH, generative_weight=0.0, mode="generative")
+    return TrainingModel(toy_model(config), router_loss=True), config

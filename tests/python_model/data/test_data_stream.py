@@ -213,6 +213,14 @@ def test_a_few_shot_instruction_shows_another_row_of_the_data_set(tokenizer: Any
     assert 30 <= sum(shown) <= 70
 
 
+def test_no_few_shot_example_holds_the_querys_own_answer(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{**query(0), "pos": [["", f"positive {n}"]]} for n in range(3)]
+    options = {"mode": "embedding", "embedding_batch_size": 3, "few_shot": 1.0, "query_max_len": 512}
+    stream = stream_of(config_of(train_data=folder_of(tmp_path, a=rows), **options), tokenizer)
+    texts = decoded(tokenizer, [sample for step in range(4) for sample in stream[step].queries])
+    assert set(texts) == {embed_instruction("Find the text") + " query 0"}
+
+
 def test_bare_strings_have_the_format_without_an_instruction(tokenizer: Any, tmp_path: Path) -> None:
     data = folder_of(
         tmp_path,

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from python_model.model.chunks import build_chunk
 from python_model.model.losses import distillation_losses
-from tests.python_model.training_samples import toy_config, toy_trainer
+from python_model.train.distributed import Ranks
+from python_model.train.model import TrainingModel
+from python_model.train.step import StepGradients, plan_step
+from tests.python_model.training_samples import ToyStream, toy_config, toy_model, toy_trainer
 
 
 def test_the_loss_is_the_divergence_of_the_two_softmaxes() -> None:
@@ -27,6 +31,26 @@ def test_the_loss_is_the_divergence_of_the_two_softmaxes() -> None:
     assert student.grad is not None and torch.isfinite(student.grad).all()
     torch.testing.assert_close(student.grad, wanted, rtol=1e-5, atol=1e-6)
     assert distillation_losses(teacher[:3] + 2.0, teacher[:3]).abs().max() < 1e-6
+
+
+def test_a_steps_loss_is_the_mean_over_the_queries_with_scores(checkpoint: Path, tmp_path: Path) -> None:
+    """The third of four queries has a score of one passage only."""
+    changes = {"distillation_weight": 1.0, "teacher_temperature": 2.0}
+    config = toy_config(checkpoint, tmp_path, mode="embedding", **changes)
+    model, alone = TrainingModel(toy_model(config)), Ranks(0, 1, torch.device("cpu"))
+    samples = ToyStream(model.grit.tokenizer, 4, 0)[0]
+    texts = samples.queries, samples.passages
+    batch = plan_step(*texts, [], None, config.batch, config.losses, alone, scores=samples.passage_scores)
+    found = StepGradients(model, config.losses, alone, bf16=False)(batch, seed=0).distillation
+    with torch.no_grad():
+        vectors, _, _ = model(build_chunk([*samples.queries, *samples.passages], []))
+    losses = []
+    for query in (0, 1, 3):
+        group = slice(2 * query, 2 * query + 2)
+        p = (torch.tensor(samples.passage_scores[group]) / 2.0).softmax(dim=0)
+        q = (vectors[4:][group] @ vectors[query] / config.losses.temperature).softmax(dim=0)
+        losses.append((p * (p / q).log()).sum())
+    assert found == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
 
 
 def test_a_run_on_scores_alone_follows_the_teacher(checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from python_model.model.chunks import build_chunk
 from python_model.train.config import LossConfig, OptimizerConfig
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
-from python_model.train.optimizers import Optimizers
+from python_model.train.optimizers import Optimizers, hidden_matrices
 from python_model.train.step import StepGradients, plan_step
-from tests.python_model.training_samples import ToyStream, toy_config, toy_model, toy_trainer
+from tests.python_model.training_samples import ToyStream, router_model, toy_config, toy_model, toy_trainer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -100,3 +101,12 @@ def test_muon_moves_the_layers_matrices_and_adamw_all_else(checkpoint: Path, tmp
         else:
             torch.testing.assert_close(step.abs(), torch.ones_like(step), rtol=1e-3, atol=1e-3)
     assert by_muon == 14 and len(trainer.optimizers.optimizers) == 2
+
+
+def test_muon_leaves_the_routers_of_a_mixture_to_adamw(tokenizer: Any, tmp_path: Path) -> None:
+    model, _ = router_model(tokenizer, tmp_path)
+    layer = dict(model.grit.decoder[0].layers[0].named_parameters())
+    chosen = {id(p) for p in hidden_matrices(model)}
+    assert {name for name, p in layer.items() if id(p) in chosen} == {f"self_attn.{x}_proj.weight" for x in "qkvo"}
+    assert any(name.endswith(".gate.weight") and p.ndim == 2 for name, p in layer.items())
+    assert len(chosen) == 4

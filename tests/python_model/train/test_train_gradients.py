@@ -11,11 +11,10 @@ import torch
 
 from python_model.model.chunks import build_chunk
 from python_model.model.losses import next_token_losses, sums_per_sample
-from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
 from python_model.train.step import StepGradients, _empty_chunk, plan_step
-from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model, toy_trainer
+from tests.python_model.training_samples import ToyStream, router_model, toy_config, toy_model, toy_trainer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -171,21 +170,6 @@ def test_a_step_takes_no_duplicate_of_a_positive_as_negative(checkpoint: Path, t
         scores = scores.masked_fill(same, float("-inf"))
     expected = torch.nn.functional.cross_entropy(scores, own)
     assert trainer.step(samples, 0)["contrastive_loss"] == pytest.approx(float(expected), rel=1e-5)
-
-
-def router_model(tokenizer: Any, folder: Path) -> tuple[TrainingModel, TrainConfig]:
-    """A tiny Mixtral, and settings in which every conversation is a chunk and only the router loss counts."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    settings = MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
-    )  # fmt: skip
-    MixtralForCausalLM(settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config = toy_config(folder, folder, chunk_tokens=LENGTH, generative_weight=0.0, mode="generative")
-    return TrainingModel(toy_model(config), router_loss=True), config
 
 
 def test_a_chunks_router_loss_counts_by_its_share_of_the_tokens(tokenizer: Any, tmp_path: Path) -> None:

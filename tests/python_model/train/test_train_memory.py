@@ -158,3 +158,24 @@ def test_weights_gradients_and_moments_are_counted_as_they_are_sharded() -> None
         alone.activations,
     ]
     assert alone.total == sum(parts)
+
+
+def test_selective_checkpointing_keeps_attentions_results_as_well() -> None:
+    """Per layer and token the output of attention in BF16, and an FP32 LSE of each head."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from python_model.train.config import ModelConfig, ParallelConfig
+    from python_model.train.memory import StepTokens, plan_memory
+
+    settings = MistralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=24,
+    )  # fmt: skip
+    model, tokens = MistralForCausalLM(settings), StepTokens(1000, 100, 3)
+
+    def activations(checkpointing: Any) -> float:
+        config = ModelConfig(name="x", bf16=True, gradient_checkpointing=checkpointing)
+        return plan_memory(model, settings, tokens, config, ParallelConfig(), "unified", 1).activations
+
+    assert activations("selective") - activations(True) == 100 * 3 * 2 * (2 * 24 + 4)
+    assert activations("selective") < activations(False)
