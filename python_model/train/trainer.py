@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import signal
 import statistics
 import threading
@@ -307,8 +306,6 @@ class Trainer:
         if not config.data:
             return None
         bf16 = self.config.model.bf16
-        if not start and self.ranks.first:  # left by an earlier run
-            shutil.rmtree(self._best.folder, ignore_errors=True)
         return Validation(
             config, self.model, self.grit, self.optimizers, self.folder, self._best, self.ranks, bf16=bf16, start=start
         )

@@ -75,3 +75,15 @@ def test_a_metric_that_the_run_does_not_give_is_refused(checkpoint: Path, tmp_pa
         toy_trainer(config).train()
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         toy_config(checkpoint, tmp_path, **{"evaluation.data": "nowhere"})
+
+
+def test_a_run_that_starts_over_has_no_best_state_of_the_earlier_one(
+    checkpoint: Path, tmp_path: Path, folder: Path
+) -> None:
+    settings = {"evaluation.data": str(folder), "evaluation.every": 2, "resume": False}
+    config = toy_config(checkpoint, tmp_path, steps=2, **settings)
+    earlier = Path(config.output_dir) / "best" / "step-00000099"
+    earlier.mkdir(parents=True)
+    (earlier / "state.json").write_text("{}")
+    toy_trainer(config).train()
+    assert [state.name for state in earlier.parent.iterdir()] == ["step-00000002"]
