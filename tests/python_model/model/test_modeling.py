@@ -350,5 +350,9 @@ def test_a_caller_that_wants_no_gradients_gets_none(checkpoint: Path) -> None:
     """Also of a model in training: with a graph each, the embeddings of a corpus would keep every activation."""
     model = GritLM(checkpoint, is_inference=False, device="cpu", dtype="float32")
     assert model.encode(TEXTS, convert_to_tensor=True).requires_grad
+    states = []
+    model.decoder[0].register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
     with torch.no_grad():
         assert not model.encode(TEXTS, convert_to_tensor=True).requires_grad
+        model.encode(TEXTS, get_cache=True)
+    assert len(states) == 2 and not any(hidden.requires_grad for hidden in states)  # no graph behind the result either
