@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import grit_kernels as gk
-from grit_kernels.backend import interpreting
 from tests.conftest import Backend, assert_within_rule
 from tests.grit_kernels.attention.oracle import Case, attention, make_case
-
-FEW = settings(max_examples=2 if interpreting() else 12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def scattered(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,30 +63,6 @@ def check(case: Case, backend: Backend, found: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(found[1].isfinite(), live)
     assert bool((found[0][~live] == 0).all())
     assert_within_rule(found[1][live], torch.cat(truth_lse)[live], torch.cat(eager_lse)[live], "lse")
-
-
-@FEW
-@given(data=st.data())
-def test_ranges_anywhere_equal_the_oracle_and_rows_between_them_are_never_used(
-    backend: Backend, data: st.DataObject
-) -> None:
-    draw = data.draw
-    batch, seed = draw(st.integers(2, 5)), draw(st.integers(0, 2**16))
-    lens_k = draw(st.lists(st.integers(0, 40), min_size=batch, max_size=batch))
-    lens_q = [draw(st.sampled_from([n, min(n, 1), max(n // 2, 1), 0])) for n in lens_k]
-    torch.manual_seed(seed)
-    edges = st.sampled_from([-1, -1, 0, 1, 5, 30])
-    case = make_case(
-        lens_q,
-        lens_k,
-        draw(st.lists(st.booleans(), min_size=batch, max_size=batch)),
-        window=[(draw(edges), draw(edges)) for _ in range(batch)],
-        heads=draw(st.sampled_from([(4, 2), (2, 2), (4, 1)])),
-        dim=draw(st.sampled_from([32, 64])),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
-        softcap=draw(st.sampled_from([0.0, 3.0])),
-    )
-    check(case, backend, run(case, backend, *scattered(case, seed)))
 
 
 def test_decode_rows_beside_long_texts_and_pieces_of_prompts_equal_the_oracle(backend: Backend) -> None:

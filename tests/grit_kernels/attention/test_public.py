@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import grit_kernels as gk
-from grit_kernels.backend import interpreting
 from tests.conftest import Backend, assert_within_rule
 from tests.grit_kernels.attention.oracle import Case, attention, gradients, make_case, padded
-
-# Triton's interpreter takes seconds per example
-FEW = settings(max_examples=2 if interpreting() else 12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def window_tensor(case: Case, device: str) -> Tensor:
@@ -89,51 +82,6 @@ def check_against_oracle(case: Case, backend: Backend, dtype: torch.dtype) -> No
     rough = list(zip(*gradients(case, grads, dtype), strict=True))
     for name, found, a, b in zip("qkv", by_tensor, expected, rough, strict=True):
         assert_within_rule(torch.cat(found), torch.cat(a), torch.cat(b), f"d{name}")
-
-
-def cases(draw: Callable[..., Any]) -> Case:
-    batch = draw(st.integers(1, 4))
-    lens_k = draw(st.lists(st.integers(0, 24), min_size=batch, max_size=batch))
-    lens_q = [draw(st.sampled_from([n, n, 0, max(n // 2, 1), n + 2])) for n in lens_k]
-    group, heads_kv = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    edges = st.sampled_from([-1, -1, 0, 1, 5, 30])
-    return make_case(
-        lens_q,
-        lens_k,
-        draw(st.lists(st.booleans(), min_size=batch, max_size=batch)),
-        window=[(draw(edges), draw(edges)) for _ in range(batch)],
-        heads=(group * heads_kv, heads_kv),
-        dim=draw(st.sampled_from([32, 40, 64])),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
-        softmax_scale=draw(st.sampled_from([None, 0.3])),
-    )
-
-
-@FEW
-@given(data=st.data())
-def test_any_pack_equals_the_oracle_forward_and_backward(backend: Backend, data: st.DataObject) -> None:
-    case = cases(data.draw)
-    check_against_oracle(case, backend, case.q[0].dtype)
-
-
-@FEW
-@given(data=st.data())
-def test_padding_equals_packing_whatever_the_padding_holds(backend: Backend, data: st.DataObject) -> None:
-    case = cases(data.draw)
-    outs, lses, grads = run_varlen(case, backend, [torch.ones(q.shape) for q in case.q])
-    for extra, poison in ((0, float("nan")), (3, float("inf"))):
-        out, lse, padded_grads = run_padded(case, backend, extra, poison)
-        for b, (part, part_lse) in enumerate(zip(outs, lses, strict=True)):
-            rows = part.shape[0]
-            torch.testing.assert_close(out[b, :rows], part)
-            torch.testing.assert_close(lse[b, :rows], part_lse)
-            assert bool((out[b, rows:] == 0).all()) and bool((lse[b, rows:] == float("-inf")).all())
-            for found, expected in zip(padded_grads, grads, strict=True):
-                used = expected[b].shape[0]
-                torch.testing.assert_close(found[b, :used], expected[b])
-                assert bool((found[b, used:] == 0).all()), "padding has a gradient"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
