@@ -12,6 +12,10 @@ distributed.py  ranks, FSDP2, DDP
 checkpointer.py saving and resuming
 validation.py   evaluation on held-out rows, best state, early stopping
 trackers.py     logging of figures
+plot.py         the losses as a picture
+flops.py        operations of a step, MFU
+profiling.py    traces of some steps
+ablation.py     variants one after another, in one table
 """
 
 from python_model.train.config import TrainConfig
