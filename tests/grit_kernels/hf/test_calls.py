@@ -130,6 +130,7 @@ def test_seq_idx_keeps_the_samples_of_a_row_apart(stock: Any, model: Any, is_cau
     table = {"cu_seq_lens_q": torch.tensor([0, 6, 14], dtype=torch.int32), "max_length_q": 8}
     for extra in ({}, {"attention_mask": torch.ones_like(ROW)}, table):
         close(model(ROW, **call, **extra).logits, truth)
+    close(model(ROW, is_causal=is_causal, use_cache=False, seq_idx=NUMBERED - 1).logits, truth)
     padded = model(ROW, **{**call, "seq_idx": NUMBERED - 1}, attention_mask=(NUMBERED == 2).long()).logits
     close(padded[:, 6:], truth[:, 6:])
     with pytest.raises(ValueError, match="seq_idx: expected the samples of cu_seq_lens_q or sample_pack, got others"):
