@@ -124,13 +124,17 @@ def length_tensor(
     return lengths.to(device=device, dtype=torch.int32).contiguous()
 
 
+def _check_longest(name: str, max_seqlen: int) -> None:
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(max_seqlen).__name__}")
+
+
 def check_lengths(
     name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Check a ``cu_seqlens`` (int32 (B + 1)); returns starts and lengths, int32 (B)."""
     longest = check_cu_seqlens(name, cu_seqlens, tokens)
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"{max_name}: expected an int, got {type(max_seqlen).__name__}")
+    _check_longest(max_name, max_seqlen)
     if longest is not None and longest > max_seqlen:
         raise ValueError(f"{max_name}: expected at least {longest}, the length of the longest sample, got {max_seqlen}")
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
@@ -152,8 +156,7 @@ def check_ranges(
         raise ValueError("k_starts, seqlens_k: expected both or none of them, got one")
     if cu_seqlens_k is not None:
         raise ValueError(f"cu_seqlens_k: expected None beside k_starts and seqlens_k, got {described(cu_seqlens_k)}")
-    if isinstance(max_seqlen_k, bool) or not isinstance(max_seqlen_k, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen_k: expected an int, got {type(max_seqlen_k).__name__}")
+    _check_longest("max_seqlen_k", max_seqlen_k)
     starts = length_tensor("k_starts", k_starts, batch, rows, device)
     lengths = length_tensor("seqlens_k", seqlens_k, batch, rows, device)
     if readable(k_starts) and readable(seqlens_k):
