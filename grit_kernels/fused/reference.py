@@ -61,7 +61,7 @@ def rms_norm_backward(
     return result.to(total.dtype).contiguous(), along
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     wide, rotated = x.to(_compute(x)), cos.shape[-1]
     cos, sin = (t.to(wide.dtype)[:, :, None] for t in (cos, sin))  # [B, T, 1, R]
     first, second = wide[..., : rotated // 2], wide[..., rotated // 2 : rotated]
@@ -76,7 +76,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
 @without_autocast
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """q (B, T, Hq, D), k (B, T, Hkv, D), cos and sin (B or 1, T, R) -> both rotated; ``transposed``: by the transposed matrix."""
-    return _turn(q, cos, sin, transposed), _turn(k, cos, sin, transposed)
+    return _rotate(q, cos, sin, transposed), _rotate(k, cos, sin, transposed)
 
 
 @without_autocast

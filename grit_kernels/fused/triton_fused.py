@@ -91,7 +91,7 @@ def norm_bwd_kernel(
 
 
 @triton.jit
-def _turn_heads(
+def _rotate_heads(
     p_x, p_out, b_cos_1, b_cos_2, b_sin_1, b_sin_2, first_head, heads, head_stride, dim,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -134,13 +134,13 @@ def rotary_kernel(
     b_sin_2 = tl.load(p_sin + o_table + HALF, mask=m_c, other=0.0).to(tl.float32)
     q_blocks = tl.cdiv(heads_q, HEADS)
     if block < q_blocks:
-        _turn_heads(
+        _rotate_heads(
             p_q + sample * q_batch_stride + token * q_row_stride, p_q_out + row * heads_q * dim,
             b_cos_1, b_cos_2, b_sin_1, b_sin_2, block * HEADS, heads_q, q_head_stride, dim,
             HALF, HEADS, BLOCK_HALF, BLOCK_REST, TRANSPOSED,
         )  # fmt: skip
     else:
-        _turn_heads(
+        _rotate_heads(
             p_k + sample * k_batch_stride + token * k_row_stride, p_k_out + row * heads_k * dim,
             b_cos_1, b_cos_2, b_sin_1, b_sin_2, (block - q_blocks) * HEADS, heads_k, k_head_stride, dim,
             HALF, HEADS, BLOCK_HALF, BLOCK_REST, TRANSPOSED,

@@ -262,10 +262,10 @@ def _rebind(cls: type) -> _Rebound | None:
     original = forward.__globals__.get(ROTARY)
     if not callable(original) or not _rotates(original, 8, 8):
         return None
-    turn = functools.partial(_turn, original, _rotates(original, 8, 4))
+    rotate = functools.partial(_rotate, original, _rotates(original, 8, 4))
     own = types.FunctionType(
         forward.__code__,
-        {**forward.__globals__, ROTARY: turn},
+        {**forward.__globals__, ROTARY: rotate},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -350,7 +350,7 @@ def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **kwargs)
 
 
-def _turn(original: Callable[..., Any], partly: bool, *args: Any, **kwargs: Any) -> Any:
+def _rotate(original: Callable[..., Any], partly: bool, *args: Any, **kwargs: Any) -> Any:
     """Replaces ``apply_rotary_pos_emb(q, k, cos, sin)`` with q and k (B, heads, T, D)."""
     if kwargs or len(args) != 4 or not _takes_part(args[0], "rotary"):
         return original(*args, **kwargs)
