@@ -22,8 +22,9 @@ from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, files_below, splitter_name
 from python_model.rag.formats import SUFFIXES, UnreadableFileError, read_file
-from python_model.rag.index import Index, Source, embed, too_long
+from python_model.rag.index import Index, embed, too_long
 from python_model.rag.modes import Document
+from python_model.rag.store.documents import Source
 from python_model.rag.store.kvstore import KVStore
 
 BATCH = 32
