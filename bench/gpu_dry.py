@@ -56,7 +56,7 @@ def inject() -> None:
         return lambda: 1.5 * attention_peers.grit(problem)()
 
     def raising(problem: attention_peers.Problem) -> attention_peers.Run:
-        raise NotImplementedError("no kernel for this head size")
+        raise ValueError("injected: a peer without a kernel for this shape")
 
     attention.cpu_regimes = regimes
     attention_peers.PEERS |= {"grit": ours, "torch varlen": differing, "flex": raising}

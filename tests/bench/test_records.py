@@ -12,6 +12,7 @@ import pytest
 
 import bench.__main__ as everything
 from bench import charts, common, records, report
+from tests.bench.parsing import parsed
 
 
 def _rows(slow: float, scatter: float = 0.01) -> list[dict[str, Any]]:
@@ -158,26 +159,8 @@ def test_a_stopped_benchmark_takes_with_it_what_it_has_started(tmp_path: Path) -
 @pytest.mark.parametrize("job", everything.CPU, ids=lambda b: b.name)
 @pytest.mark.parametrize("full", [False, True])
 def test_every_benchmark_is_a_module_that_takes_its_arguments(
-    job: everything.Benchmark, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: everything.Benchmark, full: bool, tmp_path: Path
 ) -> None:
-    """The parser is built, checked and left."""
-    import argparse
-    import importlib
-
-    parsed: list[argparse.Namespace] = []
-
-    class Stop(Exception):
-        pass
-
-    real = argparse.ArgumentParser.parse_args
-
-    def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        parsed.append(real(self, args, namespace))
-        raise Stop
-
-    command = job.command(tmp_path, full)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(sys, "argv", command[2:])
-    with pytest.raises(Stop):
-        importlib.import_module(job.module).main()
-    assert Path(parsed[0].record).name.startswith(job.name)
+    _, _, module, *arguments = job.command(tmp_path, full)
+    assert module == job.module
+    assert Path(parsed(module, arguments).record).name.startswith(job.name)

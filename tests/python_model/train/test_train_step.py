@@ -364,7 +364,7 @@ def test_chunked_dropout_draws_the_same_mask_in_both_passes(checkpoint: Path, tm
         assert torch.equal(vectors, first[chunk.embedded])
 
 
-def test_staircases_follow_the_runs_of_a_conversation() -> None:
+def test_upper_bounds_follow_the_runs_of_a_conversation() -> None:
     """Prefix-LM: tokens of the run see to its end, the others only their past."""
     talk = EncodedSample([5, 6, 7, 8, 9], labels=[-100] * 5, bidirectional=[True, True, True, False, False])
     text = EncodedSample([3, 4])
