@@ -27,17 +27,16 @@ import torch
 import yaml
 
 from bench import common
-from bench.proof_table import plot, table
+from bench.proof_table import mean_losses, plot, table
 from python_model.corpora.small_model import resolve_model
 from python_model.data.stream import check_data, open_stream
 from python_model.evaluation.answers import match, read_questions
 from python_model.evaluation.held_out import HeldOut
-from python_model.evaluation.language import next_token_loss
+from python_model.evaluation.language import conversation_losses
 from python_model.evaluation.lexical import bm25_ranks
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks
 from python_model.generate.text import replies
 from python_model.model.modeling import GritLM
-from python_model.model.prompts import TooLong
 from python_model.support.files import write_json, write_text
 from python_model.train.config import TrainConfig, flatten
 from python_model.train.distributed import Ranks
@@ -120,26 +119,25 @@ class Measure:
         return [int(rank) for rank in found]
 
     @torch.no_grad()
-    def losses(self, model: GritLM) -> dict[str, float]:
-        """Next-token loss by data set."""
-        found = {}
+    def losses(self, model: GritLM) -> dict[str, list[tuple[float, int]]]:
+        """By data set: the next-token losses of each conversation, summed over its reply tokens, and their number."""
         with torch.autocast(model.device.type, torch.bfloat16):
-            for name in dict.fromkeys(row.dataset for row in self.conversations):
-                rows = [row for row in self.conversations if row.dataset == name]
-                try:
-                    found[name] = next_token_loss(model, rows, max_length=self.plan.max_length)
-                except TooLong:
-                    continue
-        return found
+            found = {
+                name: conversation_losses(
+                    model, [row for row in self.conversations if row.dataset == name], max_length=self.plan.max_length
+                )
+                for name in dict.fromkeys(row.dataset for row in self.conversations)
+            }
+        return {name: rows for name, rows in found.items() if rows}
 
     def everything(self, model: GritLM, mode: str) -> dict[str, Any]:
-        """What a record holds about a model: ranks per query, losses per data set, matches per question."""
+        """What a record holds about a model: ranks per query, losses per conversation, matches per question."""
         model.eval()
         found: dict[str, Any] = {}
         if mode != "generative":
             found["ranks"] = self.ranks(model, self.queries)
         if mode != "embedding":
-            found["losses"] = self.losses(model)
+            found["conversation_losses"] = self.losses(model)
             if self.questions:
                 with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
                     texts = replies(model, [[q.question] for q in self.questions], max_new_tokens=24)
@@ -185,7 +183,7 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
         if run.mode != "generative":
             found["ranks"] = measure.ranks(model, measure.curve_queries)
         if run.mode != "embedding":
-            found["losses"] = measure.losses(model)
+            found["losses"] = mean_losses(measure.losses(model))
         curve[str(done)] = found
         write_json(file, curve)
 

@@ -11,7 +11,11 @@ import numpy as np
 from python_model.support.files import new_file
 
 ROUNDS = 10_000
+BUDGET = {"": "the same steps", "double-": "twice the steps"}
+"""What the infix of a specialist's name says."""
 Record = dict[str, Any]
+Rows = Sequence[tuple[float, int]]
+"""Of each conversation: the sum of its reply tokens' losses, and their number."""
 
 
 def ndcg(ranks: Sequence[int]) -> np.ndarray:
@@ -32,8 +36,39 @@ def relative_difference(mine: np.ndarray, theirs: np.ndarray, rounds: int = ROUN
     return float(point), float(low), float(high)
 
 
+def mean_losses(conversations: dict[str, Rows]) -> dict[str, float]:
+    """Each data set's mean over tokens."""
+    return {
+        name: sum(loss for loss, _ in rows) / sum(count for _, count in rows) for name, rows in conversations.items()
+    }
+
+
+def relative_loss_difference(
+    mine: Sequence[Rows], theirs: Sequence[Rows], rounds: int = ROUNDS
+) -> tuple[float, float, float]:
+    """By how much the mean over data sets of each one's mean over tokens differs, and its 95 % interval.
+
+    The bootstrap resamples conversations within each data set, both models' together.
+    """
+    draw = np.random.default_rng(0)
+    totals = np.zeros((2, 1 + rounds))
+    for pair in zip(mine, theirs, strict=True):
+        losses = np.array([[row[0] for row in rows] for rows in pair])
+        counts = np.array([row[1] for row in pair[0]], dtype=float)
+        times = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), rounds)
+        times = np.vstack([np.ones(len(counts), dtype=times.dtype), times])
+        totals += (losses @ times.T) / (counts @ times.T)
+    ratios = totals[0] / totals[1] - 1
+    low, high = np.quantile(ratios[1:], [0.025, 0.975])
+    return float(ratios[0]), float(low), float(high)
+
+
 def table(records: Sequence[Record]) -> str:
     """Markdown: every run's figures, then unified against each specialist, per data set and overall."""
+    records = [
+        record | ({"losses": mean_losses(record["conversation_losses"])} if "conversation_losses" in record else {})
+        for record in records
+    ]
     lines = ["| run | steps | nDCG@10 | next-token loss | short answers |", "|---|---|---|---|---|"]
     for record in sorted(records, key=_order):
         cells = [
@@ -43,27 +78,28 @@ def table(records: Sequence[Record]) -> str:
         ]
         lines.append(f"| {record['name']} | {record['steps']} | " + " | ".join(cells) + " |")
     lines += ["", "The loss is the mean over data sets of each one's mean over tokens.", ""]
-    lines += _against(records, "embedding", "")
-    lines += _against(records, "embedding", "double-")
+    for kind in BUDGET:
+        lines += _against(records, kind) + _against_generative(records, kind)
     lines += _losses(records)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _against(records: Sequence[Record], mode: str, kind: str) -> list[str]:
+def _pairs(records: Sequence[Record], mode: str, kind: str) -> list[tuple[Record, Record]]:
+    """The unified run beside the specialist of each seed that has both."""
+    named = {record["name"]: record for record in records}
+    found = [(f"unified-{record['seed']}", f"{mode}-{kind}{record['seed']}") for record in records]
+    return [(named[mine], named[theirs]) for mine, theirs in dict.fromkeys(found) if mine in named and theirs in named]
+
+
+def _against(records: Sequence[Record], kind: str) -> list[str]:
     """Unified nDCG relative to the embedding specialist of the same seed; seeds are averaged per query."""
-    pairs = [
-        (mine, theirs)
-        for theirs in records
-        for mine in records
-        if theirs["name"] == f"{mode}-{kind}{theirs['seed']}" and mine["name"] == f"unified-{theirs['seed']}"
-    ]
+    pairs = _pairs(records, "embedding", kind)
     if not pairs:
         return []
     mine, theirs = (np.mean([ndcg(pair[side]["ranks"]) for pair in pairs], axis=0) for side in (0, 1))
     sets = np.asarray(pairs[0][0]["measured_on"]["sets"])
-    budget = "twice the steps" if kind else "the same steps"
     lines = [
-        f"Unified against the embedding specialist of {budget} ({len(pairs)} seed(s)): relative difference of nDCG@10, "
+        f"Unified against the embedding specialist of {BUDGET[kind]} ({len(pairs)} seed(s)): relative difference of nDCG@10, "
         "95 % interval of the paired bootstrap over queries.",
         "",
         "| set | queries | unified | specialist | difference |",
@@ -73,11 +109,40 @@ def _against(records: Sequence[Record], mode: str, kind: str) -> list[str]:
         chosen = np.ones(len(sets), dtype=bool) if name == "all" else sets == name
         difference = "-"
         if theirs[chosen].mean() > 0:
-            point, low, high = relative_difference(mine[chosen], theirs[chosen])
-            difference = f"{point:+.1%} [{low:+.1%}, {high:+.1%}]"
+            difference = _shown(*relative_difference(mine[chosen], theirs[chosen]))
         figures = f"{mine[chosen].mean():.3f} | {theirs[chosen].mean():.3f}"
         lines.append(f"| {name} | {chosen.sum()} | {figures} | {difference} |")
     return [*lines, ""]
+
+
+def _against_generative(records: Sequence[Record], kind: str) -> list[str]:
+    """Unified next-token loss relative to the generative specialist of the same seed; seeds are pooled."""
+    pairs = [
+        pair for pair in _pairs(records, "generative", kind) if all("conversation_losses" in record for record in pair)
+    ]
+    if not pairs:
+        return []
+    lines = [
+        f"Unified against the generative specialist of {BUDGET[kind]} ({len(pairs)} seed(s)): relative difference of the "
+        "next-token loss, 95 % interval of the paired bootstrap over conversations (below 0 the unified model is better).",
+        "",
+        "| set | conversations | difference |",
+        "|---|---|---|",
+    ]
+    names = sorted(pairs[0][0]["conversation_losses"])
+    for name in [*names, "all"]:
+        chosen = names if name == "all" else [name]
+        mine, theirs = (
+            [[row for pair in pairs for row in pair[side]["conversation_losses"][own]] for own in chosen]
+            for side in (0, 1)
+        )
+        rows = sum(len(pairs[0][0]["conversation_losses"][own]) for own in chosen)
+        lines.append(f"| {name} | {rows} | {_shown(*relative_loss_difference(mine, theirs))} |")
+    return [*lines, ""]
+
+
+def _shown(point: float, low: float, high: float) -> str:
+    return f"{point:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 def _losses(records: Sequence[Record]) -> list[str]:

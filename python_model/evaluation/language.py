@@ -9,7 +9,7 @@ import torch
 
 from python_model.data.rows import GenerativeRow
 from python_model.model.chunks import build_chunk
-from python_model.model.losses import next_token_losses
+from python_model.model.losses import next_token_losses, sums_per_sample
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX, TooLong
 
@@ -34,10 +34,11 @@ def next_token_loss(
 
 
 @torch.no_grad()
-def token_loss_sums(
+def conversation_losses(
     model: GritLM, rows: Sequence[GenerativeRow], *, max_length: int, rows_per_pack: int = 16
-) -> tuple[float, int, int]:
-    """The sum of the reply tokens' losses, their number, and how many conversations have no reply within ``max_length``."""
+) -> list[tuple[float, int]]:
+    """The sum of each conversation's reply tokens' losses, and their number; those without a reply within ``max_length`` are
+    left out."""
     formatter = model.formatter
     samples = []
     for row in rows:
@@ -45,14 +46,25 @@ def token_loss_sums(
             samples.append(formatter.conversation(row.turns, max_length))
         except TooLong:
             continue
-    total, count = 0.0, 0
+    found: list[tuple[float, int]] = []
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]
         chunk = build_chunk([], part, attention=model.attention).to(model.device)
         hidden = model.hidden_states(chunk.input_ids, chunk.pack)
-        total += float(next_token_losses(model, hidden, chunk.labels).double().sum())
-        count += int((chunk.labels != IGNORE_INDEX).sum())
-    return total, count, len(rows) - len(samples)
+        losses = next_token_losses(model, hidden, chunk.labels).double()
+        counted = (chunk.labels != IGNORE_INDEX).long()
+        starts = chunk.generative_cu_seqlens
+        sums, counts = sums_per_sample(losses, starts).tolist(), sums_per_sample(counted, starts).tolist()
+        found.extend(zip(sums, counts, strict=True))
+    return found
+
+
+def token_loss_sums(
+    model: GritLM, rows: Sequence[GenerativeRow], *, max_length: int, rows_per_pack: int = 16
+) -> tuple[float, int, int]:
+    """The sum of the reply tokens' losses, their number, and how many conversations have no reply within ``max_length``."""
+    found = conversation_losses(model, rows, max_length=max_length, rows_per_pack=rows_per_pack)
+    return sum(total for total, _ in found), sum(count for _, count in found), len(rows) - len(found)
 
 
 def mean_token_loss(total: float, count: int, left_out: int, conversations: int, max_length: int) -> float:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bench import proof
-from bench.proof_table import ndcg, relative_difference, table
+from bench.proof_table import mean_losses, ndcg, relative_difference, relative_loss_difference, table
 from tests.conftest import needs_source_tree
 from tests.python_model.conftest import checkpoint, tokenizer  # noqa: F401  (fixtures)
 
@@ -72,7 +72,11 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     assert len(records["unified-0"]["ranks"]) == 6 and len(records["unified-0"]["matches"]) == 8
     assert sorted(map(int, records["unified-0"]["curve"])) == [1, 2, 3, 4]
     assert len(records["unified-0"]["curve"]["2"]["ranks"]) == 3
-    assert "losses" not in records["embedding-0"] and "ranks" not in records["generative-0"]
+    losses = records["unified-0"]["conversation_losses"]
+    assert sum(map(len, losses.values())) == 8 and all(
+        total > 0 < count for rows in losses.values() for total, count in rows
+    )
+    assert "conversation_losses" not in records["embedding-0"] and "ranks" not in records["generative-0"]
     assert records["embedding-double-0"]["steps"] == 8
     # specialists learn from the unified model's own rows: the same number of tokens over both objectives
     steps = zip(*(records[f"{mode}-0"]["log"] for mode in ("unified", "embedding", "generative")), strict=True)
@@ -80,6 +84,7 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     assert all(r["contrastive_grad_norm"] and r["generative_grad_norm"] for r in records["unified-0"]["log"])
     written = (tmp_path / "records" / "table.md").read_text()
     assert "| BM25 | 0 |" in written and "| base | 0 |" in written and "| all | 6 |" in written
+    assert "against the generative specialist of the same steps" in written and "| all | 8 |" in written
     assert (tmp_path / "records" / "proof.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
         proof.main([*arguments, "--only", "no-such-run"])
@@ -94,6 +99,20 @@ def test_intervals_are_of_the_paired_relative_difference() -> None:
     point, low, high = relative_difference(mine, theirs, rounds=2000)
     spread = (mine - theirs * (1 + point)).std() / theirs.mean() / 400**0.5
     assert low < point < high and (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.15)
+
+
+def test_the_interval_of_losses_resamples_conversations_within_each_set() -> None:
+    draw = np.random.default_rng(2)
+    counts = draw.integers(5, 40, 300)
+    theirs = [[(float(draw.gamma(9, 0.3) * n), int(n)) for n in counts], [(2.0 * n, int(n)) for n in counts[:50]]]
+    same = [[(1.02 * loss, n) for loss, n in rows] for rows in theirs]
+    assert relative_loss_difference(same, theirs, rounds=200) == pytest.approx((0.02, 0.02, 0.02))
+    # sets count alike, whatever their sizes: 10 % more in one of two of mean 2.7 and 2
+    half = [theirs[0], [(1.1 * loss, n) for loss, n in theirs[1]]]
+    means = [sum(loss for loss, _ in rows) / sum(n for _, n in rows) for rows in theirs]
+    point, low, high = relative_loss_difference(half, theirs, rounds=2000)
+    assert point == pytest.approx(0.1 * means[1] / sum(means)) and low < point < high
+    assert mean_losses({"a": theirs[0], "b": theirs[1]}) == pytest.approx({"a": means[0], "b": 2.0})
 
 
 def test_the_table_sets_unified_against_the_specialist_per_set() -> None:

@@ -15,6 +15,7 @@ from python_model.commands.evaluate import COMMAND as main
 from python_model.data.rows import GenerativeRow
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.language import conversation_losses
 from python_model.evaluation.retrieval import embed_documents, ranks_of_relevant, retrieval_ranks, scores_from_ranks
 from python_model.model.prompts import TooLong, encode_conversation
 
@@ -145,3 +146,10 @@ def test_mistakes_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> Non
         file.write(json.dumps({"query": "q", "pos": ["p"], "neg": [], "key": "nowhere"}) + "\n")
     with pytest.raises(SystemExit, match=r"embedding.jsonl:5: no passage of the corpus has the key 'nowhere'"):
         main(["--model", str(checkpoint), "--data", str(data)])
+
+
+def test_each_conversation_has_its_own_sum_of_losses(checkpoint: Path) -> None:
+    model = GritLM(str(checkpoint), torch_dtype="float32")
+    rows = [GenerativeRow(tuple(f"turn {i} {'word ' * n}" for i in range(2))) for n in (1, 9, 4)]
+    for row, (total, count) in zip(rows, conversation_losses(model, rows, max_length=64, rows_per_pack=2), strict=True):
+        assert count > 0 and total / count == pytest.approx(next_token_loss(model, [row], max_length=64), rel=1e-5)
