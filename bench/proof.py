@@ -38,6 +38,7 @@ from python_model.evaluation.retrieval import embed_documents, retrieval_ranks
 from python_model.generate.text import replies
 from python_model.model.modeling import GritLM
 from python_model.support.files import write_json, write_text
+from python_model.support.quiet import quiet
 from python_model.train.config import TrainConfig, flatten
 from python_model.train.distributed import Ranks
 from python_model.train.setup import load_model
@@ -270,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--table", action="store_true", help="only rewrite table and plot from the records")
     arguments = parser.parse_args(argv)
+    quiet()
     plan = read_plan(arguments.config)
     if arguments.records is None:
         arguments.records = common.RESULTS / arguments.config.stem
