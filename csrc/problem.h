@@ -1,4 +1,4 @@
-// A schema of torch.library is flat; behind it, the arguments that several ops share travel as one object.
+// The schemas of torch.library are flat; behind them, the arguments that several ops share travel as one object.
 //
 // A problem is a struct with its members in the order of the schema, and their types as `Fields`. Flat<&function, N>::call has the
 // schema's signature, the problem's fields after N other arguments, and calls function(problem, the other arguments in order).

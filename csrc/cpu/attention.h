@@ -1,4 +1,4 @@
-// Plain arguments of the attention kernels, shared by the code that runs on every CPU and the kernels of one instruction set.
+// Plain arguments of the attention kernels, shared by the code compiled for every CPU and the kernels of each instruction set.
 //
 // The kernels compute S^T = K Q^T with queries in the vector lanes. A *slot* is W consecutive rows of one query head (W lanes);
 // slot s of a (sample, key head) holds rows [s / group * W, ..) of the group's head s % group. A *tile* is up to `vectors`
@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-// always inlined: the linker keeps one copy of an inline function, and it could be one that an older CPU cannot run
+// always inlined: the linker keeps one copy of an inline function, possibly one that an older CPU cannot run
 #define GRIT_MEMBER __attribute__((always_inline))
 
 namespace grit {
@@ -32,7 +32,7 @@ struct Attention {
   Rows q, k, v;
   void* out;   // (rows, heads_q, dim), contiguous
   float* lse;  // (rows, heads_q)
-  // value = softmax_scale * q.k, capped; the kernels work with value * log2(e) and a scale >= 0 (negate: q is packed negated)
+  // score = softmax_scale * q.k, capped; the kernels work with score * log2(e) and a scale >= 0 (negate: q is packed negated)
   float scale_log2;  // |softmax_scale| * log2(e)
   bool negate, capped;
   float cap_in, cap_out;  // |softmax_scale| / softcap, softcap * log2(e)
@@ -46,7 +46,7 @@ struct Gradients {
   float softmax_scale, magnitude;  // signed, absolute
 };
 
-// How one instruction set lays out packed operands of one dtype; sizes in 32-bit words.
+// How an instruction set lays out the packed operands of a dtype; sizes in 32-bit words.
 struct Layout {
   int64_t lanes;    // W
   int64_t vectors;  // slots per tile
@@ -65,7 +65,7 @@ struct Layout {
 
 constexpr int64_t FORWARD_KEYS = 128;   // keys per block of the forward pass
 constexpr int64_t BACKWARD_KEYS = 128;  // keys per block of the backward pass
-constexpr int64_t DECODE_KEYS = 256;    // keys per partial result of the few-queries path
+constexpr int64_t DECODE_KEYS = 256;    // keys per partial result of the path for few queries
 constexpr int64_t DECODE_ROWS = 4;      // samples with at most this many rows take it
 constexpr int64_t decode_dim(int64_t dim) { return (dim + 31) / 32 * 32; }  // columns of its partial sums
 

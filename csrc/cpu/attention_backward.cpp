@@ -5,8 +5,8 @@
 //   dQ^T += K^T dS^T                                                                            queries in the lanes
 //
 // delta = rowsum(dO * O) - grad_lse. P^T and dS^T leave the registers once, as the packed operands of the last three products.
-// A block of keys owns its rows of dK and dV; what it adds to dQ goes to a partial sum that only this key chunk writes, so the
-// result depends on shapes alone.
+// A block of keys owns its rows of dK and dV; its share of dQ goes to a partial sum that only this key chunk writes, so the
+// order of additions depends on shapes alone.
 #include "kernels.h"
 #include "products.h"
 #include "visibility.h"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int KEYS = BACKWARD_KEYS;
 
-// Tiles whose P and dS are multiplied together. Sums of tile products lie in memory, where a visit must bring enough.
+// Tiles whose P and dS are multiplied together. Sums of tile products live in memory, so each visit to them must do enough work.
 #if defined(GRIT_ISA_TILES)
 constexpr int GROUP = 4;
 #else
@@ -40,7 +40,7 @@ GRIT_INLINE Scratch split(void* memory, int64_t wide) {
   return {p, ds, columns, dk, dv, scores, grad_scores, lanes, lanes + PANEL * TILE};
 }
 
-// out (KEYS rows) += a x rows: a [KEYS][GROUP_LANES / values], rows [lanes / values][wide]; the rows of the group's tiles lie
+// out (KEYS rows) += a x rows: a [KEYS][GROUP_LANES / values], rows [lanes / values][wide]; the rows of the group's tiles are
 // `step` words apart
 template <class F>
 GRIT_INLINE void add_rows(const uint32_t* a, const uint32_t* rows, [[maybe_unused]] int64_t step, int64_t wide, int64_t keys,
@@ -81,7 +81,7 @@ GRIT_INLINE void store_row_operand(uint32_t* out, int64_t row, int v, vf x) {
   }
 }
 
-// raw products [PANEL][TILE] to scores in powers of 2, rounded as such; slope, if given, gets the derivative of the cap
+// turns raw products [PANEL][TILE] into base-2 scores, rounded; slope, if given, receives the derivative of the cap
 template <int NV>
 GRIT_INLINE void finish_scores(const Attention& a, float* raw, float* slope) {
   if (a.capped) cap_scores(raw, a.cap_in, a.cap_out, slope);
@@ -89,7 +89,7 @@ GRIT_INLINE void finish_scores(const Attention& a, float* raw, float* slope) {
     for (int v = 0; v < NV; ++v) scale_scores(raw + v * W, PANEL, a.scale_log2, splat_int(-1));
 }
 
-// Of the keys from `begin` on: whole steps that some lane of the tiles sees
+// The keys from `begin` on that any lane of the tiles sees, in whole steps
 struct Span {
   int64_t begin, keys;
 };
@@ -107,11 +107,11 @@ Span seen_by(const QueryPack* packs, int64_t tiles, int64_t last_lanes, int64_t 
   return {begin + skipped, smaller(keys - skipped, round_up(last - begin - skipped, STEP))};
 }
 
-// From this log-sum-exp on (in powers of 2) the rounding of a row's one number would show in its probabilities.
+// From this base-2 log-sum-exp on, rounding it to one number would show in the probabilities of its row.
 template <class T>
 constexpr float LARGE_LSE = sizeof(T) == 4 ? 64 : 1024;
 
-// The highest score of each row of a tile, and log2 of what all keys sum up to above it.
+// The highest score of each row of a tile, and log2 of the sum of all keys' exponentials relative to it.
 template <class F, int NV>
 void take_apart_tile(const Attention& a, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t padded, int64_t wide) {
   const int64_t words = wide / F::values;
@@ -248,7 +248,7 @@ int64_t run_keys(const Attention& a, const Gradients& g, const Sample& s, int64_
       const int64_t until = (smaller((rows.last + W - 1) / W * a.group, slots) + VECTORS - 1) / VECTORS;
       for (int64_t tile = from; tile < until; tile += GROUP) {
         const int64_t tiles = smaller<int64_t>(GROUP, until - tile);
-        // slots of the last tile; a tiled format has packed zeros in those that do not exist
+        // slots of the last tile; in a tiled format the missing ones are packed as zeros
         const int64_t last = F::tiled ? VECTORS : smaller<int64_t>(VECTORS, slots - (tile + tiles - 1) * VECTORS);
         const Span span = seen_by<F>(packs + tile, tiles, last * W, j, keys);
         blocks += tiles;
@@ -286,7 +286,7 @@ GRIT_INLINE void pack_row_operand(const T* data, int64_t stride, int64_t rows, i
     }
 }
 
-// slot v as lanes without a row: zeros that see what the slot before sees
+// slot v has no rows: zeros that see what the slot before it sees
 template <class F>
 void clear_slot(const QueryPack& out, int64_t v, int64_t wide) {
   for (int64_t n = 0; n < wide / F::values; ++n) {
@@ -330,7 +330,7 @@ bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const
         sum = fma((vf)row_words<Single>(grad + i * g.grad_out.row, d, a.dim), (vf)row_words<Single>(o + i * g.out.row, d, a.dim), sum);
       const int64_t number = (first + i) * a.heads_q + head;
       const float lse = g.lse[number];
-      // the infinity of a fully masked row must not meet another
+      // the -inf of a fully masked row would turn its masked scores into NaN
       out.lse_log2[at] = lse == MINUS_INFINITY ? 0.0f : lse * LOG2_E;
       large |= __builtin_fabsf(out.lse_log2[at]) >= LARGE_LSE<T>;
       out.delta[at] = sum_lanes(sum) - (g.grad_lse ? g.grad_lse[number] : 0.0f);

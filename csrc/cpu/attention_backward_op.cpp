@@ -1,4 +1,4 @@
-// attention_backward: packs all operands once, runs key chunks, then sums what the chunks added to dq.
+// attention_backward: packs all operands once, runs the key chunks, then sums their shares of dq.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -13,8 +13,8 @@
 namespace grit {
 namespace {
 
-// Key chunks of a sample: enough work items for many cores, few enough partial sums of dq. Decided by the length alone, so
-// neither threads nor the rest of the batch change any bit.
+// Key chunks of a sample: enough work items for many cores, few enough partial sums of dq. The length alone decides, so neither
+// the number of threads nor the rest of the batch changes any bit.
 constexpr int64_t MOST_CHUNKS = 4, LEAST_CHUNK = 512;
 
 int64_t chunk_keys(int64_t keys) {

@@ -43,7 +43,7 @@ AttentionCall take_apart(const AttentionProblem& x, const Tensor& q, const Tenso
   a.v = rows_of(v, "v", a.dtype, call.rows_k, a.heads_kv, a.dim);
   const double magnitude = std::abs(x.softmax_scale), log2_e = 1.4426950408889634;
   a.negate = x.softmax_scale < 0;
-  // a scale of 0 would turn the -inf of a masked score into NaN; this small it changes no score
+  // a scale of 0 would turn the -inf of a masked score into NaN; one this small changes no score
   a.scale_log2 = std::max((float)(magnitude * log2_e), FLT_MIN);
   a.capped = x.softcap > 0;
   a.cap_in = a.capped ? (float)(magnitude / x.softcap) : 0;

@@ -1,4 +1,4 @@
-// An attention call taken apart: checked tensors, samples, rows that no sample owns.
+// An attention call, checked: its tensors, its samples, and the rows that no sample owns.
 #pragma once
 
 #include <tuple>
@@ -30,13 +30,13 @@ AttentionCall take_apart(const AttentionProblem&, const Tensor& q, const Tensor&
 
 Rows rows_of(const Tensor&, const char* name, DType, int64_t rows, int64_t heads, int64_t dim);
 
-// [first, last) stretches of rows that no sample owns
+// ranges [first, last) of rows that no sample owns
 struct Gap {
   int64_t first, last;
 };
 std::vector<Gap> gaps(const AttentionCall&, bool of_keys);
 
-// Key blocks that the attention kernels have visited since the last reset (tests read it).
+// Key blocks that the attention kernels have visited since the last reset; tests read it.
 void count_visited_blocks(int64_t);
 
 }  // namespace grit

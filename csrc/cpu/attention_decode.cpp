@@ -1,7 +1,7 @@
-// Few queries against many keys: decoding. Bound by reading K and V once, in place; nothing is packed.
+// Few queries against many keys: decoding. Its cost is reading K and V, once and in place; nothing is packed.
 //
-// Here the lanes run along the head dimension. The keys of a sample are cut into parts of DECODE_KEYS that run in parallel and are
-// joined in order by their maxima (split-KV), so the result does not depend on the number of threads.
+// Here the lanes run along the head dimension. The keys of a sample are cut into parts of DECODE_KEYS, computed in parallel and
+// merged in order with their maxima (split-KV), so the result does not depend on the number of threads.
 #include "kernels.h"
 #include "products.h"
 #include "visibility.h"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int BLOCK = 16;                // keys per step: all heads of this many keys fit the first-level cache
 constexpr int ROWS = 4;                  // (row, head) pairs that share the K and V vectors in registers
-constexpr int64_t FETCH_BYTES = 1 << 15;  // K and V fetched ahead of their use, all heads together
+constexpr int64_t FETCH_BYTES = 1 << 15;  // of K and V prefetched, all heads together
 
 // ROWS or fewer query rows of one key head
 struct Group {
@@ -21,15 +21,15 @@ struct Group {
   int64_t slot[ROWS];  // row * heads_q + head
 };
 
-// Partial result of a part: maximum [slots], total [slots][W] whose lanes add up, sums [slots][decode_dim]
+// Partial result of a part: maximum [slots], total [slots][W] (to be summed over lanes), sums [slots][decode_dim]
 struct State {
   float *maximum, *total, *sums;
 };
 
-// Rows of one head lie apart, where hardware prefetching fails: a line is fetched into the second-level cache long before it is used.
+// The rows of one head are too far apart for the hardware prefetcher: fetch each line into the second-level cache well ahead.
 GRIT_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// rows of K or V of one key head: row j at data + j * stride, row j + ahead is fetched, up to row `last`
+// rows of K or V of one key head: row j at data + j * stride; row j + ahead is prefetched, up to row `last`
 template <class T>
 struct KeyRows {
   const T* data;
@@ -38,7 +38,7 @@ struct KeyRows {
   GRIT_MEMBER const T* coming(int64_t j) const { return data + smaller(j + ahead, last) * stride; }
 };
 
-// scores[r][j] = q_r . k_j for all keys; the last key repeats when they do not fill a whole number of steps.
+// scores[r][j] = q_r . k_j for all keys; the last key is repeated when they do not fill whole steps.
 // WHOLE: a row is a whole number of vectors.
 template <class F, class T, int R, bool WHOLE>
 GRIT_INLINE void score_block(const Group& g, const KeyRows<T>& k, int64_t dim, float (*scores)[BLOCK + W]) {
@@ -100,8 +100,8 @@ GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const KeyRows<T>& v, i
 }
 
 #if defined(GRIT_ISA_AVX512_BF16)
-// The same from pairs of rows, N times 32 columns at a time: p_words[r][j / 2] holds the probabilities of keys j and j + 1 as
-// bfloat16. The sums of 32 columns stay in the order in which the rows interleave (ordered_sums undoes it once per part).
+// The same for pairs of rows, N times 32 columns at a time: p_words[r][j / 2] holds the probabilities of keys j and j + 1 as
+// bfloat16. The sums of 32 columns stay in interleaved order (ordered_sums undoes it once per part).
 template <int R, int N, bool WHOLE>
 GRIT_INLINE void value_pair_columns(const uint32_t (*p_words)[BLOCK / 2], const KeyRows<bf16>& v, int64_t dim, int64_t d,
                                     float* const* sums) {
@@ -278,7 +278,7 @@ void join(const Attention& a, int64_t row, int64_t head, int64_t parts, int64_t 
 void decode_part(const Attention& a, const Sample& s, int64_t begin, int64_t end, int64_t fetch_end, float* maximum,
                  float* total, float* sums) {
 #if defined(GRIT_ISA_TILES)
-  // a handful of rows fills no tile, and CPUs with tiles multiply bfloat16 pairs at half of the rate of FP32
+  // a handful of rows does not fill a tile, and CPUs with tiles multiply bfloat16 pairs at half the rate of FP32
   part<Single, bf16>(a, s, begin, end, fetch_end, {maximum, total, sums});
 #else
   with_format(a.dtype, [&](auto format, auto type) {

@@ -1,6 +1,6 @@
 // Forward pass of one tile: S^T = K Q^T, online softmax, O^T += V^T P^T, with queries in the lanes.
 //
-// Everything of the softmax is vertical: maximum, sum, mask and rescale need no horizontal step, and two rows of P^T are already
+// The whole softmax is vertical: maximum, sum, mask and rescaling need no operation across lanes, and two rows of P^T are already
 // the packed operand of the second product. Only Q is transposed, once per tile.
 #include "kernels.h"
 #include "products.h"
@@ -21,7 +21,7 @@ GRIT_INLINE Scratch split(void* memory, int64_t words) {
   return {q, scores, scores + (FORWARD_KEYS + PANEL) * TILE};
 }
 
-// What a tile's lanes know of their rows. The key ranges are those of visibility.tile_keys over all lanes.
+// Per-lane state of a tile's rows. The key ranges are those of visibility.tile_keys over all lanes.
 struct Lanes {
   alignas(64) int32_t lo[TILE], hi[TILE];
   alignas(64) float maximum[TILE], total[TILE];

@@ -1,4 +1,4 @@
-// attention_forward: packs K and V once per (sample, key head), then runs tiles; few queries take the split-KV path instead.
+// attention_forward: packs K and V once per (sample, key head), then runs tiles; samples with few queries take the split-KV path.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -26,7 +26,7 @@ struct TileItem {
   Tile tile;
 };
 
-// Samples of at most DECODE_ROWS rows: [first_part, first_part + parts) of the partial results
+// A sample of at most DECODE_ROWS rows, and its partial results [first_part, first_part + parts)
 struct DecodeItem {
   int64_t sample, first_part, parts, first_state;
 };
@@ -90,7 +90,7 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
     const Sample& s = call.samples[b];
     const int64_t begin = first_key(s, 0), end = last_key(s, s.q_len - 1), slots = s.q_len * a.heads_q;
     DecodeItem item{b, (int64_t)parts.size(), 0, states};
-    // part borders lie at multiples of DECODE_KEYS, so a window that reaches the first key equals no window in every bit
+    // parts begin at multiples of DECODE_KEYS, so a window that reaches the first key equals no window bit for bit
     for (int64_t j = begin / DECODE_KEYS * DECODE_KEYS; j < end; j += DECODE_KEYS) {
       parts.push_back({b, std::max(j, begin), std::min(j + DECODE_KEYS, end), states});
       states += slots;
@@ -102,7 +102,7 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
   }
   Memory memory = allocate(states * (1 + lanes + wide) * 4);
   float *sums = (float*)memory.get(), *total = sums + states * wide, *maximum = total + states * lanes;
-  // parts that follow each other stay together, so that what is fetched ahead is used by the thread that fetched it
+  // consecutive parts go to one thread, which then uses what it has prefetched
   const int64_t count = (int64_t)parts.size(), run = std::clamp<int64_t>(count / (8 * torch::stable::get_num_threads()), 1, 8);
   run_items(isa.thread, (count + run - 1) / run, 0, [&](int64_t i, void*) {
     const int64_t last = std::min(count, (i + 1) * run);
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Te
     const Sample& s = call.samples[b];
     if (s.q_len == 0) continue;
     if (s.k_len == 0) write_dead_rows(a, size, s.q_start, s.q_start + s.q_len);
-    // the choice looks at the sample alone: a batch gives each sample the bits it would get by itself
+    // the choice depends on the sample alone: in a batch, each sample gets the bits it would get by itself
     else (s.q_len <= DECODE_ROWS && s.k_len > 4 * s.q_len ? decoded : tiled).push_back(b);
   }
   const Kernels& isa = product_kernels(a.dtype);

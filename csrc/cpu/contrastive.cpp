@@ -1,4 +1,4 @@
-// Contrastive loss: score tiles with an online softmax as epilogue, and the products of the backward.
+// Contrastive loss: score tiles with an online softmax as the epilogue, and the products of the backward pass.
 #include "contrastive.h"
 
 #include "products.h"
@@ -7,7 +7,7 @@ namespace grit::GRIT_ISA {
 namespace {
 
 constexpr float MASKED = NO_CANDIDATE;
-constexpr float LOWEST = -87.0f;  // exp of anything below is 0 for a sum that holds a 1
+constexpr float LOWEST = -87.0f;  // below it, exp adds nothing to a sum that contains a 1
 
 // Pairs need an even width; a row of odd width is multiplied in FP32.
 template <class Function>
@@ -25,7 +25,7 @@ GRIT_INLINE void store_int(int32_t* p, vi x) { std::memcpy(p, &x, sizeof(x)); }
 
 GRIT_INLINE vf exp_of(vf x) { return exp2_of<5>(x * LOG2_E); }
 
-// What the lanes of a tile need to scale and mask scores.
+// What a tile's lanes need to scale and mask their scores.
 struct Lanes {
   vf scale[VECTORS];
   vi target[VECTORS];
@@ -44,7 +44,7 @@ GRIT_INLINE void load_lanes(const Contrastive& p, int64_t query, Lanes& l) {
       l.high[v] = load_int(p.query_high + at);
     }
     if (p.own) {
-      // a lane after the last query repeats it: its own passages would lie beyond what 32 bits count
+      // a lane after the last query repeats it: the index of its own passages might not fit into 32 bits
       const vi row = lane_numbers() + (int32_t)at, last = splat_int((int32_t)p.queries - 1);
       l.own_begin[v] = (row < last ? row : last) * (int32_t)p.own;
       l.own_end[v] = l.own_begin[v] + (int32_t)p.own;
@@ -60,7 +60,7 @@ GRIT_INLINE void load_lanes(const Contrastive& p, int64_t query, Lanes& l) {
   }
 }
 
-// Products of passages with the queries of a tile: those of tiled formats are computed a few panels ahead.
+// Products of passages with the queries of a tile; in tiled formats they are computed a few panels ahead.
 template <class F>
 struct Products {
   static constexpr int64_t AHEAD = 2 * ROW_STEP;
@@ -119,7 +119,7 @@ void forward_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
   Products<F> products{panels, lanes, padded_dim(p.width) / F::values, last};
   Lanes l;
   load_lanes(p, query, l);
-  // These passages get sums of their own: over very many, what one adds would be lost in the rounding of the whole sum.
+  // These passages get sums of their own: among very many, a passage's contribution would be lost in the rounding of the total.
   vf top_before[VECTORS], total_before[VECTORS], below_before[VECTORS];
   GRIT_UNROLL for (int v = 0; v < VECTORS; ++v) {
     top_before[v] = load(state.top + v * W);
@@ -185,7 +185,7 @@ template <class F>
 void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first,
                    int64_t last, const ContrastiveWeights& w) {
   Products<F> products{panels, lanes, padded_dim(p.width) / F::values, last};
-  [[maybe_unused]] vu columns[VECTORS][W];  // of a tiled format: the words of a step, to be transposed
+  [[maybe_unused]] vu columns[VECTORS][W];  // in a tiled format: the words of a step, to be transposed
   Lanes l;
   load_lanes(p, query, l);
   vf top[VECTORS], log_total[VECTORS], a[VECTORS];
@@ -238,7 +238,7 @@ void weights_typed(const Contrastive& p, const uint32_t* panels, const uint32_t*
 
 template <class F, int NV>
 void product_typed(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, const ContrastiveBlock& c) {
-  // what is added to comes from memory: it is on its way while the product runs
+  // the sums to add to come from memory: prefetch them while the product runs
   if (add)
     for (int64_t i = 0; i < c.rows; ++i)
       GRIT_UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(c.data + i * c.stride + v * W, 1);
@@ -258,7 +258,7 @@ void product_typed(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, i
 }
 
 #if defined(GRIT_ISA_TILES)
-// TILE rows and columns; where the matrix ends within them the sums go through a block of their own
+// TILE rows and columns; at the edge of the matrix the sums go through a block of their own
 void product_of_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add, const ContrastiveBlock& c) {
   const TileRows rows = a_stride ? TileRows{a, 16 * a_stride, 16, a_stride} : TileRows{a, TILE_SIZE, TILE / 16 * TILE_SIZE, 16};
   if (c.rows == TILE && c.columns >= TILE) {
@@ -309,7 +309,7 @@ void project_typed(const T* row, int64_t width, float* grad) {
     square = fma(x, x, square);
   }
   const float length = sum_lanes(square);
-  if (!(length > 1e-24f)) return;  // a shorter row was divided by a constant
+  if (!(length > 1e-24f)) return;  // normalisation divided a shorter row by a constant
   const float along = sum_lanes(dot) / length;
   for (int64_t c = 0; c < width; c += W) {
     const vf g = load_up_to(grad + c, width - c) - load_up_to(row + c, width - c) * along;
@@ -331,7 +331,7 @@ constexpr int64_t BLOCK_WORDS = 24 << 10;  // the lanes of a product stay in the
 ContrastiveLayout layout(DType dtype, int64_t width) {
   return with_words(dtype, width, [&](auto f, auto) {
     using F = decltype(f);
-    // tile products read the lanes faster than the second-level cache gives them: a share that the first one holds
+    // tile products read lanes faster than the second-level cache delivers them: a share that fits the first-level cache
     const int64_t inner = F::tiled ? 256 : larger<int64_t>(16, BLOCK_WORDS / TILE / 16 * 16);
     return ContrastiveLayout{F::values, padded_dim(width) / F::values, F::tiled ? TILE : PANEL, TILE, ROW_STEP, inner};
   });

@@ -1,6 +1,6 @@
 // Plain arguments of the contrastive kernels.
 //
-// All three matrix products run on packed operands: a *panel* (`panel` rows side by side, the broadcast side) times *lanes*
+// All three matrix products take packed operands: a *panel* (`panel` rows side by side, the broadcast side) times *lanes*
 // (`tile` columns, the vector side). A word is one FP32 value or, where the CPU multiplies bfloat16, a pair of them. Where it
 // multiplies matrix tiles (tiles.h), [words][panel] below means [words / 16][panel / 16] tiles of 16 rows of 16 words.
 //   scores^T  [passages, queries]   passages as row panels    x queries as lanes               over the width
@@ -31,13 +31,13 @@ struct Contrastive {
 struct ContrastiveState {
   float *top, *total, *below, *positive;
   int32_t* best;
-  float* scores;  // [passage - first][tile] gets the scores, or null
+  float* scores;  // [passage - first][tile] receives the scores, or null
 };
 
 // weight_ij = a_i (softmax_ij - [j = target_i]) * passage_scale_j, stored twice; softmax_ij = exp((score_ij - top_i) - log_total_i)
 struct ContrastiveWeights {
   const float *top, *log_total, *a;  // of the tile's queries
-  const float* scores;                 // [passage - first][tile] as the forward left them; null: computed once more
+  const float* scores;                 // [passage - first][tile] as the forward pass left them; null: recomputed
   char* rows;                          // [passage - first][row_stride bytes], at the tile's first query
   int64_t row_stride;
   uint32_t* columns;  // [tile / panel][words][panel]: the passages' weights of `panel` queries
@@ -56,20 +56,20 @@ struct ContrastiveLayout {
   int64_t words;   // of a row
   int64_t panel, tile;
   int64_t step;   // passages are padded to whole steps, and every range of them starts at one
-  int64_t inner;  // words that one product should take at a time
+  int64_t inner;  // words to multiply at a time
 };
 
 struct ContrastiveKernels {
   ContrastiveLayout (*layout)(DType, int64_t width);
   void (*norms)(DType, const void* row, int64_t stride, int64_t rows, int64_t width, float* out);
-  // rows as row panels [rows / panel][words][panel]; `rows` of which `real` exist; panels of 16 rows where they hold tiles
+  // rows as row panels [rows / panel][words][panel]; of `rows` rows, `real` exist; panels of 16 rows where they hold tiles
   void (*pack_panels)(DType, const void* data, int64_t stride, int64_t real, int64_t rows, int64_t width, uint32_t* out);
   // up to `tile` rows as lanes [words][tile]
   void (*pack_lanes)(DType, const void* data, int64_t stride, int64_t real, int64_t width, uint32_t* out);
   // rows [first, last) of `padded` as columns [width / tile][padded / values][tile]
   void (*pack_columns)(DType, const void* data, int64_t stride, int64_t real, int64_t first, int64_t last, int64_t padded,
                        int64_t width, uint32_t* out);
-  // passages [first, last), first at a panel's start, against the tile that starts at `query`
+  // passages [first, last), where a panel starts at `first`, against the tile that starts at `query`
   void (*forward)(const Contrastive&, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first, int64_t last,
                   const ContrastiveState&);
   void (*weights)(const Contrastive&, const uint32_t* panels, const uint32_t* lanes, int64_t query, int64_t first, int64_t last,
@@ -77,7 +77,7 @@ struct ContrastiveKernels {
   // c (+)= a panel of `count` words, [count][panel] or, with a row stride (words), [panel][a_stride], x lanes
   void (*product)(DType, int64_t width, const uint32_t* a, int64_t a_stride, const uint32_t* lanes, int64_t count, bool add,
                   const ContrastiveBlock& c);
-  // grad row, less its part along the row, in place
+  // removes from a grad row its component along the row, in place
   void (*project)(DType, const void* row, int64_t width, float* grad);
   // out = scale * grad, `count` values in the dtype
   void (*scale)(DType, const float* grad, float scale, int64_t count, void* out);

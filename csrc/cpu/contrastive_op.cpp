@@ -1,5 +1,5 @@
-// The contrastive ops, see contrastive/chunked.py. Extra memory: packed copies of the inputs, and for gradients these in FP32
-// and the weights (and scores) of one chunk of queries. Nothing depends on the number of threads.
+// The contrastive ops, see contrastive/chunked.py. Extra memory: packed copies of the inputs and, for gradients, the gradients in
+// FP32 and the weights (and scores) of one chunk of queries. No result depends on the number of threads.
 #include "contrastive_op.h"
 
 #include <algorithm>
@@ -16,8 +16,8 @@ namespace {
 
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of packed passages (or weights) that stay in the second-level cache
 constexpr int64_t CHUNK_BYTES = 32 << 20;   // of weights and scores of a chunk of queries
-constexpr int64_t LEAST_CHUNK_TILES = 4;    // grad_p is read and written once per chunk of queries: it must not be too short
-constexpr int64_t KEEP_WORDS = 96;          // scores of shorter rows are as quickly recomputed as kept
+constexpr int64_t LEAST_CHUNK_TILES = 4;    // grad_p is read and written once per chunk of queries, which must not be too small
+constexpr int64_t KEEP_WORDS = 96;          // scores of shorter rows are recomputed as quickly as they are kept
 constexpr int64_t TILES_PER_ITEM = 11;
 constexpr int64_t LEAST_ITEMS = 32;
 constexpr int64_t PACK_ROWS = 256;
@@ -30,7 +30,7 @@ const int64_t* int64_data(const Tensor& t, int64_t count, const char* name) {
   return t.const_data_ptr<int64_t>();
 }
 
-// The call's arguments, checked, padded and with packed operands.
+// The arguments of a call, checked and padded, with packed operands.
 struct Call {
   const Kernels& isa;
   const ContrastiveKernels& kernels = *isa.contrastive;
@@ -135,7 +135,7 @@ struct Call {
   uint32_t* lanes_of(int64_t t) const { return (uint32_t*)query_lanes.get() + t * words * tile; }
   uint32_t* panels() const { return (uint32_t*)passage_panels.get(); }
 
-  // passages that the queries of tiles [first, last) may have as candidates, widened to whole steps
+  // candidate passages of the queries of tiles [first, last), widened to whole steps
   std::pair<int64_t, int64_t> seen(int64_t first, int64_t last) const {
     if (!problem.own) return {0, padded_passages};
     const int64_t begin = first * tile * problem.own, end = std::min(last * tile, problem.queries) * problem.own;
@@ -152,20 +152,20 @@ Tensor empty_floats(std::initializer_list<int64_t> sizes) {
   return t;
 }
 
-// Per query: the loss, and its softmax_j = exp((score_j - top) - log_total). What a backward needs is kept relative to the top:
-// with top + log_total in one number, or relative to the positive score, a large score would cost the softmax its digits.
+// Per query: the loss, and the terms of softmax_j = exp((score_j - top) - log_total). What the backward pass needs is kept relative
+// to the top: in top + log_total, or relative to the positive's score, large scores would cost the softmax its precision.
 struct Losses {
   float *losses, *top, *log_total, *excess;
   int64_t* best;
 };
 
-// The numbers of the queries of tiles [first, last). The scores, if requested, lie as [tile - first][score_rows][tile]; the
+// The losses of the queries of tiles [first, last). Scores, if requested, are stored as [tile - first][score_rows][tile]; the
 // first row is the first passage that any of the tiles sees.
 void compute_losses(const Call& call, int64_t first, int64_t last, float* scores, int64_t score_rows, const Losses& out) {
   const int64_t tile = call.tile, tiles = last - first, padded = tiles * tile;
   const int64_t count = std::min(padded, call.problem.queries - first * tile), block = call.block();
   const auto [seen_begin, seen_end] = call.seen(first, last);
-  // an item: some tiles against one share of the passages. Few tiles: more shares, joined in order below
+  // an item: some tiles against one share of the passages; with few tiles there are more shares, merged in order below
   const int64_t most = call.problem.own ? 1 : TILES_PER_ITEM, groups = (tiles + most - 1) / most;
   const int64_t step = (tiles + groups - 1) / groups;
   const int64_t blocks = call.problem.own ? 1 : (seen_end - seen_begin + block - 1) / block;
@@ -227,15 +227,15 @@ void write_scaled(const Kernels& isa, DType dtype, const float* grad, float scal
   });
 }
 
-// Where the gradients of queries and passages [.., width] go. Those of the passages may go to their dtype at once: of a large
-// vocabulary the FP32 sums of all rows would fill, and be written to and read from, more memory than everything else.
+// Where the gradients of queries and passages [.., width] go. Those of the passages may be rounded to their dtype at once: for a
+// large vocabulary, FP32 sums of all rows would take more memory, and more traffic, than everything else.
 struct GradientRows {
   float *queries, *passages;
   char* narrow_passages;  // instead of `passages`
 };
 
-// The gradients of sum_i coefficient_i loss_i. `numbers` hold whole tiles; unless they are known they are computed along the way, and
-// the scores of a chunk then serve both the losses and the gradients.
+// The gradients of sum_i coefficient_i loss_i. `numbers` hold whole tiles; unless they are known, they are computed along the way,
+// and the scores of a chunk then serve both the losses and the gradients.
 void compute_gradients(const Call& call, const float* coefficients, bool known, const Losses& numbers, bool normalize,
                        const GradientRows& out) {
   const ContrastiveKernels& kernels = call.kernels;
@@ -256,13 +256,13 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
     });
   };
   pack(call.queries, call.stride_q, count, padded_queries, query_columns);
-  // a query's own passages: the chunks' panels may overlap at their ends, so every chunk adds
+  // with own passages only, the chunks' panels may overlap at their ends, so every chunk adds to the sums
   if (problem.own) std::fill(out.passages, out.passages + problem.passages * width, 0.0f);
 
   const int64_t weight_bytes = 4 / values;  // a weight is stored twice
   const bool keep = !known && !problem.own && call.words >= KEEP_WORDS;
   if (!known && !keep) compute_losses(call, 0, call.tiles, nullptr, 0, numbers);
-  // Chunks of whole tiles. Kept scores are those of all passages; else a chunk takes some of them, about as many as queries, since
+  // Chunks of whole tiles. Scores are kept for all passages; otherwise a chunk takes about as many passages as queries, since
   // dq is read and written once per chunk of passages and dp once per chunk of queries.
   const int64_t pairs = CHUNK_BYTES / (2 * weight_bytes + (keep ? 4 : 0));
   int64_t chunk_rows = pairs / padded;
@@ -277,7 +277,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
     const int64_t shares = std::max<int64_t>(1, (padded + wanted / 2) / wanted);
     most = up((padded + shares - 1) / shares, call.step);
   }
-  // rows of weights end off a power of two, so that the rows of a panel do not share cache sets
+  // the stride is no power of two, so that the rows of a panel do not compete for cache sets
   const int64_t row_stride = chunk_tiles * tile * weight_bytes + 64;
   Memory row_memory = allocate(most * row_stride), column_memory = allocate(most / values * chunk_tiles * tile * 4);
   Memory score_memory = keep ? allocate(most * chunk_tiles * tile * 4) : Memory();
@@ -288,7 +288,7 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
   const int64_t inner = call.inner;                                               // words per pass of a product
   const int64_t group = std::max<int64_t>(1, BLOCK_BYTES / (inner * panel * 4));  // panels that share the lanes
 
-  // with known numbers a share of the passages meets all queries before the next share: only its columns and sums exist
+  // with known numbers, one share of the passages meets all queries before the next does: only its columns and sums are kept
   const bool by_shares = known && !problem.own;
   const int64_t column_rows = by_shares ? most : padded;
   Memory passage_columns = allocate(column_rows / values * wide * 4);
@@ -296,12 +296,12 @@ void compute_gradients(const Call& call, const float* coefficients, bool known, 
     pack(call.passages + begin * call.stride_p * call.item, call.stride_p, problem.passages - begin, rows, passage_columns);
   };
   Memory sums = out.narrow_passages ? allocate(most * width * 4) : Memory();
-  // FP32 rows of the passages' gradients, the first of them of passage `begin`
+  // FP32 rows of the passages' gradients, from passage `begin` on
   auto rows_from = [&](int64_t begin) { return out.narrow_passages ? (float*)sums.get() : out.passages + begin * width; };
 
   auto add_chunk = [&](int64_t first_tile, int64_t last_tile, int64_t begin, int64_t seen, bool first_passages) {
     const int64_t here = last_tile - first_tile, seen_words = seen / values, blocks = (seen + block - 1) / block;
-    const int64_t packed = by_shares ? seen : padded, column = by_shares ? 0 : begin;  // what passage_columns hold
+    const int64_t packed = by_shares ? seen : padded, column = by_shares ? 0 : begin;  // what passage_columns holds
     float* const dp = rows_from(begin);
 
     run_items(thread, here * blocks, 0, [&](int64_t index, void*) {

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> contrastive_backward(const Pairs&, Tensor grad_losses
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_step(const Pairs&, Tensor coefficients, bool in_batch_negatives,
                                                                     bool normalize);
 
-// the gradients times grad_loss, those of queries and passages in their dtype
+// the gradients times grad_loss; those of queries and passages in the dtype of their inputs
 std::tuple<Tensor, Tensor, Tensor> contrastive_scale(Tensor grad_loss, Tensor queries, Tensor passages, Tensor grad_queries,
                                                      Tensor grad_passages, Tensor grad_temperature);
 

@@ -27,7 +27,7 @@ bool has_amx_bf16() {
   return (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
 }
 
-// Linux gives a process the 8 KB of tile registers when it asks for them; a container or an old kernel may refuse.
+// Linux grants a process the 8 KB of tile registers on request; a container or an old kernel may refuse.
 const char* ask_for_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned long GET = 0x1022, REQUEST = 0x1023, TILE_DATA = 18;

@@ -1,4 +1,4 @@
-// What this CPU and its system offer.
+// What this CPU and operating system offer.
 #pragma once
 
 namespace grit {
@@ -6,8 +6,8 @@ namespace grit {
 struct CpuFeatures {
   bool avx2, avx512, avx512_bf16;
   bool amx;  // bfloat16 tile products that this process may use
-  // FP32 products are as fast as those of bfloat16 pairs or faster: Intel's CPUs multiply pairs at half of that rate, where
-  // other CPUs multiply them at its double
+  // FP32 products are at least as fast as those of bfloat16 pairs: Intel's CPUs multiply pairs at half that rate, where
+  // other CPUs multiply them at twice the rate
   bool slow_bf16_pairs;
   const char* amx_reason;  // why amx is false, or empty
 };

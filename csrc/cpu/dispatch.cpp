@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time, by its speed on this CPU and not by its flag alone.
+// Chooses the instruction set at run time, by its speed on this CPU rather than by its flag alone.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +35,7 @@ struct Choice {
   const char* name() const { return bf16_products->name; }
 };
 
-// those that this CPU runs, best first; the emulation is for tests and comes last
+// the sets that this CPU runs, best first; the emulation of tiles is for tests and comes last
 std::vector<Choice> usable() {
   std::vector<Choice> list;
   auto add = [&](const Kernels& table) { list.push_back({&table, &table}); };
@@ -96,7 +96,7 @@ const Kernels& product_kernels(DType dtype) {
 
 }  // namespace grit
 
-// For tests and `grit doctor` through ctypes; they hold no state of torch, so they need no op.
+// Called by tests and `grit doctor` through ctypes; they touch no tensors, so they need no op.
 #define GRIT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Names of the usable sets, best first, separated by commas.
@@ -105,7 +105,7 @@ GRIT_EXPORT const char* grit_kernels_cpu_isas() {
   return all.c_str();
 }
 
-// Uses the named set from now on (nullptr: the best); 0 on success, 1 when this CPU does not have it.
+// Uses the named set from now on (nullptr: the best); returns 0, or 1 if this CPU does not have it.
 GRIT_EXPORT int grit_kernels_set_cpu_isa(const char* name) {
   try {
     grit::chosen.store(grit::find(name), std::memory_order_release);
@@ -115,7 +115,7 @@ GRIT_EXPORT int grit_kernels_set_cpu_isa(const char* name) {
   }
 }
 
-// The set that runs now: products of bfloat16, or everything else. Empty when GRIT_KERNELS_CPU_ISA names none.
+// The set in use, for products of bfloat16 or for everything else. Empty if GRIT_KERNELS_CPU_ISA names an unknown one.
 GRIT_EXPORT const char* grit_kernels_cpu_isa_of(int bf16_products) {
   try {
     return bf16_products ? grit::product_kernels(grit::DType::bfloat16).name : grit::kernels().name;
@@ -124,5 +124,5 @@ GRIT_EXPORT const char* grit_kernels_cpu_isa_of(int bf16_products) {
   }
 }
 
-// Why the tile registers are not used, empty when they are.
+// Why the tile registers are not used; empty if they are.
 GRIT_EXPORT const char* grit_kernels_amx_reason() { return grit::cpu_features().amx_reason; }

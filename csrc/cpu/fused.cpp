@@ -1,4 +1,4 @@
-// The rows of fused.h. Memory bound: a row is read from memory once and stays in the first-level cache for its second use.
+// The kernels of fused.h. Memory bound: a row is read from memory once and stays in the first-level cache for its second use.
 #include "fused.h"
 
 #include "kernels.h"
@@ -8,7 +8,7 @@
 namespace grit::GRIT_ISA {
 namespace {
 
-// f(c, n) for the W or, at the end, fewer elements from column c on
+// calls f(c, n) for each n elements from column c on: W of them, or fewer at the end
 template <class Function>
 GRIT_INLINE void each_vector(int64_t columns, const Function& f) {
   int64_t c = 0;
@@ -23,7 +23,7 @@ GRIT_INLINE void with_type(DType dtype, const Function& f) {
   f(float{});
 }
 
-// f(a, b) for two types that are the same, or of which one is float
+// calls f(a, b) with two types that are the same, or one of which is float
 template <class Function>
 GRIT_INLINE void with_types(DType a, DType b, const Function& f) {
   if (a == DType::float32) return with_type(b, [&](auto second) { f(float{}, second); });
@@ -144,7 +144,7 @@ void rotary_row(const RotaryRow& p) {
 // Both activations are x sigmoid(u): u = x for SiLU, u = 2 sqrt(2 / pi) (x + 0.044715 x^3) for the tanh form of GELU
 constexpr float SLOPE = 1.5957691216057308f, CUBE = 0.044715f * SLOPE;
 
-// bounded, so that an infinity never meets the 0 of a saturated sigmoid; in vmin a NaN passes through when it stands second
+// bounded, so that the 0 of a saturated sigmoid is never multiplied by infinity; vmin returns a NaN that is its second argument
 GRIT_INLINE vf squared(vf x) { return vmin(splat(1e30f), x * x); }
 template <Gate KIND>
 GRIT_INLINE vf inner(vf x) {
@@ -156,7 +156,7 @@ GRIT_INLINE vf inner_slope(vf x) {
   if constexpr (KIND == Gate::silu) return splat(1.0f);
   return fma(squared(x), splat(3 * CUBE), splat(SLOPE));
 }
-// 0 where e^-u has no place in FP32
+// 0 where e^-u overflows FP32
 GRIT_INLINE vf sigmoid(vf u) {
   const vf power = u * -LOG2_E;
   const vf s = 1.0f / (1.0f + exp2_of<5>(vmin(splat(126.0f), power)));

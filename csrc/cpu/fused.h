@@ -1,5 +1,5 @@
-// What lies between the matrix products of a decoder layer, one row at a time: RMSNorm with the residual addition in front of
-// it, rotary embedding of all heads of a token, gate activation times up projection. Arithmetic is FP32 throughout.
+// What lies between the matrix products of a decoder layer, one row at a time: RMSNorm with the residual addition before it,
+// rotary embedding of all heads of a token, gate activation times up projection. All arithmetic is FP32.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace grit {
 // total = x + residual, rounded to its dtype (without a residual, x itself is the total and nothing is stored);
 // out = total * rsqrt(mean(total^2) + eps) * gain
 struct NormRow {
-  const void *x, *residual;  // residual: or null
+  const void *x, *residual;  // residual may be null
   void *total, *out;         // total: null without a residual
   const float* gain;
   int64_t columns;
@@ -19,7 +19,7 @@ struct NormRow {
   DType x_dtype, residual_dtype, total_dtype, out_dtype;
 };
 
-// grad_gain (columns) is added to, unless null; grad_total: what arrives at the total from elsewhere, or null
+// grad_gain (columns) is added to, unless null; grad_total: the total's gradient from its other uses, or null
 struct NormGradientRow {
   const void *grad_out, *total, *grad_total;
   void* grad_x;  // in the total's dtype, like grad_total
@@ -30,8 +30,8 @@ struct NormGradientRow {
   DType out_dtype, total_dtype;
 };
 
-// `heads` vectors of dim elements, the first `rotated` of which turn: with halves x1, x2 and c1, c2, s1, s2 of cos and sin
-// out = (x1 c1 - x2 s1, x2 c2 + x1 s2), or transposed, the gradient: (x1 c1 + x2 s2, x2 c2 - x1 s1)
+// `heads` vectors of dim elements, the first `rotated` of which are rotated: with halves x1, x2 and c1, c2, s1, s2 of cos and sin
+// out = (x1 c1 - x2 s1, x2 c2 + x1 s2), or transposed, for the gradient, (x1 c1 + x2 s2, x2 c2 - x1 s1)
 struct RotaryRow {
   const void* x;
   void* out;

@@ -12,7 +12,7 @@
 namespace grit {
 namespace {
 
-// Values per share of work: smaller calls stay on one thread, whose start would take longer.
+// Values per share of work: a smaller call runs on one thread, since starting another would take longer.
 constexpr int64_t GRAIN = 16384;
 // Rows per partial sum of a weight's gradient: fixed, so that the result does not depend on the number of threads.
 constexpr int64_t CHUNK = 64;
@@ -20,12 +20,12 @@ constexpr int MAX_DIMS = 8;
 
 int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// A tensor as rows of its last dimension, which is contiguous; the others have any strides.
+// A tensor as rows of its last dimension, which is contiguous; the other dimensions may have any strides.
 struct View {
   char* data;
   DType dtype;
   int64_t rows, columns, element;
-  int dims = 0;  // of the rows, innermost first; adjacent ones that are contiguous are merged
+  int dims = 0;  // of the rows, innermost first; adjacent contiguous ones are merged
   int64_t size[MAX_DIMS], stride[MAX_DIMS];
 
   View(const Tensor& t, const char* name) {
@@ -81,7 +81,7 @@ std::vector<float> gain_of(const Tensor& weight, int64_t columns, double offset)
   return gain;
 }
 
-// a 16-bit dtype and a different one are combined in float32
+// two dtypes go together if they are the same or one of them is float32
 bool fits(ScalarType a, ScalarType b) { return a == b || a == ScalarType::Float || b == ScalarType::Float; }
 
 template <class Function>

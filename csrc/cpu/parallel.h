@@ -19,8 +19,8 @@ namespace grit {
 
 constexpr int64_t LARGE_PAGE = 2 << 20;
 
-// Asks for large pages in the part of fresh memory that holds whole ones: writing it for the first time then costs a page fault
-// per 2 MB, not per 4 KB, which takes longer than the writing itself. Where the system has none to give, nothing changes.
+// Asks for large pages wherever fresh memory covers whole ones: its first use then costs a page fault per 2 MB instead of one per
+// 4 KB, which takes longer than the writing itself. Where the system has none to offer, nothing changes.
 inline void use_large_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t first = ((uintptr_t)p + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
@@ -29,8 +29,8 @@ inline void use_large_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t b
 #endif
 }
 
-// Memory of at least 2 * LARGE_PAGE is handed to the next call when it is no larger than MOST_KEPT: the system zeroes fresh pages,
-// which takes a fifth of the backward pass of short samples.
+// Memory of at least 2 * LARGE_PAGE and at most MOST_KEPT is kept for the next call: the system zeroes fresh pages, which takes a
+// fifth of the backward pass of short samples.
 constexpr int64_t MOST_KEPT = 128 << 20, HEADER = 64;
 
 inline std::atomic<void*> kept{nullptr};  // one block, or null; its first word holds its size
@@ -64,7 +64,7 @@ inline Memory allocate(int64_t bytes) {
   return Memory((char*)block + HEADER);
 }
 
-// A thread's state while it runs kernels of one set.
+// Sets up a thread's state while it runs kernels of a set.
 class Entered {
  public:
   explicit Entered(const ThreadState& state) : state(state) {

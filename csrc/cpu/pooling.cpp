@@ -1,6 +1,6 @@
 // Weighted sum of rows and its gradient: the inner parts of pool_forward and pool_backward. Memory bound: each row is read from
-// memory once, several rows per pass over the sums, while the rows of the next pass are fetched into the second-level cache
-// (the hardware's own prefetch stops at the end of a page and does not follow eight rows at once).
+// memory once, several rows per pass over the sums, while the rows of the next pass are prefetched into the second-level cache
+// (the hardware prefetcher stops at the end of a page and does not follow eight rows at once).
 #include "kernels.h"
 #include "simd.h"
 
@@ -9,14 +9,14 @@ namespace {
 
 constexpr int ROWS = 8, GRADIENT_ROWS = 4, LINE = 64;
 
-// what lies `ahead` elements behind the 2 W elements at p; a prefetch never faults, whatever the address
+// prefetches the 2 W elements that are `ahead` elements after p; a prefetch never faults, whatever the address
 template <class T>
 GRIT_INLINE void fetch(const T* p, int64_t ahead) {
   const uintptr_t at = (uintptr_t)p + (uintptr_t)(ahead * (int64_t)sizeof(T));
   GRIT_UNROLL for (int b = 0; b < (int)(2 * W * sizeof(T)); b += LINE) __builtin_prefetch((const void*)(at + b), 0, 2);
 }
 
-// Elements from row t to the one that is read `rows` rows later: of these rows, then of those from p.next on.
+// Elements between row t and the row read `rows` rows later: one of these rows or, past their end, of those from p.next on.
 GRIT_INLINE int64_t ahead_of(const PoolRows& p, int64_t t, int64_t rows) {
   int64_t later = t + rows;
   if (later >= p.last) later = p.next < 0 ? t : p.next + later - p.last;
@@ -96,7 +96,7 @@ void pool_typed(const PoolRows& p) {
   if (fresh) std::memset(p.out, 0, (size_t)p.columns * sizeof(float));
 }
 
-// Gradients of N rows with the norm: with n = h r, a row's is r (g - n mean(n g)) for g = weight * grad * gain
+// Gradients of N rows with the norm: r (g - n mean(n g)) for each, where n = h r and g = weight * grad * gain
 template <class T, int N>
 void normed_gradients(const PoolBackwardRows& call, const int64_t (&t)[GRADIENT_ROWS]) {
   const PoolRows& p = call.rows;

@@ -65,12 +65,12 @@ Tensor pool_forward(const PoolingProblem& problem) {
     float* row = result + b * columns;
     for (int64_t c = from; c < to; ++c) row[c] = (gain.empty() ? row[c] : row[c] * gain[c]) / denominator[b];
   };
-  // A sample is the sum of its parts in order. An item is a run of parts: where it holds a sample's first part it sums into the
-  // result, and leaves the parts of a sample that began before it for the end.
+  // A sample is the sum of its parts in order. An item is a run of parts: it sums into the result where it holds a sample's first
+  // part; sums of a sample that began in an earlier item are added at the end.
   const int64_t count = (int64_t)parts.size();
   const int64_t items = std::min<int64_t>(count, ITEMS_PER_THREAD * torch::stable::get_num_threads());
   auto first_of = [&](int64_t item) { return count * item / items; };
-  std::vector<int64_t> slot(items + 1, 0);  // of the first part that an item leaves
+  std::vector<int64_t> slot(items + 1, 0);  // of the first part that an item leaves for the end
   auto left_by = [&](int64_t item) {
     const int64_t sample = parts[first_of(item)].sample;
     if (first_part[sample] >= first_of(item)) return (int64_t)0;

@@ -1,4 +1,4 @@
-// The arithmetic that all attention kernels share: packed operands, the two micro-kernels, exp2 and tanh on vectors.
+// The arithmetic that the attention and contrastive kernels share: packed operands, two micro-kernels, exp2 and tanh on vectors.
 #pragma once
 
 #include "attention.h"
@@ -8,7 +8,7 @@
 namespace grit::GRIT_ISA {
 
 #if defined(GRIT_ISA_AVX512)
-constexpr int PANEL = 8;  // broadcast operands per step: PANEL x VECTORS sums stay in registers
+constexpr int PANEL = 8;  // broadcast operands per step: PANEL x VECTORS sums fit the registers
 constexpr int ROW_VECTORS = 2;
 #else
 constexpr int PANEL = 4;
@@ -27,7 +27,7 @@ constexpr float MINUS_INFINITY = -__builtin_inff();
 
 // ---- formats of a packed word: one FP32 value, or two bfloat16 values whose products are summed in FP32
 //
-// panel: rows side by side in a packed operand. tiled: products leave their sums in memory (tiles.h), and panels hold tiles.
+// panel: rows side by side in a packed operand. tiled: panels hold tiles, and products leave their sums in memory (tiles.h).
 
 struct Single {
   static constexpr int values = 1;
@@ -48,7 +48,7 @@ struct Pair {
   static constexpr bool tiled = false;
   static constexpr int panel = PANEL;
 #endif
-  static constexpr int exp_degree = 4;  // 3e-6: far below the rounding of a bfloat16 probability
+  static constexpr int exp_degree = 4;  // error 3e-6: far below the rounding of a bfloat16 probability
   static GRIT_INLINE vf multiply_add(vf sum, uint32_t a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
   }
@@ -58,11 +58,11 @@ struct Pair {
 };
 #endif
 
-// Calls f with the word format and the storage type of a dtype.
+// Calls f with the word format and storage type of a dtype.
 template <class Function>
 GRIT_INLINE auto with_format([[maybe_unused]] DType dtype, Function f) {
 #if defined(GRIT_ISA_TILES)
-  return f(Pair{}, bf16{});  // the other dtypes have no tiles: dispatch.cpp gives them another set
+  return f(Pair{}, bf16{});  // there are no tiles for other dtypes: dispatch.cpp gives them another set
 #else
   switch (dtype) {
 #if defined(GRIT_ISA_AVX512_BF16)
@@ -101,7 +101,7 @@ GRIT_INLINE const T* head_rows(const Rows& x, int64_t first, int64_t head) {
   return (const T*)x.data + first * x.row + head * x.head;
 }
 
-// W words of a row from word d on; 0 after the row's end and when the row does not exist
+// W words of a row from word d on; 0 past the end of the row, and if the row does not exist
 template <class F, class T>
 GRIT_INLINE vu row_words(const T* row, int64_t d, int64_t dim) {
   if constexpr (F::values == 2) {
@@ -122,7 +122,7 @@ GRIT_INLINE vu some_words(const T* row, int64_t d, int64_t dim) {
   else return (vu)load(row + d);
 }
 
-// ---- transposition of W x W words by log2(W) perfect shuffles
+// ---- transposes W x W words by log2(W) perfect shuffles
 
 GRIT_INLINE vu interleave_low(vu a, vu b) {
 #if defined(GRIT_ISA_AVX512)
@@ -240,7 +240,7 @@ GRIT_INLINE uint32_t sign_flip(bool negate) {
   return !negate ? 0u : F::values == 2 ? 0x80008000u : 0x80000000u;
 }
 
-// lanes [dim][TILE] of FP32 times `factor` per lane, to rows of T; lanes whose factor is 0 give 0 whatever they hold
+// FP32 lanes [dim][TILE], times `factor` per lane, to rows of T; a lane whose factor is 0 gives 0 whatever it holds
 template <class T>
 GRIT_INLINE void store_lanes(const float* lanes, vf factor, int64_t rows, int64_t dim, T* data, int64_t stride) {
   const vi dead = factor == 0.0f;
@@ -263,7 +263,7 @@ GRIT_INLINE void store_lanes(const float* lanes, vf factor, int64_t rows, int64_
 // ---- micro-kernels
 //
 // Their sums must stay in registers: every loop over them has constant bounds and is unrolled, and they are zeroed one by one (an
-// array initialiser goes through memory).
+// array initialiser would go through memory).
 
 template <int N, int NV>
 GRIT_INLINE void set_zero(vf (&x)[N][NV]) {
@@ -297,7 +297,7 @@ GRIT_INLINE void multiply_panel(const uint32_t* panel, const uint32_t* vectors, 
 }
 
 #if defined(GRIT_ISA_TILES)
-// operands as they were packed: panels of `count` words, column panels of `padded` rows from row j on, lanes [words][TILE]
+// operands as packed: panels of `count` words, column panels of `padded` rows from row j on, lanes [words][TILE]
 GRIT_INLINE TileRows panel_tiles(const uint32_t* panels, int64_t count) { return {panels, 16 * count, TILE_SIZE, 16}; }
 GRIT_INLINE TileRows column_tiles(const uint32_t* columns, int64_t padded, int64_t j) {
   return {columns + j / 2 * 16, padded / 2 * 16, TILE_SIZE, 16};
@@ -346,7 +346,7 @@ GRIT_INLINE void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32
 template <int DEGREE>
 GRIT_INLINE vf exp2_of(vf x) {
 #if defined(GRIT_ISA_TILES)
-  if constexpr (DEGREE == 4) {  // beside tile products exponentials are what costs: 6 instructions instead of 10, 0 for -inf
+  if constexpr (DEGREE == 4) {  // next to tile products, exponentials dominate: 6 instructions instead of 10; 0 for -inf
     const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
     vf p = fma(splat(1.342667e-2f), f, splat(5.22425e-2f));
     p = fma(p, f, splat(2.4128019e-1f));
@@ -376,7 +376,7 @@ GRIT_INLINE vf exp2_of(vf x) {
 
 GRIT_INLINE vf tanh_of(vf x) {
   const vf size = vabs(x), square = x * x;
-  // below 0.625 the odd polynomial keeps the relative error small, above it 1 - 2 / (e^2x + 1) does
+  // below 0.625 an odd polynomial keeps the relative error small, above it 1 - 2 / (e^2x + 1)
   vf p = fma(splat(-5.717037894e-03f), square, splat(2.065058126e-02f));
   p = fma(p, square, splat(-5.374349636e-02f));
   p = fma(p, square, splat(1.333149127e-01f));
@@ -388,11 +388,11 @@ GRIT_INLINE vf tanh_of(vf x) {
   return size < 0.625f ? near_zero : of_sign;
 }
 
-// From this score on (in powers of 2) a product with the scale is rounded before the highest one is subtracted, as SDPA does:
-// fused, the difference keeps digits that the maximum has lost, and 2 to the power of it may overflow from 2^31 on.
+// From this base-2 score on, scores are rounded before the maximum is subtracted, as SDPA does: in one fused operation the
+// difference would keep digits that the maximum has lost, and its exponential could overflow from 2^31 on.
 constexpr float LARGE_SCORE = 4096;
 
-// `rows` rows of raw products times the scale, rounded, in the lanes that are chosen
+// multiplies `rows` rows of raw products by the scale, rounded, in the chosen lanes
 inline void scale_scores(float* scores, int64_t rows, float scale, vi chosen) {
   for (int64_t i = 0; i < rows; ++i) {
     const vf x = load(scores + i * TILE);
@@ -400,7 +400,7 @@ inline void scale_scores(float* scores, int64_t rows, float scale, vi chosen) {
   }
 }
 
-// raw products [PANEL][TILE] to capped scores in place; slope, if given, gets the derivative of the cap
+// turns raw products [PANEL][TILE] into capped scores, in place; slope, if given, receives the derivative of the cap
 inline void cap_scores(float* raw, float cap_in, float cap_out, float* slope) {
   for (int64_t i = 0; i < PANEL * TILE; i += W) {
     const vf t = tanh_of(load(raw + i) * cap_in);

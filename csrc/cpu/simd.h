@@ -1,8 +1,9 @@
 // One vector of W float lanes, for whichever instruction set this file is compiled for.
 //
-// A kernel is written once on vf / vi and compiled once per instruction set (CMakeLists.txt defines GRIT_ISA and those of
-// GRIT_ISA_* that apply; GRIT_ISA_TILES comes with AVX512 and multiplies bfloat16 matrices by tiles.h). Everything lives in a namespace named after the set, and nothing here may instantiate a template of the
-// standard library: the linker keeps one copy of such a function, and it could be the copy that an older CPU cannot run.
+// A kernel is written once in terms of vf and vi and compiled once per instruction set (CMakeLists.txt defines GRIT_ISA and those
+// of GRIT_ISA_* that apply; GRIT_ISA_TILES comes with AVX512 and multiplies bfloat16 matrices with tiles.h). Everything is in a
+// namespace named after the set, and nothing here may instantiate a template of the standard library: the linker keeps one copy of
+// such a function, possibly one that an older CPU cannot run.
 #pragma once
 
 #include <cstdint>

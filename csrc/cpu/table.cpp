@@ -27,7 +27,7 @@ extern const FusedKernels fused_table;
 #define GRIT_STRING_(x) #x
 #define GRIT_STRING(x) GRIT_STRING_(x)
 
-// A set with tiles has only the kernels whose work is products, and those for bfloat16 alone; another set does the rest.
+// A set with tiles has only the kernels that multiply matrices, and only for bfloat16; another set does the rest.
 #if defined(GRIT_ISA_TILES)
 constexpr ThreadState THREAD = {enter_tiles, leave_tiles};
 #define GRIT_NO_PRODUCT(kernel) nullptr

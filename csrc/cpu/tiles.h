@@ -4,7 +4,7 @@
 // values, one instruction computes for every row m and column n, in FP32, rounding to nearest even, denormals counting as 0:
 //   even, odd = 0;  for k = 0..15: even = fma(a[m][k].low, b[k][n].low, even), odd = fma(a[m][k].high, b[k][n].high, odd)
 //   sum[m][n] += even + odd
-// Eight tiles: the sums of 2 x 2 tiles, two tiles of rows and two of lanes, so that every loaded tile serves two products.
+// Of the eight tiles, four hold the sums of 2 x 2 products, two hold rows and two lanes: every loaded tile serves two products.
 #pragma once
 
 #include "simd.h"
@@ -18,7 +18,7 @@ constexpr int TILE_SIZE = TILE_ROWS * TILE_WORDS;  // words
 
 #if defined(GRIT_ISA_AMX)
 
-// The tile registers of this thread, configured by enter_tiles. The numbers must be literals: the compiler pastes them.
+// The tile registers of this thread, configured by enter_tiles. Their numbers must be literals: the intrinsics are macros.
 struct Tiles {
   template <int R, int C>
   static GRIT_INLINE void zero() {
@@ -60,17 +60,17 @@ struct Tiles {
   }
 };
 
-// gcc's intrinsics do not say that a load reads memory: what was stored before must be there
+// gcc's intrinsics do not tell the compiler that a load reads memory: earlier stores must not be moved past it
 GRIT_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
 
-// All eight tiles of 16 rows of 64 bytes on this thread; leave_tiles returns the registers to their initial state.
+// Configures all eight tiles of this thread as 16 rows of 64 bytes; leave_tiles returns the registers to their initial state.
 inline void enter_tiles() {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } config;
-  asm volatile("" : : "m"(config) : "memory");  // gcc 12 believes that the next instruction reads 8 bytes
+  asm volatile("" : : "m"(config) : "memory");  // gcc 12 assumes that the next instruction reads only 8 bytes
   _tile_loadconfig(&config);
 }
 inline void leave_tiles() { _tile_release(); }
@@ -132,7 +132,7 @@ struct TileLanes {
   int64_t word_step, stride;  // words; stride: between words of a column
 };
 
-constexpr int64_t STEPS = 8;  // tiles of words between two visits to the sums: lanes of this many words stay in the first-level cache
+constexpr int64_t STEPS = 8;  // tiles of words between two visits to the sums: their lanes stay in the first-level cache
 
 template <int R, int C>
 GRIT_INLINE void multiply_corner(Tiles& t, float* sums, int64_t stride, const TileRows& a, const TileLanes& b, int64_t steps, bool add) {

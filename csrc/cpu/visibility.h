@@ -5,7 +5,7 @@
 
 #include "attention.h"
 
-// in every file that includes it with its own instruction set: always inlined, so no copy is shared between them
+// always inlined: files compiled for different instruction sets must not share one copy
 #define GRIT_RANGE __attribute__((always_inline)) static inline
 
 namespace grit {
@@ -22,8 +22,8 @@ GRIT_RANGE int64_t last_key(const Sample& s, int64_t row) {
   return clamp_to(s.hi ? s.hi[row] : row + s.k_len - s.q_len + s.right + 1, s.k_len);
 }
 
-// visibility.row_range, visibility.transpose_hi: rows [first, last) that see any key of [begin, end), begin < end. Both bounds
-// of a row never decrease, so the rows are one interval and are found by bisection.
+// visibility.row_range, visibility.transpose_hi: rows [first, last) that see any key of [begin, end), begin < end. Neither bound
+// decreases from row to row, so these rows are one interval, found by bisection.
 struct RowRange {
   int64_t first, last;
 };

@@ -1,8 +1,8 @@
 // pool_forward on CUDA: out[b] = sum_t weights[t] * r_t * hidden[t] * norm_weight / denominators[b], see pooling/reference.py.
 //
-// One block owns COLUMNS columns of one sample and a share of its rows: each thread carries VECTOR columns, the warps of the
-// block walk the rows. With a fused norm every row's factor r_t is computed first by one block per row. Shares of a sample
-// are summed by a second kernel in a fixed order: results do not depend on scheduling.
+// A block owns COLUMNS columns of one sample and a share of its rows: each thread takes VECTOR columns, the warps of the block
+// stride over the rows. With a fused norm, every row's factor r_t is computed first, by one block per row. A second kernel sums
+// the shares of a sample in a fixed order: results do not depend on scheduling.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -131,7 +131,7 @@ void launch(const Call& call) {
     check(cudaGetLastError());
     factor = (const float*)factors.const_data_ptr();
   }
-  // enough blocks to fill a GPU however few samples there are, at least 64 rows per share; shapes alone decide, not values
+  // enough blocks to fill a GPU however few samples there are, at least 64 rows per share; depends on shapes alone, not on values
   const int64_t column_blocks = (columns + COLUMNS - 1) / COLUMNS;
   const int64_t wanted = (2048 + batch * column_blocks - 1) / (batch * column_blocks);
   const int64_t useful = std::max<int64_t>(1, rows / batch / 64);
@@ -164,7 +164,7 @@ void launch(const Call& call) {
   check(cudaGetLastError());
 }
 
-// Makes a device the current one until the end of the scope, also when a launch throws.
+// Makes a device the current one until the end of the scope, even if a launch throws.
 struct DeviceGuard {
   int previous = 0;
   explicit DeviceGuard(int device) {
