@@ -34,7 +34,7 @@ def result(folder: Path, steps: int, seed: int) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["config"] == json.loads(json.dumps(asdict(config))):
             return dict(found)
-    return demo.run(config)
+    return demo.run(str(folder), steps, seed)
 
 
 def rows_of(results: dict[int, dict[str, Any]], steps: int) -> list[dict[str, Any]]:

@@ -29,7 +29,6 @@ import yaml
 from bench import common
 from bench.proof_table import mean_losses, plot, table
 from python_model.corpora.small_model import resolve_model
-from python_model.data.stream import check_data, open_stream
 from python_model.evaluation.answers import match, read_questions
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import conversation_losses
@@ -41,7 +40,6 @@ from python_model.support.files import write_json, write_text
 from python_model.support.quiet import quiet
 from python_model.train.config import TrainConfig, flatten
 from python_model.train.distributed import Ranks
-from python_model.train.setup import load_model
 from python_model.train.trainer import Interrupted, Trainer
 
 
@@ -165,13 +163,8 @@ def _choice(count: int, wanted: int) -> list[int]:
 def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) -> dict[str, Any]:
     """Train (or resume), measuring at the points of the curve and at the end; returns the record."""
     config = run.config(plan, data, output)
-    check_data(config.data, config.mode)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(config.model, device, mode=config.mode, settings=config.settings_given, seed=config.seed)
-    stream = open_stream(
-        config.data, config.batch, model.tokenizer, settings=model.settings, mode=config.mode, seed=config.seed
-    )
-    trainer = Trainer(model, config, stream, Ranks(0, 1, device))
+    trainer = Trainer.from_config(config, Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    model = trainer.grit
     file = Path(config.output_dir) / "curve.json"
     curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() and trainer.checkpointer.latest() else {}
 
@@ -195,7 +188,7 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
         "mode": run.mode,
         "seed": run.seed,
         "steps": config.steps,
-        "config": _settings(config),
+        "config": _settings(config.to_dict()),
         "measured_on": measure.described(),
         **measure.everything(model, run.mode),
         "curve": curve,
@@ -207,11 +200,10 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
     }
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What a run was made with, without where its data and states lay."""
-    found = config.to_dict()
-    del found["output_dir"], found["data"]["train_data"]
-    return found
+def _settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, without where its data and states were."""
+    del settings["output_dir"], settings["data"]["train_data"]
+    return settings
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -118,10 +118,11 @@ def lexical_scores(sample: HeldOut) -> dict[str, Any] | None:
         return None
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SMALL_MODEL) -> dict[str, Any]:
     """The whole demo, printed as it goes; returns what results.json holds."""
     start = time.perf_counter()
-    torch.manual_seed(config.seed)
+    config = demo_config(output_dir, steps, seed, start_from)
+    torch.manual_seed(seed)
     sample = HeldOut(sample_dir())
     model = GritLM(
         resolve_model(config.model.name), **config.settings_given, is_inference=True, device="cpu", dtype="float32"
@@ -219,7 +220,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def show(arguments: Namespace) -> None:
     """Run the demo and print what it found."""
-    results = run(demo_config(arguments.output_dir, arguments.steps, arguments.seed, arguments.model))
+    results = run(arguments.output_dir, arguments.steps, arguments.seed, arguments.model)
     since = None if arguments.started is None else time.time() - arguments.started
     print("\n".join(report.lines(results, arguments.output_dir, since)))
     if not report.both_better(results):

@@ -72,7 +72,12 @@ def run(config: TrainConfig) -> None:
     from python_model.train.trainer import Interrupted
 
     if config.dry_run:
-        print(training.dry_run(config))
+        projection = config.settings_given.get("projection")
+        print(
+            training.dry_run(
+                config.model, config.parallel, config.data, config.batch, mode=config.mode, projection=projection
+            )
+        )
         return
     try:
         checkpoint = training.run(config)

@@ -109,10 +109,7 @@ def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str,
     output = Path(ablation.output_dir)
     rows = []
     for variant in tqdm(ablation.variants, desc="variants", unit="variant"):
-        config = ablation.config(variant)
-        rows.append(
-            _finished(config, variant, ablation) or _measure(config, variant, held_out, ablation, keep_checkpoints)
-        )
+        rows.append(_finished(variant, ablation) or _measure(variant, held_out, ablation, keep_checkpoints))
         write_json(output / "table.json", rows)
         write_text(output / "table.md", table(rows))
     return rows
@@ -133,7 +130,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _finished(config: TrainConfig, variant: Variant, ablation: Ablation) -> dict[str, Any] | None:
+def _finished(variant: Variant, ablation: Ablation) -> dict[str, Any] | None:
+    config = ablation.config(variant)
     file = Path(config.output_dir) / "result.json"
     if not file.exists():
         return None
@@ -143,13 +141,12 @@ def _finished(config: TrainConfig, variant: Variant, ablation: Ablation) -> dict
     return {**row, "variant": variant.name, "group": variant.group} if same else None
 
 
-def _measure(
-    config: TrainConfig, variant: Variant, held_out: HeldOut, ablation: Ablation, keep_checkpoints: bool
-) -> dict[str, Any]:
+def _measure(variant: Variant, held_out: HeldOut, ablation: Ablation, keep_checkpoints: bool) -> dict[str, Any]:
     from python_model.corpora.small_model import resolve_model
     from python_model.model.modeling import GritLM
     from python_model.train.run import run as train
 
+    config = ablation.config(variant)
     tqdm.write(f"{variant.group}: {variant.name}")
     if variant.untrained:
         checkpoint: str | Path = resolve_model(config.model.name)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from python_model.data.stream import StepSamples
+from python_model.data.stream import StepSamples, check_data, open_stream
 from python_model.model.card import CARD_FILE, model_card
 from python_model.model.modeling import GritLM
 from python_model.support.files import new_folder, write_json
@@ -107,6 +107,37 @@ class Trainer:
         """Called with the number of steps done, before the state is saved; may evaluate the model."""
         self._stop = False
         self._executed = 0
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, ranks: Ranks) -> Trainer:
+        """The trainer of a run, with the model and the data that ``config`` names."""
+        in_batch_negatives = config.losses.in_batch_negatives
+        teacher = config.losses.distillation_weight > 0
+        # before minutes are spent on loading a model
+        check_data(config.data, config.mode, in_batch_negatives=in_batch_negatives, teacher=teacher)
+        # with FSDP only rank 0 reads the weights; the others get their shards from it
+        sharded = ranks.group is not None and config.parallel.strategy == "fsdp"
+        model = load_model(
+            config.model,
+            ranks.device,
+            mode=config.mode,
+            settings=config.settings_given,
+            seed=config.seed,
+            weights=ranks.first or not sharded,
+        )
+        stream = open_stream(
+            config.data,
+            config.batch,
+            model.tokenizer,
+            settings=model.settings,
+            mode=config.mode,
+            in_batch_negatives=in_batch_negatives,
+            teacher=teacher,
+            seed=config.seed,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+        return cls(model, config, stream, ranks)
 
     def _check_batches(self) -> None:
         queries, world = self.config.batch.embedding_batch_size, self.ranks.world

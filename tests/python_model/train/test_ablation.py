@@ -76,7 +76,7 @@ def test_variants_are_trained_measured_and_tabled_once(
     # a second run finds everything done; a variant under other settings is run again, the others are kept
     again: list[str] = []
     measure = ablation._measure
-    monkeypatch.setattr(ablation, "_measure", lambda c, v, *rest: again.append(v.name) or measure(c, v, *rest))
+    monkeypatch.setattr(ablation, "_measure", lambda v, *rest: again.append(v.name) or measure(v, *rest))
     run(read_ablation(file))
     assert again == []
     content = yaml.safe_load(file.read_text())

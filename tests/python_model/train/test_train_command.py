@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
+import python_model
 from python_model import GritLM
 from python_model.commands.train import COMMAND as grit_train
 from python_model.train.config import TYPES
@@ -190,3 +192,26 @@ def test_torchrun_trains_resumes_and_exports_what_one_process_does(
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
     one, two = (GritLM(tmp_path / name / "checkpoint", device="cpu").encode("a river") for name in ("one", "two"))
     assert abs(one - two).max() < 1e-4
+
+
+def test_only_the_trainer_and_what_starts_it_take_all_settings() -> None:
+    """Every other function takes the groups that it needs."""
+    package = Path(python_model.__file__).parent
+    functions = [
+        (file, node)
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    takers = {
+        f"{file.relative_to(package)}: {function.name}"
+        for file, function in functions
+        for argument in ast.walk(function.args)
+        if isinstance(argument, ast.arg) and argument.annotation and "TrainConfig" in ast.unparse(argument.annotation)
+    }
+    assert takers == {
+        "commands/train.py: run",
+        "train/run.py: run",
+        "train/trainer.py: __init__",
+        "train/trainer.py: from_config",
+    }
