@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
 import pytest
+import torch
 
 from python_model import GritLM
 from python_model.rag import KVStore, StoreError
 from python_model.rag.answer import RAG, open_store
 from python_model.rag.index import Index, add_documents, open_index
 from python_model.rag.modes import Document
+
+# what version 0.1 (commit bdb9736) wrote: `grit index index_0_1 --add FILE --store store_0_1` with three documents
+FOLDERS_0_1 = Path(__file__).parent
+DOCUMENTS_0_1 = {
+    "river": Document("river", "A river flows through the city.", "Rivers"),
+    "france": Document("france", "Paris is the capital of France."),
+    "add": Document("add", "def add(first, second): return first + second"),
+}
 
 
 def as_version_2(db: sqlite3.Connection) -> None:
@@ -42,6 +52,27 @@ def as_version_1(folder: Path) -> None:
                 db.execute(f"ALTER TABLE documents DROP COLUMN {column}")
             as_version_2(db)
     db.close()
+
+
+def test_an_index_and_a_store_that_version_0_1_wrote_go_on(checkpoint: Path, tmp_path: Path) -> None:
+    """Vectors and states are those of today's model, and what they answer is what documents answer."""
+    for name in ("index_0_1", "store_0_1"):
+        shutil.copytree(FOLDERS_0_1 / name, tmp_path / name)
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    index, store = open_index(tmp_path / "index_0_1", model), open_store(str(tmp_path / "store_0_1"), model)
+    fresh = open_index(tmp_path / "fresh", model)
+    add_documents(fresh, model, list(DOCUMENTS_0_1.values()))
+    assert index.keys() == fresh.keys() == list(DOCUMENTS_0_1)
+    torch.testing.assert_close(index.vectors()[1], fresh.vectors()[1], atol=1e-5, rtol=0)
+    query = model.encode(["capital"], instruction=model.formatter.embed_instruction(""))
+    (old,), (new,) = index.search(query, 3), fresh.search(query, 3)
+    assert [hit.document for hit in old] == [hit.document for hit in new]
+    assert (index.recorded["version"], store.recorded["version"]) == (3, 1)  # only the index changed
+
+    assert store.verify() == [] and sorted(store.keys()) == sorted(DOCUMENTS_0_1)
+    stored = RAG(model, index=index, store=store).answer("What is the capital?", mode="document_cache")
+    read_anew = RAG(model).answer("What is the capital?", [stored.documents[0]], mode="document_cache")
+    assert stored.cached_tokens and stored.text == read_anew.text
 
 
 def test_an_index_and_a_store_of_the_first_version_are_brought_up_to_date(checkpoint: Path, tmp_path: Path) -> None:
