@@ -129,10 +129,45 @@ class Verdict:
     tests: int = 0
 
 
+def wait(child: subprocess.Popen[bytes], limit: float) -> int | None:
+    """The status with which ``child``, first of its process session, ends; None once the session has used ``limit`` seconds of
+    CPU time, or has slept so long with no thread that could run. Neither grows while a busy machine has no time for the
+    session, or while something has stopped it: a test that ends on a quiet machine does so on any."""
+    slept = 0
+    while True:
+        try:
+            return child.wait(1)
+        except subprocess.TimeoutExpired:
+            used, asleep = activity(child.pid)
+        slept += asleep
+        if used >= limit or slept >= limit:
+            return None
+
+
+def activity(session: int) -> tuple[float, bool]:
+    """CPU seconds of a session's processes with the children they have waited for, and whether all their threads sleep."""
+    used, asleep = 0, True
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = _stat(path)
+            if int(fields[3]) != session:
+                continue
+            used += sum(map(int, fields[11:15]))
+            asleep &= all(_stat(thread)[0] in "SZX" for thread in (path / "task").iterdir())
+        except OSError:  # it has ended
+            continue
+    return used / os.sysconf("SC_CLK_TCK"), asleep
+
+
+def _stat(path: Path) -> list[str]:
+    """The fields of a ``stat`` file that follow the name, which may hold blanks and brackets: state, parent, group, session..."""
+    return (path / "stat").read_text().rpartition(")")[2].split()
+
+
 def run_tests(
     tree: Path, mode: str, tests: Sequence[str], limit: float, variables: dict[str, str] | None = None
 ) -> Verdict:
-    """Run ``tests`` in ``tree`` until one fails. ``limit``: seconds, counted only while this process runs too."""
+    """Run ``tests`` in ``tree`` until one fails, or until :func:`wait` finds ``limit`` passed."""
     scratch = tree / "build" / "mutant"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -145,15 +180,8 @@ def run_tests(
             command, cwd=tree, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         # if this process is killed, the child ends too
-        resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit)))
-        for _ in range(math.ceil(limit)):
-            try:
-                status = child.wait(1)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        else:
-            status = None
+        resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(limit) + 1,) * 2)
+        status = wait(child, limit)
         try:
             os.killpg(child.pid, signal.SIGKILL)  # servers and ranks that a failed test left behind
         except ProcessLookupError:

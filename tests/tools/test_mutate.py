@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +201,28 @@ def test_an_endless_loop_is_stopped_and_counts_as_noticed(tree: Path) -> None:
     assert (verdict.outcome, verdict.by) == ("noticed", "time limit")
     fine = mutate.run_tests(tree, "cpu", ["tests/test_values.py::test_watched"], limit=60)
     assert fine.outcome == "survived" and fine.tests == 1
+
+
+def test_only_a_test_that_works_or_sleeps_reaches_the_limit_not_one_that_is_stopped() -> None:
+    def started(code: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+    ends = {"works": "while True: pass", "sleeps": "import time; time.sleep(600)"}
+    for name, code in ends.items():
+        with started(code) as child:
+            assert mutate.wait(child, limit=2) is None, name
+            used, _ = mutate.activity(child.pid)
+            assert (used >= 2) == (name == "works")
+            child.kill()
+    with started("import os, signal; os.kill(os.getpid(), signal.SIGSTOP); raise SystemExit(3)") as child:
+        threading.Timer(6, child.send_signal, [signal.SIGCONT]).start()
+        assert mutate.wait(child, limit=2) == 3
+    # the first thread sleeps while another has work
+    waits = "import threading; t = threading.Thread(target=lambda: [None for _ in iter(int, 1)]); t.start(); t.join()"
+    with started(waits) as child:
+        time.sleep(1)
+        assert mutate.activity(child.pid)[1] is False
+        child.kill()
 
 
 def test_the_map_knows_which_test_runs_a_line(tree: Path) -> None:
