@@ -25,10 +25,7 @@ def lm_eval_model(model: GritLM, *, batch_size: int = 8, **options: Any) -> Any:
     Texts begin with the special tokens of the model's settings. Otherwise they are lm-eval's own: neither the text format nor
     the settings of embeddings apply.
     """
-    if model.mode == "embedding":
-        raise ValueError(
-            "mode: 'embedding' loads no language-model head; load with mode='unified' to evaluate generation"
-        )
+    model.check_head("evaluate generation")
     if not model.attention.generates_causally:
         raise ValueError(f"attn: expected a model that generates causally for lm-eval, got {model.attn!r}")
     require("lm_eval", "eval")

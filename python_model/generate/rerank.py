@@ -64,8 +64,7 @@ def rerank(
         raise ValueError(f"query: expected a non-empty text, got {query!r}")
     check_at_least("passage_tokens", passage_tokens, 1)
     check_at_least("batch_size", batch_size, 1)
-    if model.mode == "embedding":
-        raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to rerank")
+    model.check_head("rerank")
     shown = [shorten(model, passage, passage_tokens) for passage in passages]
     if method != "listwise":
         score = yes_scores if method == "pointwise" else query_likelihoods

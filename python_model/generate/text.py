@@ -131,8 +131,7 @@ def complete(
     Raises:
         ValueError: mutually exclusive options, or a model without a language-model head.
     """
-    if model.mode == "embedding":
-        raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to generate")
+    model.check_head("generate")
     if num_beams > 1:
         if not model.attention.generates_causally:
             raise ValueError(f"num_beams: expected 1 with attn {model.attn!r}, got {num_beams}")

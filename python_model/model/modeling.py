@@ -183,9 +183,15 @@ class GritLM(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate`` of the model; causal attention."""
-        if self.mode == "embedding":
-            raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to generate")
+        self.check_head("generate")
         return self.model.generate(*args, **kwargs)
+
+    def check_head(self, purpose: str) -> None:
+        """ValueError if the model was loaded without the language-model head that ``purpose`` (a verb) needs."""
+        if self.mode == "embedding":
+            raise ValueError(
+                f"mode: expected 'unified' or 'generative' to {purpose}, got 'embedding', which loads no language-model head"
+            )
 
     def hidden_states(self, input_ids: Tensor, pack: gk.SamplePack) -> Tensor:
         """(tokens) ids of a pack -> (tokens, hidden) states after the last norm, each sample in its own attention mode."""

@@ -94,8 +94,7 @@ def commands(model: GritLM, folder: str | os.PathLike[str], server: Server, max_
 
 def _check(model: GritLM, server: str, max_length: int, pool_instruction: bool) -> None:
     settings, config = model.settings, model.model.config
-    if model.mode == "embedding":
-        raise ValueError("mode: expected 'unified' or 'generative' for this export, got 'embedding'")
+    model.check_head("export")
     if not settings.attention.embedding_is_uniform:
         raise ValueError(f"attn: expected 'bb' or 'cc' embeddings for an export, got {settings.attn!r}")
     if not settings.attention.embedding_causal and config.model_type not in BIDIRECTIONAL[server]:

@@ -94,8 +94,7 @@ class RAG:
         hybrid: bool = False,
         where: Filter | None = None,
     ) -> None:
-        if model.mode == "embedding":
-            raise ValueError("mode: 'embedding' loads no language-model head; load with mode='unified' to answer")
+        model.check_head("answer")
         if not model.attention.generates_causally:
             raise ValueError(
                 f"attn: expected a model that generates causally ('cc' at the end), got {model.attn!r}: "

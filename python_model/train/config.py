@@ -32,7 +32,7 @@ class ModelConfig(Checked):
 
     Attributes:
         name: checkpoint to start from (folder or name), or ``smollm2-135m`` for the small model of ``grit fetch-model``.
-        architecture: folder with a ``config.json`` from which ``dry_run`` builds the model if the checkpoint is not available.
+        architecture: folder with a ``config.json`` from which ``dry_run`` builds the model if the checkpoint is unavailable.
         bf16: compute in bfloat16 with FP32 weights.
         gradient_checkpointing: recompute activations in the backward pass; with ``selective`` all of them but attention, which is
             kept.

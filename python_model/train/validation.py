@@ -52,7 +52,7 @@ class Validation:
         """Evaluate if due after ``step`` of ``steps`` steps; returns whether the run should stop.
 
         Raises:
-            ValueError: the metric is not available for this data or mode.
+            ValueError: the metric is unavailable for this data or mode.
         """
         if step % self.config.every and step != steps:
             return False

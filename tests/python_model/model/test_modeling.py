@@ -266,7 +266,7 @@ def test_what_wraps_the_embedding_head_counts(checkpoint: Path, dtype: torch.dty
 def test_embedding_mode_has_no_head(checkpoint: Path) -> None:
     model = GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32")
     assert model.encode("text").shape == (64,)
-    with pytest.raises(ValueError, match="mode: 'embedding'"):
+    with pytest.raises(ValueError, match="mode: expected 'unified' or 'generative' to generate, got 'embedding'"):
         model.generate(torch.ones(1, 1, dtype=torch.int64))
 
 
