@@ -31,12 +31,25 @@ REPRESENTATIVE: dict[str, dict[str, Any]] = {"lfm2": HYBRID, "lfm2_moe": HYBRID}
 COMPLETE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 """Values that some default configs leave open and every checkpoint's config sets."""
 
+SINKS = ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint")
+"""Types with attention sinks."""
 WRONG = (
-    *("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint", "qwen3_next", "qwen3_5_text"),
-    *("qwen3_5_moe_text", "lfm2", "lfm2_moe", "lfm3", "olmo_hybrid", "nemotron_h", "minimax", "bamba", "jamba"),
+    *(
+        "qwen3_next",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "olmo_hybrid",
+        "nemotron_h",
+        "minimax",
+        "bamba",
+        "jamba",
+    ),
     *("granitemoehybrid", "llama4_text"),
 )
-"""Types whose attention patch() would compute wrongly: sinks, states carried across a pack, chunked layers."""
+"""Types whose attention patch() would compute wrongly: states carried across a pack, chunked layers."""
 
 
 def representative_model(model_type: str) -> Any:

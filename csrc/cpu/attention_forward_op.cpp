@@ -13,12 +13,12 @@
 namespace grit {
 namespace {
 
-constexpr float DEAD = -std::numeric_limits<float>::infinity();
+constexpr float MASKED_LSE = -std::numeric_limits<float>::infinity();
 
-void write_dead_rows(const Attention& a, int64_t size, int64_t first, int64_t last) {
+void write_masked_rows(const Attention& a, int64_t size, int64_t first, int64_t last) {
   if (first == last) return;  // an empty tensor has no memory
   std::memset((char*)a.out + first * a.heads_q * a.dim * size, 0, (size_t)((last - first) * a.heads_q * a.dim * size));
-  std::fill(a.lse + first * a.heads_q, a.lse + last * a.heads_q, DEAD);
+  std::fill(a.lse + first * a.heads_q, a.lse + last * a.heads_q, MASKED_LSE);
 }
 
 struct TileItem {
@@ -138,12 +138,12 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Te
   a.lse = (float*)lse.mutable_data_ptr();
   const int64_t size = a.dtype == DType::float32 ? 4 : 2;
   use_large_pages(a.out, out.numel() * size);
-  for (const Gap& gap : gaps(call, false)) write_dead_rows(a, size, gap.first, gap.last);
+  for (const Gap& gap : gaps(call, false)) write_masked_rows(a, size, gap.first, gap.last);
   std::vector<int64_t> tiled, decoded;
   for (int64_t b = 0; b < (int64_t)call.samples.size(); ++b) {
     const Sample& s = call.samples[b];
     if (s.q_len == 0) continue;
-    if (s.k_len == 0) write_dead_rows(a, size, s.q_start, s.q_start + s.q_len);
+    if (s.k_len == 0) write_masked_rows(a, size, s.q_start, s.q_start + s.q_len);
     // the choice depends on the sample alone: in a batch, each sample gets the bits it would get by itself
     else (s.q_len <= DECODE_ROWS && s.k_len > 4 * s.q_len ? decoded : tiled).push_back(b);
   }

@@ -232,15 +232,26 @@ def switch_attention_with_kvcache(
 
 
 def prepared_attention(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    plans: dict[Any, Tensor] | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one layer over a problem whose values were checked when it was made: what the layers of a model call.
 
     q (Tq, Hq, D), k and v (Tk, Hkv, D) -> (Tq, Hq, D). ``plans`` belongs to the problem and is filled here: what the
     kernels derive from the problem alone is computed once, by the first layer.
+
+    ``sinks`` (Hq): one more score per head in the softmax of every row, to which no value belongs. It divides a row's
+    probabilities by ``1 + exp(sink - lse)``, so the output is ``sigmoid(lse - sink)`` times the one without.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
-    return _call(q, k, v, problem, plans)[0]
+    out, lse = _call(q, k, v, problem, plans)
+    if sinks is None:
+        return out
+    return (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
 
 
 def rectangular_problem(

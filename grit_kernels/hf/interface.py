@@ -286,14 +286,16 @@ def grit_attention(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     output_attentions: bool | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' AttentionInterface.
 
     query (B, H, Q, D), key (B, Hkv, K, D), value (B, Hkv, K, Dv) -> ((B, Q, H, Dv), None); a packed pass has B = 1.
+    ``s_aux`` (H): attention sinks, a score per head without a value (see :func:`grit_kernels.attention.prepared_attention`).
 
     Raises:
-        TypeError: a keyword that would change the result and is not understood, such as attention sinks (``s_aux``).
+        TypeError: a keyword that would change the result and is not understood.
     """
     _refuse_unknown("attention function", others, HARMLESS_TO_ATTENTION)
     if output_attentions:
@@ -315,7 +317,7 @@ def grit_attention(
         grit_pass = _pass_of_rows(flag, batch, query.device, attention_mask, position_ids)
     if grit_pass.pack is None:
         return _narrowed(
-            _padded_attention(q, k, v, attention_mask, grit_pass, sliding_window, scaling, cap), size
+            _padded_attention(q, k, v, attention_mask, grit_pass, sliding_window, scaling, cap, s_aux), size
         ), None
     options = check_softmax_options(scaling, cap, query.shape[-1])
     pack, packed = grit_pass.pack, grit_pass.pack.tokens == batch * q_length
@@ -329,7 +331,7 @@ def grit_attention(
         hi = grit_pass.upper_bounds(sliding_window)
         return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
 
-    out = prepared_attention(q, k, v, *grit_pass.prepare((sliding_window, *options), problem))
+    out = prepared_attention(q, k, v, *grit_pass.prepare((sliding_window, *options), problem), s_aux)
     out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
     return _narrowed(out, size), None
 
@@ -380,6 +382,7 @@ def _padded_attention(
     sliding_window: int | None,
     scaling: float,
     softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """(B, Q, H, D) queries that are the last slots of (B, K, Hkv, D) keys; padding and caches of any kind."""
     batch, q_length = q.shape[:2]
@@ -410,7 +413,7 @@ def _padded_attention(
 
     key = (sliding_window, scaling, softcap, batch, q_length, slots, step, id(layout))
     prepared = grit_pass.prepare(key, problem, layout)
-    out = prepared_attention(q.flatten(0, 1), keys, values, *prepared).view(q.shape)
+    out = prepared_attention(q.flatten(0, 1), keys, values, *prepared, sinks).view(q.shape)
     return out if holes is None else _reorder(out, holes.rows_back)
 
 

@@ -56,6 +56,8 @@ SIZES: dict[str, int] = {
 }
 KEY_VALUE_HEADS = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_INDICES = ("mlp_only_layers",)
+"""Lists of the layers of one kind."""
 REACHES = (
     "sliding_window",
     "window_size",
@@ -274,12 +276,16 @@ def _tiny_rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
-    """The first layer of every kind, at least two in all; kinds are given by the lists with one entry per layer."""
+    """The first layer of every kind, at least two in all; kinds are given by the lists with one entry per layer, and by lists
+    of layers' indices."""
     name = next((name for name in LAYER_COUNTS if isinstance(given.get(name), int)), None)
     if name is None:
         raise _Unknown("its config has no number of layers by a known name")
     count = given[name]
     lists = {k: v for k, v in given.items() if isinstance(v, list) and len(v) == count and count > 2}
+    listed = {k: set(given[k]) for k in LAYER_INDICES if given.get(k)}
+    for key in listed:
+        lists.pop(key, None)
     kinds = given.get("layer_types") or []
     foreign = sorted({str(kind) for kind in kinds} - set(LAYER_KINDS))
     if foreign:
@@ -288,8 +294,9 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
             "attention to a window"
         )
     first: dict[str, int] = {}
-    for index in range(count if lists else 0):
-        first.setdefault(repr([v[index] for v in lists.values()]), index)
+    for index in range(count if lists or listed else 0):
+        kind = [v[index] for v in lists.values()] + [index in indices for indices in listed.values()]
+        first.setdefault(repr(kind), index)
     chosen = list(first.values()) or [0, 0]
     chosen = chosen if len(chosen) > 1 else chosen * 2
     if given.get("num_kv_shared_layers"):  # the last layers reuse keys and values of earlier ones of their kind
@@ -297,6 +304,8 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
         chosen = chosen * 2
     for key in lists:
         values[key] = [values[key][index] for index in chosen]
+    for key, indices in listed.items():
+        values[key] = [new for new, index in enumerate(chosen) if index in indices]
     for key in LAYER_COUNTS:
         if isinstance(given.get(key), int):
             values[key] = len(chosen)

@@ -240,20 +240,56 @@ def test_unknown_keywords_are_errors_and_none_is_not(model: Any) -> None:
         model.model(IDS, input_ids=IDS)
 
 
-def test_attention_sinks_are_an_error_and_not_ignored() -> None:
+def sinks_model(implementation: str) -> Any:
+    """A tiny gpt_oss with windows, and sinks that matter."""
+    torch.manual_seed(0)
     config = transformers.GptOssConfig(
         vocab_size=97,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=32,
-        num_local_experts=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="grit")
-    with pytest.raises(TypeError, match="^s_aux: expected no such argument of the attention function"):
-        model(IDS)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=1.0) if name.endswith("sinks") else parameter.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_attention_sinks_are_those_of_transformers(side: str) -> None:
+    stock, found = sinks_model("eager"), sinks_model("grit")
+    real = MASKS[side].bool()
+    expected, logits = (m(IDS, attention_mask=MASKS[side], use_cache=False).logits[real] for m in (stock, found))
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with torch.no_grad():
+        without = sinks_model("eager")
+        for name, parameter in without.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(-1e4)
+        assert (without(IDS, attention_mask=MASKS[side]).logits[real] - expected).abs().max() > 1e-2
+
+
+def test_sinks_are_trained_in_a_packed_batch_of_both_modes() -> None:
+    stock, model = sinks_model("eager"), gk.patch(sinks_model("eager"))
+    real = MASKS["right"].bool()
+    truth = [
+        stock(IDS, attention_mask=MASKS["right"], is_causal=flag, use_cache=False).logits for flag in (True, False)
+    ]
+    torch.where(FLAGS[:, None, None], *truth)[real].logsumexp(dim=-1).sum().backward()
+    model(IDS, attention_mask=MASKS["right"], is_causal=FLAGS, use_cache=False).logits[real].logsumexp(
+        dim=-1
+    ).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None, name
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * theirs.grad.abs().max().clamp(min=1e-3), name
 
 
 def test_masks_of_other_shapes_are_an_error_and_not_ignored() -> None:

@@ -42,7 +42,15 @@ DEEPSEEK = {
     "topk_group": 1,
     "moe_intermediate_size": 32,
 }
-ADMITTED = {"olmo3": OLMO3, "starcoder2": {}, "glm4": {}, "cohere2": OLMO3, "deepseek_v3": DEEPSEEK}
+GPT_OSS = {**OLMO3, "num_local_experts": 4, "num_experts_per_tok": 2}
+ADMITTED = {
+    "olmo3": OLMO3,
+    "starcoder2": {},
+    "glm4": {},
+    "cohere2": OLMO3,
+    "deepseek_v3": DEEPSEEK,
+    "gpt_oss": GPT_OSS,
+}
 
 
 def model_of(model_type: str, **changes: Any) -> Any:
@@ -83,9 +91,17 @@ def test_types_known_to_be_wrong_are_refused(model_type: str) -> None:
     assert families_sweep.tried(model_type).refusal is not None
 
 
+@pytest.mark.parametrize("model_type", families_sweep.SINKS)
+def test_types_with_attention_sinks_are_admitted(model_type: str) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {model_type}")
+    assert families_sweep.tried(model_type).refusal is None
+
+
 def test_a_refusal_names_the_model_and_the_reason() -> None:
-    model = model_of("gpt_oss", num_local_experts=2)
-    with pytest.raises(TypeError, match=r"got GptOssForCausalLM \(model type 'gpt_oss'\): .*s_aux.* Tested are gemma2"):
+    model = model_of("stablelm")
+    reason = r"got StableLmForCausalLM \(model type 'stablelm'\): .*no layer of this StableLmModel called.* Tested are gemma2"
+    with pytest.raises(TypeError, match=reason):
         gk.patch(model)
     assert not gk.is_patched(model) and model.config._attn_implementation == "eager"
 
