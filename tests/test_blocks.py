@@ -29,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pytestmark = needs_source_tree
 ADDRESS = "http://127.0.0.1:8000"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M"
+"""A model that the pages name; the tiny one takes its place."""
 RUN = {"index", "rag", "export", "embed", "generate", "convert", "doctor", "rerank"}
 """Commands that are run; the others take minutes, have tests of their own, and are parsed."""
 TOOLS = ("trl", "langchain_openai", "langchain_huggingface", "llama_index", "mteb", "SentenceTransformerTrainer")
@@ -140,7 +142,7 @@ def test_a_python_block_runs(
     for name in ("ST", "PACKED"):
         if f'"{name}"' in block.text and not (world / name).exists():
             pytest.skip("sentence-transformers is not installed")
-    text = block.text
+    text = block.text.replace(f'"{HUB_NAME}"', '"my_run/checkpoint"')
     if ADDRESS in text:
         text = text.replace(ADDRESS, request.getfixturevalue("url"))
     monkeypatch.chdir(world)

@@ -14,17 +14,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def _blocks(needs_model: bool) -> list[str]:
-    return [block for block in PYTHON_BLOCKS if ("fetch_small_model" in block) == needs_model]
-
-
-@pytest.mark.parametrize("block", _blocks(needs_model=False), ids=lambda block: block.splitlines()[0][:40])
-def test_python_block_runs(block: str) -> None:
-    exec(compile(block, "README.md", "exec"), {})
+# tests/test_blocks.py runs the others
+ON_THE_SMALL_MODEL = [block for block in PYTHON_BLOCKS if "fetch_small_model" in block]
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("block", _blocks(needs_model=True), ids=lambda block: block.splitlines()[0][:40])
+@pytest.mark.parametrize("block", ON_THE_SMALL_MODEL, ids=lambda block: block.splitlines()[0][:40])
 def test_python_block_on_the_small_model_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
 
