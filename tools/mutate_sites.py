@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -280,7 +281,7 @@ def live_lines(preprocessed: str, root: Path) -> dict[str, set[int]]:
     for text in preprocessed.splitlines():
         if found := re.match(r'# (\d+) "([^"]*)"', text):
             number = int(found[1])
-            path = Path(found[2])
+            path = Path(os.path.normpath(found[2]))  # a header's path is that of its source and what the #include says
             file = str(path.relative_to(root)) if path.is_relative_to(root) else None
             continue
         if file and text.strip():

@@ -127,6 +127,8 @@ def test_cpp_is_changed_in_the_lines_that_are_compiled_and_outside_of_texts() ->
         assert edit.apply(source) != source
     text = '# 1 "/r/a.cpp"\nint a;\n\n# 7 "/usr/b.h" 1\nint b;\n# 5 "/r/a.cpp" 2\nint c;\nint d;\n'
     assert live_lines(text, Path("/r")) == {"a.cpp": {1, 5, 6}}
+    text = '# 1 "/r/cpu/a.cpp"\nint a;\n# 1 "/r/cpu/../b.h" 1\nint b;\n# 2 "/r/cpu/a.cpp" 2\nint c;\n'
+    assert live_lines(text, Path("/r")) == {"cpu/a.cpp": {1, 2}, "b.h": {1}}
 
 
 def test_a_draw_is_fixed_and_holds_every_folder_by_its_size(tree: Path) -> None:
