@@ -80,3 +80,18 @@ def test_a_loss_trains_the_packed_module_like_the_padded_one(checkpoint: Path, t
         found[packed] = trained(folder, packed, LOSSES[name], tmp_path / f"run {packed}")
     assert len(found[True]) == 4 and found[True] == pytest.approx(found[False], rel=1e-3)
     assert found[True][-1] < found[True][0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_processes_embed_what_one_does(checkpoint: Path, tmp_path: Path, packed: bool) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    folder = export_sentence_transformers(model, tmp_path / "st", packed=packed)
+    loaded = st.SentenceTransformer(str(folder), device="cpu", trust_remote_code=packed)
+    texts = ["A river flows. " * (n % 5 + 1) for n in range(12)]
+    pool = loaded.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        found = loaded.encode(texts, prompt_name="document", pool=pool, chunk_size=3)
+    finally:
+        loaded.stop_multi_process_pool(pool)
+    one = loaded.encode(texts, prompt_name="document")
+    assert abs(found - one).max() <= 1e-6
