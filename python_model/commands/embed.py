@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from python_model.commands.runner import SMALL_MODEL, Command, add_truncation, load, progress
+from python_model.rag.documents import chunk, read_documents
+from python_model.rag.modes import Document
+from python_model.support.files import new_file
 from python_model.support.resume import ResumableArray
 
 if TYPE_CHECKING:
@@ -46,31 +49,45 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=int, default=512, help="maximum tokens per text; longer ones are truncated"
     )
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, help="most texts in a forward pass; default: 256")
     add_truncation(parser)
     parser.add_argument("--device", action="append", help="may be repeated: the texts are distributed over the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
-    parser.add_argument("--ray", action="store_true", help="embed .jsonl or .parquet files at any URL on a Ray cluster")
-    parser.add_argument("--workers", type=int, default=1, help="with --ray: number of copies of the model")
-    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs per copy")
     parser.add_argument(
-        "--chunk-tokens", type=int, default=0, help="with --ray: maximum tokens per chunk; 0 leaves texts whole"
+        "--chunk-tokens",
+        type=int,
+        default=0,
+        help="split texts into chunks of at most so many tokens; 0: embed them whole",
     )
-    parser.add_argument("--overlap", type=int, default=0, help="with --ray: tokens shared by neighbouring chunks")
+    parser.add_argument(
+        "--overlap", type=int, default=0, help="with --chunk-tokens: tokens shared by neighbouring chunks"
+    )
+    parser.add_argument("--ray", action="store_true", help="embed .jsonl or .parquet files at any URL on a Ray cluster")
+    parser.add_argument("--workers", type=int, help="with --ray: number of copies of the model; default: 1")
+    parser.add_argument("--gpus", type=float, help="with --ray: GPUs per copy; default: 0")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
-        default="float32",
-        help="with --ray: dtype of the vectors in the shards",
+        help="with --ray: dtype of the vectors in the shards; default: float32",
     )
 
 
 def run(arguments: Namespace) -> None:
     """Embed the texts in blocks, or on Ray."""
+    if arguments.overlap and not arguments.chunk_tokens:
+        raise ValueError(f"--overlap: expected --chunk-tokens beside it, got {arguments.overlap} alone")
     if arguments.ray:
         _run_on_ray(arguments)
     else:
         _run_here(arguments)
+
+
+def _refuse(arguments: Namespace, names: Sequence[str], expected: str, got: str = "it") -> None:
+    """Refuse options that would be ignored."""
+    for name in names:
+        given = getattr(arguments, name)
+        if given is not None and given is not False:  # a 0 was given, too
+            raise ValueError(f"{expected} --{name.replace('_', '-')}, got {got}")
 
 
 def _run_on_ray(arguments: Namespace) -> None:
@@ -78,94 +95,111 @@ def _run_on_ray(arguments: Namespace) -> None:
 
     if arguments.input is None or arguments.output is None:
         raise ValueError("--ray: expected --input and --output, got only one of them, or neither")
-    given = [name for name in ("text", "json", "device", "truncate_dim") if getattr(arguments, name)]
-    if given:
-        raise ValueError(f"--ray: expected no --{given[0].replace('_', '-')}, got it")
+    _refuse(arguments, ("text", "json", "device", "truncate_dim", "batch_size"), "--ray: expected no")
+    workers = 1 if arguments.workers is None else arguments.workers
     recipe = Recipe(
         arguments.model,
         arguments.instruction,
         arguments.max_length,
         arguments.chunk_tokens,
         arguments.overlap,
-        arguments.dtype,
+        arguments.dtype or "float32",
     )
     with progress("embed", "shard") as update:
         result = embed_corpus(
-            arguments.input, arguments.output, recipe, workers=arguments.workers, gpus=arguments.gpus, progress=update
+            arguments.input, arguments.output, recipe, workers=workers, gpus=arguments.gpus or 0, progress=update
         )
     if result.done_before:
         print(f"{result.done_before} of {result.units} shards were there already", file=sys.stderr)
     print(f"{result.rows} vectors in {result.units} shards at {arguments.output}")
     if result.rows_now:
         speed = result.rows_now / result.seconds
-        print(
-            f"{speed:.1f} documents/s with {arguments.workers} workers; {result.outside:.1%} of their time outside of encode()"
-        )
+        print(f"{speed:.1f} documents/s with {workers} workers; {result.outside:.1%} of their time outside of encode()")
     _tell_cut(result.cut, result.rows, arguments.max_length)
 
 
 def _run_here(arguments: Namespace) -> None:
     from tqdm.auto import tqdm
 
-    from python_model.rag.corpus import count_cut
-
+    _refuse(arguments, ("workers", "gpus", "dtype"), "--ray: expected it with", "none")
     if not arguments.json and arguments.output is None:
         raise ValueError("output: expected --output FILE.npy or --json, got neither")
-    texts = _texts(arguments)
+    documents = _documents(arguments)
     devices = arguments.device or [None]
     first = Namespace(model=arguments.model, device=devices[0], truncate_dim=arguments.truncate_dim)
     model = load(first, mode="embedding")
+    if arguments.chunk_tokens:
+        sizes = arguments.chunk_tokens, arguments.overlap
+        documents = [part for document in documents for part in chunk(document, model.tokenizer, *sizes)]
+    texts = [document.content for document in documents]
     prefix = model.formatter.embed_instruction(arguments.instruction)
+    batch_size = 256 if arguments.batch_size is None else arguments.batch_size
     file = None
     if arguments.output is not None:
         file = ResumableArray(Path(arguments.output), len(texts), _key(model, texts, prefix, arguments.max_length))
     start = 0 if file is None or arguments.json else file.done
     if start:
         print(f"resuming after {start} of {len(texts)} texts", file=sys.stderr)
-    cut, block = 0, BLOCK * len(devices)
-    with tqdm(total=len(texts), initial=start, unit="text", disable=len(texts) <= arguments.batch_size) as bar:
+    block = BLOCK * len(devices)
+    with tqdm(total=len(texts), initial=start, unit="text", disable=len(texts) <= batch_size) as bar:
         for place in range(start, len(texts), block):
             part = texts[place : place + block]
             vectors = model.encode(
                 part,
                 instruction=prefix,
                 max_length=arguments.max_length,
-                batch_size=arguments.batch_size,
+                batch_size=batch_size,
                 devices=devices if len(devices) > 1 else None,
                 show_progress_bar=False,
             )
-            cut += count_cut(model, part, prefix, arguments.max_length)
             if file is not None and place >= file.done:
                 file.append(vectors)
             if arguments.json:
-                for text, vector in zip(part, vectors.tolist(), strict=True):
-                    print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False), flush=True)
+                for document, vector in zip(documents[place : place + block], vectors.tolist(), strict=True):
+                    row = {**_described(document, arguments.chunk_tokens), "embedding": vector}
+                    print(json.dumps(row, ensure_ascii=False), flush=True)
             bar.update(len(part))
     if file is not None:
+        if arguments.chunk_tokens:
+            _write_chunks(Path(arguments.output), documents)
         rows, size = file.finish()
         if not arguments.json:
             print(f"{rows} vectors of size {size} in {arguments.output}")
-    _tell_cut(cut, len(texts) - start, arguments.max_length)
+    _tell_cut(model.texts_cut, len(texts) - start, arguments.max_length)
+
+
+def _described(document: Document, chunked: int) -> dict[str, Any]:
+    """What is printed or written beside a vector: the text, and which chunk it is."""
+    if not chunked:
+        return {"text": document.content}
+    return {"key": document.key, "place": document.place, "text": document.content}
+
+
+def _write_chunks(output: Path, documents: Sequence[Document]) -> None:
+    """``NAME.jsonl`` beside ``NAME.npy``: the chunk of each row."""
+    path = output.with_suffix(".jsonl")
+    with new_file(path) as file:
+        for document in documents:
+            file.write(json.dumps(_described(document, 1), ensure_ascii=False).encode() + b"\n")
+    print(f"the chunks of the rows are in {path}", file=sys.stderr)
 
 
 def _tell_cut(cut: int, texts: int, max_length: int) -> None:
     if cut:
         what = f"{cut} of {texts} texts are longer than --max-length {max_length} tokens"
-        print(f"grit embed: {what}; their ends are ignored", file=sys.stderr)
+        print(f"grit embed: {what}; their ends are ignored (--chunk-tokens splits them instead)", file=sys.stderr)
 
 
-def _texts(arguments: Namespace) -> list[str]:
-    from python_model.rag.documents import read_documents
-
-    if arguments.text is not None:
-        texts = list(arguments.text)
-    elif arguments.input is not None:
-        texts = [document.content for document in read_documents(arguments.input)]
+def _documents(arguments: Namespace) -> list[Document]:
+    """The texts to embed; those that come without a name are numbered."""
+    if arguments.input is not None and arguments.text is None:
+        documents = list(read_documents(arguments.input))
     else:
-        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not texts:
+        lines = arguments.text or (line.rstrip("\n") for line in sys.stdin if line.strip())
+        documents = [Document(f"text {number}", text) for number, text in enumerate(lines, 1)]
+    if not documents:
         raise ValueError("texts: expected at least one, got none")
-    return texts
+    return documents
 
 
 COMMAND = Command("embed", "Embed texts, one per line of standard input.", configure, run)

@@ -18,9 +18,9 @@ import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from tqdm.auto import tqdm
 
-from python_model.commands.runner import SMALL_MODEL, Command, add_json, add_truncation, load
+from python_model.commands.runner import SMALL_MODEL, Command, add_json, add_truncation, load, tell_cut
 from python_model.evaluation.held_out import HeldOut
-from python_model.evaluation.language import next_token_loss
+from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TooLong
@@ -49,14 +49,19 @@ def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) ->
                 chosen = torch.tensor([name in (own, EVERYTHING) for own in names])
                 found[name] = asdict(scores_from_ranks(ranks[chosen], corpus.shape[0]))
         if model.mode != "embedding" and held_out.conversations:
-            for name in dict.fromkeys([*(row.dataset for row in held_out.conversations), EVERYTHING]):
-                rows = [row for row in held_out.conversations if name in (row.dataset, EVERYTHING)]
+            sums: dict[str, tuple[float, int, int, int]] = {}
+            for name in dict.fromkeys(row.dataset for row in held_out.conversations):
+                rows = [row for row in held_out.conversations if row.dataset == name]
+                sums[name] = (*token_loss_sums(model, rows, max_length=max_length), len(rows))
+            total, count, left_out, conversations = (sum(column) for column in zip(*sums.values(), strict=True))
+            sums[EVERYTHING] = total, int(count), int(left_out), int(conversations)
+            for name, (*parts, conversations) in sums.items():
                 try:
-                    loss: float | None = next_token_loss(model, rows, max_length=max_length)
+                    loss: float | None = mean_token_loss(*parts, conversations, max_length)
                 except TooLong:
                     loss = None  # every first turn of this data set is too long
                 found.setdefault(name, {})["next_token_loss"] = loss
-                found[name]["conversations"] = len(rows)
+                found[name]["conversations"] = conversations
     return found
 
 
@@ -132,6 +137,7 @@ def run(arguments: Namespace) -> None:
             Namespace(model=name, device=arguments.device, truncate_dim=arguments.truncate_dim), mode=arguments.mode
         )
         scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16)
+        tell_cut("eval", model, f"--max-length {arguments.max_length}")
         result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
         if arguments.questions is not None:
             result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)

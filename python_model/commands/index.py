@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, add_search, add_truncation, load, progress, show
+from python_model.commands.runner import (
+    Command,
+    add_json,
+    add_model,
+    add_search,
+    add_truncation,
+    load,
+    progress,
+    show,
+    tell_cut,
+)
 
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
@@ -120,7 +130,10 @@ def run(arguments: Namespace) -> None:
     result = {"added": 0, "deleted": 0, **result, "documents": len(index)}
     lines.append(f"{result['documents']} documents in {arguments.index}")
     if model is not None and arguments.search is not None:
-        vector = model.encode([arguments.search], instruction=model.formatter.embed_instruction(arguments.instruction))
+        prefix = model.formatter.embed_instruction(arguments.instruction)
+        limit = int(model.model.config.max_position_embeddings)
+        vector = model.encode([arguments.search], instruction=prefix, max_length=limit)
+        tell_cut("index", model, f"the model's {limit}")
         words = [arguments.search] if arguments.hybrid else None
         hits = index.search(vector, arguments.k, where=read_conditions(arguments.where), texts=words)[0]
         result["hits"] = [{**asdict(hit.document), "score": hit.score} for hit in hits]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, load
+from python_model.commands.runner import Command, load, tell_cut
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, SKIPPED_RANKS, Embeddings, Scorer, mine_negatives
 from python_model.data.files import read_objects
 from python_model.data.reading import tolerant_rows
@@ -117,6 +117,7 @@ def run(arguments: Namespace) -> None:
     else:
         model = load(arguments, mode="embedding")
         scorer = Embeddings(model, [row.query for row in rows], passages, max_length=arguments.max_length)
+        tell_cut("mine", model, f"--max-length {arguments.max_length}")
     found = mined(
         rows,
         scorer,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, load, show
+from python_model.commands.runner import Command, add_json, add_model, load, show, tell_cut
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -29,6 +29,9 @@ def configure(parser: ArgumentParser) -> None:
         default="likelihood",
         help="how likely the query is behind each; a yes or no; an order",
     )
+    parser.add_argument(
+        "--passage-tokens", type=int, default=160, help="maximum tokens per passage; longer ones are truncated"
+    )
     parser.add_argument("--top", type=int, default=10, help="number of passages to print")
     add_json(parser)
 
@@ -42,7 +45,10 @@ def run(arguments: Namespace) -> None:
         passages = [line.strip() for line in sys.stdin if line.strip()]
     else:
         passages = [document.content for document in read_documents(arguments.passages)]
-    ranked = rerank(load(arguments), arguments.query, passages, method=arguments.method)[: arguments.top]
+    model = load(arguments)
+    options = {"method": arguments.method, "passage_tokens": arguments.passage_tokens}
+    ranked = rerank(model, arguments.query, passages, **options)[: arguments.top]
+    tell_cut("rerank", model, f"--passage-tokens {arguments.passage_tokens}")
     rows: list[dict[str, Any]] = [{"index": r.index, "score": r.score, "passage": passages[r.index]} for r in ranked]
     show(
         arguments,

@@ -118,6 +118,13 @@ def load(arguments: Namespace, mode: str = "unified", **options: Any) -> GritLM:
     return GritLM(resolve_model(arguments.model), mode=mode, device=arguments.device, **options)
 
 
+def tell_cut(name: str, model: GritLM, limit: str) -> None:
+    """Say on standard error how many texts ``model`` has truncated, if any; ``limit`` is the option that sets the length."""
+    if model.texts_cut:
+        what = "1 text is" if model.texts_cut == 1 else f"{model.texts_cut} texts are"
+        print(f"grit {name}: {what} longer than {limit} tokens; what follows is ignored", file=sys.stderr)
+
+
 def show(arguments: Namespace, result: Any, text: str) -> None:
     """Print ``result`` as JSON with ``--json``, otherwise ``text``."""
     print(json.dumps(result, ensure_ascii=False) if arguments.json else text, flush=True)

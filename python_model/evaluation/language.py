@@ -46,6 +46,7 @@ def conversation_losses(
             samples.append(formatter.conversation(row.turns, max_length))
         except TooLong:
             continue
+    model.texts_cut += sum(sample.truncated for sample in samples)
     found: list[tuple[float, int]] = []
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]

@@ -53,7 +53,7 @@ def rerank(
     Args:
         passages: in retrieval order, best first; passages that the model does not rank keep that order.
         window, step: listwise only: how many passages are shown at once, and by how many the window moves.
-        passage_tokens: passages are truncated to this many tokens.
+        passage_tokens: passages are truncated to this many tokens, and counted in ``model.texts_cut``.
         batch_size: unless listwise, most passages scored in one packed pass (a pass also ends at 16384 tokens).
 
     Raises:
@@ -66,6 +66,9 @@ def rerank(
     check_at_least("batch_size", batch_size, 1)
     model.check_head("rerank")
     shown = [shorten(model, passage, passage_tokens) for passage in passages]
+    model.texts_cut += sum(
+        len(short) < len(" ".join(passage.split())) for short, passage in zip(shown, passages, strict=True)
+    )
     if method != "listwise":
         score = yes_scores if method == "pointwise" else query_likelihoods
         scores = score(model, query, shown, batch_size=batch_size)

@@ -57,7 +57,8 @@ class GritLM(nn.Module):
 
     Settings not given are those saved with the checkpoint, in a folder or on the hub: ``grit.json``, else what
     sentence-transformers saves (``modules.json`` and the files beside it). Attributes: ``settings`` (all of them), ``model``,
-    ``tokenizer``, ``projection`` (a module or None).
+    ``tokenizer``, ``projection`` (a module or None), ``texts_cut`` (how many texts were truncated so far, by any method or
+    function that has a limit).
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class GritLM(nn.Module):
         whole = self.settings.projection or self.model.config.hidden_size
         if (size := self.settings.truncate_dim) is not None and size > whole:
             raise ValueError(f"truncate_dim: expected at most the embedding's {whole}, got {size}")
+        self.texts_cut = 0
         self.is_inference = is_inference
         if "device_map" not in from_pretrained_kwargs:
             self.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -374,6 +376,7 @@ class GritLM(nn.Module):
                 samples.append(formatter.text(prefix, text, max_length, add_special_tokens=add_special_tokens))
             except ValueError as error:
                 raise ValueError(f"sentences: entry {index}: {error}") from None
+        self.texts_cut += sum(sample.truncated for sample in samples)
         return samples
 
     def _cached_states(self, samples: list[EncodedSample], pack: gk.SamplePack) -> tuple[Tensor, Any]:

@@ -254,7 +254,7 @@ class Embedder:
                 part for d in documents for part in chunk(d, model.tokenizer, recipe.chunk_tokens, recipe.overlap)
             ]
         texts = [document.content for document in documents]
-        before = time.perf_counter()
+        before, cut_before = time.perf_counter(), model.texts_cut
         options: dict[str, Any] = {"instruction": self.prefix, "max_length": recipe.max_length}
         vectors = model.encode(texts, show_progress_bar=False, **options) if texts else None
         encode_seconds = time.perf_counter() - before
@@ -264,7 +264,7 @@ class Embedder:
             _write_table(file, documents, vectors, recipe.dtype)
         marker = {
             "rows": len(documents),
-            "cut": count_cut(model, texts, self.prefix, recipe.max_length),
+            "cut": model.texts_cut - cut_before,
             "bytes": filesystem.size(path),
             "encode_seconds": encode_seconds,
             "seconds": time.perf_counter() - start,
@@ -272,14 +272,6 @@ class Embedder:
         with filesystem.open(f"{root}/{unit.shard}.json", "w") as file:
             file.write(json.dumps(marker))
         return marker
-
-
-def count_cut(model: GritLM, texts: Sequence[str], prefix: str, max_length: int) -> int:
-    """How many texts are longer than ``max_length``; texts with fewer bytes than that are not tokenised to find out."""
-    formatter = model.formatter
-    around = len((prefix + model.embed_eos).encode()) + 8
-    doubtful = [text for text in texts if around + len(text.encode()) > max_length]
-    return sum(formatter.text(prefix, text, max_length).truncated for text in doubtful)
 
 
 def committed(output: str, unit: Unit) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,66 @@ import numpy as np
 import pytest
 
 from python_model import GritLM
-from python_model.commands import embed
+from python_model.commands import embed, index, mine, rerank
 
 
 def test_options_that_a_cluster_would_ignore_are_refused(tmp_path: Path) -> None:
     base = ["--ray", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
-    for option in (["--truncate-dim", "8"], ["--device", "cpu"]):
+    for option in (["--truncate-dim", "8"], ["--device", "cpu"], ["--batch-size", "8"]):
         with pytest.raises(SystemExit, match=f"--ray: expected no {option[0]}, got it"):
             embed.COMMAND([*base, *option])
+
+
+@pytest.mark.parametrize("option", [["--workers", "2"], ["--gpus", "0"], ["--dtype", "float16"]])
+def test_options_of_a_cluster_are_refused_without_one(option: list[str]) -> None:
+    with pytest.raises(SystemExit, match=f"--ray: expected it with {option[0]}, got none"):
+        embed.COMMAND(["--text", "a", "--json", *option])
+
+
+def test_an_overlap_of_no_chunks_is_refused() -> None:
+    with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got 3 alone"):
+        embed.COMMAND(["--text", "a", "--json", "--overlap", "3"])
+
+
+def test_long_texts_are_embedded_in_chunks_when_asked(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = " ".join(f"river {number}." for number in range(40))
+    base = ["--model", str(checkpoint), "--device", "cpu", "--max-length", "64", "--chunk-tokens", "40"]
+    embed.COMMAND([*base, "--text", text, "--text", "short", "--output", str(tmp_path / "v.npy")])
+    assert "longer" not in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    vectors = np.load(tmp_path / "v.npy")
+    assert len(rows) == len(vectors) > 4 and rows[0]["key"] == "text 1#0" and rows[-1]["key"] == "text 2"
+    assert "".join(row["text"] for row in rows[:-1]).replace(" ", "") == text.replace(" ", "")
+    model = GritLM(checkpoint, device="cpu", mode="embedding")
+    want = model.encode([row["text"] for row in rows], instruction=model.formatter.embed_instruction(""))
+    np.testing.assert_allclose(vectors, want, atol=1e-6)
+    embed.COMMAND([*base, "--text", text, "--json"])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in printed] == [row["text"] for row in rows[:-1]]
+
+
+def test_commands_that_compare_texts_say_when_they_cut_some(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passages = tmp_path / "passages.txt"
+    passages.write_text("river " * 60)
+    model = ["--model", str(checkpoint), "--device", "cpu"]
+    rerank.COMMAND([*model, "--query", "river", "--passages", str(passages), "--passage-tokens", "20"])
+    assert "grit rerank: 1 text is longer than --passage-tokens 20 tokens" in capsys.readouterr().err
+    rerank.COMMAND([*model, "--query", "river", "--passages", str(passages), "--passage-tokens", "400"])
+    assert "longer" not in capsys.readouterr().err
+    rows = tmp_path / "rows.jsonl"
+    row = {"query": ["", "river"], "pos": [["", "river " * 60]], "neg": [["", "a"], ["", "b"]]}
+    rows.write_text(json.dumps(row) + "\n")
+    options = ["--negatives", "1", "--max-length", "24"]
+    mine.COMMAND([str(rows), str(tmp_path / "mined.jsonl"), *model, *options])
+    assert "grit mine: 1 text is longer than --max-length 24 tokens" in capsys.readouterr().err
+    index.COMMAND([str(tmp_path / "index"), *model, "--add", str(passages)])
+    assert "longer" not in capsys.readouterr().err
+    index.COMMAND([str(tmp_path / "index"), *model, "--search", "river " * 600])
+    assert "grit index: 1 text is longer than the model's 512 tokens" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
