@@ -53,6 +53,12 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--recompute", type=int, default=0, help="number of leading tokens of each joined text to recompute"
     )
+    parser.add_argument(
+        "--recompute-share",
+        type=float,
+        default=0.0,
+        help="share of the tokens of all joined texts but the first to recompute instead, where states deviate most",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=16, help="maximum tokens of an answer")
     add_json(parser, "one JSON object per question, then one with the scores")
 
@@ -77,6 +83,7 @@ def run(arguments: Namespace) -> None:
         store=store,
         causal_states=arguments.causal_states,
         recompute=arguments.recompute,
+        recompute_share=arguments.recompute_share,
         query_prefix=model.formatter.embed_instruction(arguments.instruction),
         keep_read=limit is not None,
         hybrid=arguments.hybrid,

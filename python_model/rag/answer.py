@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from python_model.rag.modes import (
 )
 from python_model.rag.reading import read, recompute_first
 from python_model.rag.rope import join
+from python_model.rag.selective import check_share, recompute_selected
 from python_model.rag.store.folder import StoreFullError
 from python_model.rag.store.kvstore import Format, KVStore, WhenFull
 from python_model.support.arguments import check_at_least, check_choice
@@ -47,7 +49,8 @@ class Answer:
     """A reply and how it was produced.
 
     ``cached_tokens`` were taken from states, ``read_tokens`` were read for the answer (the prompt, and texts without stored
-    states). ``seconds``: time spent on finding documents ("search"), obtaining states ("states") and generating ("generate").
+    states). ``seconds``: time spent on finding documents ("search"), obtaining states ("states") and generating ("generate"),
+    and how much of the latter passed before the first token was known ("first_token").
     """
 
     text: str
@@ -69,8 +72,11 @@ class RAG:
         causal_states: read documents and questions causally instead of with the model's embedding attention. Such states are
             what the model would have computed had the text opened the conversation.
         recompute: number of leading tokens of each cached text but the first to recompute, now seeing what precedes them.
+        recompute_share: share of the tokens of all cached texts but the first to recompute instead: those whose states deviate
+            most (see :mod:`python_model.rag.selective`).
         marked: tell the model that documents are data, and number them; False: the paper's unmodified prompts.
-        trusted: the modes with cached states that ``"auto"`` may choose; default: those that were measured for this checkpoint.
+        trusted: the modes with cached states that ``"auto"`` may choose; default: those that were measured for this checkpoint,
+            with as many documents.
         max_length: maximum tokens of a question with its documents and reply; default: the model's. More is an error.
         query_prefix: the format before a question to embed (see :func:`python_model.model.prompts.embed_instruction`).
         keep_read: keep the states of the index's documents that had none when a mode needed them, so that a store with a limit
@@ -86,6 +92,7 @@ class RAG:
         store: KVStore | None = None,
         causal_states: bool = False,
         recompute: int = 0,
+        recompute_share: float = 0.0,
         marked: bool = True,
         trusted: Collection[str] | None = None,
         max_length: int | None = None,
@@ -105,6 +112,9 @@ class RAG:
                 "format: expected a model of 'grit' or 'zephyr' to answer, got 'plain', which has no roles"
             )
         check_at_least("recompute", recompute, 0)
+        check_share(recompute_share)
+        if recompute and recompute_share:
+            raise ValueError(f"recompute_share: expected 0 beside recompute={recompute}, got {recompute_share}")
         self.model, self.index, self.store = model, index, store
         self.causal = _states_attention(model, causal_states)
         if store is not None:
@@ -114,7 +124,7 @@ class RAG:
                     f"store: {store.path} was made by model {store.fingerprint} with {store.settings}, "
                     f"this model is {fingerprint(model)} with {expected}"
                 )
-        self.recompute = recompute
+        self.recompute, self.recompute_share = recompute, recompute_share
         self.max_length = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
         self.query_prefix, self.marked = query_prefix, marked
         self.hybrid, self.where = hybrid, where
@@ -123,7 +133,8 @@ class RAG:
         if keep_read and store is not None and index is not None:
             index.note_store(store.path)  # states go when their document changes or is removed
         self.keep_read = keep_read
-        self.trusted = frozenset(trusted) if trusted is not None else trusted_modes(self)
+        self.trusted: Mapping[str, float]  # and with how many documents at most
+        self.trusted = trusted_modes(self) if trusted is None else dict.fromkeys(trusted, math.inf)
 
     def answer(
         self,
@@ -205,6 +216,11 @@ class RAG:
         seconds["states"] = time.perf_counter() - start
         start = time.perf_counter()
         stream = TextStream(self.model.tokenizer, ROLE_MARKERS)
+
+        def receive(row: int, token: int) -> bool:
+            seconds.setdefault("first_token", time.perf_counter() - start)
+            return stream.push(token)
+
         decode(
             self.model.model,
             [prompt],
@@ -213,9 +229,10 @@ class RAG:
             min_new_tokens=min_new_tokens,
             eos_token_ids=eos_token_ids(self.model),
             sampling=sampling,
-            on_token=lambda row, token: stream.push(token),
+            on_token=receive,
         )
         seconds["generate"] = time.perf_counter() - start
+        seconds.setdefault("first_token", seconds["generate"])  # nothing but an end of the reply
         return Answer(stream.finish().strip(), mode, documents, scores, stored, len(prompt) + fresh, seconds)
 
     def prepare(
@@ -242,7 +259,8 @@ class RAG:
         """
         stored = self.store is not None and (self.keep_read or all(d.key in self.store for d in documents))
         tokens = [len(self._ids(DOCUMENT_PREFIX, document.content)) for document in documents]
-        return choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored, self.trusted)
+        trusted = [mode for mode, most in self.trusted.items() if len(documents) <= most]
+        return choose_mode(len(self._ids(self.query_prefix, question)), sum(tokens), stored, trusted)
 
     def add_to_store(
         self,
@@ -323,6 +341,8 @@ class RAG:
         joined, starts = self._join(parts)
         if self.recompute:
             joined = recompute_first(self.model, joined, starts, self.recompute)
+        if self.recompute_share:
+            joined = recompute_selected(self.model, joined, starts, self.recompute_share)
         return joined, stored, fresh
 
     def _document_states(self, document: Document, bos: bool) -> TextStates | None:

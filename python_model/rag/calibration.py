@@ -1,15 +1,15 @@
 """Measures whether cached states answer as well as reading the documents, for one checkpoint, and keeps the result with it.
 
-``rag_calibration.json`` holds F1 per mode. It is valid only for the weights it was measured with (by fingerprint) and for
-states made in the same way. A mode is trusted if its F1 is at least :data:`KEEPS` of that of reading the documents, and if
-reading them helps at all: if a checkpoint answers no better with documents than without, nothing follows about its cached
-states.
+``rag_calibration.json`` holds F1 per mode. It is valid only for the weights it was measured with (by fingerprint), for states
+made in the same way, and for at most as many documents per question, since joined texts have not seen each other. A mode is
+trusted if its F1 is at least :data:`KEEPS` of that of reading the documents, and if reading them helps at all: if a checkpoint
+answers no better with documents than without, nothing follows about its cached states.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,28 +46,36 @@ def calibrate(rag: RAG, questions: Sequence[Question], *, k: int = 1, max_new_to
     entry = {"f1": scores, "questions": len(questions), "k": k}
     known = _read(file)
     kept = known["measured"] if known.get("fingerprint") == fingerprint(rag.model) else {}
-    content = {"version": 1, "fingerprint": fingerprint(rag.model), "measured": {**kept, _states(rag): entry}}
+    content = {
+        "version": 1,
+        "fingerprint": fingerprint(rag.model),
+        "measured": {**kept, f"{_states(rag)}, k {k}": entry},
+    }
     write_json(file, content)
     return {**entry, "trusted": sorted(trusted_modes(rag))}
 
 
-def trusted_modes(rag: RAG) -> frozenset[str]:
-    """The modes with cached states that were measured for this checkpoint and found good enough."""
+def trusted_modes(rag: RAG) -> Mapping[str, int]:
+    """The modes with cached states that were measured for this checkpoint and found good enough; with how many documents per
+    question at most."""
     file = _file(rag)
     content = {} if file is None else _read(file)
     if content.get("version") != 1 or content.get("fingerprint") != fingerprint(rag.model):
-        return frozenset()
-    scores = content.get("measured", {}).get(_states(rag), {}).get("f1", {})
-    full = scores.get(FULL, 0)
-    if full <= 0 or full < HELPS * scores.get(WITHOUT, full):
-        return frozenset()
-    return frozenset(mode for mode in CACHED if scores.get(mode, 0) >= KEEPS * full)
+        return {}
+    found: dict[str, int] = {}
+    for name, entry in content["measured"].items():
+        scores, k = entry["f1"], int(entry["k"])
+        full = scores.get(FULL, 0)
+        if name != f"{_states(rag)}, k {k}" or full <= 0 or full < HELPS * scores.get(WITHOUT, full):
+            continue
+        found |= {m: max(k, found.get(m, 0)) for m in CACHED if scores.get(m, 0) >= KEEPS * full}
+    return found
 
 
 def _states(rag: RAG) -> str:
     """What the quality of cached states depends on, besides the model."""
     stored = rag.store.format if rag.store is not None else "as read"
-    return f"{'causal' if rag.causal else 'bidirectional'}, {stored}, recompute {rag.recompute}"
+    return f"{'causal' if rag.causal else 'bidirectional'}, {stored}, recompute {rag.recompute_share or rag.recompute}"
 
 
 def _file(rag: RAG) -> Path | None:

@@ -18,7 +18,7 @@ from python_model.rag import answer as answering
 from python_model.rag import calibration
 from python_model.rag.answer import RAG, Answer, open_store
 from python_model.rag.index import add_documents, open_index
-from python_model.rag.modes import DATA_MARK, MODES, Document, choose_mode, prompt_text
+from python_model.rag.modes import CACHED_MARK, DATA_MARK, MODES, Document, choose_mode, prompt_text
 from python_model.rag.reading import read
 from python_model.rag.sync import delete
 
@@ -57,6 +57,14 @@ def test_documents_are_marked_as_data_and_numbered(mode: str) -> None:
     assert text.replace(f"{DATA_MARK}\n\n", "").replace("[1] ", "").replace("[2] ", "") == prompt_text(
         mode, Q, [D, E], marked=False
     )
+
+
+@pytest.mark.parametrize("mode", ["document_cache", "query_document_cache", "document_query_cache"])
+def test_cached_documents_are_marked_as_data_behind_them(mode: str) -> None:
+    text = prompt_text(mode, Q, [D, E])
+    assert text.startswith(f"\n<|user|>\n{CACHED_MARK}\n\n") and D.text not in text
+    assert text.replace(f"{CACHED_MARK}\n\n", "") == prompt_text(mode, Q, [D, E], marked=False)
+    assert CACHED_MARK not in prompt_text("query_cache", Q, [D]) + prompt_text("none", Q, [])
 
 
 def test_a_document_cannot_open_a_turn() -> None:
@@ -175,8 +183,23 @@ def test_calibration_trusts_what_was_measured_for_these_weights_and_states(
     monkeypatch.setattr(RAG, "answer", answered)
     found = calibration.calibrate(rag, questions)
     assert found["f1"] == {mode: 2 * n for mode, n in right.items()} and found["trusted"] == ["document_cache"]
-    assert RAG(own).trusted == {"document_cache"}
+    assert RAG(own).trusted == {"document_cache": 1}
+    assert RAG(own).choose(Q, [D]) == "document_first"  # not stored
+    kept = open_store(str(tmp_path / "kept"), own, format="float32")
+    stored = RAG(own, store=kept)
+    documents = [Document(f"d{i}", "A river flows through the city. " * 8) for i in range(3)]
+    stored.add_to_store(documents)
+    calibration.calibrate(stored, questions, k=2)
+    stored = RAG(own, store=kept)
+    assert [stored.choose(Q, documents[:n]) for n in (1, 2, 3)] == [
+        "document_cache",
+        "document_cache",
+        "document_first",
+    ]
+    calibration.calibrate(stored, questions, k=1)
+    assert RAG(own, store=kept).trusted == {"document_cache": 2}  # a measurement with fewer documents leaves it alone
     assert not RAG(own, causal_states=True).trusted and not RAG(own, recompute=2).trusted  # other states
+    assert not RAG(own, recompute_share=0.5).trusted
     assert not RAG(own, store=open_store(str(tmp_path / "s"), own, format="int8")).trusted
     right["none"] = 30  # documents that hardly help prove nothing
     assert calibration.calibrate(rag, questions)["trusted"] == [] and not RAG(own).trusted
@@ -197,6 +220,13 @@ def test_recompute_changes_joined_caches_only(model: GritLM) -> None:
     plain, recomputed = states([D, E]), states([D, E], recompute=2)
     assert torch.equal(plain.input_ids, recomputed.input_ids)
     assert not torch.equal(plain.keys_values, recomputed.keys_values)
+    selected = states([D, E], recompute_share=0.5)
+    assert torch.equal(plain.input_ids, selected.input_ids)
+    changed = (selected.keys_values != plain.keys_values).flatten(0, 2).any(dim=2).any(dim=0)
+    second = len(plain) - len(states([D]))
+    assert int(changed.sum()) == round(0.5 * second) and not changed[:-second].any()
+    with pytest.raises(ValueError, match="recompute_share: expected 0 beside recompute=2, got 0.5"):
+        RAG(model, recompute=2, recompute_share=0.5)
 
 
 def test_nothing_is_cut_silently(model: GritLM) -> None:

@@ -14,6 +14,7 @@ from python_model.generate.states import TextStates, concatenate, to_cache
 from python_model.rag import rope
 from python_model.rag.fingerprint import embedding_settings, fingerprint
 from python_model.rag.reading import read, recompute_first
+from python_model.rag.selective import recompute_selected
 
 A, B, C = [1, 20, 30, 40, 50], [1, 60, 70, 80, 90, 100, 110], [1, 7, 8, 9]
 
@@ -91,6 +92,44 @@ def test_recomputing_whole_causal_texts_equals_reading_them_in_one_go(model: Gri
     first = some.slice(starts[1], starts[1] + 2)
     assert relative(first.keys_values, whole.slice(starts[1], starts[1] + 2).keys_values) < 1e-5
     assert recompute_first(model, joined, starts, 0) is joined
+
+
+def test_recomputing_every_token_by_deviation_equals_reading_the_texts_in_one_go(model: GritLM) -> None:
+    joined, starts = rope.join(read(model, [A, B, C], causal=True), model)
+    (whole,) = read(model, [joined.input_ids.tolist()], causal=True)
+    before = joined.keys_values.clone()
+    redone = recompute_selected(model, joined, starts, 1.0)
+    assert relative(redone.keys_values, whole.keys_values) < 1e-5 < relative(joined.keys_values, whole.keys_values)
+    assert torch.equal(joined.keys_values, before)  # the store's states may be shared
+    assert recompute_selected(model, joined, starts, 0.0) is joined
+    assert recompute_selected(model, joined, starts[:1], 1.0) is joined  # nothing stands before a single text
+
+
+@pytest.mark.parametrize("damaged", [6, 11])
+def test_the_tokens_that_deviate_most_are_the_ones_recomputed(model: GritLM, damaged: int) -> None:
+    ids = A + B[1:] + C[1:]
+    (whole,) = read(model, [ids], causal=True)
+    starts = [0, len(A), len(A) + len(B) - 1]
+    others = len(ids) - starts[1]
+    keys_values = whole.keys_values.clone()
+    keys_values[1:, :, :, damaged] += 1.0
+    keys_values[1:, :, :, damaged - 1] += 0.1
+    broken = TextStates(keys_values, whole.input_ids, whole.positions, True)
+    one = recompute_selected(model, broken, starts, 1 / others)
+    changed = (one.keys_values != keys_values).flatten(0, 2).any(dim=2).any(dim=0).nonzero()[:, 0]
+    assert changed.tolist() == [damaged]
+    two = recompute_selected(model, broken, starts, 2 / others)
+    assert relative(two.keys_values, whole.keys_values) < 1e-5 < relative(one.keys_values, whole.keys_values)
+
+
+def test_a_share_and_models_that_cannot_be_recomputed_are_refused(model: GritLM) -> None:
+    joined, starts = rope.join(read(model, [A, B], causal=True), model)
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="recompute_share: expected 0 to 1, got"):
+            recompute_selected(model, joined, starts, share)
+    long, starts = rope.join(read(model, [A, B * 10], causal=True), model)
+    with pytest.raises(ValueError, match="at most the model's window, 64 tokens, got 7"):
+        recompute_selected(model, long, starts, 0.5)
 
 
 def test_a_cache_made_of_states_continues_like_the_text(model: GritLM) -> None:
