@@ -190,6 +190,41 @@ def rag(rows: Rows, path: Path) -> None:
         panels[0][-1].legend(fontsize=7)
 
 
+def rag_quality(rows: Rows, path: Path) -> None:
+    """F1 over the time to the first token, with the interval of the difference to full prefill; one panel per model. The
+    line joins the variants that no other beats in both."""
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    names = list(dict.fromkeys(str(row["variant"]) for row in rows))
+    with figure(path, 1, len(models), (4.5 * len(models), 3.2), sharey=True) as panels:
+        for panel, model in zip(panels[0], models, strict=True):
+            own = [row for row in rows if row["model"] == model]
+            full = next(row["f1"] for row in own if row["variant"] == "full prefill")
+            for row in own:
+                below, above = (
+                    max(row["f1"] - full * (1 + row["f1_low"]), 0.0),
+                    max(full * (1 + row["f1_high"]) - row["f1"], 0.0),
+                )
+                panel.errorbar(
+                    row["first_token_s"],
+                    row["f1"],
+                    yerr=[[below], [above]],
+                    marker="o",
+                    capsize=2,
+                    linestyle="none",
+                    color=f"C{names.index(row['variant'])}",
+                    label=row["variant"],
+                )
+            best: list[tuple[float, float]] = []
+            for time, score in sorted((row["first_token_s"], row["f1"]) for row in own):
+                if not best or score > best[-1][1]:
+                    best.append((time, score))
+            panel.plot(*zip(*best, strict=True), color=NEUTRAL, linewidth=0.8, zorder=0)
+            panel.set(title=model + ("" if own[0]["valid"] else " (not valid)"), xlabel="seconds to the first token")
+            panel.set_ylim(bottom=0)
+        panels[0][0].set_ylabel("F1, %")
+        panels[0][-1].legend(fontsize=6)
+
+
 CHARTS: dict[str, Callable[[Rows, Path], None]] = {
     "attention": attention,
     "pooling": pooling,
@@ -198,6 +233,7 @@ CHARTS: dict[str, Callable[[Rows, Path], None]] = {
     "model": model,
     "train": train,
     "rag": rag,
+    "rag_quality": rag_quality,
 }
 """By the record's name without the device."""
 

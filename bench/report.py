@@ -83,6 +83,12 @@ TITLES: dict[str, tuple[str, str]] = {
         "16 new tokens. `of_plain_rag`: time over plain retrieval with the document first; `cached`, `read`: tokens from stored "
         "states, and tokens read.",
     ),
+    "rag_quality_cpu": (
+        "Quality of answers from cached states on a CPU",
+        "Four documents per question, one of them right; `f1_difference`, with its 95 % interval, is relative to full prefill. "
+        "`break_even_reuses`: uses of a document after which making its states has paid. Rows that are not `valid` say nothing: "
+        "full prefill must reach 1.5 times the F1 without documents.",
+    ),
     "serve_cpu": (
         "One server against two processes on a CPU",
         "`load_per_cent`: percentage of half a chat and 8 texts to embed per second, which arrive whatever the server does.",
