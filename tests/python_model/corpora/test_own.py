@@ -14,9 +14,9 @@ from python_model.commands.data import COMMAND as data
 from python_model.commands.mine import COMMAND as mine
 from python_model.commands.mine import Pool, mined
 from python_model.corpora.hard_negatives import mine_negatives
-from python_model.corpora.own import split_rows
+from python_model.corpora.own import own_files, split_rows
 from python_model.data.reading import read_embedding, read_rows
-from python_model.data.rows import EmbeddingRow, GenerativeRow, PlainText
+from python_model.data.rows import EmbeddingRow, GenerativeRow, PlainText, to_object
 from python_model.evaluation.held_out import HeldOut
 from tests.python_model.data.test_data import write
 
@@ -93,6 +93,17 @@ def test_a_folder_of_own_rows_can_be_trained_on_and_evaluated(
         data([str(folder), "--from", *files])
     with pytest.raises(SystemExit, match="expected rows of each kind to hold out"):
         data([str(tmp_path / "few"), "--from", str(write(tmp_path / "few.jsonl", pairs[0]))])
+
+
+def test_a_data_set_is_one_file_or_one_for_each_kind_it_has(tmp_path: Path) -> None:
+    rows = rows_of_one_project()
+    for folder, kind in (("a", EmbeddingRow), ("b", GenerativeRow)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "same.jsonl", *(to_object(row) for row in rows if isinstance(row, kind)))
+    write(tmp_path / "b" / "chats.jsonl", *(to_object(GenerativeRow((f"ask {n}", "reply"))) for n in range(50)))
+    files, _ = own_files([str(tmp_path / "a"), str(tmp_path / "b")], percent=20, max_queries=5)
+    names = {name: {"query" in row for row in files[name]} for name in files if name.startswith("train/")}
+    assert names == {"train/same.jsonl": {True}, "train/same_generative.jsonl": {False}, "train/chats.jsonl": {False}}
 
 
 def test_further_positives_of_a_query_do_not_count_against_it(tmp_path: Path) -> None:

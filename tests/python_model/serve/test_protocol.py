@@ -1,0 +1,101 @@
+"""What requests may hold: the ends of every range, the values where a field is left out, and what an error says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pydantic = pytest.importorskip("pydantic")
+
+from python_model.serve.protocol import (  # noqa: E402
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RagRequest,
+    Request,
+    RerankRequest,
+    validation_error,
+)
+
+LEAST: dict[type[Request], dict[str, Any]] = {
+    ChatRequest: {"messages": [{"role": "user", "content": "x"}]},
+    CompletionRequest: {"prompt": "x"},
+    EmbeddingRequest: {"input": "x"},
+    RagRequest: {"question": "x"},
+    RerankRequest: {"query": "x", "documents": ["y"]},
+}
+"""The fields without which there is no request."""
+
+TINY = 5e-324
+SEED = (None, [-(2**63), 2**63 - 1], [-(2**63) - 1, 2**63])
+SAMPLED = {
+    "temperature": (1.0, [0, 2], [-TINY, 2.0000001]),
+    "top_p": (1.0, [TINY, 1], [0, 1.0000001]),
+    "top_k": (0, [0, 10**6], [-1]),
+    "n": (1, [1, 16], [0, 17]),
+    "stop": ([], ["a", ["a", "b", "c", "d"]], ["", [""], list("abcde")]),
+    "seed": SEED,
+}
+RANGES: dict[type[Request], dict[str, tuple[Any, list[Any], list[Any]]]] = {
+    ChatRequest: SAMPLED
+    | {
+        "messages": (
+            ...,
+            [[{"role": "user", "content": "x"}] * 2048],
+            [[], [{"role": "user", "content": "x"}] * 2049],
+        ),
+        "max_tokens": (None, [1, 10**6], [0]),
+        "max_completion_tokens": (None, [1, 10**6], [0]),
+    },
+    CompletionRequest: SAMPLED
+    | {
+        "max_tokens": (16, [1, 10**6], [0]),
+        "logprobs": (None, [0, 20], [-1, 21]),
+        "prompt": (..., [[0], [[0]]], [[], [-1]]),
+    },
+    EmbeddingRequest: {"dimensions": (None, [1, 10**6], [0]), "input": (..., [[0], ["a"]], [[], [-1], [[]]])},
+    RagRequest: {
+        "question": (..., ["a"], [""]),
+        "k": (3, [1, 100], [0, 101]),
+        "max_tokens": (64, [1, 10**6], [0]),
+        "temperature": (0.0, [0, 2], [-TINY, 2.0000001]),
+        "top_p": SAMPLED["top_p"],
+        "seed": SEED,
+    },
+    RerankRequest: {
+        "query": (..., ["a"], [""]),
+        "documents": (..., [["a"], [{"text": "a"}]], [[]]),
+        "top_n": (None, [1, 10**6], [0]),
+        "max_tokens_per_doc": (512, [1, 10**6], [0]),
+    },
+}
+"""Per field: its default (... where it must be given), values at the ends of its range, and values just outside."""
+
+
+@pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in RANGES.items() for field in fields])
+def test_a_range_holds_its_ends_and_nothing_beyond(kind: type[Request], field: str) -> None:
+    default, inside, outside = RANGES[kind][field]
+    if default is not ...:
+        assert getattr(kind.model_validate(LEAST[kind]), field) == default
+    for value in inside:
+        kind.model_validate({**LEAST[kind], field: value})
+    for value in outside:
+        with pytest.raises(pydantic.ValidationError) as caught:
+            kind.model_validate({**LEAST[kind], field: value})
+        assert field in (validation_error(caught.value.errors()).param or "")
+
+
+def test_log_probabilities_of_a_chat_have_a_range() -> None:
+    for number in (0, 20):
+        ChatRequest.model_validate({**LEAST[ChatRequest], "logprobs": True, "top_logprobs": number})
+    for number in (-1, 21):
+        with pytest.raises(pydantic.ValidationError, match="top_logprobs"):
+            ChatRequest.model_validate({**LEAST[ChatRequest], "logprobs": True, "top_logprobs": number})
+
+
+def test_an_error_of_a_whole_request_has_a_field_and_a_code() -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        EmbeddingRequest.model_validate({"input": "x", "instruction": "a", "input_type": "query"})
+    error = validation_error(caught.value.errors())
+    assert (error.status, error.param, error.code) == (400, "instruction", "invalid_value")
