@@ -20,14 +20,14 @@ class DataConfig(Checked):
         query_max_len: maximum tokens of a query; longer ones are truncated.
         passage_max_len: maximum tokens of a passage.
         generative_max_len: maximum tokens of a conversation.
-        positives: of a row with several, ``draw`` takes a random one each time the row comes; with ``each`` the row comes once
+        positives: for rows with several: ``draw`` takes a random one each time the row is visited; ``each`` visits the row once
             per positive in an epoch.
         same_dataset: draw each batch of texts to embed from one data set; the remainders form mixed batches.
         dataset_weights: rows per epoch as a multiple of the data set's size, by name (the file's name up to its first dot);
             default 1; 0 excludes a data set.
         max_rows_per_dataset: use a random subset of this many rows of each larger data set; 0: all rows.
         max_left_out: share of a file's rows that may be unusable; if there are more, the run stops.
-        few_shot: share of the queries whose instruction gets an example from another row of the data set.
+        few_shot: share of the queries whose instruction is followed by an example from another row of the data set.
         few_shot_style: wording of the example.
         data_workers: processes that read and tokenise ahead; 0: none. The samples do not depend on it.
         token_cache: SQLite file that keeps tokenised texts between runs; empty: none.

@@ -40,7 +40,7 @@ class ModelConfig(Checked):
         lora_alpha: the adapters' output is multiplied by ``lora_alpha / lora_rank``.
         lora_dropout: dropout probability of the adapters' inputs.
         lora_targets: comma-separated names of the linear layers with an adapter, or ``all-linear``.
-        quantization: ``nf4`` loads the frozen weights in 4 bits (QLoRA; needs bitsandbytes and a GPU).
+        quantization: ``nf4`` loads the frozen weights in 4 bits (QLoRA; needs bitsandbytes and a GPU); empty: as they are.
     """
 
     name: str = "smollm2-135m"
@@ -64,17 +64,17 @@ class OptimizerConfig(Checked):
     """The optimiser, its schedule, and gradient clipping.
 
     Attributes:
-        kind: ``adamw``, or ``muon`` for the matrices of the decoder's layers (momentum, made orthogonal; half of AdamW's memory)
-            and AdamW for all else: embeddings, heads, routers, experts, norms and biases. Muon's steps are scaled to the size of
-            AdamW's, so both take the same rate.
+        kind: ``adamw``, or ``muon`` for the matrices of the decoder's layers (orthogonalised momentum; half of AdamW's memory)
+            and AdamW for everything else: embeddings, heads, routers, experts, norms and biases. Muon's steps are scaled to the
+            size of AdamW's, so the same learning rate suits both.
         lr: peak learning rate, reached at the end of the warm-up.
         warmup_ratio: share of the steps used for the warm-up.
-        schedule: the learning rate after the warm-up: linear or cosine decay to 0, ``constant``, or constant followed by a linear
-            decay over the last ``decay_ratio`` of the steps.
-        decay_ratio: see ``schedule``.
+        schedule: the learning rate after the warm-up: ``linear`` or ``cosine`` decay to 0, ``constant``, or
+            ``warmup_stable_decay``, which is constant until a linear decay over the last steps.
+        decay_ratio: share of the steps in which ``warmup_stable_decay`` decays.
         weight_decay: weight decay of matrices; norms and biases have none.
         objective_grad_norm: clip the gradient of each objective to this norm before the two are added, so that neither dominates;
-            0: no limit. This is free: both norms are measured and logged anyway.
+            0: no limit. It costs nothing: both norms are measured and logged anyway.
         max_grad_norm: clip the sum of both gradients to this norm.
     """
 
@@ -192,8 +192,8 @@ class LoggingConfig(Checked):
         resume: continue from the newest state in ``output_dir``.
         trackers: any of ``tensorboard``, ``wandb``, ``trackio``, in addition to ``log.jsonl``.
         exploding_loss: stop if the loss exceeds its mean over the last 50 steps by this much; 0: only if it is not finite.
-        peak_tflops: of a device, in the precision of the run: ``mfu`` in the log is the model's operations over it; 0: that of a
-            large matrix product, measured at the start.
+        peak_tflops: peak TFLOP/s of a device in the precision of the run, of which ``mfu`` in the log is the share used; 0: the
+            rate of a large matrix product, measured at the start.
         profile_steps: number of steps recorded with torch's profiler in ``profile/``, starting with the third; 0: none.
     """
 
