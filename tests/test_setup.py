@@ -49,6 +49,16 @@ def test_an_old_torch_is_named_with_the_version_needed(tmp_path: Path) -> None:
     assert "torch 2.9.1+cpu is too old" in message and "torch>=2.11" in message
 
 
+def test_a_wheel_carries_every_file_that_is_not_python() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of pyproject.toml")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    for package in ("grit_kernels", "python_model"):
+        shipped = {file for pattern in listed[package] for file in (ROOT / package).glob(pattern)}
+        files = {file for file in (ROOT / package).rglob("*") if file.is_file()}
+        left = {file for file in files - shipped if file.suffix not in (".py", ".pyc", ".so")}
+        assert not left, sorted(left)
+
+
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
 

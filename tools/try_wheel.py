@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 USE = """
+from importlib.resources import files
 import platform, torch, transformers, grit_kernels as gk
 from grit_kernels import _library
 assert _library.status().loaded, _library.status().reason
@@ -34,6 +35,8 @@ shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_atte
 model = gk.patch(transformers.MistralForCausalLM(transformers.MistralConfig(vocab_size=99, **shape)))
 ids = torch.randint(0, 99, (2, 7))
 model(ids, is_causal=flags).logits.sum().backward()
+for name in ("py.typed", "data/sample/corpus.jsonl", "serve/page/index.html", "support/constraints.txt"):
+    assert (files("python_model") / name).is_file(), name
 print("Python", platform.python_version(), "torch", torch.__version__, "transformers", transformers.__version__)
 """
 
