@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -102,6 +103,26 @@ def test_a_row_without_a_problem_can_be_encoded_and_one_with_cannot(
             assert problem[0] == "too long"
             with pytest.raises(TooLong):
                 encode()
+
+
+def test_a_row_that_its_size_clears_can_be_encoded_also_before_a_long_end(tokenizer: Any) -> None:
+    limits = {"query_max_len": 200, "passage_max_len": 240, "generative_max_len": 64}
+    encoder = RowEncoder(tokenizer, config_of(**limits).data, GritSettings(embed_eos="</e>" * 20))
+    lengths = range(1, 200)
+    cleared = {"query": 0, "passage": 0}
+    for length in lengths:
+        digits = ("0123456789" * 20)[:length]
+        assert len(tokenizer(digits, add_special_tokens=False)["input_ids"]) == length
+        texts = {
+            "query": (InstructedText(digits, "t"), InstructedText("", "p")),
+            "passage": (InstructedText("", "t"), InstructedText(digits, "p")),
+        }
+        for side, (asked, passage) in texts.items():
+            sizes = {"first": len(asked.instruction), "passage": len(passage.instruction)}
+            if not encoder.doubtful({name: np.array([size]) for name, size in sizes.items()}, generative=False)[0]:
+                assert encoder.problem(EmbeddingRow(asked, (passage,), (passage,))) is None, (side, length)
+                cleared[side] += 1
+    assert 0 < cleared["query"] < cleared["passage"] < len(lengths)
 
 
 def test_errors_about_a_row_name_its_line(tokenizer: Any, tmp_path: Path) -> None:
