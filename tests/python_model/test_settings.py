@@ -38,6 +38,13 @@ def test_other_letters_are_refused(letters: str) -> None:
         GritSettings(attn=letters)
 
 
+def test_either_half_of_a_variant_is_checked() -> None:
+    for halves in (("bx", "cc"), ("bb", "bx"), ("bb", "ccc")):
+        with pytest.raises(ValueError, match="attn: expected one of 'bb'"):
+            AttentionVariant(*halves)  # type: ignore[arg-type]
+    assert AttentionVariant("cb", "il") == AttentionVariant.parse("cbil")
+
+
 def test_settings_are_frozen_and_two_letters_are_completed() -> None:
     settings = GritSettings(attn="cb")
     assert settings.attn == "cbcc" and settings == GritSettings(attn="cbcc")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from python_model import GritLM
 from python_model.generate.rerank import (
     METHODS,
+    answer_tokens,
     likelihood_turn,
     listwise_prompt,
     parse_permutation,
@@ -164,6 +165,15 @@ def test_a_likelihood_is_the_mean_over_the_query_and_its_end(checkpoint: Path, a
     np.testing.assert_allclose(query_likelihoods(model, query, PASSAGES, batch_size=2), want, atol=1e-4)
     best = int(np.argmax(want))
     assert rerank(model, query, PASSAGES)[0].index == best
+
+
+def test_tokens_that_a_tokenizer_adds_are_no_part_of_an_answer(model: GritLM, checkpoint: Path) -> None:
+    other = GritLM(checkpoint, device="cpu", dtype="float32")
+    end = other.tokenizer.eos_token_id
+    other.tokenizer = other.formatter.tokenizer_that_adds([end], [end])
+    ids = other.tokenizer("yes")["input_ids"]
+    assert ids[0] == ids[-1] == end
+    assert answer_tokens(other) == answer_tokens(model)
 
 
 def test_passages_are_shortened_and_cannot_open_a_turn(model: GritLM) -> None:

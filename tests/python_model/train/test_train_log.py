@@ -12,6 +12,7 @@ import torch
 
 from python_model import GritLM
 from python_model.train.flops import ModelFlops
+from python_model.train.plot import plot_losses
 from python_model.train.trackers import StepLog
 from tests.python_model.training_samples import toy_config, toy_trainer
 
@@ -129,3 +130,34 @@ def test_a_profile_holds_the_steps_asked_for(checkpoint: Path, tmp_path: Path, s
     # of the shorter run the second is the rest behind its last step
     assert sorted(set(recorded)) == ["ProfilerStep#2", "ProfilerStep#3"]
     assert "grit_kernels::" in (tmp_path / "out" / "profile" / "rank-0.txt").read_text()
+
+
+def test_a_plot_has_the_losses_and_their_means_and_says_which_is_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn: list[Any] = []
+    save = figure.savefig
+
+    def remember(self: Any, *arguments: Any, **options: Any) -> None:
+        drawn.append(self)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(figure, "savefig", remember)
+    losses = [3.0, 1.0, 2.0, *[4.0] * 13]  # of every second step: a mean is over the last two
+    records: list[dict[str, Any]] = [
+        {"step": n, "contrastive_loss": None if n % 2 else losses[n // 2], "generative_loss": 2.0 * n}
+        for n in range(32)
+    ]
+    plot_losses(records, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    contrastive, generative = drawn[0].axes
+    assert [panel.get_title() for panel in drawn[0].axes] == ["contrastive loss", "next-token loss"]
+    assert [text.get_text() for text in contrastive.get_legend().get_texts()] == ["step", "mean of 2 steps"]
+    each, mean = contrastive.lines
+    assert [*each.get_xdata()] == [*range(0, 32, 2)] and [*each.get_ydata()] == losses
+    assert [*mean.get_ydata()] == [3.0, 2.0, 1.5, 3.0, *[4.0] * 12]
+    assert [*generative.lines[0].get_ydata()] == [2.0 * n for n in range(32)]
+    assert [*generative.lines[1].get_ydata()][:5] == [0.0, 1.0, 2.0, 3.0, 5.0]
+    plot_losses([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
