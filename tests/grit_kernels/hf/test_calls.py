@@ -119,6 +119,12 @@ def test_samples_of_one_row_are_kept_apart_by_positions_or_a_numbered_mask(is_ca
     close(by_numbers, truth)
     cut = model(ROW, is_causal=is_causal, position_ids=STARTS_OVER, attention_mask=padded)[0][:, :-2]
     close(cut, torch.cat([parts[0], model(ROW[:, 6:-2], is_causal=is_causal)[0]], dim=1))
+    # rows that share their positions
+    rows = torch.cat([ROW, ROW.flip(1)])
+    both = torch.cat([model(rows[:, s], is_causal=is_causal)[0] for s in (slice(0, 6), slice(6, None))], dim=1)
+    for shared in (STARTS_OVER, STARTS_OVER[0]):
+        close(model(rows, is_causal=is_causal, position_ids=shared)[0], both)
+        close(model(rows, is_causal=is_causal, position_ids=shared, attention_mask=torch.ones_like(rows))[0], both)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
