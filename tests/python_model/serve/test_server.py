@@ -234,6 +234,17 @@ def test_the_address_of_a_server_without_a_key_is_this_machines_own(tmp_path: Pa
     assert api_keys(tmp_path / "keys") == ["a", "b"]
 
 
+def test_a_server_listens_where_the_documentation_says() -> None:
+    from jsonargparse import ArgumentParser
+
+    from python_model.commands.serve import configure
+
+    parser = ArgumentParser()
+    configure(parser)
+    options = parser.parse_args(["--model", "folder"])
+    assert f"http://{options.host}:{options.port}" == "http://127.0.0.1:8000"
+
+
 def test_the_log_and_errors_have_numbers_and_no_contents(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     word = "Zanzibar"
     with caplog.at_level(logging.INFO, logger="python_model.serve.access"):
