@@ -94,7 +94,7 @@ CPU = (
     Benchmark(
         "serve_cpu",
         "bench.serve",
-        "--systems 'one server' --loads 100 --seconds 20 --patience 20 --record {record}",
+        "--systems 'one server' --chats 0.5 --texts 8 --loads 100 --seconds 20 --record {record}",
         "--record {record}",
         120,
     ),

@@ -225,6 +225,31 @@ def rag_quality(rows: Rows, path: Path) -> None:
         panels[0][-1].legend(fontsize=6)
 
 
+def serve(rows: Rows, path: Path) -> None:
+    """Waiting times and throughput over the open load, a line per system; filled where the limits are met."""
+    shown = [row for row in rows if str(row["load"]).isdecimal()]
+    panels_of = {
+        "between_p99_ms": "ms between tokens, p99",
+        "first_token_p99_s": "seconds to the first token, p99",
+        "tokens_per_s": "tokens per second",
+        "texts_per_s": "texts embedded per second",
+    }
+    with figure(path, 1, len(panels_of), (11, 2.6)) as panels:
+        for panel, (field, label) in zip(panels[0], panels_of.items(), strict=True):
+            for name, colour in zip(
+                dict.fromkeys(str(row["variant"]) for row in shown), (SLOWER, FASTER), strict=False
+            ):
+                own = [row for row in shown if row["variant"] == name]
+                memory = max(float(row["memory_mib"]) for row in own)
+                x, y = [int(row["load"]) for row in own], [row[field] for row in own]
+                panel.plot(x, y, color=colour, linewidth=1, label=f"{name}, {memory:,.0f} MiB")
+                faces = [colour if row["within"] == "yes" else "white" for row in own]
+                panel.scatter(x, y, s=14, color=faces, edgecolors=colour, zorder=3)
+            panel.set(title=label, xlabel="load, % of the two processes' most", ylim=(0, None))
+            panel.grid(True)
+        panels[0][0].legend(fontsize=6)
+
+
 CHARTS: dict[str, Callable[[Rows, Path], None]] = {
     "attention": attention,
     "pooling": pooling,
@@ -234,6 +259,7 @@ CHARTS: dict[str, Callable[[Rows, Path], None]] = {
     "train": train,
     "rag": rag,
     "rag_quality": rag_quality,
+    "serve": serve,
 }
 """By the record's name without the device."""
 

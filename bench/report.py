@@ -91,7 +91,10 @@ TITLES: dict[str, tuple[str, str]] = {
     ),
     "serve_cpu": (
         "One server against two processes on a CPU",
-        "`load_per_cent`: percentage of half a chat and 8 texts to embed per second, which arrive whatever the server does.",
+        "transformers serve for chats and sentence-transformers for embeddings, half of the threads each, or `grit serve` with "
+        "all. `closed`: four chats and four requests to embed always wait; what the two processes finish then is a load of 100. "
+        "The other loads arrive whatever the server does, and grow until the limits are missed (`within`; `python -m bench.serve "
+        "--help` names them). `times`: the ratio of the largest loads within the limits.",
     ),
     "rag_1b_cpu": (
         "The same with random weights of a 1.1B shape on a CPU",
