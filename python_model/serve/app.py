@@ -227,7 +227,7 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
         works = await run_in_threadpool(service.rerank, body)
         scores = [event.score for event in await Results(engine, works).all_of(Score, request)]
         order = sorted(range(len(works)), key=lambda i: -scores[i])[: body.top_n]
-        found: list[dict[str, Any]] = [{"index": i, "relevance_score": _probability(scores[i])} for i in order]
+        found: list[dict[str, Any]] = [{"index": i, "relevance_score": math.exp(scores[i])} for i in order]
         if body.return_documents:
             for row in found:
                 row["document"] = {"text": body.texts[row["index"]]}
@@ -392,7 +392,3 @@ def _stream(pieces: AsyncIterator[dict[str, Any]]) -> Response:
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
-
-
-def _probability(log_odds: float) -> float:
-    return 1 / (1 + math.exp(-log_odds)) if log_odds >= 0 else 1 - 1 / (1 + math.exp(log_odds))

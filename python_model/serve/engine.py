@@ -24,7 +24,9 @@ from torch import Tensor
 
 from python_model.generate.decode import Sampling
 from python_model.generate.text import TextStream, eos_token_ids
+from python_model.model.losses import next_token_losses
 from python_model.model.modeling import GritLM, head_size
+from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve import scheduler as plans
 from python_model.serve.arena import Arena
 from python_model.serve.step import Item, PackedStep, refusal
@@ -59,7 +61,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Score:
-    """The log-odds of the first of a text's two ``score`` tokens."""
+    """The mean log-probability of a text's labels."""
 
     score: float
 
@@ -275,7 +277,7 @@ class Engine:
         items = [_item(work, count) for work, count in plan]
         hidden, offsets = self.packed_step(items)
         outcomes: list[Any] = [None] * len(plan)
-        embedded = [i for i, (work, _) in enumerate(plan) if isinstance(work, TextWork) and work.score is None]
+        embedded = [i for i, (work, _) in enumerate(plan) if isinstance(work, TextWork) and work.labels is None]
         if embedded:
             rows = torch.cat([hidden[offsets[i] : offsets[i + 1]] for i in embedded])
             lengths = torch.tensor([0] + [offsets[i + 1] - offsets[i] for i in embedded]).cumsum(0)
@@ -287,14 +289,18 @@ class Engine:
         ending = [
             i
             for i, (work, count) in enumerate(plan)
-            if (isinstance(work, Generation) and work.done + count == len(work.tokens))
-            or (isinstance(work, TextWork) and work.score is not None)
+            if isinstance(work, Generation) and work.done + count == len(work.tokens)
         ]
         if ending:
             last = torch.tensor([offsets[i + 1] - 1 for i in ending], device=hidden.device)
             logits = self.packed_step.logits(hidden[last])
             for place, i in enumerate(ending):
                 outcomes[i] = logits[place]
+        for i, (work, _) in enumerate(plan):
+            if isinstance(work, TextWork) and work.labels is not None:
+                labels = torch.tensor(work.labels, device=hidden.device)
+                losses = next_token_losses(self.model, hidden[offsets[i] : offsets[i + 1]], labels)
+                outcomes[i] = -float(losses[labels != IGNORE_INDEX].mean())
         return outcomes
 
     def _apply(self, work: Any, count: int, outcome: Any) -> list[Event]:
@@ -304,10 +310,7 @@ class Engine:
             return [outcome]
         if isinstance(work, TextWork):
             self.scheduler.remove(work)
-            if work.score is None:
-                return [Vector(outcome)]
-            yes, no = work.score
-            return [Score(float(outcome[yes].float() - outcome[no].float()))]
+            return [Vector(outcome) if work.labels is None else Score(outcome)]
         work.done += count
         if outcome is None or work.cancelled:
             return []

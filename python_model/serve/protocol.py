@@ -287,7 +287,7 @@ class EmbeddingReply(BaseModel):
 
 
 class RerankReply(BaseModel):
-    """Documents, best first; ``relevance_score`` is the probability of "yes" rather than "no"."""
+    """Documents, best first; ``relevance_score``: the geometric mean of the probabilities of the query's tokens."""
 
     id: str
     model: str

@@ -57,15 +57,15 @@ class Work:
 class Text(Work):
     """A text that is read whole in a single step, in scratch rows.
 
-    ``causal``: see :class:`python_model.serve.step.Item`. ``instruction_len``: leading tokens excluded from pooling. ``score``:
-    the pair of tokens whose log-odds after the text are wanted; None to embed it.
+    ``causal``: see :class:`python_model.serve.step.Item`. ``instruction_len``: leading tokens excluded from pooling. ``labels``:
+    per token the one that follows if its log-probability is wanted, otherwise IGNORE_INDEX; None for a text to embed.
     """
 
     causal: bool = False
     causal_prefix: int | None = None
     instruction_len: int = 0
     bulk: bool = False
-    score: tuple[int, int] | None = None
+    labels: list[int] | None = None
 
 
 @dataclass(eq=False)

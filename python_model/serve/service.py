@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from python_model.generate.decode import Sampling
-from python_model.generate.rerank import answer_tokens, pointwise_prompt, shorten
+from python_model.generate.rerank import likelihood_turn, shorten
 from python_model.generate.text import ChatFormat, conversation_ids, prompt_ids
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import ROLE_MARKERS, TURN_END, TooLong
@@ -223,25 +223,37 @@ class Service:
         return torch.nn.functional.normalize(part, dim=0) if self.reader.normalized else part
 
     def rerank(self, request: RerankRequest) -> list[TextWork]:
-        """One work per document: the log-odds of "yes" over "no" to whether it answers the query."""
+        """One work per document: how likely it makes the query, as by the default of
+        :func:`python_model.generate.rerank.rerank`.
+        """
         if not self.engine.generates:
             raise ApiError(400, "model: expected one that generates, for reranking", param="model")
         self._count("documents", len(request.documents))
         self._fits("query", len(request.query), self.text_tokens)
+        if not request.query.strip():
+            raise ApiError(400, "query: expected a non-empty text", param="query", code="invalid_value")
         works = []
         with self._lock:
-            shared, yes, no = answer_tokens(self.reader)
             for text in request.texts:
                 # text beyond the tokens that are shown need not be tokenised
                 shown = shorten(
                     self.reader, text[: request.max_tokens_per_doc * self._longest], request.max_tokens_per_doc
                 )
-                ids = [*prompt_ids(self.reader, pointwise_prompt(request.query, shown)), *shared]
-                if len(ids) > self.text_tokens:
+                try:
+                    sample = self.reader.formatter.conversation(
+                        [likelihood_turn(shown), request.query], self.text_tokens
+                    )
+                except TooLong:
+                    self._too_long("documents", self.text_tokens)
+                if sample.truncated:
                     self._too_long("documents", self.text_tokens)
                 works.append(
                     TextWork(
-                        ids, deadline=self._deadline(), causal=True, bulk=len(request.documents) > 16, score=(yes, no)
+                        sample.input_ids,
+                        deadline=self._deadline(),
+                        causal=True,
+                        bulk=len(request.documents) > 16,
+                        labels=sample.labels,
                     )
                 )
         return works
@@ -340,7 +352,7 @@ class Service:
         if characters > tokens * self._longest:
             self._too_long(param, tokens)
 
-    def _too_long(self, param: str, tokens: int) -> None:
+    def _too_long(self, param: str, tokens: int) -> NoReturn:
         raise ApiError(
             400,
             f"{param}: expected at most {tokens} tokens, got more; nothing is truncated silently",

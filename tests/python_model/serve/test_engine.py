@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from python_model import GritLM
 from python_model.generate.decode import Sampling, decode
+from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve.engine import Failure, Generation, Score, TextWork, Token, Vector
 from python_model.serve.scheduler import QueueFull
 from tests.python_model.serve.conftest import SteppedEngine, collect
@@ -44,8 +45,10 @@ def draw_works(source: random.Random, count: int) -> list[tuple[int, TextWork | 
             works.append((when, Generation(prompt, max_tokens=source.randrange(1, 20))))
         else:
             length = source.randrange(2, 60)
-            score = (5, 9) if kind == "score" else None
-            text = TextWork(ids(source, length), bulk=kind == "bulk", causal=kind == "score", score=score)
+            text = TextWork(ids(source, length), bulk=kind == "bulk", causal=kind == "score")
+            if kind == "score":
+                first = source.randrange(length - 1)
+                text.labels = [IGNORE_INDEX] * first + text.tokens[first + 1 :] + [2]
             text.instruction_len = source.randrange(0, length - 1)
             works.append((when, text))
     return works
@@ -89,7 +92,7 @@ def check(model: GritLM, engine: SteppedEngine, works: list[tuple[int, Any]], ev
             continue
         (event,) = found
         pack = model.embedding_pack([len(work.tokens)], [work.instruction_len])
-        if work.score is None:
+        if work.labels is None:
             with torch.no_grad():
                 hidden = model.hidden_states(torch.tensor(work.tokens), pack)
                 vector = model.pool(hidden, pack.cu_seqlens, pack.instruction_lens)[0]
@@ -97,9 +100,10 @@ def check(model: GritLM, engine: SteppedEngine, works: list[tuple[int, Any]], ev
             torch.testing.assert_close(event.vector, vector, rtol=0, atol=1e-5)
         else:
             with torch.no_grad():
-                last = model.model(input_ids=torch.tensor([work.tokens])).logits[0, -1]
+                logits = model.model(input_ids=torch.tensor([work.tokens])).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(work.labels), ignore_index=IGNORE_INDEX)
             assert isinstance(event, Score)
-            assert event.score == pytest.approx(float(last[5] - last[9]), abs=1e-5)
+            assert event.score == pytest.approx(-float(loss), abs=1e-5)
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])

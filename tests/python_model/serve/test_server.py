@@ -354,13 +354,14 @@ def test_too_many_open_requests_are_a_429(served_model: GritLM) -> None:
 def test_reranking_is_the_librarys_and_cohere_reads_it(server: Server, served_model: GritLM) -> None:
     import math
 
-    from python_model.generate.rerank import yes_scores
+    from python_model.generate.rerank import rerank
 
     documents = ["Paris is a city.", "A river flows.", "def add(first, second)"]
-    expected = [1 / (1 + math.exp(-score)) for score in yes_scores(served_model, "What flows?", documents)]
+    ranked = rerank(served_model, "What flows?", documents, passage_tokens=512)
+    expected = {row.index: math.exp(row.score) for row in ranked}
     body = {"query": "What flows?", "documents": documents, "return_documents": True, "top_n": 2}
     found = post(server, "/v1/rerank", body).json()["results"]
-    order = sorted(range(3), key=lambda i: -expected[i])[:2]
+    order = [row.index for row in ranked[:2]]
     assert [row["index"] for row in found] == order
     assert [row["relevance_score"] for row in found] == pytest.approx([expected[i] for i in order], abs=1e-5)
     assert [row["document"]["text"] for row in found] == [documents[i] for i in order]
