@@ -51,7 +51,7 @@ class Results:
     def __init__(self, engine: Engine, works: Sequence[TextWork | Generation]) -> None:
         self.engine, self.works = engine, works
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()  # None: the client is gone
         for index, work in enumerate(works):
             work.sink = partial(self._put, index)
 
@@ -78,19 +78,14 @@ class Results:
         Raises:
             ClientGone: the connection was closed. ApiError: a work failed; the others are cancelled.
         """
-        gone = asyncio.ensure_future(_disconnected(request))
+        watch = asyncio.ensure_future(self._tell_disconnect(request))
         left = len(self.works)
         try:
             while left:
-                if self._queue.empty():
-                    get = asyncio.ensure_future(self._queue.get())
-                    await asyncio.wait({get, gone}, return_when=asyncio.FIRST_COMPLETED)
-                    if not get.done():
-                        get.cancel()
-                        raise ClientGone
-                    index, event = get.result()
-                else:
-                    index, event = self._queue.get_nowait()
+                found = await self._queue.get()
+                if found is None:
+                    raise ClientGone
+                index, event = found
                 if isinstance(event, Failure):
                     status = {"timeout": 504, "stopped": 503}.get(event.kind, 500)
                     raise p.ApiError(status, event.message, code=event.kind)
@@ -98,7 +93,7 @@ class Results:
                     left -= 1
                 yield index, event
         finally:
-            gone.cancel()
+            watch.cancel()
             if left:
                 self.engine.cancel(self.works)
 
@@ -111,10 +106,10 @@ class Results:
             found[index] = event
         return [found[index] for index in range(len(self.works))]
 
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    async def _tell_disconnect(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._queue.put_nowait(None)
 
 
 def create_app(
