@@ -5,9 +5,12 @@ texts, up to ``budget`` tokens. Prompts are causal and are read in chunks; a tex
 follows a target time between tokens: it shrinks after a step that took longer and grows after a full step that was faster; while
 nothing decodes it is the largest step.
 
+A text that does not fit next to the decoding rows goes in once the budget that the steps since have left unused covers it: such
+steps take longer than the target, but steps keep to it on average, and long texts are read as fast as short ones.
+
 Nothing starves. Bulk work counts as if it had arrived ``ageing`` seconds later, so interactive work that arrives after that
-queues behind it. A text that does not fit next to the decoding rows is admitted anyway once it is first in line: an interactive
-one at once, a bulk one when ``ageing`` seconds have passed since it arrived and since the last one was forced in.
+queues behind it. A text that is first in line is admitted whatever the budget: an interactive one at once, a bulk one when
+``ageing`` seconds have passed since it arrived and since the last one was forced in.
 
 Memory is reserved before a sequence starts, for its prompt and its longest possible reply. The states of ended sequences are kept
 until their rows are needed: a prompt that shares a prefix with one of them copies the states of the common tokens, and one that
@@ -153,6 +156,7 @@ class Scheduler:
         )
         self.max_sequences, self.max_queued_tokens, self.reuse = max_sequences, max_queued_tokens, reuse
         self.budget = float(max_step_tokens)
+        self.unused = 0.0  # budget that past steps left to the text that did not fit
         self.tokens_per_second = 0.0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -234,18 +238,20 @@ class Scheduler:
         chosen: list[tuple[Work, int]] = [(s, 1) for s in self.running if s.decoding]
         decoding = used = len(chosen)
         budget = int(self.budget) if decoding else self.max_step_tokens
+        unused, self.unused = self.unused if decoding else 0.0, 0.0
         scratch = 0
         for work in self._in_line():
             first = len(chosen) == decoding
-            room = budget - used
             if isinstance(work, Sequence):
-                count = min(work.prompt - work.done, max(room, LEAST_PIECE if first else 0))
+                count = min(work.prompt - work.done, max(budget - used, LEAST_PIECE if first else 0))
                 if count < 1:
                     break
             else:
                 count = len(work.tokens)
                 assert isinstance(work, Text)
+                room = budget + unused - used
                 if count > room and not (first and self._forced(work, now, decoding)):
+                    self.unused = max(room, 0.0)
                     break
                 if scratch + count > self.arena.scratch:
                     break
@@ -262,7 +268,10 @@ class Scheduler:
         self.tokens_per_second = speed if not self.tokens_per_second else 0.9 * self.tokens_per_second + 0.1 * speed
         ratio = self.target_seconds / seconds
         if 0 < decoding < tokens and (ratio < 1 or tokens >= 0.8 * self.budget):
-            self.budget = min(max(self.budget * min(max(ratio, 0.5), 1.2), LEAST_BUDGET), float(self.max_step_tokens))
+            # a long text may exceed the budget without being slow for its length
+            kept = max(tokens, self.budget) * ratio
+            budget = min(max(kept, 0.5 * self.budget), 1.2 * self.budget)
+            self.budget = min(max(budget, LEAST_BUDGET), float(self.max_step_tokens))
 
     def _forced(self, text: Text, now: float, decoding: int) -> bool:
         """Whether a text that is first in line is admitted although it exceeds the remaining budget."""

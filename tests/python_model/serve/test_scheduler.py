@@ -83,18 +83,44 @@ def test_bulk_texts_are_not_starved_by_interactive_ones() -> None:
     assert served is not None and served <= 5.0 + 10 * 0.5 + 0.5
 
 
-def test_a_long_bulk_text_beside_decoding_waits_for_its_age_and_then_goes_in_one_at_a_time() -> None:
+def served_at(s: Scheduler, steps: int, seconds: float) -> list[int]:
+    """The steps that read a text."""
+    found = []
+    for step in range(1, steps):
+        plan = s.plan(step * seconds)
+        found += [step for work, _ in plan if isinstance(work, Text)]
+        run(plan, s)
+    return found
+
+
+def test_a_long_bulk_text_beside_decoding_goes_in_when_unused_budget_covers_it() -> None:
     s = scheduler(step=64, ageing=5.0)
     s.add([prompt(5, max_tokens=500)])
     run(s.plan(0.0), s)
     s.budget = 20.0
+    s.add([text(60, bulk=True), text(60, bulk=True), text(15, bulk=True)])
+    # of 20 rows a step, one decodes: 19, 38, 57 and 76 - 60, then 35, 54 and 73 - 60, where the short one does not fit beside it
+    assert served_at(s, 24, 0.05) == [4, 7, 8]
+    assert s.unused == 0, "nobody waits"
+
+
+def test_unused_budget_is_not_saved_for_texts_that_come_later() -> None:
+    s = scheduler(step=64, ageing=5.0)
+    s.add([prompt(5, max_tokens=500)])
+    run(s.plan(0.0), s)
+    s.budget = 20.0
+    assert served_at(s, 10, 0.05) == []
+    s.add([text(60, bulk=True)])
+    assert served_at(s, 10, 0.05) == [4]
+
+
+def test_a_bulk_text_for_which_decoding_leaves_no_budget_waits_for_its_age() -> None:
+    s = scheduler(step=64, ageing=5.0)
+    s.add([prompt(5, 10 * i, max_tokens=500) for i in range(4)])
+    run(s.plan(0.0), s)
+    s.budget = 4.0
     s.add([text(60, bulk=True), text(60, bulk=True)])
-    served = []
-    for tick in range(1, 24):
-        plan = s.plan(tick * 0.5)
-        served += [tick * 0.5 for work, _ in plan if isinstance(work, Text)]
-        run(plan, s)
-    assert served == [5.0, 10.0]
+    assert served_at(s, 24, 0.5) == [10, 20]
 
 
 def test_an_interactive_text_longer_than_the_budget_goes_in_at_once() -> None:
@@ -113,6 +139,8 @@ def test_the_budget_shrinks_after_slow_steps_and_grows_after_full_fast_ones() ->
     assert s.budget == 32
     s.report(5, 0.01, decoding=1)
     assert s.budget == 32, "a small step says nothing about larger ones"
+    s.report(96, 0.3, decoding=1)
+    assert s.budget == 32, "a step of three budgets may take three times as long"
     for _ in range(10):
         s.report(int(s.budget), 0.05, decoding=1)
     assert s.budget == 64
