@@ -54,6 +54,16 @@ def test_export_gives_the_same_embeddings(
     assert [p.name for p in tmp_path.iterdir()] == ["st"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_to_embed_is_no_message_to_a_chat_template(checkpoint: Path, tmp_path: Path, packed: bool) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.role }} says: {{ m.content }}{% endfor %}"
+    folder = export_sentence_transformers(model, tmp_path / "st", packed=packed)
+    loaded = _load(folder, trust_remote_code=packed)
+    assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    np.testing.assert_allclose(loaded.encode(TEXTS), model.encode(TEXTS), atol=2e-6, rtol=1e-5)
+
+
 def test_the_packed_module_runs_the_patched_decoder(checkpoint: Path, tmp_path: Path) -> None:
     import grit_kernels as gk
 
