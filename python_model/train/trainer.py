@@ -260,6 +260,11 @@ class Trainer:
                         bar.write(f"stopping after step {index + 1}: no improvement since step {validation.best()}")
                         break
                     begin = time.perf_counter()
+        except Exception as error:
+            # a state still being written counts; of errors on one rank alone the others know nothing, and would not take part
+            if self.ranks.world == 1 or isinstance(error, FloatingPointError):
+                self.checkpointer.finish()
+            raise
         finally:
             torch.use_deterministic_algorithms(False)
             for tracker in trackers:

@@ -142,6 +142,33 @@ def test_a_state_written_in_the_background_holds_its_own_step(checkpoint: Path, 
         assert torch.equal(mine, theirs), name
 
 
+@pytest.mark.parametrize("failure", ["batch", "data"])
+def test_a_state_being_written_survives_the_step_that_fails(checkpoint: Path, tmp_path: Path, failure: str) -> None:
+    """The run stops in the step after the save, and goes on from there as if it had not."""
+    changes = {"steps": 4, "save_steps": 2, "async_save": True}
+    expected = toy_trainer(toy_config(checkpoint, tmp_path / "whole", **changes)).train()
+    config = toy_config(checkpoint, tmp_path / "cut", **changes)
+    cut = toy_trainer(config)
+    stream = cut.stream
+
+    class Failing:
+        def steps(self, start: int, stop: int) -> Any:
+            yield from stream.steps(start, 2)
+            assert cut.checkpointer.latest() is None, "the state is still pending"
+            if failure == "data":
+                raise OSError("the disk is gone")
+            with torch.no_grad():
+                next(p for p in cut.grit.parameters() if p.ndim == 1)[0] = float("nan")
+            yield from stream.steps(2, 3)
+
+    cut.stream = Failing()
+    with pytest.raises(OSError if failure == "data" else FloatingPointError):
+        cut.train()
+    newest = cut.checkpointer.latest()
+    assert newest is not None and newest.name == "step-00000002"
+    assert figures(toy_trainer(config).train()) == figures(expected)
+
+
 def test_a_state_of_another_run_is_refused_by_the_setting_that_differs(checkpoint: Path, tmp_path: Path) -> None:
     toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1)).train()
     with pytest.raises(ValueError, match="optimizer.lr: expected .*, got 0.5"):
