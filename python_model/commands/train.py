@@ -75,7 +75,13 @@ def run(config: TrainConfig) -> None:
         projection = config.settings_given.get("projection")
         print(
             training.dry_run(
-                config.model, config.parallel, config.data, config.batch, mode=config.mode, projection=projection
+                config.model,
+                config.parallel,
+                config.data,
+                config.batch,
+                mode=config.mode,
+                projection=projection,
+                optimizer=config.optimizer.kind,
             )
         )
         return

@@ -14,6 +14,7 @@ from python_model.settings import GritSettings
 from python_model.support.checked import Checked, Count, CountOrNone, NotNegative, Positive, Share
 
 Mode = Literal["unified", "embedding", "generative"]
+OptimizerKind = Literal["adamw", "muon"]
 
 
 GritChanges = make_dataclass(
@@ -78,7 +79,7 @@ class OptimizerConfig(Checked):
         max_grad_norm: clip the sum of both gradients to this norm.
     """
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: OptimizerKind = "adamw"
     lr: Positive = 2e-5
     warmup_ratio: Share = 0.03
     schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"

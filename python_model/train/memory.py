@@ -4,7 +4,7 @@
     gradients    4 bytes per trained weight; unsharded between chunks with FSDP, unless ``reduce_each_chunk``
     kept         4 bytes per trained weight, divided among the ranks that share them: with two objectives, the gradient of
                  the first while the second is computed (balance.py)
-    optimiser    8 bytes per trained weight (two moments)
+    optimiser    8 bytes per trained weight (two moments), 4 where Muon moves it (one momentum)
     working copy bfloat16 weights in use: all of them (autocast), or with FSDP two layers, embedding and head
     activations  what is kept for the backward pass of one chunk (below), or with gradient checkpointing one state per layer
                  and token, plus one layer in full; the selective kind keeps attention's output (s D Hq + 4 Hq) as well
@@ -26,7 +26,8 @@ from torch import nn
 from python_model.data.config import BatchConfig, DataConfig
 from python_model.model.modeling import head_size
 from python_model.support.optional import find
-from python_model.train.config import Mode, ModelConfig, ParallelConfig
+from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig
+from python_model.train.optimizers import hidden_matrices
 
 GIB = 2**30
 
@@ -98,10 +99,12 @@ def plan_memory(
     parallel: ParallelConfig,
     mode: Mode,
     world: int,
+    optimizer: OptimizerKind = "adamw",
 ) -> MemoryPlan:
     """The plan of training ``model`` (on any device, meta included; ``model_config`` is transformers') on ``world`` ranks."""
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    by_muon = sum(p.numel() for p in hidden_matrices(model)) if optimizer == "muon" else 0
     sharded = world > 1 and parallel.strategy == "fsdp"
     shards = (parallel.shard_size or world) if sharded else 1
     layers = model_config.num_hidden_layers
@@ -128,7 +131,7 @@ def plan_memory(
         4.0 * parameters / shards * offloaded,
         4.0 * trained / (1 if whole_gradient else shards),
         4.0 * trained / shards * offloaded if mode == "unified" else 0.0,
-        8.0 * trained / shards * offloaded,
+        (8.0 * trained - 4.0 * by_muon) / shards * offloaded,
         working,
         float(activations),
         tokens.step,

@@ -16,9 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from grit_kernels.hf.compat import decoder_of, layers_of
 from python_model.train.balance import limit_factor, total_norm
 from python_model.train.config import LossConfig, OptimizerConfig
-from python_model.train.distributed import Ranks, layers
+from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
 
 BETAS = (0.9, 0.999)
@@ -144,12 +145,15 @@ class Optimizers:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices of the decoder's layers, except a mixture's router, whose rows are classes like those of a head."""
+    """The trained matrices of the decoder's layers, except a mixture's router, whose rows are classes like those of a head.
+
+    ``model`` is a TrainingModel, plain or wrapped for the ranks, or one of transformers.
+    """
     inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    assert isinstance(inner, TrainingModel)
+    decoder = inner.grit.decoder[0] if isinstance(inner, TrainingModel) else decoder_of(inner)
     return [
         p
-        for layer in layers(inner)
+        for layer in layers_of(decoder)
         for name, p in layer.named_parameters()
         if p.requires_grad and p.ndim == 2 and not name.endswith((".gate.weight", ".router.weight"))
     ]

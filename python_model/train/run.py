@@ -7,7 +7,7 @@ from pathlib import Path
 
 from python_model.data.config import BatchConfig, DataConfig
 from python_model.model.hub import push_to_hub
-from python_model.train.config import Mode, ModelConfig, ParallelConfig, TrainConfig
+from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig, TrainConfig
 from python_model.train.distributed import ranks
 from python_model.train.memory import plan_tokens
 from python_model.train.plot import plot_losses
@@ -40,9 +40,10 @@ def dry_run(
     *,
     mode: Mode = "unified",
     projection: int | None = None,
+    optimizer: OptimizerKind = "adamw",
 ) -> str:
     """Memory per rank and tokens per step for WORLD_SIZE ranks, without weights or data."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tokens = plan_tokens(mode, data, batch, world)
-    plan, limit = plan_dry_run(model, parallel, tokens, world, mode=mode, projection=projection)
+    plan, limit = plan_dry_run(model, parallel, tokens, world, mode=mode, projection=projection, optimizer=optimizer)
     return "\n".join(plan.lines(limit))

@@ -13,7 +13,7 @@ import grit_kernels as gk
 from python_model.corpora.small_model import resolve_model
 from python_model.model.modeling import GritLM
 from python_model.train.adapters import add_adapters, quantization_arguments
-from python_model.train.config import Mode, ModelConfig, ParallelConfig
+from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig
 from python_model.train.memory import GIB, MemoryPlan, StepTokens, plan_memory
 
 
@@ -61,6 +61,7 @@ def plan_dry_run(
     *,
     mode: Mode = "unified",
     projection: int | None = None,
+    optimizer: OptimizerKind = "adamw",
 ) -> tuple[MemoryPlan, float]:
     """The memory plan of a run on ``world`` ranks, from the architecture alone, and the memory of a device in bytes."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -81,7 +82,7 @@ def plan_dry_run(
     limit = parallel.device_memory * GIB
     if torch.cuda.is_available():
         limit = float(torch.cuda.get_device_properties(0).total_memory)
-    return plan_memory(model, architecture, tokens, config, parallel, mode, world), limit
+    return plan_memory(model, architecture, tokens, config, parallel, mode, world, optimizer), limit
 
 
 def model_digest(model: torch.nn.Module) -> int:

@@ -77,6 +77,7 @@ class Trainer:
             config.parallel,
             config.mode,
             self.ranks.world,
+            config.optimizer.kind,
         )
         # rank 0 has the weights; float64 holds 48 bits exactly
         weights = int(self.ranks.all_values([model_digest(model.model)])[0, 0])

@@ -12,9 +12,10 @@ import torch
 import grit_kernels as gk
 from python_model.commands.train import COMMAND as grit_train
 from python_model.train.distributed import Ranks
+from python_model.train.memory import plan_tokens
 from python_model.train.model import TrainingModel
 from python_model.train.step import StepGradients, plan_step
-from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model
+from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model, toy_trainer
 
 
 def test_memory_depends_on_the_chunk_not_on_the_batch(checkpoint: Path, tmp_path: Path) -> None:
@@ -179,3 +180,27 @@ def test_selective_checkpointing_keeps_attentions_results_as_well() -> None:
 
     assert activations("selective") - activations(True) == 100 * 3 * 2 * (2 * 24 + 4)
     assert activations("selective") < activations(False)
+
+
+@pytest.mark.parametrize("adapters", [0, 2])
+def test_the_planned_optimizer_is_what_a_step_leaves(checkpoint: Path, tmp_path: Path, adapters: int) -> None:
+    """Two moments of a weight under AdamW, one momentum of a layer's matrix under Muon; the dry run plans the same."""
+    from python_model.train.setup import plan_dry_run
+
+    for kind in ("adamw", "muon"):
+        config = toy_config(checkpoint, tmp_path, lora_rank=adapters, **{"optimizer.kind": kind})
+        trainer = toy_trainer(config)
+        for p in trainer.model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        trainer.optimizers.update(0)
+        kept = sum(
+            x.numel() * x.element_size()
+            for optimizer in trainer.optimizers.optimizers
+            for state in optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, torch.Tensor) and x.ndim
+        )
+        assert trainer.memory.optimizer == kept
+        tokens = plan_tokens(config.mode, config.data, config.batch, 1)
+        dry, _ = plan_dry_run(config.model, config.parallel, tokens, 1, optimizer=config.optimizer.kind)
+        assert dry.optimizer == kept
