@@ -250,6 +250,29 @@ def serve(rows: Rows, path: Path) -> None:
         panels[0][0].legend(fontsize=6)
 
 
+def balance(rows: Rows, path: Path) -> None:
+    """Both gradients' norms over the steps of each run, as they arise (thin) and as they are added (thick)."""
+    runs = [row for row in rows if row["work"] == "norms"]
+    with figure(path, 1, len(runs), (4 * len(runs), 2.8), sharey=True) as panels:
+        for panel, row in zip(panels[0], runs, strict=True):
+            for name, color in (("contrastive", FASTER), ("generative", SLOWER)):
+                norms = row[f"{name}_grad_norm"]
+                steps = range(1, len(norms) + 1)
+                added = [min(norm, row["limit"]) for norm in norms] if row["limit"] else norms
+                panel.plot(steps, norms, color=color, linewidth=0.8, alpha=0.6)
+                panel.plot(
+                    steps,
+                    added,
+                    color=color,
+                    linewidth=1.8,
+                    linestyle="--" if name == "generative" else "-",
+                    label=name,
+                )
+            panel.set(title=f"limit {row['limit']:g}" if row["limit"] else "no limit", xlabel="step", yscale="log")
+        panels[0][0].set_ylabel("gradient norm")
+        panels[0][0].legend()
+
+
 CHARTS: dict[str, Callable[[Rows, Path], None]] = {
     "attention": attention,
     "pooling": pooling,
@@ -257,6 +280,7 @@ CHARTS: dict[str, Callable[[Rows, Path], None]] = {
     "generative_loss": generative_loss,
     "model": model,
     "train": train,
+    "balance": balance,
     "rag": rag,
     "rag_quality": rag_quality,
     "serve": serve,

@@ -74,6 +74,11 @@ TITLES: dict[str, tuple[str, str]] = {
         "One unified training step of the 135M model on a CPU",
         "`speedup` over three padded passes of unpatched transformers; memory of one step beyond weights and gradients.",
     ),
+    "balance_cpu": (
+        "Limiting each objective's gradient, on a CPU",
+        "`norms`: a run of the demo's recipe each; the plot shows its norms. `step`: losses, gradients and clipping of one "
+        "step; `time_over_first`: the variant's time over that of accumulating both objectives in one gradient.",
+    ),
     "generate_cpu": (
         "Decoding with the 135M model on a CPU",
         "16 greedy tokens after a filled cache; in bfloat16 two ways of computing may choose different tokens.",
