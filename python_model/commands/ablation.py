@@ -1,4 +1,4 @@
-"""``grit ablation``: train variants one after another, evaluate each, write one table."""
+"""``grit ablation``: train variants one after another, evaluate each, write one table and its plot."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def run(arguments: Namespace) -> None:
     print(ablation.table(rows))
 
 
-COMMAND = Command("ablation", "Train variants, evaluate each, write one table.", configure, run)
+COMMAND = Command("ablation", "Train variants, evaluate each, write one table and its plot.", configure, run)

@@ -11,8 +11,8 @@
       - {group: attention and pooling, name: CCCC wmean, changes: {grit.attn: cccc, grit.pooling_method: weightedmean}}
       - {group: attention and pooling, name: base model, untrained: true}
 
-A variant that has finished under the same settings is not run again, an interrupted one resumes. ``table.md`` and
-``table.json`` are updated after each variant.
+A variant that has finished under the same settings is not run again, an interrupted one resumes. ``table.md``, ``table.json``
+and the plot ``table.png`` are updated after each variant.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from python_model.evaluation.held_out import HeldOut, evaluate
 from python_model.support.files import write_json, write_text
 from python_model.train.config import TrainConfig, dotted, flatten
+from python_model.train.plot import plot_ablation
 
 COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss")
 
@@ -112,6 +113,7 @@ def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str,
         rows.append(_finished(variant, ablation) or _measure(variant, held_out, ablation, keep_checkpoints))
         write_json(output / "table.json", rows)
         write_text(output / "table.md", table(rows))
+        plot_ablation(rows, output / "table.png")
     return rows
 
 

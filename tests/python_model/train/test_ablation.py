@@ -72,6 +72,7 @@ def test_variants_are_trained_measured_and_tabled_once(
     assert rows[0]["scores"] != rows[1]["scores"] and [row["steps"] for row in rows] == [2, 2, 2, 2, 0]
     assert (checkpoint / "model.safetensors").exists()
     assert not list((tmp_path / "out").glob("*/checkpoint"))
+    assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
 
     # a second run finds everything done; a variant under other settings is run again, the others are kept
     again: list[str] = []
@@ -103,9 +104,9 @@ def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> Non
 
 
 @needs_source_tree
-@pytest.mark.parametrize("name", ["paper", "small"])
+@pytest.mark.parametrize("name", ["paper", "ratios", "small"])
 def test_shipped_files_have_settings_that_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     shipped = read_ablation(ROOT / "configs" / "ablations" / f"{name}.yaml")
     configs = [shipped.config(variant) for variant in shipped.variants]
-    assert len(configs) == {"paper": 26, "small": 4}[name]
+    assert len(configs) == {"paper": 26, "ratios": 7, "small": 4}[name]
