@@ -15,6 +15,7 @@ from python_model.model.prompts import (
     IGNORE_INDEX,
     TURN_END,
     USER,
+    Formatter,
     SpecialTokens,
     chat_prompt,
     embed_instruction,
@@ -23,6 +24,7 @@ from python_model.model.prompts import (
     encode_text,
     escape,
 )
+from python_model.settings import GritSettings
 from tests.python_model.model.texts import TEXTS
 
 RELAXED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -31,6 +33,14 @@ RELAXED = settings(max_examples=50, deadline=None, suppress_health_check=[Health
 def test_embedding_format_is_the_papers() -> None:
     assert embed_instruction("") == "<|embed|>\n"
     assert embed_instruction("Find it: \n") == "<|user|>\nFind it\n<|embed|>\n"
+
+
+def test_a_default_prompt_stands_in_for_no_instruction_only(tokenizer: Any) -> None:
+    prompted = GritSettings(prompts={"any": "Find: "}, default_prompt_name="any")
+    for given_settings, wanted in ((GritSettings(), "<|embed|>\n"), (prompted, "Find: ")):
+        formatter = Formatter(tokenizer, given_settings)
+        assert formatter.embed_instruction("") == wanted
+        assert formatter.embed_instruction("Find it") == "<|user|>\nFind it\n<|embed|>\n"
 
 
 def test_chat_format_is_the_papers() -> None:
