@@ -69,6 +69,7 @@ class Trainer:
         training_model.touch_all = self.ranks.group is not None
         self.flops = ModelFlops.of(model)
         self._datasets = list(getattr(stream, "datasets", ()))
+        self._texts = self._texts_cut = 0
         self.memory = plan_memory(
             training_model,
             model.model.config,
@@ -149,6 +150,8 @@ class Trainer:
 
     def step(self, samples: StepSamples, index: int) -> dict[str, Any]:
         """One optimiser step on this rank's samples; returns what the log records."""
+        read = (*samples.queries, *samples.passages, *samples.conversations)
+        self._texts, self._texts_cut = self._texts + len(read), self._texts_cut + sum(s.truncated for s in read)
         batch = plan_step(
             samples.queries,
             samples.passages,
@@ -272,6 +275,9 @@ class Trainer:
                 tracker.close()
             if validation is not None:
                 validation.close()
+        if self.ranks.first and self._texts_cut:
+            limits = "data.query_max_len, passage_max_len or generative_max_len"
+            tqdm.write(f"{self._texts_cut} of {self._texts} texts were longer than {limits}; what follows was not read")
         self.checkpointer.finish()
         best = self._best.latest() if validation is not None else None
         if best is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from python_model import GritLM
+from tests.python_model import training_samples
 from tests.python_model.training_samples import toy_config, toy_trainer
 
 
@@ -23,6 +24,19 @@ def test_toy_run_learns_both_objectives(checkpoint: Path, tmp_path: Path) -> Non
     assert lines == records and [line["step"] for line in lines] == list(range(1, 31))
     assert all(line["tokens_per_second"] > 0 and line["memory_gib"] > 0 for line in lines)
     assert all(line["tflops"] > 0 and line["mfu"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("length", [28, 64])
+def test_a_run_says_how_many_texts_it_cut(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], length: int
+) -> None:
+    monkeypatch.setattr(training_samples, "LENGTH", length)
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=2))
+    read = [s for step in trainer.stream.steps(0, 2) for s in (*step.queries, *step.passages, *step.conversations)]
+    cut = sum(sample.truncated for sample in read)
+    trainer.train()
+    line = f"{cut} of {len(read)} texts were longer than data.query_max_len"
+    assert (line in capsys.readouterr().out) == (0 < cut < len(read)) == (length == 28)
 
 
 @pytest.mark.parametrize("mode", ["embedding", "generative"])
