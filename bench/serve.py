@@ -162,8 +162,8 @@ def started(commands: dict[str, list[str]], ready: Sequence[str], limit: float =
         processes = []
         try:
             for name, command in commands.items():
-                with logs[name].open("wb") as log:
-                    processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+                with logs[name].open("wb") as file:
+                    processes.append(subprocess.Popen(command, stdout=file, stderr=file))
             end = time.monotonic() + limit
             for url in ready:
                 while True:
