@@ -22,6 +22,8 @@ from python_model.support.tested import CONSTRAINTS
 ROOT = Path(__file__).parent.parent
 PYTHON = "3.10"
 """The lowest one; the resolution holds for all later ones."""
+TESTED = ("3.10", "3.11", "3.13")
+"""The versions of Python on which the last resolution was installed and tested."""
 BUILD = ("setuptools>=77", "wheel", "ninja", "cmake>=3.22")
 CHOSEN_BY_TORCH = re.compile(r"(torch|triton|pytorch-triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 
@@ -29,6 +31,7 @@ HEADER = """\
 # The versions that are tested, resolved for Python 3.10 to 3.14. Written by `make lock`; `make install` uses it, and
 # `pip install --constraint` takes it. torch, Triton and CUDA's libraries are left to the choice of a torch.
 # tested: Python {python}, torch {torch}, triton {triton}
+# (the whole test suite, from `make install` on; other versions of Python are resolved and untested)
 """
 
 
@@ -55,7 +58,7 @@ def resolve() -> list[str]:
 
 def main() -> None:
     header = HEADER.format(
-        python=".".join(map(str, sys.version_info[:2])),
+        python=" ".join(TESTED),
         torch=version("torch").split("+")[0],
         triton=version("triton"),
     )

@@ -18,25 +18,23 @@ DISTRIBUTION = "grit-kernels"
 
 @dataclass(frozen=True)
 class Outside:
-    """An installed package that is older than required, or newer than what was tested."""
+    """An installed package that is older than required or newer than what was tested, or a Python that was not tested."""
 
     name: str
     installed: str
-    lowest: str
     tested: str
 
     def __str__(self) -> str:
-        span = f"{self.lowest} to {self.tested}" if self.lowest else f"up to {self.tested}"
-        return f"{self.name} {self.installed} (tested: {span})"
+        return f"{self.name} {self.installed} (tested: {self.tested})"
 
 
 def tested_versions(text: str | None = None) -> dict[str, str]:
-    """Tested version by canonical package name, for the running Python; ``python`` is the one used in the tests."""
+    """Tested version by canonical package name, for the running Python; ``python`` has all tested ones, with spaces between."""
     content = CONSTRAINTS.read_text(encoding="utf-8") if text is None else text
     found: dict[str, str] = {}
     for line in content.splitlines():
         if line.startswith("# tested:"):
-            found |= {name.lower(): version for name, version in re.findall(r"(\w+) ([\d.]+)", line)}
+            found |= {name.lower(): version for name, version in re.findall(r"(\w+) ([\d. ]+)", line)}
         elif line and not line.startswith("#"):
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate():
@@ -87,8 +85,9 @@ def outside_of_tested() -> list[Outside]:
         # a local part such as +cpu identifies the build, not the version
         number = Version(Version(installed).public)
         if number > Version(tested[name]) or (lowest and number < Version(lowest)):
-            found.append(Outside(name, installed, lowest, tested[name]))
+            span = f"{lowest} to {tested[name]}" if lowest else f"up to {tested[name]}"
+            found.append(Outside(name, installed, span))
     python = ".".join(map(str, sys.version_info[:2]))
-    if python != tested["python"]:
-        found.insert(0, Outside("Python", python, "", tested["python"]))
+    if python not in (pythons := tested["python"].split()):
+        found.insert(0, Outside("Python", python, ", ".join(pythons)))
     return found
