@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 import grit_kernels as gk
+from grit_kernels.attention import key_rows, prepared_attention, rectangular_problem
+from grit_kernels.visibility import window_bounds
 
 if TYPE_CHECKING:
+    from grit_kernels.attention.problem import AttentionProblem
     from grit_kernels.hf.static_cache import StaticCache
 
 KNOWN = ("Llama", "Mistral")
@@ -71,8 +74,10 @@ class Step:
         # Llama's attention has no window, whatever its config carries
         mistral = type(self.decoder).__name__ == "MistralModel"
         window = self.decoder.config.sliding_window if mistral else None
-        self.window = (-1, -1) if window is None else (window - 1, 0)
-        self.flags = torch.ones(first.shape[0], dtype=torch.bool, device=first.device)
+        causal = torch.ones_like(first, dtype=torch.bool)
+        pair = (-1, -1) if window is None else (window - 1, 0)
+        self.bounds = window_bounds(causal, pair, 1, cache.static_layers[0].slots)
+        self.one = torch.ones_like(first)
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids and positions int64 (B, 1) -> logits (B, vocabulary)."""
@@ -80,37 +85,41 @@ class Step:
         x = decoder.embed_tokens(ids)[:, 0]  # [B, C]
         cos, sin = decoder.rotary_emb(x, positions)  # [B, 1, D]
         slot = self.cache.static_layers[0].filled
-        ends = torch.full_like(self.first, slot + 1)
+        lengths = (self.one, self.first, torch.full_like(self.first, slot + 1))
+        # what the layers share, by their scale: made by the first one
+        prepared: dict[float, tuple[AttentionProblem, dict[Any, Tensor]]] = {}
         branch: Tensor | None = None  # of the previous layer, not yet added to x
         for layer, stored in zip(decoder.layers, self.cache.static_layers, strict=True):
             h, x = _add_and_norm(x, branch, layer.input_layernorm)
-            h, x = _add_and_norm(
-                x, self._attention(layer, stored, h, cos, sin, slot, ends), layer.post_attention_layernorm
-            )
+            attended = self._attention(layer, stored, h, cos, sin, slot, lengths, prepared)
+            h, x = _add_and_norm(x, attended, layer.post_attention_layernorm)
             branch = layer.mlp(h)
             stored.filled = slot + 1
         h, _ = _add_and_norm(x, branch, decoder.norm)
         return self.model.get_output_embeddings()(h)
 
     def _attention(
-        self, layer: Any, stored: Any, h: Tensor, cos: Tensor, sin: Tensor, slot: int, ends: Tensor
+        self,
+        layer: Any,
+        stored: Any,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slot: int,
+        lengths: tuple[Tensor, Tensor, Tensor],
+        prepared: dict[float, tuple[AttentionProblem, dict[Any, Tensor]]],
     ) -> Tensor:
         attention = layer.self_attn
         shape = (h.shape[0], 1, -1, cos.shape[-1])
         q, k = gk.rotary(attention.q_proj(h).view(shape), attention.k_proj(h).view(shape), cos, sin)
         stored.slots_of_keys[:, slot] = k[:, 0]
         stored.slots_of_values[:, slot] = attention.v_proj(h).view(shape)[:, 0]
-        out = gk.switch_attention_with_kvcache(
-            q,
-            stored.slots_of_keys,
-            stored.slots_of_values,
-            ends,
-            self.flags,
-            cache_leftpad=self.first,
-            window_size=self.window,
-            softmax_scale=attention.scaling,
-        )
-        assert isinstance(out, Tensor)
+        keys, values, step = key_rows(q, stored.slots_of_keys, stored.slots_of_values)
+        scale = attention.scaling
+        if scale not in prepared:
+            slots, options = stored.slots_of_keys, (scale, 0.0)
+            prepared[scale] = (rectangular_problem(q, slots, step, lengths, self.bounds, None, options), {})
+        out = prepared_attention(q.flatten(0, 1), keys, values, *prepared[scale])
         return attention.o_proj(out.view(h.shape[0], -1))
 
 
