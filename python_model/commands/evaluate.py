@@ -55,9 +55,9 @@ def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) ->
                 sums[name] = (*token_loss_sums(model, rows, max_length=max_length), len(rows))
             total, count, left_out, conversations = (sum(column) for column in zip(*sums.values(), strict=True))
             sums[EVERYTHING] = total, int(count), int(left_out), int(conversations)
-            for name, (*parts, conversations) in sums.items():
+            for name, (total, count, left_out, conversations) in sums.items():
                 try:
-                    loss: float | None = mean_token_loss(*parts, conversations, max_length)
+                    loss: float | None = mean_token_loss(total, count, left_out, conversations, max_length)
                 except TooLong:
                     loss = None  # every first turn of this data set is too long
                 found.setdefault(name, {})["next_token_loss"] = loss
