@@ -37,3 +37,17 @@ def test_make_targets_the_readme_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"\bmake ([a-z-]+)\b", README):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@needs_source_tree
+def test_the_readme_counts_model_types_as_the_page_does() -> None:
+    page = " ".join((ROOT / "docs" / "families.md").read_text(encoding="utf-8").split())
+    types, right, refused = re.search(
+        r"All (\d+) causal types .*? (\d+) are correct and admitted, (\d+) are refused", page
+    ).groups()  # type: ignore[union-attr]
+    assert (
+        f"Of transformers' {types} causal types, {right} are correct on tiny models and {refused} are refused"
+        in " ".join(README.split())
+    )
+    correct = set(re.findall(r"`(\w+)`", page.partition("Correct: ")[2].partition("| refused")[0]))
+    assert {"gpt_oss", "deepseek_v3", "gemma3_text", "qwen3_moe"} <= correct and "qwen3_5_text" not in correct
