@@ -22,7 +22,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from bench import charts, serve  # noqa: E402
+from bench import charts, serve, serve_load, serve_systems  # noqa: E402
 from tests.python_model.conftest import checkpoint, tokenizer  # noqa: E402, F401  (fixtures)
 from tests.python_model.serve.server import serving  # noqa: E402
 
@@ -31,11 +31,11 @@ USAGE = {"stream_options": {"include_usage": True}}
 
 
 @pytest.fixture
-def running(checkpoint: Any) -> Iterator[serve.Running]:  # noqa: F811
+def running(checkpoint: Any) -> Iterator[serve_systems.Running]:  # noqa: F811
     from python_model import GritLM
 
     with serving(GritLM(checkpoint, dtype=torch.float32), arena_rows=4000, max_step_tokens=512) as server:
-        yield serve.Running(server.url, server.url, USAGE, [])
+        yield serve_systems.Running(server.url, server.url, USAGE, [])
 
 
 def settings(**options: Any) -> argparse.Namespace:
@@ -43,10 +43,10 @@ def settings(**options: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**load, **LIMITS, "words": [3, 9], **options})
 
 
-def test_a_load_counts_what_it_sent_and_what_came_back(running: serve.Running) -> None:
+def test_a_load_counts_what_it_sent_and_what_came_back(running: serve_systems.Running) -> None:
     arguments = settings()
-    found = asyncio.run(serve.load(running, arguments, 100, 1.0, seed=3))
-    again = asyncio.run(serve.load(running, arguments, 100, 1.0, seed=3))
+    found = asyncio.run(serve_load.load(running, arguments, 100, 1.0, seed=3))
+    again = asyncio.run(serve_load.load(running, arguments, 100, 1.0, seed=3))
     assert found.finished_chats >= len(found.first) > 2 and len(found.texts) > 2 and found.failed == 0
     assert found.finished_texts == 2 * len(found.texts)
     assert len(found.first) <= found.tokens <= 5 * found.finished_chats
@@ -58,22 +58,22 @@ def test_a_load_counts_what_it_sent_and_what_came_back(running: serve.Running) -
     assert math.isnan(serve.percentile([], 0.5)) and serve.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
 
 
-def test_a_busy_server_always_has_both_kinds_of_requests(running: serve.Running) -> None:
-    found = asyncio.run(serve.busy(running, settings(), 1.0, seed=3))
+def test_a_busy_server_always_has_both_kinds_of_requests(running: serve_systems.Running) -> None:
+    found = asyncio.run(serve_load.busy(running, settings(), 1.0, seed=3))
     assert found.finished_chats > 2 and found.finished_texts > 2 and found.failed == 0
     assert 1.0 <= found.seconds < 1.5
 
 
-def test_an_error_of_a_request_ends_a_busy_load(running: serve.Running) -> None:
-    nowhere = serve.Running(running.chats, "http://127.0.0.1:1", USAGE, [])
+def test_an_error_of_a_request_ends_a_busy_load(running: serve_systems.Running) -> None:
+    nowhere = serve_systems.Running(running.chats, "http://127.0.0.1:1", USAGE, [])
     with pytest.raises(Exception, match="connect"):
-        asyncio.run(serve.busy(nowhere, settings(), 30.0, seed=3))
+        asyncio.run(serve_load.busy(nowhere, settings(), 30.0, seed=3))
 
 
-def measured(**values: Any) -> serve.Measured:
+def measured(**values: Any) -> serve_load.Measured:
     ends = {"tokens": 40, "finished_chats": 2, "finished_texts": 8, "seconds": 2.0}
     times = {"first": [1.0, 2.0], "between": [0.1, 0.2], "texts": [3.0]}
-    return serve.Measured(**{**times, **ends, **values})
+    return serve_load.Measured(**{**times, **ends, **values})
 
 
 @pytest.mark.parametrize(
@@ -136,20 +136,20 @@ def test_pages_of_a_file_that_processes_share_count_once(tmp_path: Path) -> None
             assert process.stdout is not None
             process.stdout.readline()
             processes.append(process.pid)
-        one, both = serve.memory(processes[:1]), serve.memory(processes)
+        one, both = serve_systems.memory(processes[:1]), serve_systems.memory(processes)
     assert one > 80 and mmap.PAGESIZE < size
     assert 15 < both - one < 40, "the second one adds its own 16 MiB and its interpreter, not the file"
 
 
 def test_a_run_measures_both_systems_and_writes_their_rows(
-    running: serve.Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: serve_systems.Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
-    def started(arguments: argparse.Namespace, path: str) -> Iterator[serve.Running]:
+    def started(arguments: argparse.Namespace, path: str) -> Iterator[serve_systems.Running]:
         yield running
 
     monkeypatch.setattr(serve, "SYSTEMS", {"one server": started, "two processes": started})
-    monkeypatch.setattr(serve, "PACKAGES", {"one server": (), "two processes": ()})
+    monkeypatch.setattr(serve_systems, "PACKAGES", {"one server": (), "two processes": ()})
     monkeypatch.setattr("python_model.corpora.small_model.resolve_model", lambda name: name)
     monkeypatch.setattr(serve, "memory", lambda processes: 100.0)
     monkeypatch.setattr(serve.os, "sched_setaffinity", lambda *_: None)
