@@ -135,6 +135,26 @@ def test_the_table_sets_unified_against_the_specialist_per_set() -> None:
     assert next(line for line in lines if line.startswith("| b |")).startswith("| b | 1 | 0.000 | 1.000 | -100.0%")
 
 
+def test_each_seed_is_compared_with_the_specialist_of_the_same_seed() -> None:
+    def record(name: str, seed: int, rank: int, loss: float) -> dict[str, Any]:
+        mode = {"ranks": [rank]} if name != "generative" else {}
+        losses = {"conversation_losses": {"x": [(loss, 1)]}} if name != "embedding" else {}
+        described = {"sets": ["a"]}
+        return {"name": f"{name}-{seed}", "seed": seed, "steps": 5, "measured_on": described, **mode, **losses}
+
+    records = [record("unified", 0, 1, 2.0), record("unified", 1, 20, 4.0), record("unified", 2, 1, 9.0)]
+    records += [record("embedding", seed, 1, 0.0) for seed in (0, 1)] + [
+        record("generative", s, 0, 2.0) for s in (0, 1)
+    ]
+    written = table(records)
+    assert (
+        "(2 seed(s)): relative difference of nDCG" in written
+        and "(2 seed(s)): relative difference of the next" in written
+    )
+    lines = [line for line in written.splitlines() if line.startswith("| all |")]
+    assert lines[0].startswith("| all | 1 | 0.500 | 1.000 | -50.0%") and lines[1].startswith("| all | 1 | +50.0%")
+
+
 @needs_source_tree
 def test_no_committed_record_names_a_folder_of_a_machine() -> None:
     for path in proof.common.RESULTS.rglob("*.json"):
