@@ -156,7 +156,7 @@ def _run_here(arguments: Namespace) -> None:
                 file.append(vectors)
             if arguments.json:
                 for document, vector in zip(documents[place : place + block], vectors.tolist(), strict=True):
-                    row = {**_described(document, arguments.chunk_tokens), "embedding": vector}
+                    row = {**_described(document, chunked=bool(arguments.chunk_tokens)), "embedding": vector}
                     print(json.dumps(row, ensure_ascii=False), flush=True)
             bar.update(len(part))
     if file is not None:
@@ -168,7 +168,7 @@ def _run_here(arguments: Namespace) -> None:
     _tell_cut(model.texts_cut, len(texts) - start, arguments.max_length)
 
 
-def _described(document: Document, chunked: int) -> dict[str, Any]:
+def _described(document: Document, *, chunked: bool) -> dict[str, Any]:
     """What is printed or written beside a vector: the text, and which chunk it is."""
     if not chunked:
         return {"text": document.content}
@@ -180,7 +180,7 @@ def _write_chunks(output: Path, documents: Sequence[Document]) -> None:
     path = output.with_suffix(".jsonl")
     with new_file(path) as file:
         for document in documents:
-            file.write(json.dumps(_described(document, 1), ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(_described(document, chunked=True), ensure_ascii=False).encode() + b"\n")
     print(f"the chunks of the rows are in {path}", file=sys.stderr)
 
 

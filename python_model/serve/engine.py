@@ -24,7 +24,7 @@ from torch import Tensor
 
 from python_model.generate.decode import Sampling
 from python_model.generate.text import TextStream, eos_token_ids
-from python_model.model.losses import next_token_losses
+from python_model.model.losses import next_token_losses, sums_per_sample
 from python_model.model.modeling import GritLM, head_size
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve import scheduler as plans
@@ -296,11 +296,15 @@ class Engine:
             logits = self.packed_step.logits(hidden[last])
             for place, i in enumerate(ending):
                 outcomes[i] = logits[place]
-        for i, (work, _) in enumerate(plan):
-            if isinstance(work, TextWork) and work.labels is not None:
-                labels = torch.tensor(work.labels, device=hidden.device)
-                losses = next_token_losses(self.model, hidden[offsets[i] : offsets[i + 1]], labels)
-                outcomes[i] = -float(losses[labels != IGNORE_INDEX].mean())
+        scored = [i for i, (work, _) in enumerate(plan) if isinstance(work, TextWork) and work.labels is not None]
+        if scored:
+            rows = torch.cat([hidden[offsets[i] : offsets[i + 1]] for i in scored])
+            starts = torch.tensor([0] + [offsets[i + 1] - offsets[i] for i in scored], device=rows.device).cumsum(0)
+            labels = torch.tensor([label for i in scored for label in plan[i][0].labels], device=rows.device)  # type: ignore[attr-defined]
+            losses = sums_per_sample(next_token_losses(self.model, rows, labels), starts)
+            counts = sums_per_sample((labels != IGNORE_INDEX).to(losses.dtype), starts)
+            for i, score in zip(scored, (-losses / counts).tolist(), strict=True):  # read back once
+                outcomes[i] = score
         return outcomes
 
     def _apply(self, work: Any, count: int, outcome: Any) -> list[Event]:
