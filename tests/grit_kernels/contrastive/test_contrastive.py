@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from torch import Tensor
 
 import grit_kernels as gk
 from tests.conftest import assert_within_rule
+from tests.ranks import process_group
 
 
 def unit(rows: int, dim: int = 16) -> Tensor:
@@ -148,23 +148,21 @@ UNEVEN = (3, 2)  # queries of each rank, two passages each
 
 
 def _rank(rank: int, file: str, q: Tensor, p: Tensor, weights: Tensor, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(UNEVEN))
-    first = sum(UNEVEN[:rank])
-    own, own_passages = slice(first, first + UNEVEN[rank]), slice(2 * first, 2 * (first + UNEVEN[rank]))
-    leaves = [q[own].clone(), p[own_passages].clone(), torch.tensor(0.1)]
-    queries, passages, temperature = (x.requires_grad_() for x in leaves)
-    loss = gk.contrastive_loss(
-        queries,
-        passages,
-        temperature=temperature,
-        weights=weights[own],
-        mask_ids=(torch.arange(5)[own] % 4, torch.arange(10)[own_passages] // 2 % 4),
-        process_group=dist.group.WORLD,
-    )
-    grads = torch.autograd.grad(loss, leaves)
-    results[rank] = (float(loss), *(g.tolist() for g in grads))
-    dist.destroy_process_group()
+    with process_group(rank, len(UNEVEN), file) as group:
+        first = sum(UNEVEN[:rank])
+        own, own_passages = slice(first, first + UNEVEN[rank]), slice(2 * first, 2 * (first + UNEVEN[rank]))
+        leaves = [q[own].clone(), p[own_passages].clone(), torch.tensor(0.1)]
+        queries, passages, temperature = (x.requires_grad_() for x in leaves)
+        loss = gk.contrastive_loss(
+            queries,
+            passages,
+            temperature=temperature,
+            weights=weights[own],
+            mask_ids=(torch.arange(5)[own] % 4, torch.arange(10)[own_passages] // 2 % 4),
+            process_group=group,
+        )
+        grads = torch.autograd.grad(loss, leaves)
+        results[rank] = (float(loss), *(g.tolist() for g in grads))
 
 
 def test_two_processes_with_uneven_batches_equal_one_process(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
 import grit_kernels as gk
 from grit_kernels.contrastive import chunked
+from tests.ranks import process_group
 
 pytestmark = pytest.mark.slow
 
@@ -92,14 +92,12 @@ COUNTS = (3, 1, 4, 2)  # queries of each rank, two passages each
 
 
 def _rank(rank: int, file: str, q: Tensor, p: Tensor, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(COUNTS))
-    first = sum(COUNTS[:rank])
-    own = [q[first : first + COUNTS[rank]].clone(), p[2 * first : 2 * (first + COUNTS[rank])].clone()]
-    leaves = [x.requires_grad_() for x in own]
-    loss = gk.contrastive_loss(*leaves, temperature=0.1, symmetric=True, normalize=True, process_group=dist.group.WORLD)
-    results[rank] = (loss.item(), *(g.tolist() for g in torch.autograd.grad(loss, leaves)))
-    dist.destroy_process_group()
+    with process_group(rank, len(COUNTS), file) as group:
+        first = sum(COUNTS[:rank])
+        own = [q[first : first + COUNTS[rank]].clone(), p[2 * first : 2 * (first + COUNTS[rank])].clone()]
+        leaves = [x.requires_grad_() for x in own]
+        loss = gk.contrastive_loss(*leaves, temperature=0.1, symmetric=True, normalize=True, process_group=group)
+        results[rank] = (loss.item(), *(g.tolist() for g in torch.autograd.grad(loss, leaves)))
 
 
 def test_four_processes_with_uneven_batches_equal_one_process(tmp_path: Path) -> None:

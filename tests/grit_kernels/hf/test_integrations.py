@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 from torch import Tensor, nn
 
 import grit_kernels as gk
 from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, WINDOW, close, tiny_model
+from tests.ranks import process_group
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -271,20 +271,19 @@ def _fsdp_rank(rank: int, file: str, results: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    module = Wrapper(gk.patch(tiny_model()))
-    gk.hf.checkpoint_activations(module.lm)
-    module.train()
-    for layer in module.lm.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    _loss(module, slice(2 * rank, 2 * rank + 2)).backward()
-    full = {name: p.grad.full_tensor() for name, p in module.named_parameters()}  # type: ignore[union-attr, operator]
-    if rank == 0:
-        results.update({name: grad.tolist() for name, grad in full.items()})
-    dist.destroy_process_group()
+    with process_group(rank, 2, file):
+        mesh = init_device_mesh("cpu", (2,))
+        module = Wrapper(gk.patch(tiny_model()))
+        gk.hf.checkpoint_activations(module.lm)
+        module.train()
+        for layer in module.lm.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        _loss(module, slice(2 * rank, 2 * rank + 2)).backward()
+        full = {name: p.grad.full_tensor() for name, p in module.named_parameters()}  # type: ignore[union-attr, operator]
+        if rank == 0:
+            results.update({name: grad.tolist() for name, grad in full.items()})
+        del module
 
 
 def test_fsdp2_on_two_ranks_equals_one_process(tmp_path: Path) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from python_model.train import Trainer
 from python_model.train.distributed import Ranks, forwards_apart
 from python_model.train.setup import load_model
 from tests.python_model.training_samples import LENGTH, ToyStream, held_out_folder, toy_config, toy_trainer
+from tests.ranks import process_group
 
 CASES: dict[str, dict[str, Any]] = {
     "fsdp": {"parallel": "fsdp", "projection": 16, "async_save": True, "save_steps": 2},
@@ -32,29 +31,30 @@ def _options(held_out: Path, case: str) -> dict[str, Any]:
 
 
 def _rank(rank: int, world: int, folder: str, checkpoint: str) -> None:
-    torch.set_num_threads(1)
     root = Path(folder)
-    dist.init_process_group("gloo", init_method=f"file://{root / 'store'}", rank=rank, world_size=world)
-    here = Ranks(rank, world, torch.device("cpu"), dist.group.WORLD)
-    for case in CASES:
-        config = toy_config(Path(checkpoint), root / case / "two", **_options(root / "held_out", case))
-        whole = here.first or config.parallel.strategy == "ddp"
-        model = load_model(
-            config.model, here.device, mode=config.mode, settings=config.settings_given, seed=config.seed, weights=whole
-        )
-        trainer = Trainer(model, config, ToyStream(model.tokenizer, 4, 2, here), here)
-        trainer.train()
-        trainer.save()
-        if case == "fsdp":  # unequal numbers of forwards, and the shards are as they were afterwards
-            with torch.no_grad(), forwards_apart(trainer.model, here):
-                trainer.grit.is_inference = True
-                vectors = [trainer.grit.encode(f"a river {n}") for n in range(1 + 2 * rank)]
-            assert all(abs((vector**2).sum() - 1) < 1e-5 for vector in vectors)
-            trainer.step(trainer.stream[STEPS], STEPS)  # type: ignore[index]
-        del trainer, model
-    dist.barrier()
-    gc.collect()  # shards hold communicators in reference cycles
-    dist.destroy_process_group()
+    with process_group(rank, world, root / "store") as group:
+        here = Ranks(rank, world, torch.device("cpu"), group)
+        for case in CASES:
+            config = toy_config(Path(checkpoint), root / case / "two", **_options(root / "held_out", case))
+            whole = here.first or config.parallel.strategy == "ddp"
+            model = load_model(
+                config.model,
+                here.device,
+                mode=config.mode,
+                settings=config.settings_given,
+                seed=config.seed,
+                weights=whole,
+            )
+            trainer = Trainer(model, config, ToyStream(model.tokenizer, 4, 2, here), here)
+            trainer.train()
+            trainer.save()
+            if case == "fsdp":  # unequal numbers of forwards, and the shards are as they were afterwards
+                with torch.no_grad(), forwards_apart(trainer.model, here):
+                    trainer.grit.is_inference = True
+                    vectors = [trainer.grit.encode(f"a river {n}") for n in range(1 + 2 * rank)]
+                assert all(abs((vector**2).sum() - 1) < 1e-5 for vector in vectors)
+                trainer.step(trainer.stream[STEPS], STEPS)  # type: ignore[index]
+            del trainer, model
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from python_model.train.setup import recompute_activations
 from python_model.train.step import StepGradients, StepLosses, plan_step
 from tests.python_model.training_config import make_config
 from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model
+from tests.ranks import process_group
 
 QUERIES, CONVERSATIONS = 6, 3
 
@@ -202,22 +203,16 @@ HYBRID = [
 
 
 def _rank(rank: int, world: int, store: str, checkpoint: str, cases: list[dict[str, Any]], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     from transformers import AutoTokenizer
 
-    here = Ranks(rank, world, torch.device("cpu"), dist.group.WORLD)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for index, changes in enumerate(cases):
-        samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS, here)[0]
-        losses, grads = gradients_of(Path(checkpoint), config_of(**changes), samples, here)
-        if rank == 0:
-            torch.save(
-                {"losses": asdict(losses), "grads": grads},
-                Path(folder) / f"{index}.pt",
-            )
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(rank, world, store) as group:
+        here = Ranks(rank, world, torch.device("cpu"), group)
+        for index, changes in enumerate(cases):
+            samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS, here)[0]
+            losses, grads = gradients_of(Path(checkpoint), config_of(**changes), samples, here)
+            if rank == 0:
+                torch.save({"losses": asdict(losses), "grads": grads}, Path(folder) / f"{index}.pt")
 
 
 @pytest.mark.parametrize(("world", "cases"), [(2, RANKED), (4, HYBRID)], ids=["2 ranks", "4 ranks"])

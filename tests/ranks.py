@@ -1,0 +1,27 @@
+"""The process group of a test that runs on several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def process_group(rank: int, world: int, store: str | Path) -> Iterator[dist.ProcessGroup]:
+    """Rank ``rank`` of ``world`` in a Gloo group that meets at the new file ``store``; one thread computes in each rank.
+
+    The group ends when all ranks are done, and after the garbage: shards hold communicators in reference cycles, and those
+    that are left until exit abort the interpreter with their threads.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()
