@@ -78,6 +78,15 @@ def decode(name: str, batch: int, cache: int, shape: tuple[int, int, int]) -> Re
     return Regime(name, (1,) * batch, (cache,) * batch, (True,) * batch, *shape)
 
 
+def serving(name: str, shape: tuple[int, int, int]) -> Regime:
+    """A server's step: chats that decode, with caches of 256 to 16384 keys, two pieces of long prompts, texts to embed."""
+    generator = random.Random(0)
+    caches = [round(256 * 64 ** generator.random()) for _ in range(48)]
+    texts = [generator.randint(32, 512) for _ in range(8)]
+    q_lens, k_lens = (1,) * 48 + (512, 512, *texts), (*caches, 2048, 8192, *texts)
+    return Regime(name, q_lens, k_lens, (True,) * 50 + (False,) * 8, *shape)
+
+
 def gpu_regimes() -> list[Regime]:
     large, small = (32, 8, 128), (32, 32, 64)
     # the most valuable first: there may not be time for all
@@ -93,6 +102,7 @@ def gpu_regimes() -> list[Regime]:
             mode = "causal" if causal else "bidirectional"
             found.append(same(f"window {window} {mode} N16384", 16384, 2, causal, large, window=(window, window)))
     found += [decode(f"decode B{b} cache {n}", b, n, large) for b in (1, 8, 64) for n in (4096, 32768)]
+    found.append(serving("step of a server", large))
     for causal in (True, False):
         mode = "causal" if causal else "bidirectional"
         found.append(same(f"backward {mode} N8192 D128", 8192, 2, causal, large, backward=True))

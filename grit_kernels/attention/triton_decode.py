@@ -5,6 +5,9 @@ Reading the keys and values once is all the work, so the rows of all query heads
 ``splits`` programs. Each writes its own softmax (out, lse); a second kernel merges them in a fixed order:
 
     lse = ln sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
+
+Of a pack that mixes decoding rows with prompts and texts, these kernels take the samples that :func:`splits_sample` names; the
+tiles of triton_forward.py take the others.
 """
 
 from __future__ import annotations
@@ -26,28 +29,23 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
 )
 from grit_kernels.attention.triton_configs import choose_config
+from grit_kernels.attention.triton_plan import Split, splits_sample
 from grit_kernels.triton_launch import processor_count, upcast_operands
-
-SHORTEST_SPLIT = 256
-"""With fewer keys than this the plain kernel is used."""
-
-LARGEST_GRID_AXIS = 65535
-"""CUDA's limit of a grid's second and third axis; the third holds the samples."""
 
 _LARGEST_SPLIT = 64
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGED_ROWS = 16
 
 
-@triton.jit(do_not_specialize=["q_rows", "splits", "partial_rows"])
+@triton.jit(do_not_specialize=["q_rows", "splits", "most_rows", "least_keys"])
 def attention_decode_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_rows, splits, partial_rows, scale, cap,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_rows, splits, most_rows, least_keys, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (splits * row tiles, kv heads, samples). With SPLIT, p_out and p_lse are FP32 (splits, partial_rows, Hq, ...)."""
+    """Grid: (splits * row tiles, kv heads, samples). SPLIT: p_out and p_lse are FP32 (splits, samples, most_rows, Hq, ...)."""
     part = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits
     head_kv = tl.program_id(1)
@@ -61,7 +59,7 @@ def attention_decode_kernel(
         owned = len_q
     else:
         owned = tl.maximum(len_q, q_rows)
-    if first_row >= owned:
+    if (first_row >= owned) | (splits_sample(len_q, len_k, most_rows, least_keys) == 0):
         return
     p_k += k_start * stride_kt + tl.cast(head_kv, tl.int64) * stride_kh
     p_v += k_start * stride_vt + tl.cast(head_kv, tl.int64) * stride_vh
@@ -97,9 +95,11 @@ def attention_decode_kernel(
     b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
     b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
     b_lse = tl.where(m_row, b_lse * 0.6931471805599453, float("-inf"))
-    o_out = (q_start + row) * HEADS + head
     if SPLIT:
-        o_out += tl.cast(part, tl.int64) * partial_rows * HEADS
+        place = tl.cast(part, tl.int64) * tl.num_programs(2) + sample
+        o_out = (place * most_rows + row) * HEADS + head
+    else:
+        o_out = (q_start + row) * HEADS + head
     m_store = row < owned
     store_part(p_out, o_out, D, m_store, b_out1, 0, D1, D)
     if D2 > 0:
@@ -107,14 +107,16 @@ def attention_decode_kernel(
     tl.store(p_lse + o_out, b_lse, mask=m_store)
 
 
-@triton.jit(do_not_specialize=["q_rows", "splits", "partial_rows"])
+@triton.jit(do_not_specialize=["q_rows", "splits", "most_rows", "least_keys"])
 def merge_splits_kernel(
-    p_part, p_part_lse, p_out, p_lse, p_q_start, p_q_len, q_rows, splits, partial_rows,
+    p_part, p_part_lse, p_out, p_lse, p_q_start, p_q_len, p_k_len, q_rows, splits, most_rows, least_keys,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of BM (row, head) pairs, samples)."""
     sample = tl.program_id(1)
     len_q = tl.load(p_q_len + sample)
+    if splits_sample(len_q, tl.load(p_k_len + sample), most_rows, least_keys) == 0:
+        return
     q_start = tl.cast(tl.load(p_q_start + sample), tl.int64)
     pair = tl.program_id(0) * BM + tl.arange(0, BM)
     m_real = pair < len_q * HEADS
@@ -126,7 +128,7 @@ def merge_splits_kernel(
     b_total = tl.zeros([BM], dtype=tl.float32)
     b_acc = tl.zeros([BM, DP], dtype=tl.float32)
     for part in range(0, splits):
-        o_part = o_pair + tl.cast(part, tl.int64) * partial_rows * HEADS
+        o_part = (tl.cast(part, tl.int64) * tl.num_programs(1) + sample) * most_rows * HEADS + pair
         b_lse = tl.load(p_part_lse + o_part, mask=m_real, other=float("-inf"))
         b_out = tl.load(p_part + o_part[:, None] * D + o_d[None, :], mask=m_real[:, None] & m_d, other=0.0)
         b_new = tl.maximum(b_top, b_lse)
@@ -166,34 +168,35 @@ def attention_decode(
     lse: Tensor,
     problem: AttentionProblem,
     bounds: SampleTables,
+    split: Split,
     scale: float,
     cap: float,
 ) -> None:
-    """Fill ``out`` and ``lse``; called by triton_forward.attention_forward with its prepared arguments."""
-    rows, heads, dim = q.shape
+    """Fill ``out`` and ``lse`` of the samples of ``split``; called by triton_forward.attention_forward with its arguments."""
+    _, heads, dim = q.shape
     heads_kv = k.shape[1]
     group = heads // heads_kv
     batch, hi, q_rows = bounds[0].shape[0], problem.hi, problem.q_rows
-    most_rows = max(q_rows, problem.max_q)
+    most_rows = split.rows
     config = choose_config("decode", dim, q.dtype, q.device)
     block_rows = max(config.rows, min(largest_tile(dim, q.element_size()), triton.next_power_of_2(most_rows * group)))
     row_tiles = triton.cdiv(most_rows * group, block_rows)
     splits = choose_splits(row_tiles * heads_kv * batch, problem.max_k, config.keys, processor_count(q.device))
     if splits > 1:
-        part = torch.empty((splits, rows, heads, dim), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=q.device)
+        part = torch.empty((splits, batch, most_rows, heads, dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((splits, batch, most_rows, heads), dtype=torch.float32, device=q.device)
     else:
         part, part_lse = out, lse
     d1, d2 = split_head_dim(dim)
     attention_decode_kernel[(splits * row_tiles, heads_kv, batch)](
         q, k, v, part, part_lse, *bounds, bounds[0] if hi is None else hi,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), q_rows, splits, rows, scale, cap,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), q_rows, splits, *split, scale, cap,
         HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=block_rows, BN=config.keys,
         HAS_HI=hi is not None, HAS_CAP=cap > 0, SPLIT=splits > 1, UPCAST=upcast_operands(),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         merge_splits_kernel[(triton.cdiv(most_rows * heads, _MERGED_ROWS), batch)](
-            part, part_lse, out, lse, bounds[0], bounds[1], q_rows, splits, rows,
+            part, part_lse, out, lse, bounds[0], bounds[1], bounds[3], q_rows, splits, *split,
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=_MERGED_ROWS, num_warps=4,
         )  # fmt: skip

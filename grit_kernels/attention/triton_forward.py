@@ -29,8 +29,9 @@ from grit_kernels.attention.triton_common import (
     store_part,
     tile_keys,
 )
-from grit_kernels.attention.triton_decode import LARGEST_GRID_AXIS, SHORTEST_SPLIT, attention_decode
+from grit_kernels.attention.triton_decode import attention_decode
 from grit_kernels.attention.triton_plan import (
+    NO_SPLIT,
     plan_grids,
     plan_sections,
     plan_tiles,
@@ -153,10 +154,11 @@ def attention_forward(
     bounds, hi, q_rows = int32_tables(problem), problem.hi, problem.q_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
     with on_device(q):
-        if splits_keys(q, k, problem):
-            attention_decode(q, k, v, out, lse, problem, bounds, scale, cap)
-            return out, lse
         grid = tile_grid("forward", q, k, problem)
+        if grid.split != NO_SPLIT:
+            attention_decode(q, k, v, out, lse, problem, bounds, grid.split, scale, cap)
+            if grid.splits_all:
+                return out, lse
         if plan is None:
             table, counter, tiles, side_by_side = plan_tiles(grid, bounds, hi)
         else:
@@ -197,22 +199,10 @@ def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProbl
     grids = plan_grids(q, k, backward, problem)
     *sections, transpose = plan_sections(numbers, grids)
     with on_device(q):
-        if not splits_keys(q, k, problem):
+        if not grids[0].splits_all:
             plan_tiles(grids[0], tables, hi, sections[0])
         if backward:
             first_row = None if hi is None else transpose_upper_bounds(hi, tables, transpose)
             plan_tiles(grids[1], tables, first_row, sections[1])
             plan_tiles(grids[2], tables, hi, sections[2])
     return numbers
-
-
-def splits_keys(q: Tensor, k: Tensor, problem: AttentionProblem) -> bool:
-    """Few rows over many keys: pack the heads of a group into one tile and share the keys among programs."""
-    group = q.shape[1] // k.shape[1]
-    batch, max_q, max_k = problem.q_len.shape[0], max(problem.q_rows, problem.max_q), problem.max_k
-    if max_k < SHORTEST_SPLIT or batch > LARGEST_GRID_AXIS:
-        return False
-    if max_q * group <= 64:
-        return True
-    # a short prompt after a long cache: tiles of rows alone would leave most of the GPU idle
-    return batch * triton.cdiv(max_q, 128) * q.shape[1] * 2 <= processor_count(q.device)

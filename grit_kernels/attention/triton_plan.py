@@ -24,11 +24,30 @@ from grit_kernels.attention.triton_common import tile_keys, tile_rows
 from grit_kernels.attention.triton_configs import Config, choose_config
 from grit_kernels.triton_launch import processor_count
 
+SHORTEST_SPLIT = 256
+"""With fewer keys than this a sample is never split."""
+
+LARGEST_GRID_AXIS = 65535
+"""CUDA's limit of a grid's second and third axis; of triton_decode's grids the last holds the samples."""
+
+_FEW_PAIRS = 16
+"""(row, head of a group) pairs of a sample that is split beside others: the smallest tile of a matrix product."""
+
 LARGEST_SORT = 16384
 """Beyond this many tiles each runs many waves, and their order no longer matters; ranking is quadratic."""
 
 _SECTION_BYTES = 24 << 20
 _ALIGNED = 4  # int32 numbers in 16 bytes
+
+
+class Split(NamedTuple):
+    """Which samples triton_decode takes: those of at most ``rows`` rows and at least ``keys`` keys, see :func:`splits_sample`."""
+
+    rows: int
+    keys: int
+
+
+NO_SPLIT = Split(-1, 0)
 
 
 class Plan(NamedTuple):
@@ -47,7 +66,7 @@ class Plan(NamedTuple):
 class TileGrid(NamedTuple):
     """What the host knows of a kernel's plan: ``tiles`` of each of ``heads``, see :class:`Plan`.
 
-    ``rows``: those of a sample (keys for backward_keys) in a rectangular batch, 0 for a pack.
+    ``rows``: those of a sample (keys for backward_keys) in a rectangular batch, 0 for a pack. ``split``: samples without tiles.
     """
 
     config: Config
@@ -56,6 +75,12 @@ class TileGrid(NamedTuple):
     side_by_side: int
     heads: int
     rows: int
+    split: Split = NO_SPLIT
+
+    @property
+    def splits_all(self) -> bool:
+        """Whether no sample is left for tiles."""
+        return self.split != NO_SPLIT and not self.split.keys
 
     @property
     def size(self) -> int:
@@ -68,9 +93,16 @@ class TileGrid(NamedTuple):
         return Plan(table, numbers[:1], self.tiles, self.side_by_side)
 
 
-@triton.jit(do_not_specialize=["batch", "tiles", "rows", "search_steps"])
+@triton.jit
+def splits_sample(len_q, len_k, most_rows, least_keys):
+    """Whether a sample belongs to a :class:`Split`."""
+    return (len_q <= most_rows) & (len_k >= least_keys)
+
+
+@triton.jit(do_not_specialize=["batch", "tiles", "rows", "search_steps", "split_rows", "split_keys"])
 def list_tiles_kernel(
     p_table, p_work, p_counter, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi, batch, tiles, rows, search_steps,
+    split_rows, split_keys,
     OVER_KEYS: tl.constexpr, RECTANGULAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +144,7 @@ def list_tiles_kernel(
         first_block, _a, _b, last_block = tile_keys(
             begin, begin + TILE, p_hi + q_start, len_q, len_k, left, right, BN, HAS_HI
         )
-        used = begin < owned
+        used = (begin < owned) & (splits_sample(len_q, len_k, split_rows, split_keys) == 0)
     else:
         # a padded sample owns all its slots, including those before its first key
         shift = k_start - sample * rows if RECTANGULAR else tl.zeros_like(k_start)
@@ -207,7 +239,24 @@ def tile_grid(kernel: str, q: Tensor, k: Tensor, problem: AttentionProblem) -> T
     batch = problem.q_len.shape[0]
     tiles = batch * triton.cdiv(rows, tile) if rows else tokens // tile + batch
     side_by_side = section_heads(heads, group if over_keys else 1, 2 * shared * dim * q.element_size())
-    return TileGrid(config, over_keys, tiles, side_by_side, heads, rows)
+    split = split_samples(q, k, problem) if kernel == "forward" else NO_SPLIT
+    return TileGrid(config, over_keys, tiles, side_by_side, heads, rows, split)
+
+
+def split_samples(q: Tensor, k: Tensor, problem: AttentionProblem) -> Split:
+    """Which samples triton_decode takes: few rows over many keys share the keys among programs, the heads of a group a tile."""
+    group = q.shape[1] // k.shape[1]
+    batch, max_q, max_k = problem.q_len.shape[0], max(problem.q_rows, problem.max_q), problem.max_k
+    if max_k < SHORTEST_SPLIT or batch > LARGEST_GRID_AXIS:
+        return NO_SPLIT
+    # the second: a short prompt after a long cache, where tiles of rows alone would leave most of the GPU idle
+    if max_q * group <= 64 or batch * triton.cdiv(max_q, 128) * q.shape[1] * 2 <= processor_count(q.device):
+        return Split(max_q, 0)
+    # In a pack of whole samples nothing has more keys than rows. In a server's step the rows that decode do: their sample is read
+    # once per group of heads instead of by a tile of rows, nearly all of them padding, per head.
+    if not problem.q_rows and max_k > max_q:
+        return Split(max(1, _FEW_PAIRS // group), SHORTEST_SPLIT)
+    return NO_SPLIT
 
 
 def plan_grids(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> list[TileGrid]:
@@ -233,6 +282,7 @@ def plan_tiles(grid: TileGrid, tables: SampleTables, hi: Tensor | None, numbers:
     slots = 128
     list_tiles_kernel[(triton.cdiv(grid.tiles, slots),)](
         table, work, plan.counter, *tables, tables[0] if hi is None else hi, batch, grid.tiles, grid.rows, batch.bit_length(),
+        *grid.split,
         OVER_KEYS=grid.over_keys, RECTANGULAR=grid.rows > 0, BM=grid.config.rows, BN=grid.config.keys, HAS_HI=hi is not None,
         SLOTS=slots,
     )  # fmt: skip

@@ -190,3 +190,13 @@ def test_a_packed_layer_launches_one_kernel_forward(launches: Counter[str], wind
     (first, prepared), (second, more) = run_layers(launches, given, [(1, n, pack.tokens, 32) for n in (4, 2, 2)])
     assert prepared and set(first) == PLAN - {"transpose_hi_kernel"} | {"attention_forward_kernel"}
     assert (second, more) == ({"attention_forward_kernel": 1}, [])
+
+
+def test_a_step_of_a_server_launches_three_kernels_however_many_samples_decode(launches: Counter[str]) -> None:
+    q_len, k_len = [1, 1, 200, 1], [5000, 300, 700, 9000]
+    q, k = (torch.empty(sum(lens), heads, 32) for lens, heads in ((q_len, 4), (k_len, 2)))
+    starts = [torch.tensor([0, *lens]).cumsum(0).int() for lens in (q_len, k_len)]
+    with gk.backend("triton"):
+        gk.switch_attention_varlen(q, k, k, True, *starts, max(q_len), max(k_len))
+    layer = {"attention_forward_kernel": 1, "attention_decode_kernel": 1, "merge_splits_kernel": 1}
+    assert {name: n for name, n in launches.items() if name not in PLAN} == layer

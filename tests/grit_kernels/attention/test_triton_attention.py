@@ -60,8 +60,7 @@ def test_any_call_equals_the_reference_forward_and_backward(data: st.DataObject)
 @INTERPRET
 @pytest.mark.parametrize("seed", range(3))
 def test_few_rows_over_long_keys_split_the_keys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_decode, "SHORTEST_SPLIT", 16)
-    monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 16)
+    monkeypatch.setattr(triton_plan, "SHORTEST_SPLIT", 16)
     call = draw_call(random.Random(seed).choice, lengths=(0, 1, 2, 50, 70), dims=(32, 48))
     assert_call_equals_the_reference(call, run_triton(call), 2e-5)
 
@@ -79,11 +78,59 @@ def test_every_merge_of_splits_gives_the_unsplit_result(monkeypatch: pytest.Monk
     left, right = window_bounds(torch.tensor([True]), (-1, -1), 3, 150)
     problem = AttentionProblem(zero, numbers[0], zero, numbers[1], left, right, None, 0, 0, 3, 150, 0.2, 0.0)
     expected = reference_forward(q, k, v, problem)
-    monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 16)
+    monkeypatch.setattr(triton_plan, "SHORTEST_SPLIT", 16)
     for splits in (1, 2, 12):
         monkeypatch.setattr(triton_decode, "choose_splits", lambda *_, n=splits: n)
         for a, b in zip(triton_forward.attention_forward(q, k, v, problem), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def server_step(q_len: list[int], k_len: list[int], heads: int, heads_kv: int) -> tuple[list[Tensor], AttentionProblem]:
+    """q, k, v of a pack whose samples continue caches, and its problem."""
+    lens = [torch.tensor(x, dtype=torch.int32) for x in (q_len, k_len)]
+    starts = [(x.cumsum(0) - x).to(torch.int32) for x in lens]
+    bounds = window_bounds(torch.tensor([True, False] * (len(q_len) // 2)), (-1, -1), max(q_len), max(k_len))
+    ranges = (starts[0], lens[0], starts[1], lens[1])
+    problem = AttentionProblem(*ranges, *bounds, None, 0, 0, max(q_len), max(k_len), 0.2, 0.0)
+    sizes = ((sum(q_len), heads), (sum(k_len), heads_kv), (sum(k_len), heads_kv))
+    return [torch.randn(rows, n, 32) for rows, n in sizes], problem
+
+
+@INTERPRET
+@pytest.mark.parametrize("splits", [1, 3])
+def test_in_a_mixed_pack_the_keys_of_those_samples_are_split_that_have_few_rows_and_many_keys(
+    splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_plan, "SHORTEST_SPLIT", 48)
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda *_: splits)
+    # few and many; few rows, few keys; a prompt; one row more than a tile of the group's heads holds; idle; few and many
+    q_len, k_len, split = [1, 3, 40, 9, 0, 8], [90, 20, 70, 60, 50, 48], [True, False, False, False, False, True]
+    tensors, problem = server_step(q_len, k_len, 4, 2)
+    q, k, v = tensors
+    grid = triton_plan.tile_grid("forward", q, k, problem)
+    table = triton_plan.plan_tiles(grid, problem.tables, None).table
+    listed = {sample for sample, block in table.tolist() if block >= 0}
+    assert listed == {b for b, n in enumerate(q_len) if n and not split[b]}
+    filled: list[int] = []
+    real = triton_decode.attention_decode
+
+    def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
+        out.fill_(float("nan"))
+        real(q, k, v, out, lse, *rest)
+        filled.extend(torch.where(out.isfinite().flatten(1).all(1))[0].tolist())
+
+    monkeypatch.setattr(triton_forward, "attention_decode", decode)
+    found = triton_forward.attention_forward(q, k, v, problem)
+    rows = torch.repeat_interleave(torch.arange(len(q_len)), torch.tensor(q_len))
+    assert filled == [row for row, b in enumerate(rows.tolist()) if split[b]], "no row of another sample is written"
+    expected = reference_forward(*(x.double() for x in tensors), problem)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pack_of_whole_samples_never_splits_keys() -> None:
+    tensors, problem = server_step([300, 1, 700, 20], [300, 1, 700, 20], 4, 2)
+    assert triton_plan.split_samples(*tensors[:2], problem) == triton_plan.NO_SPLIT
 
 
 @INTERPRET

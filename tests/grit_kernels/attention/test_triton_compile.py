@@ -147,7 +147,7 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
             compile_ahead_of_time(
                 triton_plan.list_tiles_kernel,
                 {x: "*i32" for x in ["p_table", "p_work", "p_counter", *numbers]}
-                | {x: "i32" for x in ("batch", "tiles", "rows", "search_steps")},
+                | {x: "i32" for x in ("batch", "tiles", "rows", "search_steps", "split_rows", "split_keys")},
                 {
                     "OVER_KEYS": over_keys,
                     "RECTANGULAR": rectangular,
@@ -177,8 +177,9 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
             "p_lse": "*fp32",
             "p_q_start": "*i32",
             "p_q_len": "*i32",
+            "p_k_len": "*i32",
         }
-        | {x: "i32" for x in ("q_rows", "splits", "partial_rows")},
+        | {x: "i32" for x in ("q_rows", "splits", "most_rows", "least_keys")},
         {"HEADS": 32, "D": 128, "DP": 128, "BM": 16},
         CAPABILITY[arch],
     )

@@ -10,7 +10,7 @@ import torch
 import grit_kernels as gk
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from grit_kernels.attention import triton_backward, triton_forward  # noqa: E402
+from grit_kernels.attention import triton_backward, triton_forward, triton_plan  # noqa: E402
 from tests.grit_kernels.attention.samples import assert_call_equals_the_reference, draw_call, results  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +43,7 @@ def test_a_mixed_pack_of_real_lengths_equals_a_launch_per_sample(
     window: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # alone, a sample of few rows would have its keys split, which rounds differently
-    monkeypatch.setattr(triton_forward, "SHORTEST_SPLIT", 1 << 30)
+    monkeypatch.setattr(triton_plan, "SHORTEST_SPLIT", 1 << 30)
     lens, causal = [256, 2048, 2048, 37, 1500], [False, False, True, True, False]
     cu = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
     q, k, v = (torch.randn(sum(lens), h, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
