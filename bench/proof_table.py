@@ -112,7 +112,12 @@ def _against(records: Sequence[Record], kind: str) -> list[str]:
             difference = _shown(*relative_difference(mine[chosen], theirs[chosen]))
         figures = f"{mine[chosen].mean():.3f} | {theirs[chosen].mean():.3f}"
         lines.append(f"| {name} | {chosen.sum()} | {figures} | {difference} |")
-    return [*lines, ""]
+    by_seed = [
+        (pair[0]["seed"], relative_difference(*(ndcg(record["ranks"]) for record in pair)))
+        for pair in pairs
+        if any(rank <= 10 for rank in pair[1]["ranks"])
+    ]
+    return [*lines, "", *_by_seed(by_seed)]
 
 
 def _against_generative(records: Sequence[Record], kind: str) -> list[str]:
@@ -138,7 +143,22 @@ def _against_generative(records: Sequence[Record], kind: str) -> list[str]:
         )
         rows = sum(len(pairs[0][0]["conversation_losses"][own]) for own in chosen)
         lines.append(f"| {name} | {rows} | {_shown(*relative_loss_difference(mine, theirs))} |")
-    return [*lines, ""]
+    by_seed = [
+        (
+            pair[0]["seed"],
+            relative_loss_difference(*([record["conversation_losses"][name] for name in names] for record in pair)),
+        )
+        for pair in pairs
+    ]
+    return [*lines, "", *_by_seed(by_seed)]
+
+
+def _by_seed(differences: Sequence[tuple[int, tuple[float, float, float]]]) -> list[str]:
+    """What each seed gives alone: the intervals are over rows, this is how much runs differ."""
+    if len(differences) < 2:
+        return []
+    shown = "; ".join(f"seed {seed} {_shown(*difference)}" for seed, difference in differences)
+    return [f"Each seed alone, all rows: {shown}.", ""]
 
 
 def _shown(point: float, low: float, high: float) -> str:

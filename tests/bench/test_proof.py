@@ -153,6 +153,10 @@ def test_each_seed_is_compared_with_the_specialist_of_the_same_seed() -> None:
     )
     lines = [line for line in written.splitlines() if line.startswith("| all |")]
     assert lines[0].startswith("| all | 1 | 0.500 | 1.000 | -50.0%") and lines[1].startswith("| all | 1 | +50.0%")
+    alone = [line for line in written.splitlines() if line.startswith("Each seed alone")]
+    assert "seed 0 +0.0%" in alone[0] and "seed 1 -100.0%" in alone[0]
+    assert "seed 0 +0.0%" in alone[1] and "seed 1 +100.0%" in alone[1]
+    assert "Each seed" not in table(records[:1] + records[3:4])
 
 
 @needs_source_tree
