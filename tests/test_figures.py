@@ -1,0 +1,143 @@
+"""Figures that README.md and the pages state are those of the committed records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import records
+from bench.common import RESULTS
+from bench.proof_table import mean_losses, ndcg
+from tests.conftest import needs_source_tree
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MACHINE = RESULTS / "amd-avx512_bf16"
+MIXED = "mixed 50% causal"
+pytestmark = needs_source_tree
+
+
+def rows(name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of a record in which every value of ``wanted`` occurs."""
+    found = records.read(MACHINE / f"{name}_cpu.json")["rows"]
+    return [row for row in found if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def value(name: str, measured: str, **wanted: Any) -> float:
+    """One figure of a record; the first where a benchmark has several sizes."""
+    return float(rows(name, **wanted)[0][measured])
+
+
+def attention(regime: str, variant: str) -> float:
+    return value("attention", "times_grit", regime=regime, variant=variant)
+
+
+def shown(figures: list[float]) -> str:
+    """As the README writes them: one digit after the point, or two below 1."""
+    return " / ".join(f"{x:.1f}" if x >= 1 else f"{x:.2f}".lstrip("0") for x in figures)
+
+
+def measured() -> dict[str, str]:
+    """By how the row of the README's table begins: the cell of the AMD machine."""
+    both = ("dense causal", "dense bidirectional")
+    serving = rows("serve", load="largest within: 200")[0]
+    slowest = rows("serve", load="largest within: 150")[0]["between_p99_ms"]
+
+    def losses(measure: str) -> str:
+        peers = ("eager, FP32 scores", "torch.compile")
+        return shown([value("contrastive", measure, variant=peer, dtype="bfloat16") for peer in peers])
+
+    step = rows("train")[0]
+    padded, unfused = (rows("train", variant=name)[0] for name in ("three padded passes", "packed, not fused"))
+    return {
+        "attention, causal / bidirectional, N 1024": shown([attention(f"{m} N1024 D64", "sdpa loop") for m in both]),
+        "attention, causal / bidirectional, N 4096": shown([attention(f"{m} N4096 D128", "sdpa loop") for m in both]),
+        "packed queries": shown([attention(MIXED, peer) for peer in ("sdpa loop", "sdpa masked", "sdpa split")]),
+        "the same, backward": shown([attention(f"backward {MIXED}", "sdpa split")]),
+        "contrastive loss": losses("forward_speedup"),
+        "the same, forward and backward": losses("step_speedup"),
+        "per-token loss": shown(
+            [
+                value("generative_loss", "speedup", variant=peer, dtype="bfloat16")
+                for peer in ("eager", "torch.compile", "torch linear_cross_entropy")
+            ]
+        ),
+        "decoding": shown([value("generate", "speedup", variant="decode", batch=batch) for batch in (1, 16)]),
+        "`encode()`": shown(
+            [value("model", "time_over_first", variant=peer) for peer in ("encode, gritlm 1.0.2", "encode, not fused")]
+        ),
+        "one unified training step": f"{shown([step['speedup']])}, at "
+        f"{shown([step['memory_mib'] / padded['memory_mib']])} of the memory / "
+        f"{shown([step['speedup'] / unfused['speedup']])}",
+        "mixed load": f"{shown([serving[key] for key in ('times', 'tokens_times', 'texts_times')])}, at "
+        f"{shown([serving['memory_share']])} of the memory and "
+        f"{shown([serving['between_p99_ms'] / slowest])} of the p99 between tokens",
+    }
+
+
+@pytest.mark.parametrize(("work", "cell"), measured().items(), ids=list(measured()))
+def test_a_row_of_measured_is_that_of_the_record(work: str, cell: str) -> None:
+    table = README.partition("## Measured")[2].partition("\n## ")[0]
+    (line,) = re.findall(rf"^\| {re.escape(work)}[^|]*\|[^|]*\| ([^|]*) \|", table, flags=re.MULTILINE)
+    assert line == cell
+
+
+def test_the_readme_shows_the_record_of_the_demo() -> None:
+    before, bm25, after = (rows("demo_seeds")[index] for index in (0, 1, 2))
+    output = README.partition("```text")[2].partition("```")[0]
+    for name, key in (("nDCG@10", "ndcg_at_10"), ("MRR@10", "mrr_at_10"), ("recall@10", "recall_at_10")):
+        assert re.search(rf"^{name} +{before[key]:.3f} +{after[key]:.3f} +{bm25[key]:.3f}$", output, flags=re.MULTILINE)
+    assert f"{before['next_token_loss']:.3f}     {after['next_token_loss']:.3f}" in output
+    seeds = rows("demo_seeds", variant="trained")
+    text = " ".join(README.split())
+    ndcgs = [f"{row['ndcg_at_10']:.3f}".lstrip("0") for row in seeds]
+    losses = [f"{row['next_token_loss']:.2f}" for row in seeds]
+    assert f"They reach {ndcgs[0]}, {ndcgs[1]} and {ndcgs[2]}" in text
+    assert f"loss of {losses[0]}, {losses[1]} and {losses[2]} against {before['next_token_loss']:.2f}" in text
+
+
+def proof_figures(kind: str) -> set[str]:
+    """nDCG@10 and next-token losses of a kind of run, as the README writes them: of each run, and the mean over seeds."""
+    runs: dict[tuple[str, str], list[float]] = {}
+    for path in RESULTS.glob("proof_*/*.json"):
+        record = records.read(path)
+        if path.stem.rpartition("-")[0] != kind and path.stem != kind:
+            continue
+        if record.get("ranks"):
+            runs.setdefault((path.parent.name, "nDCG@10"), []).append(float(ndcg(record["ranks"]).mean()))
+        conversations = record.get("conversation_losses")
+        losses = mean_losses(conversations) if conversations else record.get("losses")
+        if losses:
+            runs.setdefault((path.parent.name, "loss"), []).append(sum(losses.values()) / len(losses))
+    return {f"{x:.3f}".lstrip("0") for run in runs.values() for x in (*run, sum(run) / len(run))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    {
+        **{"base": "base model", "BM25": "BM25", "unified": "unified"},
+        **{"embedding": "embedding only", "generative": "generative only"},
+    }.items(),
+)
+def test_a_row_of_the_proof_is_that_of_its_records(kind: str, label: str) -> None:
+    table = README.partition("## Proved so far")[2].partition("\n## ")[0]
+    lines = re.findall(rf"^\| {label}\b.*$", table, flags=re.MULTILINE)
+    stated = set(re.findall(r"\d*\.\d{3}\b", " ".join(lines)))
+    assert stated and stated <= proof_figures(kind)
+
+
+def test_the_page_on_kernels_states_the_profile_of_the_record() -> None:
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split())
+    parts = {row["part"]: row["share"] for row in rows("model", group="profile", variant="packed")}
+    names = {
+        **{"MLP": "MLP", "projections": "q, k, v, o projections", "the attention op": "attention op"},
+        **{"residual adds": "residual adds", "rotary and head layout": "rotary, head layout", "norms": "norms"},
+    }
+    stated = ", ".join(f"{name} {parts[part]:.0%}".replace("%", " %") for name, part in names.items())
+    assert f"{stated}, packing {100 * parts['pack, unpack, masks']:.1f} %." in page
+    padded = {row["part"]: row["share"] for row in rows("model", group="profile", variant="sdpa, two padded passes")}
+    times = value("model", "time_over_first", variant="sdpa, two padded passes")
+    assert f"takes {padded['attention op']:.0%}".replace("%", " %") + f" of {times:.1f} times" in page
