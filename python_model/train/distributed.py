@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,10 @@ def wrap(model: TrainingModel, config: ParallelConfig, ranks: Ranks, *, bf16: bo
     if config.strategy == "ddp":
         # a tied or frozen weight is one parameter for DDP; touch_all gives each weight a gradient on each rank
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        # buffers never change, so no forward has to send them; torch 2.13 gave the switch a new name
+        new = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        unsent: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **unsent)
     return _shard(model, config, ranks, bf16)
 
 
