@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import search
-from bench.search import ADDED, VARIANTS, clustered, measure, true_neighbours
+from bench.search import ADDED, RECALL, VARIANTS, Adjustable, clustered, measure, true_neighbours
 from python_model.support.optional import find
 
 pytest.importorskip("faiss", reason="FAISS is an extra (rag)")
@@ -37,6 +37,21 @@ def test_every_variant_finds_the_neighbours_and_takes_additions(name: str, tmp_p
     found = again.search(-queries[0])
     again.close()
     assert len(set(found)) == search.NEIGHBOURS and min(found) >= 2000 and max(found) < 2000 + ADDED
+
+
+class Sloppy(Adjustable):
+    """Finds one more of the ten neighbours whenever its effort doubles."""
+
+    def search(self, query: np.ndarray) -> list[int]:
+        return list(range(min(self.effort.bit_length() + 4, 10)))
+
+
+@pytest.mark.parametrize(("most", "effort"), [(1024, 32), (20, 20), (1, 1)])
+def test_effort_doubles_until_the_recall_suffices_and_is_kept(tmp_path: Path, most: int, effort: int) -> None:
+    assert RECALL == 0.98
+    tuned = Sloppy(tmp_path, 1, most)
+    tuned.tune(np.zeros((3, 4), np.float32), np.tile(np.arange(10), (3, 1)))
+    assert tuned.effort == effort and Sloppy(tmp_path, 1, most).effort == effort
 
 
 def test_the_command_names_what_is_missing_and_writes_a_record(
