@@ -18,8 +18,10 @@ of states per token; and how often a document must be reused before making and s
 only if full prefill reaches 1.5 times the F1 without documents. The goal is a first token in a third of the time at an F1 at most
 2 % lower; where no variant keeps it, ``--mode auto`` has no reason to leave full prefill.
 
-Answers are written to FOLDER question by question; the same command resumes. Several ``--model`` are several models in one
-table and plot, for example one that was trained on ``python -m bench.rag_questions``.
+Answers are written to FOLDER question by question; the same command resumes, also with more or fewer ``--questions``. Replies do
+not depend on what else the machine does, but times do: ``--timed 20`` asks the first 20 questions of each model once more, which
+takes minutes of a quiet machine, and takes all times from there. Several ``--model`` are several models in one table and plot,
+for example one that was trained on ``python -m bench.rag_questions``.
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ class Asker:
 
 
 def measure(model: GritLM, items: Sequence[Item], log: Path, format: str, new_tokens: int) -> list[dict[str, Any]]:
-    """The answers to ``items``, in their order; what ``log`` holds from an earlier run is kept.
+    """The answers to ``items``, in their order; those in ``log`` from an earlier run, of more questions or fewer, are kept.
 
     Raises:
         ValueError: the log is of another model, other questions or other settings.
@@ -139,34 +141,44 @@ def measure(model: GritLM, items: Sequence[Item], log: Path, format: str, new_to
         "model": fingerprint(model),
         "format": format,
         "new_tokens": new_tokens,
-        "questions": [item.question.question for item in items],
-        "documents": [[document.key for document in item.documents] for item in items],
         "variants": {name: vars(variant) for name, variant in VARIANTS.items()},
     }
     rows = JsonLines(log)
     try:
         if not rows.rows:
             rows.append(settings)
-        elif rows.rows[0] != settings:
+        known = [row["asked"] for row in rows.rows[1 : len(items) + 1]]
+        if rows.rows[0] != settings or known != [_asked(item) for item in items[: len(known)]]:
             raise ValueError(f"output: {log} holds answers with another model, data or settings; use another folder")
         with tempfile.TemporaryDirectory() as folder:
             asker = Asker(model, Path(folder), format, new_tokens)
             if len(rows.rows) - 1 < len(items):
                 asker.ask(items[0], 0)  # the first forward passes of a process take longer
             for number in range(len(rows.rows) - 1, len(items)):
-                rows.append(asker.ask(items[number], number))
+                rows.append({"asked": _asked(items[number]), **asker.ask(items[number], number)})
                 if number % 20 == 19:
                     print(f"{log.stem}: {number + 1} of {len(items)} questions", flush=True)
             asker.close()
-        return rows.rows[1:]
+        return rows.rows[1 : len(items) + 1]
     finally:
         rows.close()
 
 
-def summary(model: str, items: Sequence[Item], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per variant; ``valid``: whether documents help this model enough for cached states to be judged."""
+def _asked(item: Item) -> list[str]:
+    """What identifies an item: its question and the keys of its documents."""
+    return [item.question.question, *(document.key for document in item.documents)]
+
+
+def summary(
+    model: str, items: Sequence[Item], answers: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """One row per variant; ``valid``: whether documents help this model enough for cached states to be judged.
+
+    ``timed``: answers to take the times from, if not from ``answers``.
+    """
+    timed = answers if timed is None else timed
     scores = {name: np.array([row[name]["f1"] for row in answers]) for name in VARIANTS}
-    seconds = {name: np.array([row[name]["first_token_s"] for row in answers]) for name in VARIANTS}
+    seconds = {name: np.array([row[name]["first_token_s"] for row in timed]) for name in VARIANTS}
     valid = bool(scores[FULL].mean() > 0 and scores[FULL].mean() >= HELPS * scores[WITHOUT].mean())
     found = []
     for name in VARIANTS:
@@ -177,13 +189,14 @@ def summary(model: str, items: Sequence[Item], answers: Sequence[dict[str, Any]]
             difference, low, high = relative_difference(scores[name], scores[FULL])
         cached = sum(row["cached"] for row in own)
         saved = statistics.median(seconds[FULL] - seconds[name])
-        written = statistics.median(row["write_s"] for row in own)
+        written = statistics.median(row[name]["write_s"] for row in timed)
         found.append(
             {
                 "model": model,
                 "variant": name,
                 "valid": valid,
                 "questions": len(items),
+                "timed": len(timed),
                 "f1": 100 * float(scores[name].mean()),
                 "match": 100 * statistics.fmean(row["match"] for row in own),
                 "f1_difference": difference,
@@ -240,6 +253,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True, help="checkpoint, or LABEL=checkpoint; repeat it")
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers; the same command resumes")
     parser.add_argument("--questions", type=int, help="most questions; default: all")
+    parser.add_argument("--timed", type=int, help="ask so many once more for all times; default: those of the answers")
     parser.add_argument("--format", choices=FORMATS, default="int8", help="format of the stored states")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
@@ -254,7 +268,11 @@ def main() -> None:
         label, path = (label, path) if equals else (Path(given).name, given)
         model = GritLM(path, dtype=arguments.dtype, device=arguments.device)
         answers = measure(model, items, arguments.output / f"{label}.jsonl", arguments.format, arguments.new)
-        found = summary(label, items, answers)
+        timed = None
+        if arguments.timed:
+            log = arguments.output / f"{label}.timed.jsonl"
+            timed = measure(model, items[: arguments.timed], log, arguments.format, arguments.new)
+        found = summary(label, items, answers, timed)
         rows += [{**row, "dtype": arguments.dtype, "format": arguments.format} for row in found]
         columns = ["model", "variant", "f1", "f1_low", "f1_high", "match", "first_token_s", "times_faster"]
         print(table(found, [*columns, "bytes_per_token", "break_even_reuses"]))

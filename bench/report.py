@@ -94,6 +94,24 @@ TITLES: dict[str, tuple[str, str]] = {
         "`break_even_reuses`: uses of a document after which making its states has paid. Rows that are not `valid` say nothing: "
         "full prefill must reach 1.5 times the F1 without documents.",
     ),
+    "search_cpu": (
+        "Searching 100,000 vectors on one core of a CPU",
+        "Size 576, around 1,000 random centres; the process is bound to one core, for building as well. `open_s`: a new "
+        "process's first search; `query_ms`: one query; `times_exact`: its time over that of this index's exact float32 "
+        "search; `recall`: the share of the 10 true neighbours found; `add_and_search_s`: adding 16 vectors, then a search. "
+        "What can be adjusted is set to a recall of 0.98 where that is reached.",
+    ),
+    "corpus_cpu": (
+        "What Ray adds to embedding a corpus, on a CPU",
+        "The 135M model, one thread. `plain`: one call of encode(); `ray`: the seconds of the units of `grit embed --ray` with "
+        "one worker; `overhead`: their ratio minus 1, at most 0.05 if the goal is met; `outside`: the share of the units' time "
+        "not spent in encode(); `start_s`: starting actors and loading the model, once per run.",
+    ),
+    "folder_cpu": (
+        "An index that follows a folder, on a CPU",
+        "`killed`: until a third of the files was indexed, then kill -9; `resumed`: the same command again; `synced`: after one "
+        "file was cut in half and another removed. With the states of all documents, in int8.",
+    ),
     "serve_cpu": (
         "One server against two processes on a CPU",
         "transformers serve for chats and sentence-transformers for embeddings, half of the threads each, or `grit serve` with "

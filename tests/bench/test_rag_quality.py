@@ -139,8 +139,10 @@ def test_an_interrupted_run_asks_only_what_is_missing(
     assert [[row[name]["reply"] for name in VARIANTS] for row in kept] == [
         [row[name]["reply"] for name in VARIANTS] for row in whole
     ]
-    with pytest.raises(ValueError, match="output: .* holds answers with another model, data or settings"):
-        answers_of(model, items[:2], log)
+    assert answers_of(model, items[:2], log) == kept[:2]
+    for other, tokens in ((items[1:], 2), (items, 3)):
+        with pytest.raises(ValueError, match="output: .* holds answers with another model, data or settings"):
+            measure(model, other, log, "int8", tokens)
     for row in kept:
         assert row[WITHOUT]["cached"] == row[FULL]["cached"] == 0 < row["causal cache"]["cached"]
         assert row["causal cache"]["read"] < row[FULL]["read"] and row[FULL]["first_token_s"] > 0
@@ -194,6 +196,14 @@ def test_the_verdict_follows_validity_speed_and_loss(data: Path, tmp_path: Path)
     none = [r for r in rows if r["variant"] != "causal cache + first 16"]
     assert verdict(none).endswith("auto stays at full prefill")
 
+    def slow(name: str, number: int) -> dict[str, Any]:
+        return {**good(name, number), "f1": 0.0, "first_token_s": 2.0, "write_s": 8.0}
+
+    retimed = {r["variant"]: r for r in summary("good", items, made_up(len(items), good), made_up(2, slow))}
+    assert {r["timed"] for r in retimed.values()} == {2} and retimed["causal cache"]["first_token_s"] == 2
+    assert [r["f1"] for r in retimed.values()] == [r["f1"] for r in rows] and rows[0]["timed"] == len(items)
+    assert retimed["causal cache"]["break_even_reuses"] is None
+
     def useless(name: str, number: int) -> dict[str, Any]:
         return row(0.3 if name == WITHOUT else 0.4, 0.1 if name == "causal cache" else 1.0)
 
@@ -225,3 +235,10 @@ def test_the_command_writes_a_record_and_resumes(
     monkeypatch.setattr(Asker, "ask", lambda *_: pytest.fail("asked again"))
     rag_quality.main()
     assert json.loads(record.read_text())["rows"] == rows
+    monkeypatch.undo()
+    monkeypatch.setattr(rag_quality, "GritLM", roomy)
+    monkeypatch.setattr("sys.argv", ["x", *arguments, "--timed", "1"])
+    rag_quality.main()
+    timed = json.loads(record.read_text())["rows"]
+    assert {r["timed"] for r in timed} == {1} and [r["f1"] for r in timed] == [r["f1"] for r in rows]
+    assert all(len(r["seconds"]) == 1 for r in timed) and (tmp_path / "out" / "tiny.timed.jsonl").exists()
