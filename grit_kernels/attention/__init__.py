@@ -142,25 +142,11 @@ def switch_attention_varlen(
             with an input that requires a gradient while gradients are on.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
-    tokens_q, _, dim = q.shape
-    device = q.device
-    starts_q, q_len = check_lengths("cu_seqlens_q", cu_seqlens_q, tokens_q, "max_seqlen_q", max_seqlen_q, device)
-    batch = q_len.shape[0]
     if k_starts is not None or seqlens_k is not None:
         refuse_gradients("k_starts", q=q, k=k, v=v)
-        starts_k, k_len = check_ranges(cu_seqlens_k, k_starts, seqlens_k, batch, k.shape[0], max_seqlen_k, device)
-    elif cu_seqlens_k is None:
-        raise ValueError("cu_seqlens_k: expected int32 (B + 1,), or k_starts and seqlens_k instead, got None")
-    else:
-        starts_k, k_len = check_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, device)
-    if k_len.shape[0] != batch:
-        raise ValueError(f"cu_seqlens_k: expected the {batch} samples of cu_seqlens_q, got {k_len.shape[0]}")
-    flags = causal_flags(causal, batch, device)
-    left, right = window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k)
-    hi = upper_bounds(hi, (tokens_q,), device, q_len, starts_q)
-    scale, cap = check_softmax_options(softmax_scale, softcap, dim)
-    ranges = (starts_q, q_len, starts_k, k_len)
-    problem = AttentionProblem(*ranges, left, right, hi, 0, 0, max_seqlen_q, max_seqlen_k, scale, cap)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    options: dict[str, Any] = {"window_size": window_size, "hi": hi, "softmax_scale": softmax_scale, "softcap": softcap}
+    problem = packed_problem(q, k, causal, *lengths, k_starts=k_starts, seqlens_k=seqlens_k, **options)
     out, lse = _call(q, k, v, problem)
     return (out, lse) if return_lse else out
 
@@ -252,6 +238,45 @@ def prepared_attention(
     if sinks is None:
         return out
     return (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
+
+
+def packed_problem(
+    q: Tensor,
+    k: Tensor,
+    causal: bool | Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    window_size: tuple[int, int] | Tensor = (-1, -1),
+    hi: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    k_starts: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+) -> AttentionProblem:
+    """The problem of a pack q (tokens_q, Hq, D) and k (tokens_k, Hkv, D), its values checked; arguments and errors as of
+    :func:`switch_attention_varlen`.
+    """
+    tokens_q, _, dim = q.shape
+    device = q.device
+    starts_q, q_len = check_lengths("cu_seqlens_q", cu_seqlens_q, tokens_q, "max_seqlen_q", max_seqlen_q, device)
+    batch = q_len.shape[0]
+    if k_starts is not None or seqlens_k is not None:
+        starts_k, k_len = check_ranges(cu_seqlens_k, k_starts, seqlens_k, batch, k.shape[0], max_seqlen_k, device)
+    elif cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_k: expected int32 (B + 1,), or k_starts and seqlens_k instead, got None")
+    else:
+        starts_k, k_len = check_lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, device)
+    if k_len.shape[0] != batch:
+        raise ValueError(f"cu_seqlens_k: expected the {batch} samples of cu_seqlens_q, got {k_len.shape[0]}")
+    flags = causal_flags(causal, batch, device)
+    left, right = window_bounds(flags, window_argument(window_size, batch), max_seqlen_q, max_seqlen_k)
+    hi = upper_bounds(hi, (tokens_q,), device, q_len, starts_q)
+    scale, cap = check_softmax_options(softmax_scale, softcap, dim)
+    ranges = (starts_q, q_len, starts_k, k_len)
+    return AttentionProblem(*ranges, left, right, hi, 0, 0, max_seqlen_q, max_seqlen_k, scale, cap)
 
 
 def rectangular_problem(

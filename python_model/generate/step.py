@@ -90,12 +90,12 @@ class Step:
         prepared: dict[float, tuple[AttentionProblem, dict[Any, Tensor]]] = {}
         branch: Tensor | None = None  # of the previous layer, not yet added to x
         for layer, stored in zip(decoder.layers, self.cache.static_layers, strict=True):
-            h, x = _add_and_norm(x, branch, layer.input_layernorm)
+            h, x = add_and_norm(x, branch, layer.input_layernorm)
             attended = self._attention(layer, stored, h, cos, sin, slot, lengths, prepared)
-            h, x = _add_and_norm(x, attended, layer.post_attention_layernorm)
+            h, x = add_and_norm(x, attended, layer.post_attention_layernorm)
             branch = layer.mlp(h)
             stored.filled = slot + 1
-        h, _ = _add_and_norm(x, branch, decoder.norm)
+        h, _ = add_and_norm(x, branch, decoder.norm)
         return self.model.get_output_embeddings()(h)
 
     def _attention(
@@ -123,7 +123,7 @@ class Step:
         return attention.o_proj(out.view(h.shape[0], -1))
 
 
-def _add_and_norm(x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+def add_and_norm(x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + branch), x + branch)."""
     if branch is None:
         return gk.rms_norm(x, norm.weight, norm.variance_epsilon), x

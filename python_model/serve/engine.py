@@ -271,7 +271,7 @@ class Engine:
                 return [Failure("error", f"{type(error).__name__} in the server")]
             return [self._isolated([entry])[0] for entry in plan]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _compute(self, plan: list[tuple[plans.Work, int]]) -> list[Any]:
         """Per work: a vector, a score, logits (vocabulary) of the next token, or None after a chunk of a prompt."""
         items = [_item(work, count) for work, count in plan]

@@ -8,14 +8,17 @@ an :class:`~python_model.serve.arena.Arena`:
 
 Everything with weights is the model's own module. A sample's result does not depend on what shares the step, except for the
 summation order of matrix products.
+
+On a CPU, oneDNN generates code for 16-bit products of each number of rows, and keeps it; that takes longer than the products.
+As steps have any number of rows, they are rounded up to one of few, with rows that attend to nothing and that nobody reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,9 +26,14 @@ from torch import Tensor
 from torch.nn import functional
 
 import grit_kernels as gk
+from grit_kernels.attention import packed_problem, prepared_attention
+from python_model.generate.step import add_and_norm
 from python_model.model.modeling import GritLM
 from python_model.rag.rope import STATIC_ROPE_TYPES
 from python_model.serve.arena import Arena, Interval
+
+if TYPE_CHECKING:
+    from grit_kernels.attention.problem import AttentionProblem
 
 KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 WITHOUT_WINDOW = ("LlamaDecoderLayer",)
@@ -56,16 +64,20 @@ class Item:
 
 @dataclass(frozen=True)
 class _Part:
-    """Samples that share an attention call: their rows in the pack, and the arguments of the call."""
+    """Samples that share an attention call: their rows in the pack, and the arguments of the call.
+
+    ``problems``: what the layers share but for where the keys lie, by window and scale; made by the first of them.
+    """
 
     rows: slice
     causal: Tensor
     cu_seqlens: Tensor
-    starts: Tensor  # int32 (layers, B)
+    starts: Sequence[Tensor]  # of each layer, int32 (B)
     lengths: Tensor
     longest: tuple[int, int]
     hi: Tensor | None  # int32 (tokens), the upper bounds without a window
     nearest: Tensor | None  # int32 (tokens), the key after each token's own
+    problems: dict[tuple[int | None, float], tuple[AttentionProblem, dict[Any, Tensor]]] = field(default_factory=dict)
 
 
 def refusal(model: GritLM) -> str | None:
@@ -91,12 +103,13 @@ class PackedStep:
         arena: with the model's geometry, dtype and device.
         split: give samples with few rows their own attention call, so that a long text in the step does not prevent their keys
             from being split; default: on a GPU. (The CPU kernels decide per sample.)
+        rounds: compute a number of rows that :func:`rounded` gives; default: on a CPU with weights of 16 bits.
 
     Raises:
         ValueError: a model that is refused, with the reason.
     """
 
-    def __init__(self, model: GritLM, arena: Arena, *, split: bool | None = None) -> None:
+    def __init__(self, model: GritLM, arena: Arena, *, split: bool | None = None, rounds: bool | None = None) -> None:
         reason = refusal(model)
         if reason is not None:
             raise ValueError(reason)
@@ -104,9 +117,11 @@ class PackedStep:
         config = model.model.config
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.windows = [_window(layer, config) for layer in self.decoder.layers]
-        self.split = arena.keys.device.type == "cuda" if split is None else split
+        on_cpu = arena.keys.device.type == "cpu"
+        self.split = not on_cpu if split is None else split
+        self.rounds = on_cpu and arena.keys.dtype != torch.float32 if rounds is None else rounds
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> tuple[Tensor, list[int]]:
         """States after the last norm (tokens, hidden), samples in the given order, and where each begins (B + 1)."""
         order = list(range(len(items)))
@@ -114,25 +129,23 @@ class PackedStep:
             order.sort(key=lambda i: len(items[i].ids) * self.group > SHORT_ROWS)
         ordered = [items[i] for i in order]
         rows, starts = self._rows(ordered)
-        parts = self._parts(ordered, starts)
+        tokens = rows.shape[1]
+        spare = rounded(tokens) - tokens if self.rounds else 0
+        parts = self._parts(ordered, starts, spare)
         device = self.arena.keys.device
         decoder = self.decoder
-        x = decoder.embed_tokens(torch.tensor([token for item in ordered for token in item.ids], device=device))
-        positions = np.concatenate([np.arange(item.past, item.past + len(item.ids)) for item in ordered])
-        cos, sin = (t[0][:, None] for t in decoder.rotary_emb(x, torch.from_numpy(positions).to(device)[None]))
-        half = cos.shape[-1] // 2
-        # -sin in the second half of the table turns rotate_half into two products
-        rope = cos, -sin[..., :half], sin[..., half:]  # each (tokens, 1, D or D / 2)
-        windows = {
-            window: [_visible(part, window, self.model.settings.bidirectional_window) for part in parts]
-            for window in set(self.windows)
-        }
+        ids = [token for item in ordered for token in item.ids]
+        x = decoder.embed_tokens(torch.tensor([*ids, *[0] * spare], device=device))
+        positions = [np.arange(item.past, item.past + len(item.ids)) for item in ordered]
+        where = np.concatenate([*positions, np.zeros(spare, np.int64)])
+        tables = decoder.rotary_emb(x, torch.from_numpy(where).to(device)[None])  # cos, sin (1, tokens, D)
+        branch: Tensor | None = None  # of the previous layer, not yet added to x
         for index, layer in enumerate(decoder.layers):
-            x = x + self._attention(layer, index, x, rope, rows[index], parts, windows[self.windows[index]])
-            norm, mlp = layer.post_attention_layernorm, layer.mlp
-            h = functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-            x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
-        x = functional.rms_norm(x, x.shape[-1:], decoder.norm.weight, decoder.norm.variance_epsilon)
+            h, x = add_and_norm(x, branch, layer.input_layernorm)
+            attended = self._attention(layer.self_attn, index, h, tables, rows[index], parts)
+            h, x = add_and_norm(x, attended, layer.post_attention_layernorm)
+            branch = layer.mlp(h)
+        x, _ = add_and_norm(x, branch, decoder.norm)
         for item in items:
             if item.interval is not None:
                 item.interval.filled = item.past + len(item.ids)
@@ -140,12 +153,15 @@ class PackedStep:
         if order != sorted(order):
             places = list(accumulate((len(item.ids) for item in ordered), initial=0))
             x = torch.cat([x[places[p] : places[p + 1]] for p in sorted(range(len(order)), key=order.__getitem__)])
-        return x, offsets
+        return x[:tokens], offsets
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocabulary)."""
-        return self.model.model.get_output_embeddings()(hidden)
+        rows = hidden.shape[0]
+        if self.rounds:
+            hidden = functional.pad(hidden, (0, 0, 0, rounded(rows) - rows))
+        return self.model.model.get_output_embeddings()(hidden)[:rows]
 
     def _rows(self, items: Sequence[Item]) -> tuple[Tensor, np.ndarray]:
         """Where each new token's states go, int64 (layers, tokens), and the first key row of each sample, (layers, B)."""
@@ -180,7 +196,8 @@ class PackedStep:
         rows = np.concatenate(places)[None] + layers * per_token[None]
         return torch.from_numpy(rows).to(arena.keys.device), np.array(starts)[None] + layers * np.array(strides)[None]
 
-    def _parts(self, items: Sequence[Item], starts: np.ndarray) -> list[_Part]:
+    def _parts(self, items: Sequence[Item], starts: np.ndarray, spare: int) -> list[_Part]:
+        """The attention calls of a step; ``spare`` rows at its end are a sample without keys, whose output is 0."""
         device = self.arena.keys.device
         short = sum(len(item.ids) * self.group <= SHORT_ROWS for item in items) if self.split else 0
         parts, first_row = [], 0
@@ -190,22 +207,30 @@ class PackedStep:
                 continue
             lens_q = [len(item.ids) for item in part]
             lens_k = [item.past + len(item.ids) for item in part]
-            total = sum(lens_q)
+            causal = [item.causal for item in part]
+            first_keys = starts[:, chosen].astype(np.int32)
             hi = nearest = None
             if any(item.causal_prefix is not None for item in part):
-                hi = torch.from_numpy(np.concatenate([_upper_bounds(item) for item in part])).to(device)
-                behind = np.concatenate([np.arange(item.past + 1, item.past + len(item.ids) + 1) for item in part])
-                nearest = torch.from_numpy(behind.astype(np.int32)).to(device)
+                hi = np.concatenate([_upper_bounds(item) for item in part])
+                nearest = np.concatenate([np.arange(item.past, item.past + len(item.ids)) + 1 for item in part])
+            if spare and chosen.stop == len(items):
+                lens_q.append(spare)
+                lens_k.append(0)
+                causal.append(True)
+                first_keys = np.pad(first_keys, ((0, 0), (0, 1)))
+                if hi is not None and nearest is not None:
+                    hi, nearest = np.pad(hi, (0, spare)), np.pad(nearest, (0, spare))
+            total = sum(lens_q)
             parts.append(
                 _Part(
                     slice(first_row, first_row + total),
-                    torch.tensor([item.causal for item in part], device=device),
+                    torch.tensor(causal, device=device),
                     torch.tensor(list(accumulate(lens_q, initial=0)), dtype=torch.int32, device=device),
-                    torch.from_numpy(starts[:, chosen].astype(np.int32)).to(device),
+                    torch.from_numpy(first_keys).to(device).unbind(),
                     torch.tensor(lens_k, dtype=torch.int32, device=device),
                     (max(lens_q), max(lens_k)),
-                    hi,
-                    nearest,
+                    None if hi is None else torch.from_numpy(hi).to(device),
+                    None if nearest is None else torch.from_numpy(nearest.astype(np.int32)).to(device),
                 )
             )
             first_row += total
@@ -213,50 +238,49 @@ class PackedStep:
 
     def _attention(
         self,
-        layer: Any,
+        attention: Any,
         index: int,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor, Tensor],
+        h: Tensor,
+        tables: tuple[Tensor, Tensor],
         rows: Tensor,
         parts: Sequence[_Part],
-        visible: Sequence[tuple[tuple[int, int] | Tensor, Tensor | None]],
     ) -> Tensor:
-        attention, norm = layer.self_attn, layer.input_layernorm
-        cos, low, high = rope
-        tokens, dim = x.shape[0], cos.shape[-1]
-        h = functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-        q, k = attention.q_proj(h).view(tokens, -1, dim), attention.k_proj(h).view(tokens, -1, dim)
+        """(rows, hidden) -> the same; the states of the first ``len(rows)`` rows go into the arena's ``rows``."""
+        shape = (1, h.shape[0], -1, tables[0].shape[-1])
+        q, k = attention.q_proj(h).view(shape), attention.k_proj(h).view(shape)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        heads = q.shape[1]
-        both = torch.cat([q, k], dim=1)  # [tokens, Hq + Hkv, D]
-        turned = both * cos
-        half = dim // 2
-        turned[..., :half].addcmul_(both[..., half:], low)
-        turned[..., half:].addcmul_(both[..., :half], high)
+        (q,), (k,) = gk.rotary(q, k, *tables)
+        tokens = rows.shape[0]
         keys, values = self.arena.keys, self.arena.values
-        keys.index_copy_(0, rows, turned[:, heads:])
-        values.index_copy_(0, rows, attention.v_proj(h).view(tokens, -1, dim))
-        outs = []
-        for part, (window, hi) in zip(parts, visible, strict=True):
-            out = gk.switch_attention_varlen(
-                turned[part.rows, :heads],
-                keys,
-                values,
-                part.causal,
-                part.cu_seqlens,
-                None,
-                *part.longest,
-                window_size=window,
-                hi=hi,
-                softmax_scale=attention.scaling,
-                k_starts=part.starts[index],
-                seqlens_k=part.lengths,
-            )
-            assert isinstance(out, Tensor)
-            outs.append(out)
+        keys.index_copy_(0, rows, k[:tokens])
+        values.index_copy_(0, rows, attention.v_proj(h).view(shape)[0, :tokens])
+        outs = [self._attend(part, index, q[part.rows], attention.scaling) for part in parts]
         joined = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return attention.o_proj(joined.view(tokens, -1))
+        return attention.o_proj(joined.view(h.shape[0], -1))
+
+    def _attend(self, part: _Part, index: int, q: Tensor, scale: float) -> Tensor:
+        """One layer's attention of a part: q (rows, heads, D) -> the same."""
+        keys, values = self.arena.keys, self.arena.values
+        window = self.windows[index]
+        if (window, scale) not in part.problems:
+            sizes, hi = _visible(part, window, self.model.settings.bidirectional_window)
+            lengths = part.cu_seqlens, None, *part.longest
+            ranges: dict[str, Tensor] = {"k_starts": part.starts[index], "seqlens_k": part.lengths}
+            options: dict[str, Any] = {"window_size": sizes, "hi": hi, "softmax_scale": scale}
+            part.problems[window, scale] = packed_problem(q, keys, part.causal, *lengths, **ranges, **options), {}
+        problem, plans = part.problems[window, scale]
+        return prepared_attention(q, keys, values, replace(problem, k_start=part.starts[index]), plans)
+
+
+def rounded(rows: int) -> int:
+    """The least of these that is not below ``rows``: 1 to 4, multiples of 4 up to 64, eight numbers from each power of 2 to the
+    next.
+    """
+    if rows <= 4:
+        return rows
+    step = max(4, 1 << (rows - 1).bit_length() >> 4)
+    return -(-rows // step) * step
 
 
 def _window(layer: Any, config: Any) -> int | None:

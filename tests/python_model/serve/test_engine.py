@@ -16,6 +16,7 @@ from python_model.generate.decode import Sampling, decode
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve.engine import Failure, Generation, Score, TextWork, Token, Vector
 from python_model.serve.scheduler import QueueFull
+from python_model.serve.step import rounded
 from tests.python_model.serve.conftest import SteppedEngine, collect
 
 WORDS = 300  # ids of the tiny vocabulary that are plain tokens: 3 .. WORDS
@@ -107,14 +108,15 @@ def check(model: GritLM, engine: SteppedEngine, works: list[tuple[int, Any]], ev
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**20), arena=st.sampled_from([130, 260, 1000]), reuse=st.booleans())
+@given(seed=st.integers(0, 2**20), arena=st.sampled_from([130, 260, 1000]), reuse=st.booleans(), rounds=st.booleans())
 def test_results_equal_those_alone_over_random_schedules(
-    served_model: GritLM, seed: int, arena: int, reuse: bool
+    served_model: GritLM, seed: int, arena: int, reuse: bool, rounds: bool
 ) -> None:
     source = random.Random(seed)
     engine = SteppedEngine(
         served_model, arena_rows=arena, max_step_tokens=96, max_sequences=source.choice([2, 5, 20]), reuse=reuse
     )
+    engine.packed_step.rounds = rounds
     works = draw_works(source, 12)
     events = serve(engine, works, source)
     check(served_model, engine, works, events)
@@ -145,6 +147,26 @@ def test_bfloat16_results_keep_the_accuracy_rule(checkpoint: Path) -> None:
         sure = (best[:, 0] - best[:, 1] > allowed).tolist()
         first_unsure = sure.index(False) if False in sure else len(new)
         assert new[:first_unsure] == by_itself.argmax(dim=1).tolist()[:first_unsure]
+
+
+def test_steps_of_16_bits_on_a_cpu_multiply_few_numbers_of_rows(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, dtype=torch.bfloat16, device="cpu")
+    engine = SteppedEngine(model, arena_rows=400, max_step_tokens=96)
+    seen: set[int] = set()
+    for module in model.decoder[0].modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].flatten(0, -2).shape[0]))
+    source = random.Random(4)
+    events = serve(engine, draw_works(source, 12), source)
+    assert all(events) and len(seen) > 5
+    assert seen == {rounded(rows) for rows in seen}
+
+
+def test_rounded_numbers_of_rows_are_few_and_close() -> None:
+    found = [rounded(rows) for rows in range(1, 2049)]
+    assert found == sorted(found) and len(set(found)) < 60
+    for rows, chosen in enumerate(found, start=1):
+        assert rows <= chosen < rows + max(4, rows / 8) and rounded(chosen) == chosen
 
 
 def tiny(family: str) -> Any:
@@ -198,6 +220,7 @@ def test_embeddings_equal_encode_in_every_attention_variant(
         checkpoint = tmp_path
     model = GritLM(checkpoint, dtype=torch.float32, attn=attn, pooling_method="lasttoken" if attn == "cc" else "mean")
     engine = SteppedEngine(model, arena_rows=200, max_step_tokens=128)
+    engine.packed_step.rounds = True
     source = random.Random(0)
     works: list[Any] = [(0, Generation(ids(source, 20), max_tokens=8))]
     for length, skip in ((90, 5), (70, 0), (3, 1)):
@@ -213,6 +236,7 @@ def test_samples_of_few_rows_in_a_call_of_their_own_change_nothing(served_model:
     engine = SteppedEngine(served_model, arena_rows=600, max_step_tokens=96)
     engine.packed_step.split = True
     engine.packed_step.group = 16  # so that some pieces and texts are long
+    engine.packed_step.rounds = True
     works = draw_works(source, 12)
     check(served_model, engine, works, serve(engine, works, source))
 
