@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import os
@@ -16,6 +17,11 @@ from python_model.commands.runner import Command, add_model, load
 from python_model.support.optional import require
 
 KEY_VARIABLE = "GRIT_API_KEY"
+
+SWITCH_SECONDS = 5e-4
+"""After this time a thread gives way to another one. A step gives way at each of its ops, and with Python's default of 5 ms it
+would wait ten times as long while a request is parsed.
+"""
 
 
 def run(arguments: Namespace) -> None:
@@ -67,6 +73,7 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
     """The application described by the arguments; ``on_index``: see :func:`python_model.serve.app.create_app`."""
     import torch
 
+    from python_model.model.packed_linear import own_memory, pack_linear_layers
     from python_model.serve.app import create_app
     from python_model.serve.engine import Engine
     from python_model.serve.service import Limits, Service
@@ -75,6 +82,8 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
         torch.set_num_threads(arguments.threads)
     options = {} if arguments.dtype == "auto" else {"dtype": getattr(torch, arguments.dtype)}
     model = load(arguments, mode=arguments.mode, **options)
+    if pack_linear_layers(model.decoder[0]):
+        own_memory(model)
     engine = Engine(
         model,
         arena_rows=arguments.kv_tokens,
@@ -94,6 +103,9 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
         ),
     )
     add_indexes(service, arguments.index, arguments.store, arguments.query_instruction)
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: collections need not walk through it while requests wait
+    sys.setswitchinterval(SWITCH_SECONDS)
     local = is_loopback(arguments.host) and not keys
     # DNS rebinding: otherwise another site's page could reach the server by a name that resolves to it
     hosts = ["localhost", "127.0.0.1", "[::1]", arguments.host] if local else []

@@ -57,7 +57,8 @@ def embedding_settings(model: GritLM) -> dict[str, Any]:
 
 def _add_weights(digest: Any, module: torch.nn.Module) -> None:
     for name, weight in sorted(module.named_parameters()):
-        flat = weight.detach().reshape(-1)
+        plain = weight.to_dense() if weight.is_mkldnn else weight  # see python_model.model.packed_linear
+        flat = plain.detach().reshape(-1)
         chosen = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).round().long()
         values = flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
         digest.update(name.encode())
