@@ -201,8 +201,7 @@ class Engine:
 
     def cancel(self, works: Sequence[plans.Work]) -> None:
         """Cancel works whose results are no longer wanted; their memory is freed before the next step. Never blocks."""
-        for work in works:
-            work.cancelled = True
+        self.scheduler.cancel(works)
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Accept no more work, give running work ``drain_seconds`` to finish, fail the rest, end the thread."""
@@ -257,8 +256,7 @@ class Engine:
                 log.exception("a step failed outside of its works")
                 with self._changed:
                     lost = list(self.scheduler._all())
-                    for work in lost:
-                        work.cancelled = True
+                    self.scheduler.cancel(lost)
                     self.scheduler.reap(self.clock())
                 self._fail(lost, Failure("error", f"{type(error).__name__} in the server"))
 

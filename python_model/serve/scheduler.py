@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -164,13 +164,14 @@ class Scheduler:
         self.bulk: deque[Text] = deque()
         self.held: list[Sequence] = []  # ended, least recently used first
         self._last_forced = -math.inf
+        self._tokens_in_line = 0  # of waiting, queries and bulk, which may be long
+        self._cancelled = False  # whether a work was, since the last reap()
+        self._first_deadline = math.inf  # not after that of any work
 
     @property
     def queued_tokens(self) -> int:
         """Tokens waiting to be read."""
-        texts = sum(len(text.tokens) for text in chain(self.queries, self.bulk))
-        prompts = sum(s.prompt for s in self.waiting) + sum(s.prompt - s.done for s in self.running if not s.decoding)
-        return texts + prompts
+        return self._tokens_in_line + sum(s.prompt - s.done for s in self.running if not s.decoding)
 
     @property
     def idle(self) -> bool:
@@ -201,9 +202,22 @@ class Scheduler:
                 self.waiting.append(work)
             elif isinstance(work, Text):
                 (self.bulk if work.bulk else self.queries).append(work)
+            self._tokens_in_line += len(work.tokens)
+            self._first_deadline = min(self._first_deadline, work.deadline)
+            if work.cancelled:  # before it came here
+                self._cancelled = True
+
+    def cancel(self, works: Iterable[Work]) -> None:
+        """Mark works that the next :meth:`reap` drops; any thread may call this at any time."""
+        for work in works:
+            work.cancelled = True
+        self._cancelled = True
 
     def reap(self, now: float) -> list[Work]:
         """Drop cancelled and expired works and free their memory; returns the expired ones."""
+        if not self._cancelled and now < self._first_deadline:
+            return []  # without a walk through all that wait
+        self._cancelled = False  # first: what is cancelled from here on may be missed below
         gone = [work for work in self._all() if work.cancelled or work.deadline <= now]
         if gone:
             chosen = set(map(id, gone))
@@ -213,6 +227,8 @@ class Scheduler:
             for work in gone:
                 if isinstance(work, Sequence) and work in self.running:
                     self.finish(work)
+        self._first_deadline = min((work.deadline for work in self._all()), default=math.inf)
+        self._tokens_in_line = sum(len(work.tokens) for work in chain(self.waiting, self.queries, self.bulk))
         return [work for work in gone if not work.cancelled]
 
     def finish(self, sequence: Sequence) -> None:
@@ -231,6 +247,7 @@ class Scheduler:
     def remove(self, text: Text) -> None:
         """Mark a text as read (or failed)."""
         (self.bulk if text.bulk else self.queries).remove(text)
+        self._tokens_in_line -= len(text.tokens)
 
     def plan(self, now: float) -> list[tuple[Work, int]]:
         """The works of the next step and how many tokens of each, decoding sequences first."""
@@ -318,6 +335,7 @@ class Scheduler:
             if interval is None:
                 break
             self.waiting.popleft()
+            self._tokens_in_line -= sequence.prompt
             sequence.interval = interval
             if sequence.states is not None:
                 self.arena.write(interval, sequence.states)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from python_model.serve.arena import Arena
@@ -177,7 +179,7 @@ def test_cancelling_the_sequence_that_others_wait_for_lets_them_start() -> None:
     first, same = prompt(100), prompt(100)
     s.add([first, same])
     run(s.plan(0.0), s)
-    first.cancelled = True
+    s.cancel([first])
     assert s.reap(0.0) == []
     s.plan(0.0)
     assert s.running == [same] and same.reused == 32
@@ -190,3 +192,47 @@ def test_a_backlog_ends_and_leaves_no_memory_behind(rows: int) -> None:
     for _ in range(1000):
         run(s.plan(0.0), s)
     assert s.idle and s.arena.used == sum(h.done for h in s.held)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tokens_of_the_queue_are_counted_through_all_that_happens(seed: int) -> None:
+    source = random.Random(seed)
+    s = scheduler(rows=300, step=32, max_sequences=3)
+    works: list[Work] = []
+    now = 0.0
+    for _ in range(300):
+        now += 1.0
+        length = source.randrange(1, 30)
+        new = source.choice(
+            [prompt(length + 20, source.choice([0, 100])), text(length), text(length, bulk=True, arrival=now)]
+        )
+        new.deadline = now + source.choice([3.0, 20.0, 1000.0])
+        if source.random() < 0.6:
+            s.add([new])
+            works.append(new)
+        if source.random() < 0.2 and works:
+            s.cancel([source.choice(works)])
+        gone = s.reap(now)
+        assert all(work.deadline <= now and not work.cancelled for work in gone)
+        left = list(s._all())
+        assert not any(work.cancelled or work.deadline <= now for work in left)
+        run(s.plan(now), s)
+        unread = [w.prompt - w.done if isinstance(w, Sequence) else len(w.tokens) for w in s._all()]
+        assert s.queued_tokens == sum(max(tokens, 0) for tokens in unread)
+
+
+def test_nobody_walks_through_the_queue_unless_something_in_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = scheduler()
+    works = [text(8, bulk=True) for _ in range(4)]
+    for work in works:
+        work.deadline = 10.0
+    s.add(list(works))
+    monkeypatch.setattr(s, "_all", None)
+    for now in (0.0, 5.0, 9.9):
+        assert s.reap(now) == [] and s.queued_tokens == 32
+    monkeypatch.undo()
+    late = text(8)
+    late.cancelled = True  # its client left while it was on its way
+    s.add([late])
+    assert s.reap(9.9) == [] and s.queued_tokens == 32
+    assert s.reap(10.0) == works and s.idle and s.queued_tokens == 0
