@@ -35,7 +35,8 @@ from python_model.serve.arena import Arena, Interval
 if TYPE_CHECKING:
     from grit_kernels.attention.problem import AttentionProblem
 
-KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+FAMILIES = ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
+KNOWN_LAYERS = tuple(f"{family}DecoderLayer" for family in FAMILIES)
 WITHOUT_WINDOW = ("LlamaDecoderLayer",)
 
 SHORT_ROWS = 64
@@ -115,7 +116,8 @@ class PackedStep:
             raise ValueError(reason)
         self.model, self.arena, self.decoder = model, arena, model.decoder[0]
         config = model.model.config
-        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.group = self.heads[0] // self.heads[1]
         self.windows = [_window(layer, config) for layer in self.decoder.layers]
         on_cpu = arena.keys.device.type == "cpu"
         self.split = not on_cpu if split is None else split
@@ -144,7 +146,7 @@ class PackedStep:
             h, x = add_and_norm(x, branch, layer.input_layernorm)
             attended = self._attention(layer.self_attn, index, h, tables, rows[index], parts)
             h, x = add_and_norm(x, attended, layer.post_attention_layernorm)
-            branch = layer.mlp(h)
+            branch = layer.mlp(h[None])[0]  # a mixture of experts expects (B, T, hidden)
         x, _ = add_and_norm(x, branch, decoder.norm)
         for item in items:
             if item.interval is not None:
@@ -246,18 +248,27 @@ class PackedStep:
         parts: Sequence[_Part],
     ) -> Tensor:
         """(rows, hidden) -> the same; the states of the first ``len(rows)`` rows go into the arena's ``rows``."""
-        shape = (1, h.shape[0], -1, tables[0].shape[-1])
-        q, k = attention.q_proj(h).view(shape), attention.k_proj(h).view(shape)
+        q, k, v = self._projections(attention, h)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         (q,), (k,) = gk.rotary(q, k, *tables)
         tokens = rows.shape[0]
         keys, values = self.arena.keys, self.arena.values
         keys.index_copy_(0, rows, k[:tokens])
-        values.index_copy_(0, rows, attention.v_proj(h).view(shape)[0, :tokens])
+        values.index_copy_(0, rows, v[0, :tokens])
         outs = [self._attend(part, index, q[part.rows], attention.scaling) for part in parts]
         joined = outs[0] if len(outs) == 1 else torch.cat(outs)
         return attention.o_proj(joined.view(h.shape[0], -1))
+
+    def _projections(self, attention: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (rows, hidden), each (1, rows, heads, D)."""
+        dim = self.arena.keys.shape[-1]
+        if hasattr(attention, "qkv_proj"):
+            joint = attention.qkv_proj(h).view(1, h.shape[0], -1, dim)
+            q, k, v = joint.split([*self.heads, self.heads[1]], dim=2)
+            return q, k, v
+        shape = 1, h.shape[0], -1, dim
+        return attention.q_proj(h).view(shape), attention.k_proj(h).view(shape), attention.v_proj(h).view(shape)
 
     def _attend(self, part: _Part, index: int, q: Tensor, scale: float) -> Tensor:
         """One layer's attention of a part: q (rows, heads, D) -> the same."""

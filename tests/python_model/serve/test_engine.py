@@ -184,12 +184,18 @@ def tiny(family: str) -> Any:
         "max_position_embeddings": 256,
         "initializer_range": 0.1,
     }
-    extra = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1} if family == "Qwen2" else {}
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 48}
+    extra: dict[str, Any] = {
+        "Qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+        "Mixtral": {**experts, "sliding_window": 20},
+        "Phi3": {"sliding_window": 30, "pad_token_id": 0, "partial_rotary_factor": 0.5},
+        "Qwen3Moe": {**experts, "mlp_only_layers": [1]},  # the other layer is a mixture
+    }.get(family, {})
     config = getattr(transformers, f"{family}Config")(**sizes, **extra)
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe"])
 def test_other_families_equal_their_own_forward(
     family: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
