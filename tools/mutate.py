@@ -215,6 +215,8 @@ class Trial:
             return self._cpp(edit) if edit.file.startswith(CPP) else self._python(edit)
         finally:
             shutil.copy2(self.root / edit.file, path)
+            if edit.file.startswith(CPP):
+                path.touch()  # newer than the object made from the mutant, which the next build must replace
 
     def _python(self, edit: Edit) -> Verdict:
         ran = 0

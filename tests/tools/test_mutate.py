@@ -186,6 +186,28 @@ def test_a_change_of_cpp_meets_no_test_before_its_piece_of_the_map_is_there(tree
     assert trial(mutate.keyed(edit, "")).outcome == "no test"
 
 
+def test_the_object_made_from_a_change_of_cpp_is_older_than_the_restored_source(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tree / "csrc/cpu/pooling.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text("bool f(int a) { return a < 2; }\n")
+    edit = cpp_edits("csrc/cpu/pooling.cpp", source.read_text(), {1})[0]
+    trial = mutate.Trial(tree, tree / "build/mutate/tree0", Map(), budget=60)
+    built = []
+
+    def build(folder: Path) -> None:
+        (folder / "object").write_bytes((folder / edit.file).read_bytes())
+        built.append((folder / "object").stat().st_mtime_ns)
+
+    monkeypatch.setattr(mutate.mutate_cpp, "choose", lambda *_: ["tests/test_values.py::test_watched"])
+    monkeypatch.setattr(mutate.mutate_cpp, "build", build)
+    assert trial(mutate.keyed(edit, "")).by == "does not compile"
+    restored = trial.tree / edit.file
+    assert restored.read_text() == source.read_text() != (trial.tree / "object").read_text()
+    assert restored.stat().st_mtime_ns > built[0]
+
+
 def test_neighbours_that_share_a_fixture_are_tried_after_the_covering_tests() -> None:
     edit = next(e for e in python_edits("values.py", SOURCE) if e.before == "a * LIMIT")
     seconds = {"t.py::covering": 1.0, "t.py::dear": 50.0, "t.py::cheap": 0.1, "other.py::far": 0.1}
