@@ -40,7 +40,8 @@ from pathlib import Path
 
 from python_model.support.resume import JsonLines
 from tools import mutate_cpp
-from tools.mutate_map import MODES, PORTABLE, Map, environment, pieces, pytest_command, read_map, run_piece
+from tools.mutate_fork import LARGE, Forks, Run
+from tools.mutate_map import MODES, OPTIONS, PORTABLE, Map, environment, pieces, read_map, run_piece
 from tools.mutate_plugin import SELECTED
 from tools.mutate_sites import Edit, python_edits
 
@@ -129,7 +130,7 @@ class Verdict:
     tests: int = 0
 
 
-def wait(child: subprocess.Popen[bytes], limit: float) -> int | None:
+def wait(child: subprocess.Popen[bytes] | Run, limit: float) -> int | None:
     """The status with which ``child``, first of its process session, ends; None once the session has used ``limit`` seconds of
     CPU time, or has slept so long with no thread that could run. Neither grows while a busy machine has no time for the
     session, or while something has stopped it: a test that ends on a quiet machine does so on any."""
@@ -165,7 +166,7 @@ def _stat(path: Path) -> list[str]:
 
 
 def run_tests(
-    tree: Path, mode: str, tests: Sequence[str], limit: float, variables: dict[str, str] | None = None
+    tree: Path, forks: Forks, mode: str, tests: Sequence[str], limit: float, variables: dict[str, str] | None = None
 ) -> Verdict:
     """Run ``tests`` in ``tree`` until one fails, or until :func:`wait` finds ``limit`` passed."""
     scratch = tree / "build" / "mutant"
@@ -173,22 +174,18 @@ def run_tests(
     scratch.mkdir(parents=True)
     (scratch / "tests.json").write_text(json.dumps(list(tests)))
     files = list(dict.fromkeys(test.split("::")[0] for test in tests))
-    command = pytest_command("-x", "--tb=no", "-rfE", f"--basetemp={scratch / 'tmp'}", *files)
-    with open(scratch / "log", "w+") as log:
-        environ = environment(tree, mode) | {SELECTED: str(scratch / "tests.json")} | (variables or {})
-        child = subprocess.Popen(
-            command, cwd=tree, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        # if this process is killed, the child ends too
-        resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(limit) + 1,) * 2)
-        status = wait(child, limit)
-        try:
-            os.killpg(child.pid, signal.SIGKILL)  # servers and ranks that a failed test left behind
-        except ProcessLookupError:
-            pass
-        child.wait()
-        log.seek(0)
-        said = log.read()
+    arguments = [*OPTIONS, "-x", "--tb=no", "-rfE", f"--basetemp={scratch / 'tmp'}", *files]
+    environ = environment(tree, mode) | {SELECTED: str(scratch / "tests.json")} | (variables or {})
+    child = forks.start(arguments, tree, environ, scratch / "log")
+    # if this process is killed, the child ends too
+    resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(limit) + 1,) * 2)
+    status = wait(child, limit)
+    try:
+        os.killpg(child.pid, signal.SIGKILL)  # servers and ranks that a failed test left behind
+    except ProcessLookupError:
+        pass
+    child.wait()
+    said = (scratch / "log").read_text(errors="replace")
     if status == 0:
         return Verdict("survived", tests=len(tests))
     if status == 5:
@@ -201,9 +198,15 @@ def run_tests(
 class Trial:
     """One worker: a copy of the tree in which mutants are made and undone."""
 
-    def __init__(self, root: Path, folder: Path, tests: Map, budget: float) -> None:
+    def __init__(self, root: Path, folder: Path, tests: Map, budget: float, packages: Sequence[str]) -> None:
         self.root, self.tree, self.tests, self.budget = root, folder, tests, budget
+        self.forks = {mode: Forks(environment(folder, mode), packages) for mode in MODES}
         copy_tree(root, folder)
+
+    def close(self) -> None:
+        """End the processes that run tests."""
+        for forks in self.forks.values():
+            forks.close()
 
     def __call__(self, mutant: Mutant) -> Verdict:
         """Make the mutant, test it, undo it."""
@@ -224,7 +227,7 @@ class Trial:
             tests = self.tests.choose(mode, edit, self.budget)
             if not tests:
                 continue
-            verdict = run_tests(self.tree, mode, tests, self._limit(mode, tests))
+            verdict = run_tests(self.tree, self.forks[mode], mode, tests, self._limit(mode, tests))
             ran += verdict.tests
             if verdict.outcome == "noticed":
                 return verdict
@@ -238,7 +241,8 @@ class Trial:
         if library is None:
             return Verdict("noticed", "does not compile")
         limit = self._limit(PORTABLE, tests)
-        return run_tests(self.tree, "cpu", tests, limit, {"GRIT_KERNELS_LIBRARY": str(library)})
+        variables = {"GRIT_KERNELS_LIBRARY": str(library)}
+        return run_tests(self.tree, self.forks["cpu"], "cpu", tests, limit, variables)
 
     def _limit(self, mode: str, tests: Iterable[str]) -> float:
         return 60 + 10 * sum(self.tests.seconds[mode][test] for test in tests)
@@ -379,8 +383,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
         tried = {key for key, row in rows.items() if row["outcome"] == "noticed" or key not in again}
         missing = [mutant for mutant in mutants if mutant.key not in tried]
         workers = range(min(options.jobs, len(missing)))
-        trials = [Trial(root, work / f"tree{worker}", tests, options.seconds) for worker in workers]
-        try_all(missing, trials, log, partial=options.partial)
+        trials = [Trial(root, work / f"tree{worker}", tests, options.seconds, LARGE) for worker in workers]
+        try:
+            try_all(missing, trials, log, partial=options.partial)
+        finally:
+            for trial in trials:
+                trial.close()
     log.close()
     rows = {str(row["key"]): row for row in log.rows}  # the last row of a key counts
     print(report((rows[mutant.key] for mutant in mutants if mutant.key in rows), known_equivalent()))

@@ -35,10 +35,8 @@ def environment(tree: Path, mode: str) -> dict[str, str]:
     return inherited | own | ({"TRITON_INTERPRET": "1"} if mode == "interpret" else {})
 
 
-def pytest_command(*arguments: str) -> list[str]:
-    """Options for one process that leaves no files of pytest's own and in which no clock on the wall fails a test."""
-    own = ("-q", "-p", "no:cacheprovider", "-p", "tools.mutate_plugin", "-o", "timeout=0")
-    return [sys.executable, "-m", "pytest", *own, *arguments]
+OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "tools.mutate_plugin", "-o", "timeout=0")
+"""Of pytest: one process that leaves no files of pytest's own and in which no clock on the wall fails a test."""
 
 
 def pieces(tree: Path) -> list[tuple[str, str]]:
@@ -61,7 +59,8 @@ def measure(tree: Path, folder: Path, name: str, mode: str, paths: Sequence[str]
     """Run the tests of ``paths`` and leave their seconds in ``folder/name.json``."""
     environ = environment(tree, mode) | {DURATIONS: str(folder / f"{name}.json")} | dict(variables)
     with open(folder / f"{name}.log", "w") as log:
-        run = subprocess.run(pytest_command(*paths), cwd=tree, env=environ, stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *paths]
+        run = subprocess.run(command, cwd=tree, env=environ, stdout=log, stderr=subprocess.STDOUT)
     if run.returncode not in (0, 1, 5):  # all passed, some failed, there were none
         raise RuntimeError(f"coverage map: pytest {' '.join(paths)} ended with {run.returncode}, see {log.name}")
 

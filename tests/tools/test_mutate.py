@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ pytest.importorskip("coverage")
 
 from tests.conftest import ROOT, needs_source_tree  # noqa: E402
 from tools import mutate  # noqa: E402
-from tools.mutate_map import Map, read_map  # noqa: E402
+from tools.mutate_fork import Forks  # noqa: E402
+from tools.mutate_map import Map, environment, read_map  # noqa: E402
 from tools.mutate_sites import cpp_edits, live_lines, python_edits  # noqa: E402
 
 pytestmark = needs_source_tree
@@ -60,6 +62,7 @@ def test_watched():
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the processes inside start quicker
+    monkeypatch.setattr(mutate, "LARGE", ())
     files = {
         "grit_kernels/__init__.py": "",
         "grit_kernels/small/__init__.py": "",
@@ -182,7 +185,7 @@ def test_a_change_of_cpp_meets_no_test_before_its_piece_of_the_map_is_there(tree
     (tree / "csrc/cpu/pooling.cpp").write_text("bool f(int a) { return a < 2; }\n")
     edit = cpp_edits("csrc/cpu/pooling.cpp", (tree / "csrc/cpu/pooling.cpp").read_text(), {1})[0]
     tests = read_map(tree, tree / "build/mutate/map")
-    trial = mutate.Trial(tree, tree / "build/mutate/tree0", tests, budget=60)
+    trial = mutate.Trial(tree, tree / "build/mutate/tree0", tests, budget=60, packages=())
     assert trial(mutate.keyed(edit, "")).outcome == "no test"
 
 
@@ -193,7 +196,7 @@ def test_the_object_made_from_a_change_of_cpp_is_older_than_the_restored_source(
     source.parent.mkdir(parents=True)
     source.write_text("bool f(int a) { return a < 2; }\n")
     edit = cpp_edits("csrc/cpu/pooling.cpp", source.read_text(), {1})[0]
-    trial = mutate.Trial(tree, tree / "build/mutate/tree0", Map(), budget=60)
+    trial = mutate.Trial(tree, tree / "build/mutate/tree0", Map(), budget=60, packages=())
     built = []
 
     def build(folder: Path) -> None:
@@ -221,9 +224,10 @@ def test_neighbours_that_share_a_fixture_are_tried_after_the_covering_tests() ->
 
 def test_an_endless_loop_is_stopped_and_counts_as_noticed(tree: Path) -> None:
     (tree / "tests/test_loop.py").write_text("def test_loop():\n    while True:\n        pass\n")
-    verdict = mutate.run_tests(tree, "cpu", ["tests/test_loop.py::test_loop"], limit=4)
+    with closing(Forks(environment(tree, "cpu"), ())) as forks:
+        verdict = mutate.run_tests(tree, forks, "cpu", ["tests/test_loop.py::test_loop"], limit=4)
+        fine = mutate.run_tests(tree, forks, "cpu", ["tests/test_values.py::test_watched"], limit=60)
     assert (verdict.outcome, verdict.by) == ("noticed", "time limit")
-    fine = mutate.run_tests(tree, "cpu", ["tests/test_values.py::test_watched"], limit=60)
     assert fine.outcome == "survived" and fine.tests == 1
 
 
