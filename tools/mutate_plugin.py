@@ -6,6 +6,7 @@ Child processes of a test are measured as well: coverage's configuration takes i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,14 @@ import pytest
 
 CONTEXT, DURATIONS, SELECTED = "MUTATE_CONTEXT", "MUTATE_DURATIONS", "MUTATE_SELECTED"
 """Environment variables: the running test; the file for the durations; the file with the chosen tests."""
+
+if SELECTED in os.environ:
+    with contextlib.suppress(ImportError):
+        from hypothesis import Phase, settings
+
+        # the first failure decides: it is not made smaller; profiles that are made later start from this one
+        settings.register_profile("first failure", phases=(Phase.explicit, Phase.reuse, Phase.generate))
+        settings.load_profile("first failure")
 
 _seconds: dict[str, float] = {}
 _not_passed: set[str] = set()

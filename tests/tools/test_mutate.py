@@ -231,6 +231,27 @@ def test_an_endless_loop_is_stopped_and_counts_as_noticed(tree: Path) -> None:
     assert fine.outcome == "survived" and fine.tests == 1
 
 
+def test_a_failure_of_a_property_is_not_made_smaller(tree: Path) -> None:
+    pytest.importorskip("hypothesis")
+    (tree / "tests/conftest.py").write_text(  # as this project's: a profile that leaves open what is made smaller
+        "from hypothesis import settings\n\n"
+        "settings.register_profile('fixed', derandomize=True, deadline=None, database=None)\n"
+        "settings.load_profile('fixed')\n"
+    )
+    (tree / "tests/test_property.py").write_text(
+        "from hypothesis import given, strategies\n\n"
+        "@given(strategies.lists(strategies.integers()))\n"
+        "def test_property(values):\n"
+        "    if sum(values) > 1000:\n"
+        "        open('failures', 'a').write('x')\n"
+        "        assert False\n"
+    )
+    with closing(Forks(environment(tree, "cpu"), ())) as forks:
+        verdict = mutate.run_tests(tree, forks, "cpu", ["tests/test_property.py::test_property"], limit=60)
+    assert verdict.by == "tests/test_property.py::test_property"
+    assert len((tree / "failures").read_text()) <= 3, "found, and shown"
+
+
 def test_only_a_test_that_works_or_sleeps_reaches_the_limit_not_one_that_is_stopped() -> None:
     def started(code: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
