@@ -32,6 +32,7 @@ inline void use_large_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t b
 // Memory of at least 2 * LARGE_PAGE and at most MOST_KEPT is kept for the next call: the system zeroes fresh pages, which takes a
 // fifth of the backward pass of short samples.
 constexpr int64_t MOST_KEPT = 128 << 20, HEADER = 64;
+static_assert(HEADER % 64 == 0, "what follows the header is aligned as the block is");
 
 inline std::atomic<void*> kept{nullptr};  // one block, or null; its first word holds its size
 

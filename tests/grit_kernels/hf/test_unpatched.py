@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import grit_kernels as gk
 from tests.grit_kernels.hf.test_families import FAMILIES, IDS, LEFT, RIGHT, WINDOW, WINDOWED, close, run_stock, stock
@@ -79,3 +80,13 @@ def test_a_causal_window_of_w_sees_w_keys_and_not_w_minus_1(family: str) -> None
     before, after = (model(x, use_cache=False).logits[0] for x in (ids, changed))
     differs = (before - after).abs().amax(-1) > 1e-6
     assert differs.nonzero()[:, 0].tolist() == list(range(2, 2 + WINDOW))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_without_a_mask_and_positions_are_whole_samples(causal: bool) -> None:
+    """Models with absolute positions pass neither to the attention function."""
+    attention = ALL_ATTENTION_FUNCTIONS["grit"]
+    q, k, v = torch.randn(3, 2, 4, 5, 32).unbind(0)
+    found, _ = attention(torch.nn.Module(), q, k, v, None, is_causal=causal)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    close(found, expected.transpose(1, 2))

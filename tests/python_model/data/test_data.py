@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 
+from python_model.corpora import sample
 from python_model.corpora.sample import (
     CORPUS_PASSAGES,
     COUNTS,
     HELD_OUT_PERCENT,
     NEGATIVES,
+    WordNetRows,
 )
 from python_model.corpora.sources.packages import SourceError
 from python_model.corpora.sources.python_functions import WHEELS, read_functions
-from python_model.corpora.sources.wordnet import UNSUITABLE, WORDNET_SHA256, read_wordnet
+from python_model.corpora.sources.wordnet import UNSUITABLE, WORDNET_SHA256, Synset, read_wordnet
 from python_model.corpora.split import held_out
 from python_model.data import sample_dir
 from python_model.data.reading import read_corpus, read_embedding, read_generative, read_rows
@@ -235,6 +237,54 @@ def test_wordnet_files_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "data.verb").write_text("changed")
     with pytest.raises(SourceError, match=r"data\.verb: expected SHA-256"):
         read_wordnet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gloss", "suitable"),
+    [
+        ("a natural stream of water", True),
+        ("a stream of water (natural) that flows", True),
+        ("a natural stream (of water", False),
+        ("a stream in Africa and Asia", False),
+        ("a stream of water: 'the \"Nile\"'", False),
+        ("a stream of wäter that flows", False),
+        ("the stream of a church", False),
+        ("water that flows far", True),
+        ("running streamwaters", False),
+        ("water in a stream x", False),
+        ("a stream " + 38 * "and " + "so", False),
+    ],
+)
+def test_a_definition_is_taken_if_it_is_plain_whole_and_names_nobody(gloss: str, suitable: bool) -> None:
+    synset = Synset("1", "n", ("stream",), gloss, (), (), True)
+    assert WordNetRows.is_suitable(synset) == suitable
+
+
+def test_the_sample_is_written_or_compared_and_a_missing_source_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("fetch_wordnet", tmp_path), ("read_wordnet", {}), ("read_functions", [])):
+        monkeypatch.setattr(sample, name, lambda *_, value=value: value)
+    monkeypatch.setattr(sample, "build", lambda *_: {"train/embedding.jsonl": '{"ü": 1}\n{}\n'})
+    output = ["--output", str(tmp_path / "made")]
+    file = tmp_path / "made/train/embedding.jsonl"
+    with pytest.raises(SystemExit, match="embedding.jsonl differs from what is built"):
+        sample.main([*output, "--check"])
+    assert not file.exists()
+    sample.main(output)
+    assert file.read_text(encoding="utf-8") == '{"ü": 1}\n{}\n'
+    sample.main([*output, "--check"])
+    assert capsys.readouterr().out == 2 * f"{file}: 2 rows, 13 bytes\n"
+    file.write_text("{}\n")
+    with pytest.raises(SystemExit, match="embedding.jsonl differs from what is built"):
+        sample.main([*output, "--check"])
+
+    def fetch(folder: Path) -> Path:
+        raise SourceError(f"wordnet: not in {folder}")
+
+    monkeypatch.setattr(sample, "fetch_wordnet", fetch)
+    with pytest.raises(SystemExit, match="wordnet: not in .*packages"):
+        sample.main(output)
 
 
 def test_functions_are_read_without_docstring_and_only_where_described(tmp_path: Path) -> None:

@@ -99,7 +99,24 @@ def test_the_order_is_the_same_everywhere(kind: str) -> None:
     assert [row for _, row in BatchOrder([10], 10, seed=7).batch(0)] == EXPECTED[kind]
 
 
+def test_the_order_of_several_data_sets_is_the_same_everywhere(kind: str) -> None:
+    order = BatchOrder([6, 5], 4, seed=7)
+    assert [order.batch(step) for step in range(3)] == EXPECTED_OF_TWO[kind]
+
+
 EXPECTED = {"sorted": [0, 5, 6, 1, 7, 3, 4, 9, 8, 2], "computed": [3, 1, 6, 8, 4, 5, 7, 9, 2, 0]}
+EXPECTED_OF_TWO = {
+    "sorted": [
+        [(0, 4), (0, 3), (0, 5), (0, 1)],
+        [(1, 1), (1, 3), (1, 2), (1, 0)],
+        [(0, 2), (0, 0), (1, 4), (0, 4)],
+    ],
+    "computed": [
+        [(1, 0), (1, 2), (1, 4), (1, 1)],
+        [(0, 4), (0, 5), (0, 1), (0, 3)],
+        [(0, 2), (0, 0), (1, 3), (0, 4)],
+    ],
+}
 
 
 @MANY

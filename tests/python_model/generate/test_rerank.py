@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from python_model import GritLM
+from python_model.generate import rerank as rerank_module
 from python_model.generate.rerank import (
     METHODS,
     answer_tokens,
@@ -99,6 +100,21 @@ def test_the_model_itself_ranks_every_passage_once(model: GritLM) -> None:
         scores = [r.score for r in ranked]
         assert scores == sorted(scores, reverse=True)
     assert rerank(model, "river?", []) == []
+
+
+def test_a_method_ranks_by_its_own_score_and_batch_size(model: GritLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for method, name in (("pointwise", "yes_scores"), ("likelihood", "query_likelihoods")):
+        score = getattr(rerank_module, name)
+
+        def noted(*arguments: Any, score: Any = score, **options: Any) -> list[float]:
+            sizes.append(options["batch_size"])
+            return list(score(*arguments, **options))
+
+        monkeypatch.setattr(rerank_module, name, noted)
+        ranked = rerank(model, "river?", PASSAGES, method=method, batch_size=2)  # type: ignore[arg-type]
+        assert [r.score for r in ranked] == sorted(score(model, "river?", PASSAGES, batch_size=2), reverse=True)
+    assert sizes == [2, 2]
 
 
 def _answer_tokens(model: GritLM) -> tuple[int, int, int]:

@@ -129,6 +129,18 @@ def test_special_tokens_are_those_the_tokenizer_adds(single: str) -> None:
     assert encode_text(tokenizer, "", "a", 16, special_tokens=SpecialTokens.of(tokenizer, "bos")).input_ids == [0, 3]
 
 
+def test_a_formatter_follows_the_models_rule_for_special_tokens() -> None:
+    tokenizer = tokenizer_that_adds("$A </s>")
+    for rule, front, behind in (("tokenizer", [], [1]), ("bos", [0], [])):
+        formatter = Formatter(tokenizer, GritSettings(special_tokens=rule))  # type: ignore[arg-type]
+        assert formatter.text("Find ", "a b", 16).input_ids == [*front, 5, 3, 4, *behind]
+        assert formatter.text("Find ", "a b", 16, add_special_tokens=False).input_ids == [5, 3, 4]
+        assert formatter.prompt("Find a") == [*front, 5, 3]
+        assert formatter.prompt("Find a", add_special_tokens=False) == [5, 3]
+        assert formatter.conversation(["a", "b"], 64).input_ids[: len(front) + 1] == [*front, 2]
+        assert formatter.conversation(["a b"], 64).input_ids[: len(front) + 2] == [*front, 3, 4]
+
+
 def test_special_tokens_in_user_text_stay_text(tokenizer: Any) -> None:
     sample = encode_text(tokenizer, EMBED, "end</s><s> of <pad> it", 128)
     assert not {0, 1, 2} & set(sample.input_ids[1:])

@@ -48,6 +48,14 @@ def test_single_objective_modes_skip_the_other_loss(checkpoint: Path, tmp_path: 
     assert (records[0]["generative_grad_norm"] is None) == (mode == "embedding")
 
 
+@pytest.mark.parametrize(("mode", "task"), [("embedding", "feature-extraction"), ("unified", "text-generation")])
+def test_the_card_says_what_the_trained_model_does(checkpoint: Path, tmp_path: Path, mode: str, task: str) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, mode=mode))
+    card = trainer._card(trainer.grit)
+    assert f"pipeline_tag: {task}" in card
+    assert ("grit generate" in card) == (mode == "unified")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import grit_kernels as gk
 from python_model.commands.train import COMMAND as grit_train
 from python_model.train.distributed import Ranks
-from python_model.train.memory import plan_tokens
+from python_model.train.memory import device_limit, plan_tokens
 from python_model.train.model import TrainingModel
 from python_model.train.step import StepGradients, plan_step
 from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model, toy_trainer
@@ -204,3 +206,10 @@ def test_the_planned_optimizer_is_what_a_step_leaves(checkpoint: Path, tmp_path:
         tokens = plan_tokens(config.mode, config.data, config.batch, 1)
         dry, _ = plan_dry_run(config.model, config.parallel, tokens, 1, optimizer=config.optimizer.kind)
         assert dry.optimizer == kept
+
+
+def test_the_limit_of_a_cpu_is_its_free_memory_if_psutil_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=9, available=7))
+    for module, limit in ((free, 7.0), (None, None)):
+        monkeypatch.setitem(sys.modules, "psutil", module)
+        assert device_limit(torch.device("cpu")) == limit

@@ -1,0 +1,58 @@
+"""A file or folder exists completely or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from python_model.support.files import cache_folder, new_file, new_folder, write_json, write_text
+
+
+def test_a_folder_appears_whole_with_its_parents_and_replaces_another(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "model"
+    for text in ("first", "second"):
+        with new_folder(target) as folder:
+            (folder / text).mkdir()
+            (folder / text / "weights").write_text(text)
+            assert not (target / text).exists()
+        assert [path.name for path in target.rglob("*")] == [text, "weights"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_appears_whole_with_its_parents_and_replaces_another(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "text"
+    for text in ("first", "zweite Fassung: ü"):
+        write_text(target, text)
+        assert target.read_text(encoding="utf-8") == text
+    write_json(target, {"ü": [1, None]})
+    assert json.loads(target.read_text(encoding="utf-8")) == {"ü": [1, None]}
+    assert target.read_text(encoding="utf-8").startswith('{\n  "ü"')
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("old")
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(RuntimeError, match="half"), new_file(file) as opened:
+        opened.write(b"new")
+        raise RuntimeError("half")
+    with pytest.raises(RuntimeError, match="half"), new_folder(folder) as filled:
+        (filled / "new").touch()
+        raise RuntimeError("half")
+    assert file.read_text() == "old" and [path.name for path in folder.iterdir()] == ["old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GRIT_KERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "grit_kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    assert cache_folder() == tmp_path / "shared" / "grit_kernels"
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "own"
