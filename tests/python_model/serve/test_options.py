@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,13 @@ def built(monkeypatch: pytest.MonkeyPatch, *options: str, keys: tuple[str, ...] 
     monkeypatch.setattr(
         "python_model.serve.app.create_app", lambda service, **rest: found.update(rest, service=service)
     )
-    serve.build_app(serve.COMMAND.arguments([*options, "--device", "cpu"]), keys, on_index=found)
+    interval = sys.getswitchinterval()
+    try:
+        serve.build_app(serve.COMMAND.arguments([*options, "--device", "cpu"]), keys, on_index=found)
+        assert sys.getswitchinterval() == pytest.approx(serve.SWITCH_SECONDS)
+    finally:  # what suits a server's process
+        sys.setswitchinterval(interval)
+        gc.unfreeze()
     assert found["on_index"] is found
     return SimpleNamespace(**found)
 
