@@ -11,6 +11,7 @@ import pytest
 from bench import records
 from bench.common import RESULTS
 from bench.proof_table import mean_losses, ndcg
+from python_model.cli import main
 from tests.conftest import needs_source_tree
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +142,22 @@ def test_the_page_on_kernels_states_the_profile_of_the_record() -> None:
     padded = {row["part"]: row["share"] for row in rows("model", group="profile", variant="sdpa, two padded passes")}
     times = value("model", "time_over_first", variant="sdpa, two padded passes")
     assert f"takes {padded['attention op']:.0%}".replace("%", " %") + f" of {times:.1f} times" in page
+
+
+@pytest.mark.parametrize("recipe", ["gritlm-7b", "gritlm-8x7b", "embedding-7b", "generative-7b"])
+def test_the_page_on_training_states_what_a_dry_run_estimates(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{recipe}\.yaml` \| (.*) \|$", page, flags=re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    totals = []
+    for world in (1, 8, 16, 64):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        main(["train", "--config", f"configs/{recipe}.yaml", "--dry_run", "true"])
+        printed = capsys.readouterr().out
+        totals.append(f"{float(re.findall(r'total ([0-9.]+) GiB', printed)[0]):.0f}")
+        if (recipe, world) == ("gritlm-7b", 8):
+            assert printed.strip() in page
+    assert row == " | ".join(totals)

@@ -50,4 +50,4 @@ def test_the_readme_counts_model_types_as_the_page_does() -> None:
         in " ".join(README.split())
     )
     correct = set(re.findall(r"`(\w+)`", page.partition("Correct: ")[2].partition("| refused")[0]))
-    assert {"gpt_oss", "deepseek_v3", "gemma3_text", "qwen3_moe"} <= correct and "qwen3_5_text" not in correct
+    assert {"gpt_oss", "deepseek_v3", "gemma3_text", "qwen3_moe", "qwen3_5_text", "lfm2"} <= correct

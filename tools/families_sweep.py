@@ -25,31 +25,26 @@ from tools.families_table import MARKER, TABLE
 
 LAYERS = 8
 """Enough for every pattern of kinds; building the default number takes an hour."""
-HYBRID = {"layer_types": ["conv", "full_attention"] * 4, "num_hidden_layers": 8}
-REPRESENTATIVE: dict[str, dict[str, Any]] = {"lfm2": HYBRID, "lfm2_moe": HYBRID}
-"""Changes where the default config is not of a model that people use: LFM2's has no convolution."""
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 4, "num_hidden_layers": 8}
+STATES = {"layer_types": ["linear_attention", "full_attention"] * 4, "num_hidden_layers": 8}
+REPRESENTATIVE: dict[str, dict[str, Any]] = {
+    **{"lfm2": CONVOLUTIONS, "lfm2_moe": CONVOLUTIONS, "granitemoehybrid": STATES},
+    "bamba": {"attn_layer_indices": [1, 3, 5, 7], "num_hidden_layers": 8},
+}
+"""Changes where the default config is not of a model that people use: these have one kind of layer only."""
 COMPLETE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 """Values that some default configs leave open and every checkpoint's config sets."""
 
 SINKS = ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint")
 """Types with attention sinks."""
-WRONG = (
-    *(
-        "qwen3_next",
-        "qwen3_5_text",
-        "qwen3_5_moe_text",
-        "lfm2",
-        "lfm2_moe",
-        "lfm3",
-        "olmo_hybrid",
-        "nemotron_h",
-        "minimax",
-        "bamba",
-        "jamba",
-    ),
-    *("granitemoehybrid", "llama4_text"),
+RECURRENT = (
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "lfm3", "olmo_hybrid"),
+    *("granitemoehybrid", "falcon_h1"),
 )
-"""Types whose attention patch() would compute wrongly: states carried across a pack, chunked layers."""
+"""Types with layers that carry a state, which patch() begins anew with every sample."""
+WRONG = ("minimax", "jamba", "bamba", "nemotron_h", "llama4_text")
+"""Types that patch() would compute wrongly: states that it cannot begin anew or that transformers itself does not continue
+rightly, chunked layers."""
 
 
 def representative_model(model_type: str) -> Any:
@@ -107,6 +102,14 @@ def render(verdicts: dict[str, proof.Verdict]) -> str:
         "a type that is not in the table above: on a tiny random model of the same class and config features, packed and alone,",
         f"causal and bidirectional, padded, and after a cache. {len(admitted)} are correct and admitted, {len(refused)} are",
         "refused with a reason, none is admitted and wrong. Other config features of the same type are tried separately.",
+        "",
+        "Layers that carry a state from token to token (Mamba 2, gated delta rule, short convolutions) begin anew with every",
+        "sample. On a CPU transformers has no way to tell them where a sample ends: without the CUDA packages `causal-conv1d`",
+        "and `flash-linear-attention` its convolutions and recurrences refuse `seq_idx` and `cu_seqlens`. So `patch()` lays the",
+        "pack out as one row per sample around each such layer, and only there; the layer itself runs unchanged, and computes",
+        "the padding of those rows. It reads forwards in a bidirectional sample too, as in the unpatched model; only the",
+        "attention layers beside it see both sides. Refused are those that do not hand a pass on to such layers, and those that",
+        "the unpatched model itself does not continue correctly after a cache.",
         "",
         f"Correct: {', '.join(f'`{name}`' for name in admitted)}.",
         "",

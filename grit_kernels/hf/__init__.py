@@ -4,7 +4,7 @@
 * caches, whatever the argument is called in this version of transformers: :func:`new_cache`, :func:`cached_states`,
   :func:`cache_keyword`, and ``StaticCache``, whose layout the kernels read without a copy.
 * :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`depends_on_length`: whether its rotary
-  frequencies depend on the length of a text.
+  frequencies depend on the length of a text; :func:`has_recurrent_layers`: whether some of its layers carry a state.
 * :func:`checkpoint_activations`, :func:`checkpoints_activations`, :func:`expert_balance_loss`: for training.
   :func:`check_plain_head`: whether applying the language-model head directly gives the model's logits.
 
@@ -26,6 +26,7 @@ from grit_kernels.hf.compat import (
 )
 from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
 from grit_kernels.hf.proof import check_plain_head
+from grit_kernels.hf.recurrent import has_recurrent_layers
 from grit_kernels.hf.rope import depends_on_length
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "decoder_of",
     "depends_on_length",
     "expert_balance_loss",
+    "has_recurrent_layers",
     "is_patched",
     "layers_of",
     "new_cache",

@@ -49,15 +49,17 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     return given[1] if given[0] is None else given[0]
 
 
-def new_cache(states: Iterable[tuple[Tensor, Tensor]] | None = None) -> Any:
+def new_cache(states: Iterable[tuple[Tensor, Tensor]] | None = None, *, config: Any = None) -> Any:
     """A cache that grows and keeps every state; filled with ``states``, (keys, values) of each layer, if there are some.
 
     Made without a config on purpose: with one, transformers drops what lies beyond a sliding window, which attention does
-    by itself. keys and values: (B, heads, tokens, head_dim).
+    by itself. A decoder whose layers carry a state (recurrent.py) needs the ``config``, by which transformers makes room for it.
+    keys and values: (B, heads, tokens, head_dim).
     """
     from transformers import DynamicCache
 
-    return DynamicCache() if states is None else DynamicCache(list(states))
+    options = {} if config is None else {"config": config}
+    return DynamicCache(**options) if states is None else DynamicCache(list(states), **options)
 
 
 def cached_states(cache: Any) -> list[tuple[Tensor, Tensor]]:

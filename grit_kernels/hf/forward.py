@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_kernels.checks import described
-from grit_kernels.hf import compat, gptj, rope
+from grit_kernels.hf import compat, gptj, recurrent, rope
 from grit_kernels.hf.interface import AttentionPass
 from grit_kernels.packing import SamplePack
 
@@ -54,6 +54,8 @@ class PatchRecord:
     """The model generates: calls are causal unless they say otherwise, whatever the config says."""
     rope_by_length: bool
     """The rotary frequencies depend on the length of the text (rope.py)."""
+    recurrent: bool
+    """Some layers carry a state from token to token (recurrent.py)."""
 
 
 # ---- calls that run while another thread patches or unpatches
@@ -149,6 +151,8 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     batch, length = inputs.shape[:2]
     cache, use_cache = compat.take_cache(bound), bool(bound.pop("use_cache", False))
     caching = cache is not None or use_cache
+    if record.recurrent and cache is not None:
+        recurrent.check_cache(cache)
     mask, positions = bound.pop("attention_mask", None), bound.pop("position_ids", None)
     is_causal, sample_pack = bound.pop("is_causal", None), bound.pop("sample_pack", None)
     numbers = bound.pop("seq_idx", None)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from grit_kernels.hf import compat, gptj, proof, rope
+from grit_kernels.hf import compat, gptj, proof, recurrent, rope
 from grit_kernels.hf import fuse as fused_modules
 from grit_kernels.hf.forward import PatchRecord, exclusive, forward
 from grit_kernels.hf.interface import BIDIRECTIONAL_WINDOWS, NAME, register
@@ -65,7 +65,9 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
 
     The model gets its own copy of the config, since the object may be shared with other models. Patching and unpatching are safe
     while other threads call the model: unpatching waits for running calls. Rotary scaling that depends on the length
-    (``dynamic``, ``longrope``) is decided per text, so no result depends on the other texts in a batch.
+    (``dynamic``, ``longrope``) is decided per text, so no result depends on the other texts in a batch. Layers that carry a state
+    from token to token (Mamba, gated delta rule, short convolutions) begin anew with every sample; like those of the unpatched
+    model, they read forwards whatever ``is_causal`` says.
     """
     decoder = _decoder(model)
     if bidirectional_window not in BIDIRECTIONAL_WINDOWS:
@@ -97,6 +99,7 @@ def install(model: Any, decoder: Any, *, bidirectional_window: str, packing: boo
             has_head=compat.unwrapped(model) is not decoder,
             own_attention=gptj.attends_by_itself(decoder),
             rope_by_length=rope.depends_on_length(decoder),
+            recurrent=bool(recurrent.mixers(decoder)),
         )
     with exclusive(decoder):
         if not is_patched(model):
@@ -106,6 +109,7 @@ def install(model: Any, decoder: Any, *, bidirectional_window: str, packing: boo
                 gptj.attach(compat.unwrapped(model), decoder)
             if record.rope_by_length:
                 rope.attach(decoder)
+            recurrent.attach(decoder)
         fused_modules.detach(decoder)
         if fuse:
             fused_modules.attach(decoder)
@@ -135,6 +139,7 @@ def unpatch(model: Any) -> Any:
             gptj.detach(compat.unwrapped(model), decoder)
         if record.rope_by_length:
             rope.detach(decoder)
+        recurrent.detach(decoder)
     return model
 
 

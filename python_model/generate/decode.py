@@ -125,7 +125,14 @@ def decode(
     used[:, past + longest :] = 1
     used, ids, positions = used.to(device), ids.to(device), positions.to(device)
     whole = bool((used == 1).all())
-    cache = gk.hf.StaticCache(model.config.num_hidden_layers, slots)
+    if not gk.hf.has_recurrent_layers(model):
+        cache = gk.hf.StaticCache(model.config.num_hidden_layers, slots)
+    elif past:
+        raise ValueError(
+            f"states: expected none for a {type(model).__name__}, some of whose layers keep no keys and values, got some"
+        )
+    else:
+        cache = gk.hf.new_cache(config=model.config)
     _fill(cache, before, past, device, model.dtype)
     keyword = gk.hf.cache_keyword(model, cache)
     ends = torch.tensor(sorted(eos_token_ids), device=device)

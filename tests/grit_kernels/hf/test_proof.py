@@ -98,6 +98,13 @@ def test_types_with_attention_sinks_are_admitted(model_type: str) -> None:
     assert families_sweep.tried(model_type).refusal is None
 
 
+@pytest.mark.parametrize("model_type", families_sweep.RECURRENT)
+def test_types_with_layers_that_carry_a_state_are_admitted(model_type: str) -> None:
+    if not hasattr(transformers.Cache, "get_conv_state") or model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("a transformers before 5.24, which calls such layers otherwise: they are refused")
+    assert families_sweep.tried(model_type).refusal is None
+
+
 def test_a_refusal_names_the_model_and_the_reason() -> None:
     model = model_of("stablelm")
     reason = r"got StableLmForCausalLM \(model type 'stablelm'\): .*no layer of this StableLmModel called.* Tested are gemma2"
