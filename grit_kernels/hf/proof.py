@@ -298,7 +298,7 @@ def _tiny_rope(parameters: dict[str, Any]) -> dict[str, Any]:
 def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
     """The first layer of every kind, at least two in all; kinds are given by the lists with one entry per layer, and by lists
     of layers' indices."""
-    kinds = next((given[name] for name in LISTS_OF_KINDS if given.get(name)), [])
+    kinds: list[Any] = next((given[name] for name in LISTS_OF_KINDS if given.get(name)), [])
     count = next((given[name] for name in LAYER_COUNTS if isinstance(given.get(name), int)), len(kinds))
     if not count:
         raise _Unknown("its config has no number of layers by a known name")
