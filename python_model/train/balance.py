@@ -2,8 +2,13 @@
 
 At the start of a run the contrastive gradient may be ten times the generative one, and clipping their sum then leaves next to
 nothing of the smaller. With a limit, each objective's gradient is clipped before the sum is formed, so both move the weights
-from the first step. Norms are taken over all trained weights, after summing over chunks and ranks, so they and the result do
-not depend on the number of either.
+from the first step. The limit of an objective is multiplied by the weight of its losses: the gradient of the loss itself is what
+is limited, and then weighted, so the weights keep their effect when every gradient is longer than its limit. Norms are taken
+over all trained weights, after summing over chunks and ranks, so they and the result do not depend on the number of either.
+
+A cheaper form would scale one loss by running norms and keep no second gradient. But the norm of the objective that comes second
+is only known from a gradient of its own, so the log would lose it, and the scale of a step would come from the steps before it,
+which are the most unlike at the start, where the balance matters.
 
 Cost: while the second objective is computed, the gradient of the first is held as well: 4 bytes per trained weight, sharded like
 the weights (FSDP). Ranks sum gradients once per objective instead of once per step.
@@ -24,27 +29,31 @@ class ObjectiveGradients:
 
     Args:
         parameters: the trained weights; their ``grad`` must be None at the start.
-        limit: norm that each objective's gradient is clipped to before they are added; 0: none.
+        limit: norm that each objective's gradient is clipped to before they are added, times its weight; 0: none.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], limit: float) -> None:
         self.parameters, self.limit = parameters, limit
-        self._kept: list[tuple[list[Tensor | None], float]] = []
+        self._kept: list[tuple[list[Tensor | None], float, float]] = []
 
-    def take(self) -> float:
-        """Move the accumulated gradients out of the parameters as those of one objective; returns their norm."""
+    def take(self, weight: float = 1.0) -> float:
+        """Move the accumulated gradients out of the parameters as those of one objective; returns their norm.
+
+        ``weight`` is that of the objective's losses, which the gradients contain: they are clipped to ``limit * weight``, or with
+        weight 0 (a router's loss alone) to ``limit``.
+        """
         grads: list[Tensor | None] = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
         norm = total_norm([grad for grad in grads if grad is not None])
-        self._kept.append((grads, norm))
+        self._kept.append((grads, norm, self.limit * (weight or 1.0)))
         return norm
 
     @torch.no_grad()
     def add(self) -> None:
         """Clip the gradients taken and put their sum into the parameters."""
-        for grads, norm in self._kept:
-            factor = limit_factor(norm, self.limit)
+        for grads, norm, limit in self._kept:
+            factor = limit_factor(norm, limit)
             for p, grad in zip(self.parameters, grads, strict=True):
                 if grad is None:
                     continue

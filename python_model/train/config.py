@@ -74,8 +74,8 @@ class OptimizerConfig(Checked):
             ``warmup_stable_decay``, which is constant until a linear decay over the last steps.
         decay_ratio: share of the steps in which ``warmup_stable_decay`` decays.
         weight_decay: weight decay of matrices; norms and biases have none.
-        objective_grad_norm: clip the gradient of each objective to this norm before the two are added, so that neither dominates;
-            0: no limit. It costs nothing: both norms are measured and logged anyway.
+        objective_grad_norm: clip the gradient of each objective to this norm, times the weight of its losses, before the two are
+            added, so that neither dominates; 0: no limit. Both norms are measured and logged anyway.
         max_grad_norm: clip the sum of both gradients to this norm.
     """
 

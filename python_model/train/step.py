@@ -236,10 +236,12 @@ class StepGradients:
         contrastive = generative = contrastive_norm = generative_norm = None
         if batch.text_chunks:
             contrastive = self._text_gradients(batch, seed)
-            contrastive_norm = gradients.take()
+            # losses without a teacher's scores have no part in this step's gradient
+            distilled = self.losses.distillation_weight if batch.scored else 0.0
+            contrastive_norm = gradients.take(self.losses.contrastive_weight + distilled)
         if batch.conversation_chunks:
             generative = self._conversation_gradients(batch, seed)
-            generative_norm = gradients.take()
+            generative_norm = gradients.take(self.losses.generative_weight)
         gradients.add()
         return self._report(batch, contrastive, generative, contrastive_norm, generative_norm)
 

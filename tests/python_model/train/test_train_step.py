@@ -229,20 +229,36 @@ def test_ranks_give_the_gradients_of_one_process(
         assert_same((StepLosses(**saved["losses"]), saved["grads"]), expected)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {"contrastive_weight": 2.0, "generative_weight": 0.25},
+        {"contrastive_weight": 0.5, "distillation_weight": 0.75},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("limit", [0.0, 0.2, 1e6])
 def test_each_objectives_gradient_is_limited_before_they_are_added(
-    checkpoint: Path, tokenizer: Any, limit: float
+    checkpoint: Path, tokenizer: Any, limit: float, weights: dict[str, float]
 ) -> None:
-    """The sum is made of what the two objectives give alone, each clipped as torch clips; a far limit changes nothing."""
+    """The sum is made of what the two objectives give alone, each clipped as torch clips, and then weighted: the weights count
+    when both limits act as well. A far limit changes nothing."""
     samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS)[0]
-    both, sum_of_both = gradients_of(checkpoint, config_of(objective_grad_norm=limit), samples)
+    both, sum_of_both = gradients_of(checkpoint, config_of(objective_grad_norm=limit, **weights), samples)
+    of_texts = weights.get("contrastive_weight", 1.0) + weights.get("distillation_weight", 0.0)
+    of = {"contrastive": of_texts, "generative": weights.get("generative_weight", 1.0)}
+    without = {
+        "contrastive": {"generative_weight": 0.0},
+        "generative": {"contrastive_weight": 0.0, "distillation_weight": 0.0},
+    }
     alone = {}
-    for mode, weight in (("contrastive", "generative_weight"), ("generative", "contrastive_weight")):
-        _, grads = gradients_of(checkpoint, config_of(**{weight: 0.0}), samples)
+    for mode, weight in of.items():
+        _, grads = gradients_of(checkpoint, config_of(**{**weights, **without[mode]}), samples)
         norm = torch.nn.utils.get_total_norm(list(grads.values()))
         assert float(norm) == pytest.approx(getattr(both, f"{mode}_grad_norm"), rel=1e-5)
-        assert limit != 0.2 or norm > 2 * limit
-        alone[mode] = {name: grad * min(1.0, (limit or 1e6) / float(norm)) for name, grad in grads.items()}
+        assert limit != 0.2 or norm > 2 * limit * weight
+        alone[mode] = {name: grad * min(1.0, weight * (limit or 1e6) / float(norm)) for name, grad in grads.items()}
     for name, grad in sum_of_both.items():
         expected = alone["contrastive"].get(name, 0) + alone["generative"].get(name, 0)
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
