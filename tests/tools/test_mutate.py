@@ -231,6 +231,18 @@ def test_an_endless_loop_is_stopped_and_counts_as_noticed(tree: Path) -> None:
     assert fine.outcome == "survived" and fine.tests == 1
 
 
+def test_a_test_can_spawn_processes(tree: Path) -> None:
+    (tree / "tests/test_spawn.py").write_text(
+        "import multiprocessing\n\n"
+        "def test_spawn():\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        assert pool.map(abs, [-1]) == [1]\n"
+    )
+    with closing(Forks(environment(tree, "cpu"), ())) as forks:
+        verdict = mutate.run_tests(tree, forks, "cpu", ["tests/test_spawn.py::test_spawn"], limit=60)
+    assert verdict.outcome == "survived"
+
+
 def test_a_failure_of_a_property_is_not_made_smaller(tree: Path) -> None:
     pytest.importorskip("hypothesis")
     (tree / "tests/conftest.py").write_text(  # as this project's: a profile that leaves open what is made smaller
