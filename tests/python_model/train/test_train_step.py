@@ -311,14 +311,18 @@ def test_a_mixtures_router_loss_is_that_of_transformers_and_joins_the_gradient(t
         torch.testing.assert_close(mine[name].grad, dict(plain.named_parameters())[name].grad, rtol=1e-3, atol=1e-6)
 
 
-def test_one_packed_pass_equals_three_padded_passes_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
-    """Losses and gradients of the packed pass, against separate padded passes of the unpatched model, as the paper does."""
+@pytest.mark.parametrize("query_ids", [[0, 1, 2, 3], [0, 1, 0, 3]], ids=["different", "one twice"])
+def test_one_packed_pass_equals_three_padded_passes_of_transformers(
+    checkpoint: Path, tmp_path: Path, query_ids: list[int]
+) -> None:
+    """Losses and gradients of the packed pass, against separate padded passes of the unpatched model, as the paper does. A
+    passage that is another query's positive as well is no negative for it."""
     from transformers import AutoModelForCausalLM
 
     config = toy_config(checkpoint, tmp_path)
     model = toy_model(config)
     samples = ToyStream(model.tokenizer, 4, 2)[0]
-    ids = (samples.query_ids, samples.passage_ids)
+    ids = (query_ids, [number for positive in query_ids for number in (positive, 1000 + positive)])
     ranks = Ranks(0, 1, torch.device("cpu"))
     batch = plan_step(samples.queries, samples.passages, samples.conversations, ids, config.batch, config.losses, ranks)
     losses = StepGradients(TrainingModel(model), config.losses, ranks, bf16=False)(batch, seed=0)
@@ -338,7 +342,10 @@ def test_one_packed_pass_equals_three_padded_passes_of_transformers(checkpoint: 
 
     queries, passages = embed(samples.queries), embed(samples.passages)
     targets = torch.arange(4) * 2
-    contrastive = torch.nn.functional.cross_entropy(queries @ passages.T / config.losses.temperature, targets)
+    scores = queries @ passages.T / config.losses.temperature
+    same = torch.tensor(ids[0])[:, None] == torch.tensor(ids[1])[None]
+    same[torch.arange(4), targets] = False
+    contrastive = torch.nn.functional.cross_entropy(scores.masked_fill(same, float("-inf")), targets)
     mask = padded([[1] * len(s) for s in samples.conversations])
     logits = plain(padded([s.input_ids for s in samples.conversations]), attention_mask=mask).logits
     labels = padded([s.labels for s in samples.conversations], IGNORE_INDEX)
