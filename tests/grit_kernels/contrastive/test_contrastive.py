@@ -114,6 +114,13 @@ def test_weights_scale_losses_and_the_mean_divides_by_their_sum() -> None:
     torch.testing.assert_close(gk.contrastive_loss(q, p, weights=weights, reduction="none"), each * weights)
 
 
+def test_the_gradient_of_a_weight_is_its_querys_loss() -> None:
+    q, p, weights = unit(4).requires_grad_(), unit(8), torch.rand(4).requires_grad_()
+    loss = gk.contrastive_loss(q, p, temperature=0.1, weights=weights, reduction="sum")
+    (found,) = torch.autograd.grad(loss, weights)
+    torch.testing.assert_close(found, gk.contrastive_loss(q.detach(), p, temperature=0.1, reduction="none"))
+
+
 def test_normalize_equals_normalising_first_and_accuracy_counts_hits() -> None:
     q = torch.eye(4, 16) * 5
     p = torch.eye(4, 16)[[0, 1, 3, 2]] * 2

@@ -141,6 +141,15 @@ def test_opcheck_accepts_a_step_and_its_scaling() -> None:
     torch.library.opcheck(OPS.contrastive_scale.default, (torch.tensor(2.0), *plain[:2], *plain))
 
 
+@pytest.mark.parametrize("scale", [chunked.contrastive_scale, OPS.contrastive_scale])
+def test_gradients_are_those_of_the_step_times_the_losss_own(scale: Any) -> None:
+    queries, passages = torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    grads = torch.randn(2, 8), torch.randn(4, 8), torch.tensor(0.5)
+    found = scale(torch.tensor(3.0), queries, passages, *(grad.clone() for grad in grads))
+    for a, b, dtype in zip(found, grads, (torch.bfloat16, torch.bfloat16, torch.float32), strict=True):
+        assert torch.equal(a, (b * 3).to(dtype))
+
+
 @pytest.mark.skipif(not ISAS, reason="needs the compiled library")
 def test_targets_outside_are_refused() -> None:
     q, p, temperature, targets, *ids = problem(4, 2, 8, torch.float32, ids=False)
