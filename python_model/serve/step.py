@@ -276,10 +276,20 @@ class PackedStep:
         window = self.windows[index]
         if (window, scale) not in part.problems:
             sizes, hi = _visible(part, window, self.model.settings.bidirectional_window)
-            lengths = part.cu_seqlens, None, *part.longest
-            ranges: dict[str, Tensor] = {"k_starts": part.starts[index], "seqlens_k": part.lengths}
-            options: dict[str, Any] = {"window_size": sizes, "hi": hi, "softmax_scale": scale}
-            part.problems[window, scale] = packed_problem(q, keys, part.causal, *lengths, **ranges, **options), {}
+            problem = packed_problem(
+                q,
+                keys,
+                part.causal,
+                part.cu_seqlens,
+                None,
+                *part.longest,
+                window_size=sizes,
+                hi=hi,
+                softmax_scale=scale,
+                k_starts=part.starts[index],
+                seqlens_k=part.lengths,
+            )
+            part.problems[window, scale] = problem, {}
         problem, plans = part.problems[window, scale]
         return prepared_attention(q, keys, values, replace(problem, k_start=part.starts[index]), plans)
 
