@@ -114,10 +114,15 @@ class Problem:
         return torch.cat([torch.arange(bounds[b], bounds[b + 1], device=self.device) for b in samples])
 
 
-def grit(p: Problem) -> Run:
+def grit(p: Problem, deterministic: bool = True) -> Run:
     r = p.regime
-    longest = (max(r.q_lens), max(r.k_lens))
-    return lambda: gk.switch_attention_varlen(p.q, p.k, p.v, p.flags, p.cu_q, p.cu_k, *longest, window_size=r.window)
+    given = (p.q, p.k, p.v, p.flags, p.cu_q, p.cu_k, max(r.q_lens), max(r.k_lens))
+    return lambda: gk.switch_attention_varlen(*given, window_size=r.window, deterministic=deterministic)
+
+
+def grit_atomics(p: Problem) -> Run | None:
+    """This package with one kernel for the backward pass, which adds up the gradient of q by atomics."""
+    return grit(p, deterministic=False) if p.regime.backward and p.q.device.type != "cpu" else None
 
 
 def grit_split(p: Problem) -> Run | None:
@@ -380,6 +385,7 @@ PEERS: dict[str, Callable[[Problem], Run | None]] = {
     "grit": grit,
     "grit, no window": no_window,
     "grit, two launches": grit_split,
+    "grit, atomics": grit_atomics,
     "sdpa loop": sdpa_loop,
     "sdpa masked": sdpa_masked,
     "sdpa split": sdpa_split,

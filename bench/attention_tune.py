@@ -29,14 +29,16 @@ def candidates(kernel: str, dim: int) -> Iterator[Config]:
     """Tiles whose operands fit into Hopper's shared memory and whose FP32 sums may fit into registers."""
     sizes = (16, 32, 64, 128)
     for rows, keys, warps, stages in product((16,) if kernel == "decode" else sizes, sizes, (4, 8), (2, 3, 4)):
-        fixed, moving = (keys, rows) if kernel == "backward_keys" else (rows, keys)
-        sums = fixed * dim * (2 if kernel == "backward_keys" else 1) + 2 * rows * keys
+        over_rows = kernel in ("backward_keys", "backward")
+        fixed, moving = (keys, rows) if over_rows else (rows, keys)
+        sums = fixed * dim * (2 if over_rows else 1) + 2 * rows * keys + moving * dim * (kernel == "backward")
         operands = 2 * dim * (fixed * (1 if kernel in ("forward", "decode") else 2) + 2 * moving * stages)
         if operands > 227 << 10 or sums > 200 * 32 * warps or (kernel != "decode" and fixed < 64):
             continue
         yield Config(rows, keys, warps, stages)
         if kernel == "forward":
-            yield Config(rows, keys, warps, stages, persistent=True)
+            for persistent, ahead in ((True, False), (False, True), (True, True)):
+                yield Config(rows, keys, warps, stages, persistent, ahead)
 
 
 def problems(kernel: str, dim: int, device: str = "cuda") -> Iterator[tuple[str, Problem]]:
@@ -53,6 +55,7 @@ def contenders(kernel: str, dim: int) -> list[Config]:
     base = table_config(kernel, dim, 2, "sm90")
     near = [
         base._replace(persistent=not base.persistent),
+        base._replace(ahead=True),
         *(base._replace(stages=stages) for stages in (2, 3, 4)),
         *(base._replace(rows=rows) for rows in (64, 128)),
         *(base._replace(keys=keys) for keys in (32, 64, 128)),
@@ -63,29 +66,25 @@ def contenders(kernel: str, dim: int) -> list[Config]:
     return list(dict.fromkeys([base, *(config for config in near if config in allowed)]))
 
 
-def call(problem: Problem) -> Callable[[], Any]:
-    """The forward pass, or the backward pass where the problem is one."""
-    forward = grit(problem)
+def call(problem: Problem, kernel: str) -> Callable[[], Any]:
+    """A pass that runs the kernel: forward, or backward where the problem is a backward pass."""
+    forward = grit(problem, deterministic=kernel != "backward")
     if not problem.regime.backward:
         return forward
     out, grad_out = forward(), torch.randn_like(problem.q)
     return lambda: torch.autograd.grad(out, (problem.q, problem.k, problem.v), grad_out, retain_graph=True)
 
 
-def config_name(config: Config) -> str:
-    return "x".join(map(str, config[:4])) + "p" * config.persistent
-
-
 def measure(kernel: str, dim: int, few: bool, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """A row per mode and configuration not among ``done``, the table's entry first; ``few``: only the contenders."""
     gemm, gemm_flops = common.gemm_ceiling("cuda", torch.bfloat16)
     for mode, problem in problems(kernel, dim):
-        run = call(problem)
+        run = call(problem, kernel)
         expected = run()
         table = choose_config(kernel, dim, torch.bfloat16, problem.q.device)
         tried = contenders(kernel, dim) if few else candidates(kernel, dim)
         for config in [table, *(c for c in tried if c != table)]:
-            row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": config_name(config)}
+            row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": str(config)}
             if identity(row) in done:
                 continue
             if config == table:

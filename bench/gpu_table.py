@@ -28,7 +28,7 @@ def table(machine: Row, tasks: Mapping[str, Row], records: Mapping[str, Row]) ->
     lines += _section(rows.get("ceilings_cuda", []), ["ceiling", "rate"])
     attention = [row for name in ("attention_cuda", "decode_cuda", "attention_all_cuda") for row in rows.get(name, [])]
     lines += _section(
-        best_peers(attention), ["regime", "ms", "tflops", "gbps", "share", "best peer", "its time", "note"]
+        best_peers(attention), ["regime", "ms", "tflops", "gbps", "share", "atomics", "best peer", "its time", "note"]
     )
     for name in ("attention_tune_cuda", "attention_tune_all_cuda"):
         lines += _section(
@@ -60,7 +60,8 @@ def _section(rows: Sequence[Row], columns: list[str]) -> list[str]:
 
 
 def best_peers(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line per regime: this package, the fastest peer and its time relative to ours, and what failed."""
+    """A line per regime: this package, the fastest peer and its time relative to ours, and what failed. ``atomics``: the relative
+    time of a backward pass with atomics."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         line = found.setdefault(row["regime"], {"regime": row["regime"]})
@@ -71,6 +72,8 @@ def best_peers(rows: Sequence[Row]) -> list[dict[str, Any]]:
         elif row["variant"] == "grit":
             share = next((row[name] for name in ("of_gemm", "of_copy", "of_read") if name in row), None)
             line |= {"ms": row["ms"], "tflops": row["tflops"], "gbps": row.get("gbps", ""), "share": share}
+        elif row["variant"] == "grit, atomics":
+            line["atomics"] = row["times_grit"]
         elif not row["variant"].startswith("grit") and row["variant"] != "matmul only":
             if row["times_grit"] < line.get("its time", float("inf")):
                 line |= {"best peer": row["variant"], "its time": row["times_grit"]}

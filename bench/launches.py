@@ -35,7 +35,7 @@ from grit_kernels.contrastive import triton_contrastive  # noqa: F401
 from grit_kernels.fused import triton_fused  # noqa: F401
 from grit_kernels.pooling import triton_pooling  # noqa: F401
 
-OURS = ("grit", "grit, two launches")
+OURS = ("grit", "grit, two launches", "grit, atomics")
 HOPPER = (90, 132)
 """Compute capability and number of multiprocessors, if this machine has no GPU to ask."""
 
@@ -133,7 +133,7 @@ def record_attention(regimes: Sequence[attention.Regime] | None = None) -> None:
 def record_tuning(kernel: str = "forward", dims: Sequence[int] = (64, 128)) -> None:
     for dim in dims:
         for _, problem in attention_tune.problems(kernel, dim, "meta"):
-            run = attention_tune.call(problem)
+            run = attention_tune.call(problem, kernel)
             for config in attention_tune.contenders(kernel, dim):
                 with attention_tune.override_config(kernel, config):
                     run()
@@ -141,7 +141,8 @@ def record_tuning(kernel: str = "forward", dims: Sequence[int] = (64, 128)) -> N
 
 def record_correctness() -> None:
     for problem in correctness.problems():
-        correctness.gradients(correctness.inputs(problem, "meta"))
+        for deterministic in (True, False):
+            correctness.gradients(correctness.inputs(problem, "meta"), deterministic=deterministic)
 
 
 def record_pooling(shapes: Sequence[tuple[int, int, int]] | None = None) -> None:

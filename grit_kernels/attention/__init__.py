@@ -46,6 +46,7 @@ def switch_attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a right-padded batch in which every sample is causal or bidirectional on its own.
 
@@ -65,6 +66,9 @@ def switch_attention(
         softmax_scale: defaults to D ** -0.5.
         softcap: ``cap(s) = softcap * tanh(s / softcap)`` when positive.
         return_lse: also return the log-sum-exp of the scores, float32 (B, T_q, H_q); -inf where a row sees nothing.
+        deterministic: the same inputs give gradients of the same bits. False lets the GPU's backward pass add up the gradient of
+            q by atomics, in one kernel instead of two; ``torch.use_deterministic_algorithms(True)`` forbids it, and CPUs always
+            give the same bits.
 
     Returns:
         (B, T_q, H_q, D) in the dtype of q; 0 for rows that see no key.
@@ -94,6 +98,7 @@ def switch_attention(
         window_bounds(flags, window_argument(window_size, batch), max_q, max_k),
         upper_bounds(hi, (batch, max_q), device, q_len),
         check_softmax_options(softmax_scale, softcap, dim),
+        deterministic,
     )
     return (out, lse) if return_lse else out
 
@@ -115,6 +120,7 @@ def switch_attention_varlen(
     return_lse: bool = False,
     k_starts: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`switch_attention` over a pack: samples one after another, no padding.
 
@@ -130,7 +136,7 @@ def switch_attention_varlen(
             is None with ``k_starts``.
         max_seqlen_q, max_seqlen_k: the longest sample (ints; an upper bound is fine).
         hi: int32 (tokens_q), positions counted inside the sample.
-        window_size, softmax_scale, softcap: as in :func:`switch_attention`.
+        window_size, softmax_scale, softcap, deterministic: as in :func:`switch_attention`.
         return_lse: also return the log-sum-exp, float32 (tokens_q, H_q).
         k_starts, seqlens_k: int (B), first key row and number of keys of each sample; both or none.
 
@@ -147,7 +153,7 @@ def switch_attention_varlen(
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     options: dict[str, Any] = {"window_size": window_size, "hi": hi, "softmax_scale": softmax_scale, "softcap": softcap}
     problem = packed_problem(q, k, causal, *lengths, k_starts=k_starts, seqlens_k=seqlens_k, **options)
-    out, lse = _call(q, k, v, problem)
+    out, lse = _call(q, k, v, problem, deterministic=deterministic)
     return (out, lse) if return_lse else out
 
 
@@ -224,6 +230,7 @@ def prepared_attention(
     problem: AttentionProblem,
     plans: dict[Any, Tensor] | None,
     sinks: Tensor | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
     """Attention of one layer over a problem whose values were checked when it was made: what the layers of a model call.
 
@@ -234,7 +241,7 @@ def prepared_attention(
     probabilities by ``1 + exp(sink - lse)``, so the output is ``sigmoid(lse - sink)`` times the one without.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
-    out, lse = _call(q, k, v, problem, plans)
+    out, lse = _call(q, k, v, problem, plans, deterministic)
     if sinks is None:
         return out
     return (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
@@ -307,10 +314,12 @@ def _rectangular(
     bounds: tuple[Tensor, Tensor],
     hi: Tensor | None,
     options: tuple[float, float],
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(B, T, H, D) tensors as rows of one pack; ``lengths`` = real query rows, first key slot, end of the key slots."""
     keys, values, step = key_rows(q, k, v)
-    out, lse = _call(q.flatten(0, 1), keys, values, rectangular_problem(q, k, step, lengths, bounds, hi, options))
+    problem = rectangular_problem(q, k, step, lengths, bounds, hi, options)
+    out, lse = _call(q.flatten(0, 1), keys, values, problem, deterministic=deterministic)
     return out.view(q.shape), lse.view(q.shape[:3])
 
 
@@ -346,7 +355,12 @@ def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    plans: dict[Any, Tensor] | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the requested backend."""
     dtype = autocast_dtype(q.device)
@@ -358,19 +372,23 @@ def _call(
         raise TypeError(
             "q: expected float32, bfloat16 or float16, got torch.float64, which needs `with grit_kernels.backend('reference')`"
         )
-    if plans is None or not runs_triton("attention_plan", q.device):
+    if (plans is None and deterministic) or not runs_triton("attention_plan", q.device):
         return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
-    plan = _plan(q, k, v, problem, plans)
-    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan)
-
-
-def _plan(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plans: dict[Any, Tensor]) -> Tensor:
-    """The plan of the problem for tensors of these shapes, made once."""
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    deterministic = deterministic or not backward or torch.are_deterministic_algorithms_enabled()
+    plan = _plan(q, k, backward, deterministic, problem, {} if plans is None else plans)
+    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, deterministic)
+
+
+def _plan(
+    q: Tensor, k: Tensor, backward: bool, deterministic: bool, problem: AttentionProblem, plans: dict[Any, Tensor]
+) -> Tensor:
+    """The plan of the problem for tensors of these shapes, made once."""
     stream = None  # launches of different streams may run at the same time and must not share a counter
     if q.is_cuda and not torch.compiler.is_compiling():
         stream = torch.cuda.current_stream(q.device).stream_id
-    key = (q.shape, k.shape, q.dtype, q.device, backward, stream)
+    key = (q.shape, k.shape, q.dtype, q.device, backward, deterministic, stream)
     if key not in plans:
-        plans[key] = torch.ops.grit_kernels.attention_plan(q.detach(), k.detach(), backward, *problem.flat())
+        flags = (backward, deterministic)
+        plans[key] = torch.ops.grit_kernels.attention_plan(q.detach(), k.detach(), *flags, *problem.flat())
     return plans[key]

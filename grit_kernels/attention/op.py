@@ -32,19 +32,19 @@ define_op(
 )
 # the same with the order of the tiles given, from another layer of the pass; only the Triton kernels have one
 define_op(
-    f"attention_plan(Tensor q, Tensor k, bool backward, {_PROBLEM}) -> Tensor",
+    f"attention_plan(Tensor q, Tensor k, bool backward, bool deterministic, {_PROBLEM}) -> Tensor",
     reference=None,
     triton=f"{_TRITON}_forward:attention_plan",
     problem=AttentionProblem,
 )
 define_op(
-    f"attention_forward_planned({_TENSORS}, {_PROBLEM}, Tensor plan) {_RESULTS}",
+    f"attention_forward_planned({_TENSORS}, {_PROBLEM}, Tensor plan, bool deterministic) {_RESULTS}",
     reference=None,
     triton=f"{_TRITON}_forward:attention_forward",
     problem=AttentionProblem,
 )
 define_op(
-    f"attention_backward_planned({_GRADS}, {_PROBLEM}, Tensor plan) {_GRAD_RESULTS}",
+    f"attention_backward_planned({_GRADS}, {_PROBLEM}, Tensor plan, bool deterministic) {_GRAD_RESULTS}",
     reference=None,
     triton=f"{_TRITON}_backward:attention_backward",
     problem=AttentionProblem,
@@ -66,27 +66,27 @@ def _backward_fake(
 
 
 @torch.library.register_fake("grit_kernels::attention_plan")
-def _plan_fake(q: Tensor, k: Tensor, backward: bool, *problem: Any) -> Tensor:
+def _plan_fake(q: Tensor, k: Tensor, backward: bool, deterministic: bool, *problem: Any) -> Tensor:
     from grit_kernels.attention.triton_forward import plan_size
 
-    return q.new_empty(plan_size(q, k, backward, AttentionProblem(*problem)), dtype=torch.int32)
+    return q.new_empty(plan_size(q, k, backward, deterministic, AttentionProblem(*problem)), dtype=torch.int32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     options, plan = 3 + AttentionProblem.TENSOR_COUNT, 3 + len(AttentionProblem.NAMES)
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], *inputs[plan:])
-    ctx.options = inputs[options:plan]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], *inputs[plan : plan + 1])
+    ctx.options, ctx.deterministic = inputs[options:plan], inputs[plan + 1 :]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(backward: Any) -> Any:
     def run(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # q, k, v, out, lse, the problem's, the plan if there is one
+        saved = ctx.saved_tensors  # q, k, v, out, lse, the problem's, the plan of an op that takes one
         plan = 5 + AttentionProblem.TENSOR_COUNT
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
-        grads = backward(grad_out, grad_lse, *saved[:plan], *ctx.options, *saved[plan:])
-        return *grads, *([None] * (len(saved) - 5 + len(ctx.options)))
+        grads = backward(grad_out, grad_lse, *saved[:plan], *ctx.options, *saved[plan:], *ctx.deterministic)
+        return *grads, *([None] * (len(saved) - 5 + len(ctx.options) + len(ctx.deterministic)))
 
     return run
 

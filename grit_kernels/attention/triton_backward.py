@@ -1,4 +1,4 @@
-"""Switch attention backward on the GPU, in Triton: deterministic, without atomics.
+"""Switch attention backward on the GPU, in Triton: deterministic, or one kernel that adds up dQ by atomics.
 
 With p = exp(score - lse) on visible pairs and delta_r = sum_d grad_out_rd out_rd - grad_lse_r:
 
@@ -7,6 +7,10 @@ With p = exp(score - lse) on visible pairs and delta_r = sum_d grad_out_rd out_r
 
 Three kernels: the statistics of each row; dK and dV (a tile of keys walks over the rows of all query heads of its group);
 dQ (a tile of rows walks over keys). Both walks visit blocks that need no mask first, then the edges, as in the forward pass.
+Seven products per block, as p and ds are computed in both walks; the same inputs give the same bits.
+
+Without the promise of the same bits, the walk over rows adds ds k to an FP32 dQ as well, by atomics: five products, no second
+walk, but 4 bytes per number of dQ added in memory for every block of keys.
 """
 
 from __future__ import annotations
@@ -44,10 +48,13 @@ from grit_kernels.triton_launch import dot, on_device, upcast_operands
 
 @triton.jit(do_not_specialize=["rows"])
 def row_statistics_kernel(
-    p_do, p_out, p_lse, p_dlse, p_stat, stride_dot, stride_doh, rows,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
+    p_do, p_out, p_lse, p_dlse, p_stat, p_dq, stride_dot, stride_doh, rows,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr, CLEAR_DQ: tl.constexpr,
 ):  # fmt: skip
-    """p_stat (2, Hq, Tq): lse in units of log2, and delta; per head, so that a tile of rows reads them side by side."""
+    """p_stat (2, Hq, Tq): lse in units of log2, and delta; per head, so that a tile of rows reads them side by side.
+
+    CLEAR_DQ: the FP32 dQ (Tq, Hq, D), to which atomics add, starts from 0.
+    """
     head = tl.cast(tl.program_id(1), tl.int64)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     m_row = row < rows
@@ -62,6 +69,8 @@ def row_statistics_kernel(
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + o_pair, mask=m_row, other=0.0)
     b_lse = tl.load(p_lse + o_pair, mask=m_row, other=0.0) * 1.4426950408889634
+    if CLEAR_DQ:
+        tl.store(p_dq + o_pair[:, None] * D + o_d[None, :], tl.zeros([BM, DP], dtype=tl.float32), mask=mask)
     p_stat += head * rows + row
     tl.store(p_stat, b_lse, mask=m_row)
     tl.store(p_stat + tl.cast(rows, tl.int64) * HEADS, b_delta, mask=m_row)
@@ -81,13 +90,26 @@ def probabilities(b_qk, b_lse, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def add_part(p_x, o_row, stride, m_row, b_x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Add to columns [FIRST, FIRST + WIDTH) of the rows ``o_row`` of p_x, by atomics."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    mask = m_row[:, None]
+    if FIRST + WIDTH > D:
+        mask = mask & (o_d[None, :] < D)
+    tl.atomic_add(p_x + o_row[:, None] * stride + o_d[None, :], b_x, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def gather_rows(
-    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_stat, p_hi, stride_qt, stride_qh,
+    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qt, stride_qh,
     stride_dot, stride_doh, rows, head_in_group, block, key, len_q, len_k, left, right, scale, cap,
     HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
-    EDGE: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+    EDGE: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of one block of one query head to dK and dV; all products are transposed, [BN, BM]."""
+    """Add the rows of one block of one query head to dK and dV; all products are transposed, [BN, BM].
+
+    ATOMIC: and add what these keys contribute to dQ, without ``softmax_scale``.
+    """
     o_m = tl.arange(0, BM)
     row = block * BM + o_m
     b_lo, b_hi = key_range(row, p_hi, len_q, len_k, left, right, HAS_HI)
@@ -129,6 +151,9 @@ def gather_rows(
     b_ds = b_p * (b_dp - b_delta[None, :])
     if HAS_CAP:
         b_ds = b_ds * b_slope
+    if ATOMIC:
+        # a slot without a key has a score of 0, whose exponential need not be finite
+        b_ds = tl.where(((key >= 0) & (key < len_k))[:, None], b_ds, 0.0)
     b_p = b_p.to(b_do1.dtype)
     b_ds = b_ds.to(b_q1.dtype)
     b_dv1 = dot(b_p, b_do1, b_dv1, UPCAST)
@@ -136,20 +161,29 @@ def gather_rows(
     if D2 > 0:
         b_dv2 = dot(b_p, b_do2, b_dv2, UPCAST)
         b_dk2 = dot(b_ds, b_q2, b_dk2, UPCAST)
+    if ATOMIC:
+        p_dq += first_row * (HEADS * D) + head_offset * D
+        b_dq1 = dot(tl.trans(b_ds), b_k1, tl.zeros([BM, D1], dtype=tl.float32), UPCAST)
+        add_part(p_dq, o_m, HEADS * D, m_row, b_dq1, 0, D1, D)
+        if D2 > 0:
+            b_dq2 = dot(tl.trans(b_ds), b_k2, tl.zeros([BM, D2], dtype=tl.float32), UPCAST)
+            add_part(p_dq, o_m, HEADS * D, m_row, b_dq2, D1, D2, D)
     return b_dk1, b_dk2, b_dv1, b_dv2
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "heads_side_by_side", "k_rows"])
 def backward_keys_kernel(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_stat, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_dq, p_stat, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
     p_first_row, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
     rows, tiles, heads_side_by_side, k_rows, scale, cap, softmax_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+    ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of BN keys of a sample and key head: the rows of all query heads of its group that see a key.
 
-    Rows that see every key of the tile come first, without any mask, then the edges. Padding keys get 0.
+    Rows that see every key of the tile come first, without any mask, then the edges. Padding keys get 0. ATOMIC: what the keys
+    contribute to dQ is added to p_dq, FP32 (Tq, Hq, D).
     """
     head_kv, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
     if block < 0:
@@ -160,6 +194,8 @@ def backward_keys_kernel(
     head_first = tl.cast(head_kv, tl.int64) * GROUP
     p_q += q_start * stride_qt + head_first * stride_qh
     p_do += q_start * stride_dot + head_first * stride_doh
+    if ATOMIC:
+        p_dq += (q_start * HEADS + head_first) * D
     p_stat += head_first * rows + q_start
     p_hi += q_start
     p_first_row += k_start
@@ -198,17 +234,17 @@ def backward_keys_kernel(
     for step in range(0, full * GROUP):
         head_in_group = step // full
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_stat, p_hi, stride_qt, stride_qh,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qt, stride_qh,
             stride_dot, stride_doh, rows, head_in_group, full_first + step - head_in_group * full, key, len_q, len_k, left, right,
-            scale, cap, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST,
+            scale, cap, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
         )  # fmt: skip
     for step in range(0, edges * GROUP):
         head_in_group = step // edges
         row_block = edge_block(step - head_in_group * edges, first, full_first, full_last)
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_stat, p_hi, stride_qt, stride_qh,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qt, stride_qh,
             stride_dot, stride_doh, rows, head_in_group, row_block, key, len_q, len_k, left, right,
-            scale, cap, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST,
+            scale, cap, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
         )  # fmt: skip
     # padding slots get 0: unmasked blocks have summed arbitrary values there
     b_dk1 = tl.where(m_key[:, None], b_dk1 * softmax_scale, 0.0)
@@ -337,15 +373,18 @@ def attention_backward(
     lse: Tensor,
     problem: AttentionProblem,
     plan: Tensor | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ops ``grit_kernels::attention_backward`` and ``attention_backward_planned``. The same inputs give the same bits.
+    """The ops ``grit_kernels::attention_backward`` and ``attention_backward_planned``.
 
-    ``plan``: that of triton_forward.attention_plan with ``backward``; without one the tiles are put in order here.
+    ``plan``: that of triton_forward.attention_plan with ``backward`` and this ``deterministic``; without one the tiles are put in
+    order here. ``deterministic``: the same inputs give the same bits; else dQ is added up in any order.
     """
     rows, heads, dim = q.shape
     keys, heads_kv, _ = k.shape
     group = heads // heads_kv
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    sums = dq if deterministic or q.dtype == torch.float32 else torch.empty_like(dq, dtype=torch.float32)
     if not rows or not keys:
         return dq.zero_(), dk.zero_(), dv.zero_()
     sign = -1.0 if problem.softmax_scale < 0 else 1.0
@@ -354,11 +393,10 @@ def attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     bounds, hi, q_rows, k_rows = int32_tables(problem), problem.hi, problem.q_rows, problem.k_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
-    _, key_grid, row_grid = grids = plan_grids(q, k, True, problem)
-    first_row = None
+    forward_grid, *grids = plan_grids(q, k, True, problem, deterministic)
     if plan is not None:
-        _, key_section, row_section, transpose = plan_sections(plan, grids)
-        key_plan, row_plan = key_grid.plan(key_section), row_grid.plan(row_section)
+        _, *sections, transpose = plan_sections(plan, [forward_grid, *grids])
+        plans = [grid.plan(section) for grid, section in zip(grids, sections, strict=True)]
         first_row = None if hi is None else transpose
     d1, d2 = split_head_dim(dim)
     statistics = torch.empty((2, heads, rows), dtype=torch.float32, device=q.device)
@@ -373,22 +411,27 @@ def attention_backward(
     with on_device(q):
         block = max(16, 4096 // triton.next_power_of_2(dim))
         row_statistics_kernel[(triton.cdiv(rows, block), heads)](
-            grad_out, out, lse, lse if grad_lse is None else grad_lse.float().contiguous(), statistics,
+            grad_out, out, lse, lse if grad_lse is None else grad_lse.float().contiguous(), statistics, sums,
             grad_out.stride(0), grad_out.stride(1), rows,
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
+            CLEAR_DQ=not deterministic,
         )  # fmt: skip
         if plan is None:
+            first_row = None
             if hi is not None:
                 first_row = transpose_upper_bounds(hi, bounds, torch.empty(keys, dtype=torch.int32, device=q.device))
-            key_plan, row_plan = plan_tiles(key_grid, bounds, first_row), plan_tiles(row_grid, bounds, hi)
-        config = key_grid.config
+            plans = [plan_tiles(grid, bounds, hi if grid.over_keys else first_row) for grid in grids]
+        config, key_plan = grids[0].config, plans[0]
         backward_keys_kernel[(key_plan.tiles * heads_kv,)](
-            q, k, v, grad_out, dk, dv, statistics, key_plan.table, *bounds,
+            q, k, v, grad_out, dk, dv, sums, statistics, key_plan.table, *bounds,
             bounds[0] if hi is None else hi, bounds[0] if first_row is None else first_row,
             *strides, rows, key_plan.tiles, key_plan.side_by_side, k_rows, scale, cap, softmax_scale,
-            BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
+            BM=config.rows, BN=config.keys, ATOMIC=not deterministic,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
-        config = row_grid.config
+        if not deterministic:
+            return torch.mul(sums, softmax_scale * sign, out=dq), dk, dv
+        config, row_plan = grids[1].config, plans[1]
         backward_rows_kernel[(row_plan.tiles * heads,)](
             q, k, v, grad_out, dq, statistics, row_plan.table, *bounds, bounds[0] if hi is None else hi,
             *strides, rows, row_plan.tiles, row_plan.side_by_side, q_rows, scale, cap, softmax_scale * sign,

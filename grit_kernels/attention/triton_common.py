@@ -173,12 +173,29 @@ def edge_block(step, first, full_first, full_last):
 
 
 @triton.jit
+def products(
+    b_q1, b_q2, p_k, stride_k, block, len_k,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """q k of the rows of a tile and key block ``block``: [BM, BN]."""
+    o_n = tl.arange(0, BN)
+    m_key = block * BN + o_n < len_k
+    p_k += tl.cast(block * BN, tl.int64) * stride_k
+    b_k1 = load_part(p_k, o_n, stride_k, m_key, 0, D1, D, EDGE)
+    b_s = dot(b_q1, tl.trans(b_k1), tl.zeros([b_q1.shape[0], BN], dtype=tl.float32), UPCAST)
+    if D2 > 0:
+        b_k2 = load_part(p_k, o_n, stride_k, m_key, D1, D2, D, EDGE)
+        b_s = dot(b_q2, tl.trans(b_k2), b_s, UPCAST)
+    return b_s
+
+
+@triton.jit
 def attend(
-    b_acc1, b_acc2, b_total, b_top, b_q1, b_q2, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+    b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr,
     EDGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over key block ``block``; scores are in units of log2.
+    """One step of the online softmax over key block ``block``, whose products are b_s; scores are in units of log2.
 
     b_acc1 [BM, D1], b_acc2 [BM, D2]: sum of p v;  b_total [BM]: sum of p;  b_top [BM]: running maximum. Only a block on an
     EDGE compares positions and guards its loads: rows after the last key belong to another sample or to padding and may
@@ -186,14 +203,8 @@ def attend(
     """
     o_n = tl.arange(0, BN)
     key = block * BN + o_n
-    p_k += tl.cast(block * BN, tl.int64) * stride_k
     p_v += tl.cast(block * BN, tl.int64) * stride_v
     m_key = key < len_k
-    b_k1 = load_part(p_k, o_n, stride_k, m_key, 0, D1, D, EDGE)
-    b_s = dot(b_q1, tl.trans(b_k1), tl.zeros([b_q1.shape[0], BN], dtype=tl.float32), UPCAST)  # [BM, BN]
-    if D2 > 0:
-        b_k2 = load_part(p_k, o_n, stride_k, m_key, D1, D2, D, EDGE)
-        b_s = dot(b_q2, tl.trans(b_k2), b_s, UPCAST)
     if HAS_CAP:
         b_s = cap * tanh(b_s * scale)
     if EDGE:
@@ -226,9 +237,12 @@ def attend(
 def attend_blocks(
     b_q1, b_q2, p_k, p_v, stride_k, stride_v, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The rows of one tile over key blocks [first, last), of which [full_first, full_last) need no mask.
+
+    AHEAD: the next block's q k is issued before this block's softmax, which then runs beside it; of blocks without a mask, at
+    the price of one more product.
 
     Returns ``out`` [BM, D1], [BM, D2] and ``lse`` [BM] in units of log2; 0 and -inf for a fully masked row.
     """
@@ -236,15 +250,30 @@ def attend_blocks(
     b_acc2 = tl.zeros([BM, D2 if D2 > 0 else 16], dtype=tl.float32)
     b_total = tl.zeros([BM], dtype=tl.float32)
     b_top = tl.full([BM], float("-inf"), dtype=tl.float32)
-    for block in range(full_first, full_last):
-        b_acc1, b_acc2, b_total, b_top = attend(
-            b_acc1, b_acc2, b_total, b_top, b_q1, b_q2, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-            D, D1, D2, BN, False, HAS_CAP, UPCAST,
-        )  # fmt: skip
+    if AHEAD:
+        # a tile without such blocks multiplies another for nothing; a masked load, as there may be no keys
+        some = tl.maximum(tl.minimum(full_first, last - 1), 0)
+        b_s = products(b_q1, b_q2, p_k, stride_k, some, len_k, D, D1, D2, BN, True, UPCAST)
+        for block in range(full_first, full_last):
+            following = tl.minimum(block + 1, full_last - 1)
+            b_next = products(b_q1, b_q2, p_k, stride_k, following, len_k, D, D1, D2, BN, False, UPCAST)
+            b_acc1, b_acc2, b_total, b_top = attend(
+                b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+                D, D1, D2, BN, False, HAS_CAP, UPCAST,
+            )  # fmt: skip
+            b_s = b_next
+    else:
+        for block in range(full_first, full_last):
+            b_s = products(b_q1, b_q2, p_k, stride_k, block, len_k, D, D1, D2, BN, False, UPCAST)
+            b_acc1, b_acc2, b_total, b_top = attend(
+                b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+                D, D1, D2, BN, False, HAS_CAP, UPCAST,
+            )  # fmt: skip
     for step in range(0, (full_first - first) + (last - full_last)):
         block = edge_block(step, first, full_first, full_last)
+        b_s = products(b_q1, b_q2, p_k, stride_k, block, len_k, D, D1, D2, BN, True, UPCAST)
         b_acc1, b_acc2, b_total, b_top = attend(
-            b_acc1, b_acc2, b_total, b_top, b_q1, b_q2, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+            b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
             D, D1, D2, BN, True, HAS_CAP, UPCAST,
         )  # fmt: skip
     dead = b_total == 0.0

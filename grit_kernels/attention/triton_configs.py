@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels: a table by (kernel, head dimension, element size, architecture), and how to override it.
 
 Nothing is tuned on a user's first call. ``with override_config("forward", Config(...))`` or the environment variable
-GRIT_KERNELS_ATTENTION_CONFIG (``forward=128x64x8x3p,backward_keys=...``: rows x keys x warps x stages, ``p`` for a persistent
-grid) replace an entry; ``python -m bench.attention_tune`` measures candidates on the GPU at hand.
+GRIT_KERNELS_ATTENTION_CONFIG (``forward=128x64x8x3pa,backward_keys=...``: rows x keys x warps x stages, ``p`` for a persistent
+grid, ``a`` for products ahead) replace an entry; ``python -m bench.attention_tune`` measures candidates on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from grit_kernels.triton_launch import architecture
 
-KERNELS = ("forward", "decode", "backward_keys", "backward_rows")
+KERNELS = ("forward", "decode", "backward_keys", "backward_rows", "backward")
 """forward: one tile of rows walks over keys. decode: the same, keys split. backward_keys: a tile of keys walks over rows
-(dK, dV). backward_rows: a tile of rows walks over keys (dQ)."""
+(dK, dV). backward_rows: a tile of rows walks over keys (dQ). backward: backward_keys that adds up dQ as well, by atomics."""
 
 VARIABLE = "GRIT_KERNELS_ATTENTION_CONFIG"
 
@@ -29,6 +29,8 @@ class Config(NamedTuple):
 
     ``persistent`` (forward only): as many programs as fit take tiles off a list, longest first; else one program per tile in
     that order. Enabled where the loop around the tile spills no register.
+    ``ahead`` (forward only): the next block's q k is issued before a block's softmax. Enabled nowhere: only a GPU can say where
+    the tensor cores' time that it hides is worth the registers.
     """
 
     rows: int
@@ -36,6 +38,11 @@ class Config(NamedTuple):
     warps: int
     stages: int
     persistent: bool = False
+    ahead: bool = False
+
+    def __str__(self) -> str:
+        """As the environment variable takes it."""
+        return "x".join(map(str, self[:4])) + "p" * self.persistent + "a" * self.ahead
 
 
 # (kernel, element bytes, head dimension up to) -> architecture -> Config; "" is any other architecture. Every entry fits the
@@ -68,6 +75,17 @@ _TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
     ("backward_rows", 4, 64): {"gfx9": Config(32, 32, 4, 1), "": Config(32, 32, 4, 2)},
     ("backward_rows", 4, 128): {"gfx9": Config(32, 16, 4, 1), "": Config(32, 16, 4, 2)},
     ("backward_rows", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
+    ("backward", 2, 64): {"sm80": Config(32, 128, 8, 2), "gfx9": Config(32, 64, 4, 1), "": Config(64, 128, 8, 2)},
+    ("backward", 2, 128): {
+        "sm80": Config(32, 64, 8, 2),
+        "sm90": Config(64, 64, 8, 2),  # with 32 rows, each product of ds and k waits for the one before
+        "gfx9": Config(16, 64, 4, 1),
+        "": Config(32, 128, 8, 2),
+    },
+    ("backward", 2, 256): {"sm80": Config(16, 32, 8, 2), "gfx9": Config(16, 16, 4, 1), "": Config(32, 32, 8, 2)},
+    ("backward", 4, 64): {"gfx9": Config(16, 32, 4, 1), "": Config(32, 32, 8, 2)},
+    ("backward", 4, 128): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 32, 8, 2)},
+    ("backward", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
 }
 _INTERPRETED = Config(16, 16, 4, 1, True)
 
@@ -79,15 +97,16 @@ def parse_configs(text: str) -> dict[str, Config]:
     configs = {}
     for entry in filter(None, text.split(",")):
         kernel, _, numbers = entry.partition("=")
-        persistent = numbers.endswith("p")
-        values = numbers.removesuffix("p").split("x")
+        ahead = numbers.endswith("a")
+        persistent = numbers.removesuffix("a").endswith("p")
+        values = numbers.removesuffix("a").removesuffix("p").split("x")
         if kernel not in KERNELS or len(values) != 4 or not all(x.isdigit() for x in values):
             raise ValueError(
-                f"{VARIABLE}: expected <kernel>=<rows>x<keys>x<warps>x<stages>[p] with a kernel of "
+                f"{VARIABLE}: expected <kernel>=<rows>x<keys>x<warps>x<stages>[p][a] with a kernel of "
                 f"{KERNELS}, got {entry!r}"
             )
         rows, keys, warps, stages = map(int, values)
-        configs[kernel] = Config(rows, keys, warps, stages, persistent)
+        configs[kernel] = Config(rows, keys, warps, stages, persistent, ahead)
     return configs
 
 

@@ -90,7 +90,7 @@ def attention_decode_kernel(
         full_last = tl.where(empty, last, full_last)
     b_out1, b_out2, b_lse = attend_blocks(
         b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
-        D, D1, D2, BM, BN, HAS_CAP, UPCAST,
+        D, D1, D2, BM, BN, HAS_CAP, UPCAST, False,
     )  # fmt: skip
     b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
     b_out2 = tl.where(m_row[:, None], b_out2, 0.0)

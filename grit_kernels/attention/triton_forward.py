@@ -51,7 +51,7 @@ def forward_tile(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PERSISTENT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Rows [block * BM, block * BM + BM) of a sample, for one query head."""
     q_start, len_q, k_start, len_k, left, right = load_sample(
@@ -86,7 +86,7 @@ def forward_tile(
     )
     b_out1, b_out2, b_lse = attend_blocks(
         b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
-        D, D1, D2, BM, BN, HAS_CAP, UPCAST,
+        D, D1, D2, BM, BN, HAS_CAP, UPCAST, AHEAD,
     )  # fmt: skip
     # padding rows inside a rectangular sample are written as well
     b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
@@ -105,7 +105,7 @@ def attention_forward_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tiles, heads_side_by_side, q_rows, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PERSISTENT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """PERSISTENT: take tiles off the list until it is empty (which program takes a tile changes no bit of it). Else: one tile.
 
@@ -120,7 +120,7 @@ def attention_forward_kernel(
                 forward_tile(
                     p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
                     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
-                    HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, True,
+                    HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, True, AHEAD,
                 )  # fmt: skip
             # each program's first tile is that of its own index
             order = tl.num_programs(0) + tl.atomic_add(p_counter, 1, sem="relaxed")
@@ -132,16 +132,17 @@ def attention_forward_kernel(
             forward_tile(
                 p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
                 stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
-                HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, False,
+                HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, False, AHEAD,
             )  # fmt: skip
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: Tensor | None = None, deterministic: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The ops ``grit_kernels::attention_forward`` and ``attention_forward_planned``. No autotuning, nothing read back.
 
-    ``plan``: that of :func:`attention_plan` for this call; without one the tiles are put in order here.
+    ``plan``: that of :func:`attention_plan` for this call; without one the tiles are put in order here. ``deterministic`` is for
+    the backward pass.
     """
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
@@ -174,35 +175,35 @@ def attention_forward(
             tiles, side_by_side, q_rows, scale, cap,
             HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=config.rows, BN=config.keys,
             HAS_HI=hi is not None, HAS_CAP=problem.softcap > 0, UPCAST=upcast_operands(), PERSISTENT=config.persistent,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            AHEAD=config.ahead, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
 
-def plan_size(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> int:
+def plan_size(q: Tensor, k: Tensor, backward: bool, deterministic: bool, problem: AttentionProblem) -> int:
     """int32 numbers of :func:`attention_plan`."""
     transpose = k.shape[0] if backward and problem.hi is not None else 0
-    return sum(grid.size for grid in plan_grids(q, k, backward, problem)) + transpose
+    return sum(grid.size for grid in plan_grids(q, k, backward, problem, deterministic)) + transpose
 
 
-def attention_plan(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> Tensor:
+def attention_plan(q: Tensor, k: Tensor, backward: bool, deterministic: bool, problem: AttentionProblem) -> Tensor:
     """The op ``grit_kernels::attention_plan``: the order of the tiles of every kernel, for all layers of a pass.
 
-    int32, one section after the other: forward, and with ``backward`` backward_keys, backward_rows and, with ``hi``, its
-    transpose. Only shapes, dtype and device of q and k matter. Launches of one stream may share a plan, as they take turns with
-    its counter; launches that may run at the same time may not.
+    int32, one section after the other: forward, and with ``backward`` backward_keys and backward_rows (backward alone, if it
+    need not be ``deterministic``) and, with ``hi``, its transpose. Only shapes, dtype and device of q and k matter. Launches of
+    one stream may share a plan, as they take turns with its counter; launches that may run at the same time may not.
     """
     tables, hi = int32_tables(problem), problem.hi
-    numbers = torch.empty(plan_size(q, k, backward, problem), dtype=torch.int32, device=q.device)
+    numbers = torch.empty(plan_size(q, k, backward, deterministic, problem), dtype=torch.int32, device=q.device)
     if not q.shape[0] or not k.shape[0]:
         return numbers
-    grids = plan_grids(q, k, backward, problem)
+    grids = plan_grids(q, k, backward, problem, deterministic)
     *sections, transpose = plan_sections(numbers, grids)
     with on_device(q):
         if not grids[0].splits_all:
             plan_tiles(grids[0], tables, hi, sections[0])
         if backward:
             first_row = None if hi is None else transpose_upper_bounds(hi, tables, transpose)
-            plan_tiles(grids[1], tables, first_row, sections[1])
-            plan_tiles(grids[2], tables, hi, sections[2])
+            for grid, section in zip(grids[1:], sections[1:], strict=True):
+                plan_tiles(grid, tables, hi if grid.over_keys else first_row, section)
     return numbers

@@ -66,7 +66,8 @@ class Plan(NamedTuple):
 class TileGrid(NamedTuple):
     """What the host knows of a kernel's plan: ``tiles`` of each of ``heads``, see :class:`Plan`.
 
-    ``rows``: those of a sample (keys for backward_keys) in a rectangular batch, 0 for a pack. ``split``: samples without tiles.
+    ``rows``: those of a sample (keys where tiles are of keys) in a rectangular batch, 0 for a pack. ``split``: samples that have
+    no tiles.
     """
 
     config: Config
@@ -228,8 +229,8 @@ def section_heads(heads: int, group: int, bytes_per_head: int) -> int:
 
 
 def tile_grid(kernel: str, q: Tensor, k: Tensor, problem: AttentionProblem) -> TileGrid:
-    """The grid of ``kernel`` (forward, backward_keys or backward_rows) for q (Tq, Hq, D), k (Tk, Hkv, D): shapes alone decide."""
-    over_keys = kernel != "backward_keys"
+    """The grid of ``kernel`` (one of plan_grids) for q (Tq, Hq, D), k (Tk, Hkv, D): shapes alone decide."""
+    over_keys = kernel in ("forward", "backward_rows")
     tokens, heads, dim = q.shape if over_keys else k.shape
     # the operand that heads of a group share: k and v, or the group's rows of q and grad_out
     group = q.shape[1] // k.shape[1]
@@ -259,10 +260,12 @@ def split_samples(q: Tensor, k: Tensor, problem: AttentionProblem) -> Split:
     return NO_SPLIT
 
 
-def plan_grids(q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem) -> list[TileGrid]:
-    """Of the kernels that share a plan: forward and, with ``backward``, backward_keys and backward_rows."""
-    kernels = ("forward", "backward_keys", "backward_rows") if backward else ("forward",)
-    return [tile_grid(kernel, q, k, problem) for kernel in kernels]
+def plan_grids(
+    q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem, deterministic: bool = True
+) -> list[TileGrid]:
+    """Of the kernels that share a plan: forward and, with ``backward``, backward_keys and backward_rows or the one for both."""
+    behind = (("backward_keys", "backward_rows") if deterministic else ("backward",)) if backward else ()
+    return [tile_grid(kernel, q, k, problem) for kernel in ("forward", *behind)]
 
 
 def plan_sections(plan: Tensor, grids: list[TileGrid]) -> list[Tensor]:

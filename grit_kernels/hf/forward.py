@@ -45,6 +45,7 @@ class PatchRecord:
     packing: bool
     fuse: bool
     """Fused ops replace norms, gated MLPs and rotary embeddings (fuse.py)."""
+    deterministic: bool
     names: tuple[str, ...]
     """Arguments of the class's forward, in order."""
     cache_name: str
@@ -213,7 +214,7 @@ class _Call:
 
     def packed(self, inputs: Tensor, pack: SamplePack, positions: Tensor) -> Any:
         """inputs (1, tokens, ...), positions (1, tokens)."""
-        grit_pass = AttentionPass(pack.causal, self.record.bidirectional_window, pack)
+        grit_pass = AttentionPass(pack.causal, self.record.bidirectional_window, pack, self.record.deterministic)
         if self.record.rope_by_length:
             positions = rope.with_lengths(positions, rope.lengths_in_pack(positions, pack))
         if self.record.own_attention:
@@ -226,7 +227,7 @@ class _Call:
         self, inputs: Tensor, causal: Tensor, mask: Any, positions: Tensor | None, cache: Any, use_cache: bool
     ) -> Any:
         """inputs (B, T, ...) with padding, before or after a cache."""
-        grit_pass = AttentionPass(causal, self.record.bidirectional_window)
+        grit_pass = AttentionPass(causal, self.record.bidirectional_window, deterministic=self.record.deterministic)
         if self.record.rope_by_length:
             batch, length = inputs.shape[:2]
             past = 0 if cache is None else int(cache.get_seq_length())

@@ -69,6 +69,7 @@ class AttentionPass:
     causal: Tensor
     bidirectional_window: str = "transformers"
     pack: SamplePack | None = None
+    deterministic: bool = True
     prepared: dict[Any, tuple[AttentionProblem, dict[Any, Tensor], Any]] = field(default_factory=dict)
     witness: dict[str, bool] = field(default_factory=dict)
 
@@ -331,7 +332,8 @@ def grit_attention(
         hi = grit_pass.upper_bounds(sliding_window)
         return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
 
-    out = prepared_attention(q, k, v, *grit_pass.prepare((sliding_window, *options), problem), s_aux)
+    prepared = grit_pass.prepare((sliding_window, *options), problem)
+    out = prepared_attention(q, k, v, *prepared, s_aux, grit_pass.deterministic)
     out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
     return _narrowed(out, size), None
 
@@ -413,7 +415,7 @@ def _padded_attention(
 
     key = (sliding_window, scaling, softcap, batch, q_length, slots, step, id(layout))
     prepared = grit_pass.prepare(key, problem, layout)
-    out = prepared_attention(q.flatten(0, 1), keys, values, *prepared, sinks).view(q.shape)
+    out = prepared_attention(q.flatten(0, 1), keys, values, *prepared, sinks, grit_pass.deterministic).view(q.shape)
     return out if holes is None else _reorder(out, holes.rows_back)
 
 

@@ -28,7 +28,14 @@ DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_d
 """Config entries for dropout on attention weights."""
 
 
-def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bool = True, fuse: bool = True) -> Any:
+def patch(
+    model: Any,
+    *,
+    bidirectional_window: str = "transformers",
+    packing: bool = True,
+    fuse: bool = True,
+    deterministic: bool = True,
+) -> Any:
     """Make ``model``'s decoder switch its attention per sample, in place; returns ``model``.
 
     Afterwards ``model(...)`` and the bare decoder accept
@@ -58,6 +65,8 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
         packing: compute only real tokens when no cache is involved and nothing is compiled. False keeps the padded layout.
         fuse: run RMSNorm, rotary embedding and gated activations as one op each where a module behaves like the formula; the
             result differs from the unfused one by rounding. Layers with weights are called as they are, including hooks.
+        deterministic: gradients repeat bit by bit; False lets attention's backward pass on a GPU use atomics, see
+            :func:`switch_attention`.
 
     Raises:
         TypeError: the model's class is not supported; the message lists those that are.
@@ -75,15 +84,16 @@ def patch(model: Any, *, bidirectional_window: str = "transformers", packing: bo
         raise ValueError(f"bidirectional_window: expected one of {accepted}, got {bidirectional_window!r}")
     if not is_patched(model):
         _refuse_what_is_wrong(compat.unwrapped(model), decoder)
-    install(model, decoder, bidirectional_window=bidirectional_window, packing=packing, fuse=fuse)
+    options = {"bidirectional_window": bidirectional_window, "packing": packing, "deterministic": deterministic}
+    install(model, decoder, fuse=fuse, **options)
     return model
 
 
-def install(model: Any, decoder: Any, *, bidirectional_window: str, packing: bool, fuse: bool) -> None:
+def install(model: Any, decoder: Any, *, fuse: bool, **options: Any) -> None:
     """:func:`patch` without its checks."""
     record = decoder.__dict__.get("_grit_patch")
     if record is not None:
-        record = dataclasses.replace(record, bidirectional_window=bidirectional_window, packing=packing, fuse=fuse)
+        record = dataclasses.replace(record, fuse=fuse, **options)
     else:
         cache_name = compat.cache_argument(type(decoder).forward)
         if cache_name is None:
@@ -91,9 +101,8 @@ def install(model: Any, decoder: Any, *, bidirectional_window: str, packing: boo
         register()
         record = PatchRecord(
             attn_implementation=decoder.config._attn_implementation,
-            bidirectional_window=bidirectional_window,
-            packing=packing,
             fuse=fuse,
+            **options,
             names=compat.arguments_of(type(decoder).forward),
             cache_name=cache_name,
             has_head=compat.unwrapped(model) is not decoder,

@@ -191,7 +191,7 @@ def _patched_copy(stock: Any) -> Any:
 
     model = copy.deepcopy(stock).eval()
     decoder = compat.decoder_of(model)
-    install(model, decoder, bidirectional_window="transformers", packing=True, fuse=True)
+    install(model, decoder, fuse=True, bidirectional_window="transformers", packing=True, deterministic=True)
     decoder(torch.full((1, 3), 3), cache=_cache_for(decoder))
     return model
 

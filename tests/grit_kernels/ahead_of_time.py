@@ -18,12 +18,43 @@ CAPABILITIES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Compiled:
-    """Spilled bytes per thread, shared memory of a block in bytes, the assembly (PTX, or AMD's), registers per thread."""
+    """Spilled bytes per thread, shared memory of a block in bytes, the assembly (PTX, or AMD's), registers per thread, and the
+    binary of an NVIDIA GPU."""
 
     spilled: int
     shared: int
     ptx: str
     registers: int
+    cubin: bytes = b""
+
+    def instructions(self) -> list[tuple[int, str]]:
+        """The machine's own instructions (SASS) with their addresses, without the idle ones at the end."""
+        text = _cuobjdump("--dump-sass", self.cubin)
+        found = [
+            (int(place, 16), code.strip()) for place, code in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S[^;]*);", text)
+        ]
+        while found and found[-1][1] == "NOP":
+            found.pop()
+        return found
+
+    def loops(self) -> list[list[str]]:
+        """Instructions of the loops that hold no other loop, in the order of the program."""
+        code = self.instructions()
+        spans = []
+        for place, text in code:
+            jump = re.search(r"\bBRA(?:\.\S+)?\s+(?:!?U?P\d+,\s+)?`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", text)
+            if jump and jump[1] and int(jump[1], 16) < place:
+                spans.append((int(jump[1], 16), place))
+        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+        return [[text for place, text in code if begin <= place <= end] for begin, end in sorted(inner)]
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
 
 def compile_ahead_of_time(
@@ -59,13 +90,7 @@ def compile_ahead_of_time(
         used, spilled = (re.search(rf"\.vgpr_{what}:\s+(\d+)", text) for what in ("count", "spill_count"))
         assert used is not None and spilled is not None, text[-2000:]
         return Compiled(4 * int(spilled[1]), compiled.metadata.shared, text, int(used[1]))
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
+    usage = _cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    return Compiled(int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], int(found[1]))
+    return Compiled(int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], int(found[1]), compiled.asm["cubin"])

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.interpret
 
 LENGTHS, CAUSAL = [40, 3, 0, 61], torch.tensor([True, False, True, False])
 PLAN = {"list_tiles_kernel", "sort_tiles_kernel", "transpose_hi_kernel"}
-LAYER = {"attention_forward_kernel", "row_statistics_kernel", "backward_keys_kernel", "backward_rows_kernel"}
+WITHOUT_ATOMICS = {"attention_forward_kernel", "row_statistics_kernel", "backward_keys_kernel", "backward_rows_kernel"}
 NO_COPY = {"to", "contiguous"}  # with nothing inside: the tensor already was what is needed
 METADATA = (
     "empty",
@@ -42,6 +42,9 @@ METADATA = (
     "unflatten",
     "flatten",
 )
+
+
+WITH_ATOMICS = WITHOUT_ATOMICS - {"backward_rows_kernel"}
 
 
 def pack_and_problem(upper_bounds: bool) -> tuple[gk.SamplePack, AttentionProblem]:
@@ -82,15 +85,17 @@ def torch_launches(profile: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("upper_bounds", [False, True])
-def test_a_shared_plan_changes_no_bit(upper_bounds: bool) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_shared_plan_changes_no_bit(upper_bounds: bool, deterministic: bool) -> None:
     pack, problem = pack_and_problem(upper_bounds)
     q, k, v = inputs = tensors(pack.tokens)
     plans: dict[Any, Tensor] = {}
     grad = torch.randn(pack.tokens, 4, 32)
     expected: list[Tensor] = []
-    for given in (None, plans, plans):  # the second layer finds the plan and a counter that is 0 again
+    # the second layer finds the plan and a counter that is 0 again; in the interpreter programs, and so atomics, run in order
+    for given in (None, plans, plans):
         with override_config("backward_keys", Config(16, 32, 4, 1)):  # unlike backward_rows, so their tables differ
-            out = prepared_attention(q, k, v, problem, given)
+            out = prepared_attention(q, k, v, problem, given, deterministic=deterministic)
             found = [out, *torch.autograd.grad(out, inputs, grad)]
         expected = expected or found
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -100,24 +105,30 @@ def test_a_shared_plan_changes_no_bit(upper_bounds: bool) -> None:
     assert len(plans) == 2
 
 
-def test_opcheck_accepts_the_ops_that_take_a_plan() -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_opcheck_accepts_the_ops_that_take_a_plan(deterministic: bool) -> None:
     pack, problem = pack_and_problem(upper_bounds=True)
     q, k, v = tensors(pack.tokens)
     ops, utils = torch.ops.grit_kernels, ("test_schema", "test_autograd_registration", "test_faketensor")
     plain = [x.detach() for x in (q, k, v)]
-    torch.library.opcheck(ops.attention_plan.default, (*plain[:2], True, *problem.flat()), test_utils=utils)
-    plan = ops.attention_plan(*plain[:2], True, *problem.flat())
-    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, *problem.flat(), plan), test_utils=utils)
-    out, lse = ops.attention_forward_planned(*plain, *problem.flat(), plan)
-    arguments = (torch.randn_like(out), None, *plain, out, lse, *problem.flat(), plan)
+    torch.library.opcheck(
+        ops.attention_plan.default, (*plain[:2], True, deterministic, *problem.flat()), test_utils=utils
+    )
+    plan = ops.attention_plan(*plain[:2], True, deterministic, *problem.flat())
+    rest = (*problem.flat(), plan, deterministic)
+    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, *rest), test_utils=utils)
+    out, lse = ops.attention_forward_planned(*plain, *rest)
+    arguments = (torch.randn_like(out), None, *plain, out, lse, *rest)
     torch.library.opcheck(ops.attention_backward_planned.default, arguments, test_utils=utils)
 
 
 @pytest.mark.parametrize("upper_bounds", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("deterministic", [True, False])
 def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
-    launches: Counter[str], upper_bounds: bool, use_reentrant: bool
+    launches: Counter[str], upper_bounds: bool, use_reentrant: bool, deterministic: bool
 ) -> None:
+    layer_kernels, others = (WITHOUT_ATOMICS, 0) if deterministic else (WITH_ATOMICS, 1)  # torch rounds dQ
     pack, problem = pack_and_problem(upper_bounds)
     found = {}
     for layers in (1, 3):
@@ -125,7 +136,7 @@ def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
         plans: dict[Any, Tensor] = {}
 
         def layer(x: Tensor, k: Tensor = k, v: Tensor = v, plans: dict[Any, Tensor] = plans) -> Tensor:
-            return prepared_attention(x, k, v, problem, plans)
+            return prepared_attention(x, k, v, problem, plans, deterministic=deterministic)
 
         launches.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -133,9 +144,11 @@ def test_a_checkpointed_layer_launches_five_kernels_and_no_memset(
             for _ in range(layers):
                 x = checkpoint(layer, x, use_reentrant=use_reentrant)
             x.backward(torch.ones_like(x))
-        assert set(launches) <= PLAN | LAYER
+        assert set(launches) <= PLAN | layer_kernels
         memsets = [name for name in torch_launches(profile) if name in ("zero_", "fill_")]
-        found[layers] = (sum(launches[name] for name in LAYER), sum(launches[name] for name in PLAN), len(memsets))
+        assert [event.name for event in profile.events()].count("aten::mul") == others * layers
+        in_layers = sum(launches[name] for name in layer_kernels) + others * layers
+        found[layers] = (in_layers, sum(launches[name] for name in PLAN), len(memsets))
     assert found[1][0] == 5 and found[3][0] == 15
     assert found[1][1:] == found[3][1:], "plans and memsets do not grow with the layers"
 
@@ -200,3 +213,30 @@ def test_a_step_of_a_server_launches_three_kernels_however_many_samples_decode(l
         gk.switch_attention_varlen(q, k, k, True, *starts, max(q_len), max(k_len))
     layer = {"attention_forward_kernel": 1, "attention_decode_kernel": 1, "merge_splits_kernel": 1}
     assert {name: n for name, n in launches.items() if name not in PLAN} == layer
+
+
+@pytest.mark.parametrize(
+    ("asked", "required", "atomics"), [(True, False, False), (False, False, True), (False, True, False)]
+)
+def test_atomics_run_only_where_they_are_allowed(
+    launches: Counter[str], asked: bool, required: bool, atomics: bool
+) -> None:
+    q, k, v = (x[None] for x in tensors(40))
+    torch.use_deterministic_algorithms(required)
+    try:
+        gk.switch_attention(q, k, v, True, deterministic=asked).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(launches) - PLAN == (WITH_ATOMICS if atomics else WITHOUT_ATOMICS)
+
+
+def test_a_patched_model_passes_on_whether_gradients_must_repeat(launches: Counter[str]) -> None:
+    from tests.grit_kernels.tiny_mistral import tiny_model
+
+    ids = torch.arange(10)[None]
+    stock = tiny_model()
+    for deterministic in (True, False):
+        model = gk.patch(stock, deterministic=deterministic, fuse=False)
+        launches.clear()
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+        assert ("backward_rows_kernel" in launches) == deterministic

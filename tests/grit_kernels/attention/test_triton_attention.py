@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from grit_kernels.attention import triton_backward, triton_decode, triton_forward, triton_plan  # noqa: E402
 from grit_kernels.attention.problem import AttentionProblem  # noqa: E402
+from grit_kernels.attention.reference import attention_backward as reference_backward  # noqa: E402
 from grit_kernels.attention.reference import attention_forward as reference_forward  # noqa: E402
 from grit_kernels.attention.triton_common import split_head_dim  # noqa: E402
 from grit_kernels.attention.triton_configs import (  # noqa: E402
@@ -27,7 +29,9 @@ from grit_kernels.attention.triton_configs import (  # noqa: E402
     table_config,
 )
 from grit_kernels.visibility import in_blocks, tile_keys, tile_rows, transpose_hi, window_bounds  # noqa: E402
+from tests.conftest import assert_within_rule  # noqa: E402
 from tests.grit_kernels.attention.samples import (  # noqa: E402
+    Call,
     assert_call_equals_the_reference,
     draw_call,
     results,
@@ -42,9 +46,10 @@ SLOW_START = settings(
 )
 
 
-def run_triton(call: Any) -> list[Tensor]:
+def run_triton(call: Any, deterministic: bool = True) -> list[Tensor]:
     inputs = [call.q, call.k, call.v, call.grad_out]
-    return results(call, triton_forward.attention_forward, triton_backward.attention_backward, inputs)
+    backward = functools.partial(triton_backward.attention_backward, deterministic=deterministic)
+    return results(call, triton_forward.attention_forward, backward, inputs)
 
 
 @INTERPRET
@@ -55,6 +60,36 @@ def test_any_call_equals_the_reference_forward_and_backward(data: st.DataObject)
         lambda options: data.draw(st.sampled_from(list(options))), lengths=(0, 1, 5, 17, 33), dims=(32, 40, 64)
     )
     assert_call_equals_the_reference(call, run_triton(call), 2e-5)
+
+
+@INTERPRET
+@SLOW_START
+@given(data=st.data())
+def test_one_kernel_that_adds_up_dq_by_atomics_equals_the_reference(data: st.DataObject) -> None:
+    call = draw_call(
+        lambda options: data.draw(st.sampled_from(list(options))), lengths=(0, 1, 5, 17, 33), dims=(32, 40, 64)
+    )
+    assert_call_equals_the_reference(call, run_triton(call, deterministic=False), 2e-5)
+
+
+@INTERPRET
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the infinite numbers, which nothing reads
+def test_a_slot_without_a_key_adds_nothing_to_dq_however_small_the_sum_of_a_row_is() -> None:
+    # exp(0 - lse) of such a slot is infinite, as every score of a key is near -148; multiples of 1/8 make the scores exact
+    lens = torch.tensor([21], dtype=torch.int32)
+    zero = torch.zeros_like(lens)
+    bounds = window_bounds(torch.tensor([False]), (-1, -1), 21, 21)
+    problem = AttentionProblem(zero, lens, zero, lens, *bounds, None, 0, 0, 21, 21, 1.0, 0.0)
+    q, k = torch.ones(21, 2, 32), torch.randint(-2, 3, (21, 1, 32)) / 8 - 4.625
+    v, grad = (torch.randn(21, heads, 32) for heads in (1, 2))
+    used = torch.ones(21, dtype=torch.bool)
+    call = Call(q, k, v, grad, None, problem, used, used)
+    reference = (reference_forward, reference_backward)
+    truth, eager = (results(call, *reference, call.clean(kind)) for kind in (torch.float64, torch.float32))
+    for name, *found in zip(
+        ("out", "lse", "dq", "dk", "dv"), run_triton(call, deterministic=False), truth, eager, strict=True
+    ):
+        assert_within_rule(*found, name)
 
 
 @INTERPRET
@@ -160,6 +195,18 @@ def test_which_program_computes_a_tile_changes_no_bit(monkeypatch: pytest.Monkey
             assert all(torch.equal(a, b) for a, b in zip(run_triton(call), want, strict=True))
 
 
+@INTERPRET
+def test_products_ahead_of_the_softmax_change_no_bit() -> None:
+    for seed in range(2):
+        call = draw_call(random.Random(seed).choice, lengths=(40, 17, 0, 65), dims=(32, 40))
+        found = []
+        for ahead in (False, True):
+            with override_config("forward", Config(16, 16, 4, 1, ahead=ahead)):
+                found.append(triton_forward.attention_forward(call.q, call.k, call.v, call.problem))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+
 def make_plan(
     q_len: list[int], k_len: list[int], causal: list[bool], window: tuple[int, int], rows: int, over_keys: bool, hi: Any
 ) -> tuple[list[tuple[int, int]], tuple[Tensor, Tensor]]:
@@ -250,8 +297,10 @@ def test_configs_come_from_the_override_then_the_environment_then_the_table(monk
     table = choose_config("forward", 64, torch.bfloat16, device)
     monkeypatch.setenv(VARIABLE, "forward=64x32x4x2,decode=16x16x4x1")
     assert choose_config("forward", 64, torch.bfloat16, device) == Config(64, 32, 4, 2)
-    monkeypatch.setenv(VARIABLE, "forward=64x32x4x2p")
-    assert choose_config("forward", 64, torch.bfloat16, device) == Config(64, 32, 4, 2, persistent=True)
+    for flags in ("p", "a", "pa"):
+        monkeypatch.setenv(VARIABLE, f"forward=64x32x4x2{flags}")
+        config = choose_config("forward", 64, torch.bfloat16, device)
+        assert config == Config(64, 32, 4, 2, "p" in flags, "a" in flags) and str(config) == f"64x32x4x2{flags}"
     with override_config("forward", Config(32, 32, 4, 1)):
         assert choose_config("forward", 64, torch.bfloat16, device) == Config(32, 32, 4, 1)
     monkeypatch.delenv(VARIABLE)

@@ -10,20 +10,14 @@ from grit_kernels.backend import interpreting
 
 if interpreting():
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
-pytest.importorskip("triton", reason="the package triton is not installed")
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
-from grit_kernels.attention import triton_backward, triton_decode, triton_forward, triton_plan  # noqa: E402
-from grit_kernels.attention.triton_common import split_head_dim  # noqa: E402
-from grit_kernels.attention.triton_configs import KERNELS, Config, table_config  # noqa: E402
-from tests.grit_kernels.ahead_of_time import Compiled, compile_ahead_of_time  # noqa: E402
+from grit_kernels.attention import triton_backward, triton_decode, triton_plan  # noqa: E402
+from grit_kernels.attention.triton_configs import KERNELS, table_config  # noqa: E402
+from tests.grit_kernels.ahead_of_time import compile_ahead_of_time  # noqa: E402
+from tests.grit_kernels.attention.compiled import CAPABILITY, compile_kernel  # noqa: E402
+from tools import compiled_kernels  # noqa: E402
 
-FUNCTIONS = {
-    "forward": triton_forward.attention_forward_kernel,
-    "decode": triton_decode.attention_decode_kernel,
-    "backward_keys": triton_backward.backward_keys_kernel,
-    "backward_rows": triton_backward.backward_rows_kernel,
-}
-CAPABILITY: dict[str, int | str] = {"sm80": 80, "sm90": 90, "sm100": 100, "gfx9": "gfx942"}
 # bytes a program may have; 8.6 and 8.9 have 99 KiB where 8.0 has 163
 SHARED_LIMIT = {"sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx9": 64 << 10}
 MATRIX_INSTRUCTION = {
@@ -32,10 +26,7 @@ MATRIX_INSTRUCTION = {
     "sm100": r"\btcgen05\.mma",
     "gfx9": r"\bv_mfma_",
 }
-SMALL_TILE_INSTRUCTION = r"\bmma\.sync|\bv_mfma_"  # 16 rows are too few for a warpgroup's instruction
-FP32_POINTERS = {"p_lse", "p_stat"}
-DATA_POINTERS = {"p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"}
-
+SMALL_TILE_INSTRUCTION = r"\bmma\.sync|\bv_mfma_"  # fewer than 64 rows are too few for a warpgroup's instruction
 # Bytes per thread that may be spilled in bfloat16 and float16, where it is more than SMALL_BUDGET: the larger of Triton 3.6 and
 # 3.9, rounded up. The gradient of the keys holds two FP32 tiles; what it spills are mostly addresses, which the counts bound.
 SPILL_BUDGET: dict[tuple[str, str, int], int] = {
@@ -45,49 +36,19 @@ SPILL_BUDGET: dict[tuple[str, str, int], int] = {
     ("backward_keys", "sm90", 128): 160,
     ("backward_keys", "sm90", 256): 240,
     ("backward_keys", "sm80", 128): 64,
+    ("backward", "sm90", 96): 48,
+    ("backward", "sm90", 128): 104,
+    ("backward", "sm80", 96): 48,
 }
 SMALL_BUDGET = 24  # a few scalars, outside of the loops
 FLAGS_BUDGET = 400  # more, with upper bounds per token or a softcap
 
 
-def compile_kernel(
-    kernel: str, arch: str, dtype: str, dim: int, *, config: Config | None = None, hi: bool = False, cap: bool = False
-) -> Compiled:
-    """Compile ``kernel`` as its launcher would for 32 query heads over 8."""
-    config = config or table_config(kernel, dim, 4 if dtype == "fp32" else 2, arch)
-    d1, d2 = split_head_dim(dim)
-    function = FUNCTIONS[kernel]
-    given = {
-        **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
-        **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True, "PERSISTENT": config.persistent},
-    }
-    types = {}
-    for name in function.arg_names:
-        if name in FP32_POINTERS or (kernel == "decode" and name == "p_out"):
-            types[name] = "*fp32"
-        elif name in DATA_POINTERS:
-            types[name] = f"*{dtype}"
-        elif name.startswith("p_"):
-            types[name] = "*i32"
-        elif name in ("scale", "cap", "softmax_scale"):
-            types[name] = "fp32"
-        elif name not in given:
-            types[name] = "i32"
-    return compile_ahead_of_time(
-        function,
-        types,
-        {name: value for name, value in given.items() if name in function.arg_names},
-        CAPABILITY[arch],
-        warps=config.warps,
-        stages=config.stages,
-        enable_fp_fusion=True,
-    )
-
-
 def check(kernel: str, arch: str, dtype: str, dim: int, hi: bool = False, cap: bool = False) -> None:
     compiled = compile_kernel(kernel, arch, dtype, dim, hi=hi, cap=cap)
     if dtype != "fp32":
-        wanted = SMALL_TILE_INSTRUCTION if kernel == "decode" else MATRIX_INSTRUCTION[arch]
+        small = kernel == "decode" or (kernel, dim) == ("backward", 256)
+        wanted = SMALL_TILE_INSTRUCTION if small else MATRIX_INSTRUCTION[arch]
         assert re.search(wanted, compiled.ptx), "no matrix instruction"
     else:
         assert "tf32" not in compiled.ptx, "float32 must be multiplied in full precision"
@@ -118,6 +79,7 @@ def test_bf16_forward_uses_hopper_matrix_instructions_and_spills_nothing(dim: in
         ("decode", "sm90", "bf16", 128, False, False),
         ("backward_keys", "sm90", "bf16", 128, False, False),
         ("backward_rows", "sm90", "bf16", 128, False, False),
+        ("backward", "sm90", "bf16", 128, False, False),
         ("backward_keys", "sm80", "bf16", 64, False, False),
         ("backward_keys", "gfx9", "bf16", 64, False, False),
     ],
@@ -185,9 +147,9 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
     )
     statistics = compile_ahead_of_time(
         triton_backward.row_statistics_kernel,
-        {"p_do": "*bf16", "p_out": "*bf16", "p_lse": "*fp32", "p_dlse": "*fp32", "p_stat": "*fp32"}
+        {"p_do": "*bf16", "p_out": "*bf16", "p_lse": "*fp32", "p_dlse": "*fp32", "p_stat": "*fp32", "p_dq": "*fp32"}
         | {x: "i32" for x in ("stride_dot", "stride_doh", "rows")},
-        {"HEADS": 32, "D": 128, "DP": 128, "BM": 32, "HAS_DLSE": True},
+        {"HEADS": 32, "D": 128, "DP": 128, "BM": 32, "HAS_DLSE": True, "CLEAR_DQ": True},
         CAPABILITY[arch],
     )
     assert merged.spilled == statistics.spilled == 0
@@ -205,3 +167,36 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
 )
 def test_every_entry_of_the_table_compiles_within_its_budget(kernel: str, arch: str, dtype: str, dim: int) -> None:
     check(kernel, arch, dtype, dim)
+
+
+def test_products_ahead_of_the_softmax_run_beside_it() -> None:
+    """D 64 on Hopper: exponentials stand between the first product and the wait for it, and products are not serialised."""
+    config = table_config("forward", 64, 2, "sm90")
+    shares = []
+    for ahead in (False, True):
+        compiled = compile_kernel("forward", "sm90", "bf16", 64, config=config._replace(ahead=ahead))
+        assert compiled.spilled == 0
+        loop = compiled_kernels.loops_of_products(compiled)[0]
+        first = next(i for i, code in enumerate(loop) if "HGMMA" in code)
+        wait = next(i for i, code in enumerate(loop) if i > first and "WARPGROUP.DEPBAR" in code)
+        exponentials = [i for i, code in enumerate(loop) if "MUFU.EX2" in code]
+        assert sum("WARPGROUP.DEPBAR" in code for code in loop) <= 2, "a product waits inside"
+        shares.append(sum(first < i < wait for i in exponentials) / len(exponentials))
+    assert shares[0] == 0 and shares[1] >= 0.5
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("entry", [("forward", "sm90", 128), ("decode", "sm90", 128), ("backward_keys", "sm90", 128)])
+def test_the_page_shows_what_the_compiler_gives(entry: tuple[str, str, int]) -> None:
+    page = compiled_kernels.committed(triton.__version__)
+    if not page:
+        pytest.skip(f"docs/gpu.md has no figures of Triton {triton.__version__}")
+    kernel, arch, dim = entry
+    row = compiled_kernels.figures((kernel, arch, dim, table_config(kernel, dim, 2, arch)))
+    assert row == page[tuple(row[:4])], "run `python -m tools.compiled_kernels` and commit docs/gpu.md"
+
+
+def test_the_page_has_every_entry_of_the_table() -> None:
+    wanted = {(kernel, arch, str(dim), str(config)) for kernel, arch, dim, config in compiled_kernels.entries()}
+    for version in ("3.6.0", "3.9.0"):
+        assert set(compiled_kernels.committed(version)) == wanted, f"run tools.compiled_kernels with Triton {version}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -36,6 +37,9 @@ def test_any_call_equals_the_reference_forward_and_backward(seed: int) -> None:
     assert_call_equals_the_reference(call, [x.cpu() for x in found], TOLERANCE[dtype])
     again = results(on_gpu, triton_forward.attention_forward, triton_backward.attention_backward, inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "results repeat bit by bit"
+    atomic = functools.partial(triton_backward.attention_backward, deterministic=False)
+    found = results(on_gpu, triton_forward.attention_forward, atomic, inputs)
+    assert_call_equals_the_reference(call, [x.cpu() for x in found], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (1023, 1023)])

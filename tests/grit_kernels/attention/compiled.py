@@ -1,0 +1,56 @@
+"""The attention kernels compiled as their launchers would compile them, for GPUs that this machine need not have."""
+
+from __future__ import annotations
+
+from grit_kernels.attention import triton_backward, triton_decode, triton_forward
+from grit_kernels.attention.triton_common import split_head_dim
+from grit_kernels.attention.triton_configs import Config, table_config
+from tests.grit_kernels.ahead_of_time import Compiled, compile_ahead_of_time
+
+FUNCTIONS = {
+    "forward": triton_forward.attention_forward_kernel,
+    "decode": triton_decode.attention_decode_kernel,
+    "backward_keys": triton_backward.backward_keys_kernel,
+    "backward_rows": triton_backward.backward_rows_kernel,
+    "backward": triton_backward.backward_keys_kernel,
+}
+CAPABILITY: dict[str, int | str] = {"sm80": 80, "sm90": 90, "sm100": 100, "gfx9": "gfx942"}
+FP32_POINTERS = {"p_lse", "p_stat"}
+DATA_POINTERS = {"p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"}
+
+
+def compile_kernel(
+    kernel: str, arch: str, dtype: str, dim: int, *, config: Config | None = None, hi: bool = False, cap: bool = False
+) -> Compiled:
+    """Compile ``kernel`` as its launcher would for 32 query heads over 8."""
+    config = config or table_config(kernel, dim, 4 if dtype == "fp32" else 2, arch)
+    d1, d2 = split_head_dim(dim)
+    function = FUNCTIONS[kernel]
+    given = {
+        **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
+        **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True, "PERSISTENT": config.persistent},
+        "AHEAD": config.ahead,
+        "ATOMIC": kernel == "backward",
+    }
+    types = {}
+    for name in function.arg_names:
+        # partial results, sums by atomics
+        if name in FP32_POINTERS or (kernel, name) in (("decode", "p_out"), ("backward", "p_dq")):
+            types[name] = "*fp32"
+        elif name in DATA_POINTERS:
+            types[name] = f"*{dtype}"
+        elif name.startswith("p_"):
+            types[name] = "*i32"
+        elif name in ("scale", "cap", "softmax_scale"):
+            types[name] = "fp32"
+        elif name not in given:
+            types[name] = "i32"
+    return compile_ahead_of_time(
+        function,
+        types,
+        {name: value for name, value in given.items() if name in function.arg_names},
+        CAPABILITY[arch],
+        warps=config.warps,
+        stages=config.stages,
+        enable_fp_fusion=True,
+    )
