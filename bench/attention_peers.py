@@ -395,8 +395,10 @@ PEERS: dict[str, Callable[[Problem], Run | None]] = {
     "sdpa split flash": lambda p: sdpa_split(p, SDPBackend.FLASH_ATTENTION) if p.device == "cuda" else None,
     "torch varlen": torch_varlen,
     "flash-attn": flash_attn,
-    "flash-attn 3": lambda p: flash_attn(p, "flash_attn_interface"),
+    "flash-attn 3": lambda p: flash_attn(p, PACKAGES["flash-attn 3"]),
     "flex": flex,
     "matmul only": matmul,
 }
+PACKAGES = {"flash-attn": "flash_attn", "flash-attn 3": "flash_attn_interface"}
+"""The modules of peers that are packages of their own."""
 NOT_ATTENTION = ("matmul only", "grit, no window")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import grit_kernels as gk
 from bench import attention, contrastive, generative_loss, pooling
-from bench.attention_peers import DIFFERS, NOT_ATTENTION, PEERS, Problem, Regime
+from bench.attention_peers import DIFFERS, NOT_ATTENTION, PACKAGES, PEERS, Problem, Regime
 from bench.common import synchronizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,7 +75,9 @@ def time_attention(benchmark: Any, regime: Regime, name: str) -> None:
             why = problem.failures.get(name, "")
             if why.startswith(DIFFERS):
                 pytest.fail(f"{name} {why}", pytrace=False)
-            pytest.skip(f"{name} does not support this problem here {why}")
+            if importlib.util.find_spec(PACKAGES.get(name, "torch")) is None:
+                why = f"({PACKAGES[name]} is not installed)"
+            pytest.skip(f"{name} does not support this problem here {why}".rstrip())
         facts = {"flops": regime.flops(), "pairs": regime.pairs(), "tokens": sum(regime.k_lens)}
         op = "attention backward" if regime.backward else "attention"
         shape = attention_shape(regime)
