@@ -219,6 +219,14 @@ def test_the_closed_forms_of_the_references_are_their_derivatives() -> None:
 
 
 @pytest.mark.skipif(not _library.status().loaded, reason="without the compiled library")
+@pytest.mark.parametrize("dimensions", [0, 9])
+def test_a_tensor_has_one_to_eight_dimensions(dimensions: int) -> None:
+    x = torch.ones([1] * dimensions)
+    with pytest.raises(RuntimeError, match=f"expected 1 to 8 dimensions, got {dimensions}"):
+        torch.ops.grit_kernels.gated_forward(x, x, 0)
+
+
+@pytest.mark.skipif(not _library.status().loaded, reason="without the compiled library")
 def test_every_instruction_set_gives_nearly_the_same() -> None:
     x, residual = torch.randn(2, 67, 83).bfloat16()
     weight, grad = torch.randn(83), torch.randn(67, 83)
