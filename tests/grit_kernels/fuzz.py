@@ -24,70 +24,24 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import grit_kernels as gk
-
-Results = list[Tensor]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ONE_ROUNDING = torch.finfo(torch.float32).eps / 2
-FEW_ROUNDINGS = 8 * torch.finfo(torch.float32).eps
-
-
-@dataclass
-class Call:
-    """``kernel`` takes the inputs as they are stored; ``definition`` computes in the dtype it is given, in plain torch.
-
-    ``fixed_norms``: the definition with norms that no gradient goes through, where it has norms.
-    """
-
-    inputs: list[Tensor]
-    kernel: Callable[..., Results]
-    definition: Callable[..., Results]
-    # (inputs, definition's results, their gradients) in float64 -> per input, what the rounding of an intermediate may change
-    rounding: Callable[[list[Tensor], Results, Results], list[Tensor | float]] | None = None
-    fixed_norms: Callable[..., Results] | None = None
-    # the definition with a few FP32 roundings of what it has between its steps, where the inputs' say nothing of them
-    jittered: Callable[..., Results] | None = None
-    # absolute, of every result
-    result_rounding: float = 0.0
-
-
-def magnitudes(x: Tensor, rng: random.Random, dtype: torch.dtype, most: float) -> Tensor:
-    """``x`` as it is, or with rows of mixed sizes, or huge, or tiny; 10 ** most at most (float16: 100)."""
-    most = min(most, 2) if dtype == torch.float16 else most
-    kind = rng.choice(["plain", "plain", "mixed", "huge", "tiny"])
-    if kind == "mixed":
-        x = x * 10 ** (torch.rand(*x.shape[:-1], 1) * 2 * most - most).clamp(max=most)
-    elif kind == "huge":
-        x = x * 10 ** rng.uniform(0, most)
-    elif kind == "tiny":
-        x = x * 10 ** -rng.uniform(0, 4 if dtype == torch.float16 else 15)
-    return x.to(dtype)
-
-
-def stored(x: Tensor, rng: random.Random) -> Tensor:
-    """``x`` in memory of random strides, NaN wherever it is not."""
-    steps = [rng.choice([1, 1, 1, 2, 3]) for _ in x.shape]
-    extra = [rng.choice([0, 0, 1, 8]) for _ in x.shape]
-    order = list(range(x.ndim))
-    if rng.random() < 0.3:
-        rng.shuffle(order)
-    sizes = [x.shape[d] * steps[d] + extra[d] for d in order]
-    memory = torch.full(sizes, float("nan"), dtype=x.dtype)
-    view = memory.permute([order.index(d) for d in range(x.ndim)])
-    view = view[tuple(slice(0, n * s, s) for n, s in zip(x.shape, steps, strict=True))]
-    view.copy_(x)
-    return view
-
-
-def unit_rows(x: Tensor, fixed: bool) -> Tensor:
-    length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return x / (length.detach() if fixed else length)
+from tests.grit_kernels.fuzz_call import (
+    DTYPES,
+    FEW_ROUNDINGS,
+    ONE_ROUNDING,
+    Call,
+    Results,
+    magnitudes,
+    stored,
+    unit_rows,
+)
+from tests.grit_kernels.fuzz_fused import gelu_call, rms_norm_call, rotary_call, silu_call
+from tests.grit_kernels.fuzz_serving import key_ranges_call, kvcache_call
 
 
 def attention_call(rng: random.Random) -> Call:
@@ -306,6 +260,12 @@ KERNELS = {
     "contrastive_loss": contrastive_call,
     "linear_cross_entropy": token_loss_call,
     "pool": pool_call,
+    "rms_norm": rms_norm_call,
+    "rotary": rotary_call,
+    "silu_mul": silu_call,
+    "gelu_tanh_mul": gelu_call,
+    "kvcache": kvcache_call,
+    "key_ranges": key_ranges_call,
 }
 
 
@@ -356,6 +316,7 @@ def run_call(kernel: str, number: int, gradients: bool = True) -> str:
     torch.manual_seed(rng.getrandbits(31))
     call = KERNELS[kernel](rng)
     dtype = call.inputs[0].dtype
+    gradients = gradients and call.differentiable
     wide = [x.double() for x in call.inputs]
     grads = [torch.randn(x.shape, dtype=torch.float64) for x in call.definition(*wide)] if gradients else None
     truth, eager = ([*sum(results_and_gradients(call.definition, x, grads), [])] for x in (wide, call.inputs))
