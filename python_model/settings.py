@@ -66,7 +66,8 @@ class AttentionVariant:
     generative: GenerativeAttention = "cc"
 
     def __post_init__(self) -> None:
-        check_choice("attn", self.embedding + self.generative, ATTENTION)
+        check_choice("embedding", self.embedding, EMBEDDING_ATTENTION)
+        check_choice("generative", self.generative, GENERATIVE_ATTENTION)
 
     @classmethod
     def parse(cls, letters: str) -> AttentionVariant:

@@ -3,10 +3,11 @@
 * :func:`patch`, :func:`unpatch`, :func:`patched`, :func:`is_patched`: a decoder with an attention mode per sample.
 * caches, whatever the argument is called in this version of transformers: :func:`new_cache`, :func:`cached_states`,
   :func:`cache_keyword`, and ``StaticCache``, whose layout the kernels read without a copy.
-* :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`depends_on_length`: whether its rotary
-  frequencies depend on the length of a text; :func:`has_recurrent_layers`: whether some of its layers carry a state.
+* :func:`unwrapped`, :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`is_watched`: whether a
+  module has hooks or a forward of its own. :func:`depends_on_length`: whether a decoder's rotary frequencies depend on the length
+  of a text; :func:`has_recurrent_layers`: whether some of its layers carry a state. :func:`check_plain_head`: whether applying
+  the language-model head directly gives the model's logits.
 * :func:`checkpoint_activations`, :func:`checkpoints_activations`, :func:`expert_balance_loss`: for training.
-  :func:`check_plain_head`: whether applying the language-model head directly gives the model's logits.
 
 Only compat.py knows how versions of transformers differ; importing this package does not import transformers.
 """
@@ -23,7 +24,9 @@ from grit_kernels.hf.compat import (
     layers_of,
     new_cache,
     rotary_of,
+    unwrapped,
 )
+from grit_kernels.hf.fuse import is_watched
 from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
 from grit_kernels.hf.proof import check_plain_head
 from grit_kernels.hf.recurrent import has_recurrent_layers
@@ -41,12 +44,14 @@ __all__ = [
     "expert_balance_loss",
     "has_recurrent_layers",
     "is_patched",
+    "is_watched",
     "layers_of",
     "new_cache",
     "patch",
     "patched",
     "rotary_of",
     "unpatch",
+    "unwrapped",
 ]
 
 

@@ -44,6 +44,7 @@ class Norm:
     eps: str
     offset: float
     promotes: bool  # 16-bit input and float32 weight give float32, otherwise the input's dtype
+    forward: Callable[..., Any]  # of the class at that time; it may be replaced since
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class GatedMlp:
     activation: str
     activation_type: type
     kind: str
+    forward: Callable[..., Any]  # as of a norm
 
 
 def attach(decoder: nn.Module) -> None:
@@ -189,7 +191,7 @@ def _as_norm(module: nn.Module) -> Norm | None:
             if _same(stand_in, rows, normed * (weight.double() + offset)):
                 dtypes = [type(module).forward(stand_in, rows.to(low)).dtype for low in DTYPES[1:]]
                 if dtypes in ([torch.float32, torch.float32], list(DTYPES[1:])):
-                    return Norm(eps, offset, dtypes[0] == torch.float32)
+                    return Norm(eps, offset, dtypes[0] == torch.float32, type(module).forward)
     return None
 
 
@@ -209,7 +211,7 @@ def _as_mlp(module: nn.Module, children: dict[str, nn.Module]) -> GatedMlp | Non
     parts = layers[gate](wide).chunk(2, dim=-1) if gate == up else (layers[gate](wide), layers[up](wide))
     for kind, (activation, _) in ACTIVATIONS.items():
         if _same(stand_in, x, layers["down_proj"](activation(parts[0]) * parts[1])):
-            return GatedMlp(gate, up, "down_proj", bare[0], type(children[bare[0]]), kind)
+            return GatedMlp(gate, up, "down_proj", bare[0], type(children[bare[0]]), kind, type(module).forward)
     return None
 
 
@@ -300,7 +302,8 @@ def _takes_part(x: object, op: str) -> bool:
 
 def _norm_forward(self: Any, what: Norm, *args: Any, **kwargs: Any) -> Any:
     weight = self.weight
-    if torch.compiler.is_compiling() or kwargs or len(args) != 1 or type(weight) not in (Tensor, nn.Parameter):
+    own = torch.compiler.is_compiling() or type(self).forward is not what.forward
+    if own or kwargs or len(args) != 1 or type(weight) not in (Tensor, nn.Parameter):
         return type(self).forward(self, *args, **kwargs)
     x = args[0]
     if not _takes_part(x, "rms_norm_forward") or weight.dtype not in DTYPES or weight.device != x.device:
@@ -310,7 +313,8 @@ def _norm_forward(self: Any, what: Norm, *args: Any, **kwargs: Any) -> Any:
 
 
 def _mlp_forward(self: Any, what: GatedMlp, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or kwargs or len(args) != 1:
+    own = torch.compiler.is_compiling() or type(self).forward is not what.forward
+    if own or kwargs or len(args) != 1:
         return type(self).forward(self, *args, **kwargs)
     (x,) = args
     if what.gate == what.up:
@@ -319,21 +323,24 @@ def _mlp_forward(self: Any, what: GatedMlp, *args: Any, **kwargs: Any) -> Any:
         gate, up = getattr(self, what.gate)(x), getattr(self, what.up)(x)
     activation: Any = getattr(self, what.activation)
     fits = _takes_part(gate, "gated_forward") and type(up) is Tensor and up.dtype == gate.dtype
-    if fits and not _watched(activation) and type(activation) is what.activation_type:
+    if fits and not is_watched(activation) and type(activation) is what.activation_type:
         inner = ACTIVATIONS[what.kind][1](gate, up)
     else:
         inner = activation(gate) * up
     return getattr(self, what.down)(inner)
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether the module has hooks, or its forward has been replaced."""
+def is_watched(module: nn.Module) -> bool:
+    """Whether the module has hooks, or its forward has been replaced by anything but patch(): then it must be called."""
+    forward = module.__dict__.get("forward")
+    foreign = forward is not None and not getattr(forward, "func", forward).__module__.startswith("grit_kernels.")
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or hasattr(module, "_hf_hook")
+        or foreign
     )
 
 

@@ -11,6 +11,7 @@ It writes into the cache filled by the prefill. Models it does not know are deco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,38 +27,51 @@ if TYPE_CHECKING:
 
 KNOWN = ("Llama", "Mistral")
 PARTS = {
-    "self_attn": "Attention",
-    "mlp": "MLP",
-    "input_layernorm": "RMSNorm",
-    "post_attention_layernorm": "RMSNorm",
+    "self_attn": ("Attention",),
+    "mlp": ("MLP", "SparseMoeBlock"),
+    "input_layernorm": ("RMSNorm",),
+    "post_attention_layernorm": ("RMSNorm",),
 }
-"""The parts of a known layer, by attribute and ending of the class name. A wrapper around one of them has another name."""
+"""The parts of a known layer, by attribute and endings of the class name."""
 
 
 def supports(model: Any) -> bool:
     """Whether :class:`Step` computes what ``model`` (a causal language model) does."""
-    decoder = model.get_decoder()
+    return (
+        gk.is_patched(model) and unlike(model, KNOWN) is None and not gk.hf.depends_on_length(gk.hf.decoder_of(model))
+    )
+
+
+def unlike(model: Any, kinds: Sequence[str]) -> str | None:
+    """What keeps ``model`` from being computed from its layers' parts as transformers' own of these kinds is; None: nothing.
+
+    The parts must be exactly transformers' classes with their own forward (a subclass, a wrapper or a remote class of the same
+    name computes what it wants), and nobody may wait for a call of a module that is not called: a hook or a forward of its own.
+    """
+    decoder = gk.hf.decoder_of(model)
     kind = type(decoder).__name__.removesuffix("Model")
-    if not gk.is_patched(model) or kind not in KNOWN or gk.hf.depends_on_length(decoder):
-        return False
-    plain = all(
-        type(layer).__name__ == f"{kind}DecoderLayer"
-        and all(type(getattr(layer, name)).__name__ == kind + end for name, end in PARTS.items())
-        for layer in decoder.layers
-    )
-    # a hook (such as a device map's) or an instance's own forward expects to be called
-    touched = any(
-        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") or _has_foreign_forward(m)
-        for layer in decoder.layers
-        for m in (layer, *(getattr(layer, name) for name in PARTS))
-    )
-    return plain and not touched and type(decoder.norm).__name__ == f"{kind}RMSNorm"
+    if kind not in kinds:
+        return f"a {type(decoder).__name__}"
+    home = type(decoder).__module__
 
+    def is_own(part: Any, *endings: str) -> bool:
+        cls: Any = type(part)
+        return cls.__name__ in {kind + end for end in endings} and cls.__module__ == cls.forward.__module__ == home
 
-def _has_foreign_forward(module: Any) -> bool:
-    """Whether the instance has its own forward, other than those of patch(), which compute the same."""
-    own = module.__dict__.get("forward")
-    return own is not None and not getattr(own, "func", own).__module__.startswith("grit_kernels.")
+    if not (home.startswith("transformers.models.") and is_own(decoder, "Model") and is_own(decoder.norm, "RMSNorm")):
+        return f"a {type(decoder).__name__} with a {type(decoder.norm).__name__}, not transformers' own"
+    uncalled = [decoder, decoder.norm, *({model, gk.hf.unwrapped(model)} - {decoder})]
+    for layer in decoder.layers:
+        if not is_own(layer, "DecoderLayer"):
+            return f"layers of {type(layer).__name__}"
+        parts = {name: getattr(layer, name) for name in PARTS}
+        for name, part in parts.items():
+            if not is_own(part, *PARTS[name]):
+                return f"layers whose {name} is a {type(part).__name__}"
+        uncalled += [layer, *parts.values()]
+    if any(gk.hf.is_watched(module) for module in uncalled):
+        return "hooks or a replaced forward (such as those of a device map)"
+    return None
 
 
 class Step:

@@ -91,8 +91,8 @@ def next_token_losses(model: GritLM, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether the head is nothing but its weight and bias: no adapter, quantisation, parametrisation or hook."""
-    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    """Whether the head is nothing but its weight and bias: no adapter, quantisation, parametrisation, hook or own forward."""
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not gk.hf.is_watched(head)
 
 
 def _losses_of_module(head: nn.Module, rows: Tensor, labels: Tensor, softcap: float | None) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 import grit_kernels as gk
 from grit_kernels.attention import packed_problem, prepared_attention
-from python_model.generate.step import add_and_norm
+from python_model.generate.step import add_and_norm, unlike
 from python_model.model.modeling import GritLM
 from python_model.rag.rope import STATIC_ROPE_TYPES
 from python_model.serve.arena import Arena, Interval
@@ -35,8 +35,7 @@ from python_model.serve.arena import Arena, Interval
 if TYPE_CHECKING:
     from grit_kernels.attention.problem import AttentionProblem
 
-FAMILIES = ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
-KNOWN_LAYERS = tuple(f"{family}DecoderLayer" for family in FAMILIES)
+KNOWN = ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
 WITHOUT_WINDOW = ("LlamaDecoderLayer",)
 
 SHORT_ROWS = 64
@@ -83,12 +82,8 @@ class _Part:
 
 def refusal(model: GritLM) -> str | None:
     """Why this step cannot compute what ``model`` does, or None."""
-    layers = model.decoder[0].layers
-    unknown = sorted({type(layer).__name__ for layer in layers} - set(KNOWN_LAYERS))
-    if unknown:
-        return f"model: expected one with layers of {', '.join(KNOWN_LAYERS)}, got {', '.join(unknown)}"
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in layers.modules()):
-        return "model: expected one without hooks on its layers (such as those of a device map), got some"
+    if (what := unlike(model.model, KNOWN)) is not None:
+        return f"model: expected a plain one of transformers' {', '.join(KNOWN)}, got {what}"
     rope = getattr(model.decoder[0].rotary_emb, "rope_type", "default")
     if rope not in STATIC_ROPE_TYPES:
         # other types scale positions by the longest sequence in the batch, so a neighbour would change the result

@@ -39,8 +39,11 @@ def test_other_letters_are_refused(letters: str) -> None:
 
 
 def test_either_half_of_a_variant_is_checked() -> None:
-    for halves in (("bx", "cc"), ("bb", "bx"), ("bb", "ccc")):
-        with pytest.raises(ValueError, match="attn: expected one of 'bb'"):
+    for halves, name in ((("bx", "cc"), "embedding"), (("bb", "bx"), "generative"), (("bb", "ccc"), "generative")):
+        with pytest.raises(ValueError, match=f"^{name}: expected one of"):
+            AttentionVariant(*halves)  # type: ignore[arg-type]
+    for halves, name in ((("bbcc", ""), "embedding"), (("", "bbcc"), "embedding"), (("b", "bcc"), "embedding")):
+        with pytest.raises(ValueError, match=f"^{name}: expected one of"):
             AttentionVariant(*halves)  # type: ignore[arg-type]
     assert AttentionVariant("cb", "il") == AttentionVariant.parse("cbil")
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm as MistralRMSNormOfTransformers
 
 from python_model import GritLM
 from python_model.commands.generate import COMMAND
@@ -55,6 +57,71 @@ def test_a_batch_of_unequal_prompts_decodes_as_transformers_does_one_by_one(mode
     got = decode(model.model, prompts, max_new_tokens=60, eos_token_ids=[2])
     assert got == [_by_transformers(plain, ids, 60) for ids in prompts]
     assert got[1:2] == decode(model.model, prompts[1:2], max_new_tokens=60, eos_token_ids=[2])
+
+
+class MistralRMSNorm(MistralRMSNormOfTransformers):
+    """As a repository's own modelling code may have it: the library's name, another formula."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return -super().forward(hidden_states)
+
+
+def _last_norm_of_a_remote_class(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = MistralRMSNorm(model.config.hidden_size, model.config.rms_norm_eps)
+    norm.load_state_dict(model.model.norm.state_dict())
+    model.model.norm = norm
+
+
+CHANGES: dict[str, Any] = {
+    "hook on the last norm": lambda m, _: m.model.norm.register_forward_hook(lambda module, args, out: -out),
+    "hook before a layer's norm": lambda m, _: m.model.layers[0].input_layernorm.register_forward_pre_hook(
+        lambda module, args: (args[0].roll(1, -1),)
+    ),
+    "hook on the model": lambda m, _: m.register_forward_hook(lambda module, args, out: _flipped(out)),
+    "own forward": lambda m, patch: patch.setattr(
+        m.model.norm, "forward", lambda x: -MistralRMSNormOfTransformers.forward(m.model.norm, x), raising=False
+    ),
+    "class of the same name": _last_norm_of_a_remote_class,
+    "forward of the class": lambda m, patch: patch.setattr(
+        MistralMLP, "forward", lambda self, x: self.down_proj(self.gate_proj(x) + self.up_proj(x))
+    ),
+    "linear layer of a class of its own": lambda m, _: setattr(
+        m.model.layers[0].self_attn, "q_proj", Halved(m.model.layers[0].self_attn.q_proj)
+    ),
+}
+
+
+class Halved(torch.nn.Module):
+    """As a quantised layer: it has a weight, of which its product is not."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.layer(x) / 2
+
+
+def _flipped(output: Any) -> Any:
+    output.logits = -output.logits
+    return output
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_is_done_to_a_module_counts_in_every_step(
+    checkpoint: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prompt = [1, *range(20, 40)]
+    mine = GritLM(checkpoint, device="cpu", dtype="float32").model
+    before = decode(mine, [prompt], max_new_tokens=12, eos_token_ids=[2])
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    for model in (mine, theirs):
+        CHANGES[change](model, monkeypatch)
+    got = decode(mine, [prompt], max_new_tokens=12, eos_token_ids=[2])
+    assert got == [_by_transformers(theirs, prompt, 12)]
+    assert got != before
 
 
 def test_min_new_tokens_and_eos(model: GritLM, plain: Any) -> None:

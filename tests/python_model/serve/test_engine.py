@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,21 @@ def test_other_families_equal_their_own_forward(
 def test_a_model_whose_step_is_unknown_is_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
     tiny("Gemma2").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="^model: expected one with layers of LlamaDecoderLayer.*Gemma2DecoderLayer"):
+    with pytest.raises(ValueError, match="^model: expected a plain one of transformers' Llama, .*Gemma2Model"):
         SteppedEngine(GritLM(tmp_path, dtype=torch.float32), arena_rows=300, max_step_tokens=96)
+
+
+@pytest.mark.parametrize("part", ["model", "model.model", "model.model.norm", "model.model.layers.0.mlp"])
+@pytest.mark.parametrize("kind", ["hook", "own forward"])
+def test_a_module_that_waits_for_a_call_is_refused(checkpoint: Path, part: str, kind: str) -> None:
+    model = GritLM(checkpoint, dtype=torch.float32)
+    module = model.get_submodule(part)
+    if kind == "hook":
+        module.register_forward_hook(lambda module, inputs, output: output)
+    else:
+        module.__dict__["forward"] = functools.partial(type(module).forward, module)
+    with pytest.raises(ValueError, match="^model: expected a plain one .*got hooks or a replaced forward"):
+        SteppedEngine(model, arena_rows=300, max_step_tokens=96)
 
 
 @pytest.mark.parametrize("layers", ["alike", "mixed"])

@@ -99,17 +99,37 @@ def test_adapters_on_the_input_embeddings_learn_as_in_transformers(
         assert float((mine[name] - grad).abs().max()) <= 1e-4 * largest, name
 
 
-def test_a_hook_on_the_head_counts(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["hook", "own forward", "class of its own", "weight of its own kind"])
+def test_a_head_that_is_more_than_its_weight_is_called(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     model = toy_model(toy_config(checkpoint, tmp_path))
     chunk = build_chunk([], ToyStream(model.tokenizer, 0, 2)[0].conversations)
     hidden = model.hidden_states(chunk.input_ids, chunk.pack)
     plain = next_token_losses(model, hidden, chunk.labels)
-    handle = model.model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0)
+    head = model.model.lm_head
+    if kind == "hook":
+        head.register_forward_hook(lambda module, inputs, output: output * 0)
+    elif kind == "own forward":
+        head.forward = lambda x: torch.nn.functional.linear(x, head.weight) * 0
+    elif kind == "class of its own":
+        model.model.lm_head = Zero(head.in_features, head.out_features, bias=False)
+    else:  # as torchao's: the class is nn.Linear, and the weight says what a product is
+        head.weight = torch.nn.Parameter(head.weight.detach().as_subclass(ZeroWeight))
     flat = next_token_losses(model, hidden, chunk.labels)
-    handle.remove()
     uniform = torch.tensor(float(len(model.tokenizer))).log()
     torch.testing.assert_close(flat[flat > 0], uniform.expand(int((flat > 0).sum())))
     assert not torch.allclose(flat, plain)
+
+
+class Zero(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0
+
+
+class ZeroWeight(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) * 0 if function is torch.nn.functional.linear else out
 
 
 def test_the_bias_of_a_language_models_head_counts_and_learns(checkpoint: Path, tmp_path: Path) -> None:
