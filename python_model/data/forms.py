@@ -67,7 +67,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "system", "prompt"),
     "ShareGPT": ("conversations", "system"),
     "Alpaca": ("instruction", "input", "output", "system", "history", "text"),
-    "prompt and completion": ("prompt", "completion", "response", "system"),
+    "prompt and completion": ("prompt", "completion", "response", "system", "label"),
 }
 REQUIRED: dict[str, tuple[str, ...]] = {  # in the order they are tried
     "tevatron": ("positive_passages",),
@@ -82,6 +82,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {  # in the order they are tried
 }
 CHATS = ("text", "messages", "ShareGPT", "Alpaca", "prompt and completion")
 EMBEDDING_COLUMNS = {name for form, names in FORMS.items() if form not in CHATS for name in names}
+TRAINED = ("weight", "loss", "train")
+"""Entries of a message by which other tools say whether it is trained on."""
+OF_MESSAGES = {"role", "from", "content", "value", "tool_calls", "name", "id", *TRAINED}
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
@@ -263,19 +266,50 @@ class Reader:
             reply = "completion" if "completion" in columns else "response"
             if reply not in columns:
                 raise DataError(f"{origin}: expected {_expected()}, got the columns {sorted(columns)}{_meant(columns)}")
+            if (label := columns.get("label")) is not None and label is not True:
+                if label is not False:
+                    raise DataError(f"{origin}: label: expected true or false, got {json_type(label)}")
+                raise DataError(f"{origin}: label: false: a reply that is not wanted", "unwanted replies")
             parts = [columns["prompt"], columns[reply]]
             if any(isinstance(part, list) for part in parts):
-                messages = _messages(
+                messages = self._messages(
                     [*parts[0], *parts[1]] if all(isinstance(p, list) for p in parts) else None, reply, origin
                 )
             else:
                 messages = [("user", parts[0]), ("assistant", parts[1])]
         else:
             column = "messages" if form == "messages" else "conversations"
-            messages = _messages(columns[column], column, origin)
+            messages = self._messages(columns[column], column, origin)
         if columns.get("system") and form != "text":
             messages.insert(0, ("system", columns["system"]))
         return _alternating(messages, form, origin)
+
+    def _messages(self, value: Any, name: str, origin: str) -> list[tuple[str, Any]]:
+        if not isinstance(value, list):
+            raise DataError(f"{origin}: {name}: expected a list of messages, got {json_type(value)}")
+        found: list[tuple[str, Any]] = []
+        for index, message in enumerate(value):
+            place = f"{name}[{index}]"
+            if not isinstance(message, dict):
+                raise DataError(f"{origin}: {place}: expected an object, got {json_type(message)}")
+            for key in message.keys() - OF_MESSAGES:
+                if message[key]:
+                    self.notes[f"{name}: {key!r} of a message is ignored"] = None
+            role = message.get("role", message.get("from"))
+            reply = ROLES.get(str(role), role) == "assistant"
+            if reply and any(message.get(key) is not None and message[key] != 1 for key in TRAINED):
+                raise DataError(
+                    f"{origin}: {place}: a message that is weighted or not trained on is not supported", "weights"
+                )
+            content = message["content"] if "content" in message else message.get("value")
+            if isinstance(content, list):  # parts: {"type": "text", "text": ..}
+                if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                    raise DataError(f"{origin}: {place}: expected parts of type 'text', got others", "not only text")
+                content = "".join(check_text(part.get("text"), place, origin, may_be_empty=True) for part in content)
+            if message.get("tool_calls") or role in ("tool", "function", "observation", "function_call"):
+                raise DataError(f"{origin}: {place}: tool calls are not supported", "tool calls")
+            found.append((ROLES.get(str(role), str(role)), content))
+        return found
 
 
 def _form(columns: Columns, origin: str) -> str | None:
@@ -323,26 +357,6 @@ def _titled(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
         text = check_text(item["text"], f"{place}.text", origin)
         found.append(PlainText("", f"{title} {text}" if title else text))
     return tuple(found)
-
-
-def _messages(value: Any, name: str, origin: str) -> list[tuple[str, Any]]:
-    if not isinstance(value, list):
-        raise DataError(f"{origin}: {name}: expected a list of messages, got {json_type(value)}")
-    found: list[tuple[str, Any]] = []
-    for index, message in enumerate(value):
-        place = f"{name}[{index}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{origin}: {place}: expected an object, got {json_type(message)}")
-        role = message.get("role", message.get("from"))
-        content = message["content"] if "content" in message else message.get("value")
-        if isinstance(content, list):  # parts: {"type": "text", "text": ..}
-            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                raise DataError(f"{origin}: {place}: expected parts of type 'text', got others", "not only text")
-            content = "".join(check_text(part.get("text"), place, origin, may_be_empty=True) for part in content)
-        if message.get("tool_calls") or role in ("tool", "function", "observation", "function_call"):
-            raise DataError(f"{origin}: {place}: tool calls are not supported", "tool calls")
-        found.append((ROLES.get(str(role), str(role)), content))
-    return found
 
 
 def _exchange(old: Any, origin: str) -> list[tuple[str, Any]]:

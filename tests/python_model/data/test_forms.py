@@ -243,3 +243,38 @@ def test_parquet_and_remote_paths_are_read(tmp_path: Path, monkeypatch: pytest.M
     parquet.write_table(pa.Table.from_pylist([FLAG, FLAG]), tmp_path / "y.parquet")
     rows = read_rows(tmp_path / "y.parquet")[0]
     assert len(rows) == 2 and rows[0].neg == plain("a cat sleeps")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "say hi", "completion": "get lost", "label": False}, "label: false: a reply that is not wanted"),
+        ({"prompt": "say hi", "completion": "hello", "label": 0.5}, "label: expected true or false, got a number"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            r"messages\[1\]: a message that is weighted or not trained on",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": False}]},
+            r"conversations\[1\]: a message that is weighted or not trained on",
+        ),
+    ],
+)
+def test_a_reply_that_a_tool_would_not_train_on_is_refused(
+    tmp_path: Path, columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        row(tmp_path, columns)
+
+
+def test_a_wanted_reply_is_read_and_other_entries_of_its_messages_are_named(tmp_path: Path) -> None:
+    wanted = {"prompt": "say hi", "completion": "hello", "label": True}
+    assert row(tmp_path, wanted) == GenerativeRow(("say hi", "hello"), None, "x", f"{tmp_path / 'x.jsonl'}:1")
+    turns = [
+        {"role": "user", "content": "a", "weight": 0},  # of a question it says what is true anyway
+        {"role": "assistant", "content": "b", "weight": 1, "reasoning_content": "hm", "name": "x", "id": 4},
+    ]
+    file = write(tmp_path / "y.jsonl", {"messages": turns})
+    reader = file_reader(file)
+    assert reader.row({"messages": turns}, "y:1") == GenerativeRow(("a", "b"), None, "y", "y:1")
+    assert list(reader.notes) == ["messages: 'reasoning_content' of a message is ignored"]
