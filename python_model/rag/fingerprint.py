@@ -23,6 +23,11 @@ _CONFIG = (
     "rms_norm_eps",
 )
 
+_WHERE_PRESENT = (
+    *("hidden_act", "hidden_activation", "layer_types", "attn_logit_softcapping", "query_pre_attn_scalar"),
+    *("layer_norm_eps", "rotary_pct", "use_parallel_residual", "num_experts_per_tok", "norm_topk_prob"),
+)
+
 
 def fingerprint(model: GritLM) -> str:
     """Hex digest over the architecture, a sample of every weight and the tokenizer.
@@ -32,12 +37,23 @@ def fingerprint(model: GritLM) -> str:
     digest = hashlib.sha256()
     config = {name: getattr(model.model.config, name, None) for name in _CONFIG}
     config["rope"] = str(getattr(model.model.config, "rope_parameters", None))
-    _add(digest, config)
+    _add(digest, config | _unusual(model.model.config))
     _add_weights(digest, model.decoder[0])
     tokenizer = model.tokenizer
     probe = "<|user|>\nWhat is 12 + 7?\n<|embed|>\n\u00c9t\u00e9, \u6771\u4eac."
     _add(digest, [len(tokenizer), tokenizer.bos_token_id, tokenizer(probe, add_special_tokens=False)["input_ids"]])
     return digest.hexdigest()[:32]
+
+
+def _unusual(config: Any) -> dict[str, Any]:
+    """What else of a config changes states; empty for a usual Mistral, whose fingerprint stays what it was."""
+    found = {name: value for name in _WHERE_PRESENT if (value := getattr(config, name, None)) is not None}
+    if found.get("hidden_act") == "silu":
+        del found["hidden_act"]
+    usual = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    if set(found.get("layer_types", ())) == {usual}:
+        del found["layer_types"]
+    return found
 
 
 def embedding_settings(model: GritLM) -> dict[str, Any]:

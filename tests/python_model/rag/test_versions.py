@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +125,17 @@ def test_a_newer_version_is_refused_by_the_command_that_makes_it_anew(tmp_path: 
         db.close()
         with pytest.raises(StoreError, match="format version 9.*rebuild it with `grit index"):
             kind(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_act", "gelu"), ("sliding_window", 16), ("layer_types", ["full_attention"] * 2)]
+)
+def test_a_config_that_gives_other_states_has_another_fingerprint(
+    checkpoint: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    from python_model.rag.fingerprint import fingerprint
+
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    before = fingerprint(model)
+    setattr(model.model.config, name, value)
+    assert fingerprint(model) != before
