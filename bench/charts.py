@@ -192,7 +192,10 @@ def rag(rows: Rows, path: Path) -> None:
 
 def rag_quality(rows: Rows, path: Path) -> None:
     """F1 over the time to the first token, with the interval of the difference to full prefill; one panel per model. The
-    line joins the variants that no other beats in both."""
+    line joins the variants that no other beats in both. Nothing is drawn where no times were measured."""
+    rows = [row for row in rows if row["first_token_s"] is not None]
+    if not rows:
+        return
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     names = list(dict.fromkeys(str(row["variant"]) for row in rows))
     with figure(path, 1, len(models), (4.5 * len(models), 3.2), sharey=True) as panels:

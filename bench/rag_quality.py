@@ -18,10 +18,10 @@ of states per token; and how often a document must be reused before making and s
 only if full prefill reaches 1.5 times the F1 without documents. The goal is a first token in a third of the time at an F1 at most
 2 % lower; where no variant keeps it, ``--mode auto`` has no reason to leave full prefill.
 
-Answers are written to FOLDER question by question; the same command resumes, also with more or fewer ``--questions``. Replies do
-not depend on what else the machine does, but times do: ``--timed 20`` asks the first 20 questions of each model once more, which
-takes minutes of a quiet machine, and takes all times from there. Several ``--model`` are several models in one table and plot,
-for example one that was trained on ``python -m bench.rag_questions``.
+Answers are written to FOLDER question by question; the same command resumes, also with more or fewer ``--questions``. Replies
+do not depend on what else the machine does, but times do: ``--timed 20`` asks the first 20 questions of each model once more,
+which takes minutes of a quiet machine, and takes all times from there; ``--timed 0`` leaves times out. Several ``--model`` are
+several models in one table and plot, for example one that was trained on ``python -m bench.rag_questions``.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def summary(
 ) -> list[dict[str, Any]]:
     """One row per variant; ``valid``: whether documents help this model enough for cached states to be judged.
 
-    ``timed``: answers to take the times from, if not from ``answers``.
+    ``timed``: answers to take the times from, if not from ``answers``; without any, times are None.
     """
     timed = answers if timed is None else timed
     scores = {name: np.array([row[name]["f1"] for row in answers]) for name in VARIANTS}
@@ -188,8 +188,13 @@ def summary(
         if name != FULL and scores[FULL].mean() > 0:
             difference, low, high = relative_difference(scores[name], scores[FULL])
         cached = sum(row["cached"] for row in own)
-        saved = statistics.median(seconds[FULL] - seconds[name])
-        written = statistics.median(row[name]["write_s"] for row in timed)
+        first_token = times_faster = reuses = None
+        if timed:
+            first_token = float(np.median(seconds[name]))
+            times_faster = float(np.median(seconds[FULL] / seconds[name]))
+            saved = statistics.median(seconds[FULL] - seconds[name])
+            written = statistics.median(row[name]["write_s"] for row in timed)
+            reuses = written / saved if cached and saved > 0 else None
         found.append(
             {
                 "model": model,
@@ -202,10 +207,10 @@ def summary(
                 "f1_difference": difference,
                 "f1_low": low,
                 "f1_high": high,
-                "first_token_s": float(np.median(seconds[name])),
-                "times_faster": float(np.median(seconds[FULL] / seconds[name])),
+                "first_token_s": first_token,
+                "times_faster": times_faster,
                 "bytes_per_token": sum(row["bytes"] for row in own) / cached if cached else 0.0,
-                "break_even_reuses": written / saved if cached and saved > 0 else None,
+                "break_even_reuses": reuses,
                 "f1_by_kind": {
                     kind: 100 * float(scores[name][[item.kind == kind for item in items]].mean())
                     for kind in dict.fromkeys(item.kind for item in items)
@@ -217,14 +222,14 @@ def summary(
     return found
 
 
+def keeps_f1(row: dict[str, Any]) -> bool:
+    """Whether a variant with cached states has an F1 that is not too low."""
+    return row["variant"] not in (WITHOUT, FULL) and row["valid"] and row["f1_difference"] >= -LOWER
+
+
 def keeps_goal(row: dict[str, Any]) -> bool:
-    """Whether a variant with documents is fast enough at an F1 that is not too low."""
-    return (
-        row["variant"] not in (WITHOUT, FULL)
-        and row["valid"]
-        and row["times_faster"] >= FASTER
-        and row["f1_difference"] >= -LOWER
-    )
+    """Whether a variant with cached states is fast enough at an F1 that is not too low."""
+    return keeps_f1(row) and row["times_faster"] is not None and row["times_faster"] >= FASTER
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -242,6 +247,8 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     goal = f"{FASTER:g}x faster to the first token at an F1 at most {LOWER:.0%} lower"
     if kept:
         return f"{model}: {goal}: {', '.join(kept)}"
+    if not rows[0]["timed"] and (enough := [row["variant"] for row in rows if keeps_f1(row)]):
+        return f"{model}: an F1 at most {LOWER:.0%} lower: {', '.join(enough)}; times were not measured"
     return f"{model}: no variant is {goal}; auto stays at full prefill"
 
 
@@ -253,7 +260,9 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True, help="checkpoint, or LABEL=checkpoint; repeat it")
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers; the same command resumes")
     parser.add_argument("--questions", type=int, help="most questions; default: all")
-    parser.add_argument("--timed", type=int, help="ask so many once more for all times; default: those of the answers")
+    parser.add_argument(
+        "--timed", type=int, help="ask so many once more for all times; 0: no times; default: those of the answers"
+    )
     parser.add_argument("--format", choices=FORMATS, default="int8", help="format of the stored states")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
@@ -269,7 +278,7 @@ def main() -> None:
         model = GritLM(path, dtype=arguments.dtype, device=arguments.device)
         answers = measure(model, items, arguments.output / f"{label}.jsonl", arguments.format, arguments.new)
         timed = None
-        if arguments.timed:
+        if arguments.timed is not None:
             log = arguments.output / f"{label}.timed.jsonl"
             timed = measure(model, items[: arguments.timed], log, arguments.format, arguments.new)
         found = summary(label, items, answers, timed)

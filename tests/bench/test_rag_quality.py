@@ -204,6 +204,15 @@ def test_the_verdict_follows_validity_speed_and_loss(data: Path, tmp_path: Path)
     assert [r["f1"] for r in retimed.values()] == [r["f1"] for r in rows] and rows[0]["timed"] == len(items)
     assert retimed["causal cache"]["break_even_reuses"] is None
 
+    untimed = summary("good", items, made_up(len(items), good), [])
+    assert {r["timed"] for r in untimed} == {0} and [r["f1"] for r in untimed] == [r["f1"] for r in rows]
+    assert {r[field] for r in untimed for field in ("first_token_s", "times_faster", "break_even_reuses")} == {None}
+    assert not any(keeps_goal(r) for r in untimed)
+    assert verdict(untimed).endswith("lower: causal cache, causal cache + first 16; times were not measured")
+    assert verdict([r for r in untimed if r["f1_difference"] != 0 or r["variant"] == FULL]).endswith("full prefill")
+    charts.draw(tmp_path / "untimed" / "rag_quality_cpu.json", untimed)
+    assert not (tmp_path / "untimed").exists()
+
     def useless(name: str, number: int) -> dict[str, Any]:
         return row(0.3 if name == WITHOUT else 0.4, 0.1 if name == "causal cache" else 1.0)
 
