@@ -292,10 +292,11 @@ CHARTS: dict[str, Callable[[Rows, Path], None]] = {
 
 
 def draw(record: Path, rows: Rows) -> Path | None:
-    """Draw the plot of a record beside it; None for a kind without a plot."""
+    """Draw the plot of a record beside it; None for a kind without a plot, or rows with nothing to draw."""
     chart = CHARTS.get(record.stem.removesuffix("_cpu").removesuffix("_cuda"))
     if chart is None:
         return None
     path = record.with_suffix(".png")
+    path.unlink(missing_ok=True)
     chart(rows, path)
-    return path
+    return path if path.exists() else None
