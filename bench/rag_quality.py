@@ -188,7 +188,9 @@ def summary(
         if name != FULL and scores[FULL].mean() > 0:
             difference, low, high = relative_difference(scores[name], scores[FULL])
         cached = sum(row["cached"] for row in own)
-        first_token = times_faster = reuses = None
+        first_token: float | None = None
+        times_faster: float | None = None
+        reuses: float | None = None
         if timed:
             first_token = float(np.median(seconds[name]))
             times_faster = float(np.median(seconds[FULL] / seconds[name]))
