@@ -236,7 +236,7 @@ def true_neighbours(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return np.take_along_axis(likely, np.argsort(-exact, axis=1)[:, :NEIGHBOURS], axis=1)
 
 
-def recall_of(searcher: Searcher, queries: np.ndarray, nearest: np.ndarray) -> float:
+def recall_of(searcher: Searcher | Adjustable, queries: np.ndarray, nearest: np.ndarray) -> float:
     """The share of the true neighbours found."""
     found = [len(set(searcher.search(q)) & set(true)) for q, true in zip(queries, nearest.tolist(), strict=True)]
     return sum(found) / nearest.size
@@ -246,7 +246,8 @@ def measure(vectors: np.ndarray, queries: np.ndarray, folder: Path, names: list[
     """One row per variant in ``names``."""
     nearest = true_neighbours(vectors, queries)
     tuning = queries[: max(len(queries) // 4, 1)], nearest[: max(len(queries) // 4, 1)]
-    rows, opened = [], {}
+    rows: list[dict[str, Any]] = []
+    opened: dict[str, Any] = {}
     for name in names:
         make, place = VARIANTS[name][1], folder / name.replace(" ", "_").replace(",", "")
         start = time.perf_counter()
