@@ -30,9 +30,10 @@ from grit_kernels.hf.fuse import is_watched
 from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
 from grit_kernels.hf.proof import check_plain_head
 from grit_kernels.hf.recurrent import has_recurrent_layers
-from grit_kernels.hf.rope import depends_on_length
+from grit_kernels.hf.rope import FrequencyChange, depends_on_length, frequency_change
 
 __all__ = [
+    "FrequencyChange",
     "StaticCache",
     "cache_keyword",
     "cached_states",
@@ -42,6 +43,7 @@ __all__ = [
     "decoder_of",
     "depends_on_length",
     "expert_balance_loss",
+    "frequency_change",
     "has_recurrent_layers",
     "is_patched",
     "is_watched",

@@ -9,10 +9,10 @@ fresh module would give it alone.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grit_kernels.hf import compat
 from grit_kernels.packing import SamplePack
@@ -27,6 +27,29 @@ def depends_on_length(decoder: Any) -> bool:
     """Whether the decoder's rotary frequencies depend on the length of the text."""
     rotary = compat.rotary_of(decoder)
     return rotary is not None and any("dynamic" in kind or kind == "longrope" for kind in _kinds(rotary))
+
+
+class FrequencyChange(NamedTuple):
+    """Where rotary frequencies change with the length of a text: texts of up to ``limit`` tokens have the same; longer ones have
+    their own (``each``, "dynamic"), or share a second set ("longrope")."""
+
+    limit: int
+    each: bool
+
+    def within(self, length: int) -> int | None:
+        """By how many tokens a text of ``length`` may grow with the same frequencies; None: any number."""
+        if length <= self.limit:
+            return self.limit - length
+        return 0 if self.each else None
+
+
+def frequency_change(model: nn.Module) -> FrequencyChange | None:
+    """Of a model whose rotary frequencies depend on the length of the text; None: they do not."""
+    decoder = compat.decoder_of(model)
+    if not depends_on_length(decoder):
+        return None
+    rotary = compat.rotary_of(decoder)
+    return FrequencyChange(_scaled_beyond(rotary), any("dynamic" in kind for kind in _kinds(rotary)))
 
 
 def with_lengths(positions: Tensor, lengths: Tensor) -> Tensor:

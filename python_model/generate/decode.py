@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,51 @@ def _fill(
             layer.values[row, :, slots - len(part) : slots] = part.keys_values[index, 1]
 
 
+def _outgrows(
+    change: gk.hf.FrequencyChange, read: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> bool:
+    """Whether some row may come to a length with other rotary frequencies than its prompt. (The last token is never read.)"""
+    for stored, prompt in zip(read, prompts, strict=True):
+        room = change.within(stored) if stored else None
+        if room is not None and room < len(prompt) + max_new_tokens - 1:
+            raise ValueError(
+                f"states: expected room for the prompt and the reply below {change.limit} tokens, where the rotary frequencies "
+                f"change with which keys were made, got {stored} + {len(prompt)} + {max_new_tokens}"
+            )
+    rooms = [change.within(stored + len(prompt)) for stored, prompt in zip(read, prompts, strict=True)]
+    return any(room is not None and room < max_new_tokens - 1 for room in rooms)
+
+
+def _in_stretches(
+    model: Any,
+    prompt: Sequence[int],
+    change: gk.hf.FrequencyChange,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    on_token: Callable[[int], bool] | None,
+    **options: Any,
+) -> list[int]:
+    """:func:`decode` of one row, read anew wherever its rotary frequencies change."""
+    found: list[int] = []
+    ended = False
+
+    def receive(row: int, token: int) -> bool:
+        nonlocal ended
+        ended = on_token is not None and on_token(token)
+        return ended
+
+    while len(found) < max_new_tokens and not ended:
+        ids = [*prompt, *found]
+        room = change.within(len(ids))
+        count = max_new_tokens - len(found) if room is None else min(room + 1, max_new_tokens - len(found))
+        least = max(0, min_new_tokens - len(found))
+        (piece,) = decode(model, [ids], max_new_tokens=count, min_new_tokens=least, on_token=receive, **options)
+        ended = ended or len(piece) < count
+        found += piece
+    return found
+
+
 @torch.no_grad()
 def decode(
     model: Any,
@@ -99,8 +145,14 @@ def decode(
         states: the states of what each row has read before; the prompt's positions follow theirs.
         on_token: see :data:`OnToken`.
 
+    Where rotary frequencies depend on the length of a text, a row is read again when they change ("longrope": once; "dynamic":
+    with every token beyond the limit), since keys in a cache keep those they were made with.
+
     Returns:
         The new tokens of each row.
+
+    Raises:
+        ValueError: an empty prompt, wrong sizes, or states of another length's rotary frequencies.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: expected at least one token per prompt, got none or an empty one")
@@ -111,6 +163,22 @@ def decode(
     if len(before) != batch:
         raise ValueError(f"states: expected {batch} rows, one per prompt, got {len(before)}")
     read = [0 if part is None else len(part) for part in before]
+    change = gk.hf.frequency_change(model)
+    if change is not None and _outgrows(change, read, prompts, max_new_tokens):
+        return [
+            _in_stretches(
+                model,
+                prompts[row],
+                change,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                on_token=None if on_token is None else partial(on_token, row),
+                eos_token_ids=eos_token_ids,
+                sampling=sampling,
+                generator=generator,
+            )
+            for row in range(batch)
+        ]
     past, longest = max(read), max(map(len, prompts))
     slots = past + longest + max_new_tokens
     # a table of the used slots, right-aligned in both blocks, and each token's position counted over used slots
