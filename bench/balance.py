@@ -37,7 +37,7 @@ NORMS = ("contrastive_grad_norm", "generative_grad_norm")
 class _OneSum(ObjectiveGradients):
     """Leaves the gradients where they accumulate."""
 
-    def take(self) -> float:
+    def take(self, weight: float = 1.0) -> float:
         return 0.0
 
     def add(self) -> None:

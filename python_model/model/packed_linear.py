@@ -29,6 +29,7 @@ class PackedLinear(nn.Module):
         return result
 
     def extra_repr(self) -> str:
+        """What ``nn.Linear`` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 

@@ -109,4 +109,4 @@ def test_shipped_files_have_settings_that_are_accepted(name: str, monkeypatch: p
     monkeypatch.chdir(ROOT)
     shipped = read_ablation(ROOT / "configs" / "ablations" / f"{name}.yaml")
     configs = [shipped.config(variant) for variant in shipped.variants]
-    assert len(configs) == {"paper": 26, "ratios": 7, "small": 4}[name]
+    assert len(configs) == {"paper": 27, "ratios": 7, "small": 4}[name]
