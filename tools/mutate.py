@@ -177,8 +177,9 @@ def run_tests(
     arguments = [*OPTIONS, "-x", "--tb=no", "-rfE", f"--basetemp={scratch / 'tmp'}", *files]
     environ = environment(tree, mode) | {SELECTED: str(scratch / "tests.json")} | (variables or {})
     child = forks.start(arguments, tree, environ, scratch / "log")
-    # if this process is killed, the child ends too
-    resource.prlimit(child.pid, resource.RLIMIT_CPU, (math.ceil(limit) + 1,) * 2)
+    # if this process is killed, or is late to look, the child ends by SIGXCPU
+    seconds = math.ceil(limit) + 1
+    resource.prlimit(child.pid, resource.RLIMIT_CPU, (seconds, seconds + 30))
     status = wait(child, limit)
     try:
         os.killpg(child.pid, signal.SIGKILL)  # servers and ranks that a failed test left behind
@@ -191,7 +192,7 @@ def run_tests(
     if status == 5:
         return Verdict("no test", "pytest found none of the chosen tests")
     first = next((line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))), "")
-    ended = "time limit" if status is None else f"exit status {status}"
+    ended = "time limit" if status in (None, -signal.SIGXCPU) else f"exit status {status}"
     return Verdict("noticed", first.split(" - ")[0].split(" ", 1)[-1] or ended, len(tests))
 
 

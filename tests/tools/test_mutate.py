@@ -231,6 +231,16 @@ def test_an_endless_loop_is_stopped_and_counts_as_noticed(tree: Path) -> None:
     assert fine.outcome == "survived" and fine.tests == 1
 
 
+def test_a_loop_that_ends_by_its_cpu_limit_before_anyone_looks_counts_as_noticed(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / "tests/test_loop.py").write_text("def test_loop():\n    while True:\n        pass\n")
+    monkeypatch.setattr(mutate, "wait", lambda child, limit: child.wait(600))
+    with closing(Forks(environment(tree, "cpu"), ())) as forks:
+        verdict = mutate.run_tests(tree, forks, "cpu", ["tests/test_loop.py::test_loop"], limit=2)
+    assert (verdict.outcome, verdict.by) == ("noticed", "time limit")
+
+
 def test_a_test_can_spawn_processes(tree: Path) -> None:
     (tree / "tests/test_spawn.py").write_text(
         "import multiprocessing\n\n"
