@@ -23,6 +23,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,16 +81,16 @@ class Ours:
         self.index.close()
 
 
-class Adjustable:
+class Adjustable(ABC):
     """A variant that finds more of the neighbours with more effort, which is kept in its folder; ``most`` is the largest."""
 
     def __init__(self, folder: Path, least: int, most: int) -> None:
         self.kept, self.most = folder / "effort", most
         self.effort = int(self.kept.read_text()) if self.kept.exists() else least
 
+    @abstractmethod
     def search(self, query: np.ndarray) -> list[int]:
         """See :class:`Searcher`."""
-        raise NotImplementedError
 
     def tune(self, queries: np.ndarray, nearest: np.ndarray) -> None:
         """The least effort that reaches RECALL, or the most."""

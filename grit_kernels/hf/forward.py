@@ -214,7 +214,10 @@ class _Call:
 
     def packed(self, inputs: Tensor, pack: SamplePack, positions: Tensor) -> Any:
         """inputs (1, tokens, ...), positions (1, tokens)."""
-        grit_pass = AttentionPass(pack.causal, self.record.bidirectional_window, pack, self.record.deterministic)
+        places = recurrent.places(pack) if self.record.recurrent else None
+        grit_pass = AttentionPass(
+            pack.causal, self.record.bidirectional_window, pack, self.record.deterministic, places
+        )
         if self.record.rope_by_length:
             positions = rope.with_lengths(positions, rope.lengths_in_pack(positions, pack))
         if self.record.own_attention:

@@ -63,13 +63,14 @@ class AttentionPass:
 
     ``prepared`` keeps what the layers would otherwise compute over and over: the problem of each kind of layer (alternating
     layers have two), and beside it what the kernels plan for it. ``witness`` notes that attention was called. Both are dicts, so
-    that copies of a pass share them.
+    that copies of a pass share them. ``places``: where recurrent layers (recurrent.py) want each token of the pack.
     """
 
     causal: Tensor
     bidirectional_window: str = "transformers"
     pack: SamplePack | None = None
     deterministic: bool = True
+    places: Tensor | None = None
     prepared: dict[Any, tuple[AttentionProblem, dict[Any, Tensor], Any]] = field(default_factory=dict)
     witness: dict[str, bool] = field(default_factory=dict)
 

@@ -10,13 +10,16 @@ with ``is_causal=False`` too, as in the unpatched model.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from grit_kernels.hf import compat
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import positions_and_samples
+
+if TYPE_CHECKING:
+    from grit_kernels.hf.interface import AttentionPass
 
 LAYER_KINDS = ("linear_attention", "conv")
 """What transformers' configs call such layers."""
@@ -73,11 +76,7 @@ def check_cache(cache: Any) -> None:
         )
 
 
-def _pack_of(kwargs: dict[str, Any]) -> SamplePack | None:
-    return getattr(kwargs.get("grit_pass"), "pack", None)
-
-
-def _places(pack: SamplePack) -> Tensor:
+def places(pack: SamplePack) -> Tensor:
     """int64 (tokens): where each token of the pack stands among rows of the longest sample's length."""
     positions, samples = positions_and_samples(pack.cu_seqlens, pack.tokens)
     return samples * pack.max_seqlen + positions
@@ -87,13 +86,14 @@ def _rows(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """hidden_states (1, tokens, hidden) -> (samples, longest, hidden), zeros behind a sample."""
-    pack = _pack_of(kwargs)
-    if pack is None:
+    given: AttentionPass | None = kwargs.get("grit_pass")
+    if given is None or given.pack is None or given.places is None:
         return None
+    pack = given.pack
     states = args[0] if args else kwargs["hidden_states"]
     count = len(pack)
     rows = states.new_zeros((count * pack.max_seqlen, states.shape[-1]))
-    rows = rows.index_copy(0, _places(pack), states[0]).unflatten(0, (count, pack.max_seqlen))
+    rows = rows.index_copy(0, given.places, states[0]).unflatten(0, (count, pack.max_seqlen))
     kwargs = {**kwargs, "attention_mask": None}
     if args:
         return (rows, *args[1:]), kwargs
@@ -102,7 +102,7 @@ def _rows(
 
 def _pack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """(samples, longest, hidden) -> (1, tokens, hidden)."""
-    pack = _pack_of(kwargs)
-    if pack is None:
+    given: AttentionPass | None = kwargs.get("grit_pass")
+    if given is None or given.places is None:
         return None
-    return output.flatten(0, 1).index_select(0, _places(pack))[None]
+    return output.flatten(0, 1).index_select(0, given.places)[None]

@@ -36,7 +36,7 @@ class FrequencyChange(NamedTuple):
     limit: int
     each: bool
 
-    def within(self, length: int) -> int | None:
+    def room(self, length: int) -> int | None:
         """By how many tokens a text of ``length`` may grow with the same frequencies; None: any number."""
         if length <= self.limit:
             return self.limit - length

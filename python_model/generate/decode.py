@@ -83,13 +83,13 @@ def _outgrows(
 ) -> bool:
     """Whether some row may come to a length with other rotary frequencies than its prompt. (The last token is never read.)"""
     for stored, prompt in zip(read, prompts, strict=True):
-        room = change.within(stored) if stored else None
+        room = change.room(stored) if stored else None
         if room is not None and room < len(prompt) + max_new_tokens - 1:
             raise ValueError(
                 f"states: expected room for the prompt and the reply below {change.limit} tokens, where the rotary frequencies "
                 f"change with which keys were made, got {stored} + {len(prompt)} + {max_new_tokens}"
             )
-    rooms = [change.within(stored + len(prompt)) for stored, prompt in zip(read, prompts, strict=True)]
+    rooms = [change.room(stored + len(prompt)) for stored, prompt in zip(read, prompts, strict=True)]
     return any(room is not None and room < max_new_tokens - 1 for room in rooms)
 
 
@@ -114,7 +114,7 @@ def _in_stretches(
 
     while len(found) < max_new_tokens and not ended:
         ids = [*prompt, *found]
-        room = change.within(len(ids))
+        room = change.room(len(ids))
         count = max_new_tokens - len(found) if room is None else min(room + 1, max_new_tokens - len(found))
         least = max(0, min_new_tokens - len(found))
         (piece,) = decode(model, [ids], max_new_tokens=count, min_new_tokens=least, on_token=receive, **options)

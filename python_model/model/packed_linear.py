@@ -87,6 +87,7 @@ def _supported(dtype: torch.dtype) -> bool:
         return False
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     try:
-        return bool(getattr(torch.ops.mkldnn, name)())
+        used = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise  # private: may go or move
+        return all(used) and bool(getattr(torch.ops.mkldnn, name)())
     except (AttributeError, RuntimeError):
         return False
