@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 KNOWN = ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
 WITHOUT_WINDOW = ("LlamaDecoderLayer",)
 
-SHORT_ROWS = 64
-"""Up to this many query rows times heads per group, a GPU splits the keys of a sample among programs."""
-
 
 @dataclass(frozen=True)
 class Item:
@@ -63,13 +60,12 @@ class Item:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Samples that share an attention call: their rows in the pack, and the arguments of the call.
+class _Call:
+    """The arguments of a step's attention, which all layers share.
 
     ``problems``: what the layers share but for where the keys lie, by window and scale; made by the first of them.
     """
 
-    rows: slice
     causal: Tensor
     cu_seqlens: Tensor
     starts: Sequence[Tensor]  # of each layer, int32 (B)
@@ -97,49 +93,41 @@ class PackedStep:
     Args:
         model: see :func:`refusal`.
         arena: with the model's geometry, dtype and device.
-        split: give samples with few rows their own attention call, so that a long text in the step does not prevent their keys
-            from being split; default: on a GPU. (The CPU kernels decide per sample.)
         rounds: compute a number of rows that :func:`rounded` gives; default: on a CPU with weights of 16 bits.
 
     Raises:
         ValueError: a model that is refused, with the reason.
     """
 
-    def __init__(self, model: GritLM, arena: Arena, *, split: bool | None = None, rounds: bool | None = None) -> None:
+    def __init__(self, model: GritLM, arena: Arena, *, rounds: bool | None = None) -> None:
         reason = refusal(model)
         if reason is not None:
             raise ValueError(reason)
         self.model, self.arena, self.decoder = model, arena, model.decoder[0]
         config = model.model.config
         self.heads = config.num_attention_heads, config.num_key_value_heads
-        self.group = self.heads[0] // self.heads[1]
         self.windows = [_window(layer, config) for layer in self.decoder.layers]
-        on_cpu = arena.keys.device.type == "cpu"
-        self.split = not on_cpu if split is None else split
-        self.rounds = on_cpu and arena.keys.dtype != torch.float32 if rounds is None else rounds
+        in_16_bits = arena.keys.device.type == "cpu" and arena.keys.dtype != torch.float32
+        self.rounds = in_16_bits if rounds is None else rounds
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> tuple[Tensor, list[int]]:
         """States after the last norm (tokens, hidden), samples in the given order, and where each begins (B + 1)."""
-        order = list(range(len(items)))
-        if self.split:
-            order.sort(key=lambda i: len(items[i].ids) * self.group > SHORT_ROWS)
-        ordered = [items[i] for i in order]
-        rows, starts = self._rows(ordered)
+        rows, starts = self._rows(items)
         tokens = rows.shape[1]
         spare = rounded(tokens) - tokens if self.rounds else 0
-        parts = self._parts(ordered, starts, spare)
+        call = self._call(items, starts, spare)
         device = self.arena.keys.device
         decoder = self.decoder
-        ids = [token for item in ordered for token in item.ids]
+        ids = [token for item in items for token in item.ids]
         x = decoder.embed_tokens(torch.tensor([*ids, *[0] * spare], device=device))
-        positions = [np.arange(item.past, item.past + len(item.ids)) for item in ordered]
+        positions = [np.arange(item.past, item.past + len(item.ids)) for item in items]
         where = np.concatenate([*positions, np.zeros(spare, np.int64)])
         tables = decoder.rotary_emb(x, torch.from_numpy(where).to(device)[None])  # cos, sin (1, tokens, D)
         branch: Tensor | None = None  # of the previous layer, not yet added to x
         for index, layer in enumerate(decoder.layers):
             h, x = add_and_norm(x, branch, layer.input_layernorm)
-            attended = self._attention(layer.self_attn, index, h, tables, rows[index], parts)
+            attended = self._attention(layer.self_attn, index, h, tables, rows[index], call)
             h, x = add_and_norm(x, attended, layer.post_attention_layernorm)
             branch = layer.mlp(h[None])[0]  # a mixture of experts expects (B, T, hidden)
         x, _ = add_and_norm(x, branch, decoder.norm)
@@ -147,9 +135,6 @@ class PackedStep:
             if item.interval is not None:
                 item.interval.filled = item.past + len(item.ids)
         offsets = list(accumulate((len(item.ids) for item in items), initial=0))
-        if order != sorted(order):
-            places = list(accumulate((len(item.ids) for item in ordered), initial=0))
-            x = torch.cat([x[places[p] : places[p + 1]] for p in sorted(range(len(order)), key=order.__getitem__)])
         return x[:tokens], offsets
 
     @torch.inference_mode()
@@ -193,45 +178,33 @@ class PackedStep:
         rows = np.concatenate(places)[None] + layers * per_token[None]
         return torch.from_numpy(rows).to(arena.keys.device), np.array(starts)[None] + layers * np.array(strides)[None]
 
-    def _parts(self, items: Sequence[Item], starts: np.ndarray, spare: int) -> list[_Part]:
-        """The attention calls of a step; ``spare`` rows at its end are a sample without keys, whose output is 0."""
+    def _call(self, items: Sequence[Item], starts: np.ndarray, spare: int) -> _Call:
+        """The attention call of each layer; ``spare`` rows at the end are a sample without keys, whose output is 0."""
         device = self.arena.keys.device
-        short = sum(len(item.ids) * self.group <= SHORT_ROWS for item in items) if self.split else 0
-        parts, first_row = [], 0
-        for chosen in (slice(0, short), slice(short, len(items))):
-            part = items[chosen]
-            if not part:
-                continue
-            lens_q = [len(item.ids) for item in part]
-            lens_k = [item.past + len(item.ids) for item in part]
-            causal = [item.causal for item in part]
-            first_keys = starts[:, chosen].astype(np.int32)
-            hi = nearest = None
-            if any(item.causal_prefix is not None for item in part):
-                hi = np.concatenate([_upper_bounds(item) for item in part])
-                nearest = np.concatenate([np.arange(item.past, item.past + len(item.ids)) + 1 for item in part])
-            if spare and chosen.stop == len(items):
-                lens_q.append(spare)
-                lens_k.append(0)
-                causal.append(True)
-                first_keys = np.pad(first_keys, ((0, 0), (0, 1)))
-                if hi is not None and nearest is not None:
-                    hi, nearest = np.pad(hi, (0, spare)), np.pad(nearest, (0, spare))
-            total = sum(lens_q)
-            parts.append(
-                _Part(
-                    slice(first_row, first_row + total),
-                    torch.tensor(causal, device=device),
-                    torch.tensor(list(accumulate(lens_q, initial=0)), dtype=torch.int32, device=device),
-                    torch.from_numpy(first_keys).to(device).unbind(),
-                    torch.tensor(lens_k, dtype=torch.int32, device=device),
-                    (max(lens_q), max(lens_k)),
-                    None if hi is None else torch.from_numpy(hi).to(device),
-                    None if nearest is None else torch.from_numpy(nearest.astype(np.int32)).to(device),
-                )
-            )
-            first_row += total
-        return parts
+        lens_q = [len(item.ids) for item in items]
+        lens_k = [item.past + len(item.ids) for item in items]
+        causal = [item.causal for item in items]
+        first_keys = starts.astype(np.int32)
+        hi = nearest = None
+        if any(item.causal_prefix is not None for item in items):
+            hi = np.concatenate([_upper_bounds(item) for item in items])
+            nearest = np.concatenate([np.arange(item.past, item.past + len(item.ids)) + 1 for item in items])
+        if spare:
+            lens_q.append(spare)
+            lens_k.append(0)
+            causal.append(True)
+            first_keys = np.pad(first_keys, ((0, 0), (0, 1)))
+            if hi is not None and nearest is not None:
+                hi, nearest = np.pad(hi, (0, spare)), np.pad(nearest, (0, spare))
+        return _Call(
+            torch.tensor(causal, device=device),
+            torch.tensor(list(accumulate(lens_q, initial=0)), dtype=torch.int32, device=device),
+            torch.from_numpy(first_keys).to(device).unbind(),
+            torch.tensor(lens_k, dtype=torch.int32, device=device),
+            (max(lens_q), max(lens_k)),
+            None if hi is None else torch.from_numpy(hi).to(device),
+            None if nearest is None else torch.from_numpy(nearest.astype(np.int32)).to(device),
+        )
 
     def _attention(
         self,
@@ -240,7 +213,7 @@ class PackedStep:
         h: Tensor,
         tables: tuple[Tensor, Tensor],
         rows: Tensor,
-        parts: Sequence[_Part],
+        call: _Call,
     ) -> Tensor:
         """(rows, hidden) -> the same; the states of the first ``len(rows)`` rows go into the arena's ``rows``."""
         q, k, v = self._projections(attention, h)
@@ -251,9 +224,8 @@ class PackedStep:
         keys, values = self.arena.keys, self.arena.values
         keys.index_copy_(0, rows, k[:tokens])
         values.index_copy_(0, rows, v[0, :tokens])
-        outs = [self._attend(part, index, q[part.rows], attention.scaling) for part in parts]
-        joined = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return attention.o_proj(joined.view(h.shape[0], -1))
+        out = self._attend(call, index, q, attention.scaling)
+        return attention.o_proj(out.view(h.shape[0], -1))
 
     def _projections(self, attention: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of (rows, hidden), each (1, rows, heads, D)."""
@@ -265,28 +237,28 @@ class PackedStep:
         shape = 1, h.shape[0], -1, dim
         return attention.q_proj(h).view(shape), attention.k_proj(h).view(shape), attention.v_proj(h).view(shape)
 
-    def _attend(self, part: _Part, index: int, q: Tensor, scale: float) -> Tensor:
-        """One layer's attention of a part: q (rows, heads, D) -> the same."""
+    def _attend(self, call: _Call, index: int, q: Tensor, scale: float) -> Tensor:
+        """One layer's attention: q (rows, heads, D) -> the same."""
         keys, values = self.arena.keys, self.arena.values
         window = self.windows[index]
-        if (window, scale) not in part.problems:
-            sizes, hi = _visible(part, window, self.model.settings.bidirectional_window)
+        if (window, scale) not in call.problems:
+            sizes, hi = _visible(call, window, self.model.settings.bidirectional_window)
             problem = packed_problem(
                 q,
                 keys,
-                part.causal,
-                part.cu_seqlens,
+                call.causal,
+                call.cu_seqlens,
                 None,
-                *part.longest,
+                *call.longest,
                 window_size=sizes,
                 hi=hi,
                 softmax_scale=scale,
-                k_starts=part.starts[index],
-                seqlens_k=part.lengths,
+                k_starts=call.starts[index],
+                seqlens_k=call.lengths,
             )
-            part.problems[window, scale] = problem, {}
-        problem, plans = part.problems[window, scale]
-        return prepared_attention(q, keys, values, replace(problem, k_start=part.starts[index]), plans)
+            call.problems[window, scale] = problem, {}
+        problem, plans = call.problems[window, scale]
+        return prepared_attention(q, keys, values, replace(problem, k_start=call.starts[index]), plans)
 
 
 def rounded(rows: int) -> int:
@@ -308,17 +280,17 @@ def _window(layer: Any, config: Any) -> int | None:
 
 
 def _visible(
-    part: _Part, window: int | None, bidirectional_window: str
+    call: _Call, window: int | None, bidirectional_window: str
 ) -> tuple[tuple[int, int] | Tensor, Tensor | None]:
     """Window sizes and upper bounds of a layer, as in patch(): (W - 1, 0) for a causal sample, (W, W) or the whole text for a
     bidirectional one, with the upper bounds clipped to that."""
     if window is None:
-        return (-1, -1), part.hi
+        return (-1, -1), call.hi
     reach = window if bidirectional_window == "transformers" else -1
-    sizes = [torch.where(part.causal, window - 1, reach), torch.where(part.causal, 0, reach)]
-    hi = part.hi
-    if hi is not None and part.nearest is not None and reach >= 0:
-        hi = torch.minimum(hi, part.nearest + reach)
+    sizes = [torch.where(call.causal, window - 1, reach), torch.where(call.causal, 0, reach)]
+    hi = call.hi
+    if hi is not None and call.nearest is not None and reach >= 0:
+        hi = torch.minimum(hi, call.nearest + reach)
     return torch.stack(sizes, dim=1).to(torch.int32), hi
 
 
