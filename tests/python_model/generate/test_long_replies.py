@@ -27,10 +27,10 @@ def anew(plain: Any, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("kind", "scaling"), [("phi3", "longrope"), ("llama", "longrope"), ("llama", "dynamic")])
-@pytest.mark.parametrize("lengths", [(LONG - 3, 5), (LONG, LONG + 4), (LONG - NEW + 1, LONG - NEW + 2)], ids=str)
+@pytest.mark.parametrize("lengths", [(LONG - 3, 5), (LONG + 4, LONG), (LONG - NEW + 1, LONG - NEW + 2)], ids=str)
 def test_replies_are_those_of_passes_over_the_whole_text(kind: str, scaling: str, lengths: tuple[int, ...]) -> None:
     plain, model = tiny(kind, scaling), gk.patch(tiny(kind, scaling))
-    draw = random.Random(sum(lengths))
+    draw = random.Random(9)  # one whose replies differ when keys of other frequencies stay
     prompts = [[draw.randrange(3, 97) for _ in range(n)] for n in lengths]
     expected = [anew(plain, prompt, NEW) for prompt in prompts]
     heard: list[list[int]] = [[] for _ in prompts]
