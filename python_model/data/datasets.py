@@ -20,7 +20,7 @@ from filelock import FileLock
 from python_model.data.files import Location, parse_line
 from python_model.data.forms import Reader
 from python_model.data.index import FileIndex, index_file, placed
-from python_model.data.order import permutation
+from python_model.data.order import Permutation
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, Row
 from python_model.support.files import write_json
@@ -89,26 +89,30 @@ class DataSet(Sequence[Any]):
         if count >= len(self):
             return self
         chosen = DataSet(self._index, self.name, self._start, self._stop, np.empty(0, dtype=np.int64))
-        kept = np.sort(permutation(len(self), seed, 0)[:count])
-        chosen._chosen = np.array([self._number(int(i)) for i in kept])
+        kept = np.sort(Permutation(len(self), seed, 0)(np.arange(count)))
+        chosen._chosen = self._numbers(kept)
         return chosen
 
-    def facts(self, name: str) -> np.ndarray:
-        """(rows): what the index holds of each row under this name."""
+    def facts(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """(rows): what the index holds of the rows from ``start`` to ``stop`` under this name."""
+        column = self._index.facts[name]
+        stop = len(self) if stop is None else stop
+        if self._chosen is None and not len(self._skipped):
+            return np.asarray(column[self._start + start : self._start + stop])  # where the index lies, without a copy
+        return np.asarray(column[self._numbers(np.arange(start, stop))])
+
+    def _numbers(self, indices: np.ndarray) -> np.ndarray:
+        """The rows' places in the index."""
         if self._chosen is not None:
-            numbers = self._chosen
-        else:
-            numbers = np.delete(np.arange(self._start, self._stop), self._skipped + np.arange(len(self._skipped)))
-        return np.asarray(self._index.facts[name][numbers])
+            return self._chosen[indices]
+        return self._start + indices + np.searchsorted(self._skipped, indices, side="right")
 
     def _number(self, index: int) -> int:
         """The row's place in the index."""
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        if self._chosen is not None:
-            return int(self._chosen[place])
-        return self._start + place + int(np.searchsorted(self._skipped, place, side="right"))
+        return int(self._numbers(np.array(place)))
 
     def _read(self, offset: int, size: int) -> bytes:
         if self._file is None:
@@ -122,14 +126,23 @@ class DataSet(Sequence[Any]):
 
 
 class EachPositive(Sequence[Any]):
-    """The embedding rows of a data set, each once per positive, with that positive alone."""
+    """The embedding rows of a data set, each once per positive, with that positive alone.
+
+    Only the number of positives before each ``BLOCK`` rows is held; those within it are counted on access.
+    """
+
+    BLOCK = 256
 
     def __init__(self, rows: DataSet) -> None:
         self.name, self.generative, self.rows = rows.name, rows.generative, rows
-        self._ends: np.ndarray = rows.facts("positives").cumsum(dtype=np.int64)
+        sums = [np.zeros(1, dtype=np.int64)]
+        for start in range(0, len(rows), step := 4096 * self.BLOCK):
+            counts = rows.facts("positives", start, min(start + step, len(rows)))
+            sums.append(np.add.reduceat(counts, np.arange(0, len(counts), self.BLOCK), dtype=np.int64))
+        self._starts = np.concatenate(sums).cumsum()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._starts[-1])
 
     def __getitem__(self, index: Any) -> Any:
         row, positive = self._place(index)
@@ -142,10 +155,15 @@ class EachPositive(Sequence[Any]):
         return self.rows.query_hash(self._place(index)[0])
 
     def _place(self, index: int) -> tuple[int, int]:
+        """The row of a positive, and the positive's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        row = int(np.searchsorted(self._ends, index, side="right"))
-        return row, index - (int(self._ends[row - 1]) if row else 0)
+        block = int(np.searchsorted(self._starts, index, side="right")) - 1
+        first = block * self.BLOCK
+        counts = self.rows.facts("positives", first, min(first + self.BLOCK, len(self.rows)))
+        ends = counts.cumsum(dtype=np.int64) + self._starts[block]
+        row = int(np.searchsorted(ends, index, side="right"))
+        return first + row, index - int(ends[row - 1] if row else self._starts[block])
 
 
 def open_file(file: Location, check: RowCheck | None = None) -> tuple[list[DataSet], DataReport]:

@@ -7,11 +7,12 @@ Rows are located by byte offset, which requires lines of UTF-8. Any other file i
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,9 +21,12 @@ from filelock import FileLock
 from python_model.data.rows import DataError, json_type
 from python_model.support.files import cache_folder, new_file
 from python_model.support.optional import require
+from python_model.support.processes import mapped
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 Location = str | os.PathLike[str]
+SHARED_BYTES = 64 << 20
+"""Several files of at least this size together are converted by several processes."""
 
 
 def dataset_name(file: Location) -> str:
@@ -77,29 +81,63 @@ def as_lines(file: Location) -> Path:
         FileNotFoundError: there is no such file.
         DataError: it cannot be read.
     """
+    target, _ = _lines_of(file)
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # one rank per machine converts
+        if not target.exists():
+            with new_file(target) as out:
+                for line in _lines(os.fspath(file)):
+                    out.write(line.rstrip(b"\r\n") + b"\n")
+    return target
+
+
+def files_as_lines(files: Sequence[Location]) -> list[Path]:
+    """As :func:`as_lines` of each; all cores share the work if much is to be converted."""
+    if len(_pending(files)) > 1:
+        folder = cache_folder() / "lines"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "several.lock"):  # one rank per machine starts processes
+            pending = _pending(files)
+            with mapped(len(pending)) as work:
+                for _ in work(_converted, pending):
+                    pass
+    return [as_lines(file) for file in files]
+
+
+def _pending(files: Sequence[Location]) -> list[str]:
+    """The files that have to be converted, if they are large enough to share the work."""
+    found = [(os.fspath(file), *_lines_of(file)) for file in files]
+    pending = [(name, size) for name, lines, size in found if not lines.exists()]
+    return [name for name, _ in pending] if sum(size for _, size in pending) >= SHARED_BYTES else []
+
+
+def _converted(name: str) -> None:
+    """Convert a file ahead of :func:`as_lines`, which says what is wrong with it, or reads what only the caller's process can."""
+    with contextlib.suppress(Exception):
+        as_lines(name)
+
+
+def _lines_of(file: Location) -> tuple[Path, int]:
+    """Where a file's rows are, or will be, as lines, and the size of the file in bytes."""
     name = os.fspath(file)
     if not is_remote(name):
         if not Path(name).exists():
             raise FileNotFoundError(f"there is no file {name}")
-        if _is_lines(Path(name)):
-            return Path(name)
         status = os.stat(name)
-        identity = [os.path.realpath(name), status.st_size, status.st_mtime_ns]
+        if _is_lines(Path(name)):
+            return Path(name), status.st_size
+        identity, size = [os.path.realpath(name), status.st_size, status.st_mtime_ns], status.st_size
     else:
         import fsspec
 
         filesystem, root = fsspec.core.url_to_fs(name)
         info = filesystem.info(root)
+        size = info.get("size") or 0
         identity = [name, info.get("size"), str(info.get("ETag") or info.get("LastModified") or info.get("created"))]
     key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
-    target = cache_folder() / "lines" / f"{key}.jsonl"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):  # one rank per machine converts
-        if not target.exists():
-            with new_file(target) as out:
-                for line in _lines(name):
-                    out.write(line.rstrip(b"\r\n") + b"\n")
-    return target
+    return cache_folder() / "lines" / f"{key}.jsonl", size
 
 
 def read_objects(file: Location) -> Iterator[tuple[str, dict[str, Any]]]:

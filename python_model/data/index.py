@@ -1,36 +1,38 @@
 """The index of a file of rows: where each row is, and the facts that decide whether it can be used, under any settings.
 
-One pass reads the whole file, in parallel if it is large. The index of a larger file is kept in the cache folder and mapped into
-memory, so that later runs and the other ranks and workers on a machine share one copy and start at once.
+One pass reads the whole of all files, in parallel if they are large. Their indexes are then kept in the cache folder and mapped
+into memory, so that later runs and the other ranks and workers on a machine share one copy and start at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from python_model.data.files import Location, as_lines, parse_line
+from python_model.data.files import Location, files_as_lines, parse_line
 from python_model.data.forms import Reader
 from python_model.data.reading import file_reader
 from python_model.data.report import SHOWN, DataReport
 from python_model.data.rows import DataError, GenerativeRow, Row
 from python_model.support.files import cache_folder, new_folder, write_json
+from python_model.support.processes import mapped
 
 CACHED_BYTES = 8 << 20
-"""The index of a file of at least this size is kept (indexing reads about 50 MB/s per process)."""
+"""The indexes of files of at least this size together are kept (indexing reads about 50 MB/s per process)."""
 PART_BYTES = 64 << 20
 """Bytes that one process reads at a time."""
+LOCKED = 64
+"""Files whose indexes are built at a time, each behind an open lock file."""
 _VERSION = 3
 
 FACTS = np.dtype(
@@ -84,23 +86,41 @@ class FileIndex:
 
 
 def index_file(file: Location) -> FileIndex:
-    """The index of a file in any supported format and container.
+    """As :func:`index_files`, of one file."""
+    return index_files([file])[0]
+
+
+def index_files(files: Sequence[Location]) -> list[FileIndex]:
+    """The indexes of files in any supported format and container; all cores share the work, however it is split into files.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: the container is broken.
+        DataError: a container is broken.
     """
-    lines = as_lines(file)
-    place = placed(lines)
-    if place[1] < CACHED_BYTES:
-        return _build(file, place)
-    identity = json.dumps([_VERSION, os.path.realpath(lines), *place[1:]])
-    folder = cache_folder() / "index" / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # one rank per machine reads the file
-        if not folder.exists():
-            _save(_build(file, place), folder)
-    return _load(os.fspath(file), place, folder)
+    places = [placed(lines) for lines in files_as_lines(files)]
+    if sum(size for _, size, _ in places) < CACHED_BYTES:
+        return [plan.index(map(_read_part, plan.parts())) for plan in map(_Plan, files, places)]
+    folders = [_folder(place) for place in places]
+    folders[0].parent.mkdir(parents=True, exist_ok=True)
+    missing = [number for number, folder in enumerate(folders) if not folder.exists()]
+    with mapped(sum(places[number][1] for number in missing) // (2 * PART_BYTES)) as work:
+        for start in range(0, len(missing), LOCKED):
+            some = missing[start : start + LOCKED]
+            with contextlib.ExitStack() as locks:  # one rank per machine reads the files
+                for folder in sorted({folders[number] for number in some}):
+                    locks.enter_context(FileLock(f"{folder}.lock"))
+                plans = {folders[n]: _Plan(files[n], places[n]) for n in some if not folders[n].exists()}
+                read = work(_read_part, [part for plan in plans.values() for part in plan.parts()])
+                for folder, plan in plans.items():
+                    _save(plan.index(islice(read, len(plan.parts()))), folder)
+    return [_load(os.fspath(file), place, folder) for file, place, folder in zip(files, places, folders, strict=True)]
+
+
+def _folder(place: tuple[str, int, int]) -> Path:
+    """Where the index of a file is kept."""
+    path, *status = place
+    identity = json.dumps([_VERSION, os.path.realpath(path), *status])
+    return cache_folder() / "index" / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 
 def placed(path: Path) -> tuple[str, int, int]:
@@ -121,70 +141,81 @@ class _Part:
     digest: bytes
 
 
-def _build(file: Location, place: tuple[str, int, int]) -> FileIndex:
-    reader = file_reader(file)
-    starts = range(0, max(place[1], 1), PART_BYTES)
-    read = partial(_read_part, place[0], reader.dataset, reader.instructed, PART_BYTES)
-    parts = list(_mapped(read, starts))
-    names: dict[tuple[str, bool], int] = {}
-    report = DataReport(notes=[f"{os.fspath(file)}: {note}" for note in reader.notes])
-    tables, line, rows = [], 0, 0
-    for part in parts:
-        numbers = np.array([names.setdefault(name, len(names)) for name in part.names], dtype=np.uint16)
-        part.facts["dataset"] = numbers[part.facts["dataset"]] if len(numbers) else 0
-        part.facts["line"] += line
-        tables.append(part.facts)
-        for reason, count in part.counts.items():
-            report.left_out[reason] = report.left_out.get(reason, 0) + count
-            report.examples.setdefault(reason, [])
-        for number, reason, what in part.left_out:
-            if len(report.examples[reason]) < SHOWN:
-                report.examples[reason].append(f"{os.fspath(file)}:{number + line}{what}")
-        report.notes += [n for note in part.notes if (n := f"{os.fspath(file)}: {note}") not in report.notes]
-        line, rows = line + part.lines, rows + part.rows
-    if rows == 0:
-        report.notes.append(f"{os.fspath(file)}: no rows, the file is empty")
-    facts = np.concatenate(tables)
-    kinds = [generative for _, generative in names]
-    kind = kinds[int(facts["dataset"][0])] if len(facts) else None
-    others = np.array([k != kind for k in kinds], dtype=bool)
-    if len(facts) and (wrong := others[facts["dataset"]]).any():
-        for number in facts["line"][wrong][:SHOWN]:
-            report.leave_out(
-                "another kind",
-                f"{os.fspath(file)}:{number}: expected a row of the same kind as the first, got another; a file holds one kind",
-                0,
-            )
-        report.left_out["another kind"] = int(wrong.sum())
-        facts = facts[~wrong]
-    facts = facts[np.argsort(facts["dataset"], kind="stable")]
-    labels = [name for name, _ in names]
-    counts = np.bincount(facts["dataset"], minlength=len(labels))
-    report.used = {name: int(count) for name, count in zip(labels, counts, strict=True) if count}
-    digest = hashlib.blake2b(b"".join(part.digest for part in parts), digest_size=16).hexdigest()
-    return FileIndex(os.fspath(file), place, kind, labels, facts, report, digest, reader.instructed)
+@dataclass
+class _Task:
+    """What a process reads: the rows whose lines begin within the ``size`` bytes at ``start``."""
+
+    path: str
+    dataset: str
+    instructed: bool
+    start: int
+    size: int
 
 
-def _mapped(read: Any, starts: range) -> Iterator[_Part]:
-    processes = min(len(starts) // 2, os.cpu_count() or 1)
-    if processes < 2:
-        yield from map(read, starts)
-        return
-    # spawn: forking a process that has threads (torch, tokenizers) may deadlock
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(read, starts)
+class _Plan:
+    """How the index of a file is made from its parts."""
+
+    def __init__(self, file: Location, place: tuple[str, int, int]) -> None:
+        self.file, self.place, self.reader = os.fspath(file), place, file_reader(file)
+
+    def parts(self) -> list[_Task]:
+        """What has to be read."""
+        path, size, _ = self.place
+        starts = range(0, max(size, 1), PART_BYTES)
+        return [_Task(path, self.reader.dataset, self.reader.instructed, start, PART_BYTES) for start in starts]
+
+    def index(self, read: Iterable[_Part]) -> FileIndex:
+        """The index, from what was read."""
+        parts = list(read)
+        names: dict[tuple[str, bool], int] = {}
+        report = DataReport(notes=[f"{self.file}: {note}" for note in self.reader.notes])
+        tables, line, rows = [], 0, 0
+        for part in parts:
+            numbers = np.array([names.setdefault(name, len(names)) for name in part.names], dtype=np.uint16)
+            part.facts["dataset"] = numbers[part.facts["dataset"]] if len(numbers) else 0
+            part.facts["line"] += line
+            tables.append(part.facts)
+            for reason, count in part.counts.items():
+                report.left_out[reason] = report.left_out.get(reason, 0) + count
+                report.examples.setdefault(reason, [])
+            for number, reason, what in part.left_out:
+                if len(report.examples[reason]) < SHOWN:
+                    report.examples[reason].append(f"{self.file}:{number + line}{what}")
+            report.notes += [n for note in part.notes if (n := f"{self.file}: {note}") not in report.notes]
+            line, rows = line + part.lines, rows + part.rows
+        if rows == 0:
+            report.notes.append(f"{self.file}: no rows, the file is empty")
+        facts = np.concatenate(tables)
+        kinds = [generative for _, generative in names]
+        kind = kinds[int(facts["dataset"][0])] if len(facts) else None
+        others = np.array([k != kind for k in kinds], dtype=bool)
+        if len(facts) and (wrong := others[facts["dataset"]]).any():
+            for number in facts["line"][wrong][:SHOWN]:
+                report.leave_out(
+                    "another kind",
+                    f"{self.file}:{number}: expected a row of the same kind as the first, got another; a file holds one kind",
+                    0,
+                )
+            report.left_out["another kind"] = int(wrong.sum())
+            facts = facts[~wrong]
+        facts = facts[np.argsort(facts["dataset"], kind="stable")]
+        labels = [name for name, _ in names]
+        counts = np.bincount(facts["dataset"], minlength=len(labels))
+        report.used = {name: int(count) for name, count in zip(labels, counts, strict=True) if count}
+        digest = hashlib.blake2b(b"".join(part.digest for part in parts), digest_size=16).hexdigest()
+        return FileIndex(self.file, self.place, kind, labels, facts, report, digest, self.reader.instructed)
 
 
-def _read_part(path: str, dataset: str, instructed: bool, size: int, start: int) -> _Part:
-    """The rows whose lines begin within the ``size`` bytes at ``start``; line numbers count from the first of them."""
-    reader = Reader(dataset, instructed=instructed)
+def _read_part(task: _Task) -> _Part:
+    """The rows of a part; line numbers count from the first of them."""
+    reader, start, size = Reader(task.dataset, instructed=task.instructed), task.start, task.size
     found: list[tuple[int, ...]] = []
     names: dict[tuple[str, bool], int] = {}
     counts: dict[str, int] = {}
     shown: list[tuple[int, str, str]] = []
     digest = hashlib.blake2b(digest_size=16)
     number = rows = 0
-    with open(path, "rb") as file:
+    with open(task.path, "rb") as file:
         offset = start
         if start:
             file.seek(start - 1)

@@ -20,7 +20,7 @@ from python_model.data.config import BatchConfig, DataConfig
 from python_model.data.datasets import DataSet, EachPositive, select
 from python_model.data.encoding import RowEncoder
 from python_model.data.files import data_files, dataset_name
-from python_model.data.index import FileIndex, index_file
+from python_model.data.index import FileIndex, index_files
 from python_model.data.order import BatchOrder, rank_share
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText
@@ -289,7 +289,7 @@ def open_stream(
 
 def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool, teacher: bool) -> list[FileIndex]:
     files = data_files(config.train_data)
-    indexes = [index_file(file) for file in files]
+    indexes = index_files(files)
     names = {*map(dataset_name, files)}
     for index in indexes:
         names |= set(index.names)

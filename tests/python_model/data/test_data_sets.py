@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import random
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from python_model.data import index, sample_dir
+from python_model.data import files, index, sample_dir
 from python_model.data.datasets import EachPositive, open_file
-from python_model.data.index import index_file
+from python_model.data.index import index_file, index_files
 from python_model.data.reading import read_embedding, read_generative
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, PlainText
+from python_model.support.processes import mapped
 from tests.python_model.data.test_data import BROKEN, EMBEDDING, GENERATIVE, write
 
 
@@ -170,6 +172,51 @@ def test_parts_read_by_several_processes_give_the_index_of_one(tmp_path: Path, m
         assert (parts.report, parts.kind) == (whole.report, whole.kind)
 
 
+def test_files_share_the_processes_and_keep_their_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small each is: what counts is their size together."""
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    rows = [{**EMBEDDING, "query": f"question {n}", "dataset": f"d{n % 2}"} for n in range(12)]
+    paths = [write(tmp_path / f"{n}.jsonl", *rows[n : n + 2], "{") for n in range(6)]
+    alone = [index_file(file) for file in paths]
+    assert not any(each.kept for each in alone)
+    size = sum(file.stat().st_size for file in paths)
+    monkeypatch.setattr(index, "CACHED_BYTES", size)
+    monkeypatch.setattr(index, "PART_BYTES", size // 4)
+    monkeypatch.setattr(index, "LOCKED", 4)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    limits = []
+    monkeypatch.setattr(index, "mapped", lambda limit: limits.append(limit) or mapped(limit))
+    with monkeypatch.context() as here:
+        here.setattr(index, "Reader", None)  # whose use in this process would fail: others read the files
+        found = index_files(paths)
+    again = index_files(paths)
+    assert limits == [2, 0]
+    for one, many, kept in zip(alone, found, again, strict=True):
+        assert many.kept and (many.facts == one.facts).all() and isinstance(kept.facts, np.memmap)
+        for each in (many, kept):
+            assert (each.report, each.names, each.kind, each.digest) == (one.report, one.names, one.kind, one.digest)
+
+
+def test_several_processes_convert_files_and_the_caller_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "SHARED_BYTES", 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    paths = []
+    for n in range(3):
+        paths.append(tmp_path / f"{n}.jsonl.gz")
+        with gzip.open(paths[-1], "wt") as file:
+            file.write(json.dumps({**EMBEDDING, "query": f"q{n}"}) + "\n")
+    with monkeypatch.context() as here:
+        here.setattr(files, "_lines", None)
+        found = files.files_as_lines(paths)
+    assert [json.loads(path.read_text())["query"] for path in found] == ["q0", "q1", "q2"]
+    wrong = [write(tmp_path / name, '[{"query": 1') for name in ("x.json", "y.json")]
+    with pytest.raises(DataError, match="x.json: not a valid JSON array"):
+        files.files_as_lines([*paths, *wrong])
+
+
 def test_a_negative_count_and_lengths_in_bytes_are_kept_for_any_settings(tmp_path: Path) -> None:
     file = write(
         tmp_path / "e.jsonl",
@@ -192,8 +239,10 @@ class Thirds(Odd):
         return np.zeros(len(facts), dtype=bool)
 
 
-def test_each_positive_is_a_row_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [1, 2, 256])
+def test_each_positive_is_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Also behind rows that are left out and of a random choice of the rows."""
+    monkeypatch.setattr(EachPositive, "BLOCK", block)
     content = [
         {"query": f"q{n}", "pos": [[f"i{n}", f"p{n}.{k}"] for k in range(1 + n % 3)], "neg": ["n"], "pos_scores": None}
         for n in range(1, 8)
@@ -208,7 +257,8 @@ def test_each_positive_is_a_row_of_its_own(tmp_path: Path) -> None:
         assert len(each) == len(expected) and all(len(row.pos) == 1 and row.neg for row in each)
         hashes = [chosen.query_hash(i) for i, row in enumerate(chosen) for _ in row.pos]
         assert [each.query_hash(i) for i in range(len(each))] == hashes
-        assert chosen.facts("scored").tolist() == [bool(row.pos_scores) for row in chosen]
+        scored = [bool(row.pos_scores) for row in chosen]
+        assert chosen.facts("scored").tolist() == scored and chosen.facts("scored", 1, 2).tolist() == scored[1:2]
     with pytest.raises(IndexError):
         each[len(each)]
 
@@ -235,8 +285,8 @@ def test_an_index_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "CACHED_BYTES", 0)
     built = []
-    build = index._build
-    monkeypatch.setattr(index, "_build", lambda *arguments: built.append(1) or build(*arguments))
+    read = index._read_part
+    monkeypatch.setattr(index, "_read_part", lambda task: built.append(1) or read(task))
     file = write(tmp_path / "data.jsonl", GENERATIVE, "{", {**GENERATIVE, "dataset": "b"})
     first, report = open_file(file)
     again, same = open_file(file)
