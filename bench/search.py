@@ -8,8 +8,8 @@ median milliseconds of a search for one query, the share of the 10 true neighbou
 search. Queries take turns over the variants, so that the machine's drift cancels in ``times_exact``, their time over that of this
 index's exact float32 search. The process is bound to one core (LanceDB and FAISS would otherwise use as many as there are).
 
-The effort of an approximate variant (lists visited, candidates kept) is doubled until a quarter of the queries reaches a recall
-of 0.98; this index settles on it when it is built, with documents as queries.
+The effort of an approximate variant (lists visited, candidates kept) is doubled until the queries reach a recall of 0.98, or one
+within 0.005 of the best where that is lower; this index settles on it when it is built, with documents as queries.
 
 The vectors are normalised points around 1,000 random centres; queries are other points around the same centres.
 """
@@ -93,9 +93,13 @@ class Adjustable(ABC):
         """See :class:`Searcher`."""
 
     def tune(self, queries: np.ndarray, nearest: np.ndarray) -> None:
-        """The least effort that reaches RECALL, or the most."""
-        while self.effort < self.most and recall_of(self, queries, nearest) < RECALL:
-            self.effort = min(2 * self.effort, self.most)
+        """The effort that this index's own rule chooses for RECALL."""
+
+        def recall_at(effort: int) -> float:
+            self.effort = effort
+            return recall_of(self, queries, nearest)
+
+        self.effort, _ = approximate.least_effort(recall_at, self.effort, self.most, RECALL)
         self.kept.write_text(str(self.effort))
 
 
@@ -246,7 +250,6 @@ def recall_of(searcher: Searcher | Adjustable, queries: np.ndarray, nearest: np.
 def measure(vectors: np.ndarray, queries: np.ndarray, folder: Path, names: list[str]) -> list[dict[str, Any]]:
     """One row per variant in ``names``."""
     nearest = true_neighbours(vectors, queries)
-    tuning = queries[: max(len(queries) // 4, 1)], nearest[: max(len(queries) // 4, 1)]
     rows: list[dict[str, Any]] = []
     opened: dict[str, Any] = {}
     for name in names:
@@ -255,7 +258,7 @@ def measure(vectors: np.ndarray, queries: np.ndarray, folder: Path, names: list[
         built = make(place, vectors)
         seconds = time.perf_counter() - start
         if isinstance(built, Adjustable):
-            built.tune(*tuning)
+            built.tune(queries, nearest)
         built.close()
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
         start = time.perf_counter()

@@ -118,8 +118,8 @@ class Index(Documents):
 
         Args:
             kind: ``"ivf-sq8"``: inverted lists of int8 vectors; ``"hnsw"``: a graph, larger and slower to build.
-            recall: target share of the 10 nearest documents, reached with the least effort; ``Record.recall`` is the measured
-                one.
+            recall: target share of the 10 nearest documents, reached with the least effort; if rounding the vectors puts it
+                out of reach, it is the best share less .005. ``Record.recall`` is the measured one.
 
         Raises:
             ValueError: an unknown kind, fewer than 256 documents, or vectors in Qdrant, which has its own index.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +31,8 @@ ROWS_PER_LIST = 64
 """Number of vectors per inverted list used to train its centre."""
 HNSW_LINKS = 32
 MOST_EFFORT = 1024
+NEAR_BEST = 0.005
+"""A target that no effort reaches is replaced by the best recall less this: further effort would cost much and find little."""
 
 
 @dataclass(frozen=True)
@@ -101,25 +103,39 @@ def search(index: Any, kind: str, effort: int, queries: Tensor, k: int, ids: Ten
     return torch.from_numpy(scores), torch.from_numpy(found)
 
 
+def least_effort(recall_at: Callable[[int], float], least: int, most: int, target: float) -> tuple[int, float]:
+    """The least effort, doubled from ``least`` up to ``most``, whose recall is at least ``target``, and its recall.
+
+    Rounded vectors bound the recall whatever the effort: if even ``most`` misses the target, it is the least effort whose recall
+    is within ``NEAR_BEST`` of that of ``most``.
+    """
+    best = recall_at(most)
+    goal = target if best >= target else best - NEAR_BEST
+    effort = least
+    while effort < most:
+        if (recall := recall_at(effort)) >= goal:
+            return effort, recall
+        effort *= 2
+    return most, best
+
+
 def measure(
     index: Any, kind: str, queries: Tensor, itself: Tensor, nearest: Tensor, target: float
 ) -> tuple[int, float]:
-    """The least effort (doubled from 1, or from ``NEIGHBOURS`` in a graph) whose recall is at least ``target``, otherwise the
-    largest; and its recall.
+    """The effort that :func:`least_effort` chooses for a target recall (from 1, or from ``NEIGHBOURS`` in a graph), and its
+    recall.
 
     Args:
         queries: float32 (Q, size), vectors of documents whose ids are ``itself`` (Q).
         nearest: the ids (Q, NEIGHBOURS) of the true neighbours, without itself.
     """
-    most = MOST_EFFORT if kind == "hnsw" else index.nlist
-    effort = NEIGHBOURS if kind == "hnsw" else 1
-    while True:
+
+    def recall_at(effort: int) -> float:
         _, found = search(index, kind, effort, queries, NEIGHBOURS + 1, None)
         found = found.where(found != itself[:, None], -1)
-        recall = float((nearest[:, :, None] == found[:, None, :]).any(dim=2).double().mean())
-        if recall >= target or effort == most:
-            return effort, recall
-        effort = min(2 * effort, most)
+        return float((nearest[:, :, None] == found[:, None, :]).any(dim=2).double().mean())
+
+    return least_effort(recall_at, *((NEIGHBOURS, MOST_EFFORT) if kind == "hnsw" else (1, index.nlist)), target)
 
 
 def write(path: Path, index: Any) -> int:

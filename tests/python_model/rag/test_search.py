@@ -20,6 +20,7 @@ from python_model.rag.formats import read_file
 from python_model.rag.index import FUSION, Index
 from python_model.rag.modes import Document
 from python_model.rag.store import vectors as store_vectors
+from python_model.rag.store.approximate import least_effort
 from python_model.rag.store.vectors import FAN_OUT, int8_products, quantize
 
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is an extra (rag)")
@@ -273,6 +274,21 @@ def test_a_hybrid_search_fuses_the_ranks_by_vectors_and_by_words(tmp_path: Path)
 
 
 # ---- approximate
+
+
+@pytest.mark.parametrize(
+    ("recalls", "target", "expected"),
+    [
+        ({1: 0.9, 2: 0.98, 4: 0.99, 8: 1.0, 10: 1.0}, 0.98, (2, 0.98)),  # doubles until the target is reached
+        ({1: 0.5, 2: 0.6, 4: 0.7, 8: 0.8, 10: 0.99}, 0.98, (10, 0.99)),  # only by the most
+        ({1: 0.9, 2: 0.96, 4: 0.966, 8: 0.97, 10: 0.97}, 0.98, (4, 0.966)),  # out of reach: within .005 of the best
+    ],
+)
+def test_the_least_effort_reaches_the_target_or_nearly_the_best(
+    recalls: dict[int, float], target: float, expected: tuple[int, float]
+) -> None:
+    assert least_effort(recalls.__getitem__, 1, 10, target) == expected
+    assert least_effort(recalls.__getitem__, 10, 10, target) == (10, recalls[10])
 
 
 @needs_faiss
