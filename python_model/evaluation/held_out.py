@@ -6,6 +6,7 @@ answers them), or ``test/generative.jsonl``, or all three, like the bundled samp
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -56,6 +57,16 @@ class HeldOut:
             for row, own in zip(self.rows, self.relevant, strict=True)
         ]
         self.conversations = read_generative(generative) if generative.is_file() else []
+
+
+def held_out_digest(folder: str | os.PathLike[str]) -> str:
+    """Hex digest of the content of the files that :class:`HeldOut` reads."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("corpus", "test/embedding", "test/generative"):
+        path = Path(folder) / f"{name}.jsonl"
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(hashlib.blake2b(content, digest_size=16).digest())
+    return digest.hexdigest()
 
 
 class Sharing(Protocol):

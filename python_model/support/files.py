@@ -33,7 +33,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -59,19 +59,19 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for item in [*temporary.rglob("*"), temporary]:  # the content must be on disk before the new name points to it
-            _sync(item)
+            sync(item)
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Files are always synced, folders where the system supports it."""
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk; folders where the system supports it."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)

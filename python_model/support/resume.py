@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from python_model.support.files import write_json
+from python_model.support.files import sync, write_json
 
 
 class JsonLines:
@@ -141,6 +141,7 @@ class ResumableArray:
         with open(self._part, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(self._part, self.path)
+        sync(self.path.parent)
         self._state.unlink()
         rows, size = np.load(self.path, mmap_mode="r").shape
         return rows, size

@@ -8,6 +8,7 @@ are functions of seed and step, so nothing else has to be kept. DCP's index is a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 
-from python_model.support.files import write_json
+from python_model.support.files import sync, write_json
 from python_model.train.config import MOVED, REMOVED, dotted
 from python_model.train.distributed import Ranks
 
@@ -42,9 +43,7 @@ FREE_SETTINGS = frozenset(
         "parallel.device_memory",
         "evaluation.data",
         "evaluation.every",
-        "evaluation.metric",
         "evaluation.patience",
-        "evaluation.max_length",
         "logging.save_steps",
         "logging.save_total",
         "logging.async_save",
@@ -55,6 +54,8 @@ FREE_SETTINGS = frozenset(
         "logging.profile_steps",
     )
 )
+# what evaluations measure: their scores decide which state is kept, so they must be comparable where both runs evaluate
+_MEASURED = frozenset(("evaluation.metric", "evaluation.max_length"))
 # paths: their contents are compared instead (``identity``)
 _PATHS = frozenset(("data.train_data", "model.name"))
 
@@ -145,8 +146,14 @@ class Checkpointer:
         if self.ranks.first:
             state = {"version": VERSION, "step": step, "config": self.settings, "identity": self.identity}
             write_json(temporary / "state.json", state)
+            for path in [
+                *temporary.rglob("*"),
+                temporary,
+            ]:  # on disk before the name says so, and before older states go
+                sync(path)
             shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
+            os.replace(temporary, target)
+            sync(self.folder)
             states = sorted(self.folder.glob("step-*"))
             count = states.index(target) + 1  # those after it are of an earlier run, which this one does not continue
             for old in [*states[:count][: -self.save_total], *states[count:]]:
@@ -166,9 +173,11 @@ class Checkpointer:
 
         saved = upgrade(json.loads((path / "state.json").read_text(encoding="utf-8")), path)
         way_out = "use the same, logging.resume=false, or another output_dir"
-        current = dotted(self.settings)
-        for name, value in dotted(saved["config"]).items():
-            known = name in current and name not in FREE_SETTINGS | _PATHS
+        current, before = dotted(self.settings), dotted(saved["config"])
+        evaluate = current.get("evaluation.data") and before.get("evaluation.data")
+        free = FREE_SETTINGS | _PATHS | (frozenset() if evaluate else _MEASURED)
+        for name, value in before.items():
+            known = name in current and name not in free
             if known and value != current[name]:
                 raise ValueError(
                     f"{name}: expected {value!r}, with which {path} was written, got {current[name]!r}; {way_out}"

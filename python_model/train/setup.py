@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,10 +12,19 @@ import torch
 
 import grit_kernels as gk
 from python_model.corpora.small_model import resolve_model
+from python_model.model.identity import states_config
 from python_model.model.modeling import GritLM
 from python_model.train.adapters import add_adapters, quantization_arguments
 from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig
 from python_model.train.memory import GIB, MemoryPlan, StepTokens, plan_memory
+
+_PROBES = (
+    "<|user|>\nWhat is 12 + 7?\n<|embed|>\n  The river's mouth -- it's 3,000 km away!\n\n\tEND",
+    "def f(x: int = 0) -> str:\r\n    return f'{x:>8}'\r\n",
+    "\u00c9t\u00e9, e\u0301t\u00e9, Stra\u00dfe, \u041c\u043e\u0441\u043a\u0432\u0430, \u6771\u4eac",
+    "\u0645\u0631\u062d\u0628\u0627 \U0001f469\u200d\U0001f4bb",
+)
+"""Texts on which tokenizers differ: spaces, digits, code, scripts, combining characters."""
 
 
 def load_model(
@@ -95,6 +105,22 @@ def model_digest(model: torch.nn.Module) -> int:
         digest.update(name.encode())
         digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest(), "big")
+
+
+def config_digest(config: Any) -> str:
+    """Hex digest of the fields of a model's config that a step depends on."""
+    fields = json.dumps(states_config(config, training=True), sort_keys=True, default=repr)
+    return hashlib.blake2b(fields.encode(), digest_size=6).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hex digest of a tokenizer's vocabulary, its BOS and EOS, and how it splits texts of several kinds.
+
+    Not of its file, whose layout depends on the version of tokenizers.
+    """
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    found = [sorted(tokenizer.get_vocab().items()), special, [tokenizer(text)["input_ids"] for text in _PROBES]]
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=6).hexdigest()
 
 
 class _Holder:

@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from python_model.data.stream import StepSamples, check_data, open_stream
+from python_model.evaluation.held_out import held_out_digest
 from python_model.model.card import CARD_FILE, model_card
 from python_model.model.modeling import GritLM
 from python_model.support.files import new_folder, write_json
@@ -32,7 +33,7 @@ from python_model.train.memory import GIB, device_limit, plan_memory, plan_token
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
 from python_model.train.profiling import step_profiler
-from python_model.train.setup import load_model, model_digest, recompute_activations
+from python_model.train.setup import config_digest, load_model, model_digest, recompute_activations, tokenizer_digest
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
 from python_model.train.validation import Validation, best_scores
@@ -82,7 +83,14 @@ class Trainer:
         )
         # rank 0 has the weights; float64 holds 48 bits exactly
         weights = int(self.ranks.all_values([model_digest(model.model)])[0, 0])
-        identity = {"data.train_data": getattr(stream, "digest", ""), "model.name": f"{weights:012x}"}
+        identity = {
+            "data.train_data": getattr(stream, "digest", ""),
+            "model.name": f"{weights:012x}",
+            "model.name (config)": config_digest(model.model.config),
+            "model.name (tokenizer)": tokenizer_digest(model.tokenizer),
+        }
+        if config.evaluation.data:
+            identity["evaluation.data"] = held_out_digest(config.evaluation.data)
         self.model = wrap(training_model, config.parallel, self.ranks, bf16=config.model.bf16)
         self.optimizers = Optimizers(
             self.model, config.optimizer, config.losses, self.ranks, steps=config.steps, embeds=config.embeds

@@ -271,3 +271,117 @@ def test_a_resumed_run_goes_on_with_the_same_data_and_model_wherever_they_lie(ch
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="model.name: expected the content with which .* was written, got another"):
         run(moved, "rows", 3)
+
+
+def test_a_resumed_run_goes_on_with_the_same_config_and_tokenizer_only(checkpoint: Path, tmp_path: Path) -> None:
+    """The same weights under another config, or beside another tokenizer, are another model."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    def run(model: Path, steps: int) -> None:
+        trainer = toy_trainer(toy_config(model, tmp_path, steps=6, save_steps=1))
+        stream = trainer.stream
+        trainer.stream = type("Short", (), {"steps": lambda self, start, stop: stream.steps(start, steps)})()
+        trainer.train()
+
+    def changed(name: str, **changes: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(checkpoint, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        return folder
+
+    run(checkpoint, 1)
+    for number, changes in enumerate(({"rms_norm_eps": 1e-3}, {"sliding_window": 7}, {"attention_dropout": 0.0})):
+        folder = changed(f"config {number}", **changes)
+        if "attention_dropout" in changes:
+            run(folder, 2)  # what it was
+            continue
+        with pytest.raises(ValueError, match=r"model.name \(config\): expected the content with which .* was written"):
+            run(folder, 2)
+    folder = changed("tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(digits)
+    tokenizer.backend_tokenizer.add_tokens(["The"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model.name \(tokenizer\): expected the content with which .* was written"):
+        run(folder, 3)
+
+
+def test_every_setting_is_compared_or_known_to_leave_the_result_alone() -> None:
+    """By hand: each setting that may differ between a run and its resumption, and why."""
+    from python_model.train.checkpointer import _MEASURED, _PATHS, FREE_SETTINGS
+    from python_model.train.config import TYPES
+
+    reasons = {
+        "where things are written": ("output_dir", "push_to_hub", "logging.trackers", "data.token_cache"),
+        "what is done instead of training": ("dry_run", "model.architecture", "parallel.device_memory"),
+        "how the same samples and gradients are computed": (
+            *("model.gradient_checkpointing", "data.data_workers", "batch.chunk_tokens", "batch.chunking"),
+            *("parallel.strategy", "parallel.shard_size", "parallel.reduce_each_chunk", "parallel.cpu_offload"),
+        ),
+        "when states are saved, and when a run stops": (
+            *("logging.save_steps", "logging.save_total", "logging.async_save", "logging.resume"),
+            *("logging.exploding_loss", "evaluation.every", "evaluation.patience"),
+        ),
+        "what is logged of the speed": ("logging.peak_tflops", "logging.profile_steps"),
+        "content that is compared where both runs have some": ("evaluation.data",),
+    }
+    assert {name for names in reasons.values() for name in names} == FREE_SETTINGS
+    assert {"data.train_data", "model.name"} == _PATHS
+    assert not FREE_SETTINGS & (_PATHS | _MEASURED) and FREE_SETTINGS | _PATHS | _MEASURED <= set(TYPES)
+
+
+def test_scores_of_other_held_out_rows_are_not_compared(checkpoint: Path, tmp_path: Path) -> None:
+    """The best state is chosen by scores of the same rows and metric, before and after a resumption."""
+    from tests.python_model.small_sample import write_small_sample
+
+    held_out = write_small_sample(tmp_path / "held out", per_kind=1, passages=3)
+
+    def run(steps: int, folder: Path = held_out, **changes: Any) -> None:
+        chosen = {"evaluation.data": str(folder), "evaluation.every": 1, **changes}
+        trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=6, save_steps=1, **chosen))
+        stream = trainer.stream
+        trainer.stream = type("Short", (), {"steps": lambda self, start, stop: stream.steps(start, steps)})()
+        trainer.train()
+
+    run(1)
+    moved = tmp_path / "moved"
+    shutil.copytree(held_out, moved)
+    run(2, moved)
+    with pytest.raises(ValueError, match="evaluation.metric: expected 'ndcg_at_10', .*got 'mrr_at_10'"):
+        run(3, **{"evaluation.metric": "mrr_at_10"})
+    corpus = (moved / "corpus.jsonl").read_text().splitlines(keepends=True)
+    (moved / "corpus.jsonl").write_text("".join([*corpus, corpus[-1].replace('"key": "', '"key": "other ')]))
+    with pytest.raises(
+        ValueError, match="evaluation.data: expected the content with which .* was written, got another"
+    ):
+        run(3, moved)
+    run(3, **{"evaluation.data": "", "evaluation.metric": "mrr_at_10"})  # nothing is compared without evaluations
+
+
+def test_a_state_is_on_the_disk_before_it_gets_its_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    renamed: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def named(source: Any, target: Any) -> None:
+        if Path(target).name.startswith("step-"):
+            files = [*Path(source).rglob("*"), Path(source)]
+            assert len(files) >= 4 and {path.stat().st_ino for path in files} <= synced
+            renamed.append(Path(target).name)
+            synced.clear()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", named)
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1)).train()
+    assert renamed == ["step-00000001", "step-00000002"]
+    assert (tmp_path / "out" / "states").stat().st_ino in synced  # the new name as well
