@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from python_model.data.reading import read_corpus, read_embedding, read_generative
 from python_model.data.rows import DataError
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
-from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
+from python_model.evaluation.retrieval import RetrievalScores, embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
 
 
@@ -92,16 +92,16 @@ class _Alone:
 def evaluate(
     model: GritLM, held_out: HeldOut, *, max_length: int = 512, bf16: bool = True, ranks: Sharing | None = None
 ) -> tuple[dict[str, Any], Tensor]:
-    """Retrieval metrics, next-token loss (None without conversations or a language-model head), and the documents' embeddings.
+    """Retrieval metrics (None without queries), next-token loss (None without conversations or a language-model head), and the
+    documents' embeddings.
 
     ``ranks``: processes that share the work; each receives the overall scores.
 
     Raises:
-        ValueError: there are no queries. TooLong: no conversation has a reply within ``max_length``.
+        TooLong: no conversation has a reply within ``max_length``.
     """
-    if not held_out.rows:
-        raise ValueError("data: expected queries and a corpus, got only conversations")
     ranks = ranks or _Alone()
+    retrieval: dict[str, Any] = dict.fromkeys(field.name for field in fields(RetrievalScores))
 
     def mine(rows: Sequence[Any]) -> Sequence[Any]:
         own = ranks.share(len(rows))
@@ -115,11 +115,12 @@ def evaluate(
         if queries := mine(held_out.queries):
             also, relevant = mine(held_out.also_relevant), mine(held_out.relevant)
             found = retrieval_ranks(model, queries, corpus, relevant, also_relevant=also, max_length=max_length)
-        retrieval = scores_from_ranks(ranks.all_rows(found.double()), corpus.shape[0])
+        if held_out.rows:
+            retrieval = asdict(scores_from_ranks(ranks.all_rows(found.double()), corpus.shape[0]))
         loss = None
         if model.mode != "embedding" and held_out.conversations:
             sums = token_loss_sums(model, mine(held_out.conversations), max_length=max_length)
             row = torch.tensor([sums], dtype=torch.float64, device=model.device)
             total, count, left_out = ranks.all_rows(row).sum(0).tolist()
             loss = mean_token_loss(total, int(count), int(left_out), len(held_out.conversations), max_length)
-    return {**asdict(retrieval), "next_token_loss": loss}, corpus
+    return {**retrieval, "next_token_loss": loss}, corpus

@@ -103,7 +103,8 @@ def model_card(
             text.append(_table(("setting", "value"), [(key, f"`{value}`") for key, value in training.items()]))
         parts.append("## Training\n\n" + "\n\n".join(text))
     if results:
-        rows = [(key, f"{value:.4f}" if isinstance(value, float) else str(value)) for key, value in results.items()]
+        measured = {key: value for key, value in results.items() if value is not None}
+        rows = [(key, f"{value:.4f}" if isinstance(value, float) else str(value)) for key, value in measured.items()]
         parts.append("## Results\n\nOn held-out rows:\n\n" + _table(("measure", "value"), rows))
     parts += [f"## {title}\n\n{text}" for title, text in (sections or {}).items()]
     chosen = {key: value for key, value in asdict(settings).items() if value not in (None, "", {})}

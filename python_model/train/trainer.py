@@ -36,7 +36,7 @@ from python_model.train.profiling import step_profiler
 from python_model.train.setup import config_digest, load_model, model_digest, recompute_activations, tokenizer_digest
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
-from python_model.train.validation import Validation, best_scores
+from python_model.train.validation import Validation, best_scores, check_evaluation
 
 WINDOW = 50
 """Number of previous steps that a loss is compared with."""
@@ -125,6 +125,8 @@ class Trainer:
         teacher = config.losses.distillation_weight > 0
         # before minutes are spent on loading a model
         check_data(config.data, config.mode, in_batch_negatives=in_batch_negatives, teacher=teacher)
+        if config.evaluation.data:
+            check_evaluation(config.evaluation, config.mode)
         # with FSDP only rank 0 reads the weights; the others get their shards from it
         sharded = ranks.group is not None and config.parallel.strategy == "fsdp"
         model = load_model(

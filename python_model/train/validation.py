@@ -28,6 +28,9 @@ class Validation:
     Args:
         model: the module being trained, which wraps ``grit``, the model to evaluate; ``trained``: the module whose state is kept.
         start: steps already done; later lines of an earlier run are dropped.
+
+    Raises:
+        As :func:`check_evaluation`.
     """
 
     def __init__(
@@ -45,24 +48,15 @@ class Validation:
     ) -> None:
         self.config, self.model, self.grit, self.trained = config, model, grit, trained
         self.checkpointer, self.ranks, self.bf16 = checkpointer, ranks, bf16
-        self.held_out = HeldOut(config.data)
+        self.held_out = check_evaluation(config, grit.mode)
         self._log = StepLog(folder / "evaluation.jsonl", start) if ranks.first else None
 
     def __call__(self, step: int, steps: int) -> bool:
-        """Evaluate if due after ``step`` of ``steps`` steps; returns whether the run should stop.
-
-        Raises:
-            ValueError: the metric is unavailable for this data or mode.
-        """
+        """Evaluate if due after ``step`` of ``steps`` steps; returns whether the run should stop."""
         if step % self.config.every and step != steps:
             return False
         if not self._from_first(any(record["step"] == step for record in self._records)):
             scores = self._measure()
-            if scores.get(self.config.metric) is None:
-                measured = [name for name in HIGHER_IS_BETTER if scores.get(name) is not None]
-                raise ValueError(
-                    f"evaluation.metric: expected one available for this mode and data ({measured}), got {self.config.metric!r}"
-                )
             if self._log is not None:
                 self._log.log(step, scores)
             if self.best() == step:
@@ -105,6 +99,23 @@ class Validation:
                 return evaluate(self.grit, self.held_out, max_length=config.max_length, bf16=self.bf16, ranks=ranks)[0]
         finally:
             self.grit.is_inference = inference
+
+
+def check_evaluation(config: EvaluationConfig, mode: str) -> HeldOut:
+    """The held-out rows; a run in ``mode`` calls it before it loads a model.
+
+    Raises:
+        FileNotFoundError, DataError: the folder lacks a file, or has a broken one.
+        ValueError: the metric is unavailable for this data or mode.
+    """
+    held_out = HeldOut(config.data)
+    available = [name for name in HIGHER_IS_BETTER if name != "next_token_loss" and held_out.rows]
+    available += ["next_token_loss"] if mode != "embedding" and held_out.conversations else []
+    if config.metric not in available:
+        raise ValueError(
+            f"evaluation.metric: expected one available for this mode and data ({available}), got {config.metric!r}"
+        )
+    return held_out
 
 
 def best_scores(file: Path, metric: str) -> dict[str, Any] | None:

@@ -12,8 +12,9 @@ import torch
 from python_model import GritLM
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut, evaluate
-from python_model.train import validation
-from tests.python_model.training_samples import held_out_folder, toy_config, toy_trainer
+from python_model.train import Trainer, validation
+from python_model.train.distributed import Ranks
+from tests.python_model.training_samples import data_folder, held_out_folder, toy_config, toy_trainer
 
 
 @pytest.fixture
@@ -66,15 +67,38 @@ def test_the_best_state_is_what_is_left_and_no_improvement_stops(
     assert torch.equal(again.grit.decoder[0].norm.weight, weights[2.0])
 
 
-def test_a_metric_that_the_run_does_not_give_is_refused(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
+def test_a_metric_that_the_run_does_not_give_is_refused_before_a_model_is_loaded(
+    checkpoint: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"evaluation.data": str(folder), "evaluation.every": 1, "evaluation.metric": "next_token_loss"}
-    config = toy_config(checkpoint, tmp_path, steps=2, mode="embedding", **settings)
-    with pytest.raises(
-        ValueError, match="evaluation.metric: expected one available for this mode and data .*ndcg_at_10"
-    ):
+    data = str(data_folder(tmp_path / "data"))
+    config = toy_config(checkpoint, tmp_path, steps=2, mode="embedding", train_data=data, **settings)
+    message = "evaluation.metric: expected one available for this mode and data .*ndcg_at_10.*, got 'next_token_loss'"
+    with pytest.raises(ValueError, match=message):
         toy_trainer(config).train()
+    assert not (tmp_path / "out" / "evaluation.jsonl").exists()
+    monkeypatch.setattr("python_model.train.trainer.load_model", None)
+    with pytest.raises(ValueError, match=message):
+        Trainer.from_config(config, Ranks(0, 1, torch.device("cpu")))
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         toy_config(checkpoint, tmp_path, **{"evaluation.data": "nowhere"})
+
+
+def test_a_run_on_conversations_alone_is_measured_by_its_loss(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
+    for name in ("corpus.jsonl", "test/embedding.jsonl"):
+        (folder / name).unlink()
+    settings: dict[str, Any] = {"evaluation.data": str(folder), "evaluation.every": 1}
+    config = toy_config(checkpoint, tmp_path, steps=2, mode="generative", **settings)
+    with pytest.raises(ValueError, match=r"evaluation.metric: .*\(\['next_token_loss'\]\), got 'ndcg_at_10'"):
+        toy_trainer(config).train()
+    settings["evaluation.metric"] = "next_token_loss"
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=2, mode="generative", **settings))
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()]
+    expected = next_token_loss(trainer.grit, HeldOut(folder).conversations, max_length=512)
+    assert [line["ndcg_at_10"] for line in lines] == [None, None]
+    assert min(line["next_token_loss"] for line in lines) == pytest.approx(expected, rel=1e-6)
+    assert f"{expected:.4f}" in (trainer.save() / "README.md").read_text()
 
 
 def test_a_run_that_starts_over_has_no_best_state_of_the_earlier_one(
