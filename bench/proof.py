@@ -3,10 +3,11 @@
     python -m bench.proof --data DATA [--config configs/proof.yaml] [--output proof_output] [--only unified-0] [--table]
 
 The runs are unified, embedding-only and generative-only per seed, and the specialists with twice the steps (equal compute). All
-start from the same base with the same settings, hence the same rows, tokens per objective and clipping. The base model and BM25
-are measured on the same rows. Each run writes its record with the scores of every query to ``bench/results/proof/NAME.json`` as
-soon as it ends, and a run that has a record is not run again; once the records are committed, the checkpoints are not needed. An
-interrupted run resumes where it stopped. At the end (or with ``--table``) the records become ``table.md`` and ``proof.png``.
+start from the same base with the same settings, hence the same rows, tokens per objective and clipping. Each is measured on both
+jobs at the end, and the base model and BM25 on the same rows. Each run writes its record with the scores of every query to
+``bench/results/proof/NAME.json`` as soon as it ends, and a run that has a record is not run again; once the records are
+committed, the checkpoints are not needed. An interrupted run resumes where it stopped. At the end (or with ``--table``) the
+records become ``table.md`` and ``proof.png``.
 
 DATA is a folder built by `grit data`; the plan is in configs/proof.yaml, and one of a third of its size in
 configs/proof_short.yaml, whose records go into a folder of that name.
@@ -129,18 +130,14 @@ class Measure:
             }
         return {name: rows for name, rows in found.items() if rows}
 
-    def everything(self, model: GritLM, mode: str) -> dict[str, Any]:
+    def everything(self, model: GritLM) -> dict[str, Any]:
         """What a record holds about a model: ranks per query, losses per conversation, matches per question."""
         model.eval()
-        found: dict[str, Any] = {}
-        if mode != "generative":
-            found["ranks"] = self.ranks(model, self.queries)
-        if mode != "embedding":
-            found["conversation_losses"] = self.losses(model)
-            if self.questions:
-                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
-                    texts = replies(model, [[q.question] for q in self.questions], max_new_tokens=24)
-                found["matches"] = [match(t, q.answers) for t, q in zip(texts, self.questions, strict=True)]
+        found: dict[str, Any] = {"ranks": self.ranks(model, self.queries), "conversation_losses": self.losses(model)}
+        if self.questions:
+            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+                texts = replies(model, [[q.question] for q in self.questions], max_new_tokens=24)
+            found["matches"] = [match(t, q.answers) for t, q in zip(texts, self.questions, strict=True)]
         return found
 
     def described(self) -> dict[str, Any]:
@@ -158,6 +155,20 @@ def _choice(count: int, wanted: int) -> list[int]:
     order = list(range(count))
     random.Random(0).shuffle(order)
     return order[:wanted]
+
+
+def for_both_jobs(model: GritLM, config: TrainConfig) -> GritLM:
+    """A specialist's weights in a model that also does the job it was not trained for.
+
+    An embedding specialist has no language-model head: it gets that of the model it started from, or where that is tied to the
+    input embeddings, its own embeddings.
+    """
+    if model.mode == "unified":
+        return model
+    whole = GritLM(resolve_model(config.model.name), dtype="float32", device=model.device, **config.settings_given)
+    part = whole.decoder[0] if model.mode == "embedding" else whole.model
+    part.load_state_dict((model.decoder[0] if model.mode == "embedding" else model.model).state_dict())
+    return whole
 
 
 def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
         "steps": config.steps,
         "config": _settings(config.to_dict()),
         "measured_on": measure.described(),
-        **measure.everything(model, run.mode),
+        **measure.everything(for_both_jobs(model, config)),
         "curve": curve,
         "log": [
             {key: r[key] for key in ("step", "contrastive_loss", "generative_loss", "tokens", "seconds")}
@@ -218,7 +229,7 @@ def baseline(plan: Plan, measure: Measure, data: Path, output: Path) -> dict[str
     config = Run("base", "unified", 0, 1).config(plan, data, output)
     model = GritLM(resolve_model(config.model.name), dtype="float32", **config.settings_given)
     return {"name": "base", "mode": "unified", "seed": 0, "steps": 0, "measured_on": measure.described()} | (
-        measure.everything(model, "unified")
+        measure.everything(model)
     )
 
 

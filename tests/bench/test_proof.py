@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from bench import proof
 from bench.proof_table import mean_losses, ndcg, relative_difference, relative_loss_difference, table
+from python_model import GritLM
+from python_model.train import TrainConfig
 from tests.conftest import needs_source_tree
 from tests.python_model.conftest import checkpoint, tokenizer  # noqa: F401  (fixtures)
 
@@ -76,7 +79,9 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     assert sum(map(len, losses.values())) == 8 and all(
         total > 0 < count for rows in losses.values() for total, count in rows
     )
-    assert "conversation_losses" not in records["embedding-0"] and "ranks" not in records["generative-0"]
+    for name in ("embedding-0", "generative-0"):  # each does the other job as well, without having been trained for it
+        assert len(records[name]["ranks"]) == 6 and len(records[name]["matches"]) == 8
+        assert records[name]["conversation_losses"].keys() == losses.keys()
     assert records["embedding-double-0"]["steps"] == 8
     # specialists learn from the unified model's own rows: the same number of tokens over both objectives
     steps = zip(*(records[f"{mode}-0"]["log"] for mode in ("unified", "embedding", "generative")), strict=True)
@@ -88,6 +93,21 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     assert (tmp_path / "records" / "proof.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
         proof.main([*arguments, "--only", "no-such-run"])
+
+
+@pytest.mark.parametrize("mode", ["embedding", "generative"])
+def test_a_specialist_does_both_jobs_with_the_weights_it_was_trained_to(checkpoint: Path, mode: str) -> None:  # noqa: F811
+    config = TrainConfig.from_dict({"model.name": str(checkpoint), "dry_run": True})
+    specialist = GritLM(checkpoint, mode=mode, device="cpu", dtype="float32")
+    with torch.no_grad():
+        for weight in specialist.model.parameters():
+            weight.mul_(1.5)
+    whole = proof.for_both_jobs(specialist, config)
+    assert whole.mode == "unified" and proof.for_both_jobs(whole, config) is whole
+    trained, untrained = dict(specialist.decoder[0].named_parameters()), GritLM(checkpoint, device="cpu").decoder[0]
+    for (name, weight), before in zip(whole.decoder[0].named_parameters(), untrained.parameters(), strict=True):
+        assert torch.equal(weight, trained[name]) and not torch.equal(weight, before), name
+    assert torch.equal(whole.model.get_output_embeddings().weight, trained["embed_tokens.weight"])
 
 
 def test_intervals_are_of_the_paired_relative_difference() -> None:
