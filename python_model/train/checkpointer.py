@@ -7,10 +7,11 @@ are functions of seed and step, so nothing else has to be kept. DCP's index is a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -105,6 +106,9 @@ class Checkpointer:
         earlier run left in the folder.
 
         Without ``wait`` it is written while the caller goes on, and counts once :meth:`finish` or the next save has been called.
+
+        Raises:
+            OSError: it cannot be written (without ``wait``, :meth:`finish` says so); earlier states are left as they are.
         """
         import torch.distributed.checkpoint as dcp
 
@@ -116,7 +120,8 @@ class Checkpointer:
         self.ranks.barrier()
         alone = self.ranks.group is None
         if wait:
-            dcp.save(trained.state_dict(), checkpoint_id=temporary, no_dist=alone)
+            with _told(self._path(step), "written"):
+                dcp.save(trained.state_dict(), checkpoint_id=temporary, no_dist=alone)
             self._complete(step)
         else:
             if not alone and self._group is None:
@@ -133,7 +138,8 @@ class Checkpointer:
         if self._pending is not None:
             step, future = self._pending
             self._pending = None
-            future.result()
+            with _told(self._path(step), "written"):
+                future.result()
             self._complete(step)
 
     def _path(self, step: int) -> Path:
@@ -168,6 +174,7 @@ class Checkpointer:
         Raises:
             ValueError: the state was written with settings, data or a model of a different run, or by a newer version; names
                 the first difference.
+            OSError: it cannot be read.
         """
         import torch.distributed.checkpoint as dcp
 
@@ -186,9 +193,22 @@ class Checkpointer:
             if self.identity.get(name, digest) != digest:
                 raise ValueError(f"{name}: expected the content with which {path} was written, got another; {way_out}")
         tensors = trained.state_dict()
-        dcp.load(tensors, checkpoint_id=path, no_dist=self.ranks.group is None)
+        with _told(path, "read", "; remove it to resume from the one before it, if there is one"):
+            dcp.load(tensors, checkpoint_id=path, no_dist=self.ranks.group is None)
         trained.load_state_dict(tensors)
         return int(saved["step"])
+
+
+@contextlib.contextmanager
+def _told(path: Path, done: str, advice: str = "") -> Iterator[None]:
+    """Turn torch's report of what failed on which rank, which no handler of errors expects, into an OSError that says it."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as report:
+        causes = dict.fromkeys(f"{type(error).__name__}: {error}" for error, _ in report.failures.values())
+        raise OSError(f"{path}: the state cannot be {done} ({'; '.join(causes)}){advice}") from report
 
 
 def upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:

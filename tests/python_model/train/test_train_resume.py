@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -385,3 +386,38 @@ def test_a_state_is_on_the_disk_before_it_gets_its_name(
     toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1)).train()
     assert renamed == ["step-00000001", "step-00000002"]
     assert (tmp_path / "out" / "states").stat().st_ino in synced  # the new name as well
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_state_that_cannot_be_written_is_an_error_that_says_so_and_leaves_the_others(
+    checkpoint: Path, tmp_path: Path, background: bool
+) -> None:
+    """A limit on the size of a file stands for a full disk."""
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=3, save_steps=1, async_save=background))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(done: int) -> None:
+        if done == 2:
+            trainer.checkpointer.finish()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+
+    trainer.after_step = fill
+    try:
+        with pytest.raises(OSError, match=r"(?s)step-00000002: the state cannot be written \((\w*Error: .*)+\)$"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    latest = trainer.checkpointer.latest()
+    assert latest is not None and latest.name == "step-00000001"
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_serves(checkpoint: Path, tmp_path: Path) -> None:
+    config = toy_config(checkpoint, tmp_path, steps=3, save_steps=1)
+    whole = figures(toy_trainer(config).train())
+    newest = tmp_path / "out" / "states" / "step-00000003"
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(OSError, match=r"step-00000003: the state cannot be read \(.+\); remove it to resume from"):
+        toy_trainer(config).train()
+    shutil.rmtree(newest)
+    assert figures(toy_trainer(config).train()) == whole
