@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,10 @@ from python_model.data.order import Permutation
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, Row
 from python_model.support.files import write_json
+from python_model.support.processes import mapped
 
+CHECKED = 20_000
+"""Rows that one process checks at a time."""
 Problem = tuple[str, str]
 """Why a row is left out: the reason it is counted under, and what exactly is wrong."""
 
@@ -222,9 +226,15 @@ def _problems(
 
 
 def _found_problems(datasets: Sequence[DataSet], check: RowCheck, doubtful: np.ndarray) -> list[tuple[int, str, str]]:
+    parts = np.array_split(doubtful, max(1, len(doubtful) // CHECKED))
+    with mapped(len(parts) // 2) as work:
+        return [problem for found in work(partial(_problems_among, datasets, check), parts) for problem in found]
+
+
+def _problems_among(datasets: Sequence[DataSet], check: RowCheck, numbers: np.ndarray) -> list[tuple[int, str, str]]:
     found = []
     for rows in datasets:
-        for number in doubtful[(doubtful >= rows._start) & (doubtful < rows._stop)].tolist():
+        for number in numbers[(numbers >= rows._start) & (numbers < rows._stop)].tolist():
             if (problem := check.problem(rows[number - rows._start])) is not None:
                 found.append((number, *problem))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 import random
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from python_model.data import files, index, sample_dir
+from python_model.data import datasets, files, index, sample_dir
 from python_model.data.datasets import EachPositive, open_file
 from python_model.data.index import index_file, index_files
 from python_model.data.reading import read_embedding, read_generative
@@ -130,6 +131,33 @@ def test_a_check_leaves_rows_out(tmp_path: Path) -> None:
     assert report.examples["third"][0] == f"{file}:3: a third row" and report.left_out["third"] == 20
     assert report.examples["odd"][0] == f"{file}:2: reply 1"
     assert report.used == {"a": sum(n <= 30 for n in kept), "b": sum(n > 30 for n in kept)}
+
+
+class Asked(Odd):
+    """Every row but the thirds is doubtful, and its problem is the process that was asked."""
+
+    def doubtful(self, facts: np.ndarray, generative: bool) -> np.ndarray:
+        return np.ones(len(facts), dtype=bool)
+
+    def problem(self, row: Any) -> tuple[str, str]:
+        return "asked", str(os.getpid())
+
+
+def test_processes_share_the_rows_that_have_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "data.jsonl", *({**GENERATIVE, "dataset": f"d{n % 2}"} for n in range(20)))
+    alone, mine = open_file(file, Asked())
+    assert not alone and mine.examples["asked"][0] == f"{file}:1: {os.getpid()}"
+    monkeypatch.setattr(datasets, "CHECKED", 3)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    _, shared = open_file(file, Asked())
+    assert shared.left_out == mine.left_out
+
+    def lines_and_processes(report: DataReport) -> tuple[list[str], set[str]]:
+        found = [example.removeprefix(f"{file}:").split(": ") for example in report.examples["asked"]]
+        return [line for line, _ in found], {process for _, process in found}
+
+    lines, processes = lines_and_processes(shared)
+    assert lines == lines_and_processes(mine)[0] and str(os.getpid()) not in processes
 
 
 def test_what_was_found_out_about_rows_is_kept_for_the_same_settings(
