@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.checks import described, is_integer
+from grit_kernels.context import Contexts
 from grit_kernels.visibility import positions_and_samples
 
 
@@ -27,6 +28,8 @@ class SamplePack:
         hi: int32 (tokens) or None, upper bounds per token that replace the right bound (see visibility.py).
         indices: int64 (tokens) or None: the index of each token in the flattened padded batch.
         padded_shape: (B, T) of that batch, or None.
+        contexts: which samples also see tokens of other samples (see context.py), or None.
+        first_positions: int32 (B) or None, position of each sample's first token; by default 0.
         starts: int32 (B), first token of each sample.
         lengths: int32 (B), tokens of each sample.
     """
@@ -39,6 +42,8 @@ class SamplePack:
     hi: Tensor | None = None
     indices: Tensor | None = None
     padded_shape: tuple[int, int] | None = None
+    contexts: Contexts | None = None
+    first_positions: Tensor | None = None
     starts: Tensor = field(init=False)
     lengths: Tensor = field(init=False)
 
@@ -55,12 +60,16 @@ class SamplePack:
         instruction_lens: Sequence[int] | Tensor | None = None,
         *,
         hi: Tensor | None = None,
+        contexts: Sequence[Sequence[int] | Tensor | None] | None = None,
+        first_positions: Sequence[int] | Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> SamplePack:
         """A pack of samples of the given ``lengths`` (tokens each, 0 allowed).
 
         ``causal``: one flag for all or one per sample. ``instruction_lens``: default 0; at most the sample's length minus one
-        for a sample that is pooled, which :func:`grit_kernels.pool` checks.
+        for a sample that is pooled, which :func:`grit_kernels.pool` checks. ``contexts``: for each sample the tokens of the pack
+        that precede its own as keys, in this order (tokens of samples that have no context themselves), or None.
+        ``first_positions``: position of each sample's first token, int (B), default 0; a sample's positions are consecutive.
         """
         sizes = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").reshape(-1)
         batch = sizes.shape[0]
@@ -87,6 +96,16 @@ class SamplePack:
         if hi is not None:
             _check_upper_bounds(hi, cu_seqlens, sizes)
             hi = hi.to(device=device, dtype=torch.int32)
+        seen = None if contexts is None else Contexts.of(sizes, contexts)
+        if seen is not None and hi is not None:
+            raise ValueError("hi: expected none with contexts, got both")
+        if first_positions is not None:
+            firsts = torch.as_tensor(first_positions, device="cpu").reshape(-1)
+            if not is_integer(firsts, batch) or bool((firsts < 0).any()):
+                raise ValueError(
+                    f"first_positions: expected one int >= 0 for each of {batch} samples, got {firsts.tolist()}"
+                )
+            first_positions = firsts.to(device=device, dtype=torch.int32)
         return cls(
             cu_seqlens=cu_seqlens.to(device),
             causal=flags.expand(batch).contiguous().to(device),
@@ -94,6 +113,8 @@ class SamplePack:
             max_seqlen=int(sizes.max()),
             tokens=tokens,
             hi=hi,
+            contexts=None if seen is None else seen.to(device),
+            first_positions=first_positions,
         )
 
     @classmethod
@@ -167,8 +188,9 @@ class SamplePack:
 
     @property
     def position_ids(self) -> Tensor:
-        """Position of each token within its sample, int64 (tokens)."""
-        return positions_and_samples(self.cu_seqlens, self.tokens)[0]
+        """Position of each token within its sample, from the sample's first position on; int64 (tokens)."""
+        positions, samples = positions_and_samples(self.cu_seqlens, self.tokens)
+        return positions if self.first_positions is None else positions + self.first_positions[samples]
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, T, ...) -> (tokens, ...): the real tokens of a padded batch."""
@@ -203,6 +225,8 @@ class SamplePack:
             None if self.hi is None else self.hi.to(device),
             None if self.indices is None else self.indices.to(device),
             self.padded_shape,
+            None if self.contexts is None else self.contexts.to(device),
+            None if self.first_positions is None else self.first_positions.to(device),
         )
 
 
@@ -230,5 +254,5 @@ def _check_upper_bounds(hi: Tensor, cu_seqlens: Tensor, sizes: Tensor) -> None:
         if part.numel() and (bool((part.diff() < 0).any()) or int(part[0]) < 0 or int(part[-1]) > part.numel()):
             raise ValueError(
                 f"hi: expected non-decreasing values in 0..{part.numel()}, got others in sample {b} "
-                "(a mask of blocks of documents cannot be expressed)"
+                "(a mask of blocks of documents cannot be expressed; make them samples, see contexts)"
             )

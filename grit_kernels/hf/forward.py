@@ -214,6 +214,11 @@ class _Call:
 
     def packed(self, inputs: Tensor, pack: SamplePack, positions: Tensor) -> Any:
         """inputs (1, tokens, ...), positions (1, tokens)."""
+        if pack.contexts is not None and (self.record.recurrent or self.record.rope_by_length):
+            why = "carry a state from token to token" if self.record.recurrent else "rotate by the length of the text"
+            raise ValueError(
+                f"sample_pack: expected no contexts for a {type(self.decoder).__name__}, whose layers {why}, got some"
+            )
         places = recurrent.places(pack) if self.record.recurrent else None
         grit_pass = AttentionPass(
             pack.causal, self.record.bidirectional_window, pack, self.record.deterministic, places

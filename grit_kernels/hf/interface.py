@@ -20,6 +20,7 @@ from grit_kernels.attention import key_rows, prepared_attention, rectangular_pro
 from grit_kernels.attention.checks import check_qkv, check_softmax_options
 from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.checks import described, may_read_back
+from grit_kernels.context import SampleTable
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import UNLIMITED, window_bounds
 
@@ -326,6 +327,23 @@ def grit_attention(
     if k.shape[1] != q_length:
         raise ValueError(f"key: expected the {q_length} tokens of the pack, got {k.shape[1]} rows, as from a cache")
     q, k, v = (x.flatten(0, 1) if packed else pack.pack(x) for x in (q, k, v))  # [tokens, H, D]
+    attend = _attention_of_pack if pack.contexts is None else _attention_with_contexts
+    out = attend(q, k, v, pack, grit_pass, sliding_window, options, s_aux)
+    out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
+    return _narrowed(out, size), None
+
+
+def _attention_of_pack(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pack: SamplePack,
+    grit_pass: AttentionPass,
+    sliding_window: int | None,
+    options: tuple[float, float],
+    sinks: Tensor | None,
+) -> Tensor:
+    """(tokens, H, D): samples that see themselves."""
 
     def problem() -> AttentionProblem:
         ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
@@ -334,9 +352,36 @@ def grit_attention(
         return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
 
     prepared = grit_pass.prepare((sliding_window, *options), problem)
-    out = prepared_attention(q, k, v, *prepared, s_aux, grit_pass.deterministic)
-    out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
-    return _narrowed(out, size), None
+    return prepared_attention(q, k, v, *prepared, sinks, grit_pass.deterministic)
+
+
+def _attention_with_contexts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pack: SamplePack,
+    grit_pass: AttentionPass,
+    sliding_window: int | None,
+    options: tuple[float, float],
+    sinks: Tensor | None,
+) -> Tensor:
+    """(tokens, H, D) of a pack with contexts: one call for the samples without one, one for the others (context.py)."""
+    contexts = pack.contexts
+    assert contexts is not None
+
+    def attend(table: SampleTable, name: str) -> Tensor:
+        def problem() -> AttentionProblem:
+            causal = grit_pass.causal[table.samples]
+            window = window_sizes(causal, sliding_window, grit_pass.bidirectional_window)
+            bounds = window_bounds(causal, window, table.max_q, table.max_k)
+            ranges = (table.q_start, table.q_len, table.k_start, table.k_len)
+            return AttentionProblem(*ranges, *bounds, None, 0, 0, table.max_q, table.max_k, *options)
+
+        prepared = grit_pass.prepare((name, sliding_window, *options), problem)
+        states = (q[table.rows], k[table.keys], v[table.keys])
+        return prepared_attention(*states, *prepared, sinks, grit_pass.deterministic)
+
+    return torch.cat([attend(contexts.alone, "alone"), attend(contexts.after, "after")])[contexts.back]
 
 
 def _pass_of_rows(
