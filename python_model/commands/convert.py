@@ -27,7 +27,7 @@ def shown(row: dict[str, Any]) -> list[str]:
     """A row for display: one truncated line per text, its instruction in brackets before it."""
     found = []
     for name, content in row.items():
-        many = name in ("pos", "neg", "text") and isinstance(content, list)
+        many = name in ("pos", "neg", "text", "documents") and isinstance(content, list)
         for item in content if many else [content]:
             texts = item if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) else None
             text = f"[{texts[0]}] {texts[1]}" if texts else str(item)

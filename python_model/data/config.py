@@ -20,6 +20,8 @@ class DataConfig(Checked):
         query_max_len: maximum tokens of a query; longer ones are truncated.
         passage_max_len: maximum tokens of a passage.
         generative_max_len: maximum tokens of a conversation.
+        causal_documents: share of the conversations with documents whose documents are read causally instead of with the
+            attention of a text to embed.
         positives: for rows with several: ``draw`` takes a random one each time the row is visited; ``each`` visits the row once
             per positive in an epoch.
         same_dataset: draw each batch of texts to embed from one data set; the remainders form mixed batches.
@@ -38,6 +40,7 @@ class DataConfig(Checked):
     query_max_len: Count = 256
     passage_max_len: Count = 2048
     generative_max_len: Count = 2048
+    causal_documents: Share = 0.0
     positives: Literal["draw", "each"] = "draw"
     same_dataset: bool = True
     dataset_weights: dict[str, NotNegative] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +12,12 @@ import numpy as np
 
 from python_model.data.config import DataConfig
 from python_model.data.datasets import Problem
+from python_model.data.index import FORMAT_TOKENS
 from python_model.data.rows import GenerativeRow, InstructedText, Row
 from python_model.data.token_cache import TokenCache, tokenizer_fingerprint
 from python_model.model.few_shot import few_shot_instruction
 from python_model.model.prompts import EncodedSample, Formatter, TooLong
 from python_model.settings import GritSettings
-
-_FORMAT = 48
-"""Upper bound of the tokens of markers and special tokens, and of what a merge across a boundary may add."""
 
 
 class RowEncoder:
@@ -49,9 +48,10 @@ class RowEncoder:
 
     def conversation(self, row: GenerativeRow) -> EncodedSample:
         """A conversation, or a text without roles, to train on."""
-        return self._cached(
-            lambda: self._conversation(row), ("conversation", row.turns, self.config.generative_max_len)
-        )
+        parts: tuple[Any, ...] = ("conversation", row.turns, self.config.generative_max_len)
+        if row.documents:
+            parts += (row.documents, self.settings.attention.embedding, self._reads_causally(row))
+        return self._cached(lambda: self._conversation(row), parts)
 
     def refused(self, facts: np.ndarray, generative: bool) -> tuple[np.ndarray, Problem]:
         """Rows without negatives although ``train_group_size`` requires some."""
@@ -62,7 +62,7 @@ class RowEncoder:
         return missing, ("no negatives", f"neg: expected at least one with train_group_size {size}, got none")
 
     def doubtful(self, facts: np.ndarray, generative: bool) -> np.ndarray:
-        """Rows whose size in bytes does not tell whether the instruction, or the first user turn, leaves room for the text."""
+        """Rows whose size in bytes does not tell whether instruction, or documents and first user turn, leave room for a text."""
         if generative:
             return ~_fewer_tokens(facts["first"], self.config.generative_max_len)
         special = self.formatter.special_tokens
@@ -71,7 +71,7 @@ class RowEncoder:
         return ~(few & _fewer_tokens(facts["passage"], self.config.passage_max_len - eos))
 
     def problem(self, row: Row) -> Problem | None:
-        """Why a row cannot be trained on (its instruction or first user turn fills the maximum length), or None."""
+        """Why a row cannot be trained on, or None: its instruction, or documents and first user turn, fill the maximum length."""
         if isinstance(row, GenerativeRow):
             return None if len(row.turns) == 1 else _too_long(lambda: self._conversation(row))
         negatives = row.neg if self.config.train_group_size > 1 else ()
@@ -99,13 +99,20 @@ class RowEncoder:
                 self._lengths.clear()
             ids = self.tokenizer(text.instruction, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             self._lengths[text.instruction] = len(ids)
-        return self._lengths[text.instruction] + _FORMAT < room
+        return self._lengths[text.instruction] + FORMAT_TOKENS < room
 
     def _text(self, text: InstructedText, instruction: str, max_length: int) -> EncodedSample:
         return self.formatter.text(self.formatter.embed_instruction(instruction), text.text, max_length)
 
     def _conversation(self, row: GenerativeRow) -> EncodedSample:
-        return self.formatter.conversation(row.turns, self.config.generative_max_len)
+        causal = bool(row.documents) and self._reads_causally(row)
+        limit = self.config.generative_max_len
+        return self.formatter.conversation(row.turns, limit, documents=row.documents, causal_documents=causal)
+
+    def _reads_causally(self, row: GenerativeRow) -> bool:
+        """Whether a row is one of the share whose documents are read causally: a function of its content."""
+        digest = hashlib.blake2b("\0".join((*row.documents, *row.turns)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self.config.causal_documents * 2**64
 
     def _cached(self, encode: Callable[[], EncodedSample], parts: tuple[Any, ...]) -> EncodedSample:
         if self.cache is None:
@@ -121,7 +128,7 @@ class RowEncoder:
 def _fewer_tokens(count: Any, room: int) -> Any:
     """Whether ``count`` bytes (a number or an array) certainly take fewer than ``room`` tokens in their format: no token is
     shorter than a byte, and breaking up markers adds less than a quarter."""
-    return 5 * (np.asarray(count, dtype=np.int64)) // 4 + _FORMAT < room
+    return 5 * (np.asarray(count, dtype=np.int64)) // 4 + FORMAT_TOKENS < room
 
 
 def _too_long(encode: Callable[[], EncodedSample]) -> Problem | None:

@@ -8,9 +8,10 @@
     chat                    messages: [{"role", "content"}, ..]; ShareGPT conversations: [{"from", "value"}, ..];
                             Alpaca instruction, input, output; prompt, completion
 
-``neg`` may be missing or null. ``key`` names the entity a row is about, ``dataset`` its data set. An unknown column is ignored
-and reported once per file (:class:`Reader` collects ``notes``); one that looks like a misspelt column is an error, because
-training would otherwise run without it.
+A conversation may have ``documents``, a list of texts whose cached states it follows. ``neg`` may be missing or null. ``key``
+names the entity a row is about, ``dataset`` its data set. An unknown column is ignored and reported once per file
+(:class:`Reader` collects ``notes``); one that looks like a misspelt column is an error, because training would otherwise run
+without it.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ FORMS: dict[str, tuple[str, ...]] = {
     "sentence-transformers": ("anchor", "query", "positive", "negative", *INSTRUCTIONS),
     "sentence-transformers pairs": ("sentence1", "sentence2", "score", "label", "similarity_score"),
     "tevatron": ("query", "query_text", "positive_passages", "negative_passages"),
-    "text": ("text",),
-    "messages": ("messages", "system", "prompt"),
-    "ShareGPT": ("conversations", "system"),
-    "Alpaca": ("instruction", "input", "output", "system", "history", "text"),
-    "prompt and completion": ("prompt", "completion", "response", "system", "label"),
+    "text": ("text", "documents"),
+    "messages": ("messages", "system", "prompt", "documents"),
+    "ShareGPT": ("conversations", "system", "documents"),
+    "Alpaca": ("instruction", "input", "output", "system", "history", "text", "documents"),
+    "prompt and completion": ("prompt", "completion", "response", "system", "label", "documents"),
 }
 REQUIRED: dict[str, tuple[str, ...]] = {  # in the order they are tried
     "tevatron": ("positive_passages",),
@@ -147,7 +148,12 @@ class Reader:
         found: Any = self._turns(columns, form, origin) if form in CHATS else self._embedding(columns, form, origin)
         self.forms[form] = self.forms.get(form, 0) + 1
         if form in CHATS:
-            return GenerativeRow(found, key, dataset, origin)
+            documents = _documents(columns.get("documents"), origin)
+            if documents and len(found) == 1:
+                raise DataError(
+                    f"{origin}: documents: expected a conversation that follows them, got a text without roles"
+                )
+            return GenerativeRow(found, key, dataset, origin, documents)
         query, pos, neg, pos_scores, neg_scores = found
         return EmbeddingRow(query, pos, neg, key, dataset, pos_scores, neg_scores, origin)
 
@@ -357,6 +363,14 @@ def _titled(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
         text = check_text(item["text"], f"{place}.text", origin)
         found.append(PlainText("", f"{title} {text}" if title else text))
     return tuple(found)
+
+
+def _documents(value: Any, origin: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise DataError(f"{origin}: documents: expected a list of texts, got {json_type(value)}")
+    return tuple(check_text(text, f"documents[{place}]", origin) for place, text in enumerate(value))
 
 
 def _exchange(old: Any, origin: str) -> list[tuple[str, Any]]:

@@ -29,11 +29,13 @@ from python_model.support.processes import mapped
 
 CACHED_BYTES = 8 << 20
 """The indexes of files of at least this size together are kept (indexing reads about 50 MB/s per process)."""
+FORMAT_TOKENS = 48
+"""Upper bound of the tokens of markers and special tokens, and of what a merge across a boundary may add, of one text."""
 PART_BYTES = 64 << 20
 """Bytes that one process reads at a time."""
 LOCKED = 64
 """Files whose indexes are built at a time, each behind an open lock file."""
-_VERSION = 3
+_VERSION = 4
 
 FACTS = np.dtype(
     [
@@ -41,7 +43,7 @@ FACTS = np.dtype(
         ("size", "<u4"),
         ("line", "<u4"),
         ("query", "<u8"),  # hash of the query and its instruction, to find identical ones without reading them
-        ("first", "<u4"),  # bytes of a query's instruction, or of a conversation's first turn
+        ("first", "<u4"),  # bytes of a query's instruction, or of a conversation's documents and first turn
         ("passage", "<u4"),  # bytes of the longest instruction of a passage
         ("positives", "<u2"),
         ("negatives", "<u2"),
@@ -242,7 +244,9 @@ def _read_part(task: _Task) -> _Part:
 
 def _facts(row: Row) -> tuple[int, ...]:
     if isinstance(row, GenerativeRow):
-        return 0, len(row.turns[0].encode()) if len(row.turns) > 1 else 0, 0, 0, 0, 0
+        first = len(row.turns[0].encode()) if len(row.turns) > 1 else 0
+        before = sum(len(text.encode()) + FORMAT_TOKENS for text in row.documents)
+        return 0, before + first, 0, 0, 0, 0
     passages = {text.instruction for text in (*row.pos, *row.neg)}
     longest = max(len(instruction.encode()) for instruction in passages)
     digest = hashlib.blake2b("\0".join(row.query).encode(), digest_size=8).digest()

@@ -54,13 +54,14 @@ class EmbeddingRow:
 
 @dataclass(frozen=True)
 class GenerativeRow:
-    """One conversation: user, assistant, user, assistant, ...; a single turn is a text without roles. ``origin`` is
-    ``file:line``."""
+    """One conversation: user, assistant, user, assistant, ...; a single turn is a text without roles. ``documents``: the texts
+    whose cached states it follows. ``origin`` is ``file:line``."""
 
     turns: tuple[str, ...]
     key: str | None = None
     dataset: str = ""
     origin: str = field(default="", compare=False)
+    documents: tuple[str, ...] = ()
 
 
 Row = EmbeddingRow | GenerativeRow
@@ -80,6 +81,8 @@ def to_object(row: Row) -> dict[str, Any]:
     if isinstance(row, GenerativeRow):
         plain = len(row.turns) == 1
         found: dict[str, Any] = {"text": row.turns[0] if plain else list(row.turns)}
+        if row.documents:
+            found["documents"] = list(row.documents)
     else:
         found = {"query": _to_json(row.query)}
         for name in ("pos", "neg"):

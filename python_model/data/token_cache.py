@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.model.prompts import IGNORE_INDEX, EncodedSample, ReadDocuments
 
 _VERSION = 1
-_TRUNCATED, _LABELS, _BIDIRECTIONAL = 1, 2, 4
+_TRUNCATED, _LABELS, _BIDIRECTIONAL, _DOCUMENTS = 1, 2, 4, 8
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -109,6 +109,10 @@ def _encode(sample: EncodedSample) -> bytes:
     if sample.bidirectional is not None:
         flags |= _BIDIRECTIONAL
         parts.append(np.packbits(np.array(sample.bidirectional)).tobytes())
+    if (read := sample.documents) is not None:
+        flags |= _DOCUMENTS  # at the end: the lengths, hidden, causal, and how many numbers these are
+        numbers = [*read.lengths, read.hidden, int(read.causal)]
+        parts.append(np.array([*numbers, len(numbers)], dtype="<i4").tobytes())
     head = np.array([len(sample.input_ids), sample.instruction_len, flags], dtype="<i4").tobytes()
     return b"".join([head, *parts])
 
@@ -116,6 +120,14 @@ def _encode(sample: EncodedSample) -> bytes:
 def _decode(value: bytes) -> EncodedSample:
     count, instruction_len, flags = np.frombuffer(value, dtype="<i4", count=3).tolist()
     bits = (count + 7) // 8
+    documents = None
+    if flags & _DOCUMENTS:
+        *numbers, size = np.frombuffer(value[len(value) % 4 :], dtype="<i4").tolist()
+        if not 2 < size <= len(numbers):
+            raise ValueError(f"an entry of {count} tokens names {size} numbers of documents")
+        *lengths, hidden, causal = numbers[-size:]
+        documents = ReadDocuments(tuple(lengths), hidden, bool(causal))
+        value = value[: len(value) - 4 * (size + 1)]
     if len(value) != 12 + 4 * count + bits * (bool(flags & _LABELS) + bool(flags & _BIDIRECTIONAL)):
         raise ValueError(f"an entry of {count} tokens has {len(value)} bytes")
     ids = np.frombuffer(value, dtype="<i4", count=count, offset=12)
@@ -128,4 +140,4 @@ def _decode(value: bytes) -> EncodedSample:
     if flags & _BIDIRECTIONAL:
         runs = np.frombuffer(value, dtype=np.uint8, count=bits, offset=place)
         bidirectional = np.unpackbits(runs, count=count).astype(bool).tolist()
-    return EncodedSample(ids.tolist(), instruction_len, labels, bool(flags & _TRUNCATED), bidirectional)
+    return EncodedSample(ids.tolist(), instruction_len, labels, bool(flags & _TRUNCATED), bidirectional, documents)

@@ -24,7 +24,7 @@ def next_token_loss(
     The model reads them in the format and with the attention of its training; a prefix-LM (``bc``) is evaluated only on each last
     reply, since what precedes it is bidirectional.
 
-    A conversation whose first user turn fills ``max_length`` has no reply tokens: it is skipped, with a warning.
+    A conversation whose documents and first user turn fill ``max_length`` has no reply tokens: it is skipped, with a warning.
 
     Raises:
         TooLong: no conversation has any.
@@ -43,7 +43,7 @@ def conversation_losses(
     samples = []
     for row in rows:
         try:
-            samples.append(formatter.conversation(row.turns, max_length))
+            samples.append(formatter.conversation(row.turns, max_length, documents=row.documents))
         except TooLong:
             continue
     model.texts_cut += sum(sample.truncated for sample in samples)

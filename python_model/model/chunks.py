@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 import grit_kernels as gk
-from python_model.model.prompts import IGNORE_INDEX, EncodedSample
+from python_model.model.prompts import IGNORE_INDEX, EncodedSample, ReadDocuments
 from python_model.settings import AttentionVariant
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Some samples of a step as one pack: texts to embed first, then conversations.
+
+    A conversation that follows cached documents is preceded by each of them as a sample of its own, which it sees as a cache of
+    their joined states (:func:`python_model.rag.rope.join`): at consecutive positions, without any BOS but the first.
 
     Attributes:
         input_ids: int64 (tokens).
@@ -25,6 +28,7 @@ class Chunk:
         conversations: int64 (C), indices of the conversations that follow them, among the step's conversations.
         embedding_tokens: number of tokens of the texts to embed; the conversations' tokens follow.
         labels: int64 (tokens of the conversations), shifted; IGNORE_INDEX where no loss applies.
+        generative_cu_seqlens: int32 (C + 1), where each conversation with its documents starts, counted from the first one.
     """
 
     input_ids: Tensor
@@ -33,11 +37,7 @@ class Chunk:
     conversations: Tensor
     embedding_tokens: int
     labels: Tensor
-
-    @property
-    def generative_cu_seqlens(self) -> Tensor:
-        """int32 (C + 1), where each conversation starts, counted from the first one."""
-        return self.pack.cu_seqlens[self.embedded.shape[0] :] - self.embedding_tokens
+    generative_cu_seqlens: Tensor
 
     def to(self, device: torch.device | str) -> Chunk:
         """The same chunk on another device."""
@@ -48,6 +48,7 @@ class Chunk:
             embedded=self.embedded.to(device),
             conversations=self.conversations.to(device),
             labels=self.labels.to(device),
+            generative_cu_seqlens=self.generative_cu_seqlens.to(device),
         )
 
 
@@ -66,15 +67,19 @@ def build_chunk(
     attention = attention or AttentionVariant()
     samples = [*texts, *conversations]
     lengths = [len(s) for s in samples]
-    skips = [s.instruction_len for s in samples]
-    flags = [attention.embedding_causal] * len(texts) + [True] * len(conversations)
-    pack = gk.SamplePack.from_lengths(lengths, flags, skips)
-    if not (attention.embedding_is_uniform and attention.generates_causally):
-        # every variant is given by upper bounds: tokens in a run see it up to its end, all others are causal
-        bidirectional = [run for s in texts for run in _embedding_runs(s, attention)]
-        bidirectional += [run for s in conversations for run in s.bidirectional or [False] * len(s)]
-        hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional))
-        pack = gk.SamplePack.from_lengths(lengths, flags, skips, hi=hi)
+    ends = torch.tensor([0, *(len(s) for s in conversations)]).cumsum(0, dtype=torch.int32)
+    if any(s.documents for s in conversations):
+        pack = _pack_with_documents(texts, conversations, attention)
+    else:
+        skips = [s.instruction_len for s in samples]
+        flags = [attention.embedding_causal] * len(texts) + [True] * len(conversations)
+        pack = gk.SamplePack.from_lengths(lengths, flags, skips)
+        if not (attention.embedding_is_uniform and attention.generates_causally):
+            # every variant is given by upper bounds: tokens in a run see it up to its end, all others are causal
+            bidirectional = [run for s in texts for run in _embedding_runs(s, attention)]
+            bidirectional += [run for s in conversations for run in s.bidirectional or [False] * len(s)]
+            hi = gk.span_hi(pack.cu_seqlens, torch.tensor(bidirectional))
+            pack = gk.SamplePack.from_lengths(lengths, flags, skips, hi=hi)
     labels = [label for s in conversations for label in s.labels or [IGNORE_INDEX] * len(s)]
     return Chunk(
         input_ids=torch.tensor([t for s in samples for t in s.input_ids], dtype=torch.int64),
@@ -85,7 +90,41 @@ def build_chunk(
         ),
         embedding_tokens=sum(len(s) for s in texts),
         labels=torch.tensor(labels, dtype=torch.int64),
+        generative_cu_seqlens=ends,
     )
+
+
+def _pack_with_documents(
+    texts: Sequence[EncodedSample], conversations: Sequence[EncodedSample], attention: AttentionVariant
+) -> gk.SamplePack:
+    """The pack of samples of which some conversations follow documents."""
+    if not attention.generates_causally or (texts and not attention.embedding_is_uniform):
+        raise ValueError(f"attention: expected one flag per sample ('bbcc', 'cccc') with documents, got {attention}")
+    lengths = [len(s) for s in texts]
+    flags = [attention.embedding_causal] * len(texts)
+    skips = [s.instruction_len for s in texts]
+    firsts = [0] * len(texts)
+    contexts: list[list[int] | None] = [None] * len(texts)
+    start = sum(lengths)  # in the pack
+    for sample in conversations:
+        context: list[int] = []
+        read = sample.documents or ReadDocuments(())
+        for length in read.lengths:
+            hidden = read.hidden if context else 0
+            # a BOS that only its document sees has the position of the token before: the others follow without a gap
+            firsts.append(len(context) - hidden)
+            context += range(start + hidden, start + length)
+            lengths.append(length)
+            flags.append(read.causal)
+            contexts.append(None)
+            start += length
+        lengths.append(len(sample) - sum(read.lengths))
+        flags.append(True)
+        firsts.append(len(context))
+        contexts.append(context or None)
+        start += lengths[-1]
+    skips += [0] * (len(lengths) - len(texts))
+    return gk.SamplePack.from_lengths(lengths, flags, skips, contexts=contexts, first_positions=firsts)
 
 
 def _embedding_runs(sample: EncodedSample, attention: AttentionVariant) -> list[bool]:

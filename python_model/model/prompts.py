@@ -53,13 +53,29 @@ _MARKER = re.compile(r"<\|(user|embed|assistant)\|>")
 
 
 @dataclass(frozen=True)
+class ReadDocuments:
+    """The documents at the start of a conversation, each of which was read on its own, as for cached states.
+
+    Attributes:
+        lengths: tokens of each document.
+        hidden: leading tokens of each but the first that only the document itself sees: its BOS, which joining caches drops.
+        causal: whether the documents are read causally.
+    """
+
+    lengths: tuple[int, ...]
+    hidden: int = 0
+    causal: bool = False
+
+
+@dataclass(frozen=True)
 class EncodedSample:
     """One sample as token ids.
 
     ``instruction_len``: leading tokens that attend but are not pooled. ``labels``: for a generative sample the token each
     position predicts (already shifted: ``labels[t]`` is ``input_ids[t + 1]`` or IGNORE_INDEX), None for a text to embed.
     ``truncated``: whether the sample was truncated to its maximum length. ``bidirectional``: one bool per token of a
-    conversation, True in runs that see each other (prefix-LM, interleaved turns), None if all of it is causal.
+    conversation, True in runs that see each other (prefix-LM, interleaved turns), None if all of it is causal. ``documents``:
+    what the first tokens of a conversation that follows cached documents are, None if it follows none.
     """
 
     input_ids: list[int]
@@ -67,6 +83,7 @@ class EncodedSample:
     labels: list[int] | None = None
     truncated: bool = False
     bidirectional: list[bool] | None = None
+    documents: ReadDocuments | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -166,8 +183,25 @@ class Formatter:
         special_tokens = self.special_tokens if add_special_tokens else SpecialTokens()
         return encode_prompt(self.tokenizer, prompt, special_tokens=special_tokens)
 
-    def conversation(self, turns: Sequence[str], max_length: int) -> EncodedSample:
-        """A conversation to train on, see :func:`encode_conversation`; a single turn is a text without roles."""
+    def conversation(
+        self,
+        turns: Sequence[str],
+        max_length: int,
+        *,
+        documents: Sequence[str] = (),
+        causal_documents: bool = False,
+    ) -> EncodedSample:
+        """A conversation to train on, see :func:`encode_conversation`; a single turn is a text without roles.
+
+        ``documents``: texts whose cached states the conversation follows, as in retrieval-augmented generation: each is read on
+        its own, causally or with the attention of a text to embed, without ``embed_eos``. They are never truncated.
+
+        Raises:
+            TooLong: documents and the first user turn fill ``max_length``.
+            ValueError: documents before a text without roles, or with an attention variant that keeps no states.
+        """
+        if documents:
+            return self._after_documents(turns, max_length, documents, causal_documents)
         if len(turns) == 1:
             return encode_plain(self.tokenizer, turns[0], max_length, special_tokens=self.special_tokens)
         return encode_conversation(
@@ -177,6 +211,45 @@ class Formatter:
             format=self.settings.format,
             attention=self.settings.attention.generative,
             special_tokens=self.special_tokens,
+        )
+
+    def _after_documents(
+        self, turns: Sequence[str], max_length: int, documents: Sequence[str], causal: bool
+    ) -> EncodedSample:
+        attention = self.settings.attention
+        if not attention.generates_causally or not (causal or attention.embedding_is_uniform):
+            raise ValueError(
+                "documents: expected a model that reads them with one flag and replies causally, attn 'bbcc' or 'cccc', "
+                f"got {attention}"
+            )
+        ids: list[int] = []
+        lengths = []
+        try:
+            for document in documents:
+                # one token more than there is room for shows that it does not fit
+                read = self.text(EMBED, document, max_length + 1, suffix=False)
+                ids += read.input_ids
+                lengths.append(len(read))
+            talk = encode_conversation(
+                self.tokenizer,
+                turns,
+                max(max_length - len(ids), 1),
+                format=self.settings.format,
+                special_tokens=SpecialTokens(),
+                follows=True,
+            )
+        except TooLong:
+            raise TooLong(
+                f"max_length: expected room for {len(documents)} documents, the first user turn and a reply, got {max_length}"
+            ) from None
+        start = self.special_tokens.start
+        bos = int(bool(start) and start[0] == self.tokenizer.bos_token_id)
+        assert talk.labels is not None
+        return replace(
+            talk,
+            input_ids=ids + talk.input_ids,
+            labels=[IGNORE_INDEX] * len(ids) + talk.labels,
+            documents=ReadDocuments(tuple(lengths), bos, causal or attention.embedding_causal),
         )
 
 
@@ -276,6 +349,7 @@ def encode_conversation(
     format: Format = "grit",
     attention: GenerativeAttention = "cc",
     special_tokens: SpecialTokens | None = None,
+    follows: bool = False,
 ) -> EncodedSample:
     """A conversation to train on: ``turns`` alternates user, assistant, ...; replies and their EOS are labelled.
 
@@ -286,6 +360,7 @@ def encode_conversation(
             that reply is labelled. ``"il"`` (interleaved): each user turn with its format is a bidirectional run. A token that
             sees its own next token is never labelled.
         special_tokens: what comes first; default: what the tokenizer adds.
+        follows: whether something precedes the first turn, which then begins like any other.
 
     Raises:
         TooLong: the first user turn fills ``max_length``.
@@ -302,7 +377,7 @@ def encode_conversation(
             raise ValueError(
                 f"turns: expected non-empty texts, got an empty turn {index if not user.strip() else index + 1}"
             )
-        *closed, head = f"{TURN_SEPARATOR if index else ''}{_user_turn(user, format)}".split(TURN_END)
+        *closed, head = f"{TURN_SEPARATOR if index or follows else ''}{_user_turn(user, format)}".split(TURN_END)
         before = [*_tokenize(tokenizer, closed[0])[0], eos] if closed else []
         pieces, ends, border = _tokenize(tokenizer, head, escape(assistant))
         ids += [*before, *pieces, eos]

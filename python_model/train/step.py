@@ -184,7 +184,8 @@ def _visible_pairs(pack: gk.SamplePack) -> int:
     lengths = pack.lengths.long()
     if pack.hi is not None:
         return int(pack.hi.long().sum())
-    return int(torch.where(pack.causal, lengths * (lengths + 1) // 2, lengths * lengths).sum())
+    pairs = torch.where(pack.causal, lengths * (lengths + 1) // 2, lengths * lengths)
+    return int((pairs if pack.contexts is None else pairs + lengths * pack.contexts.lens).sum())
 
 
 def _empty_chunk() -> Chunk:

@@ -111,6 +111,36 @@ def test_a_chat_is_read_as_its_tool_means_it(tmp_path: Path, name: str) -> None:
     assert found == GenerativeRow(turns, None, "x") and row(tmp_path, to_object(found)) == found
 
 
+@pytest.mark.parametrize("name", CHATS)
+def test_any_chat_may_follow_documents(tmp_path: Path, name: str) -> None:
+    columns, turns = CHATS[name]
+    columns = {**columns, "documents": ["one", "two"]}
+    if len(turns) == 1:
+        with pytest.raises(DataError, match="documents: expected a conversation that follows them, got a text without"):
+            row(tmp_path, columns)
+        return
+    found = row(tmp_path, columns)
+    assert found == GenerativeRow(turns, None, "x", documents=("one", "two"))
+    assert row(tmp_path, {**columns, "documents": []}) == GenerativeRow(turns, None, "x") != found
+    assert row(tmp_path, to_object(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ("one", "documents: expected a list of texts, got a string"),
+        (["one", 2], r"documents\[1\]: expected a string, got a number"),
+        (["one", " "], r"documents\[1\]: expected a text, got an empty one"),
+        ([{"text": "one"}], r"documents\[0\]: expected a string, got an object"),
+    ],
+)
+def test_documents_are_texts(tmp_path: Path, documents: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        row(tmp_path, {"text": ["a", "b"], "documents": documents})
+    with pytest.raises(DataError, match="unknown column 'document': did you mean 'documents'"):
+        row(tmp_path, {"text": ["a", "b"], "document": documents})
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two instructions": ({**FLAG, "query": ["one", "text"], "prompt": "two"}, "expected one instruction"),
     "an unknown type": ({**FLAG, "type": "hard"}, "type: expected one of 'normal'"),

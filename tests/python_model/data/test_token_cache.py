@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from python_model.data.token_cache import tokenizer_fingerprint
+from python_model.data.encoding import RowEncoder
+from python_model.data.rows import GenerativeRow
+from python_model.data.token_cache import _encode, tokenizer_fingerprint
+from python_model.settings import GritSettings
 from tests.python_model.data.streams import config_of, stream_of
 
 
@@ -28,6 +31,26 @@ def test_cached_samples_are_those_that_were_encoded(tokenizer: Any, tmp_path: Pa
         first, second = cached.encoder.cache, again.encoder.cache
         assert first is not None and second is not None
         assert first.misses > 0 == second.misses and second.hits == first.hits + first.misses
+
+
+def test_cached_documents_are_those_that_were_encoded(tokenizer: Any, tmp_path: Path) -> None:
+    documents = ("A river flows.", "a city", "x")
+    rows = [GenerativeRow(("say " * n, "hi"), documents=documents[: n % 4]) for n in range(1, 9)]
+    file = str(tmp_path / "tokens")
+    for attn, share in (("bbcc", 0.0), ("bbcc", 0.5), ("cccc", 0.0)):
+        settings, changes = GritSettings(attn=attn), {"causal_documents": share}
+        plain = [RowEncoder(tokenizer, config_of(**changes).data, settings).conversation(row) for row in rows]
+        assert {len(s.documents.lengths) if s.documents else 0 for s in plain} == {0, 1, 2, 3}
+        for _ in range(2):
+            encoder = RowEncoder(tokenizer, config_of(token_cache=file, **changes).data, settings)
+            assert [encoder.conversation(row) for row in rows] == plain
+            encoder.flush()
+            cache = encoder.cache
+        assert cache is not None and (cache.hits, cache.misses) == (len(rows), 0)
+        for broken in (_encode(plain[2])[:-4], _encode(plain[2])[4:]):
+            cache._new[b"x"] = broken
+            with pytest.raises(ValueError, match="token_cache: .*tokens holds a broken entry; delete the file"):
+                cache.get(b"x")
 
 
 def test_a_file_that_is_no_token_cache_is_refused(tokenizer: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from python_model.data import sample_dir
 from python_model.data.encoding import RowEncoder
+from python_model.data.index import _facts
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText, PlainText
 from python_model.data.stream import TrainingStream, open_stream
 from python_model.model.prompts import TooLong, encode_text
@@ -103,6 +104,29 @@ def test_a_row_without_a_problem_can_be_encoded_and_one_with_cannot(
             assert problem[0] == "too long"
             with pytest.raises(TooLong):
                 encode()
+
+
+def test_rows_whose_documents_leave_no_room_are_reported(tokenizer: Any, tmp_path: Path) -> None:
+    digits = "0123456789"  # a token each
+    rows = [{"documents": [digits] * n, "text": ["q", "reply"]} for n in (1, 2, 6)]
+    rows.append({"text": ["q", "reply"]})
+    options: dict[str, Any] = {"generative_max_len": 96, "mode": "generative", "generative_batch_size": 4}
+    config = config_of(train_data=folder_of(tmp_path, g=rows), max_left_out=0.5, **options)
+    stream = stream_of(config, tokenizer)
+    samples = stream[0].conversations
+    assert stream.report.used == {"g": 3} and stream.report.left_out == {"too long": 1}
+    assert "g.jsonl:3: max_length: expected room" in stream.report.examples["too long"][0]
+    assert {len(s.documents.lengths) if s.documents else 0 for s in samples} == {0, 1, 2}
+    encoder = RowEncoder(tokenizer, config.data, GritSettings())
+    for size in range(1, 60):  # a row that its size clears can be encoded
+        for count in (1, 2, 3):
+            talk = GenerativeRow((digits[:1] * size, "a"), documents=(digits * 2,) * count)
+            first = _facts(talk)[1]
+            if not encoder.doubtful({"first": np.array([first])}, generative=True)[0]:
+                encoder.conversation(talk)
+    config = config_of(train_data=config.data.train_data, attn="bbil", max_left_out=0.5, **options)
+    with pytest.raises(ValueError, match="documents: expected a model that reads them with one flag .* got bbil"):
+        stream_of(config, tokenizer)
 
 
 def test_a_row_that_its_size_clears_can_be_encoded_also_before_a_long_end(tokenizer: Any) -> None:

@@ -32,6 +32,7 @@ DEFAULTS = {
         "query_max_len": 256,
         "passage_max_len": 2048,
         "generative_max_len": 2048,
+        "causal_documents": 0.0,
         "positives": "draw",
         "same_dataset": True,
         "dataset_weights": {},
