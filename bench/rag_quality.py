@@ -21,7 +21,9 @@ only if full prefill reaches 1.5 times the F1 without documents. The goal is a f
 Answers are written to FOLDER question by question; the same command resumes, also with more or fewer ``--questions``. Replies
 do not depend on what else the machine does, but times do: ``--timed 20`` asks the first 20 questions of each model once more,
 which takes minutes of a quiet machine, and takes all times from there; ``--timed 0`` leaves times out. Several ``--model`` are
-several models in one table and plot, for example one that was trained on ``python -m bench.rag_questions``.
+several models in one table and plot, for example one that was trained on ``python -m bench.rag_questions --cached .75``, whose
+replies follow cached documents. The first is the one to do without: the F1 of the others is also compared with its full prefill.
+``--calibrate`` keeps the F1 with each checkpoint, so that ``grit rag --mode auto`` uses cached states where they answer as well.
 """
 
 from __future__ import annotations
@@ -43,13 +45,14 @@ from bench.rag_questions import Item, make_items, read_entries
 from python_model.evaluation.answers import f1, match
 from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG, open_store
-from python_model.rag.calibration import HELPS
+from python_model.rag.calibration import HELPS, LEAST_QUESTIONS, keep
 from python_model.rag.fingerprint import fingerprint
 from python_model.rag.store.kvstore import FORMATS, KVStore
 from python_model.support.quiet import quiet
 from python_model.support.resume import JsonLines
 
 WITHOUT, FULL = "no documents", "full prefill"
+TO_FIRST = ("f1_to_first", "f1_to_first_low", "f1_to_first_high")
 FASTER, LOWER = 3.0, 0.02
 """The goal: how many times faster to the first token, at an F1 lower by how much."""
 
@@ -170,11 +173,16 @@ def _asked(item: Item) -> list[str]:
 
 
 def summary(
-    model: str, items: Sequence[Item], answers: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]] | None = None
+    model: str,
+    items: Sequence[Item],
+    answers: Sequence[dict[str, Any]],
+    timed: Sequence[dict[str, Any]] | None = None,
+    first: Sequence[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per variant; ``valid``: whether documents help this model enough for cached states to be judged.
 
-    ``timed``: answers to take the times from, if not from ``answers``; without any, times are None.
+    ``timed``: answers to take the times from, if not from ``answers``; without any, times are None. ``first``: another model's
+    answers, whose full prefill ``f1_to_first`` is relative to; without any, it is None.
     """
     timed = answers if timed is None else timed
     scores = {name: np.array([row[name]["f1"] for row in answers]) for name in VARIANTS}
@@ -187,6 +195,9 @@ def summary(
         difference = 0.0
         if name != FULL and scores[FULL].mean() > 0:
             difference, low, high = relative_difference(scores[name], scores[FULL])
+        to_first: tuple[float | None, ...] = (None, None, None)
+        if first is not None and (theirs := np.array([row[FULL]["f1"] for row in first])).mean() > 0:
+            to_first = relative_difference(scores[name], theirs)
         cached = sum(row["cached"] for row in own)
         first_token: float | None = None
         times_faster: float | None = None
@@ -209,6 +220,7 @@ def summary(
                 "f1_difference": difference,
                 "f1_low": low,
                 "f1_high": high,
+                **dict(zip(TO_FIRST, to_first, strict=True)),
                 "first_token_s": first_token,
                 "times_faster": times_faster,
                 "bytes_per_token": sum(row["bytes"] for row in own) / cached if cached else 0.0,
@@ -254,6 +266,29 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     return f"{model}: no variant is {goal}; auto stays at full prefill"
 
 
+def calibrate(model: GritLM, rows: Sequence[dict[str, Any]], items: Sequence[Item], format: str) -> list[str]:
+    """Keeps the F1 of a model's variants next to its checkpoint (see :mod:`python_model.rag.calibration`); returns the variants
+    that ``auto`` may use from now on.
+
+    Raises:
+        ValueError: too few questions, or a model that was not loaded from a folder.
+    """
+    scores = {row["variant"]: row["f1"] for row in rows}
+    trusted = []
+    with tempfile.TemporaryDirectory() as folder:
+        asker = Asker(model, Path(folder), format, 1)
+        try:
+            for name, variant in VARIANTS.items():
+                if variant.causal is None:
+                    continue
+                found = {VARIANTS[kind].mode: scores[kind] for kind in (WITHOUT, FULL, name)}
+                kept = keep(asker.rags[name], found, questions=len(items), k=len(items[0].documents))
+                trusted += [name] if variant.mode in kept["trusted"] else []
+        finally:
+            asker.close()
+    return trusted
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.rag_quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,11 +304,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--new", type=int, default=16, help="most tokens of a reply")
+    parser.add_argument("--calibrate", action="store_true", help="keep the F1 with each checkpoint, for --mode auto")
     parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args()
     quiet()
     items = make_items(read_entries(arguments.data), arguments.questions)
+    if arguments.calibrate and len(items) < LEAST_QUESTIONS:
+        parser.error(f"--calibrate: expected at least {LEAST_QUESTIONS} questions, got {len(items)}")
     rows: list[dict[str, Any]] = []
+    first: list[dict[str, Any]] | None = None
     for given in arguments.model:
         label, equals, path = given.partition("=")
         label, path = (label, path) if equals else (Path(given).name, given)
@@ -283,11 +322,16 @@ def main() -> None:
         if arguments.timed is not None:
             log = arguments.output / f"{label}.timed.jsonl"
             timed = measure(model, items[: arguments.timed], log, arguments.format, arguments.new)
-        found = summary(label, items, answers, timed)
+        found = summary(label, items, answers, timed, first)
         rows += [{**row, "dtype": arguments.dtype, "format": arguments.format} for row in found]
         columns = ["model", "variant", "f1", "f1_low", "f1_high", "match", "first_token_s", "times_faster"]
-        print(table(found, [*columns, "bytes_per_token", "break_even_reuses"]))
+        columns += ["bytes_per_token", "break_even_reuses", *(() if first is None else TO_FIRST)]
+        print(table(found, columns))
         print(verdict(found), flush=True)
+        first = answers if first is None else first
+        if arguments.calibrate:
+            trusted = calibrate(model, found, items, arguments.format)
+            print(f"{label}: auto may use {', '.join(trusted) or 'no cached states'}", flush=True)
         if arguments.record:  # after each model: an interrupted run keeps its rows
             write_records(arguments.record, rows)
 

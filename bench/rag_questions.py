@@ -26,7 +26,7 @@ from python_model.corpora.hard_negatives import BM25
 from python_model.corpora.split import digest
 from python_model.data.files import read_objects
 from python_model.evaluation.answers import Question, normalize
-from python_model.rag.modes import AFTER_DOCUMENT, ANSWER_PREFIX, DATA_MARK, Document
+from python_model.rag.modes import ANSWER_PREFIX, Document, user_turn
 from python_model.support.files import new_file
 
 DISTRACTORS = 3
@@ -136,11 +136,20 @@ def _item(entry: Entry, kind: str, question: Question, scores: np.ndarray, entri
     return Item(question, kind, tuple(e.document for e in shown), shown.index(entry))
 
 
-def training_row(item: Item) -> dict[str, object]:
-    """A conversation that reads its documents: what a model is trained on to answer from documents at all."""
-    listed = [f"[{number}] {document.content}" for number, document in enumerate(item.documents, 1)]
-    user = "\n\n".join([DATA_MARK, *listed, item.question.question, AFTER_DOCUMENT])
-    return {"text": [user, f"{ANSWER_PREFIX} {item.question.answers[0]}"], "dataset": "rag_answer"}
+def training_row(item: Item, *, cached: bool = False) -> dict[str, object]:
+    """A conversation that answers from the item's documents, as RAG asks it to: it reads them or follows their states."""
+    documents = item.documents
+    turn = user_turn("document_cache" if cached else "document_first", item.question.question, documents)
+    row: dict[str, object] = {"text": [turn, f"{ANSWER_PREFIX} {item.question.answers[0]}"]}
+    if not cached:
+        return {**row, "dataset": "rag_answer"}
+    return {**row, "documents": [document.content for document in documents], "dataset": "rag_cached_answer"}
+
+
+def training_rows(items: Sequence[Item], cached: float) -> Iterator[dict[str, object]]:
+    """The rows of ``items``, of which the share ``cached`` (0 to 1), evenly spread, follow cached states."""
+    for number, item in enumerate(items):
+        yield training_row(item, cached=int((number + 1) * cached) > int(number * cached))
 
 
 def main() -> None:
@@ -149,11 +158,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of grit data")
     parser.add_argument("--output", type=Path, required=True, help=".jsonl file for `grit train`")
     parser.add_argument("--rows", type=int, help="most rows; default: all")
+    parser.add_argument("--cached", type=float, default=0.0, help="share of the rows that follow cached documents")
     arguments = parser.parse_args()
+    if not 0 <= arguments.cached <= 1:
+        parser.error(f"--cached: expected 0 to 1, got {arguments.cached}")
     items = make_items(read_entries(arguments.data, "train"), arguments.rows)
     with new_file(arguments.output) as file:
-        for item in items:
-            file.write(json.dumps(training_row(item), ensure_ascii=False).encode() + b"\n")
+        for row in training_rows(items, arguments.cached):
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     print(f"{len(items)} rows in {arguments.output}")
 
 

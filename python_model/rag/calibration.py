@@ -36,14 +36,27 @@ def calibrate(rag: RAG, questions: Sequence[Question], *, k: int = 1, max_new_to
     """
     if len(questions) < LEAST_QUESTIONS:
         raise ValueError(f"questions: expected at least {LEAST_QUESTIONS} to calibrate with, got {len(questions)}")
-    file = _file(rag)
-    if file is None:
-        raise ValueError("model: expected a checkpoint in a folder, to keep the scores in")
+    _needed_file(rag)  # before the questions are asked
     scores = {}
     for mode in (WITHOUT, FULL, *CACHED):
         replies = [rag.answer(q.question, mode=mode, k=k, max_new_tokens=max_new_tokens).text for q in questions]
         scores[mode] = score(replies, questions).f1
-    entry = {"f1": scores, "questions": len(questions), "k": k}
+    return keep(rag, scores, questions=len(questions), k=k)
+
+
+def keep(rag: RAG, scores: Mapping[str, float], *, questions: int, k: int) -> dict[str, Any]:
+    """Keep measured scores next to the checkpoint: F1 by mode, over ``questions`` questions with ``k`` documents each.
+
+    Raises:
+        ValueError: fewer than :data:`LEAST_QUESTIONS` questions, no score of :data:`WITHOUT` or :data:`FULL`, or a model that
+            was not loaded from a folder.
+    """
+    if questions < LEAST_QUESTIONS:
+        raise ValueError(f"questions: expected at least {LEAST_QUESTIONS} to calibrate with, got {questions}")
+    if missing := [mode for mode in (WITHOUT, FULL) if mode not in scores]:
+        raise ValueError(f"scores: expected one of {WITHOUT!r} and {FULL!r} to compare with, got none of {missing}")
+    file = _needed_file(rag)
+    entry = {"f1": dict(scores), "questions": questions, "k": k}
     known = _read(file)
     kept = known["measured"] if known.get("fingerprint") == fingerprint(rag.model) else {}
     content = {
@@ -76,6 +89,13 @@ def _states(rag: RAG) -> str:
     """What the quality of cached states depends on, besides the model."""
     stored = rag.store.format if rag.store is not None else "as read"
     return f"{'causal' if rag.causal else 'bidirectional'}, {stored}, recompute {rag.recompute_share or rag.recompute}"
+
+
+def _needed_file(rag: RAG) -> Path:
+    file = _file(rag)
+    if file is None:
+        raise ValueError("model: expected a checkpoint in a folder, to keep the scores in")
+    return file
 
 
 def _file(rag: RAG) -> Path | None:

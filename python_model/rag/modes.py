@@ -101,26 +101,30 @@ def prompt_text(
     ``marked``: number the documents, after a line saying that they are data and not instructions (cached documents, which this
     text follows, are not numbered); False: the paper's unmodified prompts.
     """
+    start = "\n" if cached_parts(mode) else ""
+    turn = escape(user_turn(mode, question, documents, marked=marked))
+    return f"{start}{USER}{turn}{user_end(format)}\n{ASSISTANT}{answer_prefix}"
+
+
+def user_turn(mode: str, question: str, documents: Sequence[Document], *, marked: bool = True) -> str:
+    """The user turn of :func:`prompt_text`, as content: what a row to train on holds."""
     check_choice("mode", mode, MODES)
-    query = escape(question)
-    parts = [escape(document.content) for document in documents]
+    parts = [document.content for document in documents]
     if marked:
         parts = [DATA_MARK, *(f"[{number}] {part}" for number, part in enumerate(parts, 1))]
     context = "\n\n".join(parts)
     body = {
-        "none": [query],
-        "query_first": [query, context, AFTER_QUERY],
-        "document_first": [context, query, AFTER_DOCUMENT],
+        "none": [question],
+        "query_first": [question, context, AFTER_QUERY],
+        "document_first": [context, question, AFTER_DOCUMENT],
         "query_cache": [context, AFTER_QUERY],
-        "document_cache": [query, AFTER_DOCUMENT],
+        "document_cache": [question, AFTER_DOCUMENT],
         "query_document_cache": [AFTER_QUERY],
         "document_query_cache": [AFTER_DOCUMENT],
     }[mode]
-    cached = cached_parts(mode)
-    if marked and "documents" in cached:
+    if marked and "documents" in cached_parts(mode):
         body = [CACHED_MARK, *body]
-    start = "\n" if cached else ""
-    return f"{start}{USER}" + "\n\n".join(body) + f"{user_end(format)}\n{ASSISTANT}{answer_prefix}"
+    return "\n\n".join(body)
 
 
 def choose_mode(

@@ -111,6 +111,34 @@ def test_training_rows_are_read_like_full_prefill(data: Path, tmp_path: Path, mo
     assert sample.input_ids[: len(prompt)] == prompt
 
 
+def test_rows_that_follow_cached_documents_are_those_of_rag(
+    data: Path, tmp_path: Path, model: GritLM, monkeypatch: Any
+) -> None:
+    from python_model.rag.answer import RAG
+
+    output = tmp_path / "rows.jsonl"
+    arguments = ["x", "--data", str(data), "--output", str(output), "--rows", "8", "--cached"]
+    monkeypatch.setattr("sys.argv", [*arguments, "0.75"])
+    rag_questions.main()
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    items = make_items(read_entries(data, "train"), 8)
+    assert ["documents" in row for row in rows] == [False, True, True, True] * 2
+    assert rows[0] == training_row(items[0]) and rows[1] == training_row(items[1], cached=True)
+    sample = model.formatter.conversation(rows[1]["text"], 2048, documents=rows[1]["documents"])
+    states, prompt, _, _ = RAG(model).prepare(items[1].question.question, list(items[1].documents), "document_cache")
+    assert states is not None and sample.documents is not None
+    kept = [part[place > 0 :] for place, part in enumerate(split(sample.input_ids, sample.documents.lengths))]
+    assert [token for part in kept for token in part] == states.input_ids.tolist()
+    assert sample.input_ids[sum(sample.documents.lengths) :][: len(prompt)] == prompt
+    monkeypatch.setattr("sys.argv", [*arguments, "1.5"])
+    with pytest.raises(SystemExit):
+        rag_questions.main()
+
+
+def split(ids: list[int], lengths: tuple[int, ...]) -> list[list[int]]:
+    return [ids[sum(lengths[:n]) : sum(lengths[: n + 1])] for n in range(len(lengths))]
+
+
 def answers_of(model: GritLM, items: list[Item], log: Path) -> list[dict[str, Any]]:
     return measure(model, items, log, "int8", 2)
 
@@ -204,6 +232,13 @@ def test_the_verdict_follows_validity_speed_and_loss(data: Path, tmp_path: Path)
     assert [r["f1"] for r in retimed.values()] == [r["f1"] for r in rows] and rows[0]["timed"] == len(items)
     assert retimed["causal cache"]["break_even_reuses"] is None
 
+    assert {r[field] for r in rows for field in rag_quality.TO_FIRST} == {None}
+    better = made_up(len(items), lambda name, number: {**good(name, number), "f1": 0.8 if name == FULL else 0.6})
+    second = {r["variant"]: r for r in summary("second", items, better, None, made_up(len(items), good))}
+    assert second["causal cache"]["f1_to_first"] == pytest.approx(0.6 / 0.65 - 1)
+    assert second["causal cache"]["f1_difference"] == pytest.approx(0.6 / 0.8 - 1)
+    assert second[FULL]["f1_to_first_low"] < second[FULL]["f1_to_first"] == pytest.approx(0.8 / 0.65 - 1)
+
     untimed = summary("good", items, made_up(len(items), good), [])
     assert {r["timed"] for r in untimed} == {0} and [r["f1"] for r in untimed] == [r["f1"] for r in rows]
     assert {r[field] for r in untimed for field in ("first_token_s", "times_faster", "break_even_reuses")} == {None}
@@ -220,6 +255,40 @@ def test_the_verdict_follows_validity_speed_and_loss(data: Path, tmp_path: Path)
     assert not any(keeps_goal(r) for r in judged)
     drawn = charts.draw(tmp_path / "rag_quality_cpu.json", [*rows, *judged])
     assert drawn is not None and drawn.stat().st_size > 5000
+
+
+def test_measured_variants_calibrate_the_checkpoint(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``auto`` uses the states whose F1 was kept, for as many documents, and no others."""
+    import shutil
+
+    from python_model.rag.answer import RAG
+
+    own = shutil.copytree(checkpoint, tmp_path / "model")
+    model = GritLM(own, device="cpu", dtype="float32", max_position_embeddings=2048, sliding_window=None)
+    items = make_items(read_entries(data)) * 7
+
+    def kept(name: str, number: int) -> dict[str, Any]:
+        return row({WITHOUT: 0.2, FULL: 0.6, "bidirectional cache": 0.595}.get(name, 0.3), 1.0)
+
+    rows = summary("kept", items, made_up(len(items), kept))
+    assert rag_quality.calibrate(model, rows, items, "int8") == ["bidirectional cache"]
+    asker = Asker(model, tmp_path, "int8", 1)
+    assert {name for name, rag in asker.rags.items() if rag.trusted} == {"bidirectional cache"}
+    documents = list(items[0].documents)
+    asker.rags["bidirectional cache"].add_to_store(documents)
+    assert asker.rags["bidirectional cache"].choose("a question", documents) == "document_cache"
+    assert asker.rags["bidirectional cache"].choose("a question", [*documents, documents[0]]) == "document_first"
+    assert asker.rags["causal cache"].choose("a question", documents) == "document_first"
+    assert RAG(model).trusted == {}  # not states in another format
+    asker.close()
+    with pytest.raises(ValueError, match="questions: expected at least 50 to calibrate with, got 8"):
+        rag_quality.calibrate(model, rows, items[:8], "int8")
+    monkeypatch.setattr("sys.argv", ["x", *f"--data {data} --model {own} --output {tmp_path} --calibrate".split()])
+    with pytest.raises(SystemExit):
+        rag_quality.main()
+    assert "--calibrate: expected at least 50 questions, got 8" in capsys.readouterr().err
 
 
 def test_the_command_writes_a_record_and_resumes(
