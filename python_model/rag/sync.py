@@ -131,10 +131,12 @@ def add_files(
         if progress is not None:
             progress(number, len(found))
         try:
-            work.add(name, file, max_tokens, overlap)
-            seen.add(name)
+            source, documents = work.read(name, file, max_tokens, overlap)
         except (UnreadableFileError, ImportError, OSError, ValueError) as error:
             report.skipped.append((str(file), str(error)))
+            continue
+        work.add(source, documents)  # what fails here is no fault of the file
+        seen.add(name)
     work.flush()
     if sync:
         folders = [Path(path).resolve() for path in paths]
@@ -203,20 +205,27 @@ class _Work:
         self.sources: list[Source] = []
         self.counts: list[str] = []
 
-    def add(self, name: str, file: Path, max_tokens: int, overlap: int) -> None:
-        digest = _digest(file)
-        source = Source(name, str(file), digest, self.recipe)
+    def read(self, name: str, file: Path, max_tokens: int, overlap: int) -> tuple[Source, list[Document] | None]:
+        """A file and its documents, None if they are in the index. What it raises is a fault of the file."""
+        source = Source(name, str(file), _digest(file), self.recipe)
         before = self.known.get(name)
-        if before is not None and (before.digest, before.recipe) == (digest, self.recipe):
-            if before.path != source.path:
-                self.sources.append(source)
-            self._complete_states(name)
-            self.report.unchanged += 1
-            return
+        if before is not None and (before.digest, before.recipe) == (source.digest, source.recipe):
+            return source, None
         documents = read_file(file, name)
         if max_tokens:
             documents = [part for d in documents for part in chunk(d, self.model.tokenizer, max_tokens, overlap)]
         self._check(name, documents)
+        return source, documents
+
+    def add(self, source: Source, documents: list[Document] | None) -> None:
+        """What :meth:`read` returned; written now or with later ones."""
+        name, before = source.name, self.known.get(source.name)
+        if documents is None:
+            if before is not None and before.path != source.path:
+                self.sources.append(source)
+            self._complete_states(name)
+            self.report.unchanged += 1
+            return
         old = self.index.documents_of(name)
         new = {document.key: document for document in documents}
         self.stale += [key for key in old if key not in new]

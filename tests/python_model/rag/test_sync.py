@@ -142,6 +142,27 @@ def test_one_pass_gives_the_vectors_and_the_states_of_two(
         torch.testing.assert_close(got.keys_values, want.keys_values, atol=2e-5, rtol=1e-4)
 
 
+def test_a_batch_that_cannot_be_written_ends_the_run(
+    model: GritLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of the file at hand, which would otherwise count as skipped."""
+    index = open_index(tmp_path / "i", model)
+    replace, calls = index.replace, []
+
+    def full(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        replace(*arguments)
+
+    monkeypatch.setattr(sync, "BATCH", 2)  # a.md alone fills more than one
+    monkeypatch.setattr(index, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        add(index, model, folder)
+    monkeypatch.undo()
+    assert len(index) == 0 and add(index, model, folder).added == 3
+
+
 def test_files_that_cannot_be_read_are_named_and_skipped(model: GritLM, folder: Path, tmp_path: Path) -> None:
     (folder / "binary.txt").write_bytes(b"a\0b")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
