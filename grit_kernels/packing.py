@@ -81,7 +81,7 @@ class SamplePack:
         if flags.dtype != torch.bool or flags.shape not in ((), (batch,)):
             raise ValueError(f"causal: expected a bool or bools ({batch},), got {described(flags)}")
         if instruction_lens is None:
-            skip = torch.zeros(batch, dtype=torch.int64)
+            skip = torch.zeros_like(sizes)
         else:
             skip = torch.as_tensor(instruction_lens, dtype=torch.int64, device="cpu").reshape(-1)
         if skip.shape != (batch,) or bool(((skip < 0) | (skip > sizes)).any()):
@@ -91,7 +91,7 @@ class SamplePack:
         tokens = int(sizes.sum())
         if tokens >= 2**31:
             raise ValueError(f"lengths: expected fewer than 2**31 tokens in one pack, got {tokens}")
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+        cu_seqlens = sizes.new_zeros(batch + 1, dtype=torch.int32)
         cu_seqlens[1:] = sizes.cumsum(0)
         if hi is not None:
             _check_upper_bounds(hi, cu_seqlens, sizes)
@@ -141,7 +141,7 @@ class SamplePack:
         device = attention_mask.device
         real = attention_mask != 0
         indices = real.reshape(-1).nonzero()[:, 0]
-        sizes, rows = real.sum(dim=1).to("cpu"), torch.arange(batch)
+        sizes, rows = real.sum(dim=1).to("cpu"), torch.arange(batch, device="cpu")
         begins = _begins_inside_rows(attention_mask, position_ids, indices)
         if begins is not None and bool(begins.any()):
             if instruction_lens is not None:

@@ -96,7 +96,7 @@ def upper_bounds(
     flat = hi.reshape(-1).to(torch.int32).contiguous()
     if readable(flat) and flat.numel():
         if q_start is None:
-            q_start = torch.arange(shape[0]) * shape[1]
+            q_start = torch.arange(shape[0], device=flat.device) * shape[1]
         # rows that see less than the row before; most of them are first rows
         lower = (flat[1:] < flat[:-1]).nonzero()[:, 0] + 1
         sample = torch.searchsorted(q_start, lower.to(q_start.dtype), right=True) - 1

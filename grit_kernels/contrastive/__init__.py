@@ -94,7 +94,7 @@ def contrastive_loss(
     # with known coefficients the gradients are computed along the way, without them by a backward pass of its own
     coefficients = None
     if reduction != "none" and _computes_gradients_early(queries, passages, weights):
-        coefficients = _coefficients(weights, count, reduction) / (2 if symmetric else 1)
+        coefficients = _coefficients(weights, count, reduction, queries.device) / (2 if symmetric else 1)
     losses, hits = _losses(queries, passages, temperature, targets, in_batch_negatives, ids, normalize, coefficients)
     if symmetric:
         reverse_ids = None if ids is None else (ids[1][targets], ids[0])
@@ -119,10 +119,10 @@ def _computes_gradients_early(queries: Tensor, passages: Tensor, weights: Tensor
     )
 
 
-def _coefficients(weights: Tensor | None, count: int, reduction: str) -> Tensor:
+def _coefficients(weights: Tensor | None, count: int, reduction: str, device: torch.device) -> Tensor:
     """float32 (Q), contiguous: what each query's loss is multiplied by."""
     if weights is None:
-        return torch.full((count,), 1.0 if reduction == "sum" else 1.0 / count)
+        return torch.full((count,), 1.0 if reduction == "sum" else 1.0 / count, device=device)
     weights = weights.float().contiguous()
     return weights if reduction == "sum" else weights / weights.sum()
 
@@ -213,5 +213,5 @@ def _check_targets(targets: Tensor, count: int, candidates: int, in_batch_negati
             raise ValueError(f"targets: expected values in 0..{candidates - 1}, got {targets.tolist()}")
         if not in_batch_negatives:
             group = candidates // count
-            if bool((targets // group != torch.arange(count)).any()):
+            if bool((targets // group != torch.arange(count, device=targets.device)).any()):
                 raise ValueError("targets: with in_batch_negatives=False each target must lie in its query's own group")

@@ -53,7 +53,7 @@ def linear_cross_entropy_forward(
         each, top, log_total, *_ = torch.ops.grit_kernels.contrastive_forward(
             dense_rows(hidden),
             dense_rows(weight),
-            torch.ones(()),
+            hidden.new_ones((), dtype=torch.float32),
             torch.where(used, labels, 0),
             None,
             None,
@@ -93,7 +93,8 @@ def linear_cross_entropy_backward(
     used = labels != ignore_index
     scale = torch.where(used, grad.float(), 0.0)
     if need_hidden and need_weight and _use_contrastive(hidden, softcap):
-        arguments = (torch.ones(()), torch.where(used, labels, 0), None, None, top, log_total, True, False)
+        one = hidden.new_ones((), dtype=torch.float32)
+        arguments = (one, torch.where(used, labels, 0), None, None, top, log_total, True, False)
         return torch.ops.grit_kernels.contrastive_backward(scale, dense_rows(hidden), dense_rows(weight), *arguments)
     hidden, weight = hidden.contiguous(), weight.contiguous()  # see _product
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
