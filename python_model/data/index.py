@@ -75,7 +75,7 @@ class FileIndex:
     facts: np.ndarray
     report: DataReport
     digest: str
-    instructed: bool = False
+    instructed: bool
     kept: str = ""
 
     def __getstate__(self) -> dict[str, Any]:

@@ -70,6 +70,13 @@ def test_the_status_names_the_library_or_what_to_do() -> None:
         assert ("TRITON_INTERPRET" in status.reason) if interpreting() else ("pip install" in status.reason)
 
 
+@pytest.mark.skipif(interpreting(), reason="Triton's interpreter replaces the library")
+def test_without_a_device_the_cuda_library_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _library.cuda_status() == _library.LibraryStatus(False, "torch sees no CUDA device")
+
+
 def test_a_missing_or_broken_library_says_what_to_do(tmp_path: Path) -> None:
     assert "pip install . --no-build-isolation" in _library._load(tmp_path / "_C.so", "compiled library").reason
     broken = tmp_path / "_C.so"

@@ -18,7 +18,7 @@ from grit_kernels.attention import triton_backward, triton_decode, triton_forwar
 from grit_kernels.attention.problem import AttentionProblem  # noqa: E402
 from grit_kernels.attention.reference import attention_backward as reference_backward  # noqa: E402
 from grit_kernels.attention.reference import attention_forward as reference_forward  # noqa: E402
-from grit_kernels.attention.triton_common import split_head_dim  # noqa: E402
+from grit_kernels.attention.triton_common import LARGEST_TILE, addressable, split_head_dim  # noqa: E402
 from grit_kernels.attention.triton_configs import (  # noqa: E402
     KERNELS,
     VARIABLE,
@@ -290,6 +290,26 @@ def test_splits_fill_the_gpu_but_keep_two_blocks_each() -> None:
     assert triton_decode.choose_splits(8, 1024, 64, 132) == 8
     assert triton_decode.choose_splits(512, 32768, 64, 132) == 2
     assert triton_decode.choose_splits(10**4, 32768, 64, 132) == 1
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx9"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tiles_and_warps_of_the_table_are_powers_of_two(kernel: str, arch: str) -> None:
+    """Triton has no others, and a matrix instruction has at least 16 rows; what an entry takes is compiled elsewhere."""
+    for dim in (64, 128, 256):
+        for element_bytes in (2, 4):
+            config = table_config(kernel, dim, element_bytes, arch)
+            assert all(size & (size - 1) == 0 and 16 <= size <= LARGEST_TILE for size in (config.rows, config.keys))
+            assert config.warps in (4, 8) and 1 <= config.stages <= 3, "the pipeline's stages are shared memory"
+
+
+def test_rows_whose_offsets_within_a_tile_need_64_bits_are_copied() -> None:
+    dense = torch.zeros(2, 1, 32)
+    far = torch.zeros(2**23 + 32, dtype=torch.float16).as_strided((2, 1, 32), (2**23, 32, 1))
+    near = torch.zeros(2**22 + 32, dtype=torch.float16).as_strided((2, 1, 32), (2**22, 32, 1))
+    assert addressable(dense) is dense and addressable(near) is near
+    assert addressable(far).stride() == (32, 32, 1), "256 rows of 2**23 values each"
+    assert addressable(torch.zeros(2, 1, 64)[..., ::2]).stride() == (32, 32, 1), "values side by side"
 
 
 def test_configs_come_from_the_override_then_the_environment_then_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,9 @@ def test_samples_of_one_row_are_kept_apart_by_positions_or_a_numbered_mask(is_ca
     for shared in (STARTS_OVER, STARTS_OVER[0]):
         close(model(rows, is_causal=is_causal, position_ids=shared)[0], both)
         close(model(rows, is_causal=is_causal, position_ids=shared, attention_mask=torch.ones_like(rows))[0], both)
+    # beside a pack, too, positions may lack the dimension of the batch
+    pack = gk.SamplePack.from_lengths([6, ROW.shape[1] - 6], is_causal)
+    close(model(ROW, sample_pack=pack, position_ids=STARTS_OVER[0])[0], truth)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

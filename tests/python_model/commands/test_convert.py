@@ -29,6 +29,15 @@ def test_an_instruction_stands_before_its_text(tmp_path: Path, capsys: pytest.Ca
     assert "  query    [Find] a dog\n  pos      [as] an animal\n" in capsys.readouterr().out
 
 
+def test_letters_of_any_script_are_written_and_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "x.jsonl", {"query": "wo fließt er?", "pos": ["長江 nach Süden"]})
+    main([str(file), str(tmp_path / "out.jsonl")])
+    assert "  query    wo fließt er?\n  pos      長江 nach Süden\n" in capsys.readouterr().out
+    assert "wo fließt er?" in (written := (tmp_path / "out.jsonl").read_text(encoding="utf-8")) and "長江" in written
+
+
 def test_scored_pairs_are_refused_until_a_threshold_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,24 @@ def test_every_line_fits_80_columns(results: dict[str, Any]) -> None:
     assert printed[-4] == "What to do next:"
 
 
+def test_an_empty_line_separates_the_examples_of_a_section(results: dict[str, Any]) -> None:
+    """One before each, whether it stands below a heading or below another example."""
+    results["chats"] *= 2
+    printed = demo_report.lines(results, "demo_output")
+    for first in ("search    word", "question  Who?"):
+        places = [number for number, line in enumerate(printed) if line.startswith(first)]
+        assert len(places) == 2
+        assert all(printed[number - 1] == "" and printed[number - 2] for number in places)
+
+
+def test_a_text_that_is_cut_fills_its_last_line(results: dict[str, Any]) -> None:
+    """Of 80 columns 10 are the label's and 4 say that more follows: a word of 66 stays whole, one of 67 loses its end."""
+    for length, kept in ((66, 66), (67, 66)):
+        results["answer"]["answer"] = "\n".join(["one", "two", "x" * length, "four"])
+        (line,) = (line for line in demo_report.lines(results, "demo_output") if "xxx" in line)
+        assert line == " " * 10 + "x" * kept + " ..."
+
+
 @pytest.mark.parametrize("key", ["ndcg_at_10", "next_token_loss"])
 def test_one_job_alone_is_no_success(results: dict[str, Any], key: str) -> None:
     results["after"][key] = results["before"][key]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from python_model.commands import export, generate, mine, rag, rerank
+from python_model.commands import evaluate, export, generate, mine, rag, rerank
 from python_model.generate.decode import Sampling
 from python_model.generate.rerank import Ranked
 
@@ -180,6 +180,30 @@ def test_mine_chooses_under_its_options(calls: Calls, replace: Replace, tmp_path
     (model, _, passages), limit = calls["Embeddings"]
     assert (model, passages, limit) == (MODEL, ["p"], {"max_length": 7})
     assert calls["load"][1] == {"mode": "embedding"} and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_eval_and_mine_say_how_many_texts_they_cut(
+    calls: Calls, replace: Replace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, cut: int
+) -> None:
+    def computes(*arguments: Any, **options: Any) -> dict[str, Any]:
+        model.texts_cut = cut
+        return {}
+
+    model = SimpleNamespace(texts_cut=0)
+    said = "1 text is" if cut == 1 else "3 texts are"
+    monkeypatch.setattr("python_model.commands.evaluate.load", lambda *arguments, **options: model)
+    monkeypatch.setattr("python_model.commands.evaluate.measure", computes)
+    run(evaluate.COMMAND, "--model", "m", "--max-length", "9")
+    assert f"grit eval: {said} longer than --max-length 9 tokens" in capsys.readouterr().err
+    model.texts_cut = 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "q", "pos": ["p"]}\n')
+    monkeypatch.setattr("python_model.commands.mine.load", lambda *arguments, **options: model)
+    monkeypatch.setattr("python_model.commands.mine.Embeddings", computes)
+    monkeypatch.setattr("python_model.commands.mine.mined", lambda rows, *arguments, **options: rows)
+    run(mine.COMMAND, str(rows), str(tmp_path / "out.jsonl"), "--model", "m", "--max-length", "9")
+    assert f"grit mine: {said} longer than --max-length 9 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,19 @@ def bare(path):
     assert not any("own key." in f.code for f in found)
 
 
+@pytest.mark.parametrize(("lines", "kept"), [(2, False), (3, True), (60, True), (61, False)])
+def test_functions_have_3_to_60_lines_without_their_docstring(lines: int, kept: bool) -> None:
+    body = "".join(f"    x = {number}\n" for number in range(lines - 1))
+    source = f'def count(x):\n    """Count what is in x."""\n{body}'
+    assert len(python_functions.read_all_functions([wheel({"kit/box.py": source})])) == kept
+
+
+@pytest.mark.parametrize(("words", "kept"), [(3, False), (4, True), (60, True), (61, False)])
+def test_functions_are_described_in_4_to_60_words(words: int, kept: bool) -> None:
+    source = f'def count(x):\n    """Count{" it" * (words - 1)}."""\n    y = x\n    return y\n'
+    assert len(python_functions.read_all_functions([wheel({"kit/box.py": source})])) == kept
+
+
 def test_a_wheel_comes_from_the_cache_only_if_it_is_the_pinned_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +349,7 @@ def test_weights_bring_the_shares_of_tokens() -> None:
     assert tokens["recipe"] / tokens["wikipedia_answer"] == pytest.approx(0.5, rel=0.01)
     lines = tokens["debian_summary"] + tokens["wordnet_sentence"]
     assert lines / tokens["wikipedia_answer"] == pytest.approx(1 / 6, rel=0.01)
+    assert weights["wikipedia_answer"] == 0.1111 and weights["debian_summary"] == 0.1667, "four digits"
 
 
 def test_bad_options_and_missing_packages_are_named_and_leave_no_folder(

@@ -31,7 +31,11 @@ def keys(found: Any) -> list[list[str]]:
     return [[hit.document.key for hit in hits] for hits in found]
 
 
-def test_search_equals_sorting_all_inner_products(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows_at_once", [1 << 16, 8])
+def test_search_equals_sorting_all_inner_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr("python_model.rag.store.vectors.ROWS_AT_ONCE", rows_at_once)
     index = Index(tmp_path / "i")
     (a, va), (b, vb) = make(30, seed=0), make(25, seed=1)
     index.add(a, va)

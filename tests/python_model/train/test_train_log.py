@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from python_model import GritLM
 from python_model.train.flops import ModelFlops
 from python_model.train.plot import plot_losses
-from python_model.train.trackers import StepLog
+from python_model.train.trackers import StepLog, open_trackers
 from tests.python_model.training_samples import toy_config, toy_trainer
 
 
@@ -28,6 +29,36 @@ def test_a_log_keeps_the_steps_of_the_state_and_drops_the_rest(tmp_path: Path) -
         {"step": 2, "loss": 1.0},
         {"step": 3, "loss": 0.5},
     ]
+
+
+def test_a_new_run_keeps_no_step_of_an_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    log = StepLog(path)
+    assert log.records == [] and path.read_text() == ""
+    log.close()
+
+
+def test_tensorboard_gets_the_numbers_of_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch's writer: what is no number (a loss that this step lacks, one per data set) has no curve."""
+    seen: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))  # type: ignore[arg-type]
+    (tracker,) = open_trackers(["tensorboard"], tmp_path, {})
+    tracker.log(3, {"loss": 0.5, "tokens": 7, "generative_loss": None, "by_dataset": {"a": 1.0}})
+    tracker.close()
+    assert seen == [("loss", 0.5, 3), ("tokens", 7, 3)]
 
 
 def test_a_log_without_psutil_is_json_all_the_same(
