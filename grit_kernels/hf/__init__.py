@@ -2,7 +2,9 @@
 
 * :func:`patch`, :func:`unpatch`, :func:`patched`, :func:`is_patched`: a decoder with an attention mode per sample.
 * caches, whatever the argument is called in this version of transformers: :func:`new_cache`, :func:`cached_states`,
-  :func:`cache_keyword`, and ``StaticCache``, whose layout the kernels read without a copy.
+  :func:`cache_keyword`, and ``StaticCache``, whose layout the kernels read without a copy. ``PackedCache``, for packed passes
+  whose samples continue; :func:`packed_cache_refusal`: why a model cannot run them; :func:`states_geometry`: what it keeps of a
+  token; :func:`own_logits`: its logits of states that are known.
 * :func:`unwrapped`, :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`is_watched`: whether a
   module has hooks or a forward of its own. :func:`depends_on_length`: whether a decoder's rotary frequencies depend on the length
   of a text; :func:`has_recurrent_layers`: whether some of its layers carry a state. :func:`check_plain_head`: whether applying
@@ -27,6 +29,7 @@ from grit_kernels.hf.compat import (
     unwrapped,
 )
 from grit_kernels.hf.fuse import is_watched
+from grit_kernels.hf.packed_trial import StatesGeometry, own_logits, packed_cache_refusal, states_geometry
 from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
 from grit_kernels.hf.proof import check_plain_head
 from grit_kernels.hf.recurrent import has_recurrent_layers
@@ -34,6 +37,8 @@ from grit_kernels.hf.rope import FrequencyChange, depends_on_length, frequency_c
 
 __all__ = [
     "FrequencyChange",
+    "PackedCache",
+    "StatesGeometry",
     "StaticCache",
     "cache_keyword",
     "cached_states",
@@ -49,17 +54,25 @@ __all__ = [
     "is_watched",
     "layers_of",
     "new_cache",
+    "own_logits",
+    "packed_cache_refusal",
     "patch",
     "patched",
     "rotary_of",
+    "states_geometry",
     "unpatch",
     "unwrapped",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "StaticCache":  # derived from a transformers class: importing it imports transformers
+    # derived from a transformers class: importing them imports transformers
+    if name == "StaticCache":
         from grit_kernels.hf.static_cache import StaticCache
 
         return StaticCache
+    if name == "PackedCache":
+        from grit_kernels.hf.packed_cache import PackedCache
+
+        return PackedCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grit_kernels.checks import described
 from grit_kernels.hf import compat, gptj, recurrent, rope
-from grit_kernels.hf.interface import AttentionPass
+from grit_kernels.hf.interface import AttentionPass, PackedKeys
 from grit_kernels.packing import SamplePack
 
 UNDERSTOOD = (
@@ -152,6 +152,7 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     batch, length = inputs.shape[:2]
     cache, use_cache = compat.take_cache(bound), bool(bound.pop("use_cache", False))
     caching = cache is not None or use_cache
+    packed_keys: PackedKeys | None = getattr(cache, "packed_keys", None)
     if record.recurrent and cache is not None:
         recurrent.check_cache(cache)
     mask, positions = bound.pop("attention_mask", None), bound.pop("position_ids", None)
@@ -179,14 +180,18 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
             raise ValueError("is_causal: expected none with a sample_pack, which has its own flags")
         if mask is not None and (compiling or not isinstance(mask, Tensor) or not bool((mask != 0).all())):
             raise ValueError("attention_mask: expected none with packed input, which has no padding")
-        if caching:
-            raise ValueError("cache, use_cache: expected none: packed input cannot fill a transformers cache")
+        if caching and packed_keys is None:
+            raise ValueError("cache, use_cache: expected none or a PackedCache: packed input fills no other cache")
         if numbers is not None and not compiling:
             _check_numbers(numbers, sample_pack)
         if positions is None:
-            positions = sample_pack.position_ids[None]
-        return call.packed(inputs, sample_pack, positions)
+            positions = (sample_pack.position_ids if packed_keys is None else packed_keys.positions)[None]
+        if packed_keys is not None:
+            _check_packed_keys(packed_keys, sample_pack)
+        return call.packed(inputs, sample_pack, positions, cache)
 
+    if packed_keys is not None:
+        raise ValueError("sample_pack: expected one with a PackedCache, got none")
     if numbers is not None and caching:
         _refuse_several_numbers(numbers)  # one sample per row is what a cache holds anyway
     elif numbers is not None:  # as a mask that numbers the samples, from 1
@@ -212,16 +217,17 @@ class _Call:
     def __init__(self, decoder: Any, record: PatchRecord, name: str, extra: dict[str, Any]) -> None:
         self.decoder, self.record, self.name, self.extra = decoder, record, name, extra
 
-    def packed(self, inputs: Tensor, pack: SamplePack, positions: Tensor) -> Any:
-        """inputs (1, tokens, ...), positions (1, tokens)."""
+    def packed(self, inputs: Tensor, pack: SamplePack, positions: Tensor, cache: Any = None) -> Any:
+        """inputs (1, tokens, ...), positions (1, tokens); ``cache``: a PackedCache."""
         if pack.contexts is not None and (self.record.recurrent or self.record.rope_by_length):
             why = "carry a state from token to token" if self.record.recurrent else "rotate by the length of the text"
             raise ValueError(
                 f"sample_pack: expected no contexts for a {type(self.decoder).__name__}, whose layers {why}, got some"
             )
         places = recurrent.places(pack) if self.record.recurrent else None
+        keys = None if cache is None else cache.packed_keys
         grit_pass = AttentionPass(
-            pack.causal, self.record.bidirectional_window, pack, self.record.deterministic, places
+            pack.causal, self.record.bidirectional_window, pack, self.record.deterministic, places, keys
         )
         if self.record.rope_by_length:
             positions = rope.with_lengths(positions, rope.lengths_in_pack(positions, pack))
@@ -229,7 +235,10 @@ class _Call:
             mask = gptj.carry(self.decoder, grit_pass, inputs, None, None)
         else:
             mask = torch.zeros(_NO_MASK_SHAPE, dtype=torch.int32, device=inputs.device)
-        return self._run(inputs, grit_pass, attention_mask=mask, position_ids=positions, use_cache=False)
+        caching = {} if cache is None else {self.record.cache_name: cache}
+        return self._run(
+            inputs, grit_pass, attention_mask=mask, position_ids=positions, use_cache=cache is not None, **caching
+        )
 
     def padded(
         self, inputs: Tensor, causal: Tensor, mask: Any, positions: Tensor | None, cache: Any, use_cache: bool
@@ -273,6 +282,16 @@ def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.d
     if keys is not None and keys is not queries and not torch.equal(keys.to("cpu").diff(), lengths):
         raise ValueError("cu_seq_lens_k: expected the same samples as cu_seq_lens_q, got others")
     return SamplePack.from_lengths(lengths, causal.to("cpu") if isinstance(causal, Tensor) else causal, device=device)
+
+
+def _check_packed_keys(keys: PackedKeys, pack: SamplePack) -> None:
+    if keys.lengths.shape != (len(pack),) or keys.positions.shape != (pack.tokens,):
+        raise ValueError(
+            f"cache: expected lengths ({len(pack)},) and positions ({pack.tokens},) as the sample_pack, got "
+            f"{tuple(keys.lengths.shape)} and {tuple(keys.positions.shape)}"
+        )
+    if pack.hi is not None or pack.contexts is not None:
+        raise ValueError("sample_pack: expected no upper bounds and no contexts with a PackedCache, got some")
 
 
 def _check_numbers(numbers: Tensor, pack: SamplePack) -> None:

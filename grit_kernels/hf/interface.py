@@ -10,7 +10,7 @@ masks through untouched, which static caches rely on.) What a packed pass needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,13 +58,35 @@ MOST_PREPARED = 32
 """Problems that a pass keeps; a model has as many kinds of attention layers as it has windows."""
 
 
+@dataclass(frozen=True)
+class PackedKeys:
+    """The keys of a packed pass that continues its samples (packed_cache.py); arguments of :class:`PackedCache`."""
+
+    lengths: Tensor
+    longest: int
+    positions: Tensor
+    hi: Tensor | None
+
+
+@dataclass(frozen=True)
+class KeyRows:
+    """Attached to the keys that a layer of a :class:`PackedCache` hands out: the memory (rows, kv_heads, D), the first row of
+    each sample's keys, int32 (B), and the size of the layer's values, which may be less than D."""
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor
+    value_size: int
+
+
 @dataclass
 class AttentionPass:
     """What all layers of one forward pass share: the flags, and for a packed pass the pack.
 
     ``prepared`` keeps what the layers would otherwise compute over and over: the problem of each kind of layer (alternating
     layers have two), and beside it what the kernels plan for it. ``witness`` notes that attention was called. Both are dicts, so
-    that copies of a pass share them. ``places``: where recurrent layers (recurrent.py) want each token of the pack.
+    that copies of a pass share them. ``places``: where recurrent layers (recurrent.py) want each token of the pack. ``keys``: of
+    a packed pass whose samples have more keys than its own tokens.
     """
 
     causal: Tensor
@@ -72,6 +94,7 @@ class AttentionPass:
     pack: SamplePack | None = None
     deterministic: bool = True
     places: Tensor | None = None
+    keys: PackedKeys | None = None
     prepared: dict[Any, tuple[AttentionProblem, dict[Any, Tensor], Any]] = field(default_factory=dict)
     witness: dict[str, bool] = field(default_factory=dict)
 
@@ -96,10 +119,11 @@ class AttentionPass:
         """The pack's ``hi`` (int32 (tokens)) as a layer with this window sees it: no token looks further ahead than a
         bidirectional one does."""
         assert self.pack is not None
-        hi = self.pack.hi
+        hi = self.pack.hi if self.keys is None else self.keys.hi
         if hi is None or sliding_window is None or self.bidirectional_window == "full":
             return hi
-        return torch.minimum(hi, self.pack.position_ids.to(torch.int32) + (sliding_window + 1))
+        positions = self.pack.position_ids if self.keys is None else self.keys.positions
+        return torch.minimum(hi, positions.to(torch.int32) + (sliding_window + 1))
 
 
 def window_sizes(causal: Tensor, sliding_window: int | None, bidirectional_window: str) -> tuple[int, int] | Tensor:
@@ -309,6 +333,8 @@ def grit_attention(
     batch, _, q_length, _ = query.shape
     size = value.shape[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if grit_pass is not None and grit_pass.keys is not None:
+        return _attention_over_rows(query, key, grit_pass, sliding_window, scaling, cap, s_aux), None
     query, key, value = _with_served_size(query, key, value)
     flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if grit_pass is None and key.shape[2] == q_length:
@@ -384,6 +410,42 @@ def _attention_with_contexts(
     return torch.cat([attend(contexts.alone, "alone"), attend(contexts.after, "after")])[contexts.back]
 
 
+def _attention_over_rows(
+    query: Tensor,
+    key: Tensor,
+    grit_pass: AttentionPass,
+    sliding_window: int | None,
+    scaling: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(1, H, tokens, D) queries of a packed pass over the memory of a PackedCache -> (1, tokens, H, Dv)."""
+    rows: KeyRows | None = getattr(key, "_grit_rows", None)
+    pack, held = grit_pass.pack, grit_pass.keys
+    if rows is None:
+        raise RuntimeError(
+            "key: expected the keys that a PackedCache returned, got others: this layer attends to something else, or changes "
+            "keys after it has stored them"
+        )
+    assert pack is not None and held is not None
+    grit_pass.witness["called"] = True
+    q = query[0].transpose(0, 1)  # [tokens, H, D]
+    q = torch.nn.functional.pad(q, (0, rows.keys.shape[-1] - q.shape[-1]))
+    options = check_softmax_options(scaling, softcap, q.shape[-1])
+
+    def problem() -> AttentionProblem:
+        ranges = (pack.starts, pack.lengths, rows.starts, held.lengths)
+        bounds = grit_pass.window_bounds(sliding_window, pack.max_seqlen, held.longest)
+        hi = grit_pass.upper_bounds(sliding_window)
+        return AttentionProblem(*ranges, *bounds, hi, 0, 0, pack.max_seqlen, held.longest, *options)
+
+    # layers of a kind differ in where their keys lie, which no plan depends on
+    shared, plans = grit_pass.prepare((sliding_window, *options), problem)
+    here = replace(shared, k_start=rows.starts)
+    out = prepared_attention(q, rows.keys, rows.values, here, plans, sinks, grit_pass.deterministic)
+    return _narrowed(out[None], rows.value_size)
+
+
 def _pass_of_rows(
     causal: bool, batch: int, device: torch.device, relative: Tensor | None, position_ids: Tensor | None
 ) -> AttentionPass:
@@ -406,10 +468,14 @@ SERVED_SIZE = 32
 """Least head dimension of the kernels; they also want a multiple of 8, and keys and values of one size."""
 
 
+def served_size(*sizes: int) -> int:
+    """The head dimension in which the kernels serve keys and values of these sizes."""
+    return (max(*sizes, SERVED_SIZE) + 7) // 8 * 8
+
+
 def _with_served_size(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The states with zeros behind their last dimension where the kernels want a larger one: no score and no sum changes."""
-    widest = max(query.shape[-1], value.shape[-1], SERVED_SIZE)
-    size = (widest + 7) // 8 * 8
+    size = served_size(query.shape[-1], value.shape[-1])
     if query.shape[-1] == size and value.shape[-1] == size:
         return query, key, value
     a, b, c = (torch.nn.functional.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))

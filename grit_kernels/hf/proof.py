@@ -132,7 +132,7 @@ def verdict(model: Any) -> Verdict:
     # wrappers of adapters and other libraries call the model's own parts and do not attend themselves
     parts = frozenset(type(m) for m in inner.modules() if type(m).__module__ == model_class.__module__)
     kinds: tuple[Any, Any] = (model_class, type(config))
-    return _tried(*kinds, key, parts, _Values(values))
+    return _tried(*kinds, key, parts, Values(values))
 
 
 _reaches: dict[type, str | None] = {}
@@ -146,8 +146,8 @@ def attention_is_reached(model: Any) -> str | None:
     if model_class not in _reaches:
         _reaches[model_class] = None
         try:
-            with _alone():
-                _patched_copy(model_class(type(config)(**tiny_values(config))))
+            with alone():
+                patched_copy(model_class(type(config)(**tiny_values(config))))
         except Exception as error:
             _reaches[model_class] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return _reaches[model_class]
@@ -171,7 +171,7 @@ def check_plain_head(model: Any) -> None:
     values = tiny_values(inner.config)
     key = (type(inner), json.dumps(values, sort_keys=True, default=repr))
     if key not in _plain_heads:
-        with _alone():
+        with alone():
             tiny = type(inner)(type(inner.config)(**values)).eval()
             ids = torch.arange(3, 20)[None]
             expected = tiny.get_output_embeddings()(compat.decoder_of(tiny)(ids, use_cache=False)[0])
@@ -185,7 +185,7 @@ def check_plain_head(model: Any) -> None:
         )
 
 
-def _patched_copy(stock: Any) -> Any:
+def patched_copy(stock: Any) -> Any:
     """A patched copy, after one pass, which raises if no layer called our attention."""
     from grit_kernels.hf.patch import install  # which calls this file
 
@@ -200,27 +200,27 @@ def _cache_for(decoder: Any) -> Any:
     return compat.new_cache(config=decoder.config if recurrent.mixers(decoder) else None)
 
 
-class _Values(dict[str, Any]):
+class Values(dict[str, Any]):
     """A dict that is ignored in the key of a cache."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return 0
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Values)
+        return isinstance(other, Values)
 
 
 @functools.cache
-def _tried(model_class: type, config_class: type, key: str, parts: frozenset[type], values: _Values) -> Verdict:
+def _tried(model_class: type, config_class: type, key: str, parts: frozenset[type], values: Values) -> Verdict:
     try:
-        with _alone():
+        with alone():
             return _try(model_class, config_class(**values), parts)
     except Exception as error:
         return Verdict(float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Isolates the trial from global settings and vice versa: its own random numbers, the CPU, float32, no autocast."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -335,7 +335,7 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
 # ---- the trial
 
 
-def _draw_weights(model: Any) -> None:
+def draw_weights(model: Any) -> None:
     """Weights that make attention far from uniform, and every vector (sinks, biases, norms) matter."""
     for parameter in model.parameters():
         if parameter.ndim >= 2:
@@ -356,11 +356,11 @@ def _try(model_class: Any, config: Any, parts: frozenset[type]) -> Verdict:
         return Verdict(float("nan"), f"a config of unknown sizes: the tiny model would have {size} parameters")
     config._attn_implementation = "eager"
     stock = model_class(config).eval().float()
-    _draw_weights(stock)
-    model = _patched_copy(stock)
+    draw_weights(stock)
+    model = patched_copy(stock)
     plain, patched = compat.decoder_of(stock), compat.decoder_of(model)
     texts = [torch.randint(3, 97, (1, length)) for length in TEXTS]
-    truth = {flag: [_alone_in_stock(plain, text, flag) for text in texts] for flag in (True, False)}
+    truth = {flag: [alone_in_stock(plain, text, flag) for text in texts] for flag in (True, False)}
     if _difference(truth[True], truth[False]) < 1e-2:
         return Verdict(float("nan"), "unpatched, it ignores is_causal=False, so there is nothing to compare with")
 
@@ -404,7 +404,7 @@ def _in_pieces(decoder: Any, text: Tensor) -> Tensor:
     return torch.cat(states, dim=1)
 
 
-def _alone_in_stock(decoder: Any, text: Tensor, is_causal: bool) -> Tensor:
+def alone_in_stock(decoder: Any, text: Tensor, is_causal: bool) -> Tensor:
     """transformers' masks follow the config, whether or not the forward passes the argument on. A copy, because some models
     remember the longest text they have seen."""
     decoder = copy.deepcopy(decoder)

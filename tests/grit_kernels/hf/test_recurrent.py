@@ -33,7 +33,7 @@ def stock(model_type: str) -> Any:
     torch.manual_seed(0)
     model = type(shape)(config).eval().float()
     with torch.no_grad():
-        proof._draw_weights(model)
+        proof.draw_weights(model)
     return model
 
 
@@ -52,7 +52,7 @@ def texts() -> list[Tensor]:
 
 def alone(model_type: str, index: int, causal: bool) -> Tensor:
     """States (tokens, hidden) of one text in the unpatched decoder."""
-    return proof._alone_in_stock(compat.decoder_of(stock(model_type)), texts()[index], causal)[0]
+    return proof.alone_in_stock(compat.decoder_of(stock(model_type)), texts()[index], causal)[0]
 
 
 def pack() -> gk.SamplePack:
