@@ -36,7 +36,10 @@ class Interval:
 
 
 class Arena:
-    """Keys and values (layers * rows + scratch, kv_heads, head_dim); see the top of the file."""
+    """Keys and values (layers * rows + scratch, kv_heads, head_dim); see the top of the file.
+
+    ``memory_dim``: the last dimension in memory where it is larger than ``head_dim``; states are stored with zeros behind them.
+    """
 
     def __init__(
         self,
@@ -48,13 +51,14 @@ class Arena:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        memory_dim: int | None = None,
     ) -> None:
         check_at_least("rows", rows, 1)
         check_at_least("scratch", scratch, 1)
         if layers * rows + scratch >= 2**31:
             raise ValueError(f"rows: expected layers * rows + scratch below 2**31, got {layers} * {rows} + {scratch}")
-        self.layers, self.rows, self.scratch = layers, rows, scratch
-        shape = (layers * rows + scratch, kv_heads, head_dim)
+        self.layers, self.rows, self.scratch, self.head_dim = layers, rows, scratch, head_dim
+        shape = (layers * rows + scratch, kv_heads, memory_dim or head_dim)
         # empty: a CPU's operating system allocates pages only when they are first written; uninitialised rows are never read
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
@@ -108,14 +112,17 @@ class Arena:
     def write(self, target: Interval, states: TextStates) -> None:
         """Fill the beginning of an interval with states that were computed elsewhere."""
         rows = len(states)
-        if rows > target.rows or states.geometry != (self.layers, *self.keys.shape[1:]):
+        geometry = (self.layers, self.keys.shape[1], self.head_dim)
+        if rows > target.rows or states.geometry != geometry:
             raise ValueError(
                 f"states: expected at most {target.rows} tokens of (layers, kv_heads, head_dim) = "
-                f"{(self.layers, *self.keys.shape[1:])}, got {rows} of {states.geometry}"
+                f"{geometry}, got {rows} of {states.geometry}"
             )
         for index, memory in enumerate((self.keys, self.values)):
             rows_of_layers = self._per_layer(memory)[:, target.start : target.start + rows]
-            rows_of_layers.copy_(states.keys_values[:, index].transpose(1, 2))  # (layers, tokens, heads, dim)
+            rows_of_layers[..., self.head_dim :].zero_()
+            new = states.keys_values[:, index].transpose(1, 2)  # (layers, tokens, heads, dim)
+            rows_of_layers[..., : self.head_dim].copy_(new)
         target.filled = rows
 
     def _place(self, rows: int) -> tuple[int, int] | None:

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from python_model.generate.decode import Sampling
 from python_model.generate.text import TextStream, eos_token_ids
-from python_model.model.losses import next_token_losses, sums_per_sample
-from python_model.model.modeling import GritLM, head_size
+from python_model.model.losses import sums_per_sample
+from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve import scheduler as plans
-from python_model.serve.arena import Arena
-from python_model.serve.step import Item, PackedStep, refusal
+from python_model.serve.own_forward import longest_text, step_of
+from python_model.serve.step import Item
 
 if TYPE_CHECKING:
     from python_model.serve.metrics import Metrics
@@ -132,24 +132,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
-        reason = refusal(model)
-        if reason is not None:
-            raise ValueError(reason)
-        config = model.model.config
         self.model, self.metrics, self.clock = model, metrics, clock
-        self.arena = Arena(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            head_size(config),
-            arena_rows,
-            max_step_tokens,
-            dtype=model.model.dtype,
-            device=model.device,
-        )
+        self.packed_step = step_of(model, arena_rows, max_step_tokens)
+        self.arena = self.packed_step.arena
         self.scheduler = plans.Scheduler(self.arena, max_step_tokens=max_step_tokens, **options)
-        self.packed_step = PackedStep(model, self.arena)
         self.ends = frozenset(eos_token_ids(model)) if self.generates else frozenset()
-        self.positions = int(config.max_position_embeddings)
+        self.positions = longest_text(model)
         self._changed = threading.Condition()
         self._state: Literal["new", "running", "draining", "stopped"] = "new"
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -299,7 +287,7 @@ class Engine:
             rows = torch.cat([hidden[offsets[i] : offsets[i + 1]] for i in scored])
             starts = torch.tensor([0] + [offsets[i + 1] - offsets[i] for i in scored], device=rows.device).cumsum(0)
             labels = torch.tensor([label for i in scored for label in plan[i][0].labels], device=rows.device)  # type: ignore[attr-defined]
-            losses = sums_per_sample(next_token_losses(self.model, rows, labels), starts)
+            losses = sums_per_sample(self.packed_step.label_losses(rows, labels), starts)
             counts = sums_per_sample((labels != IGNORE_INDEX).to(losses.dtype), starts)
             for i, score in zip(scored, (-losses / counts).tolist(), strict=True):  # read back once
                 outcomes[i] = score

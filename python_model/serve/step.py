@@ -6,8 +6,8 @@ an :class:`~python_model.serve.arena.Arena`:
     x = x + o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n))),  n = rms_norm(x)
     x = x + down_proj(act(gate_proj(m)) * up_proj(m)),                       m = rms_norm(x)
 
-Everything with weights is the model's own module. A sample's result does not depend on what shares the step, except for the
-summation order of matrix products.
+Everything with weights is the model's own module. Other families run the same steps through their own forward (own_forward.py). A
+sample's result does not depend on what shares the step, except for the summation order of matrix products.
 
 On a CPU, oneDNN generates code for 16-bit products of each number of rows, and keeps it; that takes longer than the products.
 As steps have any number of rows, they are rounded up to one of few, with rows that attend to nothing and that nobody reads.
@@ -28,6 +28,7 @@ from torch.nn import functional
 import grit_kernels as gk
 from grit_kernels.attention import packed_problem, prepared_attention
 from python_model.generate.step import add_and_norm, unlike
+from python_model.model.losses import next_token_losses
 from python_model.model.modeling import GritLM
 from python_model.rag.rope import STATIC_ROPE_TYPES
 from python_model.serve.arena import Arena, Interval
@@ -60,8 +61,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The arguments of a step's attention, which all layers share.
+class Call:
+    """The arguments of a step's attention, which all layers share. B counts the sample of spare rows, if there is one.
 
     ``problems``: what the layers share but for where the keys lie, by window and scale; made by the first of them.
     """
@@ -76,8 +77,8 @@ class _Call:
     problems: dict[tuple[int | None, float], tuple[AttentionProblem, dict[Any, Tensor]]] = field(default_factory=dict)
 
 
-def refusal(model: GritLM) -> str | None:
-    """Why this step cannot compute what ``model`` does, or None."""
+def unfit(model: GritLM) -> str | None:
+    """Why :class:`PackedStep` cannot compute what ``model`` does, or None."""
     if (what := unlike(model.model, KNOWN)) is not None:
         return f"model: expected a plain one of transformers' {', '.join(KNOWN)}, got {what}"
     rope = getattr(model.decoder[0].rotary_emb, "rope_type", "default")
@@ -91,7 +92,7 @@ class PackedStep:
     """Steps of one model over one arena.
 
     Args:
-        model: see :func:`refusal`.
+        model: see :func:`unfit`.
         arena: with the model's geometry, dtype and device.
         rounds: compute a number of rows that :func:`rounded` gives; default: on a CPU with weights of 16 bits.
 
@@ -100,15 +101,18 @@ class PackedStep:
     """
 
     def __init__(self, model: GritLM, arena: Arena, *, rounds: bool | None = None) -> None:
-        reason = refusal(model)
-        if reason is not None:
-            raise ValueError(reason)
         self.model, self.arena, self.decoder = model, arena, model.decoder[0]
-        config = model.model.config
-        self.heads = config.num_attention_heads, config.num_key_value_heads
-        self.windows = [_window(layer, config) for layer in self.decoder.layers]
+        self._prepare()
         in_16_bits = arena.keys.device.type == "cpu" and arena.keys.dtype != torch.float32
         self.rounds = in_16_bits if rounds is None else rounds
+
+    def _prepare(self) -> None:
+        reason = unfit(self.model)
+        if reason is not None:
+            raise ValueError(reason)
+        config = self.model.model.config
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.windows = [_window(layer, config) for layer in self.decoder.layers]
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> tuple[Tensor, list[int]]:
@@ -118,24 +122,18 @@ class PackedStep:
         spare = rounded(tokens) - tokens if self.rounds else 0
         call = self._call(items, starts, spare)
         device = self.arena.keys.device
-        decoder = self.decoder
-        ids = [token for item in items for token in item.ids]
-        x = decoder.embed_tokens(torch.tensor([*ids, *[0] * spare], device=device))
+        ids = torch.tensor([*(token for item in items for token in item.ids), *[0] * spare], device=device)
         positions = [np.arange(item.past, item.past + len(item.ids)) for item in items]
-        where = np.concatenate([*positions, np.zeros(spare, np.int64)])
-        tables = decoder.rotary_emb(x, torch.from_numpy(where).to(device)[None])  # cos, sin (1, tokens, D)
-        branch: Tensor | None = None  # of the previous layer, not yet added to x
-        for index, layer in enumerate(decoder.layers):
-            h, x = add_and_norm(x, branch, layer.input_layernorm)
-            attended = self._attention(layer.self_attn, index, h, tables, rows[index], call)
-            h, x = add_and_norm(x, attended, layer.post_attention_layernorm)
-            branch = layer.mlp(h[None])[0]  # a mixture of experts expects (B, T, hidden)
-        x, _ = add_and_norm(x, branch, decoder.norm)
+        where = torch.from_numpy(np.concatenate([*positions, np.zeros(spare, np.int64)])).to(device)
+        x = self._states(ids, where, rows, call)
+        self._note(items)
+        offsets = list(accumulate((len(item.ids) for item in items), initial=0))
+        return x[:tokens], offsets
+
+    def _note(self, items: Sequence[Item]) -> None:
         for item in items:
             if item.interval is not None:
                 item.interval.filled = item.past + len(item.ids)
-        offsets = list(accumulate((len(item.ids) for item in items), initial=0))
-        return x[:tokens], offsets
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -143,7 +141,29 @@ class PackedStep:
         rows = hidden.shape[0]
         if self.rounds:
             hidden = functional.pad(hidden, (0, 0, 0, rounded(rows) - rows))
-        return self.model.model.get_output_embeddings()(hidden)[:rows]
+        return self._head(hidden)[:rows]
+
+    @torch.inference_mode()
+    def label_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """States and labels of the same rows -> float32 (rows): minus each label's log-probability, 0 for IGNORE_INDEX."""
+        return next_token_losses(self.model, hidden, labels)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.model.get_output_embeddings()(hidden)
+
+    def _states(self, ids: Tensor, positions: Tensor, rows: Tensor, call: Call) -> Tensor:
+        """Token ids and positions, int64 (rows of the step), -> states after the last norm (rows of the step, hidden)."""
+        decoder = self.decoder
+        x = decoder.embed_tokens(ids)
+        tables = decoder.rotary_emb(x, positions[None])  # cos, sin (1, tokens, D)
+        branch: Tensor | None = None  # of the previous layer, not yet added to x
+        for index, layer in enumerate(decoder.layers):
+            h, x = add_and_norm(x, branch, layer.input_layernorm)
+            attended = self._attention(layer.self_attn, index, h, tables, rows[index], call)
+            h, x = add_and_norm(x, attended, layer.post_attention_layernorm)
+            branch = layer.mlp(h[None])[0]  # a mixture of experts expects (B, T, hidden)
+        x, _ = add_and_norm(x, branch, decoder.norm)
+        return x
 
     def _rows(self, items: Sequence[Item]) -> tuple[Tensor, np.ndarray]:
         """Where each new token's states go, int64 (layers, tokens), and the first key row of each sample, (layers, B)."""
@@ -178,7 +198,7 @@ class PackedStep:
         rows = np.concatenate(places)[None] + layers * per_token[None]
         return torch.from_numpy(rows).to(arena.keys.device), np.array(starts)[None] + layers * np.array(strides)[None]
 
-    def _call(self, items: Sequence[Item], starts: np.ndarray, spare: int) -> _Call:
+    def _call(self, items: Sequence[Item], starts: np.ndarray, spare: int) -> Call:
         """The attention call of each layer; ``spare`` rows at the end are a sample without keys, whose output is 0."""
         device = self.arena.keys.device
         lens_q = [len(item.ids) for item in items]
@@ -196,7 +216,7 @@ class PackedStep:
             first_keys = np.pad(first_keys, ((0, 0), (0, 1)))
             if hi is not None and nearest is not None:
                 hi, nearest = np.pad(hi, (0, spare)), np.pad(nearest, (0, spare))
-        return _Call(
+        return Call(
             torch.tensor(causal, device=device),
             torch.tensor(list(accumulate(lens_q, initial=0)), dtype=torch.int32, device=device),
             torch.from_numpy(first_keys).to(device).unbind(),
@@ -213,7 +233,7 @@ class PackedStep:
         h: Tensor,
         tables: tuple[Tensor, Tensor],
         rows: Tensor,
-        call: _Call,
+        call: Call,
     ) -> Tensor:
         """(rows, hidden) -> the same; the states of the first ``len(rows)`` rows go into the arena's ``rows``."""
         q, k, v = self._projections(attention, h)
@@ -237,7 +257,7 @@ class PackedStep:
         shape = 1, h.shape[0], -1, dim
         return attention.q_proj(h).view(shape), attention.k_proj(h).view(shape), attention.v_proj(h).view(shape)
 
-    def _attend(self, call: _Call, index: int, q: Tensor, scale: float) -> Tensor:
+    def _attend(self, call: Call, index: int, q: Tensor, scale: float) -> Tensor:
         """One layer's attention: q (rows, heads, D) -> the same."""
         keys, values = self.arena.keys, self.arena.values
         window = self.windows[index]
@@ -280,7 +300,7 @@ def _window(layer: Any, config: Any) -> int | None:
 
 
 def _visible(
-    call: _Call, window: int | None, bidirectional_window: str
+    call: Call, window: int | None, bidirectional_window: str
 ) -> tuple[tuple[int, int] | Tensor, Tensor | None]:
     """Window sizes and upper bounds of a layer, as in patch(): (W - 1, 0) for a causal sample, (W, W) or the whole text for a
     bidirectional one, with the upper bounds clipped to that."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from hypothesis import strategies as st
 
 from python_model import GritLM
 from python_model.generate.decode import Sampling, decode
+from python_model.model.packed_linear import pack_linear_layers
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve.engine import Failure, Generation, Score, TextWork, Token, Vector
 from python_model.serve.scheduler import QueueFull
-from python_model.serve.step import rounded
+from python_model.serve.step import rounded, unfit
 from tests.python_model.serve.conftest import SteppedEngine, collect
 
 WORDS = 300  # ids of the tiny vocabulary that are plain tokens: 3 .. WORDS
@@ -125,9 +125,13 @@ def test_results_equal_those_alone_over_random_schedules(
     assert engine.arena.used == held, "memory is lost"
 
 
-def test_bfloat16_results_keep_the_accuracy_rule(checkpoint: Path) -> None:
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2"])
+def test_bfloat16_results_keep_the_accuracy_rule(family: str, checkpoint: Path, tokenizer: Any, tmp_path: Path) -> None:
+    if family != "Mistral":
+        loaded(tiny(family), tokenizer, checkpoint := tmp_path)
     model, exact = GritLM(checkpoint, dtype=torch.bfloat16), GritLM(checkpoint, dtype=torch.float32)
     exact.model.load_state_dict({name: x.float() for name, x in model.model.state_dict().items()})
+    pack_linear_layers(model.decoder[0])  # as `grit serve` does
     source = random.Random(4)
     engine = SteppedEngine(model, arena_rows=400, max_step_tokens=96)
     works = draw_works(source, 12)
@@ -170,11 +174,11 @@ def test_rounded_numbers_of_rows_are_few_and_close() -> None:
         assert rows <= chosen < rows + max(4, rows / 8) and rounded(chosen) == chosen
 
 
-def tiny(family: str) -> Any:
+def tiny(family: str, **options: Any) -> Any:
     import transformers
 
     torch.manual_seed(1)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -184,49 +188,162 @@ def tiny(family: str) -> Any:
         "head_dim": 32,
         "max_position_embeddings": 256,
         "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
     }
     experts = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 48}
+    windows = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}
     extra: dict[str, Any] = {
-        "Qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+        "Cohere": {"logit_scale": 0.3},
+        "Cohere2": {**windows, "logit_scale": 0.3},
+        "Gemma2": {**windows, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
+        "Gemma3": windows,
+        "Glm4": {"partial_rotary_factor": 0.5},
+        "GptOss": {**experts, **windows, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "GPTJ": {"rotary_dim": 16},
+        "Granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
         "Mixtral": {**experts, "sliding_window": 20},
-        "Phi3": {"sliding_window": 30, "pad_token_id": 0, "partial_rotary_factor": 0.5},
+        "Olmo3": windows,
+        "Phi": {"partial_rotary_factor": 0.5},
+        "Phi3": {"sliding_window": 30, "partial_rotary_factor": 0.5},
+        "Qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
         "Qwen3Moe": {**experts, "mlp_only_layers": [1]},  # the other layer is a mixture
     }.get(family, {})
-    config = getattr(transformers, f"{family}Config")(**sizes, **extra)
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    if family in ("GPTJ", "GPTNeoX"):  # whose heads share the hidden size
+        sizes |= {"num_attention_heads": 2}
+    if family in ("Olmo2", "Olmo3", "Phi"):
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    name = "Gemma3Text" if family == "Gemma3" else family
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**{**sizes, **extra, **options})
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:  # norms, biases, sinks: as trained ones, all different
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def loaded(model: Any, tokenizer: Any, folder: Path, **options: Any) -> GritLM:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return GritLM(folder, dtype=torch.float32, **options)
+
+
+def check_random_schedule(model: GritLM, seed: int, **options: Any) -> None:
+    source = random.Random(seed)
+    engine = SteppedEngine(model, **{"arena_rows": 300, "max_step_tokens": 96, **options})
+    works = draw_works(source, 10)
+    check(model, engine, works, serve(engine, works, source))
+    assert engine.arena.used == sum(sequence.done for sequence in engine.scheduler.held), "memory is lost"
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe"])
-def test_other_families_equal_their_own_forward(
-    family: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny(family).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model = GritLM(tmp_path, dtype=torch.float32)
+def test_families_of_the_step_equal_their_own_forward(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = loaded(tiny(family), tokenizer, tmp_path)
+    assert unfit(model) is None
+    check_random_schedule(model, 2)
+
+
+OTHERS = (
+    *(
+        "Cohere",
+        "Cohere2",
+        "Gemma",
+        "Gemma2",
+        "Gemma3",
+        "Glm4",
+        "GPTJ",
+        "GPTNeoX",
+        "GptOss",
+        "Granite",
+        "Olmo2",
+        "Olmo3",
+    ),
+    *("Phi", "Starcoder2"),
+)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_run_packed_steps_through_their_own_forward(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = loaded(tiny(family), tokenizer, tmp_path)
+    assert unfit(model) is not None
+    for seed in range(2):
+        check_random_schedule(model, seed, reuse=bool(seed), max_sequences=(3, 20)[seed])
+
+
+def test_steps_by_the_models_own_forward_may_have_spare_rows(tokenizer: Any, tmp_path: Path) -> None:
+    model = loaded(tiny("Gemma2"), tokenizer, tmp_path)
     source = random.Random(2)
     engine = SteppedEngine(model, arena_rows=300, max_step_tokens=96)
+    engine.packed_step.rounds = True
     works = draw_works(source, 10)
     check(model, engine, works, serve(engine, works, source))
 
 
-def test_a_model_whose_step_is_unknown_is_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
-    tiny("Gemma2").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="^model: expected a plain one of transformers' Llama, .*Gemma2Model"):
-        SteppedEngine(GritLM(tmp_path, dtype=torch.float32), arena_rows=300, max_step_tokens=96)
+def test_rotary_scaling_by_length_is_served_up_to_the_length_where_it_sets_in(tokenizer: Any, tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = loaded(tiny("Llama", rope_parameters=scaling), tokenizer, tmp_path)
+    model.model.config.max_position_embeddings = 4096  # of which the frequencies of the first 256 are alike
+    check_random_schedule(model, 5)
+    engine = SteppedEngine(model, arena_rows=300, max_step_tokens=96)
+    assert engine.positions == 256
 
 
-@pytest.mark.parametrize("part", ["model", "model.model", "model.model.norm", "model.model.layers.0.mlp"])
-@pytest.mark.parametrize("kind", ["hook", "own forward"])
-def test_a_module_that_waits_for_a_call_is_refused(checkpoint: Path, part: str, kind: str) -> None:
-    model = GritLM(checkpoint, dtype=torch.float32)
-    module = model.get_submodule(part)
-    if kind == "hook":
-        module.register_forward_hook(lambda module, inputs, output: output)
-    else:
-        module.__dict__["forward"] = functools.partial(type(module).forward, module)
-    with pytest.raises(ValueError, match="^model: expected a plain one .*got hooks or a replaced forward"):
+def test_an_embedder_without_a_head_reads_texts_through_its_own_forward(tokenizer: Any, tmp_path: Path) -> None:
+    model = loaded(tiny("Gemma2"), tokenizer, tmp_path, mode="embedding", attn="cbcc")
+    engine = SteppedEngine(model, arena_rows=60, max_step_tokens=96)
+    source = random.Random(0)
+    works = [
+        (0, TextWork(ids(source, length), causal_prefix=skip, instruction_len=skip))
+        for length, skip in ((50, 5), (30, 0), (3, 1))
+    ]
+    check(model, engine, works, serve_texts(engine, works))
+
+
+def serve_texts(engine: SteppedEngine, works: list[tuple[int, TextWork]]) -> list[list[Any]]:
+    events = [collect(work) for _, work in works]
+    engine.submit([work for _, work in works])
+    engine.run()
+    return events
+
+
+def test_layers_that_carry_a_state_are_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
+    model = loaded(tiny("Lfm2", layer_types=["conv", "full_attention"]), tokenizer, tmp_path)
+    with pytest.raises(
+        ValueError, match="^model: expected one that .* got a Lfm2Model: expected layers .* Lfm2ShortConv"
+    ):
         SteppedEngine(model, arena_rows=300, max_step_tokens=96)
+
+
+def test_a_language_model_that_waits_for_a_call_as_a_whole_is_refused(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, dtype=torch.float32)
+    model.model.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(ValueError, match="^model: expected one whose decoder and head may be called separately, got"):
+        SteppedEngine(model, arena_rows=300, max_step_tokens=96)
+
+
+@pytest.mark.parametrize("part", ["model.model", "model.model.norm", "model.model.layers.0.mlp", "model.lm_head"])
+@pytest.mark.parametrize("kind", ["hook", "own forward"])
+def test_a_module_that_waits_for_a_call_is_called(checkpoint: Path, part: str, kind: str) -> None:
+    model = GritLM(checkpoint, dtype=torch.float32)
+    module, calls = model.get_submodule(part), []
+    if kind == "hook":
+        module.register_forward_hook(lambda module, inputs, output: calls.append(part))
+    else:
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append(part)
+            return own(*args, **kwargs)
+
+        module.__dict__["forward"] = forward
+    engine = SteppedEngine(model, arena_rows=300, max_step_tokens=96)
+    events = collect(work := Generation(ids(random.Random(0), 20), max_tokens=4))
+    engine.submit([work])
+    engine.run()
+    assert calls and len(events) == 4
 
 
 @pytest.mark.parametrize("layers", ["alike", "mixed"])
