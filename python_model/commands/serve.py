@@ -99,6 +99,7 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
         ageing=arguments.ageing,
         max_sequences=arguments.max_sequences,
         max_queued_tokens=arguments.max_queued_tokens,
+        cuda_graphs=not arguments.no_cuda_graphs,
     )
     service = Service(
         engine,
@@ -242,6 +243,7 @@ def configure(parser: ArgumentParser) -> None:
         default=1 << 18,
         help="waiting tokens above which requests are refused with 429",
     )
+    add("--no-cuda-graphs", action="store_true", help="on a GPU, launch the kernels of decoding steps one by one")
     add("--max-tokens", type=int, default=256, help="maximum tokens of a reply if the request does not say")
     add("--timeout", type=float, default=600.0, help="seconds until a request fails")
     add("--max-body-mb", type=int, default=8, help="largest request")

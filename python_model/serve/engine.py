@@ -28,6 +28,7 @@ from python_model.model.losses import sums_per_sample
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve import scheduler as plans
+from python_model.serve.graphs import DecodingGraphs
 from python_model.serve.own_forward import longest_text, step_of
 from python_model.serve.step import Item
 
@@ -116,6 +117,7 @@ class Engine:
         arena_rows: tokens of all sequences together, prompts and replies.
         max_step_tokens: the largest step, which is also the maximum length of a text to embed.
         metrics: receives figures about steps and tokens.
+        cuda_graphs: on a GPU, capture decoding steps where the model allows it (graphs.py).
         options: of :class:`~python_model.serve.scheduler.Scheduler`.
 
     Raises:
@@ -129,6 +131,7 @@ class Engine:
         arena_rows: int,
         max_step_tokens: int,
         metrics: Metrics | None = None,
+        cuda_graphs: bool = True,
         clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
@@ -138,6 +141,8 @@ class Engine:
         self.scheduler = plans.Scheduler(self.arena, max_step_tokens=max_step_tokens, **options)
         self.ends = frozenset(eos_token_ids(model)) if self.generates else frozenset()
         self.positions = longest_text(model)
+        if cuda_graphs and self.arena.keys.is_cuda and self.generates and self.packed_step.can_be_captured:
+            self.packed_step.graphs = DecodingGraphs(self.packed_step, self.scheduler.max_sequences)
         self._changed = threading.Condition()
         self._state: Literal["new", "running", "draining", "stopped"] = "new"
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -69,6 +69,9 @@ def longest_text(model: GritLM) -> int:
 class OwnForwardStep(PackedStep):
     """See the top of the file. Takes what :func:`refusal` does not refuse."""
 
+    can_be_captured = False
+    """What the model's own forward reads back is not known."""
+
     def _prepare(self) -> None:
         """Everything is the model's own."""
 

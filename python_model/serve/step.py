@@ -35,6 +35,7 @@ from python_model.serve.arena import Arena, Interval
 
 if TYPE_CHECKING:
     from grit_kernels.attention.problem import AttentionProblem
+    from python_model.serve.graphs import DecodingGraphs
 
 KNOWN = ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
 WITHOUT_WINDOW = ("LlamaDecoderLayer",)
@@ -96,6 +97,8 @@ class PackedStep:
         arena: with the model's geometry, dtype and device.
         rounds: compute a number of rows that :func:`rounded` gives; default: on a CPU with weights of 16 bits.
 
+    ``graphs``: captured decoding steps (graphs.py); set by whoever knows how many sequences there will be.
+
     Raises:
         ValueError: a model that is refused, with the reason.
     """
@@ -105,6 +108,12 @@ class PackedStep:
         self._prepare()
         in_16_bits = arena.keys.device.type == "cpu" and arena.keys.dtype != torch.float32
         self.rounds = in_16_bits if rounds is None else rounds
+        self.graphs: DecodingGraphs | None = None
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a decoding step has fixed sizes and reads nothing back: not with experts, each of which takes some tokens."""
+        return all(type(layer.mlp).__name__.endswith("MLP") for layer in self.decoder.layers)
 
     def _prepare(self) -> None:
         reason = unfit(self.model)
@@ -117,6 +126,11 @@ class PackedStep:
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> tuple[Tensor, list[int]]:
         """States after the last norm (tokens, hidden), samples in the given order, and where each begins (B + 1)."""
+        if self.graphs is not None and self.graphs.takes(items):
+            self._rows(items)  # which checks them
+            hidden = self.graphs(items)
+            self._note(items)
+            return hidden, list(range(len(items) + 1))
         rows, starts = self._rows(items)
         tokens = rows.shape[1]
         spare = rounded(tokens) - tokens if self.rounds else 0
@@ -129,6 +143,22 @@ class PackedStep:
         self._note(items)
         offsets = list(accumulate((len(item.ids) for item in items), initial=0))
         return x[:tokens], offsets
+
+    def decode(self, numbers: Tensor, causal: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """A step of samples of one token each, whose sizes depend on no value: what a CUDA graph captures.
+
+        ``numbers`` int64 (4, B): token, position, first row of the sequence in layer 0, keys with the new one (0: no sample).
+        ``causal`` (B) all true, ``cu_seqlens`` int32 (0 .. B). Returns states after the last norm (B, hidden).
+        """
+        arena = self.arena
+        ids, positions, first, keys = numbers.unbind()
+        layers = torch.arange(arena.layers, device=numbers.device)[:, None] * arena.rows
+        scratch = cu_seqlens[:-1].to(torch.int64) + arena.scratch_start
+        rows = torch.where(keys > 0, first + positions + layers, scratch)
+        starts = (first + layers).to(torch.int32).unbind()
+        lengths = keys.to(torch.int32)
+        call = Call(causal, cu_seqlens, starts, lengths, (1, arena.rows), None, None)
+        return self._states(ids, positions, rows, call)
 
     def _note(self, items: Sequence[Item]) -> None:
         for item in items:
