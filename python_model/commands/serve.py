@@ -99,7 +99,7 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
         ageing=arguments.ageing,
         max_sequences=arguments.max_sequences,
         max_queued_tokens=arguments.max_queued_tokens,
-        cuda_graphs=not arguments.no_cuda_graphs,
+        cuda_graphs=False if arguments.no_cuda_graphs else None,
     )
     service = Service(
         engine,

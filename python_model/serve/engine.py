@@ -117,7 +117,7 @@ class Engine:
         arena_rows: tokens of all sequences together, prompts and replies.
         max_step_tokens: the largest step, which is also the maximum length of a text to embed.
         metrics: receives figures about steps and tokens.
-        cuda_graphs: on a GPU, capture decoding steps where the model allows it (graphs.py).
+        cuda_graphs: capture decoding steps where the model allows it (graphs.py); default: on a GPU.
         options: of :class:`~python_model.serve.scheduler.Scheduler`.
 
     Raises:
@@ -131,7 +131,7 @@ class Engine:
         arena_rows: int,
         max_step_tokens: int,
         metrics: Metrics | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
@@ -141,7 +141,8 @@ class Engine:
         self.scheduler = plans.Scheduler(self.arena, max_step_tokens=max_step_tokens, **options)
         self.ends = frozenset(eos_token_ids(model)) if self.generates else frozenset()
         self.positions = longest_text(model)
-        if cuda_graphs and self.arena.keys.is_cuda and self.generates and self.packed_step.can_be_captured:
+        captures = self.arena.keys.is_cuda if cuda_graphs is None else cuda_graphs
+        if captures and self.generates and self.packed_step.can_be_captured:
             self.packed_step.graphs = DecodingGraphs(self.packed_step, self.scheduler.max_sequences)
         self._changed = threading.Condition()
         self._state: Literal["new", "running", "draining", "stopped"] = "new"

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from python_model import GritLM
+from python_model.serve import graphs
 from python_model.serve.engine import Generation
 from python_model.serve.graphs import DecodingGraphs, captured_rows
 from python_model.serve.step import PackedStep
@@ -77,6 +78,19 @@ def with_graphs(model: GritLM, most_rows: int, **options: Any) -> tuple[SteppedE
     assert engine.packed_step.graphs is None, "only a GPU captures by itself"
     engine.packed_step.graphs = DecodingGraphs(engine.packed_step, most_rows, recorder)
     return engine, recorder
+
+
+def test_an_engine_captures_as_many_rows_as_sequences_where_it_is_told_to(
+    served_model: GritLM, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
+    options = {"arena_rows": 60, "max_step_tokens": 64, "max_sequences": 5, "cuda_graphs": True}
+    captured = SteppedEngine(served_model, **options).packed_step.graphs
+    assert captured is not None and sorted(captured.graphs) == [1, 2, 4, 8]
+    embedder = loaded(tiny("Llama"), tokenizer, tmp_path / "embedder", mode="embedding")
+    assert SteppedEngine(embedder, **options).packed_step.graphs is None, "it decodes nothing"
+    other = loaded(tiny("Mixtral"), tokenizer, tmp_path / "other")
+    assert SteppedEngine(other, **options).packed_step.graphs is None
 
 
 @pytest.mark.parametrize("seed", range(4))

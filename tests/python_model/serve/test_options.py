@@ -90,6 +90,21 @@ def test_the_mode_decides_whether_there_is_chat(checkpoint: Path, monkeypatch: p
     assert not app.service.engine.generates
 
 
+@pytest.mark.parametrize(("flags", "told"), [((), None), (("--no-cuda-graphs",), False)])
+def test_graphs_are_captured_where_there_is_a_gpu_unless_told_otherwise(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], told: bool | None
+) -> None:
+    from python_model.serve.engine import Engine
+
+    class Noted(Engine):
+        def __init__(self, model: Any, **options: Any) -> None:
+            self.told = options["cuda_graphs"]
+            super().__init__(model, **options)
+
+    monkeypatch.setattr("python_model.serve.engine.Engine", Noted)
+    assert built(monkeypatch, "--model", str(checkpoint), *flags).service.engine.told is told
+
+
 def test_the_server_listens_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     monkeypatch.setattr(serve, "build_app", lambda arguments, keys: ("app", keys))
@@ -126,6 +141,29 @@ def test_replicas_get_the_options_of_one_server(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(serve, "build_app", lambda arguments, keys, on_index: (arguments.device, keys, on_index))
     with no_logging():
         assert build("remember") == (device, ["secret"], "remember")
+
+
+def test_replicas_scale_with_the_number_of_open_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def note(**options: Any) -> Any:
+        told.update(options)
+        return lambda application: SimpleNamespace(bind=lambda: application)
+
+    ray_serve = SimpleNamespace(
+        multiplexed=lambda **options: lambda function: function,
+        deployment=note,
+        ingress=lambda application: lambda: "app",
+        start=told.update,
+        run=lambda application, **options: told.update(options, application=application),
+    )
+    monkeypatch.setattr(replicas, "require", lambda module, extra: ray_serve)
+    count = replicas.Replicas.parse("2:5")
+    replicas.start(lambda remember: None, count, host="::1", port=81, cpus=3, drain_seconds=4, max_requests=7)
+    assert told["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 8}
+    assert told["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 0} and told["max_ongoing_requests"] == 7
+    assert told["graceful_shutdown_timeout_s"] == 4 and told["http_options"] == {"host": "::1", "port": 81}
+    assert told["application"] == "app" and told["blocking"]
 
 
 @contextmanager

@@ -269,7 +269,9 @@ def test_metrics_count_requests_tokens_and_memory(server: Server) -> None:
         "grit_time_to_first_token_seconds_count",
         "grit_time_between_tokens_seconds_count",
         'grit_tokens_total{kind="decoded"}',
+        "grit_tokens_per_second",
         "grit_arena_rows",
+        "grit_arena_used_rows",  # by the states that the chat has left
     ):
         assert float(text.split(f"\n{name} ")[1].split()[0]) > 0
     assert "grit_queued_tokens 0.0" in text
