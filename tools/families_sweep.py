@@ -1,4 +1,5 @@
-"""Tries every causal decoder of the installed transformers as patch() tries an unlisted one: admitted, or refused with a reason.
+"""Tries every causal decoder of the installed transformers as patch() tries an unlisted one: admitted, or refused with a reason;
+and those that it admits as `grit serve` does.
 
     python -m tools.families_sweep
 
@@ -88,7 +89,12 @@ def tried(model_type: str) -> proof.Verdict:
     return proof.verdict(model)
 
 
-def render(verdicts: dict[str, proof.Verdict]) -> str:
+def served(model_type: str) -> str | None:
+    """Why `grit serve` cannot run a type that patch() admits, or None."""
+    return gk.hf.packed_cache_refusal(representative_model(model_type))
+
+
+def render(verdicts: dict[str, proof.Verdict], unserved: dict[str, str]) -> str:
     """The part of the page behind the marker."""
     admitted = {name: v for name, v in verdicts.items() if v.refusal is None}
     refused = {name: v for name, v in verdicts.items() if v.refusal is not None}
@@ -117,6 +123,15 @@ def render(verdicts: dict[str, proof.Verdict]) -> str:
         "|---|---|",
         *(f"| `{name}` | {_cell(v.refusal or '')} |" for name, v in refused.items()),
         "",
+        "## What `grit serve` runs",
+        "",
+        f"{len(admitted) - len(unserved)} of the {len(admitted)} types that `patch()` admits also compute the same in packed",
+        "steps whose samples continue, over one memory of keys and values ([serving](serving.md)). The others:",
+        "",
+        "| not served | why |",
+        "|---|---|",
+        *(f"| `{name}` | {_cell(reason)} |" for name, reason in unserved.items()),
+        "",
     ]
     return "\n".join(lines)
 
@@ -134,7 +149,8 @@ def main() -> int:
         verdicts[name] = found = tried(name)
         print(f"{name:28} {found.error:8.2g}  {found.refusal or 'right'}", flush=True)
     page = TABLE.read_text(encoding="utf-8").split(MARKER)[0].rstrip() + "\n\n"
-    TABLE.write_text(page + render(verdicts), encoding="utf-8")
+    unserved = {name: why for name, v in verdicts.items() if v.refusal is None and (why := served(name)) is not None}
+    TABLE.write_text(page + render(verdicts, unserved), encoding="utf-8")
     wrong = [name for name in WRONG if name in verdicts and verdicts[name].refusal is None]
     if wrong:
         print(f"admitted, but known to be wrong: {', '.join(wrong)}")
