@@ -20,12 +20,14 @@ from torch import Tensor
 import grit_kernels as gk
 from grit_kernels.attention import key_rows, prepared_attention, rectangular_problem
 from grit_kernels.visibility import window_bounds
+from python_model.model.modeling import head_size
 
 if TYPE_CHECKING:
     from grit_kernels.attention.problem import AttentionProblem
     from grit_kernels.hf.static_cache import StaticCache
 
 KNOWN = ("Llama", "Mistral")
+LEAST_HEAD = 32
 PARTS = {
     "self_attn": ("Attention",),
     "mlp": ("MLP", "SparseMoeBlock"),
@@ -38,8 +40,17 @@ PARTS = {
 def supports(model: Any) -> bool:
     """Whether :class:`Step` computes what ``model`` (a causal language model) does."""
     return (
-        gk.is_patched(model) and unlike(model, KNOWN) is None and not gk.hf.depends_on_length(gk.hf.decoder_of(model))
+        gk.is_patched(model)
+        and unlike(model, KNOWN) is None
+        and heads_fit(model.config)
+        and not gk.hf.depends_on_length(gk.hf.decoder_of(model))
     )
+
+
+def heads_fit(config: Any) -> bool:
+    """Whether the kernels take a model's heads as they are; patch() fills others up with zeros."""
+    size = head_size(config)
+    return size >= LEAST_HEAD and size % 8 == 0
 
 
 def unlike(model: Any, kinds: Sequence[str]) -> str | None:

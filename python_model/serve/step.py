@@ -27,9 +27,9 @@ from torch.nn import functional
 
 import grit_kernels as gk
 from grit_kernels.attention import packed_problem, prepared_attention
-from python_model.generate.step import add_and_norm, unlike
+from python_model.generate.step import LEAST_HEAD, add_and_norm, heads_fit, unlike
 from python_model.model.losses import next_token_losses
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import GritLM, head_size
 from python_model.rag.rope import STATIC_ROPE_TYPES
 from python_model.serve.arena import Arena, Interval
 
@@ -86,6 +86,9 @@ def unfit(model: GritLM) -> str | None:
     if rope not in STATIC_ROPE_TYPES:
         # other types scale positions by the longest sequence in the batch, so a neighbour would change the result
         return f"model: expected rotary positions of type {', '.join(STATIC_ROPE_TYPES)}, got {rope!r}"
+    if not heads_fit(model.model.config):
+        size = head_size(model.model.config)
+        return f"model: expected heads of a multiple of 8 from {LEAST_HEAD} on, as the kernels read them, got {size}"
     return None
 
 

@@ -15,6 +15,7 @@ from python_model import GritLM
 from python_model.generate.decode import Sampling, decode
 from python_model.model.packed_linear import pack_linear_layers
 from python_model.model.prompts import IGNORE_INDEX
+from python_model.rag.reading import read
 from python_model.serve.engine import Failure, Generation, Score, TextWork, Token, Vector
 from python_model.serve.scheduler import QueueFull
 from python_model.serve.step import rounded, unfit
@@ -283,6 +284,20 @@ def test_steps_by_the_models_own_forward_may_have_spare_rows(tokenizer: Any, tmp
     engine.packed_step.rounds = True
     works = draw_works(source, 10)
     check(model, engine, works, serve(engine, works, source))
+
+
+def test_heads_of_a_size_that_no_kernel_serves_have_a_memory_of_a_larger_one(tokenizer: Any, tmp_path: Path) -> None:
+    model = loaded(tiny("Llama", head_dim=20), tokenizer, tmp_path)
+    check_random_schedule(model, 3)
+    engine = SteppedEngine(model, arena_rows=60, max_step_tokens=64)
+    assert engine.arena.head_dim == 20 and engine.arena.keys.shape[-1] == 32
+    prompt = ids(random.Random(0), 20)
+    (states,) = read(model, [prompt[:12]], causal=True)  # elsewhere, as those of a document in a store
+    events = collect(work := Generation(list(prompt), max_tokens=6, states=states))
+    engine.submit([work])
+    engine.run()
+    assert work.reused == 12
+    check(model, engine, [(0, work)], [events])
 
 
 def test_rotary_scaling_by_length_is_served_up_to_the_length_where_it_sets_in(tokenizer: Any, tmp_path: Path) -> None:
