@@ -61,7 +61,7 @@ def states_config(config: Any, *, training: bool = False) -> dict[str, Any]:
     if found.get("hidden_act") == "silu":
         del found["hidden_act"]
     usual = "full_attention" if found["sliding_window"] is None else "sliding_attention"
-    if set(found.get("layer_types", ())) == {usual}:
+    if set(found.get("layer_types") or ()) == {usual}:
         del found["layer_types"]
     known = {
         *(() if training else _OF_TRAINING),

@@ -135,7 +135,8 @@ def measure(
         found = found.where(found != itself[:, None], -1)
         return float((nearest[:, :, None] == found[:, None, :]).any(dim=2).double().mean())
 
-    return least_effort(recall_at, *((NEIGHBOURS, MOST_EFFORT) if kind == "hnsw" else (1, index.nlist)), target)
+    least, most = (NEIGHBOURS, MOST_EFFORT) if kind == "hnsw" else (1, int(index.nlist))
+    return least_effort(recall_at, least, most, target)
 
 
 def write(path: Path, index: Any) -> int:
