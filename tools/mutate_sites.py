@@ -1,6 +1,6 @@
 """What can be changed in a source file: small edits that a test should notice (see tools/mutate.py).
 
-Python is edited through its syntax tree, leaving out what no result depends on: annotations, decorators, docstrings, the texts of
+Python is edited through its syntax tree, leaving out what no result depends on: types, decorators, docstrings, the texts of
 messages, imports, ``__main__`` blocks. C++ is edited token by token, in the lines that the preprocessor keeps.
 """
 
@@ -90,6 +90,9 @@ MESSAGES = {
     "cast",
 }
 """Calls whose arguments are texts for readers, or declarations."""
+TEXTS = {"desc", "unit"}
+"""Keywords whose values are texts for readers: those of a progress bar."""
+TYPES = {"int", "float", "str", "bool", "bytes", "list", "dict", "tuple", "set", "object"}
 
 
 def python_edits(file: str, source: str) -> list[Edit]:
@@ -158,6 +161,8 @@ def _left_out(node: ast.AST) -> bool:
             return True
         case ast.Assign([ast.Name(name)]) if name.startswith("__"):
             return True
+        case ast.BinOp(op=ast.BitOr()) if _is_type(node):
+            return True
         case ast.Call(ast.Name(name)) | ast.Call(ast.Attribute(attr=name)):
             return name in MESSAGES
     return False
@@ -191,7 +196,7 @@ def _replacements(node: ast.AST) -> Iterator[tuple[str, str]]:
             yield ast.unparse(_copy(node, attr=NAMES[name])), "name"
         case ast.Call() if any(keyword.arg for keyword in node.keywords):
             for dropped in node.keywords:
-                if dropped.arg:
+                if dropped.arg and dropped.arg not in TEXTS:
                     kept = [keyword for keyword in node.keywords if keyword is not dropped]
                     yield ast.unparse(_copy(node, keywords=kept)), "keyword dropped"
         case ast.AugAssign():
@@ -215,6 +220,16 @@ def _copy(node: ast.AST, **changed: object) -> ast.AST:
 
 def _text(node: ast.AST, **changed: object) -> str:
     return f"({ast.unparse(_copy(node, **changed))})"
+
+
+def _is_type(node: ast.AST) -> bool:
+    """Whether an expression can only be a type, such as ``int | None`` or ``Token | Vector``."""
+    match node:
+        case ast.BinOp(left, ast.BitOr(), right):
+            return _is_type(left) and _is_type(right)
+        case ast.Name(name) | ast.Subscript(ast.Name(name)):
+            return name in TYPES or (name[0].isupper() and not name.isupper())
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def _is_text(node: ast.AST) -> bool:

@@ -57,7 +57,6 @@ def rms_norm_backward(
     if grad_total is not None:
         result = result + grad_total
     along = (grad * normed).flatten(0, -2).sum(dim=0) if need_weight else wide.new_empty(0)
-    along = along if wide.dtype == torch.float64 else along.float()
     return result.to(total.dtype).contiguous(), along
 
 

@@ -87,6 +87,14 @@ def changes(source: str) -> list[tuple[str, str]]:
 
 def test_what_a_result_depends_on_is_changed_and_texts_and_types_are_not() -> None:
     assert changes('def f(a: "int | None" = None) -> list[int]:\n    """a + b"""\n    print(a + 1)\n    return a') == []
+    assert changes("Event = Token | list[Vector] | None") == []
+    assert changes("x = isinstance(y, int | float)") == []
+    assert changes("x = A | b") == [("A | b", "(A & b)")]
+    assert changes("for row in tqdm(rows, desc='rows', unit='row'):\n    f(row, kind=1)") == [
+        ("f(row, kind=1)", "f(row)"),
+        ("f(row, kind=1)", "pass"),
+        ("1", "2"),
+    ]
     assert changes("x = a < b") == [("a < b", "(a <= b)")]
     assert changes("x = a and not b") == [("a and not b", "(a or not b)"), ("not b", "(b)")]
     assert changes("x = f(a, mask=m, k=w)") == [
