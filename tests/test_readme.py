@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from python_model.support.tested import tested_versions
 from tests.conftest import needs_source_tree
 
 ROOT = Path(__file__).parent.parent
@@ -51,3 +52,17 @@ def test_the_readme_counts_model_types_as_the_page_does() -> None:
     )
     correct = set(re.findall(r"`(\w+)`", page.partition("Correct: ")[2].partition("| refused")[0]))
     assert {"gpt_oss", "deepseek_v3", "gemma3_text", "qwen3_moe", "qwen3_5_text", "lfm2"} <= correct
+
+
+@needs_source_tree
+def test_peers_are_compared_in_the_versions_that_are_tested() -> None:
+    """A new lock is a reason to read the table of peers again; docs/export.md says what the servers' code does."""
+    header = next(line for line in README.splitlines() if line.startswith("| | grit_kernels | gritlm"))
+    locked = tested_versions()
+    for name in ("transformers", "sentence-transformers"):
+        assert f"| {name} {locked[name].rpartition('.')[0]} |" in header, name
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    servers = (r"vLLM (\d+\.\d+)", r"llama-cpp-python (\d+\.\d+\.\d+)")
+    for pattern in servers:
+        here, there = re.search(pattern, README), re.search(pattern, page)
+        assert here and there and here[1] == there[1], pattern
