@@ -181,6 +181,10 @@ wheel: install  ## sdist and a manylinux_2_28 wheel for every Python and torch i
 TRY_PYTHON ?= $(PYTHON)
 TRY_TORCH ?= $(TORCH)
 
+HUB_REPO ?=
+hub-kernel: install  ## build/hub: the Triton kernels as a project for Hugging Face's kernel-builder
+	$(BIN)/python -m tools.hub_kernel build/hub $(if $(HUB_REPO),--repo-id $(HUB_REPO))
+
 # -- code and pages
 
 docs: install pages docs-check  ## renew the pages that code writes, and build the site into site/
