@@ -26,10 +26,12 @@ ran interleaved in one process on one machine; figures are medians. Compare rati
 
 ## Time one kernel yourself
 
-    pip install -e ".[bench]" --no-build-isolation
-    python -m pytest bench --benchmark-only -k "attention and mixed"           # a table per op and shape, a row per peer
-    python -m pytest bench --benchmark-only --benchmark-save before            # now change the kernel ..
-    python -m pytest bench --benchmark-only --benchmark-compare                # .. and compare with the last saved run
+```
+pip install -e ".[bench]" --no-build-isolation
+python -m pytest bench --benchmark-only -k "attention and mixed"           # a table per op and shape, a row per peer
+python -m pytest bench --benchmark-only --benchmark-save before            # now change the kernel ..
+python -m pytest bench --benchmark-only --benchmark-compare                # .. and compare with the last saved run
+```
 
 These run on any machine, and on its CUDA device if it has one; `--benchmark-compare-fail=median:10%` makes a slower median an
 error. A peer's result is compared with this package's before it is timed, and a peer that is not installed or has no kernel for

@@ -3,7 +3,8 @@
 A Python block runs in a folder that has what the pages name (``my_run/checkpoint``, ``INDEX``, ``STORE``, ``ST``); one that
 needs a package which is not installed is skipped and says so. A ``grit`` command is parsed by its own parser, and run if it
 takes seconds; ``make``, ``pip install``, ``python -m``, ``torchrun`` and ``curl`` lines are held to the Makefile, the extras,
-the modules and the server's routes.
+the modules and the server's routes. Rows of JSON are read as training reads them, and what a page shows below a ``$`` command is
+what the command prints.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from python_model.data.reading import tolerant_rows
+from python_model.data.report import DataReport
+from python_model.data.rows import to_object
 from tests.conftest import needs_source_tree
 from tests.python_model.conftest import checkpoint, tokenizer  # noqa: F401  (fixtures)
 
@@ -70,7 +74,7 @@ def lines(block: Block) -> list[list[str]]:
     joined = block.text.replace("\\\n", " ")
     found = []
     for line in joined.splitlines():
-        line = line.removeprefix("$ ")
+        line = line.removeprefix("$ ").removeprefix("srun ")
         if line.split(" ")[0] in ("grit", "make", "pip", "python", "torchrun", "curl") or re.match(
             r"[A-Z_]+=\d+ ", line
         ):
@@ -79,6 +83,8 @@ def lines(block: Block) -> list[list[str]]:
     return found
 
 
+ROWS = [b for b in blocks() if b.text.startswith("{") and b.language in ("", "json")]
+SHOWN = [b for b in SHELL if b.text.startswith("$ ")]
 COMMANDS = [pytest.param(words, id=f"{b.page}-{' '.join(words)[:60]}") for b in SHELL for words in lines(b)]
 
 
@@ -172,6 +178,31 @@ def test_a_command_is_one_that_works(
         _curl(rest, request)
 
 
+@pytest.mark.parametrize("block", ROWS, ids=lambda block: block.name)
+def test_rows_are_read_by_training(block: Block, tmp_path: Path) -> None:
+    for number, line in enumerate(block.text.splitlines()):
+        report = DataReport()
+        (tmp_path / f"{number}.jsonl").write_text(line + "\n", encoding="utf-8")
+        (row,) = tolerant_rows(str(tmp_path / f"{number}.jsonl"), report)
+        assert sum(report.used.values()) == 1 and not report.left_out, line
+        assert set(json.loads(line)) <= set(to_object(row))
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.name)
+def test_a_command_prints_what_the_page_shows(
+    block: Block, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from python_model import cli
+
+    command, _, printed = block.text.removeprefix("$ ").partition("\n")
+    words = shlex.split(command)
+    for name, value in (word.split("=") for word in words if re.fullmatch(r"[A-Z_]+=\S+", word)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    cli.main(["train", *words[words.index("python_model.train") + 1 :]])
+    assert capsys.readouterr().out == printed
+
+
 def _grit(rest: list[str]) -> None:
     import importlib
 
@@ -222,4 +253,7 @@ def _curl(rest: list[str], request: pytest.FixtureRequest) -> None:
 
 def test_the_blocks_are_found() -> None:
     assert {b.page for b in blocks()} >= {"README.md", "getting_started.md", "integrations.md", "serving.md"}
-    assert len(PYTHON) >= 15 and len(COMMANDS) >= 40
+    assert len(PYTHON) >= 15 and len(COMMANDS) >= 40 and len(ROWS) >= 3 and SHOWN
+    # a command that is merely indented would not be found
+    hidden = re.compile(r"^ {4}(grit|make|pip|python|torchrun|curl) ", flags=re.MULTILINE)
+    assert not [page.name for page in PAGES if hidden.search(page.read_text(encoding="utf-8"))]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from python_model.support.tested import tested_versions
+from python_model.support import tested
 from tests.conftest import needs_source_tree
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_the_readme_counts_model_types_as_the_page_does() -> None:
 def test_peers_are_compared_in_the_versions_that_are_tested() -> None:
     """A new lock is a reason to read the table of peers again; docs/export.md says what the servers' code does."""
     header = next(line for line in README.splitlines() if line.startswith("| | grit_kernels | gritlm"))
-    locked = tested_versions()
+    locked = tested.tested_versions()
     for name in ("transformers", "sentence-transformers"):
         assert f"| {name} {locked[name].rpartition('.')[0]} |" in header, name
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
