@@ -138,6 +138,7 @@ def render(verdicts: dict[str, proof.Verdict], unserved: dict[str, str]) -> str:
 
 def _cell(text: str) -> str:
     text = re.sub(r"0x[0-9a-f]+", "0x..", " ".join(text.split())).replace("|", "\\|")
+    text = text.removeprefix("RuntimeError: model: ").split("; another library")[0]
     return text if len(text) <= 180 else text[:177] + "..."
 
 

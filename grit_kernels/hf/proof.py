@@ -149,7 +149,7 @@ def attention_is_reached(model: Any) -> str | None:
             with alone():
                 patched_copy(model_class(type(config)(**tiny_values(config))))
         except Exception as error:
-            _reaches[model_class] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            _reaches[model_class] = _named(error)
     return _reaches[model_class]
 
 
@@ -216,7 +216,11 @@ def _tried(model_class: type, config_class: type, key: str, parts: frozenset[typ
         with alone():
             return _try(model_class, config_class(**values), parts)
     except Exception as error:
-        return Verdict(float("nan"), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return Verdict(float("nan"), _named(error))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
@@ -357,10 +361,19 @@ def _try(model_class: Any, config: Any, parts: frozenset[type]) -> Verdict:
     config._attn_implementation = "eager"
     stock = model_class(config).eval().float()
     draw_weights(stock)
-    model = patched_copy(stock)
-    plain, patched = compat.decoder_of(stock), compat.decoder_of(model)
+    plain = compat.decoder_of(stock)
     texts = [torch.randint(3, 97, (1, length)) for length in TEXTS]
-    truth = {flag: [alone_in_stock(plain, text, flag) for text in texts] for flag in (True, False)}
+    try:
+        truth = {flag: [alone_in_stock(plain, text, flag) for text in texts] for flag in (True, False)}
+    except Exception as error:
+        return Verdict(float("nan"), f"unpatched, with eager attention, it fails on a text alone ({_named(error)})")
+    try:
+        model = patched_copy(stock)
+    except Exception as error:
+        if str(error).startswith("model: "):
+            raise  # one of ours, which says what is wrong
+        return Verdict(float("nan"), f"its layers fail without a mask ({_named(error)})")
+    patched = compat.decoder_of(model)
     if _difference(truth[True], truth[False]) < 1e-2:
         return Verdict(float("nan"), "unpatched, it ignores is_causal=False, so there is nothing to compare with")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -111,6 +112,17 @@ def test_a_refusal_names_the_model_and_the_reason() -> None:
     with pytest.raises(TypeError, match=reason):
         gk.patch(model)
     assert not gk.is_patched(model) and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "model_type, reason",
+    [
+        ("falcon", r"its layers fail without a mask \(TypeError: .*\)"),
+        ("xmod", r"unpatched, with eager attention, it fails on a text alone \(ValueError: Input language unknown.*\)"),
+    ],
+)
+def test_a_trial_that_fails_says_in_which_pass(model_type: str, reason: str) -> None:
+    assert re.fullmatch(reason, families_sweep.tried(model_type).refusal or "")
 
 
 def test_a_wrong_result_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
