@@ -25,6 +25,8 @@ def process_group(rank: int, world: int, store: str | Path) -> Iterator[dist.Pro
     # a process of its own does not have pytest's filters
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("error", category)
+    # torch.utils.mkldnn, which torch.compile's CPU backend imports, is written with it
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
     for category, text in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", text, category)
     torch.set_num_threads(1)

@@ -184,8 +184,9 @@ def refuse_gradients(argument: str, **tensors: Tensor) -> None:
 def check_softmax_options(softmax_scale: float | None, softcap: float, dim: int) -> tuple[float, float]:
     """``softmax_scale`` (default ``dim ** -0.5``) and ``softcap`` as floats."""
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    if not math.isfinite(scale):
+    # comparisons, not math.isfinite: a compiled graph may have a symbol for the number, and isfinite would break it
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number >= 0 (0 switches it off), got {softcap}")
     return scale, float(softcap)

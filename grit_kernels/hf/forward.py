@@ -264,13 +264,21 @@ class _Call:
             arguments["grit_pass"] = grit_pass
         # the class's forward, since the instance's is ours
         outputs = type(self.decoder).forward(self.decoder, **{self.name: inputs}, **arguments, **self.extra)
-        if inputs.shape[1] and not grit_pass.witness:
+        if inputs.shape[1] and not grit_pass.witness and not _is_compiled(self.decoder):
             raise RuntimeError(
                 f"model: no layer of this {type(self.decoder).__name__} called the attention that patch() put in, so the "
                 "result would ignore is_causal and packing; another library has replaced its layers, or they attend by "
                 "themselves"
             )
         return outputs
+
+
+def _is_compiled(decoder: nn.Module) -> bool:
+    """Whether the decoder runs, or parts of it do, as compiled graphs, which leave no witness."""
+    return torch.compiler.is_compiling() or any(
+        module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in decoder.modules()
+    )
 
 
 def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.device) -> SamplePack:

@@ -339,8 +339,8 @@ def grit_attention(
     flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if grit_pass is None and key.shape[2] == q_length:
         grit_pass = _samples_of_rows(position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length)
-    elif grit_pass is not None:
-        grit_pass.witness["called"] = True
+    elif grit_pass is not None and not torch.compiler.is_compiling():
+        grit_pass.witness["called"] = True  # which no graph may do inside a layer that is recomputed
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
     if grit_pass is None:
         grit_pass = _pass_of_rows(flag, batch, query.device, attention_mask, position_ids)

@@ -33,6 +33,7 @@ FREE_SETTINGS = frozenset(
         "push_to_hub",
         "model.architecture",
         "model.gradient_checkpointing",
+        "model.compile",
         "data.data_workers",
         "data.token_cache",
         "batch.chunk_tokens",

@@ -37,6 +37,7 @@ class ModelConfig(Checked):
         bf16: compute in bfloat16 with FP32 weights.
         gradient_checkpointing: recompute activations in the backward pass; with ``selective`` all of them but attention, which is
             kept.
+        compile: run each of the decoder's layers through torch.compile.
         lora_rank: rank of the adapters trained on every linear layer instead of all weights; 0: train all weights.
         lora_alpha: the adapters' output is multiplied by ``lora_alpha / lora_rank``.
         lora_dropout: dropout probability of the adapters' inputs.
@@ -48,6 +49,7 @@ class ModelConfig(Checked):
     architecture: str = ""
     bf16: bool = True
     gradient_checkpointing: bool | Literal["selective"] = False
+    compile: bool = False
     lora_rank: CountOrNone = 0
     lora_alpha: Count = 64
     lora_dropout: Share = 0.1

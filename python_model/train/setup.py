@@ -18,6 +18,8 @@ from python_model.train.adapters import add_adapters, quantization_arguments
 from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig
 from python_model.train.memory import GIB, MemoryPlan, StepTokens, plan_memory
 
+GRAPHS = 64
+"""Graphs that torch.compile may make of the layers."""
 _PROBES = (
     "<|user|>\nWhat is 12 + 7?\n<|embed|>\n  The river's mouth -- it's 3,000 km away!\n\n\tEND",
     "def f(x: int = 0) -> str:\r\n    return f'{x:>8}'\r\n",
@@ -61,6 +63,20 @@ def recompute_activations(grit: GritLM, config: ModelConfig) -> None:
     """Enable gradient checkpointing if the settings say so."""
     if config.gradient_checkpointing:
         gk.hf.checkpoint_activations(grit.model, keep_attention=config.gradient_checkpointing == "selective")
+
+
+def compile_layers(grit: GritLM, config: ModelConfig, backend: Any = "inductor") -> None:
+    """Compile the forward of each of the decoder's layers if the settings say so, into graphs without breaks, for any lengths."""
+    if not config.compile:
+        return
+    # the compiler fuses by itself, and the forwards that fused ops put into each module would keep layers from sharing graphs
+    gk.patch(grit.model, bidirectional_window=grit.settings.bidirectional_window, fuse=False)
+    # one for each kind of layer, with and without gradients, for one sample and for several; more than torch's limit of 8 would
+    # be an error in the middle of a run
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for layer in gk.hf.layers_of(grit.decoder[0]):
+        # not layer.compile(): hooks, such as those by which FSDP gathers weights, stay outside
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
 
 
 def plan_dry_run(

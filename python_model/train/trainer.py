@@ -33,7 +33,14 @@ from python_model.train.memory import GIB, device_limit, plan_memory, plan_token
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
 from python_model.train.profiling import step_profiler
-from python_model.train.setup import config_digest, load_model, model_digest, recompute_activations, tokenizer_digest
+from python_model.train.setup import (
+    compile_layers,
+    config_digest,
+    load_model,
+    model_digest,
+    recompute_activations,
+    tokenizer_digest,
+)
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
 from python_model.train.validation import Validation, best_scores, check_evaluation
@@ -91,6 +98,7 @@ class Trainer:
         }
         if config.evaluation.data:
             identity["evaluation.data"] = held_out_digest(config.evaluation.data)
+        compile_layers(model, config.model)
         self.model = wrap(training_model, config.parallel, self.ranks, bf16=config.model.bf16)
         self.optimizers = Optimizers(
             self.model, config.optimizer, config.losses, self.ranks, steps=config.steps, embeds=config.embeds

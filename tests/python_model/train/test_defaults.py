@@ -21,6 +21,7 @@ DEFAULTS = {
         "architecture": "",
         "bf16": True,
         "gradient_checkpointing": False,
+        "compile": False,
         "lora_rank": 0,
         "lora_alpha": 64,
         "lora_dropout": 0.1,

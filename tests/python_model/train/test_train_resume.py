@@ -319,7 +319,8 @@ def test_every_setting_is_compared_or_known_to_leave_the_result_alone() -> None:
         "where things are written": ("output_dir", "push_to_hub", "logging.trackers", "data.token_cache"),
         "what is done instead of training": ("dry_run", "model.architecture", "parallel.device_memory"),
         "how the same samples and gradients are computed": (
-            *("model.gradient_checkpointing", "data.data_workers", "batch.chunk_tokens", "batch.chunking"),
+            *("model.gradient_checkpointing", "model.compile", "data.data_workers"),
+            *("batch.chunk_tokens", "batch.chunking"),
             *("parallel.strategy", "parallel.shard_size", "parallel.reduce_each_chunk", "parallel.cpu_offload"),
         ),
         "when states are saved, and when a run stops": (

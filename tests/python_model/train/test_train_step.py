@@ -22,7 +22,7 @@ from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
-from python_model.train.setup import recompute_activations
+from python_model.train.setup import compile_layers, recompute_activations
 from python_model.train.step import StepGradients, StepLosses, plan_step
 from tests.python_model.training_config import make_config
 from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model
@@ -78,6 +78,7 @@ def gradients_of(
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     training_model = TrainingModel(load(checkpoint, config))
     recompute_activations(training_model.grit, config.model)
+    compile_layers(training_model.grit, config.model, "aot_eager")  # traces as inductor does, and needs no C++ compiler
     training_model.touch_all = ranks.group is not None
     model = wrap(training_model, config.parallel, ranks, bf16=False)
     optimizers = Optimizers(model, config.optimizer, config.losses, ranks, steps=1, embeds=config.embeds)
@@ -194,6 +195,7 @@ RANKED = [
     {"parallel": "ddp", **LIMITED},
     {"parallel": "ddp", "distillation_weight": 0.7, "learn_temperature": True},
     {"parallel": "fsdp", "lora_rank": 4, "lora_dropout": 0.0, "chunk_tokens": LENGTH, **LIMITED},
+    {"parallel": "fsdp", "compile": True, "chunk_tokens": LENGTH, "gradient_checkpointing": True},
 ]
 HYBRID = [
     {"parallel": "fsdp", "shard_size": 2, "chunk_tokens": 2 * LENGTH, "gradient_checkpointing": True},
@@ -223,7 +225,7 @@ def test_ranks_give_the_gradients_of_one_process(
     mp.spawn(_rank, (world, str(tmp_path / "store"), str(checkpoint), cases, str(tmp_path)), nprocs=world)
     samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS)[0]
     for index, changes in enumerate(cases):
-        plain = {"chunk_tokens": 0, "chunking": "tokens", "gradient_checkpointing": False}
+        plain = {"chunk_tokens": 0, "chunking": "tokens", "gradient_checkpointing": False, "compile": False}
         expected = gradients_of(checkpoint, config_of(**{**changes, **plain}), samples)
         saved = torch.load(tmp_path / f"{index}.pt", weights_only=True)
         assert_same((StepLosses(**saved["losses"]), saved["grads"]), expected)
