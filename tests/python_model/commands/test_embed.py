@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,49 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert "resuming after 6 of 10 texts" in printed.err and "10 vectors of size" in printed.out
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), np.load(tmp_path / "whole.npy"), atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "v.npy", "whole.npy"]
+
+
+KILLED = """
+import os, signal, sys
+from python_model import GritLM
+from python_model.commands import embed
+embed.BLOCK = 3
+encode, blocks = GritLM.encode, []
+def killed(self, part, **options):
+    if len(blocks) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    blocks.append(part)
+    return encode(self, part, **options)
+GritLM.encode = killed
+embed.COMMAND(sys.argv[1:])
+"""
+
+
+def test_a_run_ended_by_sigkill_loses_one_block_at_most(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "river number {n}"}}\n' for n in range(10)))
+    arguments = [
+        "--model",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--input",
+        str(texts),
+        "--output",
+        str(tmp_path / "v.npy"),
+    ]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "v.npy").exists()
+    monkeypatch.setattr(embed, "BLOCK", 3)
+    embed.COMMAND(arguments)
+    assert "resuming after 6 of 10 texts" in capsys.readouterr().err
+    whole = GritLM(checkpoint, device="cpu")
+    expected = whole.encode([f"river number {n}" for n in range(10)], instruction=whole.formatter.embed_instruction(""))
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "v.npy"]
 
 
 def test_texts_that_are_cut_are_counted(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
