@@ -167,6 +167,11 @@ class Reader:
                 raise DataError(f"{origin}: unknown column {name!r}: did you mean {close[0]!r}?", "misspelt")
             if form not in CHATS and (name in EMBEDDING_COLUMNS or _is_negative(name)):
                 raise DataError(f"{origin}: column {name!r} has no meaning in this row's format {form!r}")
+            if form not in CHATS and name == "no_in_batch_neg" and columns[name]:
+                raise DataError(
+                    f"{origin}: no_in_batch_neg: expected it in the name of the file, as in FlagEmbedding, since it holds for a "
+                    "whole batch; got it as a column"
+                )
             if name not in NAMES_OF_ROWS:
                 self.notes[f"column {name!r} is ignored"] = None
 

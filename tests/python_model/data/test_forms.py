@@ -155,6 +155,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "column 'negative' has no meaning in this row's format 'grit'",
     ),
     "a score beside passages": ({**FLAG, "score": 0.5}, "column 'score' has no meaning"),
+    "a batch's setting as a column": (
+        {**FLAG, "no_in_batch_neg": True},
+        "no_in_batch_neg: expected it in the name of the file",
+    ),
     "a misspelt column": ({**FLAG, "pos_score": [1, 2]}, "unknown column 'pos_score': did you mean 'pos_scores'?"),
     "a misspelt query": ({"qeury": "q", "pos": ["p"]}, "did you mean 'query' by 'qeury'?"),
     "a pair with a score": ({"sentence1": "a", "sentence2": "b", "score": 0.2}, "--positive-score"),
