@@ -127,6 +127,25 @@ def test_causal_bidirectional_and_mixed_equal_the_unpatched_model(family: str, m
 
 
 @FAMILY
+@PADDING
+@torch.no_grad()
+def test_a_text_gives_the_same_alone_and_in_any_batch(family: str, mask: Tensor) -> None:
+    """Neighbours of other lengths and flags, the order of the rows, and the layout change nothing but rounding."""
+    order = torch.tensor([2, 0, 1])
+    for model, options in (
+        (patched(family), {}),
+        (patched(family), {"use_cache": True}),
+        (patched(family, packing=False), {}),
+    ):
+        together = model(IDS, attention_mask=mask, is_causal=FLAGS, **options).logits
+        moved = model(IDS[order], attention_mask=mask[order], is_causal=FLAGS[order], **options).logits
+        for row, real in enumerate(mask.bool()):
+            alone = model(IDS[row : row + 1, real], is_causal=FLAGS[row : row + 1], **options).logits[0]
+            close(together[row, real], alone)
+            close(moved[int((order == row).nonzero()), real], alone)
+
+
+@FAMILY
 @feature("packed input")
 @torch.no_grad()
 def test_packed_input_in_every_form_equals_padded_input(family: str) -> None:
