@@ -1,6 +1,7 @@
 """The interface to transformers: the only part of this package that imports it, and what other code needs to know about it.
 
-* :func:`patch`, :func:`unpatch`, :func:`patched`, :func:`is_patched`: a decoder with an attention mode per sample.
+* :func:`patch`, :func:`unpatch`, :func:`patched`, :func:`is_patched`, :func:`patch_options`: a decoder with an attention mode per
+  sample.
 * caches, whatever the argument is called in this version of transformers: :func:`new_cache`, :func:`cached_states`,
   :func:`cache_keyword`, and ``StaticCache``, whose layout the kernels read without a copy. ``PackedCache``, for packed passes
   whose samples continue; :func:`packed_cache_refusal`: why a model cannot run them; :func:`states_geometry`: what it keeps of a
@@ -30,7 +31,7 @@ from grit_kernels.hf.compat import (
 )
 from grit_kernels.hf.fuse import is_watched
 from grit_kernels.hf.packed_trial import StatesGeometry, own_logits, packed_cache_refusal, states_geometry
-from grit_kernels.hf.patch import is_patched, patch, patched, unpatch
+from grit_kernels.hf.patch import is_patched, patch, patch_options, patched, unpatch
 from grit_kernels.hf.proof import check_plain_head
 from grit_kernels.hf.recurrent import has_recurrent_layers
 from grit_kernels.hf.rope import FrequencyChange, depends_on_length, frequency_change
@@ -57,6 +58,7 @@ __all__ = [
     "own_logits",
     "packed_cache_refusal",
     "patch",
+    "patch_options",
     "patched",
     "rotary_of",
     "states_geometry",

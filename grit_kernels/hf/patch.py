@@ -198,6 +198,13 @@ def is_patched(model: Any) -> bool:
     return "_grit_patch" in _decoder(model).__dict__
 
 
+def patch_options(model: Any) -> dict[str, Any] | None:
+    """The options that :func:`patch` was last called with, by name; None: the model is not patched."""
+    record = _decoder(model).__dict__.get("_grit_patch")
+    names = ("bidirectional_window", "packing", "fuse", "deterministic")
+    return None if record is None else {name: getattr(record, name) for name in names}
+
+
 def _decoder(model: Any) -> Any:
     """The bare decoder inside ``model``: PEFT wrappers, compiled modules and the language-model head are unwrapped."""
     if not isinstance(model, nn.Module):

@@ -169,6 +169,7 @@ def _bidirectional_states(model: GritLM, prompts: Sequence[Sequence[int]]) -> li
 
     The last token of the run sees all of it either way, so decoding recomputes it causally and continues from there.
     """
+    model.check_patch()
     found: list[TextStates | None] = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)

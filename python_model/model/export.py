@@ -78,14 +78,14 @@ def export_sentence_transformers(
             "document": ""}`` if the settings have none. Each becomes the prefix of the model's format
             (``<|user|>\\n{instruction}\\n<|embed|>\\n``, or the bare embed marker), excluded from pooling unless the settings
             have ``embed_instruction``.
-        max_length: longer texts are truncated.
+        max_length: longer texts are truncated; at most the positions that the model's config gives.
         packed: load through :class:`GritTransformer`.
 
     Raises:
         ValueError: a setting of the model has no counterpart in sentence-transformers; the message names it.
     """
     settings = model.settings
-    _check(model)
+    _check(model, packed, max_length)
     target = Path(folder)
     formatter = model.formatter
     special = formatter.special_tokens
@@ -172,8 +172,10 @@ def export_sentence_transformers(
     return target
 
 
-def _check(model: GritLM) -> None:
+def _check(model: GritLM, packed: bool, max_length: int) -> None:
     settings = model.settings
+    model.check_patch()
+    model.check_plain_weights("export")
     if not settings.attention.embedding_is_uniform:
         raise ValueError(f"attn: expected 'bb' or 'cc' embeddings for an export, got {settings.attn!r}")
     if settings.pooling_method == "weightedmean" and not settings.embed_instruction:
@@ -188,6 +190,17 @@ def _check(model: GritLM) -> None:
         )
     if model.projection is not None and type(model.projection) is not nn.Linear:
         raise TypeError(f"projection: expected an nn.Linear for an export, got {type(model.projection).__name__}")
+    limit = getattr(model.model.config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"max_length: expected at most the model's {limit} positions, at which sentence-transformers cuts every text, "
+            f"got {max_length}"
+        )
+    if not packed and gk.hf.depends_on_length(model.decoder[0]):
+        raise ValueError(
+            "rope_parameters: expected rotary embeddings that do not depend on the length of a text, or packed=True (--packed): "
+            f"sentence-transformers scales them by the longest text of a batch; got {model.model.config.rope_parameters}"
+        )
     layers = set(getattr(model.model.config, "layer_types", None) or ())
     if settings.bidirectional_window == "full" and not settings.attention.embedding_causal and len(layers) > 1:
         raise ValueError(

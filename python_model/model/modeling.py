@@ -195,8 +195,42 @@ class GritLM(nn.Module):
                 f"mode: expected 'unified' or 'generative' to {purpose}, got 'embedding', which loads no language-model head"
             )
 
+    def check_patch(self) -> None:
+        """Check that the decoder attends as ``settings`` say, which are what is saved and exported.
+
+        Raises:
+            ValueError: the decoder is no longer patched, or was patched again with another ``bidirectional_window``.
+        """
+        options = gk.hf.patch_options(self.decoder[0])
+        if options is None:
+            raise ValueError("model: expected a patched decoder, as it is loaded, got one after unpatch()")
+        if (window := options["bidirectional_window"]) != self.settings.bidirectional_window:
+            raise ValueError(
+                f"bidirectional_window: expected {self.settings.bidirectional_window!r} as in the settings, got a decoder "
+                f"patched with {window!r}; load the model with GritLM(.., bidirectional_window={window!r}) instead"
+            )
+
+    def check_plain_weights(self, purpose: str, *, quantized: bool = False) -> None:
+        """Check that nothing but weights has to be written to ``purpose`` (a verb).
+
+        Raises:
+            ValueError: there are adapters of PEFT, or (unless ``quantized``) weights that are not plain floating-point numbers.
+        """
+        for name, module in self.model.named_modules():
+            if type(module).__module__.partition(".")[0] == "peft":
+                raise ValueError(
+                    f"model: expected plain weights to {purpose}, got {name or 'a model'} of type {type(module).__name__}; merge "
+                    "the adapters first: model.model = model.model.merge_and_unload()"
+                )
+        for name, weight in () if quantized else self.model.named_parameters():
+            if type(weight) is not nn.Parameter or not weight.is_floating_point():
+                raise ValueError(
+                    f"model: expected plain weights to {purpose}, got {type(weight).__name__} of {weight.dtype} in {name}"
+                )
+
     def hidden_states(self, input_ids: Tensor, pack: gk.SamplePack) -> Tensor:
         """(tokens) ids of a pack -> (tokens, hidden) states after the last norm, each sample in its own attention mode."""
+        self.check_patch()
         return self.decoder[0](input_ids=input_ids[None], sample_pack=pack).last_hidden_state[0]
 
     def embedding_pack(self, lengths: Sequence[int], instruction_lens: Sequence[int]) -> gk.SamplePack:
@@ -356,6 +390,8 @@ class GritLM(nn.Module):
             raise TypeError(
                 f"projection: expected an nn.Linear to save, got {type(self.projection).__name__}; merge it first"
             )
+        # transformers writes, and reads again, the weights that it has quantised itself
+        self.check_plain_weights("save", quantized=hasattr(self.model.config, "quantization_config"))
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.projection is not None:
@@ -381,6 +417,7 @@ class GritLM(nn.Module):
 
     def _cached_states(self, samples: list[EncodedSample], pack: gk.SamplePack) -> tuple[Tensor, Any]:
         """Hidden states of the pack, and the cache filled by a padded pass (a transformers cache holds padded rows)."""
+        self.check_patch()
         if pack.hi is not None:
             raise ValueError("get_cache: expected attn 'bb' or 'cc', got 'cb', which fills no cache")
         longest = pack.max_seqlen

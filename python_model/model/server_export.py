@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+import grit_kernels as gk
 from python_model.model.modeling import ACTIVATIONS, GritLM
 from python_model.support.arguments import check_at_least, check_choice
 from python_model.support.files import new_folder, write_json
@@ -95,6 +96,8 @@ def commands(model: GritLM, folder: str | os.PathLike[str], server: Server, max_
 def _check(model: GritLM, server: str, max_length: int, pool_instruction: bool) -> None:
     settings, config = model.settings, model.model.config
     model.check_head("export")
+    model.check_patch()
+    model.check_plain_weights("export")
     if not settings.attention.embedding_is_uniform:
         raise ValueError(f"attn: expected 'bb' or 'cc' embeddings for an export, got {settings.attn!r}")
     if not settings.attention.embedding_causal and config.model_type not in BIDIRECTIONAL[server]:
@@ -120,9 +123,18 @@ def _check(model: GritLM, server: str, max_length: int, pool_instruction: bool) 
         raise ValueError(f"max_length: expected at most the model's sliding window, {window}, got {max_length}")
     if model.projection is not None and type(model.projection) is not nn.Linear:
         raise TypeError(f"projection: expected an nn.Linear for an export, got {type(model.projection).__name__}")
+    if gk.hf.depends_on_length(model.decoder[0]):
+        raise ValueError(
+            "rope_parameters: expected rotary embeddings that do not depend on the length of a text, which "
+            f"{server} decides in its own way, got {config.rope_parameters}"
+        )
     special = model.formatter.special_tokens
     around = [*special.start], [*model.formatter.suffix, *special.end]
     if server == "gguf":
+        if (activation := getattr(config, "hidden_act", "silu")) != "silu":
+            raise ValueError(
+                f"hidden_act: expected 'silu', which llama.cpp computes for {config.model_type}, got {activation!r}"
+            )
         if model.projection is not None:
             raise ValueError(f"projection: expected none, llama.cpp has no such head for {config.model_type}")
         tokenizer: Any = model.tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -45,8 +45,12 @@ def embedding_settings(model: GritLM) -> dict[str, Any]:
 
 def _add_weights(digest: Any, module: torch.nn.Module) -> None:
     for name, weight in sorted(module.named_parameters()):
-        plain = weight.to_dense() if weight.is_mkldnn else weight  # see python_model.model.packed_linear
-        flat = plain.detach().reshape(-1)
+        plain = weight.detach()
+        if plain.is_mkldnn:  # see python_model.model.packed_linear
+            plain = plain.to_dense()
+        elif type(weight).dequantize is not torch.Tensor.dequantize:  # a class of its own, such as torchao's
+            plain = cast(Any, weight).dequantize()
+        flat = plain.reshape(-1)
         chosen = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).round().long()
         values = flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
         digest.update(name.encode())

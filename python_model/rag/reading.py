@@ -17,6 +17,7 @@ def read(model: GritLM, texts: Sequence[Sequence[int]], *, causal: bool, start: 
     """States of each text (token ids, at least one each), with key positions beginning at ``start``; without padding."""
     if not texts or not all(len(ids) for ids in texts):
         raise ValueError("texts: expected at least one token per text, got none or an empty one")
+    model.check_patch()
     longest = max(map(len, texts))
     ids = torch.zeros(len(texts), longest, dtype=torch.int64)
     mask = torch.zeros(len(texts), longest, dtype=torch.int64)

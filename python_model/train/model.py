@@ -66,6 +66,7 @@ class TrainingModel(nn.Module):
         if not self.router_loss:
             states = self.grit.hidden_states(chunk.input_ids, chunk.pack)
             return states, states.new_zeros((), dtype=torch.float32)
+        self.grit.check_patch()
         decoder = self.grit.decoder[0]
         output = decoder(input_ids=chunk.input_ids[None], sample_pack=chunk.pack, output_router_logits=True)
         # a pack has no padding, so all tokens count for load balancing
