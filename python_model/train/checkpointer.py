@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import torch.distributed as dist
 
 from python_model.support.files import sync, write_json
-from python_model.train.config import MOVED, REMOVED, dotted
+from python_model.train.config import MOVED, REMOVED, TYPES, dotted
 from python_model.train.distributed import Ranks
 
 VERSION = 2
@@ -79,7 +79,8 @@ class Checkpointer:
 
     Args:
         settings: of the run, nested; a state with other settings (except FREE_SETTINGS) is refused.
-        identity: digests by name of what the run reads, its data and the model it starts from; a state with others is refused.
+        identity: what a state must have been written with, or it is refused: digests of what the run reads, its data and the
+            model it starts from, by names that begin with the setting's, and other values by name.
         save_total: number of states kept.
     """
 
@@ -190,9 +191,12 @@ class Checkpointer:
                 raise ValueError(
                     f"{name}: expected {value!r}, with which {path} was written, got {current[name]!r}; {way_out}"
                 )
-        for name, digest in saved["identity"].items():
-            if self.identity.get(name, digest) != digest:
+        for name, value in saved["identity"].items():
+            mine = self.identity.get(name, value)
+            if mine != value and name.partition(" ")[0] in TYPES:
                 raise ValueError(f"{name}: expected the content with which {path} was written, got another; {way_out}")
+            if mine != value:
+                raise ValueError(f"{name}: expected {value}, with which {path} was written, got {mine}; {way_out}")
         tensors = trained.state_dict()
         with _told(path, "read", "; remove it to resume from the one before it, if there is one"):
             dcp.load(tensors, checkpoint_id=path, no_dist=self.ranks.group is None)

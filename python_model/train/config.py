@@ -14,7 +14,7 @@ from python_model.settings import GritSettings
 from python_model.support.checked import Checked, Count, CountOrNone, NotNegative, Positive, Share
 
 Mode = Literal["unified", "embedding", "generative"]
-OptimizerKind = Literal["adamw", "muon"]
+OptimizerKind = Literal["adamw", "adamw_8bit", "muon"]
 
 
 GritChanges = make_dataclass(
@@ -67,7 +67,8 @@ class OptimizerConfig(Checked):
     """The optimiser, its schedule, and gradient clipping.
 
     Attributes:
-        kind: ``adamw``, or ``muon`` for the matrices of the decoder's layers (orthogonalised momentum; half of AdamW's memory)
+        kind: ``adamw``; ``adamw_8bit``, the same with its two moments in 8 bits and a scale per 256 weights (torchao; a quarter
+            of the memory); or ``muon`` for the matrices of the decoder's layers (orthogonalised momentum; half of AdamW's memory)
             and AdamW for everything else: embeddings, heads, routers, experts, norms and biases. Muon's steps are scaled to the
             size of AdamW's, so the same learning rate suits both.
         lr: peak learning rate, reached at the end of the warm-up.
@@ -280,6 +281,11 @@ class TrainConfig(Checked):
             raise ValueError(
                 f"data.train_group_size: expected at least 2 passages to compare with losses.distillation_weight, "
                 f"got {data.train_group_size}"
+            )
+        if self.logging.async_save and self.optimizer.kind == "adamw_8bit":
+            raise ValueError(
+                "logging.async_save: expected false with optimizer.kind adamw_8bit, whose moments torch cannot copy for that, "
+                "got true"
             )
         if self.push_to_hub:
             check_hub_name("push_to_hub", self.push_to_hub)

@@ -4,7 +4,8 @@
     gradients    4 bytes per trained weight; unsharded between chunks with FSDP, unless ``reduce_each_chunk``
     kept         4 bytes per trained weight, divided among the ranks that share them: with two objectives, the gradient of
                  the first while the second is computed (balance.py)
-    optimiser    8 bytes per trained weight (two moments), 4 where Muon moves it (one momentum)
+    optimiser    8 bytes per trained weight (two moments), 4 where Muon moves it (one momentum); in 8 bits 2 + 8/256 and a table
+                 per moment, but 8 in a tensor of fewer than 4,096 weights or of other than a multiple of 256
     working copy bfloat16 weights in use: all of them (autocast), or with FSDP two layers, embedding and head
     activations  what is kept for the backward pass of one chunk (below), or with gradient checkpointing one state per layer
                  and token, plus one layer in full; the selective kind keeps attention's output (s D Hq + 4 Hq) as well
@@ -30,6 +31,8 @@ from python_model.train.config import Mode, ModelConfig, OptimizerKind, Parallel
 from python_model.train.optimizers import hidden_matrices
 
 GIB = 2**30
+BLOCK, LEAST_IN_8_BITS = 256, 4096
+"""Weights that share a scale in torchao's 8-bit moments, and the least number of weights in a tensor that is kept so."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,6 @@ def plan_memory(
     """The plan of training ``model`` (on any device, meta included; ``model_config`` is transformers') on ``world`` ranks."""
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    by_muon = sum(p.numel() for p in hidden_matrices(model)) if optimizer == "muon" else 0
     sharded = world > 1 and parallel.strategy == "fsdp"
     shards = (parallel.shard_size or world) if sharded else 1
     layers = model_config.num_hidden_layers
@@ -131,13 +133,26 @@ def plan_memory(
         4.0 * parameters / shards * offloaded,
         4.0 * trained / (1 if whole_gradient else shards),
         4.0 * trained / shards * offloaded if mode == "unified" else 0.0,
-        (8.0 * trained - 4.0 * by_muon) / shards * offloaded,
+        optimizer_bytes(model, optimizer, shards) * offloaded,
         working,
         float(activations),
         tokens.step,
         tokens.chunk,
         world,
     )
+
+
+def optimizer_bytes(model: nn.Module, kind: OptimizerKind, shards: int = 1) -> float:
+    """Bytes of what the optimiser keeps of the trained weights on each of ``shards`` ranks; see the top of the file."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    if kind == "adamw_8bit":
+        local = [count / shards for count in trained]
+        return sum(
+            2 * (count + 4 * count / BLOCK + 4 * 256) if count >= LEAST_IN_8_BITS and count % BLOCK == 0 else 8 * count
+            for count in local
+        )
+    by_muon = sum(p.numel() for p in hidden_matrices(model)) if kind == "muon" else 0
+    return (8.0 * sum(trained) - 4.0 * by_muon) / shards
 
 
 def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) -> float:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from grit_kernels.hf.compat import decoder_of, layers_of
+from python_model.support.optional import require
 from python_model.train.balance import limit_factor, total_norm
 from python_model.train.config import LossConfig, OptimizerConfig
 from python_model.train.distributed import Ranks
@@ -28,7 +29,13 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Optimizers:
-    """AdamW or Muon over the trainable weights of ``model`` (plain or wrapped for the ranks), with a warm-up and a schedule."""
+    """AdamW, with moments in 32 or 8 bits, or Muon over the trainable weights of ``model`` (plain or wrapped for the ranks),
+    with a warm-up and a schedule.
+
+    Raises:
+        ImportError: ``adamw_8bit`` without torchao.
+        ValueError: the model has no trainable weight.
+    """
 
     def __init__(
         self, model: nn.Module, config: OptimizerConfig, losses: LossConfig, ranks: Ranks, *, steps: int, embeds: bool
@@ -47,7 +54,9 @@ class Optimizers:
         ]
         groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = []
-        if groups:
+        if groups and config.kind == "adamw_8bit":
+            self.optimizers.append(require_8_bits().AdamW8bit(groups, lr=config.lr, betas=BETAS))
+        elif groups:
             self.optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True))
         if matrices:
             self.optimizers.append(
@@ -103,7 +112,10 @@ class Optimizers:
                 self.log_temperature.grad /= self.ranks.world
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr(step)
+                if isinstance(group["lr"], Tensor):  # torchao's, an input of its compiled step
+                    group["lr"].fill_(self.lr(step))
+                else:
+                    group["lr"] = self.lr(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -142,6 +154,11 @@ class Optimizers:
             with torch.no_grad():
                 self.log_temperature.copy_(saved.pop("log_temperature"))
             self.temperature_optimizer.state[self.log_temperature] = saved
+
+
+def require_8_bits() -> Any:
+    """torchao's optimisers; an ImportError says how to install them."""
+    return require("torchao.optim", "8bit")
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

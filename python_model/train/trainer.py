@@ -31,7 +31,7 @@ from python_model.train.distributed import Ranks, wrap
 from python_model.train.flops import ModelFlops, measured_peak
 from python_model.train.memory import GIB, device_limit, plan_memory, plan_tokens
 from python_model.train.model import TrainingModel
-from python_model.train.optimizers import Optimizers
+from python_model.train.optimizers import Optimizers, require_8_bits
 from python_model.train.profiling import step_profiler
 from python_model.train.setup import (
     compile_layers,
@@ -98,6 +98,11 @@ class Trainer:
         }
         if config.evaluation.data:
             identity["evaluation.data"] = held_out_digest(config.evaluation.data)
+        if config.optimizer.kind == "adamw_8bit":
+            # a scale belongs to 256 weights of one shard, so shards of another size have other scales
+            whole = self.ranks.group is None or config.parallel.strategy == "ddp"
+            shards = 1 if whole else config.parallel.shard_size or self.ranks.world
+            identity["shards of the weights (optimizer.kind adamw_8bit)"] = str(shards)
         compile_layers(model, config.model)
         self.model = wrap(training_model, config.parallel, self.ranks, bf16=config.model.bf16)
         self.optimizers = Optimizers(
@@ -132,6 +137,8 @@ class Trainer:
         in_batch_negatives = config.losses.in_batch_negatives
         teacher = config.losses.distillation_weight > 0
         # before minutes are spent on loading a model
+        if config.optimizer.kind == "adamw_8bit":
+            require_8_bits()
         check_data(config.data, config.mode, in_batch_negatives=in_batch_negatives, teacher=teacher)
         if config.evaluation.data:
             check_evaluation(config.evaluation, config.mode)

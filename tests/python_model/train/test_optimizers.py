@@ -1,12 +1,15 @@
-"""The rate's schedule, weight decay, and the Matryoshka loss against their definitions."""
+"""The rate's schedule, weight decay, the optimisers, and the Matryoshka loss against their definitions."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -16,13 +19,17 @@ from transformers import (
 
 import grit_kernels as gk
 from python_model.model.chunks import build_chunk
+from python_model.train import Interrupted, Trainer
 from python_model.train.config import LossConfig, OptimizerConfig
 from python_model.train.distributed import Ranks
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers, hidden_matrices
+from python_model.train.setup import load_model
 from python_model.train.step import StepGradients, plan_step
-from tests.python_model.training_samples import ToyStream, router_model, toy_config, toy_model, toy_trainer
+from tests.python_model.training_samples import ToyStream, figures, router_model, toy_config, toy_model, toy_trainer
+from tests.ranks import process_group
 
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -101,6 +108,81 @@ def test_muon_moves_the_layers_matrices_and_adamw_all_else(checkpoint: Path, tmp
         else:
             torch.testing.assert_close(step.abs(), torch.ones_like(step), rtol=1e-3, atol=1e-3)
     assert by_muon == 14 and len(trainer.optimizers.optimizers) == 2
+
+
+@needs_torchao
+def test_8_bit_adamw_takes_adamws_step_and_keeps_its_moments_to_the_nearest_code(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """A step computes in FP32 and then rounds the moments: by at most the widest gap between codes, times a block's largest."""
+    changes = {"lr": 0.1, "projection": 8, "warmup_ratio": 0.0, "schedule": "constant", "weight_decay": 0.5}
+    trainers = [
+        toy_trainer(toy_config(checkpoint, tmp_path, **{"optimizer.kind": kind}, **changes))
+        for kind in ("adamw", "adamw_8bit")
+    ]
+    for trainer in trainers:
+        generator = torch.Generator().manual_seed(0)
+        for p in trainer.grit.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        trainer.optimizers.update(0)
+    plain, rounded = (dict(trainer.grit.named_parameters()) for trainer in trainers)
+    states = [trainer.optimizers.optimizers[0].state for trainer in trainers]
+    in_8_bits = 0
+    for name, p in plain.items():
+        torch.testing.assert_close(rounded[name], p, rtol=1e-5, atol=1e-6)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            kept, exact = states[1][rounded[name]][moment], states[0][p][moment]
+            if not hasattr(kept, "codes"):
+                torch.testing.assert_close(kept, exact)
+                assert p.numel() < 4096 or p.numel() % 256, name
+                continue
+            in_8_bits += 1
+            error = (kept.dequantize() - exact).view(-1, kept.block_size).abs().amax(dim=1)
+            largest = exact.view(-1, kept.block_size).abs().amax(dim=1)
+            assert kept.codes.dtype == torch.uint8 and bool((error <= kept.qmap.diff().max() * largest).all()), name
+    assert in_8_bits > 2
+    for trainer in trainers:  # the rate is that of each step
+        assert float(trainer.optimizers.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.1)
+        trainer.optimizers.config.schedule = "linear"
+        trainer.optimizers.update(trainer.optimizers.steps - 1)
+        assert float(trainer.optimizers.optimizers[0].param_groups[0]["lr"]) < 0.05
+
+
+def _cut_and_resume(rank: int, world: int, folder: str, checkpoint: str) -> None:
+    root = Path(folder)
+    with process_group(rank, world, root / "store") as group:
+        here = Ranks(rank, world, torch.device("cpu"), group)
+
+        def run(name: str, stop: int = 0) -> list[list[Any]]:
+            kind = {"optimizer.kind": "adamw_8bit", "parallel": "fsdp"}
+            config = toy_config(Path(checkpoint), root / name, steps=4, lr=1e-2, save_steps=1, **kind)
+            model = load_model(config.model, here.device, seed=config.seed, weights=here.first)
+            trainer = Trainer(model, config, ToyStream(model.tokenizer, 4, 2, here), here)
+            trainer.after_step = lambda done: setattr(trainer, "_stop", done == stop)
+            if stop:
+                with pytest.raises(Interrupted):
+                    trainer.train()
+                return []
+            records = figures(trainer.train())
+            moments = [x for state in trainer.optimizers.optimizers[0].state.values() for x in state.values()]
+            assert any(hasattr(x.to_local(), "codes") for x in moments if isinstance(x, DTensor))
+            return records
+
+        whole = run("whole")
+        run("cut", stop=2)
+        assert run("cut") == whole
+
+
+@needs_torchao
+def test_8_bit_moments_resume_on_the_shards_they_were_saved_from(checkpoint: Path, tmp_path: Path) -> None:
+    mp.spawn(_cut_and_resume, (2, str(tmp_path), str(checkpoint)), nprocs=2)
+
+
+def test_8_bit_moments_are_not_written_in_the_background(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="logging.async_save: expected false with optimizer.kind adamw_8bit, .*, got true"
+    ):
+        toy_config(checkpoint, tmp_path, async_save=True, **{"optimizer.kind": "adamw_8bit"})
 
 
 def test_muon_leaves_the_routers_of_a_mixture_to_adamw(tokenizer: Any, tmp_path: Path) -> None:

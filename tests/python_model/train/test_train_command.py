@@ -96,6 +96,7 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
     ("package", "options", "install"),
     [
         ("peft", ["--model.lora_rank", "4"], r"'grit-kernels\[lora\]'"),
+        ("torchao", ["--optimizer.kind", "adamw_8bit"], r"'grit-kernels\[8bit\]'"),
         ("bitsandbytes", ["--model.lora_rank", "4", "--model.quantization", "nf4"], "bitsandbytes"),
         ("tensorboard", ["--logging.trackers", "[tensorboard]"], "tensorboard"),
         ("wandb", ["--logging.trackers", "[wandb]"], "wandb"),
@@ -104,7 +105,8 @@ def test_command_line_errors_name_what_is_wrong(checkpoint: Path, tmp_path: Path
 def test_a_missing_package_ends_training_with_how_to_install_it(
     package: str, options: list[str], install: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in (package, f"{package}.optim"):  # the second if an earlier test has imported it
+        monkeypatch.setitem(sys.modules, name, None)
     base = ["--model.name", str(checkpoint), "--data.train_data", str(data_folder(tmp_path / "data"))]
     with pytest.raises(SystemExit, match=f"grit train: {package} is missing .*pip install {install}$"):
         grit_train([*base, "--output_dir", str(tmp_path / "out"), *options])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -186,17 +187,24 @@ def test_selective_checkpointing_keeps_attentions_results_as_well() -> None:
 
 @pytest.mark.parametrize("adapters", [0, 2])
 def test_the_planned_optimizer_is_what_a_step_leaves(checkpoint: Path, tmp_path: Path, adapters: int) -> None:
-    """Two moments of a weight under AdamW, one momentum of a layer's matrix under Muon; the dry run plans the same."""
+    """Two moments of a weight under AdamW, in 32 or 8 bits, one momentum of a layer's matrix under Muon; the dry run plans the
+    same."""
     from python_model.train.setup import plan_dry_run
 
-    for kind in ("adamw", "muon"):
+    def stored(x: torch.Tensor) -> int:
+        """Bytes of a tensor, or of those that it consists of."""
+        if type(x) is torch.Tensor:
+            return x.numel() * x.element_size()
+        return sum(stored(getattr(x, name)) for name in x.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+
+    for kind in ("adamw", "muon", *(["adamw_8bit"] if importlib.util.find_spec("torchao") else [])):
         config = toy_config(checkpoint, tmp_path, lora_rank=adapters, **{"optimizer.kind": kind})
         trainer = toy_trainer(config)
         for p in trainer.model.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
         trainer.optimizers.update(0)
         kept = sum(
-            x.numel() * x.element_size()
+            stored(x)
             for optimizer in trainer.optimizers.optimizers
             for state in optimizer.state.values()
             for x in state.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
@@ -19,6 +20,8 @@ import torch
 from python_model.train import Interrupted
 from python_model.train.checkpointer import VERSION
 from tests.python_model.training_samples import LENGTH, figures, toy_config, toy_trainer
+
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
 
 def test_same_seed_same_run(checkpoint: Path, tmp_path: Path) -> None:
@@ -53,6 +56,7 @@ def test_the_first_signal_asks_for_a_stop_and_the_second_acts_as_always(checkpoi
         {},
         {"lora_rank": 4, "learn_temperature": True, "chunk_tokens": 2 * LENGTH},
         {"optimizer.kind": "muon"},
+        pytest.param({"optimizer.kind": "adamw_8bit", "save_steps": 1}, marks=needs_torchao),
         {"async_save": True, "save_steps": 1},
     ],
 )
@@ -422,3 +426,14 @@ def test_a_damaged_state_is_named_and_the_one_before_it_serves(checkpoint: Path,
         toy_trainer(config).train()
     shutil.rmtree(newest)
     assert figures(toy_trainer(config).train()) == whole
+
+
+@needs_torchao
+def test_8_bit_moments_are_resumed_on_as_many_shards_only(checkpoint: Path, tmp_path: Path) -> None:
+    kind = {"optimizer.kind": "adamw_8bit"}
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1, **kind))
+    (name,) = (name for name in trainer.checkpointer.identity if name.startswith("shards"))
+    trainer.checkpointer.identity[name] = "2"
+    trainer.train()
+    with pytest.raises(ValueError, match=r"shards of the weights \(optimizer.kind adamw_8bit\): expected 2, .*, got 1"):
+        toy_trainer(toy_config(checkpoint, tmp_path, steps=1, **kind)).train()
