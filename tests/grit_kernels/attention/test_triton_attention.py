@@ -120,6 +120,22 @@ def test_every_merge_of_splits_gives_the_unsplit_result(monkeypatch: pytest.Monk
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@INTERPRET
+@pytest.mark.parametrize("splits", [1, 2])
+def test_rows_of_padding_before_long_keys_give_0(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_plan, "SHORTEST_SPLIT", 16)
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda *_: splits)
+    q, k, v = torch.randn(6, 4, 96), torch.randn(300, 2, 96), torch.randn(300, 2, 96)
+    numbers = torch.tensor([[0, 3], [1, 3], [0, 150], [150, 40]], dtype=torch.int32)
+    bounds = window_bounds(torch.tensor([True, False]), (-1, -1), 3, 150)
+    problem = AttentionProblem(*numbers, *bounds, None, 3, 150, 3, 150, 0.2, 0.0)
+    q[1:3] = float("nan")
+    out, lse = triton_forward.attention_forward(q, k, v, problem)
+    assert bool((out[1:3] == 0).all()) and bool((lse[1:3] == float("-inf")).all())
+    for found, expected in zip((out, lse), reference_forward(q, k, v, problem), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def server_step(q_len: list[int], k_len: list[int], heads: int, heads_kv: int) -> tuple[list[Tensor], AttentionProblem]:
     """q, k, v of a pack whose samples continue caches, and its problem."""
     lens = [torch.tensor(x, dtype=torch.int32) for x in (q_len, k_len)]
