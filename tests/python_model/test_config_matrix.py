@@ -225,7 +225,7 @@ class Stock:
         """Of a text that sees both sides: (tokens, hidden), and keys and values of each layer."""
         # a copy, since "dynamic" rotary embeddings remember the longest text
         decoder, cache = copy.deepcopy(gk.hf.decoder_of(self.model)), gk.hf.new_cache()
-        flag = {}
+        flag: dict[str, bool] = {}
         if not getattr(decoder.config, "use_bidirectional_attention", False):
             decoder.config.is_causal = False
             flag = {} if decoder.config.model_type == "gptj" else {"is_causal": False}
@@ -291,7 +291,9 @@ def train(model: GritLM, stock: Stock, folder: Path) -> None:
         passage_max_len=512,
     )
     trained = toy_model(config)
-    gk.patch(trained.model, **gk.hf.patch_options(model.model))
+    options = gk.hf.patch_options(model.model)
+    assert options is not None
+    gk.patch(trained.model, **options)
     samples = open_stream(config.data, config.batch, trained.tokenizer, settings=trained.settings, mode=config.mode)[0]
     texts = [samples.queries[0], samples.passages[0]]
     vectors = TrainingModel(trained)(build_chunk(texts, [], attention=trained.attention))[0]

@@ -357,14 +357,16 @@ def test_scores_of_other_held_out_rows_are_not_compared(checkpoint: Path, tmp_pa
     shutil.copytree(held_out, moved)
     run(2, moved)
     with pytest.raises(ValueError, match="evaluation.metric: expected 'ndcg_at_10', .*got 'mrr_at_10'"):
-        run(3, **{"evaluation.metric": "mrr_at_10"})
+        run(3, held_out, **{"evaluation.metric": "mrr_at_10"})
     corpus = (moved / "corpus.jsonl").read_text().splitlines(keepends=True)
     (moved / "corpus.jsonl").write_text("".join([*corpus, corpus[-1].replace('"key": "', '"key": "other ')]))
     with pytest.raises(
         ValueError, match="evaluation.data: expected the content with which .* was written, got another"
     ):
         run(3, moved)
-    run(3, **{"evaluation.data": "", "evaluation.metric": "mrr_at_10"})  # nothing is compared without evaluations
+    run(
+        3, held_out, **{"evaluation.data": "", "evaluation.metric": "mrr_at_10"}
+    )  # nothing is compared without evaluations
 
 
 def test_a_state_is_on_the_disk_before_it_gets_its_name(
