@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,23 @@ def test_compacting_gives_back_what_removed_documents_took(tmp_path: Path) -> No
     assert size() < before / 10
     assert keys(other.search(unit(4000)[3950:3951], 1)) == [["3950"]]
     assert keys(other.search(unit(1), 1, texts=["number3950"]))[0]
+
+
+def test_compacting_that_fails_says_why_and_loses_nothing(tmp_path: Path) -> None:
+    """Only a lock means that another process is at work; here SQLite is interrupted."""
+    index = Index(tmp_path / "i")
+    index.add(documents(20), unit(20))
+    db = index._db
+
+    def interrupt(statement: str) -> None:
+        if statement == "VACUUM":
+            db.set_progress_handler(lambda: True, 1)
+
+    db.set_trace_callback(interrupt)
+    with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+        index.compact()
+    db.set_progress_handler(None, 1)
+    assert keys(index.search(unit(20)[7:8], 1)) == [["7"]]
 
 
 # ---- int8
