@@ -365,14 +365,14 @@ def _try(model_class: Any, config: Any, parts: frozenset[type]) -> Verdict:
     texts = [torch.randint(3, 97, (1, length)) for length in TEXTS]
     try:
         truth = {flag: [alone_in_stock(plain, text, flag) for text in texts] for flag in (True, False)}
-    except Exception as error:
-        return Verdict(float("nan"), f"unpatched, with eager attention, it fails on a text alone ({_named(error)})")
+    except Exception as failure:
+        return Verdict(float("nan"), f"unpatched, with eager attention, it fails on a text alone ({_named(failure)})")
     try:
         model = patched_copy(stock)
-    except Exception as error:
-        if str(error).startswith("model: "):
+    except Exception as failure:
+        if str(failure).startswith("model: "):
             raise  # one of ours, which says what is wrong
-        return Verdict(float("nan"), f"its layers fail without a mask ({_named(error)})")
+        return Verdict(float("nan"), f"its layers fail without a mask ({_named(failure)})")
     patched = compat.decoder_of(model)
     if _difference(truth[True], truth[False]) < 1e-2:
         return Verdict(float("nan"), "unpatched, it ignores is_causal=False, so there is nothing to compare with")
