@@ -18,6 +18,14 @@ KNOWN_WARNINGS = (
 )
 """Category and beginning of warnings that need no action: between other packages, or about what is intended."""
 
+KNOWN_LOGS = (
+    # kernels for GPUs that are not here; its 8-bit optimiser has none of them
+    ("torchao", "Failed to load "),
+    # torchao uses the old way of naming constants to torch
+    ("torch.utils._pytree", "register_constant() on Enum subclasses is deprecated"),
+)
+"""Logger and part of messages that need no action: transformers imports torchao wherever it is installed."""
+
 LOAD_REPORT = "LOAD REPORT"
 PROBLEMS = ("MISSING", "MISMATCH", "CONVERSION")
 
@@ -41,6 +49,18 @@ class KnownMessages(logging.Filter):
         return False
 
 
+class Without(logging.Filter):
+    """Drops a log record that contains this text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show the record."""
+        return self.text not in record.getMessage()
+
+
 def quiet() -> None:
     """Print only what a command was asked for. Calling it again has no effect."""
     if not sys.warnoptions:  # -W and PYTHONWARNINGS take precedence
@@ -50,6 +70,10 @@ def quiet() -> None:
             warnings.simplefilter("ignore", hidden)
     for category, text in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", text, category)
+    for name, text in KNOWN_LOGS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, Without) for known in logger.filters):
+            logger.addFilter(Without(text))
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -77,3 +77,15 @@ def test_known_warnings_are_hidden_and_others_shown_once() -> None:
             for _ in range(2):
                 warnings.warn(text, category, stacklevel=1)
     assert {str(warning.message) for warning in shown} == {"something to know"}
+
+
+def test_what_torchao_says_when_it_is_imported_is_dropped_and_its_other_warnings_are_not() -> None:
+    quiet()
+    quiet()
+    texts = (
+        "Failed to load x.so: not a library; register_constant() on Enum subclasses is deprecated",
+        "what concerns the user",
+    )
+    for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree")):
+        records = [logging.LogRecord(logger.name, logging.WARNING, "", 0, text, None, None) for text in texts]
+        assert [bool(logger.filter(record)) for record in records] == [False, True] and len(logger.filters) == 1
