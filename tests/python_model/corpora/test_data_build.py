@@ -352,6 +352,16 @@ def test_weights_bring_the_shares_of_tokens() -> None:
     assert weights["wikipedia_answer"] == 0.1111 and weights["debian_summary"] == 0.1667, "four digits"
 
 
+@pytest.mark.parametrize("name", ["negatives", "held-out", "max-rows", "test-rows", "corpus-rows"])
+def test_the_numbers_of_the_command_begin_at_1(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SystemExit, match=f"{name}: expected 1 .*, got 0"):
+        grit_data([str(tmp_path), f"--{name}", "0"])
+    with pytest.raises(SystemExit, match="output: .* exists"):  # the next check
+        grit_data([str(tmp_path), f"--{name}", "1"])
+    with pytest.raises(SystemExit, match="held-out: expected 1 to 50, got 51"):
+        grit_data([str(tmp_path), "--held-out", "51"])
+
+
 def test_bad_options_and_missing_packages_are_named_and_leave_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
