@@ -20,6 +20,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
 from python_model import GritLM  # noqa: E402
+from python_model.generate.decode import Sampling  # noqa: E402
 from python_model.generate.text import TextStream, conversation_ids, reply  # noqa: E402
 from python_model.model.prompts import EMBED, embed_instruction  # noqa: E402
 from python_model.rag.answer import RAG, open_store  # noqa: E402
@@ -128,6 +129,23 @@ def test_one_bad_request_among_good_ones_fails_alone(server: Server, served_mode
             assert response.json()["choices"][0]["message"]["content"] == expected
         else:
             assert response.status_code == 400
+
+
+def test_a_reply_is_drawn_as_its_request_says(server: Server) -> None:
+    """Every choice has a seed of its own, so that n choices differ and all repeat."""
+    from python_model.serve.protocol import ChatRequest, CompletionRequest
+
+    asked = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 2**63 - 1, "n": 2, "max_tokens": 3, "stop": ["x"]}
+    chat = ChatRequest.model_validate({**question(), **asked})
+    for works in (
+        server.service.chat(chat),
+        server.service.complete(CompletionRequest.model_validate({"prompt": "x", **asked})),
+    ):
+        assert [work.sampling for work in works] == [Sampling(0.5, 7, 0.9)] * 2
+        assert [work.seed for work in works] == [2**63 - 1, 0]
+        assert [work.max_tokens for work in works] == [3, 3] and all("x" in work.stop for work in works)
+    (greedy,) = server.service.chat(ChatRequest.model_validate(question()))
+    assert greedy.sampling.temperature == 0 and greedy.seed is None
 
 
 # ---- what users write never becomes format
