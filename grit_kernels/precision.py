@@ -12,9 +12,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_TYPES = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu")
+_HAVE_AUTOCAST = tuple(name for name in _TYPES if torch.amp.is_autocast_available(name))
+"""Asked once: torch.compile of torch 2.11 cannot ask within a graph."""
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast asks for on ``device``, None when it is off or does not exist there (meta tensors)."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in _HAVE_AUTOCAST and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
