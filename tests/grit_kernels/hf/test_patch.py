@@ -319,7 +319,7 @@ def test_bad_arguments_are_refused_by_name(stock: Any, model: Any) -> None:
             model(IDS, **arguments)
     for arguments, message in (
         ({"is_causal": True}, "is_causal: expected none with a sample_pack"),
-        ({"use_cache": True}, "cache, use_cache: expected none: packed input"),
+        ({"use_cache": True}, "cache, use_cache: expected none or a PackedCache: packed input"),
     ):
         with pytest.raises(ValueError, match=message):
             model(IDS[:1], sample_pack=pack, **arguments)
