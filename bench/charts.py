@@ -223,7 +223,7 @@ def rag_quality(rows: Rows, path: Path) -> None:
                     best.append((time, score))
             panel.plot(*zip(*best, strict=True), color=NEUTRAL, linewidth=0.8, zorder=0)
             panel.set(title=model + ("" if own[0]["valid"] else " (not valid)"), xlabel="seconds to the first token")
-            panel.set_ylim(bottom=0)
+        panels[0][0].set_ylim(bottom=0)  # only now: it ends the scaling of an axis that all share
         panels[0][0].set_ylabel("F1, %")
         panels[0][-1].legend(fontsize=6)
 
