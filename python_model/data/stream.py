@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,11 +219,36 @@ class TrainingStream(Dataset[StepSamples]):
 
 
 def check_data(
-    config: DataConfig, mode: str = "unified", *, in_batch_negatives: bool = True, teacher: bool = False
-) -> None:
+    config: DataConfig,
+    mode: str = "unified",
+    *,
+    batch: BatchConfig | None = None,
+    in_batch_negatives: bool = True,
+    teacher: bool = False,
+) -> list[str]:
     """Raise what :func:`open_stream` would, except for texts that are too long: this needs no tokenizer, so a run can call it
-    before loading a model."""
-    _indexed(config, mode, in_batch_negatives, teacher)
+    before loading a model.
+
+    Returns:
+        What is odd about the data, as far as that is known by then: files without rows, and fewer rows than a ``batch``.
+    """
+    indexes = _indexed(config, mode, in_batch_negatives, teacher)
+    notes = [note for index in indexes if index.kind is None for note in index.report.notes]
+    counts = {kind: sum(len(i.facts) for i in indexes if i.kind is kind and _wanted(mode, i)) for kind in (False, True)}
+    if config.positives == "each":  # a row is as many as it has positives
+        counts[False] = 0
+    return notes if batch is None else notes + _too_few(counts, batch)
+
+
+def _too_few(counts: Mapping[bool, int], batch: BatchConfig) -> list[str]:
+    """Of rows by whether they are generative: which are fewer than a batch."""
+    sizes = {False: batch.embedding_batch_size, True: batch.generative_batch_size}
+    return [
+        f"{counts[kind]} {'generative' if kind else 'embedding'} rows are fewer than a batch of {size}: rows are repeated within "
+        "a step"
+        for kind, size in sizes.items()
+        if 0 < counts[kind] < size
+    ]
 
 
 def open_stream(
@@ -270,13 +295,8 @@ def open_stream(
     report.used = {}
     for rows in data:
         report.used[rows.name] = report.used.get(rows.name, 0) + len(rows)
-    for size, generative in ((batch.embedding_batch_size, False), (batch.generative_batch_size, True)):
-        count = sum(len(rows) for rows in data if rows.generative == generative)
-        if 0 < count < size:
-            kind = "generative" if generative else "embedding"
-            report.notes.append(
-                f"{count} {kind} rows are fewer than a batch of {size}: rows are repeated within a step"
-            )
+    counts = {kind: sum(len(rows) for rows in data if rows.generative == kind) for kind in (False, True)}
+    report.notes += _too_few(counts, batch)
     if teacher:
         report.notes.append(f"{scored} rows have a teacher's scores")
     if rank == 0:

@@ -139,7 +139,10 @@ class Trainer:
         # before minutes are spent on loading a model
         if config.optimizer.kind == "adamw_8bit":
             require_8_bits()
-        check_data(config.data, config.mode, in_batch_negatives=in_batch_negatives, teacher=teacher)
+        needed = {"in_batch_negatives": in_batch_negatives, "teacher": teacher}
+        for note in check_data(config.data, config.mode, batch=config.batch, **needed):
+            if ranks.first:
+                print(f"note: {note}", flush=True)
         if config.evaluation.data:
             check_evaluation(config.evaluation, config.mode)
         # with FSDP only rank 0 reads the weights; the others get their shards from it
@@ -158,8 +161,7 @@ class Trainer:
             model.tokenizer,
             settings=model.settings,
             mode=config.mode,
-            in_batch_negatives=in_batch_negatives,
-            teacher=teacher,
+            **needed,
             seed=config.seed,
             rank=ranks.rank,
             world=ranks.world,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +19,8 @@ from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Instr
 from python_model.data.stream import TrainingStream, open_stream
 from python_model.model.prompts import TooLong, encode_text
 from python_model.settings import GritSettings
+from python_model.train.distributed import Ranks
+from python_model.train.trainer import Trainer
 from tests.python_model.data.streams import check, config_of, folder_of, query, stream_of
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60).filter(
@@ -197,3 +201,20 @@ def test_rows_without_negatives_name_the_setting_and_the_command(
     assert len(stream[0].passages) == 8
     printed = capsys.readouterr().out
     assert "empty.jsonl: no rows" in printed and "2 embedding rows are fewer than a batch of 8" in printed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_odd_data_are_named_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    folder = folder_of(tmp_path, e=[{"query": "q", "pos": ["p", "s"]}], empty=[])
+    for positives, few in (("draw", True), ("each", False)):  # two positives are two rows of a batch of two
+        config = config_of(
+            train_data=folder, mode="embedding", train_group_size=1, positives=positives, embedding_batch_size=2
+        )
+        config = replace(config, model=replace(config.model, name=str(tmp_path / "missing")))
+        with pytest.raises(FileNotFoundError, match="missing"):
+            Trainer.from_config(config, Ranks(rank, 2, torch.device("cpu")))
+        printed = capsys.readouterr().out
+        assert ("empty.jsonl: no rows" in printed) == (rank == 0)
+        assert ("1 embedding rows are fewer than a batch of 2" in printed) == (few and rank == 0)
