@@ -109,7 +109,10 @@ def test_latent_attention_whose_keys_are_made_from_what_is_stored_is_a_refusal()
 
 
 def test_layers_that_carry_a_state_are_a_refusal() -> None:
-    model = gk.patch(model_of("lfm2", layer_types=["conv", "full_attention"]))
+    model = model_of("lfm2", layer_types=["conv", "full_attention"])
+    if compat.cache_argument(type(model).forward) != "cache" and proof.verdict(model).refusal is not None:
+        pytest.skip("a transformers before 5.24, which calls some layers of lfm2 otherwise: refused by patch()")
+    gk.patch(model)
     assert "Lfm2ShortConv" in str(gk.hf.packed_cache_refusal(model))
     with pytest.raises(ValueError, match="^model: expected layers that keep keys and values, got Lfm2ShortConv"):
         gk.hf.states_geometry(model)
