@@ -11,7 +11,8 @@ several samples see are rows of their own in the second call, so their gradients
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,17 +58,8 @@ class SampleTable:
 
     def to(self, device: torch.device | str) -> SampleTable:
         """The same table on another device."""
-        return SampleTable(
-            self.samples.to(device),
-            self.rows.to(device),
-            self.keys.to(device),
-            self.q_start.to(device),
-            self.q_len.to(device),
-            self.k_start.to(device),
-            self.k_len.to(device),
-            self.max_q,
-            self.max_k,
-        )
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 def _starts_and_lengths(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

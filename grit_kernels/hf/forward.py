@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grit_kernels.checks import described
 from grit_kernels.hf import compat, gptj, recurrent, rope
-from grit_kernels.hf.interface import AttentionPass, PackedKeys
+from grit_kernels.hf.attention_pass import AttentionPass, PackedKeys
 from grit_kernels.packing import SamplePack
 
 UNDERSTOOD = (

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from grit_kernels.hf import compat
-from grit_kernels.hf.interface import AttentionPass, grit_attention
+from grit_kernels.hf.attention_pass import AttentionPass
+from grit_kernels.hf.interface import grit_attention
 
 CALL_ARGUMENTS = (
     *("is_causal", "sample_pack", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),

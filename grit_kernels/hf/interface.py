@@ -10,26 +10,23 @@ masks through untouched, which static caches rely on.) What a packed pass needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grit_kernels.attention import key_rows, prepared_attention, rectangular_problem
-from grit_kernels.attention.checks import check_qkv, check_softmax_options
+from grit_kernels.attention import prepared_attention
+from grit_kernels.attention.checks import check_softmax_options
 from grit_kernels.attention.problem import AttentionProblem
-from grit_kernels.checks import described, may_read_back
+from grit_kernels.checks import described
 from grit_kernels.context import SampleTable
+from grit_kernels.hf.attention_pass import MOST_PREPARED, AttentionPass, KeyRows, window_sizes
+from grit_kernels.hf.padded_attention import NO_KEY, padded_attention
 from grit_kernels.packing import SamplePack
-from grit_kernels.visibility import UNLIMITED, window_bounds
+from grit_kernels.visibility import window_bounds
 
 NAME = "grit"
-NO_KEY = 2**30
-
-BIDIRECTIONAL_WINDOWS = ("transformers", "full")
-"""Visible keys of a bidirectional sample under ``sliding_window=W``: ``|i - j| <= W`` as transformers, or all."""
-
 
 HARMLESS_TO_ATTENTION = frozenset(
     (
@@ -52,88 +49,6 @@ KNOWN_MASKS = frozenset(
     )
 )
 """What a mask may be made of to be ours: causal or bidirectional, a window, padding, samples that positions tell apart."""
-
-
-MOST_PREPARED = 32
-"""Problems that a pass keeps; a model has as many kinds of attention layers as it has windows."""
-
-
-@dataclass(frozen=True)
-class PackedKeys:
-    """The keys of a packed pass that continues its samples (packed_cache.py); arguments of :class:`PackedCache`."""
-
-    lengths: Tensor
-    longest: int
-    positions: Tensor
-    hi: Tensor | None
-
-
-@dataclass(frozen=True)
-class KeyRows:
-    """Attached to the keys that a layer of a :class:`PackedCache` hands out: the memory (rows, kv_heads, D), the first row of
-    each sample's keys, int32 (B), and the size of the layer's values, which may be less than D."""
-
-    keys: Tensor
-    values: Tensor
-    starts: Tensor
-    value_size: int
-
-
-@dataclass
-class AttentionPass:
-    """What all layers of one forward pass share: the flags, and for a packed pass the pack.
-
-    ``prepared`` keeps what the layers would otherwise compute over and over: the problem of each kind of layer (alternating
-    layers have two), and beside it what the kernels plan for it. ``witness`` notes that attention was called. Both are dicts, so
-    that copies of a pass share them. ``places``: where recurrent layers (recurrent.py) want each token of the pack. ``keys``: of
-    a packed pass whose samples have more keys than its own tokens.
-    """
-
-    causal: Tensor
-    bidirectional_window: str = "transformers"
-    pack: SamplePack | None = None
-    deterministic: bool = True
-    places: Tensor | None = None
-    keys: PackedKeys | None = None
-    prepared: dict[Any, tuple[AttentionProblem, dict[Any, Tensor], Any]] = field(default_factory=dict)
-    witness: dict[str, bool] = field(default_factory=dict)
-
-    def prepare(
-        self, key: Any, make: Callable[[], AttentionProblem], alive: Any = None
-    ) -> tuple[AttentionProblem, dict[Any, Tensor] | None]:
-        """The problem of ``key`` and its plans, made by ``make`` for the first layer. ``alive``: what ``key`` is an id of."""
-        if torch.compiler.is_compiling():
-            return make(), None  # sizes in a key would fix them in the graph
-        if key not in self.prepared:
-            if len(self.prepared) >= MOST_PREPARED:  # of a pass kept on a tensor that its owner uses for many calls
-                self.prepared.clear()
-            self.prepared[key] = (make(), {}, alive)
-        return self.prepared[key][:2]
-
-    def window_bounds(self, sliding_window: int | None, longest_q: int, longest_k: int) -> tuple[Tensor, Tensor]:
-        """``left`` and ``right`` (int32 (B)) of the samples."""
-        window = window_sizes(self.causal, sliding_window, self.bidirectional_window)
-        return window_bounds(self.causal, window, longest_q, longest_k)
-
-    def upper_bounds(self, sliding_window: int | None) -> Tensor | None:
-        """The pack's ``hi`` (int32 (tokens)) as a layer with this window sees it: no token looks further ahead than a
-        bidirectional one does."""
-        assert self.pack is not None
-        hi = self.pack.hi if self.keys is None else self.keys.hi
-        if hi is None or sliding_window is None or self.bidirectional_window == "full":
-            return hi
-        positions = self.pack.position_ids if self.keys is None else self.keys.positions
-        return torch.minimum(hi, positions.to(torch.int32) + (sliding_window + 1))
-
-
-def window_sizes(causal: Tensor, sliding_window: int | None, bidirectional_window: str) -> tuple[int, int] | Tensor:
-    """``window_size`` of a call, from a config's ``sliding_window``: (W - 1, 0) for a causal sample, else as chosen."""
-    if sliding_window is None:
-        return (UNLIMITED, UNLIMITED)
-    reach = sliding_window if bidirectional_window == "transformers" else UNLIMITED
-    left = torch.where(causal, sliding_window - 1, reach)
-    right = torch.where(causal, 0, reach)
-    return torch.stack([left, right], dim=1).to(torch.int32)
 
 
 def grit_mask(
@@ -195,61 +110,6 @@ def _parts(function: Callable[..., Any]) -> Iterator[str]:
         for inner in content if isinstance(content, tuple) else (content,):
             if callable(inner) and hasattr(inner, "__qualname__"):
                 yield from _parts(inner)
-
-
-@dataclass(frozen=True)
-class _Holes:
-    """Orders that move a sample's real keys and real query rows to the front, and the rows back to their places."""
-
-    keys: Tensor  # int64 (B, K)
-    rows: Tensor  # int64 (B, Q)
-    rows_back: Tensor  # int64 (B, Q)
-
-
-@dataclass(frozen=True)
-class _KeyLayout:
-    """Where a padded batch's keys and query rows lie, read off a mask once and reused by all layers."""
-
-    first: Tensor  # int32 (B), first used slot
-    end: Tensor  # int32 (B), one past the last used slot
-    rows: Tensor  # int32 (B), query rows that are real (right padding excluded)
-    holes: _Holes | None  # None when every sample's keys are one interval; else first, end, rows count after moving
-
-
-def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
-    cached = getattr(relative, "_grit_layout", None)
-    if cached is not None:
-        return cached
-    distance = relative[:, 0, 0]  # [B, K]
-    slots = distance.shape[1]
-    valid = distance < NO_KEY
-    count = valid.sum(dim=1, dtype=torch.int32)
-    index = torch.arange(slots, device=distance.device)
-    first = torch.where(valid, index, slots).amin(dim=1)
-    last = torch.where(valid, index, -1).amax(dim=1)
-    # rows up to the last key are real; a sample without keys has none
-    rows = torch.where(valid, distance, -1).amax(dim=1).add(1).clamp(0, q_length)
-    holes = None
-    # where nothing may be read back, everything is always moved
-    if not may_read_back(distance) or bool((last - first + 1 > count).any()):
-        # row r is the key at distance r: a hole among the queries' own slots is a padded row
-        row = torch.where(valid & (distance >= 0) & (distance < q_length), distance, q_length).to(torch.int64)
-        real = torch.zeros(distance.shape[0], q_length + 1, dtype=torch.bool, device=distance.device)
-        real = real.scatter(1, row, True)[:, :q_length]
-        order = torch.sort((~real).to(torch.int8), dim=1, stable=True).indices
-        holes = _Holes(
-            torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices, order, torch.argsort(order, dim=1)
-        )
-        first, rows = torch.zeros_like(first), real.sum(dim=1)
-    layout = _KeyLayout(
-        first.clamp(max=slots).to(torch.int32),
-        (first + count).clamp(max=slots).to(torch.int32),
-        rows.to(torch.int32),
-        holes,
-    )
-    if not torch.compiler.is_compiling():
-        relative._grit_layout = layout  # type: ignore[attr-defined]
-    return layout
 
 
 def _samples_of_rows(
@@ -346,15 +206,14 @@ def grit_attention(
         grit_pass = _pass_of_rows(flag, batch, query.device, attention_mask, position_ids)
     if grit_pass.pack is None:
         return _narrowed(
-            _padded_attention(q, k, v, attention_mask, grit_pass, sliding_window, scaling, cap, s_aux), size
+            padded_attention(q, k, v, attention_mask, grit_pass, sliding_window, scaling, cap, s_aux), size
         ), None
     options = check_softmax_options(scaling, cap, query.shape[-1])
     pack, packed = grit_pass.pack, grit_pass.pack.tokens == batch * q_length
     if k.shape[1] != q_length:
         raise ValueError(f"key: expected the {q_length} tokens of the pack, got {k.shape[1]} rows, as from a cache")
     q, k, v = (x.flatten(0, 1) if packed else pack.pack(x) for x in (q, k, v))  # [tokens, H, D]
-    attend = _attention_of_pack if pack.contexts is None else _attention_with_contexts
-    out = attend(q, k, v, pack, grit_pass, sliding_window, options, s_aux)
+    out = _attention_of_pack(q, k, v, pack, grit_pass, sliding_window, options, s_aux)
     out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
     return _narrowed(out, size), None
 
@@ -369,44 +228,27 @@ def _attention_of_pack(
     options: tuple[float, float],
     sinks: Tensor | None,
 ) -> Tensor:
-    """(tokens, H, D): samples that see themselves."""
+    """(tokens, H, D). With contexts: one call for the samples without one, and one for the others (context.py)."""
 
-    def problem() -> AttentionProblem:
-        ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
-        bounds = grit_pass.window_bounds(sliding_window, longest, longest)
-        hi = grit_pass.upper_bounds(sliding_window)
-        return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
-
-    prepared = grit_pass.prepare((sliding_window, *options), problem)
-    return prepared_attention(q, k, v, *prepared, sinks, grit_pass.deterministic)
-
-
-def _attention_with_contexts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pack: SamplePack,
-    grit_pass: AttentionPass,
-    sliding_window: int | None,
-    options: tuple[float, float],
-    sinks: Tensor | None,
-) -> Tensor:
-    """(tokens, H, D) of a pack with contexts: one call for the samples without one, one for the others (context.py)."""
-    contexts = pack.contexts
-    assert contexts is not None
-
-    def attend(table: SampleTable, name: str) -> Tensor:
+    def attend(table: SampleTable | None, kind: str) -> Tensor:
         def problem() -> AttentionProblem:
+            if table is None:
+                ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
+                bounds = grit_pass.window_bounds(sliding_window, longest, longest)
+                hi = grit_pass.upper_bounds(sliding_window)
+                return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
             causal = grit_pass.causal[table.samples]
             window = window_sizes(causal, sliding_window, grit_pass.bidirectional_window)
             bounds = window_bounds(causal, window, table.max_q, table.max_k)
             ranges = (table.q_start, table.q_len, table.k_start, table.k_len)
             return AttentionProblem(*ranges, *bounds, None, 0, 0, table.max_q, table.max_k, *options)
 
-        prepared = grit_pass.prepare((name, sliding_window, *options), problem)
-        states = (q[table.rows], k[table.keys], v[table.keys])
+        states = (q, k, v) if table is None else (q[table.rows], k[table.keys], v[table.keys])
+        prepared = grit_pass.prepare((kind, sliding_window, *options), problem)
         return prepared_attention(*states, *prepared, sinks, grit_pass.deterministic)
 
+    if (contexts := pack.contexts) is None:
+        return attend(None, "")
     return torch.cat([attend(contexts.alone, "alone"), attend(contexts.after, "after")])[contexts.back]
 
 
@@ -485,56 +327,6 @@ def _with_served_size(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 def _narrowed(out: Tensor, size: int) -> Tensor:
     """Undoes :func:`_with_served_size`; contiguous, because layers view the result in another shape."""
     return out if out.shape[-1] == size else out[..., :size].contiguous()
-
-
-def _padded_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    relative: Tensor | None,
-    grit_pass: AttentionPass,
-    sliding_window: int | None,
-    scaling: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """(B, Q, H, D) queries that are the last slots of (B, K, Hkv, D) keys; padding and caches of any kind."""
-    batch, q_length = q.shape[:2]
-    slots = k.shape[1]
-    if relative is not None and (relative.dtype != torch.int32 or relative.shape[2] != 1):
-        raise ValueError(
-            f"attention_mask: expected a 2-D padding mask, got {described(relative)}; which keys a sample sees is "
-            "said by is_causal, or by a sample_pack with hi"
-        )
-    layout = None if relative is None else _key_layout(relative, q_length)
-    holes = None if layout is None else layout.holes
-    if holes is not None:
-        q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
-    q, k, v = check_qkv(q, k, v, ndim=4)
-    keys, values, step = key_rows(q, k, v)
-
-    def problem() -> AttentionProblem:
-        if layout is None:
-            first = torch.zeros(batch, dtype=torch.int32, device=q.device)
-            lengths = (torch.full_like(first, q_length), first, torch.full_like(first, slots))
-        else:  # a mask of one row serves the whole batch
-            rows, first, end = (x.expand(batch).contiguous() for x in (layout.rows, layout.first, layout.end))
-            lengths = (rows, first, end)
-        bounds = grit_pass.window_bounds(sliding_window, q_length, slots)
-        return rectangular_problem(
-            q, k, step, lengths, bounds, None, check_softmax_options(scaling, softcap, q.shape[-1])
-        )
-
-    key = (sliding_window, scaling, softcap, batch, q_length, slots, step, id(layout))
-    prepared = grit_pass.prepare(key, problem, layout)
-    out = prepared_attention(q.flatten(0, 1), keys, values, *prepared, sinks, grit_pass.deterministic).view(q.shape)
-    return out if holes is None else _reorder(out, holes.rows_back)
-
-
-def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """(B, T, H, D) with the rows of each sample in ``order`` (int64 (B, T), or (1, T) for all samples)."""
-    # not take_along_dim: its broadcasting fixes the sizes of a compiled graph
-    return x.gather(1, order[:, :, None, None].expand(x.shape[0], -1, *x.shape[2:]))
 
 
 def register() -> None:

@@ -15,7 +15,8 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from grit_kernels.checks import described
-from grit_kernels.hf.interface import KeyRows, PackedKeys, served_size
+from grit_kernels.hf.attention_pass import KeyRows, PackedKeys
+from grit_kernels.hf.interface import served_size
 
 
 class PackedLayer(CacheLayerMixin):

@@ -18,8 +18,9 @@ from torch import nn
 
 from grit_kernels.hf import compat, gptj, proof, recurrent, rope
 from grit_kernels.hf import fuse as fused_modules
+from grit_kernels.hf.attention_pass import BIDIRECTIONAL_WINDOWS
 from grit_kernels.hf.forward import PatchRecord, exclusive, forward
-from grit_kernels.hf.interface import BIDIRECTIONAL_WINDOWS, NAME, register
+from grit_kernels.hf.interface import NAME, register
 
 FAMILIES = (*("gemma2", "gemma3_text", "gpt_neox", "gptj", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),)
 """Model types that are fully tested (tests/grit_kernels/hf/test_families.py)."""

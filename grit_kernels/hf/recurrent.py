@@ -19,7 +19,7 @@ from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import positions_and_samples
 
 if TYPE_CHECKING:
-    from grit_kernels.hf.interface import AttentionPass
+    from grit_kernels.hf.attention_pass import AttentionPass
 
 LAYER_KINDS = ("linear_attention", "conv")
 """What transformers' configs call such layers."""

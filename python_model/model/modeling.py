@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -15,16 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import grit_kernels as gk
-from python_model.model.modules_json import head_of_modules, settings_of_modules
+from python_model.model.checkpoint import HEAD_FILE, WHERE, one_flag_per_sample, saved_head, saved_settings
 from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
-from python_model.settings import NAMES, SETTINGS_FILE, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
+from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
 from python_model.support.arguments import check_at_least, check_choice
 
 MODES = ("unified", "embedding", "generative")
-HEAD_FILE = "embedding_head.safetensors"
-WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
-"""Arguments of ``from_pretrained`` that locate a checkpoint's files."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
     "tanh": nn.Tanh,
@@ -96,7 +92,7 @@ class GritLM(nn.Module):
         )
         loader: Any = AutoModel if mode == "embedding" else AutoModelForCausalLM
         loaded, report = loader.from_pretrained(
-            path, output_loading_info=True, **_one_flag_per_sample(path, from_pretrained_kwargs)
+            path, output_loading_info=True, **one_flag_per_sample(path, from_pretrained_kwargs)
         )
         if is_inference and (missing := sorted(report["missing_keys"])):
             warnings.warn(
@@ -451,57 +447,6 @@ def token_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
         batches[-1].append(index)
         tokens += lengths[index]
     return batches
-
-
-def saved_settings(path: str | os.PathLike[str], **where: Any) -> GritSettings | None:
-    """The settings saved with a checkpoint, a folder or a name on the hub; None if it has none. ``where``: see ``WHERE``.
-
-    Raises:
-        ValueError: a settings file holds something that is not understood.
-    """
-    if (file := _file(str(path), SETTINGS_FILE, **where)) is not None:
-        return GritSettings.load(file)
-    try:
-        return settings_of_modules(functools.partial(_file, str(path), **where))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def saved_head(path: str | os.PathLike[str], **where: Any) -> dict[str, Tensor] | None:
-    """Weight and bias of the embedding head saved with a checkpoint, or None."""
-    from safetensors.torch import load_file
-
-    if (file := _file(str(path), HEAD_FILE, **where)) is not None:
-        return load_file(file)
-    if _file(str(path), SETTINGS_FILE, **where) is not None:
-        return None
-    return head_of_modules(functools.partial(_file, str(path), **where))
-
-
-def _one_flag_per_sample(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """``from_pretrained``'s arguments, with a config whose attention follows each sample's flag.
-
-    A Gemma 3 made bidirectional by its config sees ``|i - j| < sliding_window``; by the flag it sees ``<=``.
-    """
-    if "config" in arguments:
-        return arguments
-    from transformers import AutoConfig
-
-    names = (*WHERE, "trust_remote_code")
-    config: Any = AutoConfig.from_pretrained(path, **{name: arguments[name] for name in names if name in arguments})
-    if not getattr(config, "use_bidirectional_attention", False):
-        return arguments
-    config.use_bidirectional_attention = False
-    config.sliding_window -= 1
-    return {**arguments, "config": config}
-
-
-def _file(path: str, name: str, **where: Any) -> Path | None:
-    """A file of a checkpoint, or None if the checkpoint has none of that name."""
-    from transformers.utils import cached_file
-
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
-    return None if found is None else Path(found)
 
 
 def _in_float32(layer: nn.Module, rows: Tensor) -> Tensor:

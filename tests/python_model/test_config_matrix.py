@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -274,32 +273,16 @@ def encode(model: GritLM, stock: Stock, folder: Path) -> None:
 
 
 def train(model: GritLM, stock: Stock, folder: Path) -> None:
-    from python_model.data.stream import open_stream
-    from python_model.model.chunks import build_chunk
-    from python_model.train.model import TrainingModel
-    from tests.python_model.training_samples import toy_config, toy_model
+    from tests.python_model.training_samples import step_vectors
 
-    row = {"query": [INSTRUCTION, QUESTION], "pos": [["", DOCUMENT]], "neg": [["", "nothing"]]}
-    (folder / "data.jsonl").write_text(json.dumps(row) + "\n")
-    config = toy_config(
-        Path(model.model.name_or_path),
-        folder,
-        train_data=str(folder / "data.jsonl"),
-        mode="embedding",
-        embedding_batch_size=1,
-        query_max_len=512,
-        passage_max_len=512,
-    )
-    trained = toy_model(config)
     options = gk.hf.patch_options(model.model)
     assert options is not None
-    gk.patch(trained.model, **options)
-    samples = open_stream(config.data, config.batch, trained.tokenizer, settings=trained.settings, mode=config.mode)[0]
-    texts = [samples.queries[0], samples.passages[0]]
-    vectors = TrainingModel(trained)(build_chunk(texts, [], attention=trained.attention))[0]
-    assert vectors is not None
-    assert_right(vectors[0].detach(), stock.right["query"])
-    assert_right(vectors[1].detach(), stock.right["document"])
+    checkpoint = Path(model.model.name_or_path)
+    query, document = step_vectors(
+        checkpoint, folder, INSTRUCTION, QUESTION, DOCUMENT, lambda trained: gk.patch(trained.model, **options)
+    )
+    assert_right(query, stock.right["query"])
+    assert_right(document, stock.right["document"])
 
 
 def index(model: GritLM, stock: Stock, folder: Path) -> None:

@@ -7,7 +7,6 @@ pooling and head in float64.
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -179,30 +178,11 @@ def test_encode(model: GritLM, right: dict[str, np.ndarray]) -> None:
 
 
 def test_train(saved: Path, right: dict[str, np.ndarray], tmp_path: Path) -> None:
-    from python_model.data.stream import open_stream
-    from python_model.model.chunks import build_chunk
-    from python_model.train.model import TrainingModel
-    from tests.python_model.training_samples import toy_config, toy_model
+    from tests.python_model.training_samples import step_vectors
 
-    row = {"query": [INSTRUCTION, TEXT], "pos": [["", DOCUMENT]], "neg": [["", "nothing"]]}
-    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    config = toy_config(
-        saved,
-        tmp_path,
-        train_data=str(tmp_path / "data.jsonl"),
-        mode="embedding",
-        embedding_batch_size=1,
-        query_max_len=512,
-        passage_max_len=512,
-    )
-    model = toy_model(config)
-    samples = open_stream(config.data, config.batch, model.tokenizer, settings=model.settings, mode=config.mode)[0]
-    texts = [samples.queries[0], samples.passages[0]]
-    chunk = build_chunk(texts, [], attention=model.attention)
-    vectors = TrainingModel(model)(chunk)[0]
-    assert vectors is not None
-    assert_right(vectors[0].detach(), right["query"])
-    assert_right(vectors[1].detach(), right["document"])
+    query, document = step_vectors(saved, tmp_path, INSTRUCTION, TEXT, DOCUMENT)
+    assert_right(query, right["query"])
+    assert_right(document, right["document"])
 
 
 def test_index(model: GritLM, right: dict[str, np.ndarray], tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from python_model import GritLM
-from python_model.data.stream import StepSamples
+from python_model.data.stream import StepSamples, open_stream
+from python_model.model.chunks import build_chunk
 from python_model.model.prompts import EncodedSample, embed_instruction, encode_conversation, encode_text
 from python_model.train import TrainConfig, Trainer
 from python_model.train.distributed import Ranks
@@ -149,3 +150,32 @@ def router_model(tokenizer: Any, folder: Path) -> tuple[TrainingModel, TrainConf
     tokenizer.save_pretrained(folder)
     config = toy_config(folder, folder, chunk_tokens=LENGTH, generative_weight=0.0, mode="generative")
     return TrainingModel(toy_model(config), router_loss=True), config
+
+
+def step_vectors(
+    checkpoint: Path,
+    folder: Path,
+    instruction: str,
+    query: str,
+    document: str,
+    prepare: Callable[[GritLM], Any] = lambda model: None,
+) -> torch.Tensor:
+    """Embeddings (2, size) that a training step of ``checkpoint``, after ``prepare``, computes of a query and its document."""
+    row = {"query": [instruction, query], "pos": [["", document]], "neg": [["", "nothing"]]}
+    (folder / "data.jsonl").write_text(json.dumps(row) + "\n")
+    config = toy_config(
+        checkpoint,
+        folder,
+        train_data=str(folder / "data.jsonl"),
+        mode="embedding",
+        embedding_batch_size=1,
+        query_max_len=512,
+        passage_max_len=512,
+    )
+    model = toy_model(config)
+    prepare(model)
+    samples = open_stream(config.data, config.batch, model.tokenizer, settings=model.settings, mode=config.mode)[0]
+    chunk = build_chunk([samples.queries[0], samples.passages[0]], [], attention=model.attention)
+    vectors = TrainingModel(model)(chunk)[0]
+    assert vectors is not None
+    return vectors.detach()

@@ -15,7 +15,8 @@ import grit_kernels as gk
 from grit_kernels.attention import prepared_attention
 from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.hf import compat
-from grit_kernels.hf.interface import AttentionPass, grit_attention, grit_mask
+from grit_kernels.hf.attention_pass import AttentionPass
+from grit_kernels.hf.interface import grit_attention, grit_mask
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402

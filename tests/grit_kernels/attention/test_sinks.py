@@ -9,7 +9,7 @@ from torch import Tensor
 import grit_kernels as gk
 from grit_kernels.attention import prepared_attention
 from grit_kernels.attention.problem import AttentionProblem
-from grit_kernels.hf.interface import AttentionPass
+from grit_kernels.hf.attention_pass import AttentionPass
 from tests.conftest import Backend, assert_within_rule
 
 LENGTHS, CAUSAL, WINDOW = [9, 1, 0, 23], [True, False, True, False], 6

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import grit_kernels as gk
 from grit_kernels.hf import gptj
-from grit_kernels.hf.interface import BIDIRECTIONAL_WINDOWS
+from grit_kernels.hf.attention_pass import BIDIRECTIONAL_WINDOWS
 from grit_kernels.hf.patch import FAMILIES
 from tools import families_table
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grit_kernels as gk
-from grit_kernels.hf import interface
+from grit_kernels.hf import padded_attention
 from tests.grit_kernels.tiny_mistral import FLAGS, IDS, MASKS, output_cache, tiny_model
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique_dim"}
@@ -82,7 +82,7 @@ def test_a_step_that_decodes_reads_nothing_while_a_cuda_graph_is_recorded(
     for recorded in (False, True):
         cache = output_cache(model(IDS, attention_mask=MASKS[mask], use_cache=True))
         if recorded:
-            monkeypatch.setattr(interface, "may_read_back", lambda x: False)
+            monkeypatch.setattr(padded_attention, "may_read_back", lambda x: False)
         with CountReads() as counted:
             logits.append(model(IDS[:, :1], **gk.hf.cache_keyword(model, cache), **step).logits)
         assert bool(counted.reads) != recorded

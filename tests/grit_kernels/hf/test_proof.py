@@ -126,12 +126,12 @@ def test_a_trial_that_fails_says_in_which_pass(model_type: str, reason: str) -> 
 
 
 def test_a_wrong_result_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grit_kernels.hf import interface
+    from grit_kernels.hf import attention_pass
 
     model = model_of("olmo3", **OLMO3, rms_norm_eps=1.25e-6)  # a kind that no other test has tried
-    honest = interface.window_sizes
+    honest = attention_pass.window_sizes
     monkeypatch.setattr(
-        interface, "window_sizes", lambda causal, window, convention: honest(causal, window and window + 1, "full")
+        attention_pass, "window_sizes", lambda causal, window, convention: honest(causal, window and window + 1, "full")
     )
     with pytest.raises(TypeError, match=r"on a tiny random model it is off by 0\.\d+ of the largest value"):
         gk.patch(model)

@@ -20,7 +20,7 @@ from python_model.serve.graphs import DecodingGraphs, captured_rows
 from python_model.serve.step import PackedStep
 from tests.grit_kernels.hf.test_host_sync import READS
 from tests.python_model.serve.conftest import SteppedEngine, collect
-from tests.python_model.serve.test_engine import check, draw_works, ids, loaded, serve, tiny
+from tests.python_model.serve.schedules import check, draw_works, ids, loaded, serve, tiny
 
 FROM_THE_HOST = {"aten::lift_fresh", "aten::lift_fresh_copy"}
 """What makes a tensor of numbers in Python: a copy from the host, which a capture does not allow."""
