@@ -136,7 +136,7 @@ def _tried(model_class: type, config_class: type, key: str, values: dict[str, An
         with proof.alone():
             error = _try(model_class, config_class(**values))
     except Exception as failure:
-        return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+        return proof.named(failure)
     if not error <= proof.TOLERANCE:
         return f"on a tiny random model, packed passes over a cache are off by {error:.2g} of the largest value"
     return None

@@ -39,7 +39,7 @@ def padded_attention(
             f"attention_mask: expected a 2-D padding mask, got {described(relative)}; which keys a sample sees is "
             "said by is_causal, or by a sample_pack with hi"
         )
-    layout = None if relative is None else key_layout(relative, q_length)
+    layout = None if relative is None else _key_layout(relative, q_length)
     holes = None if layout is None else layout.holes
     if holes is not None:
         q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
@@ -89,7 +89,7 @@ class _KeyLayout:
     holes: _Holes | None  # None when every sample's keys are one interval; else first, end, rows count after moving
 
 
-def key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
+def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
     cached = getattr(relative, "_grit_layout", None)
     if cached is not None:
         return cached

@@ -149,7 +149,7 @@ def attention_is_reached(model: Any) -> str | None:
             with alone():
                 patched_copy(model_class(type(config)(**tiny_values(config))))
         except Exception as error:
-            _reaches[model_class] = _named(error)
+            _reaches[model_class] = named(error)
     return _reaches[model_class]
 
 
@@ -216,10 +216,11 @@ def _tried(model_class: type, config_class: type, key: str, parts: frozenset[typ
         with alone():
             return _try(model_class, config_class(**values), parts)
     except Exception as error:
-        return Verdict(float("nan"), _named(error))
+        return Verdict(float("nan"), named(error))
 
 
-def _named(error: Exception) -> str:
+def named(error: Exception) -> str:
+    """Kind and beginning of an error, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -366,13 +367,13 @@ def _try(model_class: Any, config: Any, parts: frozenset[type]) -> Verdict:
     try:
         truth = {flag: [alone_in_stock(plain, text, flag) for text in texts] for flag in (True, False)}
     except Exception as failure:
-        return Verdict(float("nan"), f"unpatched, with eager attention, it fails on a text alone ({_named(failure)})")
+        return Verdict(float("nan"), f"unpatched, with eager attention, it fails on a text alone ({named(failure)})")
     try:
         model = patched_copy(stock)
     except Exception as failure:
         if str(failure).startswith("model: "):
             raise  # one of ours, which says what is wrong
-        return Verdict(float("nan"), f"its layers fail without a mask ({_named(failure)})")
+        return Verdict(float("nan"), f"its layers fail without a mask ({named(failure)})")
     patched = compat.decoder_of(model)
     if _difference(truth[True], truth[False]) < 1e-2:
         return Verdict(float("nan"), "unpatched, it ignores is_causal=False, so there is nothing to compare with")
