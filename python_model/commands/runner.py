@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +21,14 @@ if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
 
 SMALL_MODEL = "smollm2-135m"
+STDOUT = 1
+"""The file descriptor of standard output."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell reports it (128 + SIGINT)."""
 TERMINATED = 143
 """Exit status after SIGTERM, as a shell reports it (128 + SIGTERM)."""
+READER_GONE = 141
+"""Exit status after the reader of standard output has left (``grit doctor | head -1``), as a shell reports it (128 + SIGPIPE)."""
 
 
 def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -65,11 +71,20 @@ class Command:
 
 @contextlib.contextmanager
 def readable_errors(name: str) -> Iterator[None]:
-    """Report errors that a user can fix in one line and exit; other errors keep their traceback."""
+    """Report errors that a user can fix in one line and exit; other errors keep their traceback.
+
+    Nothing is said if the reader of standard output has left: ``head`` does so.
+    """
     from python_model.corpora.small_model import SmallModelError
 
     try:
         yield
+        sys.stdout.flush()  # here, where a closed pipe is expected, rather than at the interpreter's exit
+    except BrokenPipeError as error:
+        if not _reader_gone():
+            raise SystemExit(f"grit {name}: {error}") from error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is left in the buffer has to go somewhere
+        raise SystemExit(READER_GONE) from None
     except KeyError as error:
         raise SystemExit(f"grit {name}: {error.args[0] if error.args else error}") from error
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError, SmallModelError) as error:
@@ -77,6 +92,13 @@ def readable_errors(name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\ngrit {name}: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def _reader_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def add_model(parser: ArgumentParser) -> None:

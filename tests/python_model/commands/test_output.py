@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from python_model.commands.runner import readable_errors
 from tests.python_model.small_sample import write_small_sample
 
 SCRIPT = """
@@ -61,3 +65,20 @@ def test_nothing_but_progress_is_on_standard_error(checkpoint: Path, tmp_path: P
     said = [line for line in said if not BAR.fullmatch(line)]
     assert len(said) == 1 and said[0].startswith("grit index: ") and "their states take" in said[0]  # what it will cost
     assert not re.search("Loading weights|Writing model shards|LOAD REPORT|Warning", run.stderr + run.stdout)
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["completion", "bash"]])
+def test_nothing_is_said_when_the_reader_has_left(command: list[str]) -> None:
+    """As in `grit doctor | head -1`; the status is that of a process that SIGPIPE has ended."""
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-m", "python_model.cli", *command], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_reported() -> None:
+    with pytest.raises(SystemExit, match="grit embed: a worker is gone"), readable_errors("embed"):
+        raise BrokenPipeError("a worker is gone")
