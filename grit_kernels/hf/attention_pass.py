@@ -32,8 +32,8 @@ class PackedKeys:
 
 @dataclass(frozen=True)
 class KeyRows:
-    """Attached to the keys that a layer of a :class:`PackedCache` hands out: the memory (rows, kv_heads, D), the first row of
-    each sample's keys, int32 (B), and the size of the layer's values, which may be less than D."""
+    """Attached to the keys and values that a layer of a :class:`PackedCache` hands out: the memory (rows, kv_heads, D), the
+    first row of each sample's keys, int32 (B), and the size of the layer's values, which may be less than D."""
 
     keys: Tensor
     values: Tensor

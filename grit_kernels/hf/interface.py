@@ -194,7 +194,7 @@ def grit_attention(
     size = value.shape[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if grit_pass is not None and grit_pass.keys is not None:
-        return _attention_over_rows(query, key, grit_pass, sliding_window, scaling, cap, s_aux), None
+        return _attention_over_rows(query, key, value, grit_pass, sliding_window, scaling, cap, s_aux), None
     query, key, value = _with_served_size(query, key, value)
     flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if grit_pass is None and key.shape[2] == q_length:
@@ -255,6 +255,7 @@ def _attention_of_pack(
 def _attention_over_rows(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     grit_pass: AttentionPass,
     sliding_window: int | None,
     scaling: float,
@@ -263,11 +264,12 @@ def _attention_over_rows(
 ) -> Tensor:
     """(1, H, tokens, D) queries of a packed pass over the memory of a PackedCache -> (1, tokens, H, Dv)."""
     rows: KeyRows | None = getattr(key, "_grit_rows", None)
+    of_values: KeyRows | None = getattr(value, "_grit_rows", None)
     pack, held = grit_pass.pack, grit_pass.keys
-    if rows is None:
+    if rows is None or of_values is not rows:
         raise RuntimeError(
-            "key: expected the keys that a PackedCache returned, got others: this layer attends to something else, or changes "
-            "keys after it has stored them"
+            f"{'key' if rows is None else 'value'}: expected what a PackedCache returned, got something else: this layer attends "
+            "to other states, or changes them after it has stored them"
         )
     assert pack is not None and held is not None
     grit_pass.witness["called"] = True

@@ -45,8 +45,10 @@ class PackedLayer(CacheLayerMixin):
             memory.index_copy_(0, self.rows, functional.pad(new, (0, missing)) if missing else new)
         size = value_states.shape[-1]
         keys = self.keys[..., : key_states.shape[-1]].transpose(0, 1)[None]
-        keys._grit_rows = KeyRows(self.keys, self.values, self.starts, size)  # type: ignore[attr-defined]
-        return keys, self.values[..., :size].transpose(0, 1)[None]
+        values = self.values[..., :size].transpose(0, 1)[None]
+        # attention recognises what was handed out by this, and reads the memory instead
+        keys._grit_rows = values._grit_rows = KeyRows(self.keys, self.values, self.starts, size)  # type: ignore[attr-defined]
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """A packed pass builds no mask."""

@@ -59,7 +59,7 @@ def own_logits(model: Any, states: Tensor) -> Tensor:
     """(tokens, hidden) states after the last norm -> (tokens, vocabulary), by the causal language model's own forward: whatever
     it does around its head (biases, scales, soft caps) is done."""
     inner = compat.unwrapped(model)
-    head = _without_decoder(inner)
+    head = _without_decoder(inner, compat.decoder_of(inner))
     # the class's forward: the instance's may be another's, which calls the decoder that is left out here
     return type(inner).forward(head, inputs_embeds=states[None], use_cache=False).logits[0]
 
@@ -68,20 +68,35 @@ class _Stated(nn.Module):
     """In the place of a decoder whose states are known."""
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _Output(inputs_embeds)
 
 
-def _without_decoder(inner: Any) -> Any:
-    """A copy of the language model that shares everything but its decoder."""
-    decoder = compat.decoder_of(inner)
-    head = object.__new__(type(inner))
-    head.__dict__.update(inner.__dict__)
-    head.__dict__["_modules"] = {
-        name: _Stated() if child is decoder else child for name, child in inner._modules.items()
-    }
-    return head
+class _Output:
+    """A decoder's output that has nothing but states, under whatever names a head looks for the rest."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _without_decoder(module: Any, decoder: Any) -> Any:
+    """A copy of a module around ``decoder`` that shares everything but the decoder."""
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__["_modules"] = {name: _stated(child, decoder) for name, child in module._modules.items()}
+    return copied
+
+
+def _stated(child: Any, decoder: Any) -> Any:
+    if child is decoder:
+        return _Stated()
+    around = child is not None and any(part is decoder for part in child.modules())
+    return _without_decoder(child, decoder) if around else child
 
 
 def packed_cache_refusal(model: Any) -> str | None:

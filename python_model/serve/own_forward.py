@@ -59,8 +59,10 @@ def step_of(model: GritLM, rows: int, scratch: int) -> PackedStep:
 
 def longest_text(model: GritLM) -> int:
     """Tokens up to which a served sequence may grow: the model's positions, and where rotary frequencies depend on the length,
-    those with the same frequencies, since keys in the arena keep theirs."""
-    limits = [int(model.model.config.max_position_embeddings)]
+    those with the same frequencies, since keys in the arena keep theirs. A model may have no limit of its own."""
+    limits = [2**31 - 1]
+    if (positions := getattr(model.model.config, "max_position_embeddings", None)) is not None:
+        limits.append(int(positions))
     if (change := gk.hf.frequency_change(model.model)) is not None:
         limits.append(change.limit)
     return min(limits)

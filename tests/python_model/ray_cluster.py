@@ -22,6 +22,9 @@ def own_cluster(**options: Any) -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # on a busy machine a proxy takes longer than Serve's 5 and 10 s to answer, and would be replaced
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+        patch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
         import ray  # reads them when it is imported
 
         ray.init(

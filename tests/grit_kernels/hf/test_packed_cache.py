@@ -74,6 +74,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     **{name: changes for name, changes in ADMITTED.items() if name != "deepseek_v3"},
     **dict.fromkeys(("gemma2", "gemma3_text", "gpt_neox", "mistral", "phi3", "qwen3"), {}),
     "gptj": {"rotary_dim": 16},
+    "gpt2": {"attn_pdrop": 0.0},
+    "opt": {"word_embed_proj_dim": 64},
 }
 
 
@@ -105,7 +107,7 @@ def test_layers_with_states_of_several_sizes_have_no_place_in_one_memory(monkeyp
 
 def test_latent_attention_whose_keys_are_made_from_what_is_stored_is_a_refusal() -> None:
     model = gk.patch(model_of("deepseek_v3", **ADMITTED["deepseek_v3"]))
-    assert "changes keys after it has stored them" in str(gk.hf.packed_cache_refusal(model))
+    assert "key: expected what a PackedCache returned" in str(gk.hf.packed_cache_refusal(model))
 
 
 def test_layers_that_carry_a_state_are_a_refusal() -> None:
@@ -118,7 +120,10 @@ def test_layers_that_carry_a_state_are_a_refusal() -> None:
         gk.hf.states_geometry(model)
 
 
-def test_a_layer_that_changes_keys_after_storing_them_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", ["key", "value"])
+def test_a_layer_that_changes_states_after_storing_them_is_a_refusal(
+    changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.models.olmo2 import modeling_olmo2
 
     own = modeling_olmo2.Olmo2Attention.forward
@@ -127,7 +132,12 @@ def test_a_layer_that_changes_keys_after_storing_them_is_a_refusal(monkeypatch: 
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None:
             update = cache.update
-            cache.update = lambda *states, **rest: tuple(x * 1.0 for x in update(*states, **rest))
+
+            def other(*states: Any, **rest: Any) -> tuple[Tensor, Tensor]:
+                keys, values = update(*states, **rest)
+                return (keys * 1.0, values) if changed == "key" else (keys, values * 1.0)
+
+            cache.update = other
         try:
             return own(self, *args, **kwargs)
         finally:
@@ -137,7 +147,7 @@ def test_a_layer_that_changes_keys_after_storing_them_is_a_refusal(monkeypatch: 
     model = gk.patch(model_of("olmo2", num_key_value_heads=4, head_dim=16))
     monkeypatch.setattr(packed_trial, "_tried", packed_trial._tried.__wrapped__)
     monkeypatch.setattr(modeling_olmo2.Olmo2Attention, "forward", forward)
-    assert "expected the keys that a PackedCache returned" in str(gk.hf.packed_cache_refusal(model))
+    assert f"{changed}: expected what a PackedCache returned" in str(gk.hf.packed_cache_refusal(model))
 
 
 def test_wrong_results_of_a_trial_are_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +162,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 2.0},
     "granite": {"logits_scaling": 4.0},
     "gptj": {"rotary_dim": 16},
+    "gpt2": {"attn_pdrop": 0.0},  # whose head also asks for cross-attentions
+    "opt": {"word_embed_proj_dim": 64},  # whose decoder lies deeper
     "phi": {"head_dim": 16, "num_key_value_heads": 4},
 }
 

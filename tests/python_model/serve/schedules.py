@@ -130,21 +130,23 @@ def tiny(family: str, **options: Any) -> Any:
         "Gemma3": windows,
         "Glm4": {"partial_rotary_factor": 0.5},
         "GptOss": {**experts, **windows, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "GPT2": {"attn_pdrop": 0.0},
         "GPTJ": {"rotary_dim": 16},
         "Granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
         "Mixtral": {**experts, "sliding_window": 20},
         "Olmo3": windows,
+        "OPT": {"word_embed_proj_dim": 64, "ffn_dim": 96},
         "Phi": {"partial_rotary_factor": 0.5},
         "Phi3": {"sliding_window": 30, "partial_rotary_factor": 0.5},
         "Qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
         "Qwen3Moe": {**experts, "mlp_only_layers": [1]},  # the other layer is a mixture
     }.get(family, {})
-    if family in ("GPTJ", "GPTNeoX"):  # whose heads share the hidden size
+    if family in ("GPT2", "GPTJ", "GPTNeoX", "OPT"):  # whose heads share the hidden size
         sizes |= {"num_attention_heads": 2}
     if family in ("Olmo2", "Olmo3", "Phi"):
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     name = "Gemma3Text" if family == "Gemma3" else family
-    model = getattr(transformers, f"{family}ForCausalLM")(
+    model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(
         getattr(transformers, f"{name}Config")(**{**sizes, **extra, **options})
     )
     with torch.no_grad():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+import grit_kernels as gk
 from python_model import GritLM
 from python_model.serve import graphs
+from python_model.serve.arena import Arena
 from python_model.serve.engine import Generation
 from python_model.serve.graphs import DecodingGraphs, captured_rows
 from python_model.serve.step import PackedStep
@@ -130,27 +134,38 @@ def test_models_with_experts_or_steps_of_their_own_are_not_captured(tokenizer: A
         assert SteppedEngine(model, arena_rows=60, max_step_tokens=64).packed_step.can_be_captured == captured
 
 
+class Shapes:
+    """What PackedStep asks of a GritLM, without a tokenizer and on the meta device, where there are no values."""
+
+    def __init__(self, family: str) -> None:
+        self.model = gk.patch(tiny(family).to("meta", torch.bfloat16))
+        self.decoder = [self.model.get_decoder()]
+        self.settings = SimpleNamespace(bidirectional_window="transformers")
+
+    def decode(self, rows: int, arena_rows: int) -> Tensor:
+        """The states of a captured step."""
+        arena = Arena(2, 2, 32, arena_rows, 64, dtype=torch.bfloat16, device="meta")
+        numbers = torch.zeros(4, rows, dtype=torch.int64, device="meta")
+        causal = torch.ones(rows, dtype=torch.bool, device="meta")
+        cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device="meta")
+        with torch.inference_mode():
+            return PackedStep(self, arena).decode(numbers, causal, cu_seqlens)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("family", ["Llama", "Phi3", "Qwen3"])
 def test_a_captured_step_needs_no_values_on_the_host(family: str) -> None:
-    """On the meta device there are none; the sizes are those of the arena, whatever the sequences."""
-    from python_model.serve.arena import Arena
+    assert Shapes(family).decode(8, 50).shape == (8, 64)
 
-    class Shapes:
-        """What PackedStep asks of a GritLM, without a tokenizer."""
 
-        def __init__(self) -> None:
-            import grit_kernels as gk
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Qwen3"])
+def test_the_kernels_of_a_captured_step_are_launched_from_sizes_alone(family: str) -> None:
+    pytest.importorskip("triton")
+    from bench.launches import HOPPER, recorded
 
-            self.model = gk.patch(tiny(family).to("meta", torch.bfloat16))
-            self.decoder = [self.model.get_decoder()]
-            self.settings = type("Settings", (), {"bidirectional_window": "transformers"})
-
-    arena = Arena(2, 2, 32, 50, 64, dtype=torch.bfloat16, device="meta")
-    step = PackedStep(Shapes(), arena)  # type: ignore[arg-type]
-    numbers = torch.zeros(4, 8, dtype=torch.int64, device="meta")
-    causal, cu_seqlens = torch.ones(8, dtype=torch.bool, device="meta"), torch.arange(9, device="meta").to(torch.int32)
-    with torch.inference_mode():
-        assert step.decode(numbers, causal, cu_seqlens).shape == (8, 64)
+    model = Shapes(family)
+    with recorded(HOPPER) as found:
+        assert model.decode(8, 5000).shape == (8, 64)
+    assert {"attention_decode_kernel", "merge_splits_kernel"} <= {launch.name for launch in found}
 
 
 def test_captured_numbers_of_rows_reach_the_most_there_may_be() -> None:
@@ -169,3 +184,43 @@ def test_a_tape_refuses_what_a_capture_does_and_repeats_the_rest() -> None:
     x.fill_(2.0)
     replay()
     assert output.tolist() == [9.0, 9.0, 9.0]
+
+
+def test_the_recorder_runs_once_before_each_capture_and_all_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    @contextmanager
+    def noted(what: str) -> Iterator[None]:
+        log.append(f"begin {what}")
+        yield
+        log.append(f"end {what}")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: noted(f"capture into {pool}"))
+    record = graphs.CudaRecorder()
+    once = [
+        *("side waits for main", "begin side", "run", "end side", "main waits for side"),
+        *("begin capture into pool", "run", "end capture into pool"),
+    ]
+    for _ in range(2):
+        replay, output = record(lambda: (log.append("run"), torch.ones(2))[1])
+        assert log == once and output.tolist() == [1.0, 1.0]
+        replay()
+        assert log.pop() == "replay" and log == once
+        log.clear()
