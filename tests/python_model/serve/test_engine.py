@@ -38,36 +38,67 @@ def test_results_equal_those_alone_over_random_schedules(
     assert engine.arena.used == held, "memory is lost"
 
 
-@pytest.mark.parametrize("seed", [4, 5, 6])
-@pytest.mark.parametrize("family", ["Mistral", "Gemma2"])
-def test_bfloat16_results_keep_the_accuracy_rule(
-    family: str, seed: int, checkpoint: Path, tokenizer: Any, tmp_path: Path
-) -> None:
-    if family != "Mistral":
-        loaded(tiny(family), tokenizer, checkpoint := tmp_path)
+@pytest.fixture(scope="module", params=["Mistral", "Gemma2"])
+def in_both_dtypes(
+    request: pytest.FixtureRequest, checkpoint: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GritLM, GritLM]:
+    """A model in bfloat16, and in float32 with the same weights; of a family with a step of its own, and of one without."""
+    if request.param != "Mistral":
+        loaded(tiny(request.param), tokenizer, checkpoint := tmp_path_factory.mktemp("family"))
     model, exact = GritLM(checkpoint, dtype=torch.bfloat16), GritLM(checkpoint, dtype=torch.float32)
     exact.model.load_state_dict({name: x.float() for name, x in model.model.state_dict().items()})
     pack_linear_layers(model.decoder[0])  # as `grit serve` does
+    return model, exact
+
+
+def vector_alone(model: GritLM, work: TextWork) -> torch.Tensor:
+    pack = model.embedding_pack([len(work.tokens)], [work.instruction_len])
+    with torch.no_grad():
+        hidden = model.hidden_states(torch.tensor(work.tokens), pack)
+        return model.pool(hidden, pack.cu_seqlens, pack.instruction_lens)[0].float()
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**20), arena=st.sampled_from([130, 260, 1000]), reuse=st.booleans())
+def test_bfloat16_results_keep_the_accuracy_rule_over_random_schedules(
+    in_both_dtypes: tuple[GritLM, GritLM], seed: int, arena: int, reuse: bool
+) -> None:
+    """A request's logits are off by at most twice of what they are off alone in bfloat16, measured against float32; tokens are
+    those of the model alone up to the first position where its two best logits are closer than that.
+
+    The largest error of a request is meant: in a single row of logits, two ways of rounding give errors of one size but not the
+    same ones, and of some 19,000 rows the largest error of 1 in 1,700 was more than twice that alone, up to 2.4 times. Over a
+    whole schedule such differences average out: the norm of its errors was at most 1.08 times that alone in 320 schedules.
+    """
+    model, exact = in_both_dtypes
     source = random.Random(seed)
-    engine = SteppedEngine(model, arena_rows=400, max_step_tokens=96)
+    engine = SteppedEngine(
+        model, arena_rows=arena, max_step_tokens=96, max_sequences=source.choice([2, 5, 20]), reuse=reuse
+    )
     works = draw_works(source, 12)
     events = serve(engine, works, source)
+    squares = torch.zeros(2, dtype=torch.float64)
     for (_, work), found in zip(works, events, strict=True):
         if isinstance(work, TextWork):
+            if isinstance(found[0], Vector):
+                truth, by_itself = vector_alone(exact, work), vector_alone(model, work)
+                error = (found[0].vector.float() - truth).abs().max()
+                assert error <= 2 * (by_itself - truth).abs().max()
             continue
-        prompt = work.tokens[: work.prompt]
         new = [event.token for event in found if event.token is not None]
         if not new:
             continue
+        prompt = work.tokens[: work.prompt]
         logits = torch.stack(engine.logits[id(work)])[: len(new)]
         truth, by_itself = alone(exact, prompt, new), alone(model, prompt, new)
-        allowed = 2 * (by_itself - truth).abs().max() + torch.finfo(torch.bfloat16).eps * truth.abs().max()
+        allowed = 2 * (by_itself - truth).abs().max()
         assert (logits - truth).abs().max() <= allowed
-        # tokens are those of the model by itself up to the first place where its two best are closer than that
+        squares += torch.stack([(logits - truth).double().square().sum(), (by_itself - truth).double().square().sum()])
         best = by_itself.topk(2).values
         sure = (best[:, 0] - best[:, 1] > allowed).tolist()
         first_unsure = sure.index(False) if False in sure else len(new)
         assert new[:first_unsure] == by_itself.argmax(dim=1).tolist()[:first_unsure]
+    assert squares[0] <= 1.25**2 * squares[1]
 
 
 def test_steps_of_16_bits_on_a_cpu_multiply_few_numbers_of_rows(checkpoint: Path) -> None:
