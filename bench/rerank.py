@@ -1,0 +1,243 @@
+"""Which method of reranking deserves to be the default: nDCG@10 on held-out queries, as BM25 finds the passages and reranked.
+
+    python -m bench.rerank --data DATA --model CHECKPOINT --output FOLDER --record rerank_cpu.json
+
+DATA is a folder of ``grit data``, or any other that ``grit eval`` takes. Its queries, from each data set in turn, search its
+corpus by BM25; each method orders the ``--passages`` best. A query has one right passage; where BM25 does not find it, every
+order scores 0, so all methods are measured on the same queries. Reported are the mean nDCG@10 of each method, its difference
+from BM25's order and from the default's with paired bootstrap intervals of 95 %, and how often it changed the order at all.
+
+Orders are written to FOLDER query by query and do not depend on what else the machine does. The same command resumes, also with
+more or fewer ``--queries`` or other methods; ``--minutes`` ends a run early. A table has the queries that all of its methods have
+finished; listwise writes its answer token by token and takes several times as long as the others, so a run of its own with fewer
+queries (``--methods listwise --queries 60``) may be worthwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.common import table, write_records
+from bench.proof_table import ROUNDS, ndcg
+from python_model.corpora.hard_negatives import BM25
+from python_model.corpora.small_model import resolve_model
+from python_model.corpora.split import digest
+from python_model.evaluation.held_out import HeldOut
+from python_model.generate.rerank import METHODS, PASSAGE_TOKENS, rerank
+from python_model.model.modeling import GritLM
+from python_model.rag.fingerprint import fingerprint
+from python_model.support.arguments import check_at_least
+from python_model.support.quiet import quiet
+from python_model.support.resume import JsonLines
+
+FOUND = "as found"
+DEFAULT = inspect.signature(rerank).parameters["method"].default
+EVERYTHING = "all"
+MISSED = 1 << 30
+"""The rank of a passage that was not found."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A query and the passages that BM25 found, best first; ``right`` is the index of the one that answers it, if it is there."""
+
+    dataset: str
+    query: str
+    passages: tuple[str, ...]
+    right: int | None
+
+
+def make_items(held_out: HeldOut, passages: int, limit: int | None = None) -> list[Item]:
+    """The first ``limit`` queries, data sets in turn; the order depends only on the queries. Other answers of a query are left
+    out of its passages, as in ``grit eval``.
+
+    Raises:
+        ValueError: there are no queries, fewer passages than asked for, or a size below 1.
+    """
+    check_at_least("passages", passages, 1)
+    check_at_least("queries", 1 if limit is None else limit, 1)
+    if not held_out.rows or len(held_out.documents) < passages:
+        raise ValueError(
+            f"data: expected queries and at least {passages} passages, got {len(held_out.rows)} and {len(held_out.documents)}"
+        )
+    piles: dict[str, list[int]] = {}
+    for index in sorted(range(len(held_out.rows)), key=lambda i: digest(f"rerank:{held_out.rows[i].query.text}")):
+        piles.setdefault(held_out.rows[index].dataset, []).append(index)
+    longest = max(map(len, piles.values()))
+    turns = [pile[turn] for turn in range(longest) for _, pile in sorted(piles.items()) if turn < len(pile)][:limit]
+    ranking = BM25([held_out.rows[index].query.text for index in turns], held_out.documents).rows()
+    items = []
+    for index, scores in zip(turns, ranking, strict=True):
+        scores = scores.copy()
+        scores[list(held_out.also_relevant[index])] = -np.inf
+        best = np.argsort(-scores, kind="stable")[:passages].tolist()
+        right = held_out.relevant[index]
+        row = held_out.rows[index]
+        items.append(
+            Item(
+                row.dataset,
+                row.query.text,
+                tuple(held_out.documents[place] for place in best),
+                best.index(right) if right in best else None,
+            )
+        )
+    return items
+
+
+def measure(
+    model: GritLM, items: Sequence[Item], methods: Sequence[str], folder: Path, passage_tokens: int, minutes: float
+) -> dict[str, list[list[int]]]:
+    """Of each method the orders of the first items, as many as there was time for; those of earlier runs are kept.
+
+    Raises:
+        ValueError: a log is of another model, other queries or other settings.
+    """
+    end = time.monotonic() + 60 * minutes
+    logs: dict[str, JsonLines] = {}
+    try:
+        for method in methods:
+            settings = {"model": fingerprint(model), "method": method, "passage_tokens": passage_tokens}
+            log = logs[method] = JsonLines(folder / f"{method}.jsonl")
+            if not log.rows:
+                log.append(settings)
+            known = [row["asked"] for row in log.rows[1 : len(items) + 1]]
+            if log.rows[0] != settings or known != [_asked(item) for item in items[: len(known)]]:
+                raise ValueError(
+                    f"output: {folder} holds orders by another model, data or settings; use another folder"
+                )
+        for number, item in enumerate(items):
+            for method, log in logs.items():
+                if len(log.rows) > number + 1:
+                    continue
+                if time.monotonic() >= end:
+                    return {name: _orders(log, len(items)) for name, log in logs.items()}
+                start = time.perf_counter()
+                ranked = rerank(model, item.query, item.passages, method=method, passage_tokens=passage_tokens)  # type: ignore[arg-type]
+                seconds = time.perf_counter() - start
+                log.append(
+                    {"asked": _asked(item), "order": [row.index for row in ranked], "seconds": round(seconds, 4)}
+                )
+            if number % 20 == 19:
+                print(f"{folder.name}: {number + 1} of {len(items)} queries", flush=True)
+        return {name: _orders(log, len(items)) for name, log in logs.items()}
+    finally:
+        for log in logs.values():
+            log.close()
+
+
+def _asked(item: Item) -> list[Any]:
+    """What identifies an item."""
+    return [item.query, *(f"{digest(passage):016x}" for passage in item.passages)]
+
+
+def _orders(log: JsonLines, count: int) -> list[list[int]]:
+    return [row["order"] for row in log.rows[1 : count + 1]]
+
+
+def paired_difference(mine: np.ndarray, theirs: np.ndarray, rounds: int = ROUNDS) -> tuple[float, float, float]:
+    """``mean(mine - theirs)`` and its 95 % interval, by resampling the queries."""
+    difference = mine - theirs
+    draw = np.random.default_rng(0)
+    means = difference[draw.integers(0, len(difference), (rounds, len(difference)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def summary(model: str, items: Sequence[Item], orders: dict[str, list[list[int]]]) -> list[dict[str, Any]]:
+    """Rows per data set, and of all, for BM25's order and each method; over the queries that all methods have finished.
+
+    Raises:
+        ValueError: a method has finished no query.
+    """
+    count = min(map(len, orders.values()))
+    if count == 0:
+        raise ValueError("minutes: expected time for a query by each method, got none; run the command again")
+    asked = items[:count]
+    orders = {FOUND: [list(range(len(item.passages))) for item in asked], **{n: o[:count] for n, o in orders.items()}}
+    scores = {
+        name: ndcg([MISSED if i.right is None else o.index(i.right) + 1 for i, o in zip(asked, found, strict=True)])
+        for name, found in orders.items()
+    }
+    rows = []
+    for dataset in (EVERYTHING, *sorted({item.dataset for item in asked})):
+        chosen = np.array([dataset in (EVERYTHING, item.dataset) for item in asked])
+        for name, found in orders.items():
+            moved = [order != sorted(order) for order, mine in zip(found, chosen, strict=True) if mine]
+            row: dict[str, Any] = {
+                "model": model,
+                "dataset": dataset,
+                "variant": name,
+                "queries": int(chosen.sum()),
+                "found": float(
+                    np.mean([item.right is not None for item, mine in zip(asked, chosen, strict=True) if mine])
+                ),
+                "ndcg_at_10": float(scores[name][chosen].mean()),
+                "moved": float(np.mean(moved)),
+            }
+            for key, other in (("over_found", FOUND), ("over_default", DEFAULT)):
+                if other in scores and other != name:
+                    difference = paired_difference(scores[name][chosen], scores[other][chosen])
+                    row |= dict(zip((key, f"{key}_low", f"{key}_high"), difference, strict=True))
+            rows.append(row)
+    return rows
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """What follows for the default from the rows of one model."""
+    overall = [row for row in rows if row["dataset"] == EVERYTHING]
+    best = max(overall, key=lambda row: row["ndcg_at_10"])
+    better = [row["variant"] for row in overall if row.get("over_default_low", 0.0) > 0]
+    methods = [row["variant"] for row in overall if row["variant"] != FOUND]
+    head = f"{best['model']}, {best['queries']} queries: best is {best['variant']} ({best['ndcg_at_10']:.3f})"
+    if DEFAULT not in methods:
+        return f"{head}; the default ({DEFAULT}) was not measured"
+    if better:
+        return f"{head}; better than the default ({DEFAULT}) beyond chance: {', '.join(better)}"
+    return f"{head}; nothing is better than the default ({DEFAULT}) beyond chance"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rerank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with corpus.jsonl and test/embedding.jsonl")
+    parser.add_argument("--model", action="append", help="checkpoint, or LABEL=checkpoint; default: the small model")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the orders; the same command resumes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["likelihood", "pointwise"])
+    parser.add_argument("--queries", type=int, default=300, help="most queries")
+    parser.add_argument("--passages", type=int, default=10, help="passages per query")
+    parser.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end a model's run after so many")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device")
+    parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
+    arguments = parser.parse_args()
+    quiet()
+    items = make_items(HeldOut(arguments.data), arguments.passages, arguments.queries)
+    rows: list[dict[str, Any]] = []
+    for given in arguments.model or ["smollm2-135m"]:
+        label, equals, path = given.partition("=")
+        label, path = (label, path) if equals else (Path(given).name, given)
+        model = GritLM(resolve_model(path), dtype=arguments.dtype, device=arguments.device)
+        methods = list(dict.fromkeys(arguments.methods))
+        orders = measure(model, items, methods, arguments.output / label, arguments.passage_tokens, arguments.minutes)
+        found = summary(label, items, orders)
+        rows += [{**row, "dtype": arguments.dtype, "passages": arguments.passages} for row in found]
+        columns = ["model", "dataset", "variant", "queries", "found", "ndcg_at_10", "moved"]
+        columns += ["over_found", "over_found_low", "over_found_high"]
+        print(table(found, columns))
+        print(verdict(found), flush=True)
+        if arguments.record:  # after each model: an interrupted run keeps its rows
+            write_records(arguments.record, rows)
+
+
+if __name__ == "__main__":
+    main()

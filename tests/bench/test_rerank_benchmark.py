@@ -1,0 +1,147 @@
+"""The reranking benchmark asks held-out queries, resumes, compares on the same queries, and judges by its own rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import rerank as bench_rerank
+from bench.rerank import DEFAULT, EVERYTHING, FOUND, Item, make_items, measure, paired_difference, summary, verdict
+from python_model import GritLM
+from python_model.evaluation.held_out import HeldOut
+from python_model.generate.rerank import Ranked
+
+pytest.importorskip("bm25s", reason="passages are found by bm25s: pip install 'grit-kernels[data]'")
+
+WORDS = ("river", "city", "word", "code", "capital", "text")
+PASSAGES = {f"{kind}:{word}": f"The {word} is a {kind} thing." for kind in ("good", "plain") for word in WORDS}
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    """Twelve queries of two data sets; the first passage of the corpus stands in it under two keys."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "test").mkdir()
+    corpus = [{"key": key, "text": text} for key, text in [*PASSAGES.items(), ("again", PASSAGES["good:river"])]]
+    rows = [
+        {
+            "query": ["", f"a {word} that is a {kind} one" if word != "text" else "nothing alike"],
+            "pos": [["", PASSAGES[f"{kind}:{word}"]]],
+            "neg": [["", PASSAGES["plain:code" if word != "code" else "plain:city"]]],
+            "key": f"{kind}:{word}",
+            "dataset": kind,
+        }
+        for kind in ("good", "plain")
+        for word in WORDS
+    ]
+    for name, given in (("corpus", corpus), ("test/embedding", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    return HeldOut(folder)
+
+
+def test_items_take_data_sets_in_turn_and_leave_out_other_answers(held_out: HeldOut) -> None:
+    items = make_items(held_out, 4)
+    assert len(items) == 12 and [item.dataset for item in items] == ["good", "plain"] * 6
+    assert make_items(held_out, 4, 5) == items[:5]
+    places = {item.query: item for item in items}
+    river = places["a river that is a good one"]
+    assert river.right == 0 and river.passages.count(PASSAGES["good:river"]) == 1, "its copy would be right as well"
+    assert all(item.passages[item.right].split()[1] in item.query for item in items if item.right is not None)
+    assert any(item.right is None for item in items)
+    with pytest.raises(ValueError, match="data: expected queries and at least 99 passages, got 12 and 13"):
+        make_items(held_out, 99)
+    with pytest.raises(ValueError, match="queries: expected .*got 0"):
+        make_items(held_out, 4, 0)
+
+
+def test_orders_are_those_of_the_library_and_are_kept(held_out: HeldOut, checkpoint: Path, tmp_path: Path) -> None:
+    model, items = GritLM(checkpoint, device="cpu"), make_items(held_out, 3, 4)
+    arguments = (tmp_path / "tiny", 20, float("inf"))
+    orders = measure(model, items, ["likelihood", "listwise"], *arguments)
+    for method, found in orders.items():
+        ranked = [bench_rerank.rerank(model, i.query, i.passages, method=method, passage_tokens=20) for i in items]  # type: ignore[arg-type]
+        assert found == [[row.index for row in rows] for rows in ranked]
+
+
+class Counted:
+    """In the place of rerank(): the last passage first. Counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+
+    def __call__(self, model: Any, query: str, passages: Sequence[str], *, method: str, **options: Any) -> list[Ranked]:
+        self.calls.append((method, query))
+        return [Ranked(index, 0.0) for index in reversed(range(len(passages)))]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    found = Counted()
+    monkeypatch.setattr(bench_rerank, "rerank", found)
+    monkeypatch.setattr(bench_rerank, "fingerprint", lambda model: model)
+    return found
+
+
+def test_a_run_resumes_query_by_query_and_refuses_other_orders(
+    held_out: HeldOut, counted: Counted, tmp_path: Path
+) -> None:
+    items = make_items(held_out, 3)
+    model: Any = "one"
+    assert measure(model, items[:2], ["likelihood"], tmp_path, 20, 60.0) == {"likelihood": [[2, 1, 0]] * 2}
+    measure(model, items[:4], ["likelihood", "pointwise"], tmp_path, 20, 60.0)
+    asked = [(method, item.query) for item in items[:2] for method in ("pointwise",)]
+    asked += [(method, item.query) for item in items[2:4] for method in ("likelihood", "pointwise")]
+    assert counted.calls[2:] == asked
+    assert measure(model, items[:3], ["pointwise"], tmp_path, 20, 0.0) == {"pointwise": [[2, 1, 0]] * 3}
+    assert measure(model, items, ["pointwise"], tmp_path, 20, 0.0) == {"pointwise": [[2, 1, 0]] * 4}, "no time is left"
+    assert len(counted.calls) == 2 + len(asked)
+    for other in (("two", items, 20), (model, items[::-1], 20), (model, items, 21)):
+        with pytest.raises(ValueError, match="output: .* holds orders by another model, data or settings"):
+            measure(other[0], other[1], ["pointwise"], tmp_path, other[2], 60.0)
+
+
+def item(dataset: str, right: int | None) -> Item:
+    return Item(dataset, "q", ("a", "b", "c"), right)
+
+
+def test_the_table_compares_all_methods_on_the_queries_that_all_have_finished() -> None:
+    items = [item("x", 0), item("y", 1), item("x", None), item("y", 2)]
+    reversed_, same = [2, 1, 0], [0, 1, 2]
+    orders = {DEFAULT: [same, [1, 0, 2], same, same], "pointwise": [reversed_] * 3}
+    rows = summary("tiny", items, orders)
+    assert [(row["dataset"], row["variant"]) for row in rows] == [
+        (dataset, name) for dataset in (EVERYTHING, "x", "y") for name in (FOUND, DEFAULT, "pointwise")
+    ]
+    found, default, pointwise = rows[:3]
+    second, third = 1 / np.log2(3), 1 / np.log2(4)
+    assert {row["queries"] for row in rows[:3]} == {3} and found["found"] == pytest.approx(2 / 3)
+    assert found["ndcg_at_10"] == pytest.approx((1 + second) / 3)
+    assert default["ndcg_at_10"] == pytest.approx(2 / 3) and default["moved"] == pytest.approx(1 / 3)
+    assert pointwise["ndcg_at_10"] == pytest.approx((third + second) / 3) and pointwise["moved"] == 1
+    assert default["over_found"] == pytest.approx((1 - second) / 3) and "over_default" not in default
+    assert pointwise["over_default"] == pytest.approx((third + second - 2) / 3)
+    assert pointwise["over_default_low"] <= pointwise["over_default"] <= pointwise["over_default_high"]
+    assert [row["queries"] for row in rows[3:]] == [2] * 3 + [1] * 3
+    with pytest.raises(ValueError, match="minutes: expected time for a query by each method, got none"):
+        summary("tiny", items, {**orders, "listwise": []})
+
+
+def test_a_difference_beyond_chance_is_told_from_one_within() -> None:
+    draw = np.random.default_rng(1)
+    base = draw.random(300)
+    value, low, high = paired_difference(base + 0.1 + 0.1 * draw.standard_normal(300), base)
+    assert low < 0.1 < high and 0.05 < low and value == pytest.approx((low + high) / 2, abs=0.005)
+    _, low, high = paired_difference(base + 0.1 * draw.standard_normal(300), base)
+    assert low < 0 < high
+    rows = summary("tiny", [item("x", 2)] * 40, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
+    assert verdict(rows) == (
+        f"tiny, 40 queries: best is pointwise (1.000); better than the default ({DEFAULT}) beyond chance: pointwise"
+    )
+    rows = summary("tiny", [item("x", 0)] * 40, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
+    assert verdict(rows).endswith(f"nothing is better than the default ({DEFAULT}) beyond chance")
+    assert verdict(summary("tiny", [item("x", 0)], {"pointwise": [[0, 1, 2]]})).endswith("was not measured")
