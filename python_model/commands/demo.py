@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from python_model.commands import demo_report as report
-from python_model.commands.runner import SMALL_MODEL, Command
+from python_model.commands.runner import SMALL_MODEL, Command, tell_cut
 from python_model.corpora.small_model import resolve_model
 from python_model.data import sample_dir
 from python_model.data.config import DataConfig
@@ -129,6 +129,7 @@ def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SM
     )
     print(report.opening(len(sample.queries), len(sample.documents), len(sample.conversations)), flush=True)
     before = measure(model, sample)
+    tell_cut("demo", model, f"the demo's {MAX_LENGTH}")
     questions = draw_chats(sample)
     chats: list[dict[str, str]] = [{"question": question, "before": chat(model, [question])} for question in questions]
     print(report.measured(before.scores), flush=True)

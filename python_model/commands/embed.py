@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import SMALL_MODEL, Command, add_truncation, load, progress
-from python_model.rag.documents import chunk, read_documents
+from python_model.commands.runner import (
+    SMALL_MODEL,
+    Command,
+    add_chunks,
+    add_truncation,
+    check_chunks,
+    chunks_of,
+    load,
+    progress,
+)
+from python_model.rag.documents import read_documents
 from python_model.rag.modes import Document
 from python_model.support.files import new_file
 from python_model.support.resume import ResumableArray
@@ -53,15 +62,7 @@ def configure(parser: ArgumentParser) -> None:
     add_truncation(parser)
     parser.add_argument("--device", action="append", help="may be repeated: the texts are distributed over the devices")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text")
-    parser.add_argument(
-        "--chunk-tokens",
-        type=int,
-        default=0,
-        help="split texts into chunks of at most so many tokens; 0: embed them whole",
-    )
-    parser.add_argument(
-        "--overlap", type=int, default=0, help="with --chunk-tokens: tokens shared by neighbouring chunks"
-    )
+    add_chunks(parser, "split each text into chunks")
     parser.add_argument("--ray", action="store_true", help="embed .jsonl or .parquet files at any URL on a Ray cluster")
     parser.add_argument("--workers", type=int, help="with --ray: number of copies of the model; default: 1")
     parser.add_argument("--gpus", type=float, help="with --ray: GPUs per copy; default: 0")
@@ -74,8 +75,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Embed the texts in blocks, or on Ray."""
-    if arguments.overlap and not arguments.chunk_tokens:
-        raise ValueError(f"--overlap: expected --chunk-tokens beside it, got {arguments.overlap} alone")
+    check_chunks(arguments)
     if arguments.ray:
         _run_on_ray(arguments)
     else:
@@ -128,9 +128,7 @@ def _run_here(arguments: Namespace) -> None:
     devices = arguments.device or [None]
     first = Namespace(model=arguments.model, device=devices[0], truncate_dim=arguments.truncate_dim)
     model = load(first, mode="embedding")
-    if arguments.chunk_tokens:
-        sizes = arguments.chunk_tokens, arguments.overlap
-        documents = [part for document in documents for part in chunk(document, model.tokenizer, *sizes)]
+    documents, _ = chunks_of(arguments, model, documents)
     texts = [document.content for document in documents]
     prefix = model.formatter.embed_instruction(arguments.instruction)
     batch_size = 256 if arguments.batch_size is None else arguments.batch_size

@@ -18,12 +18,23 @@ import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from tqdm.auto import tqdm
 
-from python_model.commands.runner import SMALL_MODEL, Command, add_json, add_truncation, load, tell_cut
+from python_model.commands.runner import (
+    SMALL_MODEL,
+    Command,
+    add_chunks,
+    add_json,
+    add_truncation,
+    check_chunks,
+    chunks_of,
+    load,
+    tell_cut,
+)
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TooLong
+from python_model.rag.modes import Document
 from python_model.support.files import write_json
 from python_model.support.tables import aligned
 
@@ -31,12 +42,20 @@ COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "recall_at_
 EVERYTHING = "all"
 
 
-def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) -> dict[str, dict[str, Any]]:
-    """Scores by data set, and overall under ``"all"``."""
+def measure(
+    model: GritLM,
+    held_out: HeldOut,
+    *,
+    max_length: int,
+    bf16: bool,
+    chunks: tuple[Sequence[str], Sequence[int]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Scores by data set, and overall under ``"all"``; ``chunks``: of the documents, and the index of each one's document."""
+    texts, owners = (held_out.documents, None) if chunks is None else chunks
     found: dict[str, dict[str, Any]] = {}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         if names := [row.dataset for row in held_out.rows]:
-            corpus = embed_documents(model, held_out.documents, max_length=max_length)
+            corpus = embed_documents(model, texts, max_length=max_length)
             ranks = retrieval_ranks(
                 model,
                 held_out.queries,
@@ -44,10 +63,11 @@ def measure(model: GritLM, held_out: HeldOut, *, max_length: int, bf16: bool) ->
                 held_out.relevant,
                 also_relevant=held_out.also_relevant,
                 max_length=max_length,
+                owners=owners,
             )
             for name in dict.fromkeys([*names, EVERYTHING]):
                 chosen = torch.tensor([name in (own, EVERYTHING) for own in names])
-                found[name] = asdict(scores_from_ranks(ranks[chosen], corpus.shape[0]))
+                found[name] = asdict(scores_from_ranks(ranks[chosen], len(held_out.documents)))
         if model.mode != "embedding" and held_out.conversations:
             sums: dict[str, tuple[float, int, int, int]] = {}
             for name in dict.fromkeys(row.dataset for row in held_out.conversations):
@@ -100,6 +120,7 @@ def configure(parser: ArgumentParser) -> None:
     add_truncation(parser)
     parser.add_argument("--mode", choices=["unified", "embedding"], default="unified")
     parser.add_argument("--max-length", type=int, default=512, help="maximum tokens per text")
+    add_chunks(parser, "find each document by the best of its chunks")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="maximum tokens per answer")
     parser.add_argument(
         "--bf16", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="compute in bfloat16"
@@ -125,7 +146,9 @@ def run(arguments: Namespace) -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "bf16": arguments.bf16,
         **({} if arguments.truncate_dim is None else {"truncate_dim": arguments.truncate_dim}),
+        **({"chunks": [arguments.chunk_tokens, arguments.overlap]} if arguments.chunk_tokens else {}),
     }
+    check_chunks(arguments)
     if arguments.questions is not None and arguments.mode == "embedding":
         raise ValueError("questions: expected a model that generates, got one in mode 'embedding'")
     held_out = HeldOut(data)
@@ -136,8 +159,13 @@ def run(arguments: Namespace) -> None:
         model = load(
             Namespace(model=name, device=arguments.device, truncate_dim=arguments.truncate_dim), mode=arguments.mode
         )
-        scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16)
-        tell_cut("eval", model, f"--max-length {arguments.max_length}")
+        chunks = None
+        if arguments.chunk_tokens:
+            whole = [Document(str(index), text) for index, text in enumerate(held_out.documents)]
+            parts, owners = chunks_of(arguments, model, whole)
+            chunks = [part.text for part in parts], owners
+        scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16, chunks=chunks)
+        tell_cut("eval", model, f"--max-length {arguments.max_length}", "" if chunks else "documents")
         result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
         if arguments.questions is not None:
             result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)

@@ -7,6 +7,7 @@ grit export HF --model my_run/checkpoint --for gguf               # then convert
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -49,6 +50,8 @@ def run(arguments: Namespace) -> None:
                 model, arguments.folder, max_length=arguments.max_length, packed=arguments.packed
             )
         print(folder)
+        limit = f"truncates texts to --max-length {arguments.max_length} tokens and does not say so"
+        print(f"grit export: sentence-transformers {limit}", file=sys.stderr)
         return
     from python_model.model.server_export import commands, export_for_server
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, load, tell_cut
+from python_model.commands.runner import Command, add_chunks, check_chunks, chunks_of, load, tell_cut
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, SKIPPED_RANKS, Embeddings, Scorer, mine_negatives
 from python_model.data.files import read_objects
 from python_model.data.reading import tolerant_rows
 from python_model.data.report import DataReport
 from python_model.data.rows import EmbeddingRow, InstructedText, PlainText, check_text, to_object
+from python_model.rag.modes import Document
 from python_model.support.arguments import check_at_least
 from python_model.support.files import new_file
 
@@ -94,12 +95,16 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--skip", type=int, default=SKIPPED_RANKS, help="number of top-ranked wrong passages to skip")
     parser.add_argument("--scores", action="store_true", help="write the scores, for distillation")
     parser.add_argument("--max-length", type=int, default=512, help="maximum tokens per text for --model")
+    add_chunks(parser, "with --model, score each passage by the best of its chunks")
 
 
 def run(arguments: Namespace) -> None:
     """Read the rows, score passages, choose negatives, write."""
     check_at_least("negatives", arguments.negatives, 1)
     check_at_least("skip", arguments.skip, 0)
+    check_chunks(arguments)
+    if arguments.chunk_tokens and arguments.model is None:
+        raise ValueError(f"--chunk-tokens: expected --model beside it, got {arguments.chunk_tokens} alone")
     if not 0 < arguments.margin <= 1:
         raise ValueError(f"margin: expected a number > 0 and <= 1, got {arguments.margin}")
     report = DataReport()
@@ -116,8 +121,15 @@ def run(arguments: Namespace) -> None:
         scorer = BM25([row.query.text for row in rows], passages)
     else:
         model = load(arguments, mode="embedding")
-        scorer = Embeddings(model, [row.query for row in rows], passages, max_length=arguments.max_length)
-        tell_cut("mine", model, f"--max-length {arguments.max_length}")
+        parts, owners = chunks_of(arguments, model, [Document(str(i), text) for i, text in enumerate(passages)])
+        scorer = Embeddings(
+            model,
+            [row.query for row in rows],
+            [part.text for part in parts],
+            max_length=arguments.max_length,
+            owners=owners if arguments.chunk_tokens else None,
+        )
+        tell_cut("mine", model, f"--max-length {arguments.max_length}", "" if arguments.chunk_tokens else "passages")
     found = mined(
         rows,
         scorer,

@@ -8,12 +8,24 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, load, show, tell_cut
+from python_model.commands.runner import (
+    Command,
+    add_chunks,
+    add_json,
+    add_model,
+    check_chunks,
+    chunks_of,
+    load,
+    show,
+    tell_cut,
+)
+from python_model.rag.documents import read_documents
+from python_model.rag.modes import Document
 
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit rerank``."""
-    from python_model.generate.rerank import METHODS
+    from python_model.generate.rerank import METHODS, PASSAGE_TOKENS
 
     add_model(parser)
     parser.add_argument("--query", required=True, help="query that the passages should answer")
@@ -30,31 +42,54 @@ def configure(parser: ArgumentParser) -> None:
         help="how likely the query is behind each; a yes or no; an order",
     )
     parser.add_argument(
-        "--passage-tokens", type=int, default=160, help="maximum tokens per passage; longer ones are truncated"
+        "--passage-tokens",
+        type=int,
+        help=f"maximum tokens per passage; longer ones are truncated; default: {PASSAGE_TOKENS}",
     )
+    add_chunks(parser, "rank each passage by the best of its chunks")
     parser.add_argument("--top", type=int, default=10, help="number of passages to print")
     add_json(parser)
 
 
 def run(arguments: Namespace) -> None:
     """Print the passages, best first."""
-    from python_model.generate.rerank import rerank
-    from python_model.rag.documents import read_documents
+    from python_model.generate.rerank import PASSAGE_TOKENS, rerank
 
-    if str(arguments.passages) == "-":
-        passages = [line.strip() for line in sys.stdin if line.strip()]
-    else:
-        passages = [document.content for document in read_documents(arguments.passages)]
+    check_chunks(arguments)
+    chunked = bool(arguments.chunk_tokens)
+    if chunked and arguments.passage_tokens is not None:
+        raise ValueError("--passage-tokens: expected no --chunk-tokens beside it, got both")
+    given = _documents(arguments.passages)
     model = load(arguments)
-    options = {"method": arguments.method, "passage_tokens": arguments.passage_tokens}
-    ranked = rerank(model, arguments.query, passages, **options)[: arguments.top]
-    tell_cut("rerank", model, f"--passage-tokens {arguments.passage_tokens}")
-    rows: list[dict[str, Any]] = [{"index": r.index, "score": r.score, "passage": passages[r.index]} for r in ranked]
+    documents, owners = chunks_of(arguments, model, given)
+    limit = PASSAGE_TOKENS if arguments.passage_tokens is None else arguments.passage_tokens
+    if chunked:
+        limit = int(model.model.config.max_position_embeddings)  # they are shown whole
+    ranked = rerank(
+        model,
+        arguments.query,
+        [document.content for document in documents],
+        method=arguments.method,
+        passage_tokens=limit,
+    )
+    tell_cut("rerank", model, f"--passage-tokens {limit}", "them")
+    best: dict[int, dict[str, Any]] = {}  # of each passage, the first chunk in the ranking
+    for place in ranked:
+        document, owner = documents[place.index], owners[place.index]
+        row = {"index": owner, "score": place.score, "passage": document.content}
+        best.setdefault(owner, {**row, "place": document.place} if chunked else row)
+    rows = list(best.values())[: arguments.top]
     show(
         arguments,
         {"query": arguments.query, "method": arguments.method, "passages": rows},
         "\n".join(f"{row['score']:8.3f}  [{row['index']}] {row['passage'][:100]}" for row in rows),
     )
+
+
+def _documents(passages: Path) -> list[Document]:
+    if str(passages) != "-":
+        return list(read_documents(passages))
+    return [Document(f"line {number}", line.strip()) for number, line in enumerate(sys.stdin, 1) if line.strip()]
 
 
 COMMAND = Command("rerank", "Rank passages by their relevance to a query.", configure, run)

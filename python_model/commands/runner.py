@@ -10,7 +10,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
+    from python_model.rag.modes import Document
 
 SMALL_MODEL = "smollm2-135m"
 STDOUT = 1
@@ -140,11 +141,47 @@ def load(arguments: Namespace, mode: str = "unified", **options: Any) -> GritLM:
     return GritLM(resolve_model(arguments.model), mode=mode, device=arguments.device, **options)
 
 
-def tell_cut(name: str, model: GritLM, limit: str) -> None:
-    """Say on standard error how many texts ``model`` has truncated, if any; ``limit`` is the option that sets the length."""
+def add_chunks(parser: ArgumentParser, what: str) -> None:
+    """``--chunk-tokens`` and ``--overlap``, read by :func:`chunks_of`; ``what`` is done with chunks."""
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=0, help=f"{what} of at most so many tokens; 0: leave it whole"
+    )
+    parser.add_argument(
+        "--overlap", type=int, default=0, help="with --chunk-tokens: tokens shared by neighbouring chunks"
+    )
+
+
+def check_chunks(arguments: Namespace) -> None:
+    """Refuse ``--overlap`` where it would be ignored."""
+    if arguments.overlap and not arguments.chunk_tokens:
+        raise ValueError(f"--overlap: expected --chunk-tokens beside it, got {arguments.overlap} alone")
+
+
+def chunks_of(arguments: Namespace, model: GritLM, documents: Iterable[Document]) -> tuple[list[Document], list[int]]:
+    """The chunks of all documents, and the index of the document that each belongs to; without ``--chunk-tokens`` the documents
+    are whole.
+    """
+    from python_model.rag.documents import chunk
+
+    if not arguments.chunk_tokens:
+        whole = list(documents)
+        return whole, list(range(len(whole)))
+    parts, owners = [], []
+    for owner, document in enumerate(documents):
+        found = chunk(document, model.tokenizer, arguments.chunk_tokens, arguments.overlap) or [document]
+        parts += found
+        owners += [owner] * len(found)
+    return parts, owners
+
+
+def tell_cut(name: str, model: GritLM, limit: str, split: str = "") -> None:
+    """Say on standard error how many texts ``model`` has truncated, if any; ``limit`` is the option that sets the length,
+    ``split`` what ``--chunk-tokens`` would split.
+    """
     if model.texts_cut:
         what = "1 text is" if model.texts_cut == 1 else f"{model.texts_cut} texts are"
-        print(f"grit {name}: {what} longer than {limit} tokens; what follows is ignored", file=sys.stderr)
+        instead = f" (--chunk-tokens splits {split} instead)" if split else ""
+        print(f"grit {name}: {what} longer than {limit} tokens; what follows is ignored{instead}", file=sys.stderr)
 
 
 def show(arguments: Namespace, result: Any, text: str) -> None:

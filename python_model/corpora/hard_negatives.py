@@ -48,20 +48,32 @@ class BM25:
 
 
 class Embeddings:
-    """Cosine similarities of a model's embeddings; ``queries`` are (instruction, text)."""
+    """Cosine similarities of a model's embeddings; ``queries`` are (instruction, text). ``owners``: if ``passages`` are chunks,
+    the index of the passage that each belongs to, which is as similar as its best chunk.
+    """
 
     def __init__(
-        self, model: GritLM, queries: Sequence[tuple[str, str]], passages: Sequence[str], *, max_length: int = 512
+        self,
+        model: GritLM,
+        queries: Sequence[tuple[str, str]],
+        passages: Sequence[str],
+        *,
+        max_length: int = 512,
+        owners: Sequence[int] | None = None,
     ) -> None:
         from python_model.evaluation.retrieval import embed_documents, embed_queries
 
         self._passages = embed_documents(model, passages, max_length=max_length)
         self._queries = embed_queries(model, queries, max_length=max_length)
+        self._owners = owners
 
     def rows(self) -> Iterator[np.ndarray]:
         """Similarities of all passages, query by query."""
+        from python_model.evaluation.retrieval import best_chunks
+
         for start in range(0, len(self._queries), 256):
-            yield from (self._queries[start : start + 256] @ self._passages.T).float().cpu().numpy()
+            scores = (self._queries[start : start + 256] @ self._passages.T).float().cpu()
+            yield from (scores if self._owners is None else best_chunks(scores, self._owners)).numpy()
 
 
 def words(text: str) -> list[str]:

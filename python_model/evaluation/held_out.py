@@ -124,3 +124,9 @@ def evaluate(
             total, count, left_out = ranks.all_rows(row).sum(0).tolist()
             loss = mean_token_loss(total, int(count), int(left_out), len(held_out.conversations), max_length)
     return {**retrieval, "next_token_loss": loss}, corpus
+
+
+def cut_line(cut: int, held_out: HeldOut, limit: str) -> str:
+    """One line that says how many of the held-out texts were truncated; ``limit`` is the setting that limits them."""
+    texts = len(held_out.documents) + len(held_out.queries) + len(held_out.conversations)
+    return f"evaluation: {cut} of {texts} texts were longer than {limit}; what follows was not read"

@@ -94,13 +94,26 @@ def retrieval_ranks(
     *,
     also_relevant: Sequence[Sequence[int]] = (),
     max_length: int = 512,
+    owners: Sequence[int] | None = None,
 ) -> Tensor:
     """Rank (1 = best) of each query's document when (instruction, text) queries search ``corpus`` exactly.
 
     ``corpus``: embeddings (N, size) from :func:`embed_documents`. ``relevant[i]`` is the index of the document that answers
-    query i; ``also_relevant[i]`` are other answers, which are excluded from its ranking.
+    query i; ``also_relevant[i]`` are other answers, which are excluded from its ranking. ``owners``: if ``corpus`` holds chunks,
+    the index of the document that each belongs to, see :func:`best_chunks`.
     """
     scores = embed_queries(model, queries, max_length=max_length) @ corpus.T
+    if owners is not None:
+        scores = best_chunks(scores, owners)
     for row, others in zip(scores, also_relevant, strict=False):
         row[list(others)] = -torch.inf
     return ranks_of_relevant(scores, torch.as_tensor(relevant, device=corpus.device))
+
+
+def best_chunks(scores: Tensor, owners: Sequence[int]) -> Tensor:
+    """Scores (Q, N) of documents from those of their chunks (Q, C): a document's is that of its best chunk (MaxP, Dai and Callan,
+    arXiv 1905.09217). ``owners[c]`` is the document of chunk c; every document has one.
+    """
+    places = torch.as_tensor(owners, device=scores.device)
+    found = scores.new_full((scores.shape[0], int(places.max()) + 1), -torch.inf)
+    return found.scatter_reduce_(1, places.expand_as(scores), scores, "amax")

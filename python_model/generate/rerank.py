@@ -21,11 +21,12 @@ from python_model.generate.text import complete, prompt_ids
 from python_model.model.chunks import build_chunk
 from python_model.model.losses import next_token_losses
 from python_model.model.modeling import GritLM, token_batches
-from python_model.model.prompts import ASSISTANT, IGNORE_INDEX, USER, escape
+from python_model.model.prompts import ASSISTANT, IGNORE_INDEX, USER, TooLong, escape
 from python_model.support.arguments import check_at_least, check_choice
 
 Method = Literal["likelihood", "listwise", "pointwise"]
 METHODS: tuple[str, ...] = get_args(Method)
+PASSAGE_TOKENS = 160
 _NUMBER = re.compile(r"\d+")
 
 
@@ -45,7 +46,7 @@ def rerank(
     method: Method = "likelihood",
     window: int = 10,
     step: int = 5,
-    passage_tokens: int = 160,
+    passage_tokens: int = PASSAGE_TOKENS,
     batch_size: int = 256,
 ) -> list[Ranked]:
     """Rank ``passages``: each appears exactly once, best first.
@@ -57,7 +58,8 @@ def rerank(
         batch_size: unless listwise, most passages scored in one packed pass (a pass also ends at 16384 tokens).
 
     Raises:
-        ValueError: an unknown method, an empty query, a window that cannot sort, or a size below 1.
+        ValueError: an unknown method, an empty query, a window that cannot sort, a size below 1, or (likelihood only) a query and
+            a passage that together exceed the model's positions.
     """
     check_choice("method", method, METHODS)
     if not query.strip():
@@ -66,9 +68,7 @@ def rerank(
     check_at_least("batch_size", batch_size, 1)
     model.check_head("rerank")
     shown = [shorten(model, passage, passage_tokens) for passage in passages]
-    model.texts_cut += sum(
-        len(short) < len(" ".join(passage.split())) for short, passage in zip(shown, passages, strict=True)
-    )
+    model.texts_cut += sum(short != on_one_line(passage) for short, passage in zip(shown, passages, strict=True))
     if method != "listwise":
         score = yes_scores if method == "pointwise" else query_likelihoods
         scores = score(model, query, shown, batch_size=batch_size)
@@ -165,7 +165,12 @@ def query_likelihoods(model: GritLM, query: str, passages: Sequence[str], *, bat
     """The mean log-probability of the query (and its end) as the reply to :func:`likelihood_turn`, for each passage, from one
     packed forward pass per batch; conversations are read as in training."""
     longest = int(model.model.config.max_position_embeddings)
-    samples = [model.formatter.conversation([likelihood_turn(passage), query], longest) for passage in passages]
+    try:
+        samples = [model.formatter.conversation([likelihood_turn(passage), query], longest) for passage in passages]
+    except TooLong:
+        samples = None
+    if samples is None or any(sample.truncated for sample in samples):
+        raise ValueError(f"passages: expected the query and each passage within the model's {longest} tokens, got more")
     scores = [0.0] * len(passages)
     for batch in token_batches([len(sample) for sample in samples], batch_size):
         chosen = [samples[index] for index in batch]
@@ -187,9 +192,14 @@ def answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
     return yes[len(before) : place], yes[place], no[place]
 
 
+def on_one_line(passage: str) -> str:
+    """``passage`` with one space for every run of white space, as it is shown to the model."""
+    return " ".join(passage.split())
+
+
 def shorten(model: GritLM, passage: str, tokens: int) -> str:
     """``passage`` truncated to at most ``tokens`` tokens, on one line."""
-    text = " ".join(passage.split())
+    text = on_one_line(passage)
     encoded = model.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
     )

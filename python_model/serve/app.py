@@ -223,15 +223,22 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
     async def rerank(body: p.RerankRequest, request: Request) -> Any:
         """Documents by their relevance to a query."""
         service.check_model(body.model)
-        works = await run_in_threadpool(service.rerank, body)
+        works, truncated = await run_in_threadpool(service.rerank, body)
         scores = [event.score for event in await Results(engine, works).all_of(Score, request)]
         order = sorted(range(len(works)), key=lambda i: -scores[i])[: body.top_n]
-        found: list[dict[str, Any]] = [{"index": i, "relevance_score": math.exp(scores[i])} for i in order]
+        found: list[dict[str, Any]] = [
+            {"index": i, "relevance_score": math.exp(scores[i]), "truncated": truncated[i]} for i in order
+        ]
         if body.return_documents:
             for row in found:
                 row["document"] = {"text": body.texts[row["index"]]}
         usage = usage_of(request, sum(len(work.tokens) for work in works))
-        meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+        meta: dict[str, Any] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+        if cut := sum(truncated):
+            what = (
+                f"{cut} of {len(works)} documents are longer than max_tokens_per_doc ({body.max_tokens_per_doc} tokens)"
+            )
+            meta["warnings"] = [f"{what}; what follows is ignored"]
         identity = f"rerank-{uuid.uuid4().hex}"
         return JSONResponse({"id": identity, "model": service.name, "results": found, "usage": usage, "meta": meta})
 

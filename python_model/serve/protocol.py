@@ -287,7 +287,9 @@ class EmbeddingReply(BaseModel):
 
 
 class RerankReply(BaseModel):
-    """Documents, best first; ``relevance_score``: the geometric mean of the probabilities of the query's tokens."""
+    """Documents, best first; ``relevance_score``: the geometric mean of the probabilities of the query's tokens; ``truncated``:
+    whether the document is longer than ``max_tokens_per_doc``. ``meta.warnings`` says how many are.
+    """
 
     id: str
     model: str

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from python_model.generate.decode import Sampling
-from python_model.generate.rerank import likelihood_turn, shorten
+from python_model.generate.rerank import likelihood_turn, on_one_line, shorten
 from python_model.generate.text import ChatFormat, conversation_ids, prompt_ids
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import ROLE_MARKERS, TURN_END, TooLong
@@ -222,9 +222,9 @@ class Service:
         part = vector[:dimensions]
         return torch.nn.functional.normalize(part, dim=0) if self.reader.normalized else part
 
-    def rerank(self, request: RerankRequest) -> list[TextWork]:
+    def rerank(self, request: RerankRequest) -> tuple[list[TextWork], list[bool]]:
         """One work per document: how likely it makes the query, as by the default of
-        :func:`python_model.generate.rerank.rerank`.
+        :func:`python_model.generate.rerank.rerank`; and for each, whether the document was truncated.
         """
         if not self.engine.generates:
             raise ApiError(400, "model: expected one that generates, for reranking", param="model")
@@ -232,13 +232,14 @@ class Service:
         self._fits("query", len(request.query), self.text_tokens)
         if not request.query.strip():
             raise ApiError(400, "query: expected a non-empty text", param="query", code="invalid_value")
-        works = []
+        works, truncated = [], []
         with self._lock:
-            for text in request.texts:
+            for text in map(on_one_line, request.texts):
                 # text beyond the tokens that are shown need not be tokenised
                 shown = shorten(
                     self.reader, text[: request.max_tokens_per_doc * self._longest], request.max_tokens_per_doc
                 )
+                truncated.append(len(shown) < len(text))
                 try:
                     sample = self.reader.formatter.conversation(
                         [likelihood_turn(shown), request.query], self.text_tokens
@@ -256,7 +257,7 @@ class Service:
                         labels=sample.labels,
                     )
                 )
-        return works
+        return works, truncated
 
     # ---- indexes
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from python_model.evaluation.held_out import HeldOut, evaluate
+from python_model.evaluation.held_out import HeldOut, cut_line, evaluate
 from python_model.support.files import write_json, write_text
 from python_model.train.config import TrainConfig, dotted, flatten
 from python_model.train.plot import plot_ablation
@@ -157,6 +157,8 @@ def _measure(variant: Variant, held_out: HeldOut, ablation: Ablation, keep_check
         checkpoint, options = train(config), {}  # a trained checkpoint brings its own
     model = GritLM(checkpoint, mode=config.mode, **options)
     scores, _ = evaluate(model, held_out, max_length=ablation.max_length, bf16=config.model.bf16)
+    if model.texts_cut:
+        tqdm.write(cut_line(model.texts_cut, held_out, f"max_length ({ablation.max_length} tokens)"))
     row = {
         "variant": variant.name,
         "group": variant.group,

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from python_model.evaluation.held_out import HeldOut, evaluate
+from python_model.evaluation.held_out import HeldOut, cut_line, evaluate
 from python_model.model.modeling import GritLM
 from python_model.train.checkpointer import Checkpointer, Stateful
 from python_model.train.config import EvaluationConfig
@@ -50,13 +51,16 @@ class Validation:
         self.checkpointer, self.ranks, self.bf16 = checkpointer, ranks, bf16
         self.held_out = check_evaluation(config, grit.mode)
         self._log = StepLog(folder / "evaluation.jsonl", start) if ranks.first else None
+        self._told = False
 
     def __call__(self, step: int, steps: int) -> bool:
         """Evaluate if due after ``step`` of ``steps`` steps; returns whether the run should stop."""
         if step % self.config.every and step != steps:
             return False
         if not self._from_first(any(record["step"] == step for record in self._records)):
+            before = self.grit.texts_cut
             scores = self._measure()
+            self._tell_cut(self.grit.texts_cut - before)
             if self._log is not None:
                 self._log.log(step, scores)
             if self.best() == step:
@@ -88,6 +92,14 @@ class Validation:
     def _from_first(self, value: int) -> int:
         """The first rank's value, on every rank."""
         return int(self.ranks.all_values([value])[0, 0])
+
+    def _tell_cut(self, cut: int) -> None:
+        """Say once how many of the held-out texts were truncated; ``cut``: those that this rank has read."""
+        if not self._told:
+            self._told = True
+            total = int(self.ranks.all_values([cut])[:, 0].sum())
+            if total and self.ranks.first:
+                tqdm.write(cut_line(total, self.held_out, f"evaluation.max_length ({self.config.max_length} tokens)"))
 
     @torch.no_grad()
     def _measure(self) -> dict[str, Any]:

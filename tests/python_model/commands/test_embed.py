@@ -14,6 +14,8 @@ import pytest
 
 from python_model import GritLM
 from python_model.commands import embed, index, mine, rerank
+from python_model.generate.rerank import on_one_line, query_likelihoods
+from python_model.rag.documents import chunk, read_documents
 
 
 def test_options_that_a_cluster_would_ignore_are_refused(tmp_path: Path) -> None:
@@ -60,7 +62,9 @@ def test_commands_that_compare_texts_say_when_they_cut_some(
     passages.write_text("river " * 60)
     model = ["--model", str(checkpoint), "--device", "cpu"]
     rerank.COMMAND([*model, "--query", "river", "--passages", str(passages), "--passage-tokens", "20"])
-    assert "grit rerank: 1 text is longer than --passage-tokens 20 tokens" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "grit rerank: 1 text is longer than --passage-tokens 20 tokens" in said
+    assert said.endswith("(--chunk-tokens splits them instead)\n")
     rerank.COMMAND([*model, "--query", "river", "--passages", str(passages), "--passage-tokens", "400"])
     assert "longer" not in capsys.readouterr().err
     rows = tmp_path / "rows.jsonl"
@@ -157,3 +161,46 @@ def test_texts_that_are_cut_are_counted(checkpoint: Path, tmp_path: Path, capsys
     assert "2 of 3 texts are longer than --max-length 16 tokens" in capsys.readouterr().err
     embed.COMMAND([*base, "--text", "a"])
     assert capsys.readouterr().err.count("longer") == 0
+
+
+def test_reranking_in_chunks_cuts_nothing_and_takes_the_best_chunk_of_each_passage(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["A river flows.\n" * 12 + "Paris is a city.\n" * 12, "A word is short.", "Code is text. " * 30]
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text("".join(json.dumps({"text": text, "title": "Notes"}) + "\n" for text in texts))
+    base = [
+        "--model",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--query",
+        "What flows?",
+        "--passages",
+        str(passages),
+        "--json",
+    ]
+    rerank.COMMAND([*base, "--chunk-tokens", "24", "--overlap", "4"])
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)["passages"]
+    assert "longer" not in printed.err
+    model = GritLM(checkpoint, device="cpu")
+    owners, parts = [], []
+    for owner, document in enumerate(read_documents(passages)):
+        for part in chunk(document, model.tokenizer, 24, 4):
+            owners.append(owner)
+            parts.append(part)
+    assert owners.count(0) > 4 and owners.count(1) == 1
+    scores = query_likelihoods(model, "What flows?", [on_one_line(part.content) for part in parts])
+    best = {owner: max(s for s, o in zip(scores, owners, strict=True) if o == owner) for owner in range(3)}
+    assert [row["index"] for row in rows] == sorted(best, key=lambda owner: -best[owner])
+    for row in rows:
+        assert row["score"] == pytest.approx(best[row["index"]], abs=1e-5)
+        shown = parts[min(range(len(parts)), key=lambda i: abs(scores[i] - row["score"]))]
+        assert (row["passage"], row["place"]) == (shown.content, shown.place)
+    rerank.COMMAND([*base, "--chunk-tokens", "24", "--top", "1"])
+    assert len(json.loads(capsys.readouterr().out)["passages"]) == 1
+    with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got 4 alone"):
+        rerank.COMMAND([*base, "--overlap", "4"])
+    with pytest.raises(SystemExit, match="--passage-tokens: expected no --chunk-tokens beside it, got both"):
+        rerank.COMMAND([*base, "--chunk-tokens", "24", "--passage-tokens", "24"])

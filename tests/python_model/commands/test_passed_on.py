@@ -146,11 +146,13 @@ def test_export_writes_under_its_options(calls: Calls, replace: Replace, capsys:
     (model, folder), options = calls["export_sentence_transformers"]
     assert (model, str(folder), options) == (MODEL, "f", {"max_length": 8, "packed": True})
     assert calls["load"][1] == {"dtype": "auto"}, "an export changes no weight"
+    assert "truncates texts to --max-length 8 tokens and does not say so" in (printed := capsys.readouterr()).err
+    assert printed.out == "made\n"
     run(export.COMMAND, "f", "--for", "vllm", "--max-length", "8", "--pool-instruction")
     (model, folder, target), options = calls["export_for_server"]
     assert (model, str(folder), target, options) == (MODEL, "f", "vllm", {"max_length": 8, "pool_instruction": True})
     assert calls["commands"] == ((MODEL, "made", "vllm", 8), {})
-    assert capsys.readouterr().out == "made\nmade\nserve it\n"
+    assert capsys.readouterr() == ("made\nserve it\n", "")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_mine_chooses_under_its_options(calls: Calls, replace: Replace, tmp_path
     assert ([row.query.text for row in given], scorer, count) == (["q"], "scorer", 3)
     assert options_given == {"margin": 0.5, "skipped_ranks": 1, "scores": True}
     (model, _, passages), limit = calls["Embeddings"]
-    assert (model, passages, limit) == (MODEL, ["p"], {"max_length": 7})
+    assert (model, passages, limit) == (MODEL, ["p"], {"max_length": 7, "owners": None})
     assert calls["load"][1] == {"mode": "embedding"} and not (tmp_path / "out.jsonl").exists()
 
 
@@ -195,7 +197,8 @@ def test_eval_and_mine_say_how_many_texts_they_cut(
     monkeypatch.setattr("python_model.commands.evaluate.load", lambda *arguments, **options: model)
     monkeypatch.setattr("python_model.commands.evaluate.measure", computes)
     run(evaluate.COMMAND, "--model", "m", "--max-length", "9")
-    assert f"grit eval: {said} longer than --max-length 9 tokens" in capsys.readouterr().err
+    assert f"grit eval: {said} longer than --max-length 9 tokens" in (err := capsys.readouterr().err)
+    assert "(--chunk-tokens splits documents instead)" in err
     model.texts_cut = 0
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"query": "q", "pos": ["p"]}\n')
@@ -203,7 +206,8 @@ def test_eval_and_mine_say_how_many_texts_they_cut(
     monkeypatch.setattr("python_model.commands.mine.Embeddings", computes)
     monkeypatch.setattr("python_model.commands.mine.mined", lambda rows, *arguments, **options: rows)
     run(mine.COMMAND, str(rows), str(tmp_path / "out.jsonl"), "--model", "m", "--max-length", "9")
-    assert f"grit mine: {said} longer than --max-length 9 tokens" in capsys.readouterr().err
+    assert f"grit mine: {said} longer than --max-length 9 tokens" in (err := capsys.readouterr().err)
+    assert "(--chunk-tokens splits passages instead)" in err
 
 
 @pytest.mark.parametrize(

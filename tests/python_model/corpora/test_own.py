@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from python_model import GritLM
 from python_model.commands.data import COMMAND as data
 from python_model.commands.mine import COMMAND as mine
 from python_model.commands.mine import Pool, mined
@@ -18,6 +19,9 @@ from python_model.corpora.own import own_files, split_rows
 from python_model.data.reading import read_embedding, read_rows
 from python_model.data.rows import EmbeddingRow, GenerativeRow, PlainText, to_object
 from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.retrieval import embed_documents, embed_queries
+from python_model.rag.documents import chunk
+from python_model.rag.modes import Document
 from tests.python_model.data.test_data import write
 
 
@@ -172,5 +176,16 @@ def test_the_command_mines_by_bm25_and_by_a_model(checkpoint: Path, tmp_path: Pa
         assert [row.query for row in found] == [row.query for row in read_embedding(file)]
         assert all(len(row.neg) == 2 and not set(row.neg) & set(row.pos) for row in found)
         assert all(len(row.neg_scores) == (2 if name == "model" else 0) for row in found)
+    # a passage is as similar as its best chunk
+    mine([str(file), str(tmp_path / "chunks.jsonl"), *options, "--chunk-tokens", "4"])
+    model = GritLM(checkpoint, device="cpu", mode="embedding")
+    for row in read_embedding(tmp_path / "chunks.jsonl"):
+        query = embed_queries(model, [row.query])
+        for passage, score in zip([*row.pos, *row.neg], [*row.pos_scores, *row.neg_scores], strict=True):
+            parts = chunk(Document("p", passage.text), model.tokenizer, 4)
+            similar = query @ embed_documents(model, [part.text for part in parts]).T
+            assert len(parts) > 1 and score == pytest.approx(float(similar.max()), abs=1e-5)
+    with pytest.raises(SystemExit, match="--chunk-tokens: expected --model beside it, got 4 alone"):
+        mine([str(file), str(tmp_path / "x.jsonl"), "--chunk-tokens", "4"])
     with pytest.raises(SystemExit, match="margin: expected a number > 0"):
         mine([str(file), str(tmp_path / "x.jsonl"), "--margin", "1.5"])

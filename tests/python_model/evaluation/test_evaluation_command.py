@@ -16,8 +16,17 @@ from python_model.data.rows import GenerativeRow
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import conversation_losses
-from python_model.evaluation.retrieval import embed_documents, ranks_of_relevant, retrieval_ranks, scores_from_ranks
+from python_model.evaluation.retrieval import (
+    best_chunks,
+    embed_documents,
+    embed_queries,
+    ranks_of_relevant,
+    retrieval_ranks,
+    scores_from_ranks,
+)
 from python_model.model.prompts import TooLong, encode_conversation
+from python_model.rag.documents import chunk
+from python_model.rag.modes import Document
 
 WORDS = ("river", "city", "code", "word")
 
@@ -67,6 +76,49 @@ def test_the_rank_leaves_out_what_answers_the_query_too(checkpoint: Path) -> Non
     queries = [("", texts[0])]
     assert retrieval_ranks(model, queries, corpus, [0]).tolist() == [2]  # the same text stands twice: a tie
     assert retrieval_ranks(model, queries, corpus, [0], also_relevant=[[4]]).tolist() == [1]
+
+
+def test_a_document_scores_what_its_best_chunk_does() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5, -0.3], [0.2, 0.1, -0.5, -0.4]])
+    assert best_chunks(scores, [0, 0, 2, 1]).equal(torch.tensor([[0.9, -0.3, 0.5], [0.2, -0.4, -0.5]]))
+
+
+def test_long_documents_are_cut_or_found_by_their_chunks(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    texts = [f"{other} is code. " * 12 + f"{w} is here" for w, other in zip(WORDS, reversed(WORDS), strict=True)]
+    lines = [json.dumps({"key": w, "text": text}) + "\n" for w, text in zip(WORDS, texts, strict=True)]
+    (data / "corpus.jsonl").write_text("".join(lines))
+    output = tmp_path / "results.json"
+    base = [
+        "--model",
+        str(checkpoint),
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--no-bf16",
+        "--mode",
+        "embedding",
+    ]
+    main([*base, "--max-length", "32"])
+    assert "4 texts are longer than --max-length 32 tokens" in (said := capsys.readouterr().err)
+    assert "(--chunk-tokens splits documents instead)" in said
+    main([*base, "--max-length", "32", "--chunk-tokens", "20", "--overlap", "3"])
+    assert "longer than" not in capsys.readouterr().err
+    whole, chunked = json.loads(output.read_text())  # neither is taken for the other
+    assert chunked["options"] == {**whole["options"], "chunks": [20, 3]}
+    model = GritLM(checkpoint, device="cpu", mode="embedding")
+    pieces = [chunk(Document("d", text), model.tokenizer, 20, 3) for text in texts]
+    assert min(map(len, pieces)) > 2
+    queries = embed_queries(model, [("Find", f"where is {w}") for w in WORDS])
+    best = [(queries @ embed_documents(model, [piece.text for piece in part]).T).amax(1) for part in pieces]
+    ranks = ranks_of_relevant(torch.stack(best, dim=1), torch.arange(4))
+    expected = scores_from_ranks(ranks, 4)
+    assert chunked["scores"]["all"]["mrr_at_10"] == pytest.approx(expected.mrr_at_10)
+    assert chunked["scores"]["all"]["documents"] == 4
+    with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got 3 alone"):
+        main([*base, "--overlap", "3"])
 
 
 def test_ties_and_vectors_that_are_not_finite_count_against_the_relevant_document() -> None:

@@ -206,6 +206,11 @@ def test_bad_arguments_are_named(model: GritLM, checkpoint: Path) -> None:
         rerank(model, " ", PASSAGES)
     with pytest.raises(ValueError, match="passage_tokens: expected .*got 0"):
         rerank(model, "q", PASSAGES, passage_tokens=0)
+    for query, passage in (("q", "a river " * 400), ("river " * 600, "a")):  # the turn alone, or the query behind it
+        with pytest.raises(
+            ValueError, match="passages: expected the query and each passage within the model's 512 tokens"
+        ):
+            rerank(model, query, [passage], passage_tokens=1000)
     with pytest.raises(ValueError, match="batch_size: expected .*got 0"):
         rerank(model, "q", PASSAGES, batch_size=0)
     with pytest.raises(ValueError, match="no language-model head"):

@@ -392,6 +392,23 @@ def test_reranking_is_the_librarys_and_cohere_reads_it(server: Server, served_mo
         assert [row.relevance_score for row in rows] == pytest.approx([expected[i] for i in order], abs=1e-5)
 
 
+def test_documents_that_reranking_truncates_are_reported(server: Server) -> None:
+    documents = ["A river flows.", "a river " * 30, "Paris  is\na city. " * 400]
+    body = {"query": "What flows?", "documents": documents, "max_tokens_per_doc": 20}
+    reply = post(server, "/v1/rerank", body).json()
+    assert {row["index"]: row["truncated"] for row in reply["results"]} == {0: False, 1: True, 2: True}
+    (warning,) = reply["meta"]["warnings"]
+    assert warning == "2 of 3 documents are longer than max_tokens_per_doc (20 tokens); what follows is ignored"
+    few = post(server, "/v1/rerank", {**body, "top_n": 1}).json()
+    assert few["meta"] == reply["meta"], "also those that are not returned"
+    whole = post(server, "/v1/rerank", {"query": "What flows?", "documents": ["A  river\nflows.\n"]}).json()
+    assert [row["truncated"] for row in whole["results"]] == [False] and "warnings" not in whole["meta"]
+    cohere = pytest.importorskip("cohere")
+    client = cohere.ClientV2("none", base_url=server.url)
+    found = client.rerank(model="tiny", query="What flows?", documents=documents, max_tokens_per_doc=20)
+    assert found.meta.warnings == [warning]
+
+
 @pytest.fixture(scope="module")
 def documents(served_model: GritLM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("rag")

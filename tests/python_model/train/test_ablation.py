@@ -86,9 +86,11 @@ def test_variants_are_trained_measured_and_tabled_once(
     run(read_ablation(file))
     assert again == ["CCCC wmean"]
     # the same models measured otherwise are other results
-    file.write_text(yaml.safe_dump({**content, "max_length": 48, "variants": content["variants"][-1:]}))
+    file.write_text(yaml.safe_dump({**content, "max_length": 20, "variants": content["variants"][-1:]}))
+    capsys.readouterr()
     (row,) = run(read_ablation(file))
-    assert again[1:] == ["base"] and row["measured_on"]["max_length"] == 48
+    assert again[1:] == ["base"] and row["measured_on"]["max_length"] == 20
+    assert "texts were longer than max_length (20 tokens); what follows was not read" in capsys.readouterr().out
 
 
 def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -35,9 +35,28 @@ def _scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> dict[floa
     return weights
 
 
-def test_scores_are_logged_and_the_last_step_is_measured(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
+def test_held_out_texts_that_are_cut_are_counted_once(
+    checkpoint: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"evaluation.data": str(folder), "evaluation.every": 1, "evaluation.max_length": 20}
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=2, **settings)).train()
+    model, held_out = GritLM(checkpoint, device="cpu", dtype="float32"), HeldOut(folder)
+    evaluate(model, held_out, max_length=20, bf16=False)
+    texts = len(held_out.documents) + len(held_out.queries) + len(held_out.conversations)
+    assert 0 < model.texts_cut < texts
+    said = [line for line in capsys.readouterr().out.splitlines() if "longer than evaluation" in line]
+    assert [line.strip() for line in said] == [
+        f"evaluation: {model.texts_cut} of {texts} texts were longer than evaluation.max_length (20 tokens); "
+        "what follows was not read"
+    ]
+
+
+def test_scores_are_logged_and_the_last_step_is_measured(
+    checkpoint: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = toy_config(checkpoint, tmp_path, steps=5, **{"evaluation.data": str(folder), "evaluation.every": 2})
     toy_trainer(config).train()
+    assert "longer than evaluation" not in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert all(0 <= line["ndcg_at_10"] <= 1 and line["next_token_loss"] > 0 for line in lines)
