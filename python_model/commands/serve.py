@@ -67,7 +67,7 @@ def _serve_replicas(arguments: Namespace, keys: Sequence[str]) -> None:
     gpu = torch.cuda.is_available() if arguments.device is None else arguments.device.startswith("cuda")
     start(
         build,
-        Replicas.parse(arguments.replicas),
+        Replicas.parse(arguments.replicas, arguments.requests_per_replica),
         host=arguments.host,
         port=arguments.port,
         cpus=arguments.threads or 1,
@@ -253,6 +253,12 @@ def configure(parser: ArgumentParser) -> None:
         default="1",
         metavar="N|LEAST:MOST",
         help="with --ray: number of replicas, scaled with the number of open requests",
+    )
+    add(
+        "--requests-per-replica",
+        type=int,
+        default=8,
+        help="with --ray: open requests per replica, waiting ones included, that the number of replicas is scaled to",
     )
     add(
         "--drain-seconds",

@@ -23,7 +23,9 @@ INDEXES_PER_REPLICA = 8
 
 @dataclass(frozen=True)
 class Replicas:
-    """The number of replicas: enough for ``target_requests`` open requests each, between ``least`` and ``most``."""
+    """The number of replicas: enough for ``target_requests`` open requests each, those that wait included, between ``least`` and
+    ``most``.
+    """
 
     least: int = 1
     most: int = 1
@@ -35,12 +37,12 @@ class Replicas:
         check_at_least("target_requests", self.target_requests, 1)
 
     @classmethod
-    def parse(cls, text: str) -> Replicas:
+    def parse(cls, text: str, target_requests: int = 8) -> Replicas:
         """Parse ``"2"`` (two) or ``"1:8"`` (one to eight)."""
         least, _, most = text.partition(":")
         if not least.isdigit() or (most and not most.isdigit()):
             raise ValueError(f"replicas: expected a number, or LEAST:MOST, got {text!r}")
-        return cls(int(least), int(most or least))
+        return cls(int(least), int(most or least), target_requests)
 
 
 def start(

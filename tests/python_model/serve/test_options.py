@@ -133,10 +133,11 @@ def test_replicas_get_the_options_of_one_server(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv(serve.KEY_VARIABLE, "secret")
     started: list[Any] = []
     monkeypatch.setattr(replicas, "start", lambda *arguments, **options: started.append((arguments, options)))
-    words = ["--ray", "--replicas", "2:3", "--threads", "5", "--host", "::1", "--port", "81", "--drain-seconds", "4"]
+    words = ["--ray", "--replicas", "2:3", "--requests-per-replica", "6", "--threads", "5", "--drain-seconds", "4"]
+    words += ["--host", "::1", "--port", "81"]
     serve.COMMAND.run(serve.COMMAND.arguments([*words, "--device", device]))
     (((build, count), options),) = started
-    assert count == replicas.Replicas.parse("2:3")
+    assert count == replicas.Replicas(2, 3, 6)
     assert options == {"host": "::1", "port": 81, "cpus": 5, "gpus": gpus, "drain_seconds": 4}
     monkeypatch.setattr(serve, "build_app", lambda arguments, keys, on_index: (arguments.device, keys, on_index))
     with no_logging():
@@ -158,9 +159,9 @@ def test_replicas_scale_with_the_number_of_open_requests(monkeypatch: pytest.Mon
         run=lambda application, **options: told.update(options, application=application),
     )
     monkeypatch.setattr(replicas, "require", lambda module, extra: ray_serve)
-    count = replicas.Replicas.parse("2:5")
+    count = replicas.Replicas.parse("2:5", 6)
     replicas.start(lambda remember: None, count, host="::1", port=81, cpus=3, drain_seconds=4, max_requests=7)
-    assert told["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 8}
+    assert told["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 6}
     assert told["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 0} and told["max_ongoing_requests"] == 7
     assert told["graceful_shutdown_timeout_s"] == 4 and told["http_options"] == {"host": "::1", "port": 81}
     assert told["application"] == "app" and told["blocking"]

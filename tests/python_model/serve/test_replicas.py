@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ if importlib.util.find_spec("ray") is None:
 import torch  # noqa: E402
 
 from python_model import GritLM  # noqa: E402
+from python_model.commands import serve as grit_serve  # noqa: E402
 from python_model.generate.text import reply  # noqa: E402
 from python_model.rag.index import add_documents, open_index  # noqa: E402
 from python_model.rag.modes import Document  # noqa: E402
@@ -93,6 +95,27 @@ def running() -> int:
 
     application = serve.status().applications.get("grit")
     return 0 if application is None else application.deployments["grit"].replica_states.get("RUNNING", 0)
+
+
+def test_the_queue_length_decides_how_many_replicas_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's own policy, with the deployment that the command line makes; no cluster is started."""
+    from ray import serve
+    from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
+
+    started: list[Any] = []
+    monkeypatch.setattr(serve, "start", lambda **options: None)
+    monkeypatch.setattr(serve, "run", lambda application, **options: started.append(application))
+    command = ["--ray", "--replicas", "2:9", "--requests-per-replica", "3", "--device", "cpu"]
+    grit_serve.COMMAND.run(grit_serve.COMMAND.arguments(command))
+    (application,) = started
+    config = application._bound_deployment._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas, config.get_target_ongoing_requests()) == (2, 9, 3)
+    assert config.policy.get_policy().__name__ == replica_queue_length_autoscaling_policy.__name__
+    for requests, wanted in ((6, 2), (12, 4), (27, 9), (3, 1)):  # computed and waiting, with two replicas
+        state = SimpleNamespace(
+            current_num_replicas=2, target_num_replicas=2, total_num_requests=requests, config=config, policy_state={}
+        )
+        assert replica_queue_length_autoscaling_policy(state)[0] == wanted
 
 
 def test_replicas_share_the_load_and_answer_alike(url: str, model: GritLM) -> None:
