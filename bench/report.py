@@ -111,7 +111,7 @@ TITLES: dict[str, tuple[str, str]] = {
     ),
     "rerank_cpu": (
         "Reranking what BM25 finds, with the 135M model",
-        "Held-out queries with one right passage, ten passages each; `found`: the share of the queries for which BM25 finds it. "
+        "Held-out queries whose one right passage BM25 finds among the best ten; `found`: the share of such queries. "
         "`moved`: the share of the queries whose order was changed. Differences in nDCG@10 with their 95 % intervals: "
         "`over_found` from BM25's order, `over_default` from the default method.",
     ),

@@ -2,10 +2,10 @@
 
     python -m bench.rerank --data DATA --model CHECKPOINT --output FOLDER --record rerank_cpu.json
 
-DATA is a folder of ``grit data``, or any other that ``grit eval`` takes. Its queries, from each data set in turn, search its
-corpus by BM25; each method orders the ``--passages`` best. A query has one right passage; where BM25 does not find it, every
-order scores 0, so all methods are measured on the same queries. Reported are the mean nDCG@10 of each method, its difference
-from BM25's order and from the default's with paired bootstrap intervals of 95 %, and how often it changed the order at all.
+DATA is a folder of ``grit data``, or any other that ``grit eval`` takes. Its queries search its corpus by BM25, and each method
+orders the ``--passages`` best. A query has one right passage; where BM25 does not find it, every order scores 0, so only queries
+for which it does are asked, from each data set in turn. Reported are the mean nDCG@10 of each method, its difference from
+BM25's order and from the default's with paired bootstrap intervals of 95 %, and how often it changed the order at all.
 
 Orders are written to FOLDER query by query and do not depend on what else the machine does. The same command resumes, also with
 more or fewer ``--queries`` or other methods; ``--minutes`` ends a run early. A table has the queries that all of its methods have
@@ -41,55 +41,49 @@ from python_model.support.resume import JsonLines
 FOUND = "as found"
 DEFAULT = inspect.signature(rerank).parameters["method"].default
 EVERYTHING = "all"
-MISSED = 1 << 30
-"""The rank of a passage that was not found."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A query and the passages that BM25 found, best first; ``right`` is the index of the one that answers it, if it is there."""
+    """A query and the passages that BM25 found, best first; ``right`` is the index of the one that answers it."""
 
     dataset: str
     query: str
     passages: tuple[str, ...]
-    right: int | None
+    right: int
 
 
-def make_items(held_out: HeldOut, passages: int, limit: int | None = None) -> list[Item]:
-    """The first ``limit`` queries, data sets in turn; the order depends only on the queries. Other answers of a query are left
-    out of its passages, as in ``grit eval``.
+def make_items(held_out: HeldOut, passages: int, limit: int | None = None) -> tuple[list[Item], dict[str, float]]:
+    """The first ``limit`` queries whose right passage is found, data sets in turn, in an order that depends only on the queries;
+    and the share of all queries for which it is found, by data set and overall. Other answers of a query are left out of its
+    passages, as in ``grit eval``.
 
     Raises:
-        ValueError: there are no queries, fewer passages than asked for, or a size below 1.
+        ValueError: fewer passages than asked for, no query whose passage is found, or a size below 1.
     """
     check_at_least("passages", passages, 1)
     check_at_least("queries", 1 if limit is None else limit, 1)
-    if not held_out.rows or len(held_out.documents) < passages:
-        raise ValueError(
-            f"data: expected queries and at least {passages} passages, got {len(held_out.rows)} and {len(held_out.documents)}"
-        )
-    piles: dict[str, list[int]] = {}
-    for index in sorted(range(len(held_out.rows)), key=lambda i: digest(f"rerank:{held_out.rows[i].query.text}")):
-        piles.setdefault(held_out.rows[index].dataset, []).append(index)
-    longest = max(map(len, piles.values()))
-    turns = [pile[turn] for turn in range(longest) for _, pile in sorted(piles.items()) if turn < len(pile)][:limit]
-    ranking = BM25([held_out.rows[index].query.text for index in turns], held_out.documents).rows()
-    items = []
-    for index, scores in zip(turns, ranking, strict=True):
+    if len(held_out.documents) < passages:
+        raise ValueError(f"data: expected at least {passages} passages, got {len(held_out.documents)}")
+    rows = held_out.rows
+    ranking = BM25([row.query.text for row in rows], held_out.documents).rows()
+    piles: dict[str, list[Item]] = {row.dataset: [] for row in rows}
+    for row, right, also, scores in zip(rows, held_out.relevant, held_out.also_relevant, ranking, strict=True):
         scores = scores.copy()
-        scores[list(held_out.also_relevant[index])] = -np.inf
+        scores[list(also)] = -np.inf
         best = np.argsort(-scores, kind="stable")[:passages].tolist()
-        right = held_out.relevant[index]
-        row = held_out.rows[index]
-        items.append(
-            Item(
-                row.dataset,
-                row.query.text,
-                tuple(held_out.documents[place] for place in best),
-                best.index(right) if right in best else None,
-            )
-        )
-    return items
+        if right in best:
+            texts = tuple(held_out.documents[place] for place in best)
+            piles[row.dataset].append(Item(row.dataset, row.query.text, texts, best.index(right)))
+    asked = {name: sum(row.dataset == name for row in rows) for name in piles}
+    found = {name: len(pile) / asked[name] for name, pile in piles.items()}
+    if not any(piles.values()):
+        raise ValueError(f"data: expected queries whose passage BM25 finds, got none of {len(rows)}")
+    for pile in piles.values():
+        pile.sort(key=lambda item: digest(f"rerank:{item.query}"))
+    longest = max(map(len, piles.values()))
+    items = [pile[turn] for turn in range(longest) for _, pile in sorted(piles.items()) if turn < len(pile)][:limit]
+    return items, {EVERYTHING: sum(map(len, piles.values())) / len(rows), **found}
 
 
 def measure(
@@ -151,8 +145,11 @@ def paired_difference(mine: np.ndarray, theirs: np.ndarray, rounds: int = ROUNDS
     return float(difference.mean()), float(low), float(high)
 
 
-def summary(model: str, items: Sequence[Item], orders: dict[str, list[list[int]]]) -> list[dict[str, Any]]:
+def summary(
+    model: str, items: Sequence[Item], found_share: dict[str, float], orders: dict[str, list[list[int]]]
+) -> list[dict[str, Any]]:
     """Rows per data set, and of all, for BM25's order and each method; over the queries that all methods have finished.
+    ``found_share``: see :func:`make_items`.
 
     Raises:
         ValueError: a method has finished no query.
@@ -163,7 +160,7 @@ def summary(model: str, items: Sequence[Item], orders: dict[str, list[list[int]]
     asked = items[:count]
     orders = {FOUND: [list(range(len(item.passages))) for item in asked], **{n: o[:count] for n, o in orders.items()}}
     scores = {
-        name: ndcg([MISSED if i.right is None else o.index(i.right) + 1 for i, o in zip(asked, found, strict=True)])
+        name: ndcg([order.index(item.right) + 1 for item, order in zip(asked, found, strict=True)])
         for name, found in orders.items()
     }
     rows = []
@@ -176,9 +173,7 @@ def summary(model: str, items: Sequence[Item], orders: dict[str, list[list[int]]
                 "dataset": dataset,
                 "variant": name,
                 "queries": int(chosen.sum()),
-                "found": float(
-                    np.mean([item.right is not None for item, mine in zip(asked, chosen, strict=True) if mine])
-                ),
+                "found": found_share[dataset],
                 "ndcg_at_10": float(scores[name][chosen].mean()),
                 "moved": float(np.mean(moved)),
             }
@@ -221,7 +216,7 @@ def main() -> None:
     parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args()
     quiet()
-    items = make_items(HeldOut(arguments.data), arguments.passages, arguments.queries)
+    items, found_share = make_items(HeldOut(arguments.data), arguments.passages, arguments.queries)
     rows: list[dict[str, Any]] = []
     for given in arguments.model or ["smollm2-135m"]:
         label, equals, path = given.partition("=")
@@ -229,7 +224,7 @@ def main() -> None:
         model = GritLM(resolve_model(path), dtype=arguments.dtype, device=arguments.device)
         methods = list(dict.fromkeys(arguments.methods))
         orders = measure(model, items, methods, arguments.output / label, arguments.passage_tokens, arguments.minutes)
-        found = summary(label, items, orders)
+        found = summary(label, items, found_share, orders)
         rows += [{**row, "dtype": arguments.dtype, "passages": arguments.passages} for row in found]
         columns = ["model", "dataset", "variant", "queries", "found", "ndcg_at_10", "moved"]
         columns += ["over_found", "over_found_low", "over_found_high"]

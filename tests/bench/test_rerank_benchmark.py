@@ -45,22 +45,22 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
 
 
 def test_items_take_data_sets_in_turn_and_leave_out_other_answers(held_out: HeldOut) -> None:
-    items = make_items(held_out, 4)
-    assert len(items) == 12 and [item.dataset for item in items] == ["good", "plain"] * 6
-    assert make_items(held_out, 4, 5) == items[:5]
+    items, found = make_items(held_out, 4)
+    assert [item.dataset for item in items] == ["good", "plain"] * (len(items) // 2) and 6 <= len(items) < 12
+    assert make_items(held_out, 4, 5) == (items[:5], found)
+    assert found == {EVERYTHING: len(items) / 12, "good": len(items) / 12, "plain": len(items) / 12}
+    assert all(item.passages[item.right].split()[1] in item.query for item in items)
     places = {item.query: item for item in items}
     river = places["a river that is a good one"]
     assert river.right == 0 and river.passages.count(PASSAGES["good:river"]) == 1, "its copy would be right as well"
-    assert all(item.passages[item.right].split()[1] in item.query for item in items if item.right is not None)
-    assert any(item.right is None for item in items)
-    with pytest.raises(ValueError, match="data: expected queries and at least 99 passages, got 12 and 13"):
+    with pytest.raises(ValueError, match="data: expected at least 99 passages, got 13"):
         make_items(held_out, 99)
     with pytest.raises(ValueError, match="queries: expected .*got 0"):
         make_items(held_out, 4, 0)
 
 
 def test_orders_are_those_of_the_library_and_are_kept(held_out: HeldOut, checkpoint: Path, tmp_path: Path) -> None:
-    model, items = GritLM(checkpoint, device="cpu"), make_items(held_out, 3, 4)
+    model, items = GritLM(checkpoint, device="cpu"), make_items(held_out, 3, 4)[0]
     arguments = (tmp_path / "tiny", 20, float("inf"))
     orders = measure(model, items, ["likelihood", "listwise"], *arguments)
     for method, found in orders.items():
@@ -90,7 +90,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 def test_a_run_resumes_query_by_query_and_refuses_other_orders(
     held_out: HeldOut, counted: Counted, tmp_path: Path
 ) -> None:
-    items = make_items(held_out, 3)
+    items, _ = make_items(held_out, 3)
     model: Any = "one"
     assert measure(model, items[:2], ["likelihood"], tmp_path, 20, 60.0) == {"likelihood": [[2, 1, 0]] * 2}
     measure(model, items[:4], ["likelihood", "pointwise"], tmp_path, 20, 60.0)
@@ -105,30 +105,33 @@ def test_a_run_resumes_query_by_query_and_refuses_other_orders(
             measure(other[0], other[1], ["pointwise"], tmp_path, other[2], 60.0)
 
 
-def item(dataset: str, right: int | None) -> Item:
+SHARES = {EVERYTHING: 0.5, "x": 0.25, "y": 0.75}
+
+
+def item(dataset: str, right: int) -> Item:
     return Item(dataset, "q", ("a", "b", "c"), right)
 
 
 def test_the_table_compares_all_methods_on_the_queries_that_all_have_finished() -> None:
-    items = [item("x", 0), item("y", 1), item("x", None), item("y", 2)]
+    items = [item("x", 0), item("y", 1), item("x", 2), item("y", 2)]
     reversed_, same = [2, 1, 0], [0, 1, 2]
     orders = {DEFAULT: [same, [1, 0, 2], same, same], "pointwise": [reversed_] * 3}
-    rows = summary("tiny", items, orders)
+    rows = summary("tiny", items, SHARES, orders)
     assert [(row["dataset"], row["variant"]) for row in rows] == [
         (dataset, name) for dataset in (EVERYTHING, "x", "y") for name in (FOUND, DEFAULT, "pointwise")
     ]
     found, default, pointwise = rows[:3]
     second, third = 1 / np.log2(3), 1 / np.log2(4)
-    assert {row["queries"] for row in rows[:3]} == {3} and found["found"] == pytest.approx(2 / 3)
-    assert found["ndcg_at_10"] == pytest.approx((1 + second) / 3)
-    assert default["ndcg_at_10"] == pytest.approx(2 / 3) and default["moved"] == pytest.approx(1 / 3)
-    assert pointwise["ndcg_at_10"] == pytest.approx((third + second) / 3) and pointwise["moved"] == 1
+    assert {row["queries"] for row in rows[:3]} == {3} and [row["found"] for row in rows[::3]] == [0.5, 0.25, 0.75]
+    assert found["ndcg_at_10"] == pytest.approx((1 + second + third) / 3)
+    assert default["ndcg_at_10"] == pytest.approx((2 + third) / 3) and default["moved"] == pytest.approx(1 / 3)
+    assert pointwise["ndcg_at_10"] == pytest.approx((third + second + 1) / 3) and pointwise["moved"] == 1
     assert default["over_found"] == pytest.approx((1 - second) / 3) and "over_default" not in default
-    assert pointwise["over_default"] == pytest.approx((third + second - 2) / 3)
+    assert pointwise["over_default"] == pytest.approx((second - 1) / 3)
     assert pointwise["over_default_low"] <= pointwise["over_default"] <= pointwise["over_default_high"]
     assert [row["queries"] for row in rows[3:]] == [2] * 3 + [1] * 3
     with pytest.raises(ValueError, match="minutes: expected time for a query by each method, got none"):
-        summary("tiny", items, {**orders, "listwise": []})
+        summary("tiny", items, SHARES, {**orders, "listwise": []})
 
 
 def test_a_difference_beyond_chance_is_told_from_one_within() -> None:
@@ -138,10 +141,10 @@ def test_a_difference_beyond_chance_is_told_from_one_within() -> None:
     assert low < 0.1 < high and 0.05 < low and value == pytest.approx((low + high) / 2, abs=0.005)
     _, low, high = paired_difference(base + 0.1 * draw.standard_normal(300), base)
     assert low < 0 < high
-    rows = summary("tiny", [item("x", 2)] * 40, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
+    rows = summary("tiny", [item("x", 2)] * 40, SHARES, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
     assert verdict(rows) == (
         f"tiny, 40 queries: best is pointwise (1.000); better than the default ({DEFAULT}) beyond chance: pointwise"
     )
-    rows = summary("tiny", [item("x", 0)] * 40, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
+    rows = summary("tiny", [item("x", 0)] * 40, SHARES, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
     assert verdict(rows).endswith(f"nothing is better than the default ({DEFAULT}) beyond chance")
-    assert verdict(summary("tiny", [item("x", 0)], {"pointwise": [[0, 1, 2]]})).endswith("was not measured")
+    assert verdict(summary("tiny", [item("x", 0)], SHARES, {"pointwise": [[0, 1, 2]]})).endswith("was not measured")
