@@ -247,6 +247,31 @@ def prepared_attention(
     return (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
 
 
+def has_decode_kernel(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> bool:
+    """Whether :func:`decode_attention` serves these tensors, q, k and v of (B, ...)."""
+    if _differentiable(q, k, v, sinks) or q.dtype == torch.float64 or q.shape[0] >= 2**16:  # an axis of the grid
+        return False
+    return runs_triton("attention_decode", q.device)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    *,
+    used: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """:func:`prepared_attention` where every sample has few rows and no gradient is asked for: the kernels need no plan.
+
+    ``used`` (bool (B, slots)): which slots, counted from a sample's first key, hold a key. The problem counts slots then, not
+    keys. Only where :func:`has_decode_kernel`.
+    """
+    q, k, v = _casted(*check_qkv(q, k, v, ndim=3))
+    return torch.ops.grit_kernels.attention_decode(q, k, v, used, sinks, *problem.flat())[0]
+
+
 def packed_problem(
     q: Tensor,
     k: Tensor,
@@ -332,10 +357,9 @@ def key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     slots = k.shape[1]
     k_batch, k_row = k.stride()[:2]
     step = k_batch // k_row if k_row > 0 and k_batch % k_row == 0 else 0
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    cast = autocast_dtype(q.device) is not None
     rows = (k.shape[0] - 1) * step + slots
-    if step <= slots or slots == 0 or v.stride()[:2] != (k_batch, k_row) or differentiable or cast or rows >= 2**31:
+    copies = _differentiable(q, k, v) or autocast_dtype(q.device) is not None
+    if step <= slots or slots == 0 or v.stride()[:2] != (k_batch, k_row) or copies or rows >= 2**31:
         return k.flatten(0, 1), v.flatten(0, 1), slots
     keys, values = (x.as_strided((rows, *x.shape[2:]), (k_row, *x.stride()[2:])) for x in (k, v))
     return keys, values, step
@@ -354,6 +378,18 @@ def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
     cache[batch, slot] = torch.where(real, new[batch, row].to(cache.dtype), cache[batch, slot])
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _casted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors as autocast wants them."""
+    dtype = autocast_dtype(q.device)
+    if dtype is None or q.dtype == torch.float64:
+        return q, k, v
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def _call(
     q: Tensor,
     k: Tensor,
@@ -363,9 +399,7 @@ def _call(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the requested backend."""
-    dtype = autocast_dtype(q.device)
-    if dtype is not None and q.dtype != torch.float64:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _casted(q, k, v)
     if use_reference(q.device):
         return reference.attention_forward(q, k, v, problem)
     if q.dtype == torch.float64:
@@ -374,7 +408,7 @@ def _call(
         )
     if (plans is None and deterministic) or not runs_triton("attention_plan", q.device):
         return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    backward = _differentiable(q, k, v)
     deterministic = deterministic or not backward or torch.are_deterministic_algorithms_enabled()
     plan = _plan(q, k, backward, deterministic, problem, {} if plans is None else plans)
     return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, deterministic)

@@ -49,10 +49,18 @@ define_op(
     triton=f"{_TRITON}_backward:attention_backward",
     problem=AttentionProblem,
 )
+# few rows over a cache, whose keys may have unused slots between them; other kernels want those moved out of the way first
+define_op(
+    f"attention_decode({_TENSORS}, Tensor? used, Tensor? sinks, {_PROBLEM}) {_RESULTS}",
+    reference=None,
+    triton=f"{_TRITON}_decode:attention_decode",
+    problem=AttentionProblem,
+)
 
 
 @torch.library.register_fake("grit_kernels::attention_forward")
 @torch.library.register_fake("grit_kernels::attention_forward_planned")
+@torch.library.register_fake("grit_kernels::attention_decode")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 

@@ -191,24 +191,28 @@ def products(
 
 @triton.jit
 def attend(
-    b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+    b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr,
-    EDGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+    EDGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, HAS_USED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over key block ``block``, whose products are b_s; scores are in units of log2.
 
     b_acc1 [BM, D1], b_acc2 [BM, D2]: sum of p v;  b_total [BM]: sum of p;  b_top [BM]: running maximum. Only a block on an
     EDGE compares positions and guards its loads: rows after the last key belong to another sample or to padding and may
-    hold NaN, and 0 * NaN is NaN.
+    hold NaN, and 0 * NaN is NaN. HAS_USED: slots whose byte of p_used is 0 hold no key.
     """
     o_n = tl.arange(0, BN)
     key = block * BN + o_n
     p_v += tl.cast(block * BN, tl.int64) * stride_v
     m_key = key < len_k
+    if HAS_USED:
+        m_key = m_key & (tl.load(p_used + key, mask=m_key, other=0) != 0)
     if HAS_CAP:
         b_s = cap * tanh(b_s * scale)
     if EDGE:
         visible = (key[None, :] >= b_lo[:, None]) & (key[None, :] < b_hi[:, None])
+        if HAS_USED:
+            visible = visible & m_key[None, :]
         b_s = tl.where(visible, b_s, float("-inf"))
     if HAS_CAP:
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
@@ -234,15 +238,28 @@ def attend(
 
 
 @triton.jit
+def with_sink(b_lse, b_sink):
+    """(lse, factor of out) of rows whose softmax has one more score, a sink without a value; lse in units of log2.
+
+    A row that sees no key keeps -inf and out 0.
+    """
+    b_sink = b_sink.to(tl.float32) * 1.4426950408889634
+    dead = b_lse == float("-inf")
+    b_top = tl.where(dead, 0.0, tl.maximum(b_lse, b_sink))
+    b_all = b_top + tl.log2(tl.exp2(b_lse - b_top) + tl.exp2(b_sink - b_top))
+    return tl.where(dead, b_lse, b_all), tl.where(dead, 0.0, tl.exp2(b_lse - b_all))
+
+
+@triton.jit
 def attend_blocks(
-    b_q1, b_q2, p_k, p_v, stride_k, stride_v, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+    b_q1, b_q2, p_k, p_v, p_used, stride_k, stride_v, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, AHEAD: tl.constexpr, HAS_USED: tl.constexpr,
 ):  # fmt: skip
     """The rows of one tile over key blocks [first, last), of which [full_first, full_last) need no mask.
 
     AHEAD: the next block's q k is issued before this block's softmax, which then runs beside it; of blocks without a mask, at
-    the price of one more product.
+    the price of one more product. HAS_USED: p_used [slots] says which slots hold a key, so every block needs a mask.
 
     Returns ``out`` [BM, D1], [BM, D2] and ``lse`` [BM] in units of log2; 0 and -inf for a fully masked row.
     """
@@ -250,7 +267,10 @@ def attend_blocks(
     b_acc2 = tl.zeros([BM, D2 if D2 > 0 else 16], dtype=tl.float32)
     b_total = tl.zeros([BM], dtype=tl.float32)
     b_top = tl.full([BM], float("-inf"), dtype=tl.float32)
-    if AHEAD:
+    if HAS_USED:
+        full_first = last
+        full_last = last
+    elif AHEAD:
         # a tile without such blocks multiplies another for nothing; a masked load, as there may be no keys
         some = tl.maximum(tl.minimum(full_first, last - 1), 0)
         b_s = products(b_q1, b_q2, p_k, stride_k, some, len_k, D, D1, D2, BN, True, UPCAST)
@@ -258,23 +278,23 @@ def attend_blocks(
             following = tl.minimum(block + 1, full_last - 1)
             b_next = products(b_q1, b_q2, p_k, stride_k, following, len_k, D, D1, D2, BN, False, UPCAST)
             b_acc1, b_acc2, b_total, b_top = attend(
-                b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-                D, D1, D2, BN, False, HAS_CAP, UPCAST,
+                b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+                D, D1, D2, BN, False, HAS_CAP, UPCAST, False,
             )  # fmt: skip
             b_s = b_next
     else:
         for block in range(full_first, full_last):
             b_s = products(b_q1, b_q2, p_k, stride_k, block, len_k, D, D1, D2, BN, False, UPCAST)
             b_acc1, b_acc2, b_total, b_top = attend(
-                b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-                D, D1, D2, BN, False, HAS_CAP, UPCAST,
+                b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+                D, D1, D2, BN, False, HAS_CAP, UPCAST, False,
             )  # fmt: skip
     for step in range(0, (full_first - first) + (last - full_last)):
         block = edge_block(step, first, full_first, full_last)
         b_s = products(b_q1, b_q2, p_k, stride_k, block, len_k, D, D1, D2, BN, True, UPCAST)
         b_acc1, b_acc2, b_total, b_top = attend(
-            b_acc1, b_acc2, b_total, b_top, b_s, p_v, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-            D, D1, D2, BN, True, HAS_CAP, UPCAST,
+            b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
+            D, D1, D2, BN, True, HAS_CAP, UPCAST, HAS_USED,
         )  # fmt: skip
     dead = b_total == 0.0
     b_inverse = 1.0 / tl.where(dead, 1.0, b_total)

@@ -6,6 +6,8 @@ Reading the keys and values once is all the work, so the rows of all query heads
 
     lse = ln sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
 
+Keys may lie in any slots of a cache: a byte per slot says which hold one.
+
 Of a pack that mixes decoding rows with prompts and texts, these kernels take the samples that :func:`splits_sample` names; the
 tiles of triton_forward.py take the others.
 """
@@ -19,33 +21,42 @@ from torch import Tensor
 
 from grit_kernels.attention.problem import AttentionProblem, SampleTables
 from grit_kernels.attention.triton_common import (
+    addressable,
     attend_blocks,
     clamp,
+    int32_tables,
     key_range,
     load_part,
     load_sample,
+    positive_scale,
+    softmax_constants,
     split_head_dim,
     store_part,
     tile_keys,
+    with_sink,
 )
 from grit_kernels.attention.triton_configs import choose_config
 from grit_kernels.attention.triton_plan import Split, splits_sample
-from grit_kernels.triton_launch import processor_count, upcast_operands
+from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
 
 _LARGEST_SPLIT = 64
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGED_ROWS = 16
 
 
-@triton.jit(do_not_specialize=["q_rows", "splits", "most_rows", "least_keys"])
+@triton.jit(do_not_specialize=["slots", "q_rows", "splits", "most_rows", "least_keys"])
 def attention_decode_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, q_rows, splits, most_rows, least_keys, scale, cap,
+    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_used, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, slots, q_rows, splits, most_rows, least_keys, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, SPLIT: tl.constexpr,
-    UPCAST: tl.constexpr,
+    HAS_USED: tl.constexpr, HAS_SINKS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (splits * row tiles, kv heads, samples). SPLIT: p_out and p_lse are FP32 (splits, samples, most_rows, Hq, ...)."""
+    """Grid: (splits * row tiles, kv heads, samples). SPLIT: p_out and p_lse are FP32 (splits, samples, most_rows, Hq, ...).
+
+    HAS_USED: p_used (samples, slots), uint8, is 0 where a slot of the sample's keys holds none. HAS_SINKS: p_sinks (Hq), which
+    the merge applies where keys are split.
+    """
     part = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits
     head_kv = tl.program_id(1)
@@ -63,6 +74,8 @@ def attention_decode_kernel(
         return
     p_k += k_start * stride_kt + tl.cast(head_kv, tl.int64) * stride_kh
     p_v += k_start * stride_vt + tl.cast(head_kv, tl.int64) * stride_vh
+    if HAS_USED:
+        p_used += tl.cast(sample, tl.int64) * slots
 
     o_m = tile * BM + tl.arange(0, BM)
     row = o_m // GROUP
@@ -89,9 +102,13 @@ def attention_decode_kernel(
         full_first = tl.where(empty, last, full_first)
         full_last = tl.where(empty, last, full_last)
     b_out1, b_out2, b_lse = attend_blocks(
-        b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
-        D, D1, D2, BM, BN, HAS_CAP, UPCAST, False,
+        b_q1, b_q2, p_k, p_v, p_used, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+        D, D1, D2, BM, BN, HAS_CAP, UPCAST, False, HAS_USED,
     )  # fmt: skip
+    if HAS_SINKS and not SPLIT:
+        b_lse, b_factor = with_sink(b_lse, tl.load(p_sinks + head, mask=m_row, other=0.0))
+        b_out1 = b_out1 * b_factor[:, None]
+        b_out2 = b_out2 * b_factor[:, None]
     b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
     b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
     b_lse = tl.where(m_row, b_lse * 0.6931471805599453, float("-inf"))
@@ -109,8 +126,8 @@ def attention_decode_kernel(
 
 @triton.jit(do_not_specialize=["q_rows", "splits", "most_rows", "least_keys"])
 def merge_splits_kernel(
-    p_part, p_part_lse, p_out, p_lse, p_q_start, p_q_len, p_k_len, q_rows, splits, most_rows, least_keys,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    p_part, p_part_lse, p_out, p_lse, p_sinks, p_q_start, p_q_len, p_k_len, q_rows, splits, most_rows, least_keys,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of BM (row, head) pairs, samples)."""
     sample = tl.program_id(1)
@@ -142,6 +159,10 @@ def merge_splits_kernel(
     b_total = tl.where(dead, 1.0, b_total)
     b_out = tl.where(dead[:, None], 0.0, b_acc / b_total[:, None])
     b_lse = tl.where(dead, float("-inf"), b_top + tl.log2(b_total) * 0.6931471805599453)
+    if HAS_SINKS:
+        b_lse, b_factor = with_sink(b_lse * 1.4426950408889634, tl.load(p_sinks + pair % HEADS))
+        b_lse = b_lse * 0.6931471805599453
+        b_out = b_out * b_factor[:, None]
     tl.store(p_out + o_pair[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_store[:, None] & m_d)
     tl.store(p_lse + o_pair, b_lse, mask=m_store)
 
@@ -161,6 +182,25 @@ def largest_tile(dim: int, element_size: int) -> int:
 
 
 def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, used: Tensor | None, sinks: Tensor | None, problem: AttentionProblem
+) -> tuple[Tensor, Tensor]:
+    """The op ``grit_kernels::attention_decode``: all samples have few rows. No plan, nothing read back."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if not q.shape[0]:
+        return out, lse
+    q, softmax_scale = positive_scale(q, problem.softmax_scale)
+    q, k, v = addressable(q), addressable(k), addressable(v)
+    used = None if used is None else used.contiguous().view(torch.uint8)
+    sinks = None if sinks is None else sinks.contiguous()
+    every = Split(max(problem.q_rows, problem.max_q), 0)
+    constants = softmax_constants(softmax_scale, problem.softcap)
+    with on_device(q):
+        decode_samples(q, k, v, out, lse, problem, int32_tables(problem), every, *constants, used, sinks)
+    return out, lse
+
+
+def decode_samples(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -171,8 +211,14 @@ def attention_decode(
     split: Split,
     scale: float,
     cap: float,
+    used: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
-    """Fill ``out`` and ``lse`` of the samples of ``split``; called by triton_forward.attention_forward with its arguments."""
+    """Fill ``out`` and ``lse`` of the samples of ``split``; arguments as triton_forward.attention_forward prepares them.
+
+    ``used``: uint8 (B, slots), 0 where a slot of a sample's keys, counted from its first, holds none. ``sinks``: (Hq), see
+    :func:`grit_kernels.attention.prepared_attention`; they are part of ``lse``.
+    """
     _, heads, dim = q.shape
     heads_kv = k.shape[1]
     group = heads // heads_kv
@@ -189,14 +235,17 @@ def attention_decode(
         part, part_lse = out, lse
     d1, d2 = split_head_dim(dim)
     attention_decode_kernel[(splits * row_tiles, heads_kv, batch)](
-        q, k, v, part, part_lse, *bounds, bounds[0] if hi is None else hi,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), q_rows, splits, *split, scale, cap,
+        q, k, v, part, part_lse, lse if sinks is None else sinks, bounds[0] if used is None else used,
+        *bounds, bounds[0] if hi is None else hi,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if used is None else used.stride(0),
+        q_rows, splits, *split, scale, cap,
         HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=block_rows, BN=config.keys,
-        HAS_HI=hi is not None, HAS_CAP=cap > 0, SPLIT=splits > 1, UPCAST=upcast_operands(),
+        HAS_HI=hi is not None, HAS_CAP=cap > 0, SPLIT=splits > 1, HAS_USED=used is not None,
+        HAS_SINKS=sinks is not None, UPCAST=upcast_operands(),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         merge_splits_kernel[(triton.cdiv(most_rows * heads, _MERGED_ROWS), batch)](
-            part, part_lse, out, lse, bounds[0], bounds[1], bounds[3], q_rows, splits, *split,
-            HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=_MERGED_ROWS, num_warps=4,
+            part, part_lse, out, lse, lse if sinks is None else sinks, bounds[0], bounds[1], bounds[3], q_rows, splits, *split,
+            HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=_MERGED_ROWS, HAS_SINKS=sinks is not None, num_warps=4,
         )  # fmt: skip

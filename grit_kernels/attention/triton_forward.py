@@ -29,7 +29,7 @@ from grit_kernels.attention.triton_common import (
     store_part,
     tile_keys,
 )
-from grit_kernels.attention.triton_decode import attention_decode
+from grit_kernels.attention.triton_decode import decode_samples
 from grit_kernels.attention.triton_plan import (
     NO_SPLIT,
     plan_grids,
@@ -85,8 +85,8 @@ def forward_tile(
         first_row, first_row + BM, p_hi, len_q, len_k, left, right, BN, HAS_HI
     )
     b_out1, b_out2, b_lse = attend_blocks(
-        b_q1, b_q2, p_k, p_v, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
-        D, D1, D2, BM, BN, HAS_CAP, UPCAST, AHEAD,
+        b_q1, b_q2, p_k, p_v, p_hi, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+        D, D1, D2, BM, BN, HAS_CAP, UPCAST, AHEAD, False,
     )  # fmt: skip
     # padding rows inside a rectangular sample are written as well
     b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
@@ -157,7 +157,7 @@ def attention_forward(
     with on_device(q):
         grid = tile_grid("forward", q, k, problem)
         if grid.split != NO_SPLIT:
-            attention_decode(q, k, v, out, lse, problem, bounds, grid.split, scale, cap)
+            decode_samples(q, k, v, out, lse, problem, bounds, grid.split, scale, cap)
             if grid.splits_all:
                 return out, lse
         if plan is None:

@@ -1,6 +1,7 @@
 """Attention of padded rows: queries that are the last slots of their keys, with padding and caches of any kind.
 
-A sample's keys are taken as one interval of slots; if a mask leaves holes, keys and rows are moved to the front first.
+A sample's keys are taken as one interval of slots; if a mask leaves holes, keys and rows are moved to the front first. The GPU's
+decode kernel reads a byte per slot instead: a step that decodes moves no key and reads no mask back.
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grit_kernels.attention import key_rows, prepared_attention, rectangular_problem
+from grit_kernels.attention import (
+    decode_attention,
+    has_decode_kernel,
+    key_rows,
+    prepared_attention,
+    rectangular_problem,
+)
 from grit_kernels.attention.checks import check_qkv, check_softmax_options
 from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.checks import described, may_read_back
@@ -39,7 +46,13 @@ def padded_attention(
             f"attention_mask: expected a 2-D padding mask, got {described(relative)}; which keys a sample sees is "
             "said by is_causal, or by a sample_pack with hi"
         )
-    layout = None if relative is None else _key_layout(relative, q_length)
+    decodes = q_length == 1 and has_decode_kernel(q, k, v, sinks)
+    layout: _KeyLayout | None = None
+    used: _UsedSlots | None = None
+    if relative is not None and decodes:
+        used = _used_slots(relative, batch)
+    elif relative is not None:
+        layout = _key_layout(relative, q_length)
     holes = None if layout is None else layout.holes
     if holes is not None:
         q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
@@ -47,20 +60,27 @@ def padded_attention(
     keys, values, step = key_rows(q, k, v)
 
     def problem() -> AttentionProblem:
-        if layout is None:
+        bounds = grit_pass.window_bounds(sliding_window, q_length, slots)
+        if used is not None:
+            lengths, bounds = used.lengths, used.bounds(bounds[0])
+        elif layout is None:
             first = torch.zeros(batch, dtype=torch.int32, device=q.device)
             lengths = (torch.full_like(first, q_length), first, torch.full_like(first, slots))
         else:  # a mask of one row serves the whole batch
             rows, first, end = (x.expand(batch).contiguous() for x in (layout.rows, layout.first, layout.end))
             lengths = (rows, first, end)
-        bounds = grit_pass.window_bounds(sliding_window, q_length, slots)
         return rectangular_problem(
             q, k, step, lengths, bounds, None, check_softmax_options(scaling, softcap, q.shape[-1])
         )
 
-    key = (sliding_window, scaling, softcap, batch, q_length, slots, step, id(layout))
-    prepared = grit_pass.prepare(key, problem, layout)
-    out = prepared_attention(q.flatten(0, 1), keys, values, *prepared, sinks, grit_pass.deterministic).view(q.shape)
+    of_mask = layout if used is None else used
+    key = (sliding_window, scaling, softcap, batch, q_length, slots, step, id(of_mask))
+    shared, plans = grit_pass.prepare(key, problem, of_mask)
+    rows_of_q = q.flatten(0, 1)
+    if decodes:
+        slots_in_use = None if used is None else used.used
+        return decode_attention(rows_of_q, keys, values, shared, used=slots_in_use, sinks=sinks).view(q.shape)
+    out = prepared_attention(rows_of_q, keys, values, shared, plans, sinks, grit_pass.deterministic).view(q.shape)
     return out if holes is None else _reorder(out, holes.rows_back)
 
 
@@ -123,3 +143,34 @@ def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
     if not torch.compiler.is_compiling():
         relative._grit_layout = layout  # type: ignore[attr-defined]
     return layout
+
+
+@dataclass(frozen=True)
+class _UsedSlots:
+    """Which slots hold keys of rows that decode: no key is moved for them and nothing is read back."""
+
+    used: Tensor  # bool (B, K)
+    rank: Tensor  # int32 (B, K), used slots up to and with each
+    lengths: tuple[Tensor, Tensor, Tensor]  # int32 (B): query rows (0 for padding), 0, end of the used slots
+
+    def bounds(self, left: Tensor) -> tuple[Tensor, Tensor]:
+        """``left`` and ``right`` (int32 (B)) that count slots, for a ``left`` that counts keys."""
+        hidden = (self.rank[:, -1] - 1 - left).clamp(min=0)
+        first = (self.rank <= hidden[:, None]).sum(dim=1, dtype=torch.int32)
+        return (self.lengths[2] - 1 - first).clamp(min=0), torch.zeros_like(left)
+
+
+def _used_slots(relative: Tensor, batch: int) -> _UsedSlots:
+    """What a mask says of rows that decode, read off it once and reused by all layers."""
+    cached: dict[int, _UsedSlots] = getattr(relative, "_grit_used", {})
+    if batch in cached:
+        return cached[batch]
+    distance = relative[:, 0, 0].expand(batch, relative.shape[-1])  # a mask of one row serves the whole batch
+    used = (distance < NO_KEY).contiguous()
+    slot = torch.arange(distance.shape[1], dtype=torch.int32, device=distance.device)
+    rows = (distance == 0).any(dim=1).to(torch.int32)
+    end = torch.where(used, slot + 1, 0).amax(dim=1).to(torch.int32)
+    found = _UsedSlots(used, used.cumsum(dim=1, dtype=torch.int32), (rows, torch.zeros_like(rows), end))
+    if not torch.compiler.is_compiling():
+        relative._grit_used = {**cached, batch: found}  # type: ignore[attr-defined]
+    return found

@@ -20,16 +20,27 @@ DATA_POINTERS = {"p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"}
 
 
 def compile_kernel(
-    kernel: str, arch: str, dtype: str, dim: int, *, config: Config | None = None, hi: bool = False, cap: bool = False
+    kernel: str,
+    arch: str,
+    dtype: str,
+    dim: int,
+    *,
+    config: Config | None = None,
+    hi: bool = False,
+    cap: bool = False,
+    used: bool = False,
 ) -> Compiled:
-    """Compile ``kernel`` as its launcher would for 32 query heads over 8."""
+    """Compile ``kernel`` as its launcher would for 32 query heads over 8; ``used``: some slots of the cache hold no key.
+
+    Decoding compiles as where keys are split, so the merge applies sinks.
+    """
     config = config or table_config(kernel, dim, 4 if dtype == "fp32" else 2, arch)
     d1, d2 = split_head_dim(dim)
     function = FUNCTIONS[kernel]
     given = {
         **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
         **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True, "PERSISTENT": config.persistent},
-        "AHEAD": config.ahead,
+        **{"AHEAD": config.ahead, "HAS_USED": used, "HAS_SINKS": False},
         "ATOMIC": kernel == "backward",
     }
     types = {}
@@ -39,6 +50,8 @@ def compile_kernel(
             types[name] = "*fp32"
         elif name in DATA_POINTERS:
             types[name] = f"*{dtype}"
+        elif name in ("p_used", "p_sinks"):
+            types[name] = "*u8" if name == "p_used" else "*bf16"
         elif name.startswith("p_"):
             types[name] = "*i32"
         elif name in ("scale", "cap", "softmax_scale"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,10 +18,13 @@ from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.hf import compat
 from grit_kernels.hf.attention_pass import AttentionPass
 from grit_kernels.hf.interface import grit_attention, grit_mask
+from grit_kernels.hf.padded_attention import NO_KEY
+from tests.grit_kernels.hf.test_host_sync import CountReads
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
+from grit_kernels.attention import triton_decode  # noqa: E402
 from grit_kernels.attention.triton_configs import Config, override_config  # noqa: E402
 
 pytestmark = pytest.mark.interpret
@@ -179,22 +183,113 @@ def run_layers(launches: Counter[str], given: dict[str, Any], shapes: list[tuple
     return counted
 
 
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_layer_that_decodes_runs_its_kernels_and_nothing_else(
-    launches: Counter[str], window: int | None, padded: bool
-) -> None:
-    batch, slots = 2, 300
+def decoding(padding: str, batch: int = 2, slots: int = 300, spare: int = 0) -> dict[str, Any]:
+    """Arguments of a layer that decodes; ``spare`` slots of the cache are not in use yet."""
     mask = torch.ones(batch, slots, dtype=torch.int64)
     mask[1, :7] = 0
-    relative = grit_mask(batch, 1, slots, q_offset=slots - 1, attention_mask=mask if padded else None)
-    grit_pass = AttentionPass(torch.ones(batch, dtype=torch.bool))
-    given = {"attention_mask": relative, "sliding_window": window, "grit_pass": grit_pass}
-    (first, prepared), (second, more) = run_layers(
-        launches, given, [(batch, n, r, 32) for n, r in ((4, 1), (2, slots), (2, slots))]
+    if padding == "holes":
+        mask[0, [3, 40, slots - 2]] = mask[1, 20:70] = 0
+        mask[-1, -1] = 0  # a sample whose own row is padding
+    relative = grit_mask(batch, 1, slots + spare, slots - 1, attention_mask=mask if padding else None)
+    return {"attention_mask": relative, "grit_pass": AttentionPass(torch.arange(batch) % 2 == 0)}
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("padding", ["", "left", "holes"])
+@pytest.mark.parametrize("sinks", [None, torch.zeros(4, dtype=torch.bfloat16)], ids=["", "sinks"])
+def test_a_layer_that_decodes_runs_its_kernels_and_nothing_else(
+    launches: Counter[str], window: int | None, padding: str, sinks: Tensor | None
+) -> None:
+    given = decoding(padding) | {"sliding_window": window, "s_aux": sinks}
+    with CountReads() as counted:
+        (first, prepared), (second, more) = run_layers(
+            launches, given, [(2, n, r, 32) for n, r in ((4, 1), (2, 300), (2, 300))]
+        )
+    assert prepared and first == second == {"attention_decode_kernel": 1, "merge_splits_kernel": 1}
+    assert more == [] and not counted.reads
+
+
+@pytest.mark.parametrize(
+    ("window", "padding", "spare", "static", "sinks"),
+    [
+        (None, "", 0, False, None),
+        (None, "left", 30, True, None),
+        (None, "holes", 0, True, torch.tensor([-1.0, 0.0, 1.0, 3.0])),
+        (1, "holes", 20, False, torch.tensor([-1.0, 0.0, 1.0, 3.0])),
+        (50, "holes", 0, False, None),
+    ],
+)
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rows_that_decode_see_through_holes_what_they_see_when_keys_are_moved(
+    window: int | None,
+    padding: str,
+    spare: int,
+    static: bool,
+    sinks: Tensor | None,
+    splits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda *_: splits)
+    given = decoding(padding, 3, 100, spare) | {"sliding_window": window, "scaling": 0.2, "s_aux": sinks}
+    # (B, H, K, D) as transformers' caches are stored, or a view of (B, K, H, D)
+    key, value = (
+        torch.randn(3, 100 + spare, 2, 40).transpose(1, 2) if static else torch.randn(3, 2, 100 + spare, 40)
+        for _ in "kv"
     )
-    assert prepared and set(first) == set(second) == {"attention_decode_kernel", "merge_splits_kernel"}
-    assert more == []
+    query = torch.randn(3, 4, 1, 40)
+    with gk.backend("reference"):
+        expected, _ = grit_attention(torch.nn.Module(), query, key, value, **given)
+    if padding:
+        unused = given["attention_mask"].expand(3, -1, -1, -1)[:, 0, 0] >= NO_KEY
+        for x in (key, value):
+            x.masked_fill_(unused[:, None, :, None], float("nan"))
+    found, _ = grit_attention(torch.nn.Module(), query, key, value, **given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert bool(found[-1].any()) == (padding != "holes")
+
+
+@pytest.mark.parametrize("trained", ["query", "sinks"])
+def test_a_row_with_gradients_takes_kernels_that_have_some(launches: Counter[str], trained: str) -> None:
+    given = decoding("left") | {"s_aux": torch.zeros(4, requires_grad=trained == "sinks"), "scaling": 0.2}
+    query = torch.randn(2, 4, 1, 32, requires_grad=trained == "query")
+    out, _ = grit_attention(torch.nn.Module(), query, *torch.randn(2, 2, 2, 300, 32), **given)
+    assert out.requires_grad
+
+
+def test_opcheck_accepts_the_op_that_decodes_through_holes() -> None:
+    q, k, v = (torch.randn(rows, heads, 32) for rows, heads in ((2, 4), (80, 2), (80, 2)))
+    index, ones = torch.arange(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    tables = (index, ones, index * 40, ones * 40, ones * 39, ones * 0)
+    problem = AttentionProblem(*tables, None, 1, 40, 1, 40, 0.2, 0.0)
+    utils = ("test_schema", "test_faketensor")
+    for used, sinks in ((None, None), (torch.rand(2, 40) < 0.5, torch.ones(4))):
+        arguments = (q, k, v, used, sinks, *problem.flat())
+        torch.library.opcheck(torch.ops.grit_kernels.attention_decode.default, arguments, test_utils=utils)
+
+
+def test_a_compiled_step_that_decodes_moves_no_keys(launches: Counter[str]) -> None:
+    from tests.grit_kernels.tiny_mistral import IDS, MASKS, tiny_model
+
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = gk.patch(tiny_model(), fuse=False)
+    torch._dynamo.reset()
+    options = {
+        **gk.hf.cache_keyword(model, transformers.StaticCache(model.config, max_cache_len=32)),
+        "use_cache": True,
+    }
+    mask = torch.cat([MASKS["left"], MASKS["left"].new_ones(len(IDS), 1)], dim=1)
+    with torch.no_grad():
+        model(IDS, attention_mask=MASKS["left"], **options)
+        torch.compile(model, backend=keep, fullgraph=True)(IDS[:, :1], attention_mask=mask, **options)
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes]
+    assert sum("attention_decode" in name for name in called) == 2
+    assert not any("gather" in name or "sort" in name for name in called)
 
 
 @pytest.mark.parametrize("window", [None, 20])

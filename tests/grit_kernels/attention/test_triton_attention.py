@@ -163,14 +163,14 @@ def test_in_a_mixed_pack_the_keys_of_those_samples_are_split_that_have_few_rows_
     listed = {sample for sample, block in table.tolist() if block >= 0}
     assert listed == {b for b, n in enumerate(q_len) if n and not split[b]}
     filled: list[int] = []
-    real = triton_decode.attention_decode
+    real = triton_decode.decode_samples
 
     def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
         out.fill_(float("nan"))
         real(q, k, v, out, lse, *rest)
         filled.extend(torch.where(out.isfinite().flatten(1).all(1))[0].tolist())
 
-    monkeypatch.setattr(triton_forward, "attention_decode", decode)
+    monkeypatch.setattr(triton_forward, "decode_samples", decode)
     found = triton_forward.attention_forward(q, k, v, problem)
     rows = torch.repeat_interleave(torch.arange(len(q_len)), torch.tensor(q_len))
     assert filled == [row for row, b in enumerate(rows.tolist()) if split[b]], "no row of another sample is written"

@@ -101,6 +101,15 @@ def test_decoding_of_many_rows_fits_the_shared_memory(arch: str, dim: int) -> No
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_decoding_through_holes_keeps_its_loads_asynchronous_and_spills_nothing(arch: str) -> None:
+    compiled = compile_kernel("decode", arch, "bf16", 128, used=True)
+    assert compiled.shared <= SHARED_LIMIT[arch] and compiled.spilled == 0
+    (loop,) = compiled_kernels.loops_of_products(compiled)
+    assert sum("LDGSTS" in code for code in loop) >= 16, "keys and values are copied ahead, as without holes"
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("arch", ["sm90", "gfx9"])
 def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
     numbers = ["p_q_start", "p_q_len", "p_k_start", "p_k_len", "p_left", "p_right", "p_hi"]
@@ -137,12 +146,13 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
             "p_part_lse": "*fp32",
             "p_out": "*bf16",
             "p_lse": "*fp32",
+            "p_sinks": "*bf16",
             "p_q_start": "*i32",
             "p_q_len": "*i32",
             "p_k_len": "*i32",
         }
         | {x: "i32" for x in ("q_rows", "splits", "most_rows", "least_keys")},
-        {"HEADS": 32, "D": 128, "DP": 128, "BM": 16},
+        {"HEADS": 32, "D": 128, "DP": 128, "BM": 16, "HAS_SINKS": True},
         CAPABILITY[arch],
     )
     statistics = compile_ahead_of_time(

@@ -33,13 +33,13 @@ def test_decoding_beside_a_long_text_splits_its_keys_and_changes_no_result(
     from grit_kernels.attention import triton_forward
 
     calls: list[tuple[int, int]] = []
-    decode = triton_forward.attention_decode
+    decode = triton_forward.decode_samples
 
     def noted(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Any, *rest: Any) -> None:
         calls.append((problem.q_start.shape[0], problem.max_q))
         decode(q, k, v, out, lse, problem, *rest)
 
-    monkeypatch.setattr(triton_forward, "attention_decode", noted)
+    monkeypatch.setattr(triton_forward, "decode_samples", noted)
     source = random.Random(0)
     ids = [source.randrange(3, 300) for _ in range(299)]
     text = [source.randrange(3, 300) for _ in range(70)]
