@@ -9,8 +9,8 @@ FOLDER is copied. `grit index --add --store` then runs in processes of its own:
     unchanged   again: no file has changed
     synced      after one file was cut in half and another removed, with --sync
 
-A row has the seconds of the process (the model is loaded each time), its counts, and the size of index and store. After the last
-run every chunk in the index must be of a file that is there, and every state in the store that of a chunk in the index.
+A row has `run_s`, the seconds of the process (the model is loaded each time), its counts, and the size of index and store. After
+the last run every chunk in the index must be of a file that is there, and every state in the store that of a chunk in the index.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def trial(source: Path, model: str, folder: Path, device: str | None) -> list[di
     command += ["--model", model, "--store", str(store), "--store-limit", "1000"]
     command += [] if device is None else ["--device", device]
     seconds = _run_until(command, index, count * SHARE)
-    rows = [{"variant": "killed", "seconds": seconds, **_counts(index, store)}]
+    rows = [{"variant": "killed", "run_s": seconds, **_counts(index, store)}]
     for name in ("resumed", "unchanged", "synced"):
         if name == "synced":
             _change(files, index)
@@ -66,7 +66,7 @@ def trial(source: Path, model: str, folder: Path, device: str | None) -> list[di
         told = json.loads(run.stdout)
         counts = {key: told[key] for key in ("files_added", "changed", "unchanged", "removed")}
         rows.append(
-            {"variant": name, "seconds": seconds, **counts, "skipped": len(told["skipped"]), **_counts(index, store)}
+            {"variant": name, "run_s": seconds, **counts, "skipped": len(told["skipped"]), **_counts(index, store)}
         )
     check(files, index, store)
     bytes_read = sum(file.stat().st_size for file in files_below(source))
@@ -140,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = trial(arguments.folder, str(resolve_model(arguments.model)), Path(folder), arguments.device)
-    columns = ["variant", "seconds", "files_added", "changed", "unchanged", "removed", "skipped", "chunks"]
+    columns = ["variant", "run_s", "files_added", "changed", "unchanged", "removed", "skipped", "chunks"]
     print(table(rows, [*columns, "index_mib", "store_mib"]))
     if arguments.record:
         write_records(arguments.record, rows)

@@ -118,7 +118,8 @@ TITLES: dict[str, tuple[str, str]] = {
     "folder_cpu": (
         "An index that follows a folder, on a CPU",
         "`killed`: until a third of the files was indexed, then kill -9; `resumed`: the same command again; `synced`: after one "
-        "file was cut in half and another removed. With the states of all documents, in int8.",
+        "file was cut in half and another removed. With the states of all documents, in int8; `run_s` includes loading the "
+        "135M model.",
     ),
     "serve_cpu": (
         "One server against two processes on a CPU",
