@@ -156,7 +156,7 @@ def export_sentence_transformers(
             default = settings.default_prompt_name
             library = require("sentence_transformers")
             exported = library.SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name=default)
-            exported.save(str(finished))
+            exported.save(str(finished), create_model_card=False)  # the card is ours
             card = model_card(
                 settings,
                 kind="sentence-transformers",

@@ -159,10 +159,11 @@ def config_of(family: str, changes: dict[str, Any], tokenizer: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**common, **ids, **BASE[family], **changes})
 
 
-def save(family: str, changes: dict[str, Any], tokenizer: Any, folder: Path) -> Path:
-    """A checkpoint whose weights do not depend on the config where their shapes do not."""
+def save(family: str, changes: dict[str, Any], tokenizer: Any, folder: Path) -> Any:
+    """Save a checkpoint whose weights do not depend on the config where their shapes do not; returns its model, with the only
+    kind of attention that has softcaps."""
     config = config_of(family, changes, tokenizer)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator()
     with torch.no_grad():  # large enough that attention is far from uniform, and with biases that count
         for name, parameter in model.named_parameters():
@@ -173,31 +174,40 @@ def save(family: str, changes: dict[str, Any], tokenizer: Any, folder: Path) -> 
             )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+    return model.eval()
+
+
+Saved = Callable[[str], tuple[Path, Any]]
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of a case, or of a family as it is."""
+def saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The checkpoint of a case, or of a family as it is, and its unpatched model."""
     root = tmp_path_factory.mktemp("configs")
 
     @functools.cache
-    def folder(name: str) -> Path:
+    def made(name: str) -> tuple[Path, Any]:
         family, changes = CASES.get(name, (name, {}))
-        return save(family, changes, tokenizer, root / name.replace(" ", "_"))
+        folder = root / name.replace(" ", "_")
+        return folder, save(family, changes, tokenizer, folder)
 
-    return folder
+    return made
 
 
-def load(folders: Callable[[str], Path], name: str) -> GritLM:
-    model = GritLM(folders(name), device="cpu", dtype="float32")
+def load(saved: Saved, name: str) -> GritLM:
+    model = GritLM(saved(name)[0], device="cpu", dtype="float32")
     gk.patch(model.model, **OPTIONS.get(name, {}))
     return model
 
 
 @pytest.fixture(scope="module")
-def bases(folders: Callable[[str], Path]) -> Callable[[str], GritLM]:
-    return functools.cache(lambda family: load(folders, family))
+def bases(saved: Saved) -> Callable[[str], GritLM]:
+    return functools.cache(lambda family: load(saved, family))
+
+
+@pytest.fixture(scope="module")
+def right_of_family(saved: Saved, bases: Callable[[str], GritLM]) -> Callable[[str], dict[str, np.ndarray]]:
+    return functools.cache(lambda family: Stock(saved(family)[1], bases(family)).right)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -206,18 +216,16 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(case: str, folders: Callable[[str], Path]) -> GritLM:
-    return load(folders, case)
+def model(case: str, saved: Saved) -> GritLM:
+    return load(saved, case)
 
 
 class Stock:
-    """transformers' unpatched model of a checkpoint, with eager attention, the only kind with softcaps; in float64 but for
-    experts, which transformers multiplies in at most float32."""
+    """transformers' unpatched model of a checkpoint, in float64 but for experts, which transformers multiplies in at most
+    float32."""
 
-    def __init__(self, folder: Path, model: GritLM) -> None:
-        dtype = torch.float32 if hasattr(model.model.config, "num_experts_per_tok") else torch.float64
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    def __init__(self, unpatched: Any, model: GritLM) -> None:
+        self.model = unpatched if hasattr(unpatched.config, "num_experts_per_tok") else unpatched.double()
         self.formatter = model.formatter
 
     def states(self, ids: list[int]) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -244,8 +252,8 @@ class Stock:
 
 
 @pytest.fixture(scope="module")
-def stock(case: str, model: GritLM, folders: Callable[[str], Path]) -> Stock:
-    return Stock(folders(case), model)
+def stock(case: str, model: GritLM, saved: Saved) -> Stock:
+    return Stock(saved(case)[1], model)
 
 
 def assert_right(got: Any, want: Any) -> None:
@@ -254,11 +262,11 @@ def assert_right(got: Any, want: Any) -> None:
 
 
 def test_each_field_changes_the_vector(
-    case: str, stock: Stock, bases: Callable[[str], GritLM], folders: Callable[[str], Path]
+    case: str, stock: Stock, right_of_family: Callable[[str], dict[str, np.ndarray]]
 ) -> None:
     family, changes = CASES[case]
     if changes:
-        base = Stock(folders(family), bases(family)).right
+        base = right_of_family(family)
         assert any(np.abs(base[name] - stock.right[name]).max() > 1e-3 for name in base)
 
 
@@ -395,11 +403,11 @@ def test_an_index_of_another_config_is_refused(
 
 @pytest.mark.parametrize("consumer", [f for f in CONSUMERS if f is not lm_eval], ids=lambda f: f.__name__)
 def test_a_decoder_that_attends_otherwise_than_the_settings_say_is_refused(
-    consumer: Callable[..., None], folders: Callable[[str], Path], tmp_path: Path
+    consumer: Callable[..., None], saved: Saved, tmp_path: Path
 ) -> None:
     """Settings are what is saved and exported, so a window given to patch() afterwards would be lost there."""
-    model = load(folders, "mistral")
-    stock = Stock(folders("mistral"), model)
+    model = load(saved, "mistral")
+    stock = Stock(saved("mistral")[1], model)
     gk.patch(model.model, bidirectional_window="full")
     with pytest.raises(
         ValueError, match=r"bidirectional_window: expected 'transformers' as in the settings, got .*'full'"

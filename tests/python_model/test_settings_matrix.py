@@ -6,6 +6,7 @@ pooling and head in float64.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,7 @@ def model(saved: Path) -> GritLM:
 
 def tokens_by_hand(folder: Path, settings: dict[str, Any], instruction: str, text: str) -> tuple[list[int], int]:
     """Token ids, and how many in front are not pooled."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_by_hand(folder)
     start = [tokenizer.bos_token_id] if settings.get("special_tokens") == "bos" else []
     end_of_turn: list[int] = []
     if settings.get("format") == "plain":
@@ -97,10 +96,22 @@ def tokens_by_hand(folder: Path, settings: dict[str, Any], instruction: str, tex
     return [*before, *encoded["input_ids"], *suffix], 0 if settings.get("embed_instruction") else len(before) + skip
 
 
-def states_by_hand(folder: Path, ids: list[int], skip: int, settings: dict[str, Any]) -> torch.Tensor:
+@functools.lru_cache(maxsize=2)
+def decoder_by_hand(folder: Path) -> Any:
     from transformers import AutoModel
 
-    decoder = AutoModel.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+    return AutoModel.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+
+
+@functools.lru_cache(maxsize=2)
+def tokenizer_by_hand(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def states_by_hand(folder: Path, ids: list[int], skip: int, settings: dict[str, Any]) -> torch.Tensor:
+    decoder = decoder_by_hand(folder)
     window, attn = decoder.config.sliding_window, settings.get("attn", "bbcc")
     row, column = torch.arange(len(ids))[:, None], torch.arange(len(ids))[None]
     bidirectional = torch.full((len(ids), 1), attn[1] == "b")
@@ -196,12 +207,14 @@ def test_index(model: GritLM, right: dict[str, np.ndarray], tmp_path: Path) -> N
     assert hit.score == pytest.approx(float(right["query"] @ right["document"]), rel=1e-4)
 
 
-def test_an_index_of_other_settings_is_refused(
-    case: str, model: GritLM, checkpoint_without_bos: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def defaults(checkpoint_without_bos: Path) -> GritLM:
+    return GritLM(checkpoint_without_bos, device="cpu", dtype="float32")
+
+
+def test_an_index_of_other_settings_is_refused(case: str, model: GritLM, defaults: GritLM) -> None:
     from python_model.rag.fingerprint import embedding_settings
 
-    defaults = GritLM(checkpoint_without_bos, device="cpu", dtype="float32")
     same = embedding_settings(model) == embedding_settings(defaults)
     # generation and format are not the index's business: the prefix it records is
     assert same == (case in ("defaults", "attn of conversations", "format"))
