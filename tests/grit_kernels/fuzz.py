@@ -10,7 +10,8 @@ off by the rounding of what it was before. Three more bounds follow from the for
 
 * A cross entropy is ln(sum exp(z - top)) and more, and the sum is at least 1: the loss is known to an FP32 rounding of 1, also
   where it is smaller (one key far above all others). So is the label's probability less 1, and a gradient to that rounding times
-  the rows it is multiplied by; the two directions of the symmetric loss add such terms, which may cancel.
+  the rows it is multiplied by; the two directions of the symmetric loss add such terms, which may cancel (docs/kernels.md has
+  the whole bound, and test_gradient_rounding.py tests it).
 * Rows that a norm gives may cancel in a mean (width 1: signs), and a vector that is normalised then keeps the direction of what
   their roundings leave. So normed rows are changed by a few roundings too, as the inputs are.
 """
