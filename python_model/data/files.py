@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,6 +26,8 @@ from python_model.support.processes import mapped
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 Location = str | os.PathLike[str]
+NAMED = 5
+"""Number of files in a folder that a note names."""
 SHARED_BYTES = 64 << 20
 """Several files of at least this size together are converted by several processes."""
 
@@ -52,6 +55,21 @@ def data_files(path: Location) -> list[Path | str]:
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     return [path]
+
+
+def unread_note(path: Location) -> list[str]:
+    """A note that names what :func:`data_files` does not read in a folder; empty where that is nothing."""
+    if is_remote(path) or not Path(path).is_dir():
+        return []
+    read = set(data_files(path))
+    names = [f.name + "/" * f.is_dir() for f in sorted(Path(path).iterdir()) if f not in read and f.name[0] != "."]
+    names = [name for name in names if not name.endswith(".md")]
+    if not names:
+        return []
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return [
+        f"{path}: not read: {shown}; only {', '.join('*' + suffix for suffix in SUFFIXES)} in the folder itself are"
+    ]
 
 
 def is_remote(path: Location) -> bool:
@@ -88,8 +106,11 @@ def as_lines(file: Location) -> Path:
     with FileLock(f"{target}.lock"):  # one rank per machine converts
         if not target.exists():
             with new_file(target) as out:
-                for line in _lines(os.fspath(file)):
-                    out.write(line.rstrip(b"\r\n") + b"\n")
+                try:
+                    for line in _lines(os.fspath(file)):
+                        out.write(line.rstrip(b"\r\n") + b"\n")
+                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    raise DataError(f"{os.fspath(file)}: cannot be read as gzip ({error})") from error
     return target
 
 
@@ -238,7 +259,17 @@ def _parquet(name: str) -> Iterator[bytes]:
 
 
 def _line(row: Any) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+    return json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass")
+
+
+def _plain(value: Any) -> str | None:
+    """What JSON cannot hold: bytes are a text in UTF-8, as old writers of Parquet store strings, or else count as missing."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _open(name: str) -> IO[bytes]:

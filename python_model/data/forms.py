@@ -81,6 +81,13 @@ REQUIRED: dict[str, tuple[str, ...]] = {  # in the order they are tried
     "text": ("text",),
     "prompt and completion": ("prompt",),
 }
+SAME = (
+    ("anchor", "query"),
+    ("query", "query_text"),
+    ("completion", "response"),
+    ("score", "label", "similarity_score"),
+)
+"""Names of one column, of which a row has one."""
 CHATS = ("text", "messages", "ShareGPT", "Alpaca", "prompt and completion")
 EMBEDDING_COLUMNS = {name for form, names in FORMS.items() if form not in CHATS for name in names}
 TRAINED = ("weight", "loss", "train")
@@ -174,6 +181,10 @@ class Reader:
                 )
             if name not in NAMES_OF_ROWS:
                 self.notes[f"column {name!r} is ignored"] = None
+        for names in SAME:
+            given = [name for name in names if name in FORMS[form] and columns.get(name) is not None]
+            if len(given) > 1:
+                raise DataError(f"{origin}: expected one of the columns {', '.join(names)}, got {' and '.join(given)}")
 
     def _embedding(self, columns: Columns, form: str, origin: str) -> tuple[Any, ...]:
         scores: dict[str, tuple[float, ...]] = {"pos_scores": (), "neg_scores": ()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from python_model.data.files import Location, data_files, dataset_name, read_lines, read_objects
+from python_model.data.files import Location, data_files, dataset_name, read_lines, read_objects, unread_note
 from python_model.data.forms import Reader
 from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Passage, Row, check_text
@@ -33,6 +33,7 @@ def file_reader(file: Location, *, bare_text: bool = True, positive_score: float
 
 def tolerant_rows(path: Location, report: DataReport, *, positive_score: float | None = None) -> Iterator[Row]:
     """The rows of a file or folder, of either kind, that training can read; ``report`` is filled during iteration."""
+    report.notes += unread_note(path)
     for file in data_files(path):
         reader = file_reader(file, positive_score=positive_score)
         for origin, columns in read_lines(file):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from python_model.data.config import BatchConfig, DataConfig
 from python_model.data.datasets import DataSet, EachPositive, select
 from python_model.data.encoding import RowEncoder
-from python_model.data.files import data_files, dataset_name
+from python_model.data.files import data_files, dataset_name, unread_note
 from python_model.data.index import FileIndex, index_files
 from python_model.data.order import BatchOrder, rank_share
 from python_model.data.report import DataReport
@@ -230,10 +230,12 @@ def check_data(
     before loading a model.
 
     Returns:
-        What is odd about the data, as far as that is known by then: files without rows, and fewer rows than a ``batch``.
+        What is odd about the data, as far as that is known by then: files that are not read or have no rows, and fewer rows than
+        a ``batch``.
     """
     indexes = _indexed(config, mode, in_batch_negatives, teacher)
-    notes = [note for index in indexes if index.kind is None for note in index.report.notes]
+    notes = unread_note(config.train_data)
+    notes += [note for index in indexes if index.kind is None for note in index.report.notes]
     counts = {kind: sum(len(i.facts) for i in indexes if i.kind is kind and _wanted(mode, i)) for kind in (False, True)}
     if config.positives == "each":  # a row is as many as it has positives
         counts[False] = 0
@@ -276,7 +278,7 @@ def open_stream(
             a teacher's scores.
     """
     encoder = RowEncoder(tokenizer, config, settings)
-    report, scored = DataReport(), 0
+    report, scored = DataReport(notes=unread_note(config.train_data)), 0
     data: list[DataSet | EachPositive] = []
     contents = hashlib.blake2b(digest_size=16)
     for index in _indexed(config, mode, in_batch_negatives, teacher):

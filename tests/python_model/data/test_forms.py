@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from python_model.data.files import data_files, read_objects
+from python_model.data.datasets import open_file
+from python_model.data.files import data_files, read_objects, unread_note
 from python_model.data.index import index_file
-from python_model.data.reading import file_reader, read_rows
+from python_model.data.reading import file_reader, read_rows, tolerant_rows
+from python_model.data.report import DataReport
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText, PlainText, Row, to_object
 from tests.python_model.data.test_data import write
 
@@ -277,6 +279,62 @@ def test_parquet_and_remote_paths_are_read(tmp_path: Path, monkeypatch: pytest.M
     parquet.write_table(pa.Table.from_pylist([FLAG, FLAG]), tmp_path / "y.parquet")
     rows = read_rows(tmp_path / "y.parquet")[0]
     assert len(rows) == 2 and rows[0].neg == plain("a cat sleeps")
+
+
+def test_a_gzipped_file_that_ends_early_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    whole = gzip.compress((json.dumps(FLAG) + "\n").encode() * 50)
+    for content in (whole[:-20], b"no gzip", whole[:30] + b"\xff" * 30 + whole[60:]):
+        file = tmp_path / "x.jsonl.gz"
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"^.*x\.jsonl\.gz: cannot be read as gzip \("):
+            index_file(file)
+
+
+def test_strings_that_parquet_holds_as_bytes_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"query": "où?".encode(), "pos": ["là".encode()], "image": b"\xff\xd8"}, {"query": b"\xff", "pos": [b"a"]}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "y.parquet")
+    found, report = index_file(tmp_path / "y.parquet"), index_file(tmp_path / "y.parquet").report
+    assert len(found.facts) == 1 and open_file(tmp_path / "y.parquet")[0][0][0].query == PlainText("", "où?")
+    assert open_file(tmp_path / "y.parquet")[0][0][0].pos == (PlainText("", "là"),)
+    assert report.examples["broken"] == [f"{tmp_path / 'y.parquet'}:2: query: expected a string, got null"]
+
+
+def test_what_is_not_read_in_a_folder_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "more").mkdir(parents=True)
+    file = write(folder / "a.jsonl", FLAG)
+    for name in ("b.csv", "c.jsonl.zst", ".hidden", "README.md"):
+        (folder / name).write_text("")
+    (note,) = unread_note(folder)
+    assert note.startswith(f"{folder}: not read: b.csv, c.jsonl.zst, more/; only *.jsonl, ")
+    report = DataReport()
+    list(tolerant_rows(folder, report))
+    assert note in report.notes
+    for n in range(4):
+        (folder / f"d{n}.txt").write_text("")
+    assert "more/" not in unread_note(folder)[0] and "d2.txt and 2 more; only" in unread_note(folder)[0]
+    assert unread_note(file) == unread_note("memory://rows") == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"anchor": "a", "query": "b", "positive": "c"}, "anchor, query, got anchor and query"),
+        ({"query": "a", "query_text": "b", "positive_passages": [{"text": "c"}]}, "got query and query_text"),
+        ({"prompt": "a", "completion": "b", "response": "c"}, "got completion and response"),
+        ({"sentence1": "a", "sentence2": "b", "score": 1, "label": 0}, "got score and label"),
+    ],
+)
+def test_two_columns_for_one_thing_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"expected one of the columns .*{message}"):
+        row(tmp_path, columns)
+    second = message.split()[-1]
+    assert second in columns
+    if "score" not in columns:  # pairs with a score want a threshold
+        row(tmp_path, {**columns, second: None})
 
 
 @pytest.mark.parametrize(
