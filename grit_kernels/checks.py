@@ -18,6 +18,23 @@ def is_integer(x: object, *shape: int) -> bool:
     return isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64) and tuple(x.shape) == shape
 
 
+def mask_faults(mask: Tensor) -> Tensor | None:
+    """How many elements of a mask are neither 0 (padding) nor 1 (a real token) nor, among integers, the number of a sample, as in
+    a mask that is added to scores; int64 scalar. None: none, by its dtype."""
+    if mask.is_floating_point():
+        return ((mask != 0) & (mask != 1)).sum()
+    return (mask < 0).sum() if mask.dtype.is_signed else None
+
+
+def check_mask(name: str, mask: Tensor, faults: int) -> None:
+    """ValueError if :func:`mask_faults` counted some in ``mask``."""
+    if faults:
+        raise ValueError(
+            f"{name}: expected 0 at padding and 1 at real tokens, got {described(mask)} with other values, as if to be added to "
+            "scores"
+        )
+
+
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
     """ValueError unless ``x`` is on ``device``."""
     if x.device != device:

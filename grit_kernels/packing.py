@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from grit_kernels.checks import described, is_integer
+from grit_kernels.checks import check_mask, described, is_integer, mask_faults
 from grit_kernels.context import Contexts
 from grit_kernels.visibility import positions_and_samples
 
@@ -126,7 +126,8 @@ class SamplePack:
         *,
         position_ids: Tensor | None = None,
     ) -> SamplePack:
-        """The pack of a padded batch: ``attention_mask`` (B, T) is non-zero at real tokens; left padding and holes are fine.
+        """The pack of a padded batch: ``attention_mask`` (B, T) is 0 at padding and 1 at real tokens; left padding and holes are
+        fine.
 
         By default a row is one sample, but an integer mask may number the samples of a row (1, 1, 2, 2, 0), and
         ``position_ids`` (B, T) that restart begin a new sample, as in :meth:`from_position_ids`; after a hole, only positions
@@ -141,7 +142,12 @@ class SamplePack:
         device = attention_mask.device
         real = attention_mask != 0
         indices = real.reshape(-1).nonzero()[:, 0]
-        sizes, rows = real.sum(dim=1).to("cpu"), torch.arange(batch, device="cpu")
+        sizes, faults = real.sum(dim=1), mask_faults(attention_mask)
+        if faults is not None:  # read back with the lengths
+            both = torch.cat([sizes, faults[None]]).to("cpu")
+            check_mask("attention_mask", attention_mask, int(both[-1]))
+            sizes = both[:-1]
+        sizes, rows = sizes.to("cpu"), torch.arange(batch, device="cpu")
         begins = _begins_inside_rows(attention_mask, position_ids, indices)
         if begins is not None and bool(begins.any()):
             if instruction_lens is not None:

@@ -168,9 +168,13 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
 
     # a checkpoint saved as an embedder still generates causally; without a head or a cache it does not generate
     default = record.has_head or caching or bool(getattr(decoder.config, "is_causal", True))
+    if table["cu_seq_lens_q"] is None and table["cu_seq_lens_k"] is not None:
+        raise ValueError("cu_seq_lens_q: expected it with cu_seq_lens_k, got none")
     if table["cu_seq_lens_q"] is not None and sample_pack is None:
         sample_pack = _pack_of_table(table, default if is_causal is None else is_causal, inputs.device)
         is_causal = None
+    elif table["cu_seq_lens_q"] is not None:
+        _check_table_of_pack(table, sample_pack)
     if sample_pack is not None:
         if batch != 1 or sample_pack.tokens != length:
             raise ValueError(
@@ -178,12 +182,12 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
             )
         if is_causal is not None:
             raise ValueError("is_causal: expected none with a sample_pack, which has its own flags")
-        if mask is not None and (compiling or not isinstance(mask, Tensor) or not bool((mask != 0).all())):
-            raise ValueError("attention_mask: expected none with packed input, which has no padding")
+        if mask is not None:
+            _check_mask_of_pack(mask, length, sample_pack)
         if caching and packed_keys is None:
             raise ValueError("cache, use_cache: expected none or a PackedCache: packed input fills no other cache")
         if numbers is not None and not compiling:
-            _check_numbers(numbers, sample_pack)
+            _check_numbers("seq_idx", numbers, sample_pack)
         if positions is None:
             positions = (sample_pack.position_ids if packed_keys is None else packed_keys.positions)[None]
         if packed_keys is not None:
@@ -197,6 +201,10 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     elif numbers is not None:  # as a mask that numbers the samples, from 1
         if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length)):
             raise ValueError(f"attention_mask: expected none or {(batch, length)} with seq_idx, got {described(mask)}")
+        if mask is not None and not compiling and bool(((mask != 0) & (mask != 1)).any()):
+            raise ValueError(
+                "attention_mask: expected 0 and 1 beside seq_idx, which numbers the samples, got other values"
+            )
         mask = numbers + 1 if mask is None else (numbers + 1) * (mask != 0)
     causal = _flags(default if is_causal is None else is_causal, batch, inputs.device)
     if length and not caching:
@@ -206,7 +214,9 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
                 positions = torch.arange(length, device=inputs.device)[None]
             outputs = call.packed(pack.pack(inputs)[None], pack, pack.pack(positions.expand(batch, length))[None])
             return _unpack_outputs(outputs, pack)
-    elif length > 1 and not compiling:
+    if caching and isinstance(mask, Tensor) and mask.ndim == 2 and not compiling:
+        _check_mask_of_cache(cache, mask, length)
+    if caching and length > 1 and not compiling:
         _refuse_several_samples_in_a_cache(cache, mask, positions, batch, length)
     return call.padded(inputs, causal, mask, positions, cache, use_cache)
 
@@ -292,6 +302,14 @@ def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.d
     return SamplePack.from_lengths(lengths, causal.to("cpu") if isinstance(causal, Tensor) else causal, device=device)
 
 
+def _check_table_of_pack(table: dict[str, Any], pack: SamplePack) -> None:
+    """A table beside a sample_pack has the same samples."""
+    if not torch.compiler.is_compiling() and not torch.equal(
+        _pack_of_table(table, True, torch.device("cpu")).lengths, pack.lengths.to("cpu")
+    ):
+        raise ValueError("cu_seq_lens_q: expected the samples of sample_pack, got others")
+
+
 def _check_packed_keys(keys: PackedKeys, pack: SamplePack) -> None:
     if keys.lengths.shape != (len(pack),) or keys.positions.shape != (pack.tokens,):
         raise ValueError(
@@ -302,11 +320,19 @@ def _check_packed_keys(keys: PackedKeys, pack: SamplePack) -> None:
         raise ValueError("sample_pack: expected no upper bounds and no contexts with a PackedCache, got some")
 
 
-def _check_numbers(numbers: Tensor, pack: SamplePack) -> None:
-    """``seq_idx`` (1, tokens) may change only where a sample of the pack begins."""
-    changes = (numbers[0].diff() != 0).nonzero()[:, 0] + 1
+def _check_mask_of_pack(mask: Any, tokens: int, pack: SamplePack) -> None:
+    """A mask beside packed input has no padding and numbers no other samples than the pack's."""
+    known = isinstance(mask, Tensor) and tuple(mask.shape) == (1, tokens) and not torch.compiler.is_compiling()
+    if not known or not bool((mask > 0).all()):
+        raise ValueError("attention_mask: expected none with packed input, which has no padding")
+    _check_numbers("attention_mask", mask, pack)
+
+
+def _check_numbers(name: str, numbers: Tensor, pack: SamplePack) -> None:
+    """Numbers of samples (1, tokens) may change only where a sample of the pack begins."""
+    changes = (numbers[0].to(torch.int64).diff() != 0).nonzero()[:, 0] + 1
     if not bool(torch.isin(changes.to("cpu"), pack.cu_seqlens.to("cpu")).all()):
-        raise ValueError("seq_idx: expected the samples of cu_seq_lens_q or sample_pack, got others")
+        raise ValueError(f"{name}: expected the samples of cu_seq_lens_q or sample_pack, got others")
 
 
 def _refuse_several_numbers(numbers: Tensor) -> None:
@@ -353,7 +379,8 @@ def _assert_one_sample_per_row(mask: Tensor, positions: Tensor | None) -> None:
     """For a compiled pass, which cannot read values: an assertion inside the graph."""
     if mask.dtype != torch.bool:
         torch._assert_async(
-            (mask <= 1).all(), "attention_mask: a compiled pass cannot distinguish the samples numbered by a mask"
+            ((mask == 0) | (mask == 1)).all(),
+            "attention_mask: expected 0 and 1; a compiled pass cannot distinguish the samples numbered by a mask",
         )
     if positions is not None and mask.shape[1] > 1:
         both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
@@ -363,13 +390,23 @@ def _assert_one_sample_per_row(mask: Tensor, positions: Tensor | None) -> None:
         )
 
 
+def _check_mask_of_cache(cache: Any, mask: Tensor, length: int) -> None:
+    """A mask covers what the cache holds and the new tokens; a shorter one would make padding of the last of them."""
+    past = 0 if cache is None else cache.get_seq_length()
+    if isinstance(past, int) and mask.shape[1] < past + length:  # of a static cache, a number on the device
+        raise ValueError(
+            f"attention_mask: expected (B, {past + length}), {past} slots of the cache and {length} new ones, got "
+            f"{tuple(mask.shape)}"
+        )
+
+
 def _refuse_several_samples_in_a_cache(
     cache: Any, mask: Any, positions: Tensor | None, batch: int, length: int
 ) -> None:
     """Check that there is one sample per row, as a cache requires, when a pass begins to fill one."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         return  # masks built by generate() with our mask function, one per kind of layer
-    if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool and bool((mask > 1).any()):
+    if mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(
             "attention_mask: expected 0 and 1 with a cache, which holds one sample per row, got other numbers"
         )

@@ -122,9 +122,17 @@ def _key_layout(relative: Tensor, q_length: int) -> _KeyLayout:
     last = torch.where(valid, index, -1).amax(dim=1)
     # rows up to the last key are real; a sample without keys has none
     rows = torch.where(valid, distance, -1).amax(dim=1).add(1).clamp(0, q_length)
-    holes = None
-    # where nothing may be read back, everything is always moved
-    if not may_read_back(distance) or bool((last - first + 1 > count).any()):
+    holes, moved = None, True  # where nothing may be read back, everything is always moved
+    if may_read_back(distance):
+        ahead = torch.where(valid, distance - index, NO_KEY)  # of the first query, the same at every key
+        mixed = (ahead != ahead.amin()) & valid
+        found = int((last - first + 1 > count).any() + 2 * mixed.any())  # read back at once
+        moved = found % 2 == 1
+        if found > 1:
+            raise ValueError(
+                f"attention_mask: expected (B, T) with 0 at padding and 1 at real tokens, got {described(relative)}"
+            )
+    if moved:
         # row r is the key at distance r: a hole among the queries' own slots is a padded row
         row = torch.where(valid & (distance >= 0) & (distance < q_length), distance, q_length).to(torch.int64)
         real = torch.zeros(distance.shape[0], q_length + 1, dtype=torch.bool, device=distance.device)

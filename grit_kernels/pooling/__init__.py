@@ -126,6 +126,10 @@ def _flatten(
     if attention_mask is not None:
         if tuple(attention_mask.shape) != (batch, length):
             raise ValueError(f"attention_mask: expected {(batch, length)}, got {tuple(attention_mask.shape)}")
+        if readable(attention_mask) and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+            raise ValueError(
+                f"attention_mask: expected 0 at padding and 1 at real tokens, got {described(attention_mask)} with other values"
+            )
         real = attention_mask.to(hidden_states.device).reshape(-1) != 0
     starts = torch.arange(batch + 1, device=hidden_states.device) * length
     return dense_rows(hidden_states.reshape(batch * length, shape[2])), starts, real

@@ -100,7 +100,7 @@ def test_a_pack_is_immutable_and_moves_between_devices_with_all_its_fields() -> 
     assert meta.max_seqlen == pack.max_seqlen
 
 
-def test_a_float_or_bool_mask_counts_non_zero_as_real() -> None:
+def test_a_mask_of_any_dtype_may_say_what_is_real() -> None:
     for mask in (torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), torch.tensor([[7, 0]])):
         assert gk.SamplePack.from_mask(mask).lengths.tolist() == [1]
 
@@ -116,6 +116,14 @@ REFUSED: list[tuple[str, str, Make]] = [
     ("negative instruction", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [-1, 0])),
     ("instruction count", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [1])),
     ("no positions", "position_ids: ", lambda: gk.SamplePack.from_position_ids(torch.zeros(1, 0))),
+    (
+        "mask to be added to scores",
+        r"attention_mask: expected 0 at padding and 1 at real tokens, got torch.float32 \(1, 2\) with other values",
+        lambda: gk.SamplePack.from_mask(torch.tensor([[0.0, torch.finfo(torch.float32).min]])),
+    ),
+    ("mask of halves", "attention_mask: .*other values", lambda: gk.SamplePack.from_mask(torch.tensor([[1.0, 0.5]]))),
+    ("mask of -1", "attention_mask: .*other values", lambda: gk.SamplePack.from_mask(torch.tensor([[1, -1]]))),
+    ("mask of NaN", "attention_mask: .*other", lambda: gk.SamplePack.from_mask(torch.tensor([[1.0, float("nan")]]))),
     ("mask of one dimension", "attention_mask: ", lambda: gk.SamplePack.from_mask(torch.ones(3))),
     (
         "hi decreases",

@@ -193,6 +193,59 @@ def test_positions_that_change_in_place_or_serve_another_batch_are_read_again_wi
             close(found, truth.expand(batch, -1, -1))
 
 
+ADDED = torch.tensor([[0.0] * 12 + [-1e9] * 2])
+OTHER = torch.tensor([[1] * 5 + [2] * 9])
+TABLE = {"cu_seq_lens_q": torch.tensor([0, 6, 14], dtype=torch.int32), "max_length_q": 8}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"attention_mask": ADDED}, "attention_mask: expected 0 at padding and 1 at real tokens, got torch.float32"),
+        ({"attention_mask": ADDED, "use_cache": True}, "attention_mask: expected 0 and 1 with a cache"),
+        ({"attention_mask": -NUMBERED}, "attention_mask: expected 0 at padding and 1 at real tokens, got torch.int64"),
+        ({"attention_mask": ADDED, "seq_idx": NUMBERED}, "attention_mask: expected 0 and 1 beside seq_idx"),
+        ({"attention_mask": OTHER, "seq_idx": NUMBERED}, "attention_mask: expected 0 and 1 beside seq_idx"),
+        ({"attention_mask": OTHER, **TABLE}, "attention_mask: expected the samples of cu_seq_lens_q or sample_pack"),
+        ({"attention_mask": ADDED, **TABLE}, "attention_mask: expected none with packed input"),
+        ({"attention_mask": torch.ones(1, 1, 14, 14), **TABLE}, "attention_mask: expected none with packed input"),
+        ({"cu_seq_lens_k": TABLE["cu_seq_lens_q"]}, "cu_seq_lens_q: expected it with cu_seq_lens_k"),
+        ({"sample_pack": gk.SamplePack.from_lengths([5, 9], True), **TABLE}, "cu_seq_lens_q: expected the samples of"),
+        (
+            {"attention_mask": torch.ones(1, 1, 1, 14).int()},
+            r"attention_mask: expected \(B, T\) with 0 at padding and 1",
+        ),
+        ({"attention_mask": torch.ones(1, 1, 1, 14).bool()}, "attention_mask: expected a 2-D padding mask"),
+        ({"attention_mask": torch.zeros(1, 1, 14, 14)}, "attention_mask: expected a 2-D padding mask"),
+        ({"attention_mask": torch.ones(1, 13)}, r"attention_mask: expected \(1, 14\)"),
+    ],
+)
+def test_a_mask_or_table_that_means_something_else_is_refused(model: Any, call: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        model(ROW, **call)
+
+
+@torch.no_grad()
+def test_a_mask_or_table_that_says_the_same_twice_changes_nothing(model: Any) -> None:
+    truth = model(ROW, **TABLE).logits
+    pack = gk.SamplePack.from_lengths([6, 8], True)
+    for extra in ({"attention_mask": NUMBERED}, {"attention_mask": torch.ones_like(ROW)}, {"sample_pack": pack}):
+        close(model(ROW, **TABLE, **extra).logits, truth)
+
+
+@torch.no_grad()
+def test_a_mask_that_leaves_out_the_cache_is_refused(model: Any) -> None:
+    cache = gk.hf.new_cache()
+    model(IDS[:, :6], **gk.hf.cache_keyword(model, cache))
+    for new in (1, 8):
+        more = {**gk.hf.cache_keyword(model, cache), "attention_mask": torch.ones(4, new)}
+        message = (
+            rf"^attention_mask: expected \(B, {6 + new}\), 6 slots of the cache and {new} new ones, got \(4, {new}\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            model(IDS[:, 6 : 6 + new], **more)
+
+
 def test_several_samples_in_a_row_of_a_cache_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="position_ids: expected one sample per row with a cache"):
         model(ROW, position_ids=STARTS_OVER, use_cache=True)

@@ -208,6 +208,16 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "mask with pack": (ValueError, "attention_mask: ", lambda: gk.pool(H.view(6, 8), cu_seqlens=CU, attention_mask=CU)),
     "table too short": (ValueError, "cu_seqlens: expected", lambda: gk.pool(H.view(6, 8)[:5], cu_seqlens=CU)),
     "float table": (ValueError, "cu_seqlens: .*got torch.float", lambda: gk.pool(H.view(6, 8), cu_seqlens=CU.float())),
+    "mask of numbers": (
+        ValueError,
+        r"attention_mask: expected 0 at padding and 1 at real tokens, got torch.int64 \(2, 3\) with other values",
+        lambda: gk.pool(H, attention_mask=torch.tensor([[1, 1, 2], [1, 1, 0]])),
+    ),
+    "mask to be added": (
+        ValueError,
+        "attention_mask: expected 0 at padding",
+        lambda: gk.pool(H, attention_mask=torch.tensor([[0.0, -1e9, -1e9], [0.0, 0.0, -1e9]])),
+    ),
     "mask shape": (ValueError, "attention_mask: expected", lambda: gk.pool(H, attention_mask=torch.ones(2, 4))),
     "unknown method": (ValueError, "method: .*'mean'.*'max'", lambda: gk.pool(H, method="max")),  # type: ignore[arg-type]
     "unknown empty": (ValueError, "empty: expected .*got 'skip'", lambda: gk.pool(H, empty="skip")),  # type: ignore[arg-type]
