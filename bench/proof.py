@@ -54,6 +54,7 @@ class Plan:
     max_length: int = 128
     queries: int = 4000
     curve_queries: int = 500
+    curve_passages: int = 1000
     conversations: int = 600
     questions: int = 200
     curve: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
@@ -95,6 +96,7 @@ class Measure:
         self.plan, self.held_out = plan, HeldOut(data)
         self.queries = _choice(len(self.held_out.rows), plan.queries)
         self.curve_queries = self.queries[: plan.curve_queries]
+        self.curve_passages = self._passages(self.curve_queries, plan.curve_passages)
         self.conversations = [
             self.held_out.conversations[i] for i in _choice(len(self.held_out.conversations), plan.conversations)
         ]
@@ -102,18 +104,27 @@ class Measure:
         questions = read_questions(file) if file.exists() else []
         self.questions = [questions[i] for i in _choice(len(questions), plan.questions)]
 
+    def _passages(self, queries: Sequence[int], wanted: int) -> list[int]:
+        """At least so many documents (as far as there are): those that answer the queries, and others by lot."""
+        answers = {i for query in queries for i in (self.held_out.relevant[query], *self.held_out.also_relevant[query])}
+        others = [i for i in _choice(len(self.held_out.documents), len(self.held_out.documents)) if i not in answers]
+        return sorted(answers) + others[: max(0, wanted - len(answers))]
+
     @torch.no_grad()
-    def ranks(self, model: GritLM, queries: Sequence[int]) -> list[int]:
-        """Rank of each chosen query's passage."""
+    def ranks(self, model: GritLM, queries: Sequence[int], passages: Sequence[int] | None = None) -> list[int]:
+        """Rank of each chosen query's passage among ``passages``, by default all of them."""
         held_out, length = self.held_out, self.plan.max_length
+        if passages is None:
+            passages = range(len(held_out.documents))
+        place = {document: index for index, document in enumerate(passages)}
         with torch.autocast(model.device.type, torch.bfloat16):
-            corpus = embed_documents(model, held_out.documents, max_length=length)
+            corpus = embed_documents(model, [held_out.documents[i] for i in passages], max_length=length)
             found = retrieval_ranks(
                 model,
                 [held_out.queries[i] for i in queries],
                 corpus,
-                [held_out.relevant[i] for i in queries],
-                also_relevant=[held_out.also_relevant[i] for i in queries],
+                [place[held_out.relevant[i]] for i in queries],
+                also_relevant=[[place[other] for other in held_out.also_relevant[i]] for i in queries],
                 max_length=length,
             )
         return [int(rank) for rank in found]
@@ -186,7 +197,7 @@ def run_one(run: Run, plan: Plan, measure: Measure, data: Path, output: Path) ->
         model.eval()
         found: dict[str, Any] = {"share": shares[0]}
         if run.mode != "generative":
-            found["ranks"] = measure.ranks(model, measure.curve_queries)
+            found["ranks"] = measure.ranks(model, measure.curve_queries, measure.curve_passages)
         if run.mode != "embedding":
             found["losses"] = mean_losses(measure.losses(model))
         curve[str(done)] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from bench import proof
 from bench.proof_table import mean_losses, ndcg, relative_difference, relative_loss_difference, table
 from python_model import GritLM
+from python_model.evaluation.retrieval import embed_documents, embed_queries
 from python_model.train import TrainConfig
 from tests.conftest import needs_source_tree
 from tests.python_model.conftest import checkpoint, tokenizer  # noqa: F401  (fixtures)
@@ -47,9 +49,17 @@ def _plan(folder: Path, model: Path) -> Path:
         "batch": {"embedding_batch_size": 4, "generative_batch_size": 2},
         "logging": {"save_steps": 1},
     }
-    plan = {"seeds": [0], "double_seeds": [0], "max_length": 64, "queries": 6, "curve_queries": 3, "base": base}
+    plan = {
+        "seeds": [0],
+        "double_seeds": [0],
+        "max_length": 64,
+        "queries": 6,
+        "curve_queries": 3,
+        "curve_passages": 4,
+        "base": base,
+    }
     file = folder / "plan.yaml"
-    file.write_text(yaml.safe_dump(plan))
+    file.write_text(yaml.safe_dump({**plan, "base": base}))
     return file
 
 
@@ -74,7 +84,8 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     records = {record["name"]: record for record in proof.records(tmp_path / "records")}
     assert len(records["unified-0"]["ranks"]) == 6 and len(records["unified-0"]["matches"]) == 8
     assert sorted(map(int, records["unified-0"]["curve"])) == [1, 2, 3, 4]
-    assert len(records["unified-0"]["curve"]["2"]["ranks"]) == 3
+    ranks = records["unified-0"]["curve"]["2"]["ranks"]
+    assert len(ranks) == 3 and max(ranks) <= 4  # among few passages
     losses = records["unified-0"]["conversation_losses"]
     assert sum(map(len, losses.values())) == 8 and all(
         total > 0 < count for rows in losses.values() for total, count in rows
@@ -93,6 +104,23 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     assert (tmp_path / "records" / "proof.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit):
         proof.main([*arguments, "--only", "no-such-run"])
+
+
+def test_the_curve_searches_the_answers_and_other_passages(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    plan = proof.Plan({}, queries=6, curve_queries=3, curve_passages=5)
+    measure = proof.Measure(plan, _data(tmp_path / "data"))
+    held_out, chosen, queries = measure.held_out, measure.curve_passages, measure.curve_queries
+    answers = {held_out.relevant[i] for i in queries}
+    assert answers <= set(chosen) and len(chosen) == len(set(chosen)) == 5 < len(held_out.documents)
+    for wanted, count in ((1, 3), (99, len(held_out.documents))):
+        assert len(proof.Measure(replace(plan, curve_passages=wanted), tmp_path / "data").curve_passages) == count
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = embed_documents(model, held_out.documents, max_length=plan.max_length)
+        scores = embed_queries(model, [held_out.queries[i] for i in queries], max_length=plan.max_length) @ vectors.T
+    better = scores > scores.gather(1, torch.tensor([[held_out.relevant[i]] for i in queries]))
+    assert measure.ranks(model, queries) == [1 + int(row.sum()) for row in better]
+    assert measure.ranks(model, queries, chosen) == [1 + int(row[chosen].sum()) for row in better]
 
 
 @pytest.mark.parametrize("mode", ["embedding", "generative"])
