@@ -19,10 +19,8 @@ from grit_kernels.hf import compat
 from grit_kernels.hf.attention_pass import AttentionPass
 from grit_kernels.hf.interface import grit_attention
 
-CALL_ARGUMENTS = (
-    *("is_causal", "sample_pack", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-    *compat.CACHE_NAMES,
-)
+OF_THE_LOSS = ("num_items_in_batch",)
+"""What the head passes on to its loss."""
 
 
 @dataclass
@@ -74,7 +72,10 @@ def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: 
 
 
 def _head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    call = {name: kwargs.pop(name) for name in CALL_ARGUMENTS if name in kwargs}
+    # the head would drop what it has no argument for, except from the loss; the decoder understands or refuses it
+    named = compat.arguments_of(type(self).forward)
+    call = {name: value for name, value in kwargs.items() if name in compat.CACHE_NAMES or name not in named}
+    kwargs = {name: value for name, value in kwargs.items() if name not in call or name in OF_THE_LOSS}
 
     def marked(inputs: Tensor) -> Tensor:
         inputs = inputs.view_as(inputs)  # leave the caller's tensor unchanged

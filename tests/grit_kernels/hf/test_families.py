@@ -339,6 +339,17 @@ def test_the_bare_gptj_decoder_takes_flags_and_its_own_order_of_arguments() -> N
     gk.unpatch(decoder)
 
 
+@FAMILY
+@torch.no_grad()
+def test_the_head_passes_on_every_keyword(family: str) -> None:
+    model, row = patched(family), IDS[:1]
+    truth = torch.cat([model(row[:, part]).logits for part in (slice(5), slice(5, None))], dim=1)
+    numbers, positions = torch.tensor([[0] * 5 + [1] * 7]), torch.tensor([[*range(5), *range(7)]])
+    close(model(row, seq_idx=numbers, position_ids=positions, num_items_in_batch=torch.tensor(3)).logits, truth)
+    with pytest.raises(TypeError, match="^typo: expected one of the keywords"):
+        model(row, typo=1)
+
+
 @pytest.mark.skipif(not gptj.attends_by_itself(stock("gptj").transformer), reason="GPT-J uses the AttentionInterface")
 def test_a_gptj_layer_without_its_decoder_is_an_error_not_a_wrong_mask() -> None:
     attention = patched("gptj").transformer.h[0].attn
