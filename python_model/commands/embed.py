@@ -23,6 +23,7 @@ from python_model.commands.runner import (
     chunks_of,
     load,
     progress,
+    refuse_both,
 )
 from python_model.rag.documents import read_documents
 from python_model.rag.modes import Document
@@ -124,6 +125,7 @@ def _run_here(arguments: Namespace) -> None:
     _refuse(arguments, ("workers", "gpus", "dtype"), "--ray: expected it with", "none")
     if not arguments.json and arguments.output is None:
         raise ValueError("output: expected --output FILE.npy or --json, got neither")
+    refuse_both(arguments, "text", "input")
     documents = _documents(arguments)
     devices = arguments.device or [None]
     first = Namespace(model=arguments.model, device=devices[0], truncate_dim=arguments.truncate_dim)
@@ -190,7 +192,7 @@ def _tell_cut(cut: int, texts: int, max_length: int) -> None:
 
 def _documents(arguments: Namespace) -> list[Document]:
     """The texts to embed; those that come without a name are numbered."""
-    if arguments.input is not None and arguments.text is None:
+    if arguments.input is not None:
         documents = list(read_documents(arguments.input))
     else:
         lines = arguments.text or (line.rstrip("\n") for line in sys.stdin if line.strip())

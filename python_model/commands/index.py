@@ -17,6 +17,7 @@ from python_model.commands.runner import (
     add_truncation,
     load,
     progress,
+    refuse_without,
     show,
     tell_cut,
 )
@@ -89,6 +90,10 @@ def run(arguments: Namespace) -> None:
 
     if arguments.sync and not arguments.add:
         raise ValueError("--sync: expected --add with the folder to synchronise with, got none")
+    options_of = COMMAND.parser()
+    refuse_without(arguments, options_of, "search", "where", "hybrid", "instruction", "k")
+    refuse_without(arguments, options_of, "add", "store")
+    refuse_without(arguments, options_of, "store", "store_format", "store_limit")
     if arguments.shards and arguments.add:
         raise ValueError("--shards: expected no --add beside it, got both")
     model = None

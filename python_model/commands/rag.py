@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, add_search, add_truncation, load, show
+from python_model.commands.runner import (
+    Command,
+    add_json,
+    add_model,
+    add_search,
+    add_truncation,
+    load,
+    refuse_both,
+    show,
+)
 
 if TYPE_CHECKING:
     from python_model.rag.modes import Document
@@ -70,6 +79,7 @@ def run(arguments: Namespace) -> None:
     from python_model.rag.filters import read_conditions
     from python_model.rag.index import open_index
 
+    refuse_both(arguments, "question", "questions")
     model = load(arguments)
     store, limit = None, arguments.keep
     if limit is not None and not (limit > 0 and arguments.store):

@@ -102,6 +102,21 @@ def _reader_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def refuse_both(arguments: Namespace, first: str, second: str) -> None:
+    """Refuse two options of which one would be ignored."""
+    if getattr(arguments, first) is not None and getattr(arguments, second) is not None:
+        raise ValueError(f"--{first}, --{second}: expected at most one of them, got both")
+
+
+def refuse_without(arguments: Namespace, parser: ArgumentParser, main: str, *names: str) -> None:
+    """Refuse options that would be ignored without the option ``main``: those with another value than by default."""
+    if getattr(arguments, main) in (None, False, []):
+        for name in names:
+            if getattr(arguments, name) != parser.get_default(name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: expected --{main} beside it, got none")
+
+
 def add_model(parser: ArgumentParser) -> None:
     """``--model`` and ``--device``, read by :func:`load`."""
     parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint folder or name; default: the small model")

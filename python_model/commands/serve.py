@@ -16,7 +16,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_model, load
+from python_model.commands.runner import Command, add_model, load, refuse_without
 from python_model.support.optional import require
 
 KEY_VARIABLE = "GRIT_API_KEY"
@@ -32,6 +32,7 @@ would wait ten times as long while a request is parsed.
 
 def run(arguments: Namespace) -> None:
     """Serve until the process is asked to stop."""
+    refuse_without(arguments, COMMAND.parser(), "ray", "replicas", "requests_per_replica")
     uvicorn = require("uvicorn", "serve")
     for module in ("fastapi", "prometheus_client"):
         require(module, "serve")
@@ -127,8 +128,7 @@ def add_indexes(service: Any, indexes: Sequence[str], stores: Sequence[str], que
     from python_model.rag.reading import read
     from python_model.rag.rope import frequencies, join
 
-    folders = dict(_named("--index", text) for text in indexes)
-    stored = dict(_named("--store", text) for text in stores)
+    folders, stored = _by_name("--index", indexes), _by_name("--store", stores)
     unknown = sorted(set(stored) - set(folders))
     if unknown:
         raise ValueError(f"--store: expected the name of an --index, got {unknown[0]!r}")
@@ -186,11 +186,17 @@ def share_arena() -> None:
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-def _named(option: str, text: str) -> tuple[str, str]:
-    name, equals, folder = text.partition("=")
-    if equals:
-        return name, folder
-    return Path(text).name, text
+def _by_name(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """The folders of ``NAME=FOLDER`` or ``FOLDER``, by name."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            name, folder = Path(text).name, text
+        if name in found:
+            raise ValueError(f"{option}: expected a name for each, got {name!r} for {found[name]} and {folder}")
+        found[name] = folder
+    return found
 
 
 def _set_up_logging() -> None:

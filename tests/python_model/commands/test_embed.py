@@ -31,6 +31,11 @@ def test_options_of_a_cluster_are_refused_without_one(option: list[str]) -> None
         embed.COMMAND(["--text", "a", "--json", *option])
 
 
+def test_texts_beside_a_file_of_them_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--text, --input: expected at most one of them, got both"):
+        embed.COMMAND(["--text", "a", "--input", str(tmp_path), "--json"])
+
+
 def test_an_overlap_of_no_chunks_is_refused() -> None:
     with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got 3 alone"):
         embed.COMMAND(["--text", "a", "--json", "--overlap", "3"])

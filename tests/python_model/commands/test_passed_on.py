@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from python_model.commands import evaluate, export, generate, mine, rag, rerank
+from python_model.commands import evaluate, export, generate, index, mine, rag, rerank, serve
 from python_model.generate.decode import Sampling
 from python_model.generate.rerank import Ranked
 
@@ -72,6 +72,43 @@ def test_generate_answers_a_file_under_its_options(calls: Calls, replace: Replac
 def test_generate_refuses_a_file_to_read_without_one_to_write_and_the_reverse(option: str) -> None:
     with pytest.raises(ValueError, match="--input, --output: expected both or none, got one"):
         run(generate.COMMAND, option, "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (
+            generate,
+            ["--prompt", "a", "--input", "b", "--output", "c"],
+            "--prompt, --input: expected at most one of them",
+        ),
+        (
+            rag,
+            ["INDEX", "--question", "a", "--questions", "b"],
+            "--question, --questions: expected at most one of them",
+        ),
+        (index, ["INDEX", "--delete", "*", "--where", "year<=2000"], "--where: expected --search beside it, got none"),
+        (index, ["INDEX", "--add", "a", "--hybrid"], "--hybrid: expected --search beside it"),
+        (index, ["INDEX", "--add", "a", "--instruction", "b"], "--instruction: expected --search beside it"),
+        (index, ["INDEX", "--k", "3"], "--k: expected --search beside it"),
+        (index, ["INDEX", "--search", "a", "--store", "b"], "--store: expected --add beside it"),
+        (index, ["INDEX", "--add", "a", "--store-format", "int8"], "--store-format: expected --store beside it"),
+        (index, ["INDEX", "--add", "a", "--store-limit", "3"], "--store-limit: expected --store beside it"),
+        (serve, ["--replicas", "2"], "--replicas: expected --ray beside it"),
+        (serve, ["--requests-per-replica", "3"], "--requests-per-replica: expected --ray beside it"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(command: Any, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        run(command.COMMAND, *words)
+
+
+def test_two_indexes_of_one_name_are_refused() -> None:
+    assert serve._by_name("--index", ["a/x", "y=b/x"]) == {"x": "a/x", "y": "b/x"}
+    with pytest.raises(ValueError, match="^--index: expected a name for each, got 'x' for a/x and b/x"):
+        serve.add_indexes(None, ["a/x", "b/x"], [], "")
+    with pytest.raises(ValueError, match="^--store: expected a name for each, got 'x' for c and d"):
+        serve.add_indexes(None, ["a/x"], ["x=c", "x=d"], "")
 
 
 def test_rag_answers_under_its_options(calls: Calls, replace: Replace, capsys: Any) -> None:
