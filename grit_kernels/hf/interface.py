@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_kernels.attention import prepared_attention
+from grit_kernels.attention import decode_attention, has_decode_kernel, prepared_attention
 from grit_kernels.attention.checks import check_softmax_options
 from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.checks import described
@@ -274,7 +274,8 @@ def _attention_over_rows(
     assert pack is not None and held is not None
     grit_pass.witness["called"] = True
     q = query[0].transpose(0, 1)  # [tokens, H, D]
-    q = torch.nn.functional.pad(q, (0, rows.keys.shape[-1] - q.shape[-1]))
+    if missing := rows.keys.shape[-1] - q.shape[-1]:  # padding by nothing would be a copy
+        q = torch.nn.functional.pad(q, (0, missing))
     options = check_softmax_options(scaling, softcap, q.shape[-1])
 
     def problem() -> AttentionProblem:
@@ -286,6 +287,9 @@ def _attention_over_rows(
     # layers of a kind differ in where their keys lie, which no plan depends on
     shared, plans = grit_pass.prepare((sliding_window, *options), problem)
     here = replace(shared, k_start=rows.starts)
+    if pack.max_seqlen == 1 and has_decode_kernel(q, rows.keys, rows.values, sinks):
+        out = decode_attention(q, rows.keys, rows.values, here, sinks=sinks)
+        return _narrowed(out[None], rows.value_size)
     out = prepared_attention(q, rows.keys, rows.values, here, plans, sinks, grit_pass.deterministic)
     return _narrowed(out[None], rows.value_size)
 

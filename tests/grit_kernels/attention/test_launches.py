@@ -171,11 +171,16 @@ def test_checkpoints_that_keep_attention_do_not_launch_it_again(launches: Counte
         assert launches["backward_keys_kernel"] == launches["backward_rows_kernel"] == 1
 
 
-def run_layers(launches: Counter[str], given: dict[str, Any], shapes: list[tuple[int, ...]]) -> list[Any]:
-    """(launches of Triton, launches of torch) of two layers in a row; ``shapes`` of query, key and value."""
+def run_layers(
+    launches: Counter[str], given: dict[str, Any], shapes: list[tuple[int, ...]], cache: Any = None
+) -> list[Any]:
+    """(launches of Triton, launches of torch) of two layers in a row; ``shapes`` of query, key and value, which ``cache`` keeps
+    first."""
     counted = []
     for _ in range(2):
         query, key, value = (torch.empty(shape) for shape in shapes)
+        if cache is not None:
+            key, value = cache.layers[0].update(key, value)
         launches.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
             grit_attention(torch.nn.Module(), query, key, value, scaling=0.2, **given)
@@ -207,6 +212,29 @@ def test_a_layer_that_decodes_runs_its_kernels_and_nothing_else(
         )
     assert prepared and first == second == {"attention_decode_kernel": 1, "merge_splits_kernel": 1}
     assert more == [] and not counted.reads
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("sinks", [None, torch.zeros(4)], ids=["", "sinks"])
+def test_a_packed_layer_that_decodes_runs_its_kernels_and_nothing_else(
+    launches: Counter[str], window: int | None, sinks: Tensor | None
+) -> None:
+    pack = gk.SamplePack.from_lengths([1, 1, 1], torch.tensor([True, True, False]))
+    index, lengths = torch.arange(3), torch.tensor([300, 20, 299], dtype=torch.int32)
+    cache = gk.hf.PackedCache(
+        *torch.empty(2, 900, 2, 32),
+        rows=(index * 300 + lengths - 1)[None],
+        starts=[index.int() * 300],
+        lengths=lengths,
+        longest=300,
+        positions=lengths - 1,
+    )
+    grit_pass = AttentionPass(pack.causal, pack=pack, keys=cache.packed_keys)
+    given = {"attention_mask": None, "sliding_window": window, "grit_pass": grit_pass, "s_aux": sinks}
+    shapes = [(1, heads, 3, 32) for heads in (4, 2, 2)]
+    (first, _), (second, more) = run_layers(launches, given, shapes, cache)
+    assert first == second == {"attention_decode_kernel": 1, "merge_splits_kernel": 1}
+    assert more == []
 
 
 @pytest.mark.parametrize(
