@@ -37,14 +37,14 @@ class ModelFlops:
         config: Any = model.model.config
         head = None if model.mode == "embedding" else model.model.get_output_embeddings()
         # a token is routed to some of the experts
-        visited = (getattr(config, "num_experts_per_tok", 0) or 0) / (getattr(config, "num_local_experts", 0) or 1)
+        visited = getattr(config, "num_experts_per_tok", 0) or 0
         body = 0.0
         for module in model.decoder[0].modules():
             if isinstance(module, nn.Linear):  # a quantised layer stores fewer elements than it has weights
                 body += _passes(module.weight) * module.in_features * module.out_features
             elif not isinstance(module, nn.Embedding):  # a router, or experts, one matrix each
                 for p in module.parameters(recurse=False):
-                    body += _passes(p) * p.numel() * {2: 1.0, 3: visited}.get(p.ndim, 0.0)
+                    body += _passes(p) * p.numel() * {2: 1.0, 3: visited / p.shape[0]}.get(p.ndim, 0.0)
         logits = 0.0
         if head is not None:
             outer = next((m for m in head.modules() if isinstance(m, nn.Linear)), head)

@@ -135,16 +135,23 @@ def test_operations_are_those_that_torch_counts(checkpoint: Path, tmp_path: Path
     assert ModelFlops.of(frozen).per_label == 0
 
 
-def test_a_mixture_counts_the_experts_that_a_token_visits(tokenizer: Any, tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_mixture_counts_the_experts_that_a_token_visits(tokenizer: Any, tmp_path: Path, family: str) -> None:
+    """Whatever its config calls their number."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 1}
-    sizes |= {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
-    config = MixtralConfig(**sizes)
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 1}
+    sizes |= {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "num_experts_per_tok": 2}
+    shared = 0
+    if family == "mixtral":
+        sizes |= {"num_local_experts": 4}
+    else:
+        sizes |= {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64}
+        shared = 3 * 32 * 64 + 32
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     flops = ModelFlops.of(GritLM(tmp_path, device="cpu"))
-    assert flops.per_token == 6 * (4 * 32 * 32 + 32 * 4 + 2 * 3 * 32 * 48)
+    assert flops.per_token == 2 * 6 * (4 * 32 * 32 + 32 * 4 + 2 * 3 * 32 * 48 + shared)
 
 
 def test_mfu_is_over_the_peak_that_is_given(checkpoint: Path, tmp_path: Path) -> None:
