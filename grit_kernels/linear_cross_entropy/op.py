@@ -35,7 +35,7 @@ def _forward_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_fake(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     need_hidden, need_weight = rest[-2:]
     return (
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
     )
 

@@ -125,6 +125,15 @@ def test_the_compiled_library_does_not_round_logits_of_16_bit_inputs() -> None:
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_opcheck_accepts_the_backward_of_transposed_inputs(softcap: float | None) -> None:
+    hidden, weight, labels = problem(torch.float32)
+    transposed = [x.t().contiguous().t() for x in (hidden, weight)]
+    _, *numbers = torch.ops.grit_kernels.linear_cross_entropy_forward(*transposed, labels, -100, softcap)
+    arguments = (torch.ones(len(labels)), *transposed, labels, *numbers, -100, softcap, True, True)
+    torch.library.opcheck(torch.ops.grit_kernels.linear_cross_entropy_backward.default, arguments)
+
+
 def test_opcheck_and_fullgraph_compile() -> None:
     hidden, weight, labels = problem(torch.float32)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
