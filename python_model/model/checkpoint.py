@@ -42,6 +42,19 @@ def saved_head(path: str | os.PathLike[str], **where: Any) -> dict[str, Tensor] 
     return head_of_modules(functools.partial(_file, str(path), **where))
 
 
+def check_no_head(path: str | os.PathLike[str], *, subfolder: str = "") -> None:
+    """Check that a folder whose settings name no embedding head has none: its embeddings would lack it.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if (Path(path) / subfolder / HEAD_FILE).exists():
+        raise ValueError(
+            f"projection: expected the size of the head in {HEAD_FILE}, which {path} has, got none in its settings; give it, or "
+            "remove the file"
+        )
+
+
 def one_flag_per_sample(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """``from_pretrained``'s arguments, with a config whose attention follows each sample's flag.
 

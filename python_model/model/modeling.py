@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import grit_kernels as gk
-from python_model.model.checkpoint import HEAD_FILE, WHERE, one_flag_per_sample, saved_head, saved_settings
+from python_model.model.checkpoint import (
+    HEAD_FILE,
+    WHERE,
+    check_no_head,
+    one_flag_per_sample,
+    saved_head,
+    saved_settings,
+)
 from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
@@ -90,6 +97,8 @@ class GritLM(nn.Module):
             instruction_count=instruction_count,
             **others,
         )
+        if self.settings.projection is None:
+            check_no_head(path, subfolder=where.get("subfolder") or "")
         loader: Any = AutoModel if mode == "embedding" else AutoModelForCausalLM
         loaded, report = loader.from_pretrained(
             path, output_loading_info=True, **one_flag_per_sample(path, from_pretrained_kwargs)
@@ -394,6 +403,8 @@ class GritLM(nn.Module):
             from safetensors.torch import save_file
 
             save_file(self.projection.state_dict(), folder / HEAD_FILE)
+        else:
+            (folder / HEAD_FILE).unlink(missing_ok=True)  # of a model that was there before
         self.settings.save(folder)
 
     def _encode_texts(

@@ -232,6 +232,20 @@ def test_settings_and_head_of_a_hub_checkpoint_are_read(checkpoint: Path, tmp_pa
     assert bare.settings == GritSettings()
 
 
+def test_a_head_that_the_settings_do_not_name_is_no_silent_loss(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with_head = GritLM(checkpoint, device="cpu", projection=8, is_inference=False)
+    with_head.save_pretrained(folder)
+    vector = GritLM(folder, device="cpu").encode("river")
+    (folder / "grit.json").unlink()
+    with pytest.raises(ValueError, match=r"^projection: expected the size of the head in embedding_head.safetensors"):
+        GritLM(folder, device="cpu")
+    np.testing.assert_array_equal(GritLM(folder, device="cpu", projection=8).encode("river"), vector)
+    # a model without one replaces it
+    GritLM(checkpoint, device="cpu").save_pretrained(folder)
+    assert GritLM(folder, device="cpu").encode("river").shape == (64,)
+
+
 @pytest.mark.filterwarnings("ignore:projection")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_wraps_the_embedding_head_counts(checkpoint: Path, dtype: torch.dtype) -> None:
