@@ -410,7 +410,10 @@ def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]
 def bytes_per_token(model: GritLM, format: str) -> int:
     """Bytes of a token's states in a store, without int8 scales."""
     config = model.model.config
-    values = config.num_hidden_layers * 2 * config.num_key_value_heads * head_size(config)
+    heads = (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )  # GPT-NeoX and GPT-J have no groups
+    values = config.num_hidden_layers * 2 * heads * head_size(config)
     return int(values * (1 if format == "int8" else getattr(torch, format).itemsize))
 
 

@@ -338,3 +338,19 @@ def test_a_tokens_states_take_what_is_estimated(model: GritLM) -> None:
     (states,) = read(model, [[1, 2, 3]], causal=True)
     assert bytes_per_token(model, "int8") * 3 == states.keys_values.numel()
     assert bytes_per_token(model, "float32") == 4 * bytes_per_token(model, "int8")
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt_neox", {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}),
+        ("gptj", {"n_embd": 64, "n_layer": 3, "n_head": 2}),
+    ],
+)
+def test_states_of_a_family_without_groups_of_heads_are_estimated(family: str, sizes: dict[str, int]) -> None:
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    of_family: Any = SimpleNamespace(model=SimpleNamespace(config=AutoConfig.for_model(family, **sizes)))
+    assert bytes_per_token(of_family, "int8") == 3 * 2 * 64
