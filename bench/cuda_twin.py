@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grit_kernels as gk
 from bench import attention, common, contrastive, pooling
-from bench.attention_peers import Problem, grit
+from grit_kernels.hf.attention_pass import AttentionPass
+from grit_kernels.hf.interface import grit_attention, grit_mask
 
 COLUMNS = ["op", "problem", "variant", "milliseconds", "times_triton", "note"]
 
@@ -57,11 +58,26 @@ def problems(device: str) -> dict[str, Callable[[], Any]]:
     given = contrastive.inputs(device, contrastive.shapes(device)[0], torch.bfloat16)
     runs["contrastive"] = lambda: contrastive.ours(*given)
     for batch, cache in ((1, 4096), (8, 32768), (64, 4096)):
-        regime = attention.decode(f"decode B{batch} cache {cache}", batch, cache, (32, 8, 128))
-        runs[regime.name] = grit(Problem(regime, device))
+        for padded in (False, True):
+            name = f"decode B{batch} cache {cache}{' with holes' if padded else ''}"
+            runs[name] = decoding_layer(device, batch, cache, padded)
     x, weight = torch.randn(16384, 4096, device=device, dtype=torch.bfloat16), torch.ones(4096, device=device)
     runs["RMSNorm 16384 x 4096"] = lambda: gk.rms_norm(x, weight.to(x.dtype), residual=x)
     return runs
+
+
+def decoding_layer(device: str, batch: int, cache: int, padded: bool) -> Callable[[], Any]:
+    """A layer's call by transformers, of 32 query heads over 8; ``padded``: a tenth of the cache's slots hold no key."""
+    query, key, value = (
+        torch.randn(batch, heads, rows, 128, device=device, dtype=torch.bfloat16)
+        for heads, rows in ((32, 1), (8, cache), (8, cache))
+    )
+    real = torch.rand(batch, cache, device=device) < 0.9
+    real[:, -1] = True
+    mask = grit_mask(batch, 1, cache, cache - 1, attention_mask=real if padded else None, device=device)
+    grit_pass = AttentionPass(torch.ones(batch, dtype=torch.bool, device=device))
+    module = torch.nn.Module()
+    return lambda: grit_attention(module, query, key, value, mask, grit_pass=grit_pass)
 
 
 def measure(device: str, repeats: int) -> list[dict[str, Any]]:

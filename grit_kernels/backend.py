@@ -3,7 +3,8 @@
 Every kernel is a ``torch.library`` op whose schema, fake and autograd are in the ``op.py`` of its folder. The dispatcher
 picks the implementation by device: CPU tensors go to the C++ library, CUDA tensors to Triton. Where one of them is
 missing, the reference takes its place, with one warning. ``with grit_kernels.backend(name)`` or the environment variable
-GRIT_KERNELS_BACKEND overrides the choice and never falls back.
+GRIT_KERNELS_BACKEND overrides the choice and never falls back. GRIT_KERNELS_CUDA_CPP=1 at start-up lets kernels in CUDA C++
+serve CUDA tensors instead of their Triton twins, until a GPU has said which are faster.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def define_op(
     ``reference``: plain torch function with the schema's arguments, None for an op that only Triton needs. ``triton``:
     ``"module:function"`` of a launcher with the same arguments, imported at the first call (so importing the package never
     imports Triton), or None. ``cuda``: the op of :func:`declare_op` that holds a CUDA C++ kernel with the same arguments, used
-    where Triton is not installed.
+    where Triton is not installed, or instead of Triton where GRIT_KERNELS_CUDA_CPP asks for it.
     ``problem``: reference and launcher take its fields as one object, see :func:`gathering`. ``composite``: the plain torch
     function calls whichever kernels exist; it is the implementation everywhere, not a fallback.
     """
@@ -182,12 +183,20 @@ def define_op(
         use("CPU", "triton (interpreter)", launcher)
     elif not _has_kernel(name, "CPU"):
         fall_back("CPU", "the compiled library does not implement it" if library.loaded else library.reason)
-    if launcher is not None and triton_found:
+    compiled = cuda is not None and _has_kernel(cuda, "CUDA")
+    if launcher is not None and triton_found and not (compiled and _prefers_cuda_cpp()):
         use("CUDA", "triton", launcher)
-    elif cuda is not None and _has_kernel(cuda, "CUDA"):
-        use("CUDA", "cuda (C++)", getattr(torch.ops.grit_kernels, cuda))
+    elif compiled:
+        use("CUDA", "cuda (C++)", getattr(torch.ops.grit_kernels, str(cuda)))
     else:
         fall_back("CUDA", "it has no Triton kernel" if triton is None else "the package triton is not installed")
+
+
+def _prefers_cuda_cpp() -> bool:
+    value = os.environ.get("GRIT_KERNELS_CUDA_CPP", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"GRIT_KERNELS_CUDA_CPP: expected 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def refuse_double_backward(op: str, what: str) -> None:

@@ -1,24 +1,12 @@
 // An attention call, checked: its tensors, its samples, and the rows that no sample owns.
 #pragma once
 
-#include <tuple>
 #include <vector>
 
-#include "../problem.h"
-#include "../torch_api.h"
+#include "../attention_problem.h"
 #include "attention.h"
 
 namespace grit {
-
-// See grit_kernels/attention/problem.py.
-struct AttentionProblem {
-  Tensor q_start, q_len, k_start, k_len, left, right;
-  std::optional<Tensor> hi;
-  int64_t q_rows, k_rows, max_q, max_k;
-  double softmax_scale, softcap;
-  using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t, int64_t,
-                            int64_t, double, double>;
-};
 
 struct AttentionCall {
   Attention attention;

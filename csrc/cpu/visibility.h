@@ -6,7 +6,11 @@
 #include "attention.h"
 
 // always inlined: files compiled for different instruction sets must not share one copy
+#ifdef __CUDACC__
+#define GRIT_RANGE __host__ __device__ __forceinline__ static
+#else
 #define GRIT_RANGE __attribute__((always_inline)) static inline
+#endif
 
 namespace grit {
 

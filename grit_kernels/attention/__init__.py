@@ -25,7 +25,7 @@ from grit_kernels.attention.checks import (
     window_argument,
 )
 from grit_kernels.attention.problem import AttentionProblem
-from grit_kernels.backend import runs_triton, use_reference
+from grit_kernels.backend import has_kernel, runs_triton, use_reference
 from grit_kernels.checks import dense_rows, readable
 from grit_kernels.precision import autocast_dtype
 from grit_kernels.visibility import window_bounds
@@ -251,7 +251,7 @@ def has_decode_kernel(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = No
     """Whether :func:`decode_attention` serves these tensors, q, k and v of (B, ...)."""
     if _differentiable(q, k, v, sinks) or q.dtype == torch.float64 or q.shape[0] >= 2**16:  # an axis of the grid
         return False
-    return runs_triton("attention_decode", q.device)
+    return not use_reference(q.device) and has_kernel("attention_decode", q.device)
 
 
 def decode_attention(

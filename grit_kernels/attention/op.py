@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grit_kernels.attention import reference
 from grit_kernels.attention.problem import AttentionProblem
-from grit_kernels.backend import define_op, refuse_double_backward
+from grit_kernels.backend import declare_op, define_op, refuse_double_backward
 
 _PROBLEM = f"{AttentionProblem.TENSORS}, {AttentionProblem.OPTIONS}"
 
@@ -50,10 +50,13 @@ define_op(
     problem=AttentionProblem,
 )
 # few rows over a cache, whose keys may have unused slots between them; other kernels want those moved out of the way first
+_DECODE = f"{_TENSORS}, Tensor? used, Tensor? sinks, {_PROBLEM}"
+declare_op(f"attention_decode_cuda({_DECODE}) {_RESULTS}")
 define_op(
-    f"attention_decode({_TENSORS}, Tensor? used, Tensor? sinks, {_PROBLEM}) {_RESULTS}",
+    f"attention_decode({_DECODE}) {_RESULTS}",
     reference=None,
     triton=f"{_TRITON}_decode:attention_decode",
+    cuda="attention_decode_cuda",
     problem=AttentionProblem,
 )
 
@@ -61,6 +64,7 @@ define_op(
 @torch.library.register_fake("grit_kernels::attention_forward")
 @torch.library.register_fake("grit_kernels::attention_forward_planned")
 @torch.library.register_fake("grit_kernels::attention_decode")
+@torch.library.register_fake("grit_kernels::attention_decode_cuda")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 

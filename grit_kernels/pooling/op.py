@@ -7,20 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_kernels.backend import declare_op, define_op, refuse_double_backward
+from grit_kernels.backend import define_op, refuse_double_backward
 from grit_kernels.pooling import reference
 from grit_kernels.pooling.problem import PoolingProblem
 
 _PROBLEM = f"{PoolingProblem.TENSORS}, {PoolingProblem.OPTIONS}"
 _TRITON = "grit_kernels.pooling.triton_pooling"
 
-# the CUDA C++ kernel has a name of its own: Triton serves CUDA tensors wherever it is installed
-declare_op(f"pool_forward_cuda({_PROBLEM}) -> Tensor")
 define_op(
     f"pool_forward({_PROBLEM}) -> Tensor",
     reference=reference.pool_forward,
     triton=f"{_TRITON}:pool_forward",
-    cuda="pool_forward_cuda",
     problem=PoolingProblem,
 )
 define_op(
@@ -32,7 +29,6 @@ define_op(
 
 
 @torch.library.register_fake("grit_kernels::pool_forward")
-@torch.library.register_fake("grit_kernels::pool_forward_cuda")
 def _forward_fake(*arguments: Any) -> Tensor:
     problem = PoolingProblem(*arguments)
     shape = (problem.row_start.shape[0], problem.hidden.shape[1])

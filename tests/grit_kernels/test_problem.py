@@ -46,9 +46,13 @@ def test_an_option_before_a_tensor_is_refused() -> None:
 @pytest.mark.parametrize(
     ("problem", "ops"),
     [
-        (AttentionProblem, ("attention_forward", "attention_backward", "attention_forward_planned")),
+        (
+            AttentionProblem,
+            ("attention_forward", "attention_backward", "attention_forward_planned", "attention_decode"),
+        ),
+        (AttentionProblem, ("attention_decode_cuda",)),
         (ContrastiveProblem, ("contrastive_forward", "contrastive_backward", "contrastive_step")),
-        (PoolingProblem, ("pool_forward", "pool_backward", "pool_forward_cuda")),
+        (PoolingProblem, ("pool_forward", "pool_backward")),
     ],
 )
 def test_every_op_of_a_folder_takes_the_fields_in_their_order(problem: type[Problem], ops: tuple[str, ...]) -> None:

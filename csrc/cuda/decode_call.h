@@ -1,0 +1,162 @@
+// The op grit_kernels::attention_decode_cuda, checked and cut into blocks; what runs the blocks is a GPU or the host.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "../attention_problem.h"
+#include "decode.h"
+
+namespace grit {
+
+constexpr int64_t MOST_PAIRS = 8;       // of a block
+constexpr int64_t KEYS_PER_PART = 256;  // at least, where the keys of a sample are split
+constexpr int64_t MOST_PARTS = 64;
+
+// whose registers a multiprocessor holds at the same time
+constexpr int64_t blocks_per_processor(int64_t pairs) { return pairs >= 8 ? 2 : pairs >= 4 ? 3 : 4; }
+
+inline DType float_type(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+      return DType::float32;
+  }
+}
+
+// A call; `tensors` keeps what the arguments point to.
+struct DecodeCall {
+  DecodeArguments arguments;
+  DType dtype;
+  int64_t heads_kv, pairs, tiles;  // pairs of a block, and blocks per part, sample and head of keys
+  Tensor out, lse, tensors[4];
+};
+
+// with every head of a key at a multiple of 16 bytes
+inline Tensor aligned_keys(const Tensor& x) {
+  const int64_t step = x.scalar_type() == ScalarType::Float ? 4 : 8;
+  auto whole = [&](const Tensor& t) {
+    return (size_t)t.const_data_ptr() % 16 == 0 && t.stride(0) % step == 0 && t.stride(1) % step == 0;
+  };
+  return whole(x) ? x : torch::stable::contiguous(torch::stable::clone(x));
+}
+
+inline Rows rows_to_read(const Tensor& t, const char* name, const Tensor& q, int64_t heads) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == heads && t.size(2) == q.size(2) && t.scalar_type() == q.scalar_type(), name,
+                  ": expected (rows, ", heads, ", ", q.size(2), ") in the dtype of q");
+  STD_TORCH_CHECK(t.stride(2) == 1 || t.numel() == 0, name, ": the last dimension must be contiguous");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+}
+
+inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const std::optional<Tensor>& used, const std::optional<Tensor>& sinks,
+                                    int64_t processors) {
+  DecodeCall call{};
+  DecodeArguments& a = call.arguments;
+  call.dtype = float_type(q, "q");
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q, k: expected (rows, heads, dim) tensors");
+  a.dim = q.size(2);
+  a.heads = q.size(1);
+  call.heads_kv = k.size(1);
+  STD_TORCH_CHECK(a.dim > 0 && a.dim <= 256 && a.dim % COLUMNS == 0,
+                  "q: expected a head dim that is a multiple of 8 up to 256, got ", a.dim);
+  STD_TORCH_CHECK(call.heads_kv > 0 && a.heads % call.heads_kv == 0, "q: expected a multiple of k's ", call.heads_kv,
+                  " heads, got ", a.heads);
+  a.group = (int32_t)(a.heads / call.heads_kv);
+  STD_TORCH_CHECK(v.dim() == 3 && v.size(0) == k.size(0), "v: expected the ", k.size(0), " rows of k");
+  call.tensors[0] = aligned_keys(k);
+  call.tensors[1] = aligned_keys(v);
+  a.q = rows_to_read(q, "q", q, a.heads);
+  a.k = rows_to_read(call.tensors[0], "k", q, call.heads_kv);
+  a.v = rows_to_read(call.tensors[1], "v", q, call.heads_kv);
+  a.samples = x.q_start.numel();
+  STD_TORCH_CHECK(a.samples < 65536 && call.heads_kv < 65536, "q: expected up to 65535 samples and heads of keys");
+  a.q_start = int32_data(x.q_start, a.samples, "q_start");
+  a.q_len = int32_data(x.q_len, a.samples, "q_len");
+  a.k_start = int32_data(x.k_start, a.samples, "k_start");
+  a.k_len = int32_data(x.k_len, a.samples, "k_len");
+  a.left = int32_data(x.left, a.samples, "left");
+  a.right = int32_data(x.right, a.samples, "right");
+  a.hi = x.hi ? int32_data(*x.hi, q.size(0), "hi") : nullptr;
+  if (used) {
+    STD_TORCH_CHECK(used->scalar_type() == ScalarType::Bool && used->dim() == 2 && used->size(0) == a.samples &&
+                        used->size(1) >= x.max_k && used->is_contiguous(),
+                    "used: expected a contiguous bool tensor (", a.samples, ", ", x.max_k, ")");
+    a.used = (const uint8_t*)used->const_data_ptr();
+    a.slots = used->size(1);
+  }
+  if (sinks) {
+    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == a.heads && sinks->is_contiguous(),
+                    "sinks: expected a contiguous tensor (", a.heads, ")");
+    a.sinks = sinks->const_data_ptr();
+    a.sinks_dtype = float_type(*sinks, "sinks");
+  }
+  const double log2_e = 1.4426950408889634;
+  a.q_factor = (float)(x.softcap > 0 ? x.softmax_scale / x.softcap : x.softmax_scale * log2_e);
+  a.cap = x.softcap > 0 ? (float)(x.softcap * log2_e) : 0.0f;
+  a.q_rows = x.q_rows;
+  a.most_rows = std::max(x.q_rows, x.max_q);
+  const int64_t of_sample = a.most_rows * a.group;
+  call.pairs = 1;
+  while (call.pairs < std::min(of_sample, MOST_PAIRS)) call.pairs *= 2;
+  call.tiles = (of_sample + call.pairs - 1) / call.pairs;
+  const int64_t blocks = std::max<int64_t>(1, call.tiles * call.heads_kv * a.samples);
+  const int64_t wanted = (processors * blocks_per_processor(call.pairs) + blocks - 1) / blocks;
+  const int64_t useful = (x.max_k + KEYS_PER_PART - 1) / KEYS_PER_PART;
+  a.splits = (int32_t)std::clamp<int64_t>(std::min(wanted, useful), 1, MOST_PARTS);
+  STD_TORCH_CHECK(call.tiles * a.splits < (int64_t)1 << 31, "q: expected fewer rows");
+  const auto device = q.device();
+  call.out = torch::stable::empty({q.size(0), a.heads, a.dim}, q.scalar_type(), std::nullopt, device);
+  call.lse = torch::stable::empty({q.size(0), a.heads}, ScalarType::Float, std::nullopt, device);
+  a.out = call.out.mutable_data_ptr();
+  a.lse = (float*)call.lse.mutable_data_ptr();
+  if (a.splits > 1) {
+    const int64_t rows = a.splits * a.samples * a.most_rows * a.heads;
+    call.tensors[2] = torch::stable::empty({rows * a.dim}, ScalarType::Float, std::nullopt, device);
+    call.tensors[3] = torch::stable::empty({rows}, ScalarType::Float, std::nullopt, device);
+    a.part_out = (float*)call.tensors[2].mutable_data_ptr();
+    a.part_lse = (float*)call.tensors[3].mutable_data_ptr();
+  }
+  return call;
+}
+
+// run(T{}, integral_constant of WIDTH, of PAIRS) with the template arguments of the call
+template <class Run>
+void with_templates(const DecodeCall& call, Run&& run) {
+  auto pairs = [&](auto type, auto width) {
+    switch (call.pairs) {
+      case 1:
+        return run(type, width, std::integral_constant<int, 1>{});
+      case 2:
+        return run(type, width, std::integral_constant<int, 2>{});
+      case 4:
+        return run(type, width, std::integral_constant<int, 4>{});
+      default:
+        return run(type, width, std::integral_constant<int, MOST_PAIRS>{});
+    }
+  };
+  auto width = [&](auto type) {
+    const int64_t dim = call.arguments.dim;
+    if (dim <= 32) return pairs(type, std::integral_constant<int, 4>{});
+    if (dim <= 64) return pairs(type, std::integral_constant<int, 8>{});
+    if (dim <= 128) return pairs(type, std::integral_constant<int, 16>{});
+    return pairs(type, std::integral_constant<int, 32>{});
+  };
+  switch (call.dtype) {
+    case DType::float32:
+      return width(float{});
+    case DType::bfloat16:
+      return width(torch::headeronly::BFloat16{});
+    case DType::float16:
+      return width(torch::headeronly::Half{});
+  }
+}
+
+}  // namespace grit
