@@ -102,7 +102,9 @@ def retrieval_ranks(
     query i; ``also_relevant[i]`` are other answers, which are excluded from its ranking. ``owners``: if ``corpus`` holds chunks,
     the index of the document that each belongs to, see :func:`best_chunks`.
     """
-    scores = embed_queries(model, queries, max_length=max_length) @ corpus.T
+    vectors = embed_queries(model, queries, max_length=max_length)
+    with torch.autocast(corpus.device.type, enabled=False):  # in BF16, documents with close scores would tie
+        scores = vectors.float() @ corpus.float().T
     if owners is not None:
         scores = best_chunks(scores, owners)
     for row, others in zip(scores, also_relevant, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,17 @@ def test_the_rank_leaves_out_what_answers_the_query_too(checkpoint: Path) -> Non
     queries = [("", texts[0])]
     assert retrieval_ranks(model, queries, corpus, [0]).tolist() == [2]  # the same text stands twice: a tie
     assert retrieval_ranks(model, queries, corpus, [0], also_relevant=[[4]]).tolist() == [1]
+
+
+def test_documents_are_ranked_by_float32_scores_under_autocast(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cosines 0.9992 and 0.9988 are one number in BF16."""
+    model = GritLM(checkpoint, device="cpu")
+    query, right, wrong = (torch.tensor([[math.cos(angle), math.sin(angle)]]) for angle in (0.0, 0.04, 0.05))
+    monkeypatch.setattr(model, "encode", lambda *_, **__: query)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert retrieval_ranks(model, [("", "river")], torch.cat([wrong, right]), [1]).tolist() == [1]
 
 
 def test_a_document_scores_what_its_best_chunk_does() -> None:
