@@ -7,6 +7,7 @@ negatives of training rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,10 +78,10 @@ def own_files(
     files: dict[str, list[dict[str, Any]]] = {}
     for row in train:
         kind = "generative" if isinstance(row, GenerativeRow) else "embedding"
-        name = f"train/{row.dataset}.jsonl"
-        if files.get(name) and ("query" in files[name][0]) != (kind == "embedding"):
-            name = f"train/{row.dataset}_{kind}.jsonl"
-        files.setdefault(name, []).append(to_object(row))
+        name = re.sub(r"[/\\\0]", "_", row.dataset)  # the rows themselves name their data set
+        while (same := files.get(f"train/{name}.jsonl")) and ("query" in same[0]) != (kind == "embedding"):
+            name += f"_{kind}"
+        files.setdefault(f"train/{name}.jsonl", []).append(to_object(row))
     asked = _first(sorted(test, key=lambda row: digest(f"test:{_names(row)[0]}")), max_queries)
     for kept in (EmbeddingRow, GenerativeRow):
         if any(isinstance(row, kept) for row in rows) and not any(isinstance(row, kept) for row in asked):

@@ -110,6 +110,14 @@ def test_a_data_set_is_one_file_or_one_for_each_kind_it_has(tmp_path: Path) -> N
     assert names == {"train/same.jsonl": {True}, "train/same_generative.jsonl": {False}, "train/chats.jsonl": {False}}
 
 
+def test_data_sets_may_be_named_like_paths(tmp_path: Path) -> None:
+    rows = [to_object(row) | {"dataset": f"../hub/{n % 2}"} for n, row in enumerate(rows_of_one_project()[:200])]
+    folder = tmp_path / "DATA"
+    data([str(folder), "--from", str(write(tmp_path / "rows.jsonl", *rows)), "--held-out", "10"])
+    assert {file.name for file in (folder / "train").iterdir()} == {".._hub_0.jsonl", ".._hub_1.jsonl"}
+    assert {row.dataset for row in read_embedding(folder / "train")} == {"../hub/0", "../hub/1"}
+
+
 def test_further_positives_of_a_query_do_not_count_against_it(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     write(tmp_path / "test" / "embedding.jsonl", {"query": "q", "pos": ["one", "two"], "neg": ["n"], "key": "k1"})
