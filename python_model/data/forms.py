@@ -101,7 +101,6 @@ class Reader:
 
     Args:
         dataset: data set name for rows without one.
-        bare_text: accept ``{"text": "a text without roles"}``.
         positive_score: lowest score (or label) of a sentence pair that counts as a positive; without it a scored pair is refused.
         instructed: a flat list of two strings in ``pos`` or ``neg`` is ``[instruction, text]``; see :meth:`decide`.
 
@@ -110,10 +109,8 @@ class Reader:
         forms: number of rows by the format they were read as.
     """
 
-    def __init__(
-        self, dataset: str, *, bare_text: bool = True, positive_score: float | None = None, instructed: bool = False
-    ) -> None:
-        self.dataset, self.bare_text, self.positive_score = dataset, bare_text, positive_score
+    def __init__(self, dataset: str, *, positive_score: float | None = None, instructed: bool = False) -> None:
+        self.dataset, self.positive_score = dataset, positive_score
         self.instructed = instructed
         self.notes: dict[str, None] = {}
         self.forms: dict[str, int] = {}
@@ -273,11 +270,13 @@ class Reader:
 
     def _turns(self, columns: Columns, form: str, origin: str) -> tuple[str, ...]:
         if form == "text":
-            if self.bare_text and isinstance(columns["text"], str):
+            if isinstance(columns["text"], str):
                 return (check_text(columns["text"], "text", origin),)
             turns = columns["text"]
             if not isinstance(turns, list):
-                raise DataError(f"{origin}: text: expected a list [user, assistant, ...], got {json_type(turns)}")
+                raise DataError(
+                    f"{origin}: text: expected a text or a list [user, assistant, ...], got {json_type(turns)}"
+                )
             messages = [("assistant" if index % 2 else "user", turn) for index, turn in enumerate(turns)]
         elif form == "Alpaca":
             texts = [check_text(columns[name], name, origin, may_be_empty=True) for name in ("instruction", "output")]

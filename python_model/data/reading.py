@@ -15,9 +15,9 @@ PROBED = 1000
 """Number of rows that decide what a file's lists of two strings mean."""
 
 
-def file_reader(file: Location, *, bare_text: bool = True, positive_score: float | None = None) -> Reader:
+def file_reader(file: Location, *, positive_score: float | None = None) -> Reader:
     """A :class:`Reader` for the file, set up from its first rows."""
-    reader = Reader(dataset_name(file), bare_text=bare_text, positive_score=positive_score)
+    reader = Reader(dataset_name(file), positive_score=positive_score)
 
     def good() -> Iterator[dict[str, object]]:
         rows = read_objects(file)
@@ -105,7 +105,7 @@ def read_corpus(path: Location) -> list[Passage]:
 
 def _read_file(file: Location) -> list[Row]:
     rows: list[Row] = []
-    reader = file_reader(file, bare_text=False)
+    reader = file_reader(file)
     for origin, columns in read_objects(file):
         row = reader.row(columns, origin)
         if rows and type(row) is not type(rows[0]):

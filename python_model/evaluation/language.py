@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def next_token_loss(
     model: GritLM, rows: Sequence[GenerativeRow], *, max_length: int = 2048, rows_per_pack: int = 16
 ) -> float:
-    """Mean loss (nats) over all reply tokens of the conversations, each token counted once.
+    """Mean loss (nats) over all reply tokens of the conversations, each token counted once; of a text without roles all count.
 
     The model reads them in the format and with the attention of its training; a prefix-LM (``bc``) is evaluated only on each last
     reply, since what precedes it is bidirectional.

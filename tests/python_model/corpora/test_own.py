@@ -19,6 +19,7 @@ from python_model.corpora.own import own_files, split_rows
 from python_model.data.reading import read_embedding, read_rows
 from python_model.data.rows import EmbeddingRow, GenerativeRow, PlainText, to_object
 from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.language import conversation_losses
 from python_model.evaluation.retrieval import embed_documents, embed_queries
 from python_model.rag.documents import chunk
 from python_model.rag.modes import Document
@@ -116,6 +117,18 @@ def test_data_sets_may_be_named_like_paths(tmp_path: Path) -> None:
     data([str(folder), "--from", str(write(tmp_path / "rows.jsonl", *rows)), "--held-out", "10"])
     assert {file.name for file in (folder / "train").iterdir()} == {".._hub_0.jsonl", ".._hub_1.jsonl"}
     assert {row.dataset for row in read_embedding(folder / "train")} == {"../hub/0", "../hub/1"}
+
+
+def test_texts_without_roles_can_be_held_out(checkpoint: Path, tmp_path: Path) -> None:
+    texts = [f"text {n} of a river" for n in range(40)]
+    folder = tmp_path / "DATA"
+    data([str(folder), "--from", str(write(tmp_path / "rows.jsonl", *({"text": t} for t in texts)))])
+    held = HeldOut(folder).conversations
+    assert held and {row.turns[0] for row in held} < set(texts)
+    model = GritLM(checkpoint, device="cpu")
+    samples = [model.formatter.conversation(row.turns, 64) for row in held]
+    counts = [count for _, count in conversation_losses(model, held, max_length=64)]
+    assert counts == [len(sample) - 1 for sample in samples]  # every token but the first is predicted
 
 
 def test_further_positives_of_a_query_do_not_count_against_it(tmp_path: Path) -> None:
