@@ -179,16 +179,17 @@ def plan_tokens(mode: Mode, data: DataConfig, batch: BatchConfig, world: int) ->
     """The tokens of a step if every text has its maximum length."""
     queries = batch.embedding_batch_size if mode != "generative" else 0
     conversations = batch.generative_batch_size if mode != "embedding" else 0
-    texts = queries * (data.query_max_len + data.train_group_size * data.passage_max_len)
-    talks = conversations * data.generative_max_len
+    group = data.query_max_len + data.train_group_size * data.passage_max_len
+    step = queries * group + conversations * data.generative_max_len
+    # on the rank that has most
+    mine, talks = math.ceil(queries / world), math.ceil(conversations / world) * data.generative_max_len
     if batch.chunking == "triplet":
         negatives = (data.train_group_size - 1) * data.passage_max_len
         longest = max(data.passage_max_len, negatives, data.query_max_len)
-        chunk = max(math.ceil(queries / world) * longest, math.ceil(talks / world))
-        return StepTokens(texts + talks, chunk, 3 if queries else 1)
-    largest = max(math.ceil(texts / world), math.ceil(talks / world))
+        return StepTokens(step, max(mine * longest, talks), 3 if queries else 1)
+    largest = max(mine * group, talks)
     chunk = min(largest, batch.chunk_tokens or largest)
-    return StepTokens(texts + talks, chunk, math.ceil(largest / chunk))
+    return StepTokens(step, chunk, math.ceil(largest / chunk))
 
 
 def device_limit(device: torch.device) -> float | None:

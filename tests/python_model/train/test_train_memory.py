@@ -105,17 +105,19 @@ def test_a_steps_tokens_are_counted_at_the_longest_texts() -> None:
     data = DataConfig(train_data=".", query_max_len=10, passage_max_len=100, generative_max_len=300, train_group_size=4)
     batch = BatchConfig(embedding_batch_size=9, generative_batch_size=5, chunk_tokens=700)
     texts, talks = 9 * (10 + 4 * 100), 5 * 300
-    # two ranks: 1845 tokens of texts in chunks of 700
+    # two ranks, one with 5 queries: 2050 tokens of texts in chunks of 700
     assert plan_tokens("unified", data, batch, 2) == StepTokens(texts + talks, 700, 3)
     assert plan_tokens("embedding", data, batch, 2) == StepTokens(texts, 700, 3)
     assert plan_tokens("generative", data, batch, 2) == StepTokens(talks, 700, 2)
     whole = replace(batch, chunk_tokens=0)
-    assert plan_tokens("unified", data, whole, 2) == StepTokens(texts + talks, texts // 2, 1)
-    assert plan_tokens("embedding", data, whole, 4) == StepTokens(texts, 923, 1), "the rank that has most"
+    assert plan_tokens("unified", data, whole, 2) == StepTokens(texts + talks, 5 * (10 + 4 * 100), 1)
+    assert plan_tokens("embedding", data, whole, 4) == StepTokens(texts, 3 * (10 + 4 * 100), 1), (
+        "the rank that has most"
+    )
     # a query's 3 negatives are the longest part of the paper's split; 5 queries on the rank that has most
     split = replace(batch, chunking="triplet", chunk_tokens=0)
     assert plan_tokens("embedding", data, split, 2) == StepTokens(texts, 5 * 300, 3)
-    assert plan_tokens("generative", data, split, 2) == StepTokens(talks, 750, 1)
+    assert plan_tokens("generative", data, split, 2) == StepTokens(talks, 3 * 300, 1)
 
 
 def test_weights_gradients_and_moments_are_counted_as_they_are_sharded() -> None:
