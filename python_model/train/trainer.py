@@ -329,7 +329,9 @@ class Trainer:
     def _card(self, grit: GritLM) -> str:
         report = getattr(self.stream, "report", None)
         scores = self.folder / "evaluation.jsonl"
-        results = best_scores(scores, self.config.evaluation.metric) if scores.is_file() else None
+        evaluation = self.config.evaluation
+        # without an evaluation, the file is an earlier run's
+        results = best_scores(scores, evaluation.metric) if evaluation.data and scores.is_file() else None
         return model_card(
             grit.settings,
             kind="embedding" if self.config.mode == "embedding" else "grit",

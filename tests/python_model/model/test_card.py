@@ -46,6 +46,8 @@ def test_a_run_leaves_a_card_without_paths_and_credentials(checkpoint: Path, tmp
     (trainer.folder / "evaluation.jsonl").write_text(
         "".join(json.dumps({"step": n, "ndcg_at_10": score}) + "\n" for n, score in ((1, 0.75), (2, 0.5)))
     )
+    assert "ndcg_at_10" not in (trainer.save() / CARD_FILE).read_text()  # of an earlier run in this folder
+    config.evaluation.data = str(tmp_path)
     folder = trainer.save()
     card = (folder / CARD_FILE).read_text()
     assert "| losses.matryoshka_dims | `[8, 16]` |" in card and "| optimizer.lr | `0.0003` |" in card
