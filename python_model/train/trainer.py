@@ -256,7 +256,7 @@ class Trainer:
         others = open_trackers(config.trackers, self.folder, self.settings) if self.ranks.first else []
         log = StepLog(self.folder / "log.jsonl", start) if self.ranks.first else None
         trackers: list[Tracker] = [log, *others] if log else []
-        recent = [record["loss"] for record in log.records[-WINDOW:]] if log else []
+        recent = self._earlier_losses(log)
         validation = self._validation(start)
         stop = start if validation is not None and validation.enough() else self.config.steps
         self.model.train()
@@ -372,6 +372,13 @@ class Trainer:
         if self.ranks.first:
             tqdm.write(f"resuming after step {done} ({state})")
         return done
+
+    def _earlier_losses(self, log: StepLog | None) -> list[float]:
+        """The losses of the last steps that the log, which only the first rank has, holds: the same on all ranks."""
+        found = [float(record["loss"]) for record in log.records[-WINDOW:]] if log else []
+        count = int(self.ranks.all_values([len(found)])[0, 0])
+        shared: list[float] = self.ranks.all_values([*found, *[0.0] * (WINDOW - len(found))])[0, :count].tolist()
+        return shared
 
     def _validation(self, start: int) -> Validation | None:
         config = self.config.evaluation

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.train.distributed import Ranks
+from python_model.train.trackers import StepLog
+from python_model.train.trainer import WINDOW
 from tests.python_model import training_samples
 from tests.python_model.training_samples import toy_config, toy_trainer
 
@@ -116,6 +119,23 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(check
     with pytest.raises(FloatingPointError, match=r"its gradient has norm nan.*bad_batch\.json"):
         trainer.train()
     assert all(map(torch.equal, before, trainer.grit.parameters()))
+
+
+def test_all_ranks_of_a_resumed_run_compare_a_loss_with_the_same_ones(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first rank has the log; if only it stopped, the others would wait for it."""
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path))
+    log = StepLog(tmp_path / "log.jsonl")
+    for step in range(1, WINDOW + 10):
+        log.log(step, {"loss": step / 2})
+    sent: list[list[float]] = []
+    monkeypatch.setattr(Ranks, "all_values", lambda _, values: (sent.append(list(values)), torch.tensor([values]))[1])
+    first = trainer._earlier_losses(log)
+    log.close()
+    assert first == [step / 2 for step in range(10, WINDOW + 10)]
+    monkeypatch.setattr(Ranks, "all_values", lambda _, values: torch.tensor([sent.pop(0), values]))
+    assert trainer._earlier_losses(None) == first
 
 
 def test_an_exploding_loss_stops_and_saves_the_batch(checkpoint: Path, tmp_path: Path) -> None:
