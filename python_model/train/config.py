@@ -317,6 +317,7 @@ class TrainConfig(Checked):
 
         Raises:
             ValueError: an unknown field, one of version 0.1 (the message gives its new name), or an invalid value.
+            FileNotFoundError: there is no such file or folder of data.
         """
         nested: dict[str, Any] = {}
         for key, value in flatten(values).items():
@@ -328,6 +329,8 @@ class TrainConfig(Checked):
                     nested[group] = _TOP[group](**nested[group])
                 except ValueError as error:
                     raise ValueError(f"{group}.{error}") from error
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"{group}.{error}") from error
         return cls(**nested)
 
     def card_settings(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_a_metric_that_the_run_does_not_give_is_refused_before_a_model_is_loaded
     monkeypatch.setattr("python_model.train.trainer.load_model", None)
     with pytest.raises(ValueError, match=message):
         Trainer.from_config(config, Ranks(0, 1, torch.device("cpu")))
-    with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"^evaluation\.data: there is no folder nowhere"):
         toy_config(checkpoint, tmp_path, **{"evaluation.data": "nowhere"})
 
 
