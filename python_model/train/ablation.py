@@ -88,7 +88,12 @@ def read_ablation(path: Path, changes: Mapping[str, Any] | None = None) -> Ablat
     if not isinstance(content, dict) or (unknown := set(content) - accepted):
         given = sorted(unknown) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected {sorted(accepted)}, got {given}")
-    variants = [Variant(**entry) for entry in content.get("variants") or []]
+    known = {entry.name for entry in fields(Variant)}
+    variants = []
+    for entry in content.get("variants") or []:
+        if not isinstance(entry, dict) or "name" not in entry or set(entry) - known:
+            raise ValueError(f"{path}: variants: expected a name and any of {sorted(known - {'name'})}, got {entry!r}")
+        variants.append(Variant(**{**entry, "changes": entry.get("changes") or {}}))
     base = {**dotted(content.get("base") or {}), **(changes or {})}
     for where, settings_given in (("base", base), *((f"variant {v.name!r}", v.changes) for v in variants)):
         try:

@@ -100,6 +100,14 @@ def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> Non
     file.write_text(yaml.safe_dump({"base": {}, "variants": [], "more": 1}))
     with pytest.raises(ValueError, match=r"got \['more'\]"):
         read_ablation(file)
+    for entry in ({"name": "a", "change": {}}, {"changes": {}}, "a"):
+        file.write_text(yaml.safe_dump({"variants": [entry]}))
+        with pytest.raises(
+            ValueError, match=r"variants: expected a name and any of \['changes', 'group', 'untrained'\]"
+        ):
+            read_ablation(file)
+    file.write_text("variants:\n  - name: a\n    changes:\n")
+    assert read_ablation(file).variants[0].changes == {}
     file.write_text(yaml.safe_dump({"variants": [{"name": "a", "changes": {}}, {"name": "A", "changes": {}}]}))
     with pytest.raises(ValueError, match="different names"):
         read_ablation(file)
