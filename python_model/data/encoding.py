@@ -30,6 +30,7 @@ class RowEncoder:
         special = self.formatter.special_tokens
         parts = [self.settings.embed_eos, self.settings.instruction_count, self.settings.embed_instruction]
         parts += [self.settings.format, self.settings.attention.generative, special.start, special.end]
+        parts += [self.settings.default_prompt]
         self.key = json.dumps([*parts, tokenizer_fingerprint(tokenizer)])
         limits = [config.query_max_len, config.passage_max_len, config.generative_max_len, config.train_group_size]
         self.check_key = f"{self.key} {limits}"
@@ -67,8 +68,9 @@ class RowEncoder:
             return ~_fewer_tokens(facts["first"], self.config.generative_max_len)
         special = self.formatter.special_tokens
         eos = len(self.settings.embed_eos) + len(special.start) + len(special.end)
-        few = _fewer_tokens(facts["first"], self.config.query_max_len - eos)
-        return ~(few & _fewer_tokens(facts["passage"], self.config.passage_max_len - eos))
+        least = len(self.settings.default_prompt.encode())  # of a text without an instruction
+        few = _fewer_tokens(np.maximum(facts["first"], least), self.config.query_max_len - eos)
+        return ~(few & _fewer_tokens(np.maximum(facts["passage"], least), self.config.passage_max_len - eos))
 
     def problem(self, row: Row) -> Problem | None:
         """Why a row cannot be trained on, or None: its instruction, or documents and first user turn, fill the maximum length."""
@@ -92,14 +94,15 @@ class RowEncoder:
         """False if the instruction may fill ``max_length``."""
         special = self.formatter.special_tokens
         room = max_length - len(self.settings.embed_eos) - len(special.start) - len(special.end)
-        if _fewer_tokens(len(text.instruction.encode()), room):
+        instruction = text.instruction or self.settings.default_prompt
+        if _fewer_tokens(len(instruction.encode()), room):
             return True
-        if text.instruction not in self._lengths:
+        if instruction not in self._lengths:
             if len(self._lengths) > 100_000:
                 self._lengths.clear()
-            ids = self.tokenizer(text.instruction, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            self._lengths[text.instruction] = len(ids)
-        return self._lengths[text.instruction] + FORMAT_TOKENS < room
+            ids = self.tokenizer(instruction, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            self._lengths[instruction] = len(ids)
+        return self._lengths[instruction] + FORMAT_TOKENS < room
 
     def _text(self, text: InstructedText, instruction: str, max_length: int) -> EncodedSample:
         return self.formatter.text(self.formatter.embed_instruction(instruction), text.text, max_length)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from python_model.data.encoding import RowEncoder
-from python_model.data.rows import GenerativeRow
+from python_model.data.rows import GenerativeRow, PlainText
 from python_model.data.token_cache import _encode, tokenizer_fingerprint
 from python_model.settings import GritSettings
 from tests.python_model.data.streams import config_of, stream_of
@@ -51,6 +51,20 @@ def test_cached_documents_are_those_that_were_encoded(tokenizer: Any, tmp_path: 
             cache._new[b"x"] = broken
             with pytest.raises(ValueError, match="token_cache: .*tokens holds a broken entry; delete the file"):
                 cache.get(b"x")
+
+
+def test_cached_texts_without_an_instruction_have_the_default_prompt_of_the_model(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    config, text = config_of(token_cache=str(tmp_path / "tokens")).data, PlainText("", "a river")
+    found = []
+    for prompts in ({}, {"q": "query: "}, {"q": "passage: "}):
+        settings = GritSettings(prompts=prompts, default_prompt_name="q" if prompts else None)
+        encoder = RowEncoder(tokenizer, config, settings)
+        found.append(encoder.text(text, 64))
+        encoder.flush()
+        assert found[-1] == RowEncoder(tokenizer, config_of().data, settings).text(text, 64)
+    assert found[0] != found[1] != found[2]
 
 
 def test_a_file_that_is_no_token_cache_is_refused(tokenizer: Any, tmp_path: Path) -> None:
