@@ -63,32 +63,25 @@ def contrastive_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected one of 'mean', 'sum', 'none', got {reduction!r}")
     _check_temperature(temperature)
-    if targets is None and passages.shape[0] % queries.shape[0]:
-        raise ValueError(
-            f"passages: expected a whole multiple of the {queries.shape[0]} queries, or explicit targets, "
-            f"got {passages.shape[0]} rows"
-        )
-    if weights is not None:
-        check_device("weights", weights, queries.device)
-    for ids_of_rows in mask_ids or ():
-        check_device("mask_ids", ids_of_rows, queries.device)
+    count, candidates = queries.shape[0], passages.shape[0]
+    if targets is None:
+        if candidates % count:
+            raise ValueError(
+                f"passages: expected a whole multiple of the {count} queries, or explicit targets, got {candidates} rows"
+            )
+        targets = torch.arange(count, device=queries.device) * (candidates // count)
+    _check_targets(targets, count, candidates, in_batch_negatives)
+    _check_rows(mask_ids, weights, count, candidates, queries.device)
     if process_group is not None:
         from grit_kernels.contrastive.distributed import gather
 
+        # what is wrong on one rank would be cut, filled up or taken for another rank's row: it is checked above, before that
         queries, passages, targets, mask_ids, weights = gather(
             queries, passages, targets, mask_ids, weights, process_group
         )
-    count, candidates = queries.shape[0], passages.shape[0]
-    if targets is None:
-        targets = torch.arange(count, device=queries.device) * (candidates // count)
-    _check_targets(targets, count, candidates, in_batch_negatives)
-    if mask_ids is not None and (mask_ids[0].shape != (count,) or mask_ids[1].shape != (candidates,)):
-        raise ValueError(
-            f"mask_ids: expected shapes ({count},) and ({candidates},), "
-            f"got {tuple(mask_ids[0].shape)} and {tuple(mask_ids[1].shape)}"
-        )
-    if weights is not None and weights.shape != (count,):
-        raise ValueError(f"weights: expected ({count},), got shape {tuple(weights.shape)}")
+        count, candidates = queries.shape[0], passages.shape[0]
+        if not in_batch_negatives:  # groups of another size on another rank
+            _check_targets(targets, count, candidates, in_batch_negatives)
     ids = None if mask_ids is None else _comparable(*mask_ids)
     targets = targets.to(device=queries.device, dtype=torch.int64).contiguous()
     # with known coefficients the gradients are computed along the way, without them by a backward pass of its own
@@ -182,6 +175,8 @@ def _check(queries: Tensor, passages: Tensor) -> None:
             raise ValueError(f"{name}: expected a float tensor (rows, hidden), got {described(x)}")
         if x.shape[0] == 0:
             raise ValueError(f"{name}: expected at least one row, got an empty batch")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one column, got {described(x)}")
     if passages.shape[1] != queries.shape[1] or passages.dtype != queries.dtype or passages.device != queries.device:
         raise ValueError(
             f"passages: expected the dtype, width and device of queries {described(queries)} on {queries.device}, "
@@ -201,10 +196,27 @@ def _check_temperature(temperature: float | Tensor) -> None:
         raise ValueError(f"temperature: expected a finite number > 0, got {value}")
 
 
+def _check_rows(
+    mask_ids: tuple[Tensor, Tensor] | None, weights: Tensor | None, count: int, candidates: int, device: torch.device
+) -> None:
+    if mask_ids is not None:
+        for ids_of_rows in mask_ids:
+            check_device("mask_ids", ids_of_rows, device)
+        if mask_ids[0].shape != (count,) or mask_ids[1].shape != (candidates,):
+            raise ValueError(
+                f"mask_ids: expected shapes ({count},) and ({candidates},), "
+                f"got {tuple(mask_ids[0].shape)} and {tuple(mask_ids[1].shape)}"
+            )
+    if weights is not None:
+        check_device("weights", weights, device)
+        if weights.shape != (count,):
+            raise ValueError(f"weights: expected ({count},), got shape {tuple(weights.shape)}")
+
+
 def _check_targets(targets: Tensor, count: int, candidates: int, in_batch_negatives: bool) -> None:
     if not is_integer(targets, count):
         raise ValueError(f"targets: expected int64 ({count},), got {described(targets)}")
-    if candidates < count or (not in_batch_negatives and candidates % count):
+    if not in_batch_negatives and candidates % count:
         raise ValueError(
             f"passages: expected a whole multiple of the queries, got {candidates} rows for {count} queries"
         )

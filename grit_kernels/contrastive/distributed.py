@@ -39,7 +39,7 @@ def _counts(rows: int, device: torch.device, group: Any) -> list[int]:
 def gather(
     queries: Tensor,
     passages: Tensor,
-    targets: Tensor | None,
+    targets: Tensor,
     mask_ids: tuple[Tensor, Tensor] | None,
     weights: Tensor | None,
     group: Any,
@@ -52,8 +52,6 @@ def gather(
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     query_counts = _counts(queries.shape[0], queries.device, group)
     passage_counts = _counts(passages.shape[0], passages.device, group)
-    if targets is None:
-        targets = torch.arange(queries.shape[0], device=queries.device) * (passages.shape[0] // queries.shape[0])
 
     def rows(x: Tensor, counts: list[int], factor: float = 1.0) -> Tensor:
         return _Gather.apply(x, counts, rank, group, factor)

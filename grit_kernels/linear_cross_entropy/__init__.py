@@ -41,6 +41,8 @@ def linear_cross_entropy(
     """
     if not isinstance(hidden, Tensor) or hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden: expected a float tensor (tokens, hidden), got {described(hidden)}")
+    if hidden.shape[1] == 0:
+        raise ValueError(f"hidden: expected at least one column, got {described(hidden)}")
     if not isinstance(lm_head_weight, Tensor) or lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"lm_head_weight: expected (vocabulary, {hidden.shape[1]}), got {described(lm_head_weight)}")
     if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:

@@ -54,6 +54,14 @@ def test_default_targets_equal_cross_entropy_over_all_passages(
     torch.testing.assert_close(gk.contrastive_loss(q, p, temperature=temperature, reduction="sum"), found.sum())
 
 
+@pytest.mark.parametrize("backend_name", ["reference", None])
+def test_queries_may_outnumber_the_passages_that_their_targets_name(backend_name: str | None) -> None:
+    q, p, targets = unit(5), unit(2), torch.tensor([0, 1, 1, 0, 1])
+    with gk.backend("reference") if backend_name else torch.enable_grad():
+        found = gk.contrastive_loss(q, p, targets=targets, reduction="none")
+    torch.testing.assert_close(found, plain(q, p, 0.02, targets).float(), rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_equal_cross_entropy_including_a_learnable_temperature() -> None:
     q, p = unit(5).requires_grad_(), unit(10).requires_grad_()
     temperature = torch.tensor(0.1, requires_grad=True)
@@ -192,6 +200,42 @@ def test_two_processes_with_uneven_batches_equal_one_process(tmp_path: Path) -> 
         torch.testing.assert_close(rows / len(UNEVEN), expected[index], rtol=1e-4, atol=1e-6)
 
 
+def _refusals(rank: int, file: str, results: Any) -> None:
+    """What each rank says to rows that another rank's would make up for, or take for its own."""
+    with process_group(rank, 2, file) as group:
+        queries = (2, 3)[rank]
+        q, p = torch.zeros(queries, 4), torch.zeros(2 * queries, 4)
+        ids = torch.arange(queries), torch.arange(2 * queries)
+        wrong: list[dict[str, Any]] = [
+            {"targets": torch.full((queries,), 2 * queries)},  # the first passage of the next rank
+            {"targets": torch.zeros(queries - 1, dtype=torch.int64)},
+            {"weights": torch.ones(queries - 1)},
+            {"mask_ids": (ids[0][1:], ids[1])},
+            {"mask_ids": (ids[0], ids[1][1:])},
+        ]
+        found = []
+        for options in wrong:
+            with pytest.raises(ValueError) as error:
+                gk.contrastive_loss(q, p, process_group=group, **options)
+            found.append(str(error.value))
+        results[rank] = found
+
+
+def test_each_rank_checks_its_own_rows_before_they_are_gathered(tmp_path: Path) -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_refusals, (str(tmp_path / "store"), results), nprocs=2)
+        found = dict(results)
+    for rank, queries in enumerate((2, 3)):
+        expected = [
+            f"targets: expected values in 0..{2 * queries - 1}",
+            f"targets: expected int64 ({queries},)",
+            f"weights: expected ({queries},)",
+            *[f"mask_ids: expected shapes ({queries},) and ({2 * queries},)"] * 2,
+        ]
+        assert [text[: len(start)] for text, start in zip(found[rank], expected, strict=True)] == expected
+
+
 # ---- refused
 
 A, B = torch.zeros(2, 4), torch.zeros(4, 4)
@@ -206,6 +250,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "queries of one dimension": ("queries: expected", call(queries=A[0])),
     "integer queries": ("queries: expected .*got torch.int64", call(queries=A.long())),
     "no queries": ("queries: expected .*got an empty batch", call(queries=A[:0])),
+    "no columns": ("queries: expected at least one column, got .*2, 0", call(queries=A[:, :0], passages=B[:, :0])),
     "no passages": ("passages: expected .*got an empty batch", call(passages=B[:0])),
     "another width": ("passages: expected", call(passages=torch.zeros(4, 5))),
     "another dtype": ("passages: expected .*got torch.bfloat16", call(passages=B.bfloat16())),
