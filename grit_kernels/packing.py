@@ -160,7 +160,7 @@ class SamplePack:
             ends = torch.cat([starts[1:], starts.new_tensor([row.shape[0]])])
             rows, order = torch.cat([row[starts], empty]).sort(stable=True)
             sizes = torch.cat([ends - starts, torch.zeros_like(empty)])[order]
-        flags = causal.to("cpu")[rows] if isinstance(causal, Tensor) and causal.ndim else causal
+        flags = _flags_of_rows(causal, batch, rows)
         lens = None if instruction_lens is None else instruction_lens.to("cpu")
         pack = cls.from_lengths(sizes, flags, lens, device=device)
         return replace(pack, indices=indices, padded_shape=(batch, length))
@@ -179,7 +179,7 @@ class SamplePack:
         starts[:, 1:] = position_ids.diff(dim=1) != 1
         first = starts.reshape(-1).nonzero()[:, 0].to("cpu")
         lengths = torch.cat([first, first.new_tensor([batch * length])]).diff()
-        flags = causal.to("cpu")[first // length] if isinstance(causal, Tensor) else causal
+        flags = _flags_of_rows(causal, batch, first // length)
         pack = cls.from_lengths(lengths, flags, device=position_ids.device)
         every = torch.arange(batch * length, device=position_ids.device)
         return replace(pack, indices=every, padded_shape=(batch, length))
@@ -234,6 +234,15 @@ class SamplePack:
             None if self.contexts is None else self.contexts.to(device),
             None if self.first_positions is None else self.first_positions.to(device),
         )
+
+
+def _flags_of_rows(causal: bool | Tensor, batch: int, rows: Tensor) -> bool | Tensor:
+    """The flags of the samples that lie in ``rows`` (int64, on the CPU), from one for all or one for each of ``batch`` rows."""
+    if not isinstance(causal, Tensor) or causal.ndim == 0:
+        return causal
+    if causal.shape != (batch,):
+        raise ValueError(f"causal: expected a bool or bools ({batch},), got {described(causal)}")
+    return causal.to("cpu")[rows]
 
 
 def _begins_inside_rows(attention_mask: Tensor, position_ids: Tensor | None, indices: Tensor) -> Tensor | None:

@@ -100,6 +100,15 @@ def test_a_pack_is_immutable_and_moves_between_devices_with_all_its_fields() -> 
     assert meta.max_seqlen == pack.max_seqlen
 
 
+def test_one_flag_may_be_a_tensor() -> None:
+    flag = torch.tensor(True)
+    for pack in (
+        gk.SamplePack.from_mask(torch.ones(2, 3), flag),
+        gk.SamplePack.from_position_ids(torch.zeros(2, 1), flag),
+    ):
+        assert pack.causal.tolist() == [True, True]
+
+
 def test_a_mask_of_any_dtype_may_say_what_is_real() -> None:
     for mask in (torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), torch.tensor([[7, 0]])):
         assert gk.SamplePack.from_mask(mask).lengths.tolist() == [1]
@@ -112,6 +121,21 @@ REFUSED: list[tuple[str, str, Make]] = [
     ("too many tokens", "lengths: .*2\\*\\*31", lambda: gk.SamplePack.from_lengths([2**31], True)),
     ("flags of another length", "causal: ", lambda: gk.SamplePack.from_lengths([2, 1], [True])),
     ("integer flags", "causal: ", lambda: gk.SamplePack.from_lengths([2], torch.tensor([1]))),
+    (
+        "flags of more rows than a mask has",
+        r"causal: expected a bool or bools \(2,\), got torch.bool \(3,\)",
+        lambda: gk.SamplePack.from_mask(torch.ones(2, 3), torch.tensor([True, False, True])),
+    ),
+    (
+        "flags of fewer rows than a mask has",
+        r"causal: expected .*\(2,\), got",
+        lambda: gk.SamplePack.from_mask(torch.ones(2, 3), torch.tensor([True])),
+    ),
+    (
+        "flags of more rows than positions have",
+        r"causal: expected .*\(1,\), got",
+        lambda: gk.SamplePack.from_position_ids(torch.arange(3)[None], torch.tensor([True, False])),
+    ),
     ("instruction beyond sample", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [3, 0])),
     ("negative instruction", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [-1, 0])),
     ("instruction count", "instruction_lens: ", lambda: gk.SamplePack.from_lengths([2, 1], True, [1])),
