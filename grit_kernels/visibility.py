@@ -23,6 +23,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from grit_kernels.checks import check_cu_seqlens, described, is_integer
+
 UNLIMITED = -1
 """Window entry that sets no limit on that side."""
 
@@ -134,9 +136,18 @@ def span_hi(cu_seqlens: Tensor, bidirectional: Tensor, right: int = UNLIMITED) -
 
     ``bidirectional``: bool (tokens), True for tokens of a bidirectional run; a run is a maximal stretch of True inside one
     sample. With ``end(i)`` the end of the run around token i (0 outside):  ``hi(i) = max(i + 1, min(end(i), i + right + 1))``.
-    PrefixLM marks the prefix, CB marks all but the instruction, interleaved turns mark the user turns.
+    PrefixLM marks the prefix, CB marks all but the instruction, interleaved turns mark the user turns. ``right``: -1 is
+    unlimited.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
     """
+    if bidirectional.ndim != 1 or bidirectional.dtype != torch.bool:
+        raise ValueError(f"bidirectional: expected torch.bool (tokens,), got {described(bidirectional)}")
+    if right < UNLIMITED:
+        raise ValueError(f"right: expected -1 (unlimited) or a distance >= 0, got {right}")
     tokens = bidirectional.shape[0]
+    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
     device = bidirectional.device
     index = torch.arange(tokens, device=device)
     sample = sample_ids(cu_seqlens, tokens)
@@ -153,15 +164,29 @@ def span_hi(cu_seqlens: Tensor, bidirectional: Tensor, right: int = UNLIMITED) -
 
 
 def prefix_lm_hi(cu_seqlens: Tensor, prefix_lens: Tensor, tokens: int, right: int = UNLIMITED) -> Tensor:
-    """PrefixLM: the first ``prefix_lens[b]`` (int (B)) tokens of a sample see each other, the rest is causal."""
-    position, sample = positions_and_samples(cu_seqlens, tokens)
+    """PrefixLM: the first ``prefix_lens[b]`` (int (B)) tokens of a sample see each other, the rest is causal.
+
+    Upper bounds and errors as of :func:`span_hi`.
+    """
+    position, sample = _checked_positions(cu_seqlens, "prefix_lens", prefix_lens, tokens)
     return span_hi(cu_seqlens, position < prefix_lens.to(position.device)[sample], right)
 
 
 def causal_instruction_hi(cu_seqlens: Tensor, instruction_lens: Tensor, tokens: int, right: int = UNLIMITED) -> Tensor:
-    """CB: the instruction (first ``instruction_lens[b]`` tokens) is causal, the text after it sees everything."""
-    position, sample = positions_and_samples(cu_seqlens, tokens)
+    """CB: the instruction (first ``instruction_lens[b]`` tokens, int (B)) is causal, the text after it sees everything.
+
+    Upper bounds and errors as of :func:`span_hi`.
+    """
+    position, sample = _checked_positions(cu_seqlens, "instruction_lens", instruction_lens, tokens)
     return span_hi(cu_seqlens, position >= instruction_lens.to(position.device)[sample], right)
+
+
+def _checked_positions(cu_seqlens: Tensor, name: str, lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
+    batch = cu_seqlens.shape[0] - 1
+    if not is_integer(lens, batch):
+        raise ValueError(f"{name}: expected int32 ({batch},), got {described(lens)}")
+    return positions_and_samples(cu_seqlens, tokens)
 
 
 def sample_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -43,7 +43,7 @@ def pool(
 
     Args:
         hidden_states: (B, T, hidden) or, with ``cu_seqlens``, a pack (tokens, hidden).
-        attention_mask: (B, T), non-zero marks real tokens; left padding and holes are fine. Only with 3-D input.
+        attention_mask: (B, T), 0 at padding and 1 at real tokens; left padding and holes are fine. Only with 3-D input.
         cu_seqlens: int32 (B + 1), where each sample of a pack starts.
         instruction_lens: int (B), leading real tokens that attend but are not pooled. Default 0.
         method: one of the four above.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -161,6 +162,31 @@ def test_causal_instruction_hi_is_causal_first_and_bidirectional_after(right: in
                     expected.append(i + 1 if i < skip else whole)
             hi = visibility.causal_instruction_hi(table(lengths), torch.tensor(skips), sum(lengths), right)
             assert hi.tolist() == expected
+
+
+MARKS, ENDS, LENS = torch.ones(5, dtype=torch.bool), table([2, 3]), torch.tensor([1, 2])
+REFUSED: dict[str, tuple[str, Callable[[], Tensor]]] = {
+    "marks of fewer tokens": ("cu_seqlens: expected .* from 0 to 3, got", lambda: visibility.span_hi(ENDS, MARKS[:3])),
+    "marks of more tokens": (
+        "cu_seqlens: expected .* from 0 to 6",
+        lambda: visibility.span_hi(ENDS, MARKS.repeat(2)[:6]),
+    ),
+    "integer marks": ("bidirectional: expected .*got torch.int64", lambda: visibility.span_hi(ENDS, MARKS.long())),
+    "window below -1": ("right: expected .*got -3", lambda: visibility.span_hi(ENDS, MARKS, right=-3)),
+    "more tokens": ("cu_seqlens: expected .* from 0 to 7", lambda: visibility.prefix_lm_hi(ENDS, LENS, 7)),
+    "one prefix": (r"prefix_lens: expected .*\(2,\), got", lambda: visibility.prefix_lm_hi(ENDS, LENS[:1], 5)),
+    "three prefixes": ("prefix_lens: expected", lambda: visibility.prefix_lm_hi(ENDS, LENS.repeat(2)[:3], 5)),
+    "prefixes as a column": (
+        r"instruction_lens: expected .*got torch.int64 \(2, 1\)",
+        lambda: visibility.causal_instruction_hi(ENDS, LENS[:, None], 5),
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "make"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_by_name(message: str, make: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
 
 
 def brute_transpose(hi: list[int], q: list[tuple[int, int]], k: list[tuple[int, int]], keys: int) -> list[int]:
