@@ -22,19 +22,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(name: str, x: object, like: Tensor | None = None, *, shape: bool = True) -> None:
-    """TypeError or ValueError unless ``x`` is a floating tensor, on the device of ``like`` and, if asked, of its shape."""
+    """TypeError or ValueError unless ``x`` is a floating tensor with dimensions, on the device of ``like`` and, if asked, of its
+    shape.
+    """
     if not isinstance(x, Tensor) or x.dtype not in (*DTYPES, torch.float64):
         raise TypeError(f"{name}: expected a float32, bfloat16 or float16 tensor, got {described(x)}")
+    if x.ndim == 0:
+        raise ValueError(f"{name}: expected at least one dimension, got {described(x)}")
     if like is not None and (x.device != like.device or (shape and x.shape != like.shape)):
         wanted = f"{tuple(like.shape)} on {like.device}" if shape else f"a tensor on {like.device}"
         raise ValueError(f"{name}: expected {wanted}, got {tuple(x.shape)} on {x.device}")
 
 
-def _use_reference(name: str, x: Tensor) -> bool:
-    if use_reference(x.device):
+def _use_reference(device: torch.device, **tensors: Tensor | None) -> bool:
+    if use_reference(device):
         return True
-    if x.dtype == torch.float64:
-        raise TypeError(f"{name}: got torch.float64, which only `with grit_kernels.backend('reference')` accepts")
+    for name, x in tensors.items():
+        if x is not None and x.dtype == torch.float64:
+            raise TypeError(f"{name}: got torch.float64, which only `with grit_kernels.backend('reference')` accepts")
     return False
 
 
@@ -80,10 +85,9 @@ def rms_norm(
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
     _check("x", x)
-    if x.ndim < 1 or weight.shape != x.shape[-1:] or weight.device != x.device:
-        raise ValueError(
-            f"weight: expected {tuple(x.shape[-1:])} on {x.device}, got {tuple(weight.shape)} on {weight.device}"
-        )
+    _check("weight", weight, x, shape=False)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     wide = x.dtype
@@ -95,7 +99,7 @@ def rms_norm(
     result = wide if dtype is None else dtype
     if result != wide and (result not in DTYPES or torch.float32 not in (result, wide)):
         raise TypeError(f"dtype: expected {wide} or torch.float32, got {result}")
-    if _use_reference("x", x):
+    if _use_reference(x.device, x=x, weight=weight, residual=residual):
         out, total = reference.rms_norm_forward(x, weight, residual, eps, offset, result)
     else:
         added = None if residual is None else dense_rows(residual)
@@ -113,8 +117,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
     Args:
         q, k: (B, T, Hq, D) and (B, T, Hkv, D) of one dtype.
-        cos, sin: (B, T, R) or (1, T, R), R even and <= D; in the dtype of q or float32 (for float32 q any). They are
-            constants: no gradient flows to them.
+        cos, sin: (B, T, R) or (1, T, R), R even and <= D; in the dtype of q or float32 (for float32 q any of the
+            three). They are constants: no gradient flows to them.
 
     Returns:
         Rotated q and k, in their dtype.
@@ -141,7 +145,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             raise TypeError(f"{name}: expected {q.dtype} or torch.float32, got {table.dtype}")
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a constant table, got one that requires grad")
-    if _use_reference("q", q):
+    if _use_reference(q.device, q=q, cos=cos, sin=sin):
         return reference.rotary(q, k, cos, sin, False)
     tables = (dense_rows(cos), dense_rows(sin.to(cos.dtype)))
     return torch.ops.grit_kernels.rotary(dense_rows(q), dense_rows(k), *tables, False)
@@ -174,6 +178,6 @@ def _gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     _check("up", up, gate)
     if up.dtype != gate.dtype:
         raise TypeError(f"up: expected {gate.dtype}, the dtype of gate, got {up.dtype}")
-    if _use_reference("gate", gate):
+    if _use_reference(gate.device, gate=gate):
         return reference.gated_forward(gate, up, kind)
     return torch.ops.grit_kernels.gated_forward(dense_rows(gate), dense_rows(up), kind)
