@@ -133,7 +133,7 @@ def cpu_choice() -> CpuChoice:
 @contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
     """Run the CPU kernels of one instruction set inside the block (process-wide); for tests and benchmarks."""
-    previous = os.environ.get("GRIT_KERNELS_CPU_ISA") or None
+    previous = cpu_choice().bfloat16_products or None  # the set whose name chooses both kinds of work
     if _handle().grit_kernels_set_cpu_isa(name.encode()):
         raise ValueError(f"instruction set: expected one of {', '.join(cpu_isas())} on this CPU, got {name!r}")
     try:

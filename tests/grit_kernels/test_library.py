@@ -119,6 +119,17 @@ def test_every_set_is_usable_and_the_first_one_serves() -> None:
 
 
 @pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
+def test_blocks_of_sets_nest() -> None:
+    before, names = _library.cpu_choice(), _library.cpu_isas()
+    with _library.cpu_isa(names[-1]):
+        outer = _library.cpu_choice()
+        with _library.cpu_isa(names[0]):
+            assert _library.cpu_choice().bfloat16_products == names[0]
+        assert _library.cpu_choice() == outer
+    assert _library.cpu_choice() == before
+
+
+@pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
 def test_bfloat16_never_takes_the_set_that_is_slower_than_fp32() -> None:
     names = [name for name in _library.cpu_isas() if name.startswith("avx512")]
     if len(names) < 2:
