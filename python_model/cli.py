@@ -10,7 +10,7 @@ COMMANDS = {
     "doctor": ("python_model.commands.doctor", "print versions, the backends found, which are used, and why"),
     "fetch-model": (
         "python_model.commands.fetch_model",
-        "download the small model (SmolLM2-135M as a Mistral checkpoint) into the cache",
+        "download the small model (SmolLM2-135M-Instruct as a Mistral checkpoint) into the cache",
     ),
     "demo": ("python_model.commands.demo", "train, embed, retrieve and generate on the small model in a few minutes"),
     "data": (

@@ -1,6 +1,6 @@
 """``make demo``: one set of weights learns to search and can still chat, in minutes on a laptop's CPU.
 
-Trains SmolLM2-135M jointly (contrastive and next-token loss, packed without padding) on the bundled sample and measures it
+Trains the small model jointly (contrastive and next-token loss, packed without padding) on the bundled sample and measures it
 before and after on rows held out from training: retrieval beside BM25, next-token loss, five searches, two chats, an answer from
 a retrieved document. Writes ``results.json``, ``loss.png``, ``log.jsonl`` and the trained checkpoint to the output folder.
 """
