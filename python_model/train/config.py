@@ -388,10 +388,12 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """As :func:`dotted`, with each key checked.
 
     Raises:
-        ValueError: an unknown field, or one of version 0.1; the message gives its new name.
+        ValueError: an unknown field, or one of version 0.1 (the message gives its new name); a group that is not a mapping.
     """
     flat = dotted(values)
-    for key in flat:
+    for key, value in flat.items():
+        if key in GROUPS and (value is None or key not in MOVED):
+            raise ValueError(f"{key}: expected a mapping of settings, got {value!r}")
         if key not in TYPES:
             raise ValueError(unknown(key))
     return flat

@@ -126,6 +126,14 @@ def test_a_flat_setting_of_version_0_1_is_refused_with_its_new_place(tmp_path: P
         grit_train(["--config", str(file)])
 
 
+def test_a_group_without_settings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for content, got in (("logging:\n  # save_steps: 9\n", "None"), ("logging: 9\n", "9"), ("model:\n", "None")):
+        file.write_text(content)
+        with pytest.raises(SystemExit, match=f"run.yaml: (logging|model): expected a mapping of settings, got {got}"):
+            grit_train(["--config", str(file)])
+
+
 def test_the_help_explains_every_setting_and_lists_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         grit_train.arguments(["--help"])
