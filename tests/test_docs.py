@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -22,6 +23,7 @@ from tools.pages import visibility_page
 
 ROOT = Path(__file__).parent.parent
 _SHOWN_INSIDE = ("csrc", "grit_kernels", "python_model")
+TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -119,6 +121,31 @@ def test_the_tree_in_contributing_is_the_real_one() -> None:
             named |= {parent + name.rstrip("/") for name in names[1].split()}
             parent = parent or names[1].split()[0]
     assert named == top | packages
+
+
+def _literals() -> list[str]:
+    """Every text in the packages' code; where an f-string has a value, NUL."""
+    found = []
+    for package in (grit_kernels, python_model):
+        for path in Path(package.__path__[0]).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+@needs_source_tree
+def test_errors_that_are_explained_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| `([^`]*expected[^`]*)`", TROUBLES, flags=re.MULTILINE)
+    literals = _literals()
+    for message in rows:
+        # after the argument's name; what stands for a value is a capital or "..", a figure, or quoted
+        said = "expected " + message.rpartition("expected ")[2]
+        parts = [part.strip(" ,(") for part in re.split(r"\.\.+\S*|\b[A-Z]\b|\d[\d.]*|''", said)]
+        assert any(all(part in text for part in parts) for text in literals), message
+    assert len(rows) >= 7
 
 
 @needs_source_tree
