@@ -34,6 +34,7 @@ COMMANDS = {
     ),
     "embed": ("python_model.commands.embed", "embed texts"),
     "index": ("python_model.commands.index", "create, update and search an index of documents"),
+    "rerank": ("python_model.commands.rerank", "rank passages by their relevance to a query"),
     "rag": ("python_model.commands.rag", "answer questions from an index, using cached states of its documents"),
     "serve": ("python_model.commands.serve", "serve chat, embeddings, reranking and answers over HTTP"),
     "export": (
@@ -41,7 +42,6 @@ COMMANDS = {
         "write the embedding side for sentence-transformers, vLLM or llama.cpp",
     ),
     "completion": ("python_model.commands.completion", "print a completion script for bash or zsh"),
-    "rerank": ("python_model.commands.rerank", "rank passages by their relevance to a query"),
 }
 
 FIRST_STEPS = """first steps:

@@ -112,7 +112,8 @@ class GritSettings:
     Attributes:
         pooling_method: ``"mean"``, ``"weightedmean"`` (weights 1, 2, .. from the first pooled token), ``"lasttoken"``, ``"cls"``.
         normalized: L2-normalise embeddings.
-        attn: the attention variant in letters, see :class:`AttentionVariant`; ``cc`` is appended to two letters.
+        attn: the attention variant in letters: ``bb``, ``cc`` or ``cb`` for texts to embed, then ``cc``, ``bc`` (prefix-LM) or
+            ``il`` (interleaved turns) for conversations (see ``AttentionVariant``); ``cc`` is appended to two letters.
         embed_eos: text appended to each text to embed.
         instruction_count: which leading tokens are excluded from pooling. ``"offsets"``: those that end inside the instruction.
             ``"reference"``: as many as the instruction has when tokenised alone, as in the public implementation.

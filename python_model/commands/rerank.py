@@ -39,7 +39,7 @@ def configure(parser: ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="likelihood",
-        help="how likely the query is behind each; a yes or no; an order",
+        help="likelihood: how likely each makes the query; pointwise: yes or no for each; listwise: an order of all",
     )
     parser.add_argument(
         "--passage-tokens",

@@ -112,7 +112,8 @@ class LossConfig(Checked):
         cross_device_negatives: contrast queries with the passages of all ranks, not only of their own.
         symmetric: also contrast each positive with all queries.
         mask_duplicates: do not use a passage with the same text as a query's positive as a negative of that query.
-        generative_loss: ``mixed``, ``token`` or ``sample`` (see python_model.model.losses).
+        generative_loss: ``mixed``: mean over the tokens; ``sample``: mean over the conversations of each one's token mean;
+            ``token``: sum over the tokens, divided by the number of conversations.
         generative_group: with ``mixed``, conversations per token mean (the paper's "mix 32 -> 8" has 32 in each of 8 means); 0:
             one mean over all conversations of the step.
     """

@@ -30,7 +30,9 @@ def test_grit_alone_lists_every_command(capsys: Any) -> None:
 def test_every_command_has_help(name: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
-    assert stop.value.code == 0 and f"grit {name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and f"grit {name}" in printed
+    assert not re.search(r":\w+:`", printed), "a reference of Sphinx, which a terminal shows as it is"
 
 
 def test_an_unknown_command_lists_the_known_ones() -> None:
