@@ -134,13 +134,15 @@ TITLES: dict[str, tuple[str, str]] = {
     ),
     "demo_seeds_cpu": (
         "The demo over seeds",
-        "`make demo-seeds`: SmolLM2-135M after one epoch of the bundled sample's triples, on rows held out by entity; BM25 with "
-        "stemming, stop words and the parts of identifiers on the same rows.",
+        "`make demo-seeds`: the small model after one epoch of the bundled sample's triples, on rows held out by entity; BM25 "
+        "with stemming, stop words and the parts of identifiers on the same rows.",
     ),
 }
 PROOF_NOTE = (
-    "`make proof`: SmolLM2-135M trained for both jobs, or for one of them with the same base, rows, steps, tokens per objective "
-    "and clipping, on what `grit data DATA --test-rows 700` builds; measured on rows held out by entity."
+    "`make proof`: the small model (SmolLM2-135M-Instruct, from a 4-bit file) trained for both jobs, or for one of them with the "
+    "same base, rows, steps, tokens per objective and clipping, on what `grit data DATA --test-rows 700` builds; measured on "
+    "rows held out by entity. The records up to 2026-11-28 rank by bfloat16 scores, where near passages tie with the right one. "
+    "A curve searches 500 queries among 1,000 passages."
 )
 HIDDEN = (
     *("seconds", "all_seconds", "lengths", "ms", "tflops", "dtype", "heads", "window", "prepare_ms", "loss"),

@@ -103,7 +103,7 @@ def test_the_readme_shows_the_record_of_the_demo() -> None:
 def proof_figures(kind: str) -> set[str]:
     """nDCG@10 and next-token losses of a kind of run, as the README writes them: of each run, and the mean over seeds."""
     runs: dict[tuple[str, str], list[float]] = {}
-    for path in RESULTS.glob("proof_*/*.json"):
+    for path in RESULTS.glob("proof*/*.json"):
         record = records.read(path)
         if path.stem.rpartition("-")[0] != kind and path.stem != kind:
             continue
