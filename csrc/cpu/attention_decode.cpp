@@ -259,9 +259,11 @@ void join(const Attention& a, int64_t row, int64_t head, int64_t parts, int64_t 
   vf totals = {};
   alignas(64) float x[256 + W] = {};
   for (int64_t p = 0; p < parts; ++p) {
-    if (maximum[p * stride] == MINUS_INFINITY) continue;
+    const vf of_part = load(total + p * stride * W);
+    // a part without keys; scores that are all NaN have no maximum either, but a total
+    if (maximum[p * stride] == MINUS_INFINITY && sum_lanes(of_part) == 0.0f) continue;
     const vf weight = splat(exp2_of<5>(splat(maximum[p * stride] - highest))[0]);
-    totals = fma(weight, load(total + p * stride * W), totals);
+    totals = fma(weight, of_part, totals);
     for (int64_t d = 0; d < wide; d += W) store(x + d, fma(weight, load(sums + p * stride * wide + d), load(x + d)));
   }
   const float all = sum_lanes(totals), factor = all == 0 ? 0.0f : 1.0f / all;

@@ -51,14 +51,14 @@ struct Call {
     STD_TORCH_CHECK(q.dim() == 2 && p.dim() == 2 && q.size(1) == p.size(1) && q.scalar_type() == p.scalar_type(),
                     "queries, passages: expected (Q, D) and (P, D) of one dtype");
     STD_TORCH_CHECK(q.size(0) > 0 && p.size(0) > 0, "queries, passages: expected at least one row each");
+    STD_TORCH_CHECK(q.size(1) > 0, "queries, passages: expected at least one column");
     STD_TORCH_CHECK(p.size(0) < std::numeric_limits<int32_t>::max() - 64, "passages: expected fewer than 2^31 rows");
     STD_TORCH_CHECK(query_ids.has_value() == passage_ids.has_value(), "query_ids, passage_ids: expected both or neither");
     problem.dtype = dtype_of(q, "queries");
     problem.queries = q.size(0);
     problem.passages = p.size(0);
     problem.width = q.size(1);
-    STD_TORCH_CHECK(problem.width == 0 || (q.stride(1) == 1 && p.stride(1) == 1),
-                    "queries, passages: the last dimension must be contiguous");
+    STD_TORCH_CHECK(q.stride(1) == 1 && p.stride(1) == 1, "queries, passages: the last dimension must be contiguous");
     queries = (const char*)q.const_data_ptr();
     passages = (const char*)p.const_data_ptr();
     item = problem.dtype == DType::float32 ? 4 : 2;
@@ -204,7 +204,7 @@ void compute_losses(const Call& call, int64_t first, int64_t last, float* scores
     float total = 0, below = 0;
     for (int64_t s = 0; s < shares; ++s) {
       const int64_t at = s * padded + i;
-      if (!(all_top[at] > NO_CANDIDATE)) continue;
+      if (!(all_top[at] > NO_CANDIDATE) && !std::isnan(all_total[at])) continue;  // no candidates; NaN: no score above it
       const float change = std::max(all_top[at] - top, -104.0f), decay = std::exp(change);  // exp(-104) is 0
       total += decay * all_total[at];
       below += decay * (all_below[at] + all_total[at] * change);

@@ -382,7 +382,7 @@ GRIT_INLINE vf tanh_of(vf x) {
   p = fma(p, square, splat(1.333149127e-01f));
   p = fma(p, square, splat(-3.333328392e-01f));
   const vf near_zero = fma(p * square, x, x);
-  const vf e = exp2_of<5>(vmin(size, splat(10.0f)) * (2 * LOG2_E));
+  const vf e = exp2_of<5>(vmin(splat(10.0f), size) * (2 * LOG2_E));  // vmin returns a NaN that is its second argument
   const vf far = 1.0f - 2.0f / (e + 1.0f);
   const vf of_sign = (vf)((vu)far | ((vu)x & 0x80000000u));
   return size < 0.625f ? near_zero : of_sign;

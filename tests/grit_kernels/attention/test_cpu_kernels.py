@@ -214,6 +214,21 @@ def poisoned(call: Call, extra: int) -> Call:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 40), (3, 600), (40, 40)], ids=["one part", "parts", "tiles"])
+def test_nan_in_queries_or_keys_reaches_the_output(isa: str, softcap: float, rows: int, keys: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        call = make_call([rows], [keys], dtype=dtype, softcap=softcap)
+        one_key = call.k.clone()
+        one_key[3] = float("nan")
+        broken = [{name: torch.full_like(getattr(call, name), float("nan"))} for name in ("q", "k")]
+        for change in (*broken, {"k": one_key}):
+            with _library.cpu_isa(isa):
+                out, lse = replace(call, **change).forward()
+            assert bool(out.isnan().all()) and bool(lse.isnan().all()), (dtype, list(change))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("lens_q", [[37, 20], [2, 1]])
 def test_rows_between_samples_are_neither_read_nor_left_unwritten(isa: str, lens_q: list[int]) -> None:
     call = make_call(lens_q, [37, 45], right=[0, NONE], dtype=torch.bfloat16)

@@ -68,6 +68,15 @@ def test_both_directions_equal_chunked_torch(
             )  # gradients are of order 1 / temperature
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_passages_of_nan_reach_the_losses_of_all_queries(isa: str) -> None:
+    q, p, temperature, targets, *ids = problem(3, 100, 2048, torch.float32, ids=False)
+    p[150:] = float("nan")  # a share of so wide passages holds nothing else
+    with _library.cpu_isa(isa):
+        losses, *_ = OPS.contrastive_forward(q, p, temperature, targets, *ids, True, False)
+    assert bool(losses.isnan().all())
+
+
 @pytest.mark.skipif(not ISAS, reason="needs the compiled library")
 def test_results_do_not_depend_on_the_number_of_threads(restore_threads: None) -> None:
     arguments = (*problem(200, 9, 64, torch.bfloat16, ids=True), True, True)
