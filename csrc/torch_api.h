@@ -9,10 +9,26 @@
 
 #include <optional>
 
+#include "dtype.h"
+
 namespace grit {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+      return DType::float32;
+  }
+}
 
 inline const int32_t* int32_data(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.numel() == count, name,

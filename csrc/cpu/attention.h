@@ -7,12 +7,12 @@
 
 #include <cstdint>
 
+#include "../dtype.h"
+
 // always inlined: the linker keeps one copy of an inline function, possibly one that an older CPU cannot run
 #define GRIT_MEMBER __attribute__((always_inline))
 
 namespace grit {
-
-enum class DType : int32_t { float32, bfloat16, float16 };
 
 // a (rows, heads, dim) tensor; strides in elements, dim contiguous
 struct Rows {

@@ -9,20 +9,6 @@
 
 namespace grit {
 
-inline DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-      return DType::float32;
-  }
-}
-
 // a small contiguous tensor, copied to FP32
 inline std::vector<float> as_floats(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous() && t.numel() == count, name, ": expected a contiguous tensor of ", count, " elements");

@@ -17,20 +17,6 @@ constexpr int64_t MOST_PARTS = 64;
 // whose registers a multiprocessor holds at the same time
 constexpr int64_t blocks_per_processor(int64_t pairs) { return pairs >= 8 ? 2 : pairs >= 4 ? 3 : 4; }
 
-inline DType float_type(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-      return DType::float32;
-  }
-}
-
 // A call; `tensors` keeps what the arguments point to.
 struct DecodeCall {
   DecodeArguments arguments;
@@ -60,7 +46,7 @@ inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, 
                                     int64_t processors) {
   DecodeCall call{};
   DecodeArguments& a = call.arguments;
-  call.dtype = float_type(q, "q");
+  call.dtype = dtype_of(q, "q");
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q, k: expected (rows, heads, dim) tensors");
   a.dim = q.size(2);
   a.heads = q.size(1);
@@ -96,7 +82,7 @@ inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, 
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == a.heads && sinks->is_contiguous(),
                     "sinks: expected a contiguous tensor (", a.heads, ")");
     a.sinks = sinks->const_data_ptr();
-    a.sinks_dtype = float_type(*sinks, "sinks");
+    a.sinks_dtype = dtype_of(*sinks, "sinks");
   }
   const double log2_e = 1.4426950408889634;
   a.q_factor = (float)(x.softcap > 0 ? x.softmax_scale / x.softcap : x.softmax_scale * log2_e);
