@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from python_model.support.resume import JsonLines
 from python_model.support.tables import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,6 +289,29 @@ def write_records(
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(target)
     return target
+
+
+def labelled(model: str) -> tuple[str, str]:
+    """Label and checkpoint of ``LABEL=checkpoint``; a checkpoint alone is labelled by its name."""
+    label, equals, path = model.partition("=")
+    return (label, path) if equals else (Path(model).name, model)
+
+
+def open_answers(path: Path, settings: dict[str, Any], asked: Sequence[list[str]]) -> JsonLines:
+    """The answers of an earlier run, which may have asked more or less, or a new file. Its first row holds the settings, the next
+    ones belong to ``asked`` in its order and hold it under that name.
+
+    Raises:
+        ValueError: the file has other settings, or answers to something else.
+    """
+    log = JsonLines(path)
+    if not log.rows:
+        log.append(settings)
+    known = [row["asked"] for row in log.rows[1 : len(asked) + 1]]
+    if log.rows[0] != settings or known != list(asked[: len(known)]):
+        log.close()
+        raise ValueError(f"output: {path} holds answers with another model, data or settings; use another folder")
+    return log
 
 
 def kernel_parser(description: str, repeats: int) -> argparse.ArgumentParser:

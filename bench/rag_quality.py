@@ -33,13 +33,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.common import table, write_records
+from bench.common import labelled, open_answers, table, write_records
 from bench.proof_table import relative_difference
 from bench.rag_questions import Item, make_items, read_entries
 from python_model.evaluation.answers import f1, match
@@ -49,7 +50,6 @@ from python_model.rag.calibration import HELPS, LEAST_QUESTIONS, keep
 from python_model.rag.fingerprint import fingerprint
 from python_model.rag.store.kvstore import FORMATS, KVStore
 from python_model.support.quiet import quiet
-from python_model.support.resume import JsonLines
 
 WITHOUT, FULL = "no documents", "full prefill"
 TO_FIRST = ("f1_to_first", "f1_to_first_low", "f1_to_first_high")
@@ -146,30 +146,17 @@ def measure(model: GritLM, items: Sequence[Item], log: Path, format: str, new_to
         "new_tokens": new_tokens,
         "variants": {name: vars(variant) for name, variant in VARIANTS.items()},
     }
-    rows = JsonLines(log)
-    try:
-        if not rows.rows:
-            rows.append(settings)
-        known = [row["asked"] for row in rows.rows[1 : len(items) + 1]]
-        if rows.rows[0] != settings or known != [_asked(item) for item in items[: len(known)]]:
-            raise ValueError(f"output: {log} holds answers with another model, data or settings; use another folder")
-        with tempfile.TemporaryDirectory() as folder:
-            asker = Asker(model, Path(folder), format, new_tokens)
-            if len(rows.rows) - 1 < len(items):
-                asker.ask(items[0], 0)  # the first forward passes of a process take longer
-            for number in range(len(rows.rows) - 1, len(items)):
-                rows.append({"asked": _asked(items[number]), **asker.ask(items[number], number)})
-                if number % 20 == 19:
-                    print(f"{log.stem}: {number + 1} of {len(items)} questions", flush=True)
-            asker.close()
-        return rows.rows[1 : len(items) + 1]
-    finally:
-        rows.close()
-
-
-def _asked(item: Item) -> list[str]:
-    """What identifies an item: its question and the keys of its documents."""
-    return [item.question.question, *(document.key for document in item.documents)]
+    asked = [[item.question.question, *(document.key for document in item.documents)] for item in items]
+    with closing(open_answers(log, settings, asked)) as rows, tempfile.TemporaryDirectory() as folder:
+        asker = Asker(model, Path(folder), format, new_tokens)
+        if len(rows.rows) - 1 < len(items):
+            asker.ask(items[0], 0)  # the first forward passes of a process take longer
+        for number in range(len(rows.rows) - 1, len(items)):
+            rows.append({"asked": asked[number], **asker.ask(items[number], number)})
+            if number % 20 == 19:
+                print(f"{log.stem}: {number + 1} of {len(items)} questions", flush=True)
+        asker.close()
+    return rows.rows[1 : len(items) + 1]
 
 
 def summary(
@@ -314,8 +301,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     first: list[dict[str, Any]] | None = None
     for given in arguments.model:
-        label, equals, path = given.partition("=")
-        label, path = (label, path) if equals else (Path(given).name, given)
+        label, path = labelled(given)
         model = GritLM(path, dtype=arguments.dtype, device=arguments.device)
         answers = measure(model, items, arguments.output / f"{label}.jsonl", arguments.format, arguments.new)
         timed = None

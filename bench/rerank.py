@@ -18,14 +18,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.common import table, write_records
+from bench.common import labelled, open_answers, table, write_records
 from bench.proof_table import ROUNDS, ndcg
 from python_model.corpora.hard_negatives import BM25
 from python_model.corpora.small_model import resolve_model
@@ -36,7 +39,6 @@ from python_model.model.modeling import GritLM
 from python_model.rag.fingerprint import fingerprint
 from python_model.support.arguments import check_at_least
 from python_model.support.quiet import quiet
-from python_model.support.resume import JsonLines
 
 FOUND = "as found"
 DEFAULT = inspect.signature(rerank).parameters["method"].default
@@ -75,7 +77,7 @@ def make_items(held_out: HeldOut, passages: int, limit: int | None = None) -> tu
         if right in best:
             texts = tuple(held_out.documents[place] for place in best)
             piles[row.dataset].append(Item(row.dataset, row.query.text, texts, best.index(right)))
-    asked = {name: sum(row.dataset == name for row in rows) for name in piles}
+    asked = Counter(row.dataset for row in rows)
     found = {name: len(pile) / asked[name] for name, pile in piles.items()}
     if not any(piles.values()):
         raise ValueError(f"data: expected queries whose passage BM25 finds, got none of {len(rows)}")
@@ -95,45 +97,25 @@ def measure(
         ValueError: a log is of another model, other queries or other settings.
     """
     end = time.monotonic() + 60 * minutes
-    logs: dict[str, JsonLines] = {}
-    try:
-        for method in methods:
-            settings = {"model": fingerprint(model), "method": method, "passage_tokens": passage_tokens}
-            log = logs[method] = JsonLines(folder / f"{method}.jsonl")
-            if not log.rows:
-                log.append(settings)
-            known = [row["asked"] for row in log.rows[1 : len(items) + 1]]
-            if log.rows[0] != settings or known != [_asked(item) for item in items[: len(known)]]:
-                raise ValueError(
-                    f"output: {folder} holds orders by another model, data or settings; use another folder"
-                )
-        for number, item in enumerate(items):
-            for method, log in logs.items():
-                if len(log.rows) > number + 1:
-                    continue
-                if time.monotonic() >= end:
-                    return {name: _orders(log, len(items)) for name, log in logs.items()}
-                start = time.perf_counter()
-                ranked = rerank(model, item.query, item.passages, method=method, passage_tokens=passage_tokens)  # type: ignore[arg-type]
-                seconds = time.perf_counter() - start
-                log.append(
-                    {"asked": _asked(item), "order": [row.index for row in ranked], "seconds": round(seconds, 4)}
-                )
+    settings = {"model": fingerprint(model), "passage_tokens": passage_tokens}
+    asked = [[item.query, *(f"{digest(passage):016x}" for passage in item.passages)] for item in items]
+    with ExitStack() as stack:
+        logs = {
+            method: stack.enter_context(
+                closing(open_answers(folder / f"{method}.jsonl", {**settings, "method": method}, asked))
+            )
+            for method in methods
+        }
+        for (number, item), (method, log) in product(enumerate(items), logs.items()):
+            if time.monotonic() >= end:
+                break
+            if len(log.rows) > number + 1:
+                continue
+            ranked = rerank(model, item.query, item.passages, method=method, passage_tokens=passage_tokens)  # type: ignore[arg-type]
+            log.append({"asked": asked[number], "order": [row.index for row in ranked]})
             if number % 20 == 19:
-                print(f"{folder.name}: {number + 1} of {len(items)} queries", flush=True)
-        return {name: _orders(log, len(items)) for name, log in logs.items()}
-    finally:
-        for log in logs.values():
-            log.close()
-
-
-def _asked(item: Item) -> list[Any]:
-    """What identifies an item."""
-    return [item.query, *(f"{digest(passage):016x}" for passage in item.passages)]
-
-
-def _orders(log: JsonLines, count: int) -> list[list[int]]:
-    return [row["order"] for row in log.rows[1 : count + 1]]
+                print(f"{folder.name}: {number + 1} of {len(items)} queries by {method}", flush=True)
+    return {method: [row["order"] for row in log.rows[1 : len(items) + 1]] for method, log in logs.items()}
 
 
 def paired_difference(mine: np.ndarray, theirs: np.ndarray, rounds: int = ROUNDS) -> tuple[float, float, float]:
@@ -218,11 +200,10 @@ def main() -> None:
     quiet()
     items, found_share = make_items(HeldOut(arguments.data), arguments.passages, arguments.queries)
     rows: list[dict[str, Any]] = []
+    methods = list(dict.fromkeys(arguments.methods))
     for given in arguments.model or ["smollm2-135m"]:
-        label, equals, path = given.partition("=")
-        label, path = (label, path) if equals else (Path(given).name, given)
+        label, path = labelled(given)
         model = GritLM(resolve_model(path), dtype=arguments.dtype, device=arguments.device)
-        methods = list(dict.fromkeys(arguments.methods))
         orders = measure(model, items, methods, arguments.output / label, arguments.passage_tokens, arguments.minutes)
         found = summary(label, items, found_share, orders)
         rows += [{**row, "dtype": arguments.dtype, "passages": arguments.passages} for row in found]

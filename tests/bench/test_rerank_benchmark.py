@@ -101,7 +101,7 @@ def test_a_run_resumes_query_by_query_and_refuses_other_orders(
     assert measure(model, items, ["pointwise"], tmp_path, 20, 0.0) == {"pointwise": [[2, 1, 0]] * 4}, "no time is left"
     assert len(counted.calls) == 2 + len(asked)
     for other in (("two", items, 20), (model, items[::-1], 20), (model, items, 21)):
-        with pytest.raises(ValueError, match="output: .* holds orders by another model, data or settings"):
+        with pytest.raises(ValueError, match="output: .* holds answers with another model, data or settings"):
             measure(other[0], other[1], ["pointwise"], tmp_path, other[2], 60.0)
 
 
