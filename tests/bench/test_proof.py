@@ -49,15 +49,7 @@ def _plan(folder: Path, model: Path) -> Path:
         "batch": {"embedding_batch_size": 4, "generative_batch_size": 2},
         "logging": {"save_steps": 1},
     }
-    plan = {
-        "seeds": [0],
-        "double_seeds": [0],
-        "max_length": 64,
-        "queries": 6,
-        "curve_queries": 3,
-        "curve_passages": 4,
-        "base": base,
-    }
+    plan = {"seeds": [0], "double_seeds": [0], "max_length": 64, "queries": 6, "curve_queries": 3, "curve_passages": 4}
     file = folder / "plan.yaml"
     file.write_text(yaml.safe_dump({**plan, "base": base}))
     return file
@@ -116,8 +108,9 @@ def test_the_curve_searches_the_answers_and_other_passages(checkpoint: Path, tmp
         assert len(proof.Measure(replace(plan, curve_passages=wanted), tmp_path / "data").curve_passages) == count
     model = GritLM(checkpoint, device="cpu", dtype="float32")
     with torch.autocast("cpu", torch.bfloat16):
-        vectors = embed_documents(model, held_out.documents, max_length=plan.max_length)
-        scores = embed_queries(model, [held_out.queries[i] for i in queries], max_length=plan.max_length) @ vectors.T
+        vectors = embed_documents(model, held_out.documents, max_length=plan.max_length).float()
+        asked = embed_queries(model, [held_out.queries[i] for i in queries], max_length=plan.max_length).float()
+    scores = asked @ vectors.T
     better = scores > scores.gather(1, torch.tensor([[held_out.relevant[i]] for i in queries]))
     assert measure.ranks(model, queries) == [1 + int(row.sum()) for row in better]
     assert measure.ranks(model, queries, chosen) == [1 + int(row[chosen].sum()) for row in better]
