@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import grit_kernels as gk
-from bench import attention, common, contrastive, pooling
+from bench import attention, common
 from grit_kernels.hf.attention_pass import AttentionPass
 from grit_kernels.hf.interface import grit_attention, grit_mask
 
@@ -49,20 +48,12 @@ def twin(function: Any) -> Any:
 
 
 def problems(device: str) -> dict[str, Callable[[], Any]]:
-    """Calls that reach every op."""
+    """Calls that reach every op with a twin."""
     runs: dict[str, Callable[[], Any]] = {}
-    for shape in pooling.shapes(device):
-        found = pooling.variants(device, shape, torch.bfloat16)
-        text = "pooling {} x {}, {} samples".format(*shape)
-        runs |= {f"{text}{name.removeprefix(pooling.NAMES[0])}": run for name, run in found.items() if "grit" in name}
-    given = contrastive.inputs(device, contrastive.shapes(device)[0], torch.bfloat16)
-    runs["contrastive"] = lambda: contrastive.ours(*given)
     for batch, cache in ((1, 4096), (8, 32768), (64, 4096)):
         for padded in (False, True):
             name = f"decode B{batch} cache {cache}{' with holes' if padded else ''}"
             runs[name] = decoding_layer(device, batch, cache, padded)
-    x, weight = torch.randn(16384, 4096, device=device, dtype=torch.bfloat16), torch.ones(4096, device=device)
-    runs["RMSNorm 16384 x 4096"] = lambda: gk.rms_norm(x, weight.to(x.dtype), residual=x)
     return runs
 
 
