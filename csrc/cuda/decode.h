@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -60,6 +61,7 @@ GRIT_DEVICE Columns<T> load_columns(const T* p) {
   for (int i = 0; i < (int)(sizeof(Columns<T>) / 16); ++i) loaded.words[i] = __ldg((const uint4*)p + i);
   return loaded.columns;
 #else
+  if ((uintptr_t)p % 16 != 0) throw std::logic_error("a load of columns that a GPU refuses: its address is no multiple of 16");
   Columns<T> loaded;
   std::memcpy(&loaded, p, sizeof(loaded));
   return loaded;
