@@ -16,6 +16,7 @@ from tests.conftest import needs_source_tree
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROOF = README.partition("## Proved so far")[2].partition("\n## ")[0]
 MACHINE = RESULTS / "amd-avx512_bf16"
 MIXED = "mixed 50% causal"
 pytestmark = needs_source_tree
@@ -100,20 +101,25 @@ def test_the_readme_shows_the_record_of_the_demo() -> None:
     assert f"loss of {losses[0]}, {losses[1]} and {losses[2]} against {before['next_token_loss']:.2f}" in text
 
 
-def proof_figures(kind: str) -> set[str]:
-    """nDCG@10 and next-token losses of a kind of run, as the README writes them: of each run, and the mean over seeds."""
-    runs: dict[tuple[str, str], list[float]] = {}
-    for path in RESULTS.glob("proof*/*.json"):
-        record = records.read(path)
-        if path.stem.rpartition("-")[0] != kind and path.stem != kind:
-            continue
-        if record.get("ranks"):
-            runs.setdefault((path.parent.name, "nDCG@10"), []).append(float(ndcg(record["ranks"]).mean()))
-        conversations = record.get("conversation_losses")
-        losses = mean_losses(conversations) if conversations else record.get("losses")
-        if losses:
-            runs.setdefault((path.parent.name, "loss"), []).append(sum(losses.values()) / len(losses))
-    return {f"{x:.3f}".lstrip("0") for run in runs.values() for x in (*run, sum(run) / len(run))}
+PLANS = (("proof",), ("proof_rate", "proof_short"))
+"""Folders of the README's plans: of 430 steps, and of 144; the first that has a kind of run is shown."""
+
+
+def proof_cells(kind: str) -> list[str]:
+    """The cells of a kind of run, a figure per seed: nDCG@10 by plan, then next-token losses; empty where none was measured."""
+    scores, losses = [], []
+    for folders in PLANS:
+        found = [
+            sorted(p for p in (RESULTS / f).glob("*.json") if re.fullmatch(rf"{kind}(-\d+)?", p.stem)) for f in folders
+        ]
+        runs = [records.read(path) for path in next(filter(None, found), [])]
+        scores.append([float(ndcg(run["ranks"]).mean()) for run in runs if "ranks" in run])
+        by_set = [
+            mean_losses(run["conversation_losses"]) if "conversation_losses" in run else run.get("losses")
+            for run in runs
+        ]
+        losses.append([sum(own.values()) / len(own) for own in by_set if own])
+    return [", ".join(f"{x:.3f}".removeprefix("0") for x in cell) for cell in (*scores, *losses)]
 
 
 @pytest.mark.parametrize(
@@ -125,10 +131,25 @@ def proof_figures(kind: str) -> set[str]:
     }.items(),
 )
 def test_a_row_of_the_proof_is_that_of_its_records(kind: str, label: str) -> None:
-    table = README.partition("## Proved so far")[2].partition("\n## ")[0]
-    lines = re.findall(rf"^\| {label} \|.*$", table, flags=re.MULTILINE)
-    stated = set(re.findall(r"\d*\.\d{3}\b", " ".join(lines)))
-    assert stated and stated <= proof_figures(kind)
+    (line,) = re.findall(rf"^\| {label} \|(.*)\|$", PROOF, flags=re.MULTILINE)
+    assert [cell.strip(" -") for cell in line.split("|")] == proof_cells(kind)
+
+
+def differences(plan: str) -> list[tuple[str, str, str]]:
+    """Of a plan's table: how far the unified model is from each specialist over all rows, and the interval, in per cent."""
+    written = (RESULTS / plan / "table.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| all \|.* ([+-]\S+)% \[(\S+)%, (\S+)%\] \|$", written, flags=re.MULTILINE)
+
+
+def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
+    text = " ".join(PROOF.split())
+    (score, low, high), (loss, loss_low, loss_high) = differences("proof")
+    assert f"its nDCG@10 is {score.strip('-')} % lower (95 % interval over queries {low} to {high} %)" in text
+    assert f"its loss {loss.strip('+')} % higher ({loss_low} to {loss_high} %)" in text
+    (score, low, high), (loss, _, _), (double, _, _), (double_loss, _, _) = differences("proof_rate")
+    assert f"(both: {score} %, {low} to {high} %), the loss {loss.strip('+')} % higher with either" in text
+    assert f"(nDCG@10 {double.strip('-')} %, loss {double_loss.strip('+')} %)" in text
+    assert f"nDCG@10 was {differences('proof_short')[0][0].strip('-')} % below after 144 steps" in text
 
 
 def test_the_page_on_kernels_states_the_profile_of_the_record() -> None:
