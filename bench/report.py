@@ -141,7 +141,7 @@ TITLES: dict[str, tuple[str, str]] = {
 PROOF_NOTE = (
     "`make proof`: the small model (SmolLM2-135M-Instruct, from a 4-bit file) trained for both jobs, or for one of them with the "
     "same base, rows, steps, tokens per objective and clipping, on what `grit data DATA --test-rows 700` builds; measured on "
-    "rows held out by entity. The records up to 2026-11-28 rank by bfloat16 scores, where near passages tie with the right one. "
+    "rows held out by entity. Runs before commit 7468ea6 rank by bfloat16 scores, where near passages tie with the right one. "
     "A curve searches 500 queries among 1,000 passages."
 )
 HIDDEN = (
