@@ -23,7 +23,6 @@ from tools.pages import visibility_page
 
 ROOT = Path(__file__).parent.parent
 _SHOWN_INSIDE = ("csrc", "grit_kernels", "python_model")
-TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -138,7 +137,8 @@ def _literals() -> list[str]:
 
 @needs_source_tree
 def test_errors_that_are_explained_are_those_of_the_code() -> None:
-    rows = re.findall(r"^\| `([^`]*expected[^`]*)`", TROUBLES, flags=re.MULTILINE)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]*expected[^`]*)`", page, flags=re.MULTILINE)
     literals = _literals()
     for message in rows:
         # after the argument's name; what stands for a value is a capital or "..", a figure, or quoted
