@@ -12,7 +12,7 @@
 
 Per token and layer, with hidden size h, inner size i, Hq/Hkv heads of size D, s bytes per computed and r per residual element:
 two norms (4 + 2 s) h each (their FP32 input, their output, its cast), s D (2 Hq + 2 Hkv) + 4 Hq for attention (q, k, v, out,
-LSE), r h for the residual and 4 s i for the gated product.
+LSE), r h for the residual and 4 s i for the gated product, of each expert that a token visits in a mixture.
 """
 
 from __future__ import annotations
@@ -162,12 +162,14 @@ def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) 
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     size = head_size(model_config)
     inner = getattr(model_config, "intermediate_size", None) or 4 * hidden
-    active = getattr(model_config, "num_experts_per_tok", 1) or 1
+    if visited := getattr(model_config, "num_experts_per_tok", None):
+        inner = visited * (getattr(model_config, "moe_intermediate_size", None) or inner)
+        inner += getattr(model_config, "shared_expert_intermediate_size", None) or 0
     s = 2 if bf16 else 4
     norms = 2 * (4 + (2 * s if bf16 else s)) * hidden
     attention = s * size * (2 * heads + 2 * kv_heads) + 4 * heads
     residual = (4 if residual_fp32 or not bf16 else 2) * hidden if bf16 else 0
-    return norms + attention + residual + 4 * s * inner * active
+    return norms + attention + residual + 4 * s * inner
 
 
 def attention_output_bytes(model_config: Any, bf16: bool) -> int:

@@ -47,6 +47,14 @@ def config(**changes: Any) -> Any:
         ({"num_key_value_heads": None}, True, True, 1024 + 2 * 16 * 16 + 16 + 256 + 768),
         ({"intermediate_size": None}, True, True, 1024 + 384 + 16 + 256 + 4 * 2 * 4 * 64),
         ({"num_experts_per_tok": 3}, True, True, 1024 + 384 + 16 + 256 + 3 * 768),
+        # experts of a size of their own, without and with one that all tokens visit
+        ({"num_experts_per_tok": 3, "moe_intermediate_size": 40}, True, True, 1024 + 384 + 16 + 256 + 3 * 8 * 40),
+        (
+            {"num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56},
+            True,
+            True,
+            1024 + 384 + 16 + 256 + 8 * (3 * 40 + 56),
+        ),
         ({"num_experts_per_tok": None, "head_dim": 32}, True, True, 1024 + 768 + 16 + 256 + 768),
     ],
 )
