@@ -19,11 +19,11 @@ from python_model.commands.runner import (
     Command,
     add_chunks,
     add_truncation,
-    check_chunks,
     chunks_of,
     load,
     progress,
     refuse_both,
+    refuse_without,
 )
 from python_model.rag.documents import read_documents
 from python_model.rag.modes import Document
@@ -76,19 +76,13 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Embed the texts in blocks, or on Ray."""
-    check_chunks(arguments)
+    options_of = COMMAND.parser()
+    refuse_without(arguments, options_of, "chunk_tokens", "overlap")
+    refuse_without(arguments, options_of, "ray", "workers", "gpus", "dtype")
     if arguments.ray:
         _run_on_ray(arguments)
     else:
         _run_here(arguments)
-
-
-def _refuse(arguments: Namespace, names: Sequence[str], expected: str, got: str = "it") -> None:
-    """Refuse options that would be ignored."""
-    for name in names:
-        given = getattr(arguments, name)
-        if given is not None and given is not False:  # a 0 was given, too
-            raise ValueError(f"{expected} --{name.replace('_', '-')}, got {got}")
 
 
 def _run_on_ray(arguments: Namespace) -> None:
@@ -96,7 +90,10 @@ def _run_on_ray(arguments: Namespace) -> None:
 
     if arguments.input is None or arguments.output is None:
         raise ValueError("--ray: expected --input and --output, got only one of them, or neither")
-    _refuse(arguments, ("text", "json", "device", "truncate_dim", "batch_size"), "--ray: expected no")
+    for name in ("text", "json", "device", "truncate_dim", "batch_size"):  # each would be ignored
+        given = getattr(arguments, name)
+        if given is not None and given is not False:  # a 0 was given, too
+            raise ValueError(f"--ray: expected no --{name.replace('_', '-')}, got it")
     workers = 1 if arguments.workers is None else arguments.workers
     recipe = Recipe(
         arguments.model,
@@ -122,7 +119,6 @@ def _run_on_ray(arguments: Namespace) -> None:
 def _run_here(arguments: Namespace) -> None:
     from tqdm.auto import tqdm
 
-    _refuse(arguments, ("workers", "gpus", "dtype"), "--ray: expected it with", "none")
     if not arguments.json and arguments.output is None:
         raise ValueError("output: expected --output FILE.npy or --json, got neither")
     refuse_both(arguments, "text", "input")

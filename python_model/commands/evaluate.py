@@ -24,9 +24,9 @@ from python_model.commands.runner import (
     add_chunks,
     add_json,
     add_truncation,
-    check_chunks,
     chunks_of,
     load,
+    refuse_without,
     tell_cut,
 )
 from python_model.evaluation.held_out import HeldOut
@@ -148,7 +148,7 @@ def run(arguments: Namespace) -> None:
         **({} if arguments.truncate_dim is None else {"truncate_dim": arguments.truncate_dim}),
         **({"chunks": [arguments.chunk_tokens, arguments.overlap]} if arguments.chunk_tokens else {}),
     }
-    check_chunks(arguments)
+    refuse_without(arguments, COMMAND.parser(), "chunk_tokens", "overlap")
     if arguments.questions is not None and arguments.mode == "embedding":
         raise ValueError("questions: expected a model that generates, got one in mode 'embedding'")
     held_out = HeldOut(data)

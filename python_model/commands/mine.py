@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_chunks, check_chunks, chunks_of, load, tell_cut
+from python_model.commands.runner import Command, add_chunks, chunks_of, load, refuse_without, tell_cut
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, SKIPPED_RANKS, Embeddings, Scorer, mine_negatives
 from python_model.data.files import read_objects
 from python_model.data.reading import tolerant_rows
@@ -102,9 +102,9 @@ def run(arguments: Namespace) -> None:
     """Read the rows, score passages, choose negatives, write."""
     check_at_least("negatives", arguments.negatives, 1)
     check_at_least("skip", arguments.skip, 0)
-    check_chunks(arguments)
-    if arguments.chunk_tokens and arguments.model is None:
-        raise ValueError(f"--chunk-tokens: expected --model beside it, got {arguments.chunk_tokens} alone")
+    options_of = COMMAND.parser()
+    refuse_without(arguments, options_of, "chunk_tokens", "overlap")
+    refuse_without(arguments, options_of, "model", "chunk_tokens")
     if not 0 < arguments.margin <= 1:
         raise ValueError(f"margin: expected a number > 0 and <= 1, got {arguments.margin}")
     report = DataReport()

@@ -13,9 +13,9 @@ from python_model.commands.runner import (
     add_chunks,
     add_json,
     add_model,
-    check_chunks,
     chunks_of,
     load,
+    refuse_without,
     show,
     tell_cut,
 )
@@ -55,7 +55,7 @@ def run(arguments: Namespace) -> None:
     """Print the passages, best first."""
     from python_model.generate.rerank import PASSAGE_TOKENS, rerank
 
-    check_chunks(arguments)
+    refuse_without(arguments, COMMAND.parser(), "chunk_tokens", "overlap")
     chunked = bool(arguments.chunk_tokens)
     if chunked and arguments.passage_tokens is not None:
         raise ValueError("--passage-tokens: expected no --chunk-tokens beside it, got both")

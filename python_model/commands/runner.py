@@ -110,11 +110,11 @@ def refuse_both(arguments: Namespace, first: str, second: str) -> None:
 
 def refuse_without(arguments: Namespace, parser: ArgumentParser, main: str, *names: str) -> None:
     """Refuse options that would be ignored without the option ``main``: those with another value than by default."""
-    if getattr(arguments, main) in (None, False, []):
+    if getattr(arguments, main) in (None, False, 0, []):
         for name in names:
             if getattr(arguments, name) != parser.get_default(name):
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option}: expected --{main} beside it, got none")
+                option, missing = name.replace("_", "-"), main.replace("_", "-")
+                raise ValueError(f"--{option}: expected --{missing} beside it, got none")
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -164,12 +164,6 @@ def add_chunks(parser: ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--overlap", type=int, default=0, help="with --chunk-tokens: tokens shared by neighbouring chunks"
     )
-
-
-def check_chunks(arguments: Namespace) -> None:
-    """Refuse ``--overlap`` where it would be ignored."""
-    if arguments.overlap and not arguments.chunk_tokens:
-        raise ValueError(f"--overlap: expected --chunk-tokens beside it, got {arguments.overlap} alone")
 
 
 def chunks_of(arguments: Namespace, model: GritLM, documents: Iterable[Document]) -> tuple[list[Document], list[int]]:

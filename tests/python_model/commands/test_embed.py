@@ -27,7 +27,7 @@ def test_options_that_a_cluster_would_ignore_are_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("option", [["--workers", "2"], ["--gpus", "0"], ["--dtype", "float16"]])
 def test_options_of_a_cluster_are_refused_without_one(option: list[str]) -> None:
-    with pytest.raises(SystemExit, match=f"--ray: expected it with {option[0]}, got none"):
+    with pytest.raises(SystemExit, match=f"{option[0]}: expected --ray beside it, got none"):
         embed.COMMAND(["--text", "a", "--json", *option])
 
 
@@ -37,7 +37,7 @@ def test_texts_beside_a_file_of_them_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_overlap_of_no_chunks_is_refused() -> None:
-    with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got 3 alone"):
+    with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got none"):
         embed.COMMAND(["--text", "a", "--json", "--overlap", "3"])
 
 
@@ -205,7 +205,7 @@ def test_reranking_in_chunks_cuts_nothing_and_takes_the_best_chunk_of_each_passa
         assert (row["passage"], row["place"]) == (shown.content, shown.place)
     rerank.COMMAND([*base, "--chunk-tokens", "24", "--top", "1"])
     assert len(json.loads(capsys.readouterr().out)["passages"]) == 1
-    with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got 4 alone"):
+    with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got none"):
         rerank.COMMAND([*base, "--overlap", "4"])
     with pytest.raises(SystemExit, match="--passage-tokens: expected no --chunk-tokens beside it, got both"):
         rerank.COMMAND([*base, "--chunk-tokens", "24", "--passage-tokens", "24"])
