@@ -63,7 +63,19 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
     pytest.importorskip("bm25s")
     arguments = ["--config", str(_plan(tmp_path, checkpoint)), "--data", str(_data(tmp_path / "data"))]
     arguments += ["--output", str(tmp_path / "out"), "--records", str(tmp_path / "records")]
-    proof.main([*arguments, "--only", "unified-0", "--only", "base"])
+    searched: list[tuple[int, int | None]] = []
+    ranks_of = proof.Measure.ranks
+
+    def noted(
+        measure: proof.Measure, model: GritLM, queries: list[int], passages: list[int] | None = None
+    ) -> list[int]:
+        searched.append((len(queries), passages and len(passages)))
+        return ranks_of(measure, model, queries, passages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proof.Measure, "ranks", noted)
+        proof.main([*arguments, "--only", "unified-0", "--only", "base"])
+    assert searched == [(3, 4)] * 4 + [(6, None)] * 2  # the points of the curve, then both ends
     assert {p.stem for p in (tmp_path / "records").glob("*.json")} == {"unified-0", "base"}
     # the record is what counts: a run that has one is not run again
     trained: list[str] = []
@@ -100,17 +112,22 @@ def test_a_tiny_plan_runs_goes_on_and_tabulates(
 
 def test_the_curve_searches_the_answers_and_other_passages(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
     plan = proof.Plan({}, queries=6, curve_queries=3, curve_passages=5)
-    measure = proof.Measure(plan, _data(tmp_path / "data"))
+    data = _data(tmp_path / "data")
+    first = proof.Measure(plan, data).queries[0]
+    with (data / "corpus.jsonl").open("a") as corpus:  # what answers the first query once more, as passage 8
+        corpus.write(json.dumps({"key": "again", "text": f"{WORDS[first]} is here"}) + "\n")
+    measure = proof.Measure(plan, data)
     held_out, chosen, queries = measure.held_out, measure.curve_passages, measure.curve_queries
-    answers = {held_out.relevant[i] for i in queries}
+    answers = {8, *(held_out.relevant[i] for i in queries)}
     assert answers <= set(chosen) and len(chosen) == len(set(chosen)) == 5 < len(held_out.documents)
-    for wanted, count in ((1, 3), (99, len(held_out.documents))):
-        assert len(proof.Measure(replace(plan, curve_passages=wanted), tmp_path / "data").curve_passages) == count
+    for wanted, count in ((1, 4), (99, len(held_out.documents))):
+        assert len(proof.Measure(replace(plan, curve_passages=wanted), data).curve_passages) == count
     model = GritLM(checkpoint, device="cpu", dtype="float32")
     with torch.autocast("cpu", torch.bfloat16):
         vectors = embed_documents(model, held_out.documents, max_length=plan.max_length).float()
         asked = embed_queries(model, [held_out.queries[i] for i in queries], max_length=plan.max_length).float()
     scores = asked @ vectors.T
+    scores[0, 8] = -torch.inf
     better = scores > scores.gather(1, torch.tensor([[held_out.relevant[i]] for i in queries]))
     assert measure.ranks(model, queries) == [1 + int(row.sum()) for row in better]
     assert measure.ranks(model, queries, chosen) == [1 + int(row[chosen].sum()) for row in better]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,11 @@ def test_items_take_data_sets_in_turn_and_leave_out_other_answers(held_out: Held
     assert make_items(held_out, 4, 5) == (items[:5], found)
     assert found == {EVERYTHING: len(items) / 12, "good": len(items) / 12, "plain": len(items) / 12}
     assert all(item.passages[item.right].split()[1] in item.query for item in items)
+    other = copy.copy(held_out)
+    other.rows, other.relevant, other.also_relevant = (
+        each[::-1] for each in (held_out.rows, held_out.relevant, held_out.also_relevant)
+    )
+    assert make_items(other, 4)[0] == items, "the order of the file does not count"
     places = {item.query: item for item in items}
     river = places["a river that is a good one"]
     assert river.right == 0 and river.passages.count(PASSAGES["good:river"]) == 1, "its copy would be right as well"
@@ -138,7 +144,9 @@ def test_a_difference_beyond_chance_is_told_from_one_within() -> None:
     draw = np.random.default_rng(1)
     base = draw.random(300)
     value, low, high = paired_difference(base + 0.1 + 0.1 * draw.standard_normal(300), base)
-    assert low < 0.1 < high and 0.05 < low and value == pytest.approx((low + high) / 2, abs=0.005)
+    assert low < 0.1 < high and value == pytest.approx((low + high) / 2, abs=0.005)
+    # the queries differ by more than the methods do, which a paired interval does not see
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 / 300**0.5, rel=0.2)
     _, low, high = paired_difference(base + 0.1 * draw.standard_normal(300), base)
     assert low < 0 < high
     rows = summary("tiny", [item("x", 2)] * 40, SHARES, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
@@ -147,4 +155,8 @@ def test_a_difference_beyond_chance_is_told_from_one_within() -> None:
     )
     rows = summary("tiny", [item("x", 0)] * 40, SHARES, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
     assert verdict(rows).endswith(f"nothing is better than the default ({DEFAULT}) beyond chance")
+    better, worse = [item("x", 2)] * 21, [item("x", 0)] * 19
+    rows = summary("tiny", better + worse, SHARES, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
+    assert "best is pointwise" in verdict(rows) and verdict(rows).endswith("beyond chance")
+    assert "nothing is better" in verdict(rows), "21 of 40 may be chance"
     assert verdict(summary("tiny", [item("x", 0)], SHARES, {"pointwise": [[0, 1, 2]]})).endswith("was not measured")
