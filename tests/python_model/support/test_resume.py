@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,16 @@ def test_files_and_folders_are_on_the_disk_before_they_get_their_names(
         (folder / "b").write_text("b")
     assert events[: events.index("replace d")].count("sync") >= 4  # two files, two folders
     assert (tmp_path / "d" / "sub" / "a").read_text() == "a"
+
+
+def test_a_row_is_on_the_disk_when_it_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    log = JsonLines(tmp_path / "log.jsonl")
+    log.append({"n": 1})
+    log.append({"n": 2})
+    log.close()
+    assert synced == [len(b'{"n": 1}\n'), 2 * len(b'{"n": 1}\n')]
 
 
 def test_a_missing_package_names_the_extra() -> None:
