@@ -167,9 +167,10 @@ def query_likelihoods(model: GritLM, query: str, passages: Sequence[str], *, bat
     longest = int(model.model.config.max_position_embeddings)
     try:
         samples = [model.formatter.conversation([likelihood_turn(passage), query], longest) for passage in passages]
+        fit = not any(sample.truncated for sample in samples)
     except TooLong:
-        samples = None
-    if samples is None or any(sample.truncated for sample in samples):
+        fit = False
+    if not fit:
         raise ValueError(f"passages: expected the query and each passage within the model's {longest} tokens, got more")
     scores = [0.0] * len(passages)
     for batch in token_batches([len(sample) for sample in samples], batch_size):
