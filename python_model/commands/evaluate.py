@@ -24,7 +24,7 @@ from python_model.commands.runner import (
     add_chunks,
     add_json,
     add_truncation,
-    chunks_of,
+    chunked_texts,
     load,
     refuse_without,
     tell_cut,
@@ -34,7 +34,6 @@ from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TooLong
-from python_model.rag.modes import Document
 from python_model.support.files import write_json
 from python_model.support.tables import aligned
 
@@ -48,7 +47,7 @@ def measure(
     *,
     max_length: int,
     bf16: bool,
-    chunks: tuple[Sequence[str], Sequence[int]] | None = None,
+    chunks: tuple[Sequence[str], Sequence[int] | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores by data set, and overall under ``"all"``; ``chunks``: of the documents, and the index of each one's document."""
     texts, owners = (held_out.documents, None) if chunks is None else chunks
@@ -159,13 +158,9 @@ def run(arguments: Namespace) -> None:
         model = load(
             Namespace(model=name, device=arguments.device, truncate_dim=arguments.truncate_dim), mode=arguments.mode
         )
-        chunks = None
-        if arguments.chunk_tokens:
-            whole = [Document(str(index), text) for index, text in enumerate(held_out.documents)]
-            parts, owners = chunks_of(arguments, model, whole)
-            chunks = [part.text for part in parts], owners
+        chunks = chunked_texts(arguments, model, held_out.documents)
         scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16, chunks=chunks)
-        tell_cut("eval", model, f"--max-length {arguments.max_length}", "" if chunks else "documents")
+        tell_cut("eval", model, f"--max-length {arguments.max_length}", "" if arguments.chunk_tokens else "documents")
         result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
         if arguments.questions is not None:
             result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)

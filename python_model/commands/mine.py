@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_chunks, chunks_of, load, refuse_without, tell_cut
+from python_model.commands.runner import Command, add_chunks, chunked_texts, load, refuse_without, tell_cut
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, SKIPPED_RANKS, Embeddings, Scorer, mine_negatives
 from python_model.data.files import read_objects
 from python_model.data.reading import tolerant_rows
 from python_model.data.report import DataReport
 from python_model.data.rows import EmbeddingRow, InstructedText, PlainText, check_text, to_object
-from python_model.rag.modes import Document
 from python_model.support.arguments import check_at_least
 from python_model.support.files import new_file
 
@@ -121,14 +120,8 @@ def run(arguments: Namespace) -> None:
         scorer = BM25([row.query.text for row in rows], passages)
     else:
         model = load(arguments, mode="embedding")
-        parts, owners = chunks_of(arguments, model, [Document(str(i), text) for i, text in enumerate(passages)])
-        scorer = Embeddings(
-            model,
-            [row.query for row in rows],
-            [part.text for part in parts],
-            max_length=arguments.max_length,
-            owners=owners if arguments.chunk_tokens else None,
-        )
+        texts, owners = chunked_texts(arguments, model, passages)
+        scorer = Embeddings(model, [row.query for row in rows], texts, max_length=arguments.max_length, owners=owners)
         tell_cut("mine", model, f"--max-length {arguments.max_length}", "" if arguments.chunk_tokens else "passages")
     found = mined(
         rows,

@@ -183,6 +183,18 @@ def chunks_of(arguments: Namespace, model: GritLM, documents: Iterable[Document]
     return parts, owners
 
 
+def chunked_texts(
+    arguments: Namespace, model: GritLM, texts: Sequence[str]
+) -> tuple[Sequence[str], Sequence[int] | None]:
+    """The chunks of all texts, and the index of the text that each belongs to; without ``--chunk-tokens`` the texts and None."""
+    from python_model.rag.modes import Document
+
+    if not arguments.chunk_tokens:
+        return texts, None
+    parts, owners = chunks_of(arguments, model, [Document(str(index), text) for index, text in enumerate(texts)])
+    return [part.text for part in parts], owners
+
+
 def tell_cut(name: str, model: GritLM, limit: str, split: str = "") -> None:
     """Say on standard error how many texts ``model`` has truncated, if any; ``limit`` is the option that sets the length,
     ``split`` what ``--chunk-tokens`` would split.
