@@ -152,6 +152,21 @@ def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
     assert f"nDCG@10 was {differences('proof_short')[0][0].strip('-')} % below after 144 steps" in text
 
 
+def test_the_page_on_rag_states_the_record_of_reranking() -> None:
+    page = " ".join((ROOT / "docs" / "rag.md").read_text(encoding="utf-8").split())
+    found, default, pointwise = (
+        rows("rerank", dataset="all", variant=name)[0] for name in ("as found", "likelihood", "pointwise")
+    )
+    scores = [f"{row['ndcg_at_10']:.3f}"[1:] for row in (found, default, pointwise)]
+    gain, low, high = (f"+{default[f'over_found{end}']:.3f}".replace("0.", ".") for end in ("", "_low", "_high"))
+    assert f"{found['queries']} held-out queries" in page and f"({100 * found['found']:.0f} % of all are such)" in page
+    assert (
+        f"nDCG@10 is {scores[0]} in BM25's order, **{scores[1]} by likelihood** "
+        f"({gain}, 95 % interval {low} to {high}) and {scores[2]} pointwise"
+    ) in page
+    assert f"+{value('rerank', 'over_found', dataset='wikipedia', variant='likelihood'):.3f}".replace("0.", ".") in page
+
+
 def test_the_page_on_kernels_states_the_profile_of_the_record() -> None:
     page = " ".join((ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split())
     parts = {row["part"]: row["share"] for row in rows("model", group="profile", variant="packed")}
