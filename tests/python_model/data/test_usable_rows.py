@@ -110,14 +110,18 @@ def test_a_row_without_a_problem_can_be_encoded_and_one_with_cannot(
                 encode()
 
 
-def test_a_default_prompt_counts_as_the_instruction_of_a_text_without_one(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("query_max_len", "passage_max_len", "left_out"), [(96, 96, 2), (96, 2000, 1), (2000, 96, 1)])
+def test_a_default_prompt_counts_as_the_instruction_of_a_text_without_one(
+    tokenizer: Any, tmp_path: Path, query_max_len: int, passage_max_len: int, left_out: int
+) -> None:
     rows = [{"query": ["i", "q"], "pos": [["i", "p"]]}, {"query": "q", "pos": [["i", "p"]]}]
     rows += [{"query": ["i", "q"], "pos": ["p"]}]
-    options: dict[str, Any] = {"query_max_len": 96, "passage_max_len": 96, "max_left_out": 0.9, "train_group_size": 1}
-    config = config_of(train_data=folder_of(tmp_path, e=rows), mode="embedding", embedding_batch_size=1, **options)
+    options: dict[str, Any] = {"query_max_len": query_max_len, "passage_max_len": passage_max_len}
+    options |= {"max_left_out": 0.9, "train_group_size": 1, "mode": "embedding", "embedding_batch_size": 1}
+    config = config_of(train_data=folder_of(tmp_path, e=rows), **options)
     settings = GritSettings(prompts={"q": "word " * 120}, default_prompt_name="q")
     stream = open_stream(config.data, config.batch, tokenizer, settings=settings, mode="embedding")
-    assert stream.report.left_out == {"too long": 2} and stream.report.used == {"e": 1}
+    assert stream.report.left_out == {"too long": left_out} and stream.report.used == {"e": 3 - left_out}
     assert len(stream[0].queries) == 1
 
 
