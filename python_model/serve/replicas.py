@@ -27,9 +27,9 @@ class Replicas:
     ``most``.
     """
 
-    least: int = 1
-    most: int = 1
-    target_requests: int = 8
+    least: int
+    most: int
+    target_requests: int
 
     def __post_init__(self) -> None:
         check_at_least("least", self.least, 1)
@@ -37,7 +37,7 @@ class Replicas:
         check_at_least("target_requests", self.target_requests, 1)
 
     @classmethod
-    def parse(cls, text: str, target_requests: int = 8) -> Replicas:
+    def parse(cls, text: str, target_requests: int) -> Replicas:
         """Parse ``"2"`` (two) or ``"1:8"`` (one to eight)."""
         least, _, most = text.partition(":")
         if not least.isdigit() or (most and not most.isdigit()):
