@@ -94,6 +94,8 @@ def test_generate_refuses_a_file_to_read_without_one_to_write_and_the_reverse(op
         (index, ["INDEX", "--search", "a", "--store", "b"], "--store: expected --add beside it"),
         (index, ["INDEX", "--add", "a", "--store-format", "int8"], "--store-format: expected --store beside it"),
         (index, ["INDEX", "--add", "a", "--store-limit", "3"], "--store-limit: expected --store beside it"),
+        (mine, ["a", "b", "--model", "c", "--overlap", "3"], "--overlap: expected --chunk-tokens beside it"),
+        (mine, ["a", "b", "--chunk-tokens", "8"], "--chunk-tokens: expected --model beside it"),
         (serve, ["--replicas", "2"], "--replicas: expected --ray beside it"),
         (serve, ["--requests-per-replica", "3"], "--requests-per-replica: expected --ray beside it"),
     ],
