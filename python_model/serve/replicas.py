@@ -23,26 +23,26 @@ INDEXES_PER_REPLICA = 8
 
 @dataclass(frozen=True)
 class Replicas:
-    """The number of replicas: enough for ``target_requests`` open requests each, those that wait included, between ``least`` and
-    ``most``.
+    """The number of replicas: between ``least`` and ``most``, enough for ``requests_per_replica`` open requests each, those that
+    wait included.
     """
 
     least: int
     most: int
-    target_requests: int
+    requests_per_replica: int
 
     def __post_init__(self) -> None:
         check_at_least("least", self.least, 1)
         check_at_least("most", self.most, self.least)
-        check_at_least("target_requests", self.target_requests, 1)
+        check_at_least("requests_per_replica", self.requests_per_replica, 1)
 
     @classmethod
-    def parse(cls, text: str, target_requests: int) -> Replicas:
+    def parse(cls, text: str, requests_per_replica: int) -> Replicas:
         """Parse ``"2"`` (two) or ``"1:8"`` (one to eight)."""
         least, _, most = text.partition(":")
         if not least.isdigit() or (most and not most.isdigit()):
             raise ValueError(f"replicas: expected a number, or LEAST:MOST, got {text!r}")
-        return cls(int(least), int(most or least), target_requests)
+        return cls(int(least), int(most or least), requests_per_replica)
 
 
 def start(
@@ -82,7 +82,7 @@ def start(
         autoscaling_config={
             "min_replicas": replicas.least,
             "max_replicas": replicas.most,
-            "target_ongoing_requests": replicas.target_requests,
+            "target_ongoing_requests": replicas.requests_per_replica,
         },
     )(serve.ingress(application)())
     serve.start(http_options={"host": host, "port": port})

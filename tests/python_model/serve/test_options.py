@@ -160,6 +160,8 @@ def test_replicas_scale_with_the_number_of_open_requests(monkeypatch: pytest.Mon
     )
     monkeypatch.setattr(replicas, "require", lambda module, extra: ray_serve)
     count = replicas.Replicas.parse("2:5", 6)
+    with pytest.raises(ValueError, match="requests_per_replica: expected .* got 0"):
+        replicas.Replicas.parse("2:5", 0)
     replicas.start(lambda remember: None, count, host="::1", port=81, cpus=3, drain_seconds=4, max_requests=7)
     assert told["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 6}
     assert told["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 0} and told["max_ongoing_requests"] == 7
