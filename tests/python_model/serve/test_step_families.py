@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from python_model.rag.reading import read
 from python_model.serve.engine import Generation, TextWork
+from python_model.serve.own_forward import longest_text
 from python_model.serve.step import unfit
 from tests.python_model.serve.conftest import SteppedEngine, collect
 from tests.python_model.serve.schedules import check, check_random_schedule, draw_works, ids, loaded, serve, tiny
@@ -66,6 +68,15 @@ def test_rotary_scaling_by_length_is_served_up_to_the_length_where_it_sets_in(to
     check_random_schedule(model, 5)
     engine = SteppedEngine(model, arena_rows=300, max_step_tokens=96)
     assert engine.positions == 256
+
+
+def test_a_sequence_grows_up_to_the_models_positions_if_it_has_a_limit() -> None:
+    from transformers import BloomConfig, BloomModel
+
+    limited: Any = SimpleNamespace(model=tiny("Llama"))
+    assert longest_text(limited) == 256
+    unlimited: Any = SimpleNamespace(model=BloomModel(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1)))
+    assert longest_text(unlimited) == 2**31 - 1
 
 
 def test_an_embedder_without_a_head_reads_texts_through_its_own_forward(tokenizer: Any, tmp_path: Path) -> None:
