@@ -18,11 +18,16 @@ def is_integer(x: object, *shape: int) -> bool:
     return isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64) and tuple(x.shape) == shape
 
 
+def neither_0_nor_1(mask: Tensor) -> Tensor:
+    """Which elements of a mask are neither 0 (padding) nor 1 (a real token)."""
+    return (mask != 0) & (mask != 1)
+
+
 def mask_faults(mask: Tensor) -> Tensor | None:
     """How many elements of a mask are neither 0 (padding) nor 1 (a real token) nor, among integers, the number of a sample, as in
     a mask that is added to scores; int64 scalar. None: none, by its dtype."""
     if mask.is_floating_point():
-        return ((mask != 0) & (mask != 1)).sum()
+        return neither_0_nor_1(mask).sum()
     return (mask < 0).sum() if mask.dtype.is_signed else None
 
 

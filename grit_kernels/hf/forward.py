@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grit_kernels.checks import described
+from grit_kernels.checks import described, neither_0_nor_1
 from grit_kernels.hf import compat, gptj, recurrent, rope
 from grit_kernels.hf.attention_pass import AttentionPass, PackedKeys
 from grit_kernels.packing import SamplePack
@@ -201,7 +201,7 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     elif numbers is not None:  # as a mask that numbers the samples, from 1
         if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length)):
             raise ValueError(f"attention_mask: expected none or {(batch, length)} with seq_idx, got {described(mask)}")
-        if mask is not None and not compiling and bool(((mask != 0) & (mask != 1)).any()):
+        if mask is not None and not compiling and bool(neither_0_nor_1(mask).any()):
             raise ValueError(
                 "attention_mask: expected 0 and 1 beside seq_idx, which numbers the samples, got other values"
             )
@@ -379,7 +379,7 @@ def _assert_one_sample_per_row(mask: Tensor, positions: Tensor | None) -> None:
     """For a compiled pass, which cannot read values: an assertion inside the graph."""
     if mask.dtype != torch.bool:
         torch._assert_async(
-            ((mask == 0) | (mask == 1)).all(),
+            ~neither_0_nor_1(mask).any(),
             "attention_mask: expected 0 and 1; a compiled pass cannot distinguish the samples numbered by a mask",
         )
     if positions is not None and mask.shape[1] > 1:
@@ -406,7 +406,7 @@ def _refuse_several_samples_in_a_cache(
     """Check that there is one sample per row, as a cache requires, when a pass begins to fill one."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         return  # masks built by generate() with our mask function, one per kind of layer
-    if mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+    if mask is not None and mask.dtype != torch.bool and bool(neither_0_nor_1(mask).any()):
         raise ValueError(
             "attention_mask: expected 0 and 1 with a cache, which holds one sample per row, got other numbers"
         )
