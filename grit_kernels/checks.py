@@ -32,12 +32,9 @@ def mask_faults(mask: Tensor) -> Tensor | None:
 
 
 def check_mask(name: str, mask: Tensor, faults: int) -> None:
-    """ValueError if :func:`mask_faults` counted some in ``mask``."""
+    """ValueError if ``faults`` elements of ``mask`` are not what it may hold."""
     if faults:
-        raise ValueError(
-            f"{name}: expected 0 at padding and 1 at real tokens, got {described(mask)} with other values, as if to be added to "
-            "scores"
-        )
+        raise ValueError(f"{name}: expected 0 at padding and 1 at real tokens, got {described(mask)} with other values")
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:

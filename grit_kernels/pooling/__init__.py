@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from grit_kernels.backend import use_reference
-from grit_kernels.checks import check_cu_seqlens, dense_rows, described, is_integer, neither_0_nor_1, readable
+from grit_kernels.checks import (
+    check_cu_seqlens,
+    check_mask,
+    dense_rows,
+    described,
+    is_integer,
+    neither_0_nor_1,
+    readable,
+)
 from grit_kernels.pooling import op as _op  # noqa: F401  (registers the ops)
 from grit_kernels.pooling import reference
 from grit_kernels.pooling.problem import PoolingProblem
@@ -126,10 +134,8 @@ def _flatten(
     if attention_mask is not None:
         if tuple(attention_mask.shape) != (batch, length):
             raise ValueError(f"attention_mask: expected {(batch, length)}, got {tuple(attention_mask.shape)}")
-        if readable(attention_mask) and bool(neither_0_nor_1(attention_mask).any()):
-            raise ValueError(
-                f"attention_mask: expected 0 at padding and 1 at real tokens, got {described(attention_mask)} with other values"
-            )
+        if readable(attention_mask):
+            check_mask("attention_mask", attention_mask, int(neither_0_nor_1(attention_mask).sum()))
         real = attention_mask.to(hidden_states.device).reshape(-1) != 0
     starts = torch.arange(batch + 1, device=hidden_states.device) * length
     return dense_rows(hidden_states.reshape(batch * length, shape[2])), starts, real

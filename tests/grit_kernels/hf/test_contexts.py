@@ -95,6 +95,10 @@ def test_a_pack_says_where_its_samples_begin() -> None:
     ]
     assert made.contexts is not None and made.contexts.lens.tolist() == [0, 0, 8, 0, 5]
     assert made.to("cpu").contexts is not None and torch.equal(made.to("cpu").position_ids, made.position_ids)
+    moved = made.to("meta").contexts
+    assert moved is not None
+    for part in (moved, moved.alone, moved.after):
+        assert {x.device.type for x in vars(part).values() if isinstance(x, torch.Tensor)} == {"meta"}
     assert pack(contexts=[None, [], None, None, None]).contexts is None
 
 
