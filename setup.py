@@ -16,11 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
+MINIMUM_SETUPTOOLS = 77
 MINIMUM_TORCH = (2, 11)
 ALTERNATIVE = "GRIT_KERNELS_NO_EXTENSION=1 installs without it (CPU ops then run their slow plain torch reference)"
 
@@ -33,6 +32,15 @@ def flag(name: str) -> bool | None:
 
 def stop(message: str) -> None:
     sys.exit(f"\ngrit_kernels: {message}\n")
+
+
+# without build isolation nothing else holds pip to pyproject.toml, and venv of Python 3.10 and 3.11 installs 65.5
+if int(setuptools.__version__.split(".")[0]) < MINIMUM_SETUPTOOLS:
+    stop(f"setuptools {setuptools.__version__} is too old. `pip install 'setuptools>={MINIMUM_SETUPTOOLS}'`")
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 
 def torch_include() -> Path:

@@ -34,9 +34,9 @@ def _build(tmp_path: Path, **environment: str) -> str:
     return run.stdout + run.stderr
 
 
-def _fake_torch(folder: Path, version: str) -> str:
-    (folder / "torch").mkdir()
-    (folder / "torch" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+def _fake(package: str, folder: Path, version: str) -> str:
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").write_text(f"__version__ = {version!r}\n")
     return str(folder)
 
 
@@ -46,8 +46,22 @@ def test_a_missing_compiler_is_named_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_an_old_torch_is_named_with_the_version_needed(tmp_path: Path) -> None:
-    message = _build(tmp_path, PYTHONPATH=_fake_torch(tmp_path, "2.9.1+cpu"))
+    message = _build(tmp_path, PYTHONPATH=_fake("torch", tmp_path, "2.9.1+cpu"))
     assert "torch 2.9.1+cpu is too old" in message and "torch>=2.11" in message
+
+
+def test_an_old_setuptools_is_named_with_the_version_needed(tmp_path: Path) -> None:
+    message = _build(tmp_path, PYTHONPATH=_fake("setuptools", tmp_path, "65.5.0"))
+    assert "setuptools 65.5.0 is too old" in message and "setuptools>=77" in message
+
+
+def test_every_recipe_installs_a_setuptools_that_builds() -> None:
+    """Where no lock chooses it, a new environment of Python 3.10 or 3.11 keeps its 65.5."""
+    needed = re.search(r'requires = \["(setuptools>=\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert needed
+    for name in ("README.md", "docs/getting_started.md", "pyproject.toml", ".github/workflows/wheels.yml"):
+        commands = re.findall(r"pip install .*setuptools.*", (ROOT / name).read_text(encoding="utf-8"))
+        assert commands and all(f"'{needed[1]}'" in command for command in commands), name
 
 
 def test_a_wheel_carries_every_file_that_is_not_python() -> None:
