@@ -60,6 +60,19 @@ def test_states_are_shared_by_copying() -> None:
         arena.share(source, target, 9)
 
 
+def test_states_in_wider_memory_have_zeros_behind_them() -> None:
+    arena = Arena(LAYERS, 1, 8, ROWS, 4, memory_dim=12)
+    for memory in (arena.keys, arena.values):
+        memory.fill_(float("nan"))
+    arena.allocate(3)
+    interval = arena.allocate(10)
+    assert interval is not None
+    data = fill(arena, interval, 7)
+    found = states_of(arena, interval)
+    assert torch.equal(found[..., :8], data) and torch.equal(found[..., 8:], torch.zeros(LAYERS, 2, 7, 1, 4))
+    assert int(arena.keys.isfinite().all(-1).sum()) == LAYERS * 7, "other rows are as they were"
+
+
 def test_wrong_states_and_intervals_are_refused() -> None:
     arena = Arena(LAYERS, 1, 8, ROWS, 4)
     interval = arena.allocate(3)

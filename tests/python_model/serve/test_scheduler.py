@@ -7,7 +7,7 @@ import random
 import pytest
 
 from python_model.serve.arena import Arena
-from python_model.serve.scheduler import Scheduler, Sequence, Text, Work
+from python_model.serve.scheduler import QueueFull, Scheduler, Sequence, Text, Work
 
 
 def scheduler(rows: int = 1000, step: int = 64, **options: float) -> Scheduler:
@@ -150,6 +150,130 @@ def test_the_budget_shrinks_after_slow_steps_and_grows_after_full_fast_ones() ->
     assert s.budget == 64
     s.report(9, 0.4, decoding=9)
     assert s.budget == 64, "rows that decode are not what the budget can leave out"
+
+
+def test_the_budget_at_most_halves_or_grows_by_a_fifth_in_a_step_and_has_a_least() -> None:
+    s = scheduler(step=64, target_seconds=0.1)
+    for start, seconds, expected in ((60.0, 0.01, 64.0), (50.0, 0.01, 60.0), (50.0, 0.09, 50 / 0.9), (50.0, 0.11, 50 / 1.1)):
+        s.budget = start
+        s.report(50, seconds, decoding=1)
+        assert s.budget == pytest.approx(expected)
+    s.budget = 40.0
+    s.report(40, 9.0, decoding=1)
+    assert s.budget == 32
+    s.report(40, 0.0, decoding=1)
+    assert s.budget == 32, "a clock that did not move says nothing"
+
+
+def test_a_prompt_first_in_line_gets_a_piece_however_much_is_decoding() -> None:
+    s = scheduler(step=64)
+    s.add([prompt(20, 100 * i, max_tokens=50) for i in range(3)])
+    run(s.plan(0.0), s)
+    s.budget = 3.0
+    first, second = prompt(40, 500), prompt(40, 700)
+    s.add([first, second])
+    for left in (16, 16, 8):
+        plan = s.plan(0.0)
+        assert [(work, count) for work, count in plan[3:]] == [(first, left)]
+        run(plan, s)
+    s.budget = 24.0
+    assert s.plan(0.0)[4:] == [(second, 20)], "what four that decode leave of the budget"
+
+
+def test_a_full_queue_is_empty_again_after_the_time_that_its_tokens_take() -> None:
+    s = scheduler(max_queued_tokens=100)
+    s.add([text(64), text(36)])
+    with pytest.raises(QueueFull) as refused:
+        s.add([text(1)])
+    assert refused.value.retry_after == 1.0, "100 tokens, at a supposed 1000 a second"
+    s.report(40, 1.0, decoding=0)
+    s.report(20, 1.0, decoding=0)
+    assert s.tokens_per_second == pytest.approx(0.9 * 40 + 0.1 * 20)
+    for speed, wait in ((38.0, 100 / 38), (1e9, 1.0), (0.1, 60.0)):
+        s.tokens_per_second = speed
+        with pytest.raises(QueueFull) as refused:
+            s.add([text(1)])
+        assert refused.value.retry_after == pytest.approx(wait)
+    run(s.plan(0.0), s)
+    assert s.queued_tokens == 36
+    s.add([text(64)])
+    assert s.queued_tokens == 100
+    empty = scheduler(max_queued_tokens=10)
+    empty.add([text(64)])
+    assert empty.queued_tokens == 64, "nothing waits before it"
+
+
+def test_works_that_fill_the_memory_or_a_step_fit_and_larger_ones_do_not() -> None:
+    s = scheduler(rows=100, step=64)
+    s.add([prompt(60, max_tokens=41), text(64)])
+    with pytest.raises(ValueError, match=r"^max_tokens: expected prompt and reply within 100 tokens, got 60 \+ 42"):
+        s.add([prompt(60, max_tokens=42)])
+    with pytest.raises(ValueError, match="^text: expected at most 64 tokens, got 65"):
+        s.add([text(65)])
+    scheduler(step=32)
+    with pytest.raises(ValueError, match="max_step_tokens: expected .* 32, got 31"):
+        scheduler(step=31)
+    with pytest.raises(ValueError, match="max_step_tokens: expected at most the arena's 64 scratch rows, got 65"):
+        scheduler(step=65)
+    with pytest.raises(ValueError, match="max_sequences: expected .* 1, got 0"):
+        scheduler(max_sequences=0)
+
+
+def test_no_more_sequences_run_than_are_allowed() -> None:
+    s = scheduler(max_sequences=2)
+    works = [prompt(5, 10 * i, max_tokens=2 + i) for i in range(3)]
+    s.add(list(works))
+    s.plan(0.0)
+    assert s.running == works[:2]
+    run(s.plan(0.0), s)
+    run(s.plan(0.0), s)
+    s.plan(0.0)
+    assert s.running == works[1:]
+
+
+def ended(s: Scheduler, *prompts: Sequence) -> None:
+    """Serve the prompts to their ends, one after the other."""
+    for work in prompts:
+        s.add([work])
+        while not s.idle:
+            run(s.plan(0.0), s)
+
+
+@pytest.mark.parametrize(("common", "reused"), [(15, 0), (16, 16), (17, 17)])
+def test_states_are_copied_from_sixteen_common_tokens_on(common: int, reused: int) -> None:
+    s = scheduler()
+    later = Sequence([*range(common), *range(500, 520)], max_tokens=1)
+    ended(s, prompt(30, max_tokens=1), later)
+    assert later.reused == reused
+
+
+def test_a_prompt_of_sixteen_tokens_or_with_states_of_its_own_shares_none() -> None:
+    s = scheduler()
+    short, again = prompt(16, max_tokens=1), prompt(17, max_tokens=1)
+    ended(s, prompt(30, max_tokens=1), short, again)
+    assert (short.reused, again.reused) == (0, 16), "at least the last token is read"
+    for number, own in enumerate((False, True)):
+        apart = Sequence(list(range(600 + 100 * number, 630 + 100 * number)), max_tokens=1, shareable=own)
+        same = Sequence(list(apart.tokens), max_tokens=1)
+        ended(s, apart, same)
+        assert same.reused == (29 if own else 0)
+
+
+def test_the_longest_common_beginning_is_copied() -> None:
+    s = scheduler()
+    ended(s, *(Sequence([*range(n), *range(900 + n, 930)], max_tokens=1) for n in (20, 28, 24)))
+    later = prompt(40, max_tokens=1)
+    ended(s, later)
+    assert later.reused == 28
+
+
+def test_states_that_were_not_used_for_longest_give_way_first() -> None:
+    s = scheduler(rows=130)
+    ended(s, prompt(30, 0, max_tokens=1), prompt(30, 100, max_tokens=1), prompt(30, 200, max_tokens=1))
+    # of 90 rows kept the first 30 are used again and 31 taken: 9 are free
+    ended(s, prompt(31, 0, max_tokens=1), prompt(30, 300, max_tokens=1))
+    starts = sorted(held.tokens[0] for held in s.held)
+    assert starts == [0, 0, 200, 300]
 
 
 def test_nothing_starts_before_there_is_room_for_prompt_and_reply() -> None:
