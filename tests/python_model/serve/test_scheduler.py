@@ -154,7 +154,12 @@ def test_the_budget_shrinks_after_slow_steps_and_grows_after_full_fast_ones() ->
 
 def test_the_budget_at_most_halves_or_grows_by_a_fifth_in_a_step_and_has_a_least() -> None:
     s = scheduler(step=64, target_seconds=0.1)
-    for start, seconds, expected in ((60.0, 0.01, 64.0), (50.0, 0.01, 60.0), (50.0, 0.09, 50 / 0.9), (50.0, 0.11, 50 / 1.1)):
+    for start, seconds, expected in (
+        (60.0, 0.01, 64.0),
+        (50.0, 0.01, 60.0),
+        (50.0, 0.09, 50 / 0.9),
+        (50.0, 0.11, 50 / 1.1),
+    ):
         s.budget = start
         s.report(50, seconds, decoding=1)
         assert s.budget == pytest.approx(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_norms_and_biases_do_not_decay(checkpoint: Path, tmp_path: Path) -> None
         moved = not torch.equal(p, before[name])
         assert moved == (p.ndim >= 2), name
     assert any(p.ndim < 2 for p in before.values())
+
+
+def test_the_temperature_starts_at_its_setting_and_does_not_decay(checkpoint: Path, tmp_path: Path) -> None:
+    """AdamW's first step has the length of the rate, against the gradient's sign; decay would pull the logarithm to 0."""
+    changes = {"learn_temperature": True, "temperature": 0.25, "weight_decay": 0.5, "warmup_ratio": 0.0}
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, lr=0.1, mode="embedding", **changes))
+    optimizers = trainer.optimizers
+    assert optimizers.temperature == pytest.approx(0.25) and optimizers.log_temperature is not None
+    optimizers.log_temperature.grad = torch.full((1,), 3.0)
+    optimizers.update(0)
+    assert optimizers.temperature == pytest.approx(math.exp(math.log(0.25) - 0.1), rel=1e-4)
 
 
 @pytest.mark.parametrize("normalized", [True, False])

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.train import Trainer
+from python_model.train import trainer as trainer_module
 from python_model.train.distributed import Ranks
 from python_model.train.trackers import StepLog
 from python_model.train.trainer import WINDOW
 from tests.python_model import training_samples
-from tests.python_model.training_samples import toy_config, toy_trainer
+from tests.python_model.training_samples import LENGTH, ToyStream, data_folder, toy_config, toy_model, toy_trainer
 
 
 def test_toy_run_learns_both_objectives(checkpoint: Path, tmp_path: Path) -> None:
@@ -143,3 +145,90 @@ def test_an_exploding_loss_stops_and_saves_the_batch(checkpoint: Path, tmp_path:
     with pytest.raises(FloatingPointError, match=r"logging.exploding_loss=3\.0|loss: got (nan|inf)"):
         toy_trainer(config).train()
     assert (tmp_path / "out" / "bad_batch.json").exists()
+
+
+def test_a_loss_explodes_beyond_the_limit_above_the_mean_of_those_before_it(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, exploding_loss=3.0))
+    samples = trainer.stream[0]  # type: ignore[index]
+    before = [1.0, 2.0, 3.0, 2.0, 2.0]
+    for harmless in ([*before, 5.0], [*before[1:], 9.0], [9.0]):  # at the limit, and too few to compare with
+        assert trainer._check_explosion(harmless, samples) == harmless
+    message = (
+        r"loss: got 5\.5, .*exploding_loss=3\.0 above the mean of the last 5 steps \(2\); its samples are in .*json"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        trainer._check_explosion([*before, 5.5], samples)
+    trainer.config.logging.exploding_loss = 0.0
+    assert trainer._check_explosion([*before, 1e9], samples)[-1] == 1e9
+
+
+def test_a_loss_is_compared_with_those_of_the_window_before_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "WINDOW", 2)
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=5, mode="generative"))
+    compared: list[list[float]] = []
+    monkeypatch.setattr(trainer, "_check_explosion", lambda losses, _: compared.append(losses) or losses)
+    losses = [record["loss"] for record in trainer.train()]
+    assert compared == [losses[max(0, n - 2) : n + 1] for n in range(5)]
+
+
+def test_each_pass_over_a_chunk_draws_its_own_random_numbers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the run's seed, the step, the rank and the chunk; only the two passes over the same chunk draw alike."""
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, mode="embedding", chunk_tokens=2 * LENGTH))
+    drawn: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", drawn.append)
+    seen: list[int] = []
+    for seed in (0, 1):
+        for step in (0, 1):
+            for rank in (0, 1):
+                drawn.clear()
+                trainer.config.seed, trainer.gradients.ranks = seed, Ranks(rank, 1, torch.device("cpu"))
+                chunks = trainer.step(trainer.stream[step], step)["chunks"]  # type: ignore[index]
+                assert len(drawn) == 2 * chunks > 2 and drawn[:chunks] == drawn[chunks:]
+                seen += drawn[:chunks]
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_seed_of_a_run_chooses_its_rows_and_its_new_weights(checkpoint: Path, tmp_path: Path) -> None:
+    data = data_folder(tmp_path / "data")
+    found = []
+    for seed in (0, 1, 1):
+        config = toy_config(checkpoint, tmp_path, train_data=str(data), seed=seed, projection=8)
+        trainer = Trainer.from_config(config, Ranks(0, 1, torch.device("cpu")))
+        samples = trainer.stream[0]  # type: ignore[index]
+        assert trainer.grit.projection is not None
+        weights = [weight.detach() for weight in trainer.grit.projection.parameters() if weight.ndim == 2]
+        found.append((samples.query_origins, [s.input_ids for s in samples.passages], weights))
+    assert found[0][0] != found[1][0] and found[1][:2] != found[0][:2]
+    assert found[1][:1] == found[2][:1] and found[1][1] == found[2][1]
+    assert all(map(torch.equal, found[1][2], found[2][2])) and not any(map(torch.equal, found[0][2], found[1][2]))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_the_steps_of_a_deterministic_run_are_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, mode="generative", deterministic=deterministic))
+    seen: list[bool] = []
+    step = trainer.step
+    monkeypatch.setattr(
+        trainer, "step", lambda *given: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*given)
+    )
+    trainer.train()
+    assert seen == [deterministic] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_every_rank_needs_a_query(checkpoint: Path, tmp_path: Path) -> None:
+    config = toy_config(checkpoint, tmp_path, embedding_batch_size=4)
+    model = toy_model(config)
+    trainer = Trainer(model, config, ToyStream(model.tokenizer, 4, 2))
+    for world in (4, 5):
+        trainer.ranks = Ranks(0, world, torch.device("cpu"))
+        if world == 4:
+            trainer._check_batches()
+            continue
+        with pytest.raises(ValueError, match="expected at least one query for each of the 5 ranks, got 4"):
+            trainer._check_batches()

@@ -161,6 +161,20 @@ def test_a_run_names_trained_weights_that_no_gradient_reaches(
     assert "no gradient reached 1 trained weight(s) in step 2: model.model.idle" in printed.out + printed.err
 
 
+def test_of_many_weights_that_no_gradient_reaches_the_first_five_are_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path))
+    for count, end in ((5, "idle.4"), (6, "idle.4, ...")):
+        trainer.grit.decoder[0].idle = torch.nn.ParameterList(torch.ones(1) for _ in range(count))
+        for name, p in trainer.grit.named_parameters():
+            p.grad = torch.zeros_like(p) if "idle.1" in name else None if "idle" in name else torch.ones_like(p)
+        trainer._report_unreached(1)
+        printed = capsys.readouterr()
+        names = ", ".join(f"model.model.idle.{n}" for n in range(4))
+        assert f"reached {count} trained weight(s) in step 2: {names}, model.model.{end}\n" in printed.out + printed.err
+
+
 def test_a_run_that_reaches_all_weights_names_none(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

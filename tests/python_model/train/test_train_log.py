@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,10 +14,15 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.model.chunks import first_fit
+from python_model.model.prompts import IGNORE_INDEX
+from python_model.train import flops
 from python_model.train.flops import ModelFlops
+from python_model.train.memory import GIB
 from python_model.train.plot import plot_losses
 from python_model.train.trackers import StepLog, open_trackers
-from tests.python_model.training_samples import toy_config, toy_trainer
+from python_model.train.trainer import _memory_gib
+from tests.python_model.training_samples import LENGTH, toy_config, toy_model, toy_trainer
 
 
 def test_a_log_keeps_the_steps_of_the_state_and_drops_the_rest(tmp_path: Path) -> None:
@@ -157,6 +164,45 @@ def test_a_mixture_counts_the_experts_that_a_token_visits(tokenizer: Any, tmp_pa
 def test_mfu_is_over_the_peak_that_is_given(checkpoint: Path, tmp_path: Path) -> None:
     (record,) = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, peak_tflops=0.5)).train()
     assert record["mfu"] == pytest.approx(record["tflops"] / 0.5) and record["tflops"] > 0
+
+
+def test_figures_of_a_step_follow_from_its_samples_and_its_seconds(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts see each other both ways, conversations only their past."""
+    config = toy_config(checkpoint, tmp_path, steps=2, chunk_tokens=2 * LENGTH, peak_tflops=2.0)
+    trainer, per = toy_trainer(config), ModelFlops.of(toy_model(config))
+    begin = time.perf_counter()
+    records = trainer.train()
+    whole = time.perf_counter() - begin
+    assert 0 < sum(record["seconds"] for record in records) <= whole
+    for record, samples in zip(records, trainer.stream.steps(0, 2), strict=True):
+        texts = [len(s) for s in (*samples.queries, *samples.passages)]
+        talks = [len(s) for s in samples.conversations]
+        labels = sum(label != IGNORE_INDEX for s in samples.conversations for label in s.labels or [])
+        pairs = sum(n * n for n in texts) + sum(n * (n + 1) // 2 for n in talks)
+        assert record["tokens"] == sum(texts) + sum(talks)
+        assert record["chunks"] == sum(len(first_fit(lengths, 2 * LENGTH)) for lengths in (texts, talks)) > 2
+        assert record["tokens_per_second"] * record["seconds"] == pytest.approx(record["tokens"])
+        operations = per.step(record["tokens"], labels, pairs)
+        assert record["tflops"] * record["seconds"] == pytest.approx(operations / 1e12)
+        assert record["mfu"] == pytest.approx(record["tflops"] / 2.0)
+    bar = capsys.readouterr().err
+    assert "2/2" in bar and f"rep={records[1]['contrastive_loss']:.3g}" in bar
+
+
+def test_the_memory_of_a_run_on_a_cpu_is_that_of_its_process() -> None:
+    psutil = pytest.importorskip("psutil")
+    found = _memory_gib(torch.device("cpu"))
+    assert found == pytest.approx(psutil.Process().memory_info().rss / GIB, rel=0.1)
+
+
+def test_a_measured_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 8.0, 10.0, 14.0, 20.0, 22.0, 30.0, 33.0])  # 8, 4, 2 and 3 seconds
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(clock))
+    measured = flops.measured_peak.__wrapped__(torch.device("cpu"), torch.float32)
+    assert measured == 2 * 1024**3 / 2.0
+    assert math.isnan(next(clock, math.nan))
 
 
 @pytest.mark.parametrize("steps", [4, 3])

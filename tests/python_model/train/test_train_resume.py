@@ -204,6 +204,13 @@ def test_a_run_that_starts_over_replaces_the_states_of_the_earlier_one(checkpoin
     assert [record["step"] for record in resumed.train()] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_stop_asked_for_in_the_last_step_finds_the_run_finished(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=2, mode="generative"))
+    trainer.after_step = lambda done: setattr(trainer, "_stop", done == 2)
+    assert [record["step"] for record in trainer.train()] == [1, 2]
+    assert trainer.checkpointer.latest() is None
+
+
 # what version 0.1 (commit bdb9736) wrote: four steps of a toy run, and its state after two
 STATE_0_1 = Path(__file__).parent / "state_0_1"
 RUN_0_1: dict[str, Any] = {"steps": 4, "lora_rank": 1, "lora_targets": "layers.1.self_attn.v_proj"}

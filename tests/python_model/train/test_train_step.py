@@ -17,7 +17,7 @@ from python_model.model.chunks import build_chunk, first_fit, plan_texts
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.settings import AttentionVariant
 from python_model.train.adapters import add_adapters
-from python_model.train.balance import limit_factor
+from python_model.train.balance import ObjectiveGradients, limit_factor
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.model import TrainingModel
@@ -269,6 +269,16 @@ def test_each_objectives_gradient_is_limited_before_they_are_added(
 def test_a_norm_that_is_not_finite_is_not_hidden_by_the_limit() -> None:
     assert limit_factor(float("nan"), 1.0) == limit_factor(float("inf"), 1.0) == 1.0
     assert limit_factor(4.0, 1.0) == pytest.approx(0.25) and limit_factor(0.0, 1.0) == limit_factor(9.0, 0.0) == 1.0
+
+
+def test_an_objective_without_weight_is_limited_as_at_weight_1() -> None:
+    """A router's loss alone is left of it."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    gradients = ObjectiveGradients([weight], limit=2.0)
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert gradients.take(0.0) == 5.0 and weight.grad is None
+    gradients.add()
+    torch.testing.assert_close(weight.grad, torch.tensor([1.2, 1.6]))
 
 
 def test_a_mixtures_router_loss_is_that_of_transformers_and_joins_the_gradient(tokenizer: Any, tmp_path: Path) -> None:

@@ -80,10 +80,44 @@ def test_the_best_state_is_what_is_left_and_no_improvement_stops(
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert not torch.equal(weights[2.0], weights[2.2])
     assert torch.equal(trainer.grit.decoder[0].norm.weight, weights[2.0])
+    assert [state.name for state in (tmp_path / "out" / "best").iterdir()] == ["step-00000002"]
     # the same command finds the run finished
     again = toy_trainer(config)
     assert len(again.train()) == 4
     assert torch.equal(again.grit.decoder[0].norm.weight, weights[2.0])
+
+
+@pytest.mark.parametrize("metric", sorted(validation.HIGHER_IS_BETTER))
+def test_the_best_evaluation_has_the_highest_score_or_the_lowest_loss(tmp_path: Path, metric: str) -> None:
+    """Of equal ones it is the earliest."""
+    values = [0.3, 0.5, 0.5, 0.2, 0.2]
+    lines = [json.dumps({"step": step, metric: value}) + "\n" for step, value in enumerate(values, 1)]
+    (tmp_path / "evaluation.jsonl").write_text("".join(lines))
+    found = validation.best_scores(tmp_path / "evaluation.jsonl", metric)
+    assert found is not None and found["step"] == (4 if metric == "next_token_loss" else 2)
+    (tmp_path / "evaluation.jsonl").write_text("")
+    assert validation.best_scores(tmp_path / "evaluation.jsonl", metric) is None
+
+
+def test_dropout_is_off_while_a_run_is_measured_and_on_in_every_step(
+    checkpoint: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool, bool]] = []
+
+    def evaluate(model: Any, *_: Any, **__: Any) -> tuple[dict[str, Any], None]:
+        seen.append(("measured", model.decoder[0].training, model.is_inference))
+        return {"next_token_loss": 1.0}, None
+
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    settings = {"evaluation.data": str(folder), "evaluation.every": 1, "evaluation.metric": "next_token_loss"}
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=2, mode="generative", **settings))
+    trainer.after_step = lambda done: trainer.model.eval() and None
+    step, grit = trainer.step, trainer.grit
+    monkeypatch.setattr(
+        trainer, "step", lambda *g: seen.append(("step", grit.decoder[0].training, grit.is_inference)) or step(*g)
+    )
+    trainer.train()
+    assert seen == [("step", True, False), ("measured", False, True)] * 2
 
 
 def test_a_metric_that_the_run_does_not_give_is_refused_before_a_model_is_loaded(
