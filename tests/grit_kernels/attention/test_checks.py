@@ -102,6 +102,15 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "float max_seqlen": (TypeError, "max_seqlen_q: expected .*got float", varlen(max_seqlen_q=2.0)),
     "two-dimensional table": (ValueError, "cu_seqlens_q: expected", varlen(cu_seqlens_q=torch.zeros(2, 2, dtype=torch.int32))),
     "packed q of four dimensions": (ValueError, "q: expected .*got shape", varlen(q=t(1, 3, 2, 32))),
+    "neither table nor ranges": (ValueError, "cu_seqlens_k: .*or k_starts.*got None", varlen(cu_seqlens_k=None)),
+    "starts without lengths": (ValueError, "k_starts, seqlens_k: expected both or none", ranges(seqlens_k=None)),
+    "lengths without starts": (ValueError, "k_starts, seqlens_k: expected both or none", ranges(k_starts=None)),
+    "ranges beside a table": (ValueError, "cu_seqlens_k: expected None beside k_starts", ranges(cu_seqlens_k=ints(0, 3, 4))),
+    "ranges of another batch": (ValueError, "k_starts: expected .*got torch.int32", ranges(k_starts=ints(1), seqlens_k=ints(3))),
+    "range that begins before k": (ValueError, "k_starts: expected values in 0..4, got", ranges(k_starts=ints(1, -1))),
+    "range that leaves k": (ValueError, r"k_starts, .* k's 4 rows, got \[4, 5\) for sample 1", ranges(k_starts=ints(1, 4))),
+    "range longer than the longest": (ValueError, "max_seqlen_k: expected at least .* 3, got 2", ranges(max_seqlen_k=2)),
+    "float max_seqlen_k of ranges": (TypeError, "max_seqlen_k: expected .*got float", ranges(max_seqlen_k=3.0)),
     "cache named": (ValueError, "k_cache: expected .*got 3", cached(k_cache=t(3, 5, 2, 32), v_cache=t(3, 5, 2, 32))),
     "cache longer than its slots": (ValueError, "cache_seqlens: expected", cached(cache_seqlens=ints(6, 2))),
     "no room in the cache": (ValueError, "cache_seqlens: expected room for", cached(k=t(2, 3, 2, 32), v=t(2, 3, 2, 32))),
@@ -134,5 +143,6 @@ def test_upper_bounds_may_decrease_between_samples_and_in_padding() -> None:
 
 def test_good_input_of_these_cases_is_accepted() -> None:
     with gk.backend("reference"):
-        for call in (dense(), varlen(), ranges(), cached()):
+        ends = ranges(k_starts=ints(1, 4), seqlens_k=ints(3, 0)), cached(cache_leftpad=ints(5, 0))
+        for call in (dense(), varlen(), ranges(), cached(), *ends):
             assert bool(call().isfinite().all())

@@ -55,6 +55,18 @@ EMBEDDING_FORMS: dict[str, tuple[dict[str, Any], EmbeddingRow]] = {
         {"anchor": "who", "positive": "she", "negative_10": "c", "negative_1": "a", "negative_2": "b"},
         EmbeddingRow(PlainText("", "who"), plain("she"), plain("a", "b", "c"), dataset="x"),
     ),
+    "sentence-transformers, a query and an instruction": (
+        {"query": "who", "positive": "she", "negatives": "rain", "instruction": "Find her."},
+        EmbeddingRow(InstructedText("Find her.", "who"), plain("she"), plain("rain"), dataset="x"),
+    ),
+    "sentence-transformers tuple with lists": (
+        {"anchor": "who", "positive": ["she", "her"], "negative": ["rain", "sun", "wind"]},
+        EmbeddingRow(PlainText("", "who"), plain("she", "her"), plain("rain", "sun", "wind"), dataset="x"),
+    ),
+    "sentence-transformers tuple with fewer negatives": (
+        {"anchor": "who", "positive": "she", "negative_1": None, "negative_2": "rain", "negative_3": "sun"},
+        EmbeddingRow(PlainText("", "who"), plain("she"), plain("rain", "sun"), dataset="x"),
+    ),
     "sentence-transformers pair": (
         {"sentence1": "a", "sentence2": "b"},
         EmbeddingRow(PlainText("", "a"), plain("b"), dataset="x"),
@@ -67,6 +79,16 @@ EMBEDDING_FORMS: dict[str, tuple[dict[str, Any], EmbeddingRow]] = {
             "negative_passages": [{"docid": "8", "title": "", "text": "rain"}],
         },
         EmbeddingRow(PlainText("", "who wrote it"), plain("Book she wrote it"), plain("rain"), dataset="x"),
+    ),
+    "tevatron of another version": (
+        {"query_text": "who", "positive_passages": [{"text": "she"}], "negative_passages": None, "answers": ["she"]},
+        EmbeddingRow(PlainText("", "who"), plain("she"), dataset="x"),
+    ),
+    "GRIT, all in lists, with its entity and data set": (
+        {"query": ["Find", "q"], "pos": [["", "p"], ["Say", "r"]], "neg": [], "key": "k", "dataset": "d"},
+        EmbeddingRow(
+            InstructedText("Find", "q"), (InstructedText("", "p"), InstructedText("Say", "r")), (), key="k", dataset="d"
+        ),
     ),
 }
 CHATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -90,6 +112,35 @@ CHATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "Alpaca": ({"instruction": "say it", "input": "hi", "output": "hello"}, ("say it\n\nhi", "hello")),
     "Alpaca without input": ({"instruction": "say hi", "input": "", "output": "hello"}, ("say hi", "hello")),
+    "ShareGPT with other names and a system text": (
+        {
+            "system": "be brief",
+            "conversations": [{"from": "user", "value": "hi"}, {"from": "model", "value": "hello"}],
+        },
+        ("be brief\n\nhi", "hello"),
+    ),
+    "Alpaca with earlier turns and a system text": (
+        {
+            "system": " be brief ",
+            "history": [["who", "she"], ["where", "here"]],
+            "instruction": "say hi",
+            "output": "hello",
+        },
+        ("be brief\n\nwho", "she", "where", "here", "say hi", "hello"),
+    ),
+    "messages of a developer, in parts": (
+        {
+            "messages": [
+                {"role": "developer", "content": "be brief"},
+                {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+                {"role": "assistant", "content": "hello", "tool_calls": []},
+                {"role": "user", "content": "and?"},
+                {"role": "assistant", "content": "bye"},
+            ]
+        },
+        ("be brief\n\nhi", "hello", "and?", "bye"),
+    ),
+    "prompt and response": ({"prompt": "hi", "response": "hello", "system": ""}, ("hi", "hello")),
     "prompt and completion": ({"prompt": "hi", "completion": "hello"}, ("hi", "hello")),
     "prompt and completion as messages": (
         {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "hello"}]},
@@ -173,6 +224,31 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}]},
         "expected parts of type 'text'",
     ),
+    "messages that call a tool": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
+        "messages[1]: tool calls are not supported",
+    ),
+    "a prompt of messages beside a text": (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+        "completion: expected a list of messages, got null",
+    ),
+    "a prompt without a reply": ({"prompt": "a"}, "expected 'query', 'pos', 'neg', or 'text'"),
+    "a prompt without a reply whose name is misspelt": ({"prompt": "a", "respones": "b"}, "did you mean 'response'"),
+    "a message that is none": ({"messages": ["a"]}, "messages[0]: expected an object, got a string"),
+    "earlier turns of three": (
+        {"instruction": "a", "output": "b", "history": [["a", "b", "c"]]},
+        "history: expected pairs [user, assistant]",
+    ),
+    "a query and a text": ({"query": "a", "text": "b"}, "got both 'query' and 'text'"),
+    "passages without a list": ({"query": "q", "pos": "p"}, "pos: expected a list of passages, got a string"),
+    "no positive": ({"query": "q", "pos": []}, "pos: expected at least one passage, got an empty list"),
+    "a passage of three parts": (
+        {"query": "q", "pos": [["a", "b", "c"]]},
+        "pos[0]: expected a text or [instruction, text], got a list of 3",
+    ),
+    "a score of true": ({"sentence1": "a", "sentence2": "b", "score": True}, "score: expected a number"),
+    "scores of true": ({**FLAG, "pos_scores": [1, True], "neg_scores": [0]}, "pos_scores: expected 2 finite"),
+    "a turn too few": ({"text": ["a", "b", "c"]}, "text: expected an even number [user, assistant, ...], got 3 turns"),
     "two users": (
         {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
         "expected a turn of the assistant, got one of 'user'",
@@ -254,6 +330,10 @@ def test_containers_hold_the_same_rows_as_lines_do(tmp_path: Path, monkeypatch: 
     assert [origin for origin, _ in read_objects(folder / "b.json")][1] == f"{folder / 'b.json'}:2"
     with pytest.raises(DataError, match="h.json: not a valid JSON array"):
         index_file(write(tmp_path / "h.json", '[{"query": 1'))
+    for content, kind in ((b"\xff\xfea", "UTF-16"), (b'[{"query": "\xff"}]', "UTF-8")):
+        (tmp_path / "i.json").write_bytes(content)
+        with pytest.raises(DataError, match=f"i.json: not {kind} "):
+            index_file(tmp_path / "i.json")
 
 
 def test_a_broken_line_of_a_compressed_file_is_left_out_like_any_other(

@@ -211,6 +211,26 @@ def test_a_model_fills_an_index_that_another_model_cannot_open(checkpoint: Path,
         add_documents(index, model, [Document("long", "a river " * 600)])
 
 
+def test_documents_are_added_in_batches_within_a_length_and_replace_others_if_asked(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    index = open_index(tmp_path / "i", model)
+    documents = [Document(str(i), f"river {i}") for i in range(5)]
+    told: list[tuple[int, int]] = []
+    add_documents(index, model, documents, batch=2, progress=lambda *figures: told.append(figures))
+    assert told == [(2, 5), (4, 5), (5, 5)] and len(index) == 5
+    again = [Document("3", "a city")]
+    with pytest.raises(ValueError, match="'3' is in the index already"):
+        add_documents(index, model, again)
+    add_documents(index, model, again, overwrite=True)
+    assert index.document("3") == again[0] and len(index) == 5
+    length = len(model.formatter.text("<|embed|>\n", "a city", 512))
+    add_documents(index, model, again, overwrite=True, max_length=length)
+    with pytest.raises(ValueError, match=f"'3' has more than {length - 1} tokens"):
+        add_documents(index, model, again, overwrite=True, max_length=length - 1)
+
+
 @pytest.mark.filterwarnings("ignore:projection")
 def test_an_embedding_head_with_other_weights_is_another_model(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)

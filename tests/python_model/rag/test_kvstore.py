@@ -194,6 +194,65 @@ def test_the_size_limit_refuses_or_drops_the_oldest(tmp_path: Path) -> None:
     assert store.keys() == ["4", "5"]
 
 
+@pytest.mark.parametrize("when_full", ["error", "drop_oldest"])
+def test_a_limit_is_reached_and_not_passed(tmp_path: Path, when_full: Any) -> None:
+    one = KVStore(tmp_path / "probe")
+    one.append("a", make_states())
+    size = one.bytes_used
+    store = KVStore(tmp_path / "s", max_bytes=2 * size, when_full=when_full)
+    store.append("a", make_states(1))
+    store.append("b", make_states(2))
+    assert store.keys() == ["a", "b"] and store.bytes_used == 2 * size
+    if when_full == "error":
+        with pytest.raises(StoreFullError, match=f"max_bytes: {size} more bytes do not fit: {2 * size} of {2 * size}"):
+            store.append("c", make_states(3))
+    else:
+        store.append("c", make_states(3))
+        assert store.keys() == ["b", "c"] and store.bytes_used == 2 * size
+        whole = KVStore(tmp_path / "t", max_bytes=size, when_full=when_full)
+        whole.append("a", make_states(1))
+        assert whole.keys() == ["a"]
+
+
+def test_compacting_fills_shards_and_begins_another_when_one_is_full(tmp_path: Path) -> None:
+    store = KVStore(tmp_path / "s", format="float32")
+    store.append_many([(str(i), make_states(i), {}) for i in range(5)])
+    states = make_states().keys_values
+    store.compact(shard_bytes=states.numel() * states.element_size() + 1)
+    counts = store._db.execute("SELECT COUNT(*) FROM documents GROUP BY shard ORDER BY shard").fetchall()
+    assert [count for (count,) in counts] == [2, 2, 1] and store.keys() == list("01234") and store.verify() == []
+
+
+def test_a_document_is_compared_with_its_checksum_when_it_is_asked_for(tmp_path: Path) -> None:
+    store = KVStore(tmp_path / "s", format="float32")
+    store.append("a", make_states())
+    store.load("a")
+    (file,) = (tmp_path / "s" / "shards").iterdir()
+    with open(file, "r+b") as damaged:  # in place: mapped files change with it
+        damaged.seek(-1, os.SEEK_END)
+        last = damaged.read()[0]
+        damaged.seek(-1, os.SEEK_END)
+        damaged.write(bytes([last ^ 1]))
+    assert len(store.load("a")) == len(store.load("a", verify="first")) == 5, "it was right when it was first loaded"
+    with pytest.raises(StoreCorruptError, match="checksum"):
+        store.load("a", verify="always")
+    other = KVStore(tmp_path / "s")
+    assert len(other.load("a", verify="never")) == 5
+    with pytest.raises(StoreCorruptError, match="checksum"):
+        other.load("a")
+
+
+def test_few_shards_stay_mapped_those_used_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("python_model.rag.store.kvstore.OPEN_SHARDS", 2)
+    store = KVStore(tmp_path / "s", format="float32")
+    for i in range(4):
+        store.append(str(i), make_states(i))
+    files = [row[0] for row in store._db.execute("SELECT file FROM shards ORDER BY id")]
+    for i in (0, 1, 0, 2, 3, 2):
+        assert_same(store.load(str(i)), make_states(i), torch.float32)
+    assert list(store._handles) == [files[3], files[2]]
+
+
 def test_the_least_recently_used_make_room_whichever_process_used_them(tmp_path: Path) -> None:
     one = KVStore(tmp_path / "probe")
     one.append("a", make_states())

@@ -116,6 +116,26 @@ def test_files_stay_few_and_every_document_is_found_in_its_place(sizes: list[int
         index.close()
 
 
+def test_files_stay_below_the_size_from_which_they_are_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_vectors, "MERGED_ROWS", 100)
+    index, matrix = Index(tmp_path / "i"), unit(190)
+
+    def rows() -> list[int]:
+        return [count for (count,) in index._db.execute("SELECT rows FROM shards ORDER BY id")]
+
+    for start, stop in ((0, 40), (40, 100), (100, 150), (150, 190)):
+        index.add(documents(stop - start, start), matrix[start:stop])
+    assert rows() == [40, 60, 50, 40]
+    index.compact()
+    assert rows() == [100, 90] and torch.equal(index.vectors()[1], matrix)
+    for row in range(70, 190):
+        index.delete([str(row)])
+    index.compact()
+    assert rows() == [70] and torch.equal(index.vectors()[1], matrix[:70])
+
+
 def test_compacting_gives_back_what_removed_documents_took(tmp_path: Path) -> None:
     index, other = Index(tmp_path / "i"), Index(tmp_path / "i")
     index.add(documents(4000), unit(4000))
