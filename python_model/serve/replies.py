@@ -196,7 +196,9 @@ class CompletionWriter(_Writer):
             text = self.spelled(token.token)
             found["tokens"].append(text)
             found["token_logprobs"].append(max(token.logprob, LEAST_LOGPROB))
-            top = {self.spelled(other): max(value, LEAST_LOGPROB) for other, value in token.top}
+            top: dict[str, float] = {}
+            for other, value in token.top:  # the likeliest of the tokens that read alike, such as parts of a character
+                top.setdefault(self.spelled(other), max(value, LEAST_LOGPROB))
             found["top_logprobs"].append(top or None)
             found["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(text)
