@@ -132,6 +132,11 @@ def test_min_new_tokens_and_eos(model: GritLM, plain: Any) -> None:
     assert len(got) >= 3 and first not in got
     assert got == _by_transformers(plain, ids, 5, min_new_tokens=3, eos_token_id=first)[: len(got)]
     assert eos_token_ids(model) == [2]
+    # where every other token would end it, the only one left is chosen as often as it must be
+    ends = list(range(1, len(model.tokenizer)))
+    for least in (0, 1, 3):
+        got = decode(model.model, [ids], max_new_tokens=5, min_new_tokens=least, eos_token_ids=ends)
+        assert got == [[0] * least]
 
 
 def test_rows_continue_their_own_states(model: GritLM) -> None:
@@ -280,7 +285,9 @@ def test_a_file_is_answered_and_an_interrupted_run_goes_on(model: GritLM, tmp_pa
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"prompt": c[0]} if len(c) == 1 else {"turns": c} for c in CONVERSATIONS]
     source.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert answer_file(model, source, target, batch_size=2, max_new_tokens=6) == 3
+    told: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"max_new_tokens": 6, "progress": lambda *figures: told.append(figures)}
+    assert answer_file(model, source, target, batch_size=2, **options) == 3 and told == [(2, 3), (3, 3)]
     whole = target.read_text()
     assert [json.loads(line)["reply"] for line in sorted(whole.splitlines())] == replies(
         model, CONVERSATIONS, max_new_tokens=6

@@ -83,7 +83,9 @@ def test_listwise_follows_what_the_model_writes(model: GritLM, monkeypatch: pyte
 
     def write(model: GritLM, ids: Any, **options: Any) -> list[str]:
         prompts.append(model.tokenizer.decode(ids[0]))
-        return ["[2] > [1] > [0]"]
+        written = "[2] > [1] > [0]"
+        assert len(model.tokenizer(written)["input_ids"]) <= options["max_new_tokens"] < 100
+        return [written]
 
     monkeypatch.setattr("python_model.generate.rerank.complete", write)
     ranked = rerank(model, "river?", PASSAGES, method="listwise", window=3, step=2)

@@ -166,6 +166,46 @@ def test_automatic_mode_uses_what_is_stored(model: GritLM, tmp_path: Path) -> No
     assert rag.answer(Q, [long], max_new_tokens=2).mode == "document_cache"
     assert rag.answer(long.text, [E], max_new_tokens=2).mode == "query_cache"
     assert rag.answer(Q, [], max_new_tokens=2).mode == "none"
+    assert rag.choose(Q, [long]) == "document_cache" and rag.choose(Q, [long, E]) == "document_first"
+    assert RAG(model, store=store, trusted=rag.trusted, keep_read=True).choose(Q, [long, E]) == "document_cache"
+
+
+@pytest.mark.parametrize("mode", ["none", "document_first", "document_cache"])
+def test_an_answer_tells_where_its_time_went_and_fits_a_limit_exactly(model: GritLM, mode: str) -> None:
+    documents = [] if mode == "none" else [D]
+    begin = time.perf_counter()
+    answer = RAG(model).answer(Q, documents, mode=mode, max_new_tokens=4)
+    whole = time.perf_counter() - begin
+    spent = [answer.seconds[part] for part in ("search", "states", "generate")]
+    assert min(spent) >= 0 and 0 < sum(spent) <= whole and 0 < answer.seconds["first_token"] <= spent[2]
+    room = answer.read_tokens + 4
+    assert RAG(model, max_length=room).answer(Q, documents, mode=mode, max_new_tokens=4).text == answer.text
+    with pytest.raises(ValueError, match=f"max_length: expected at least {room} tokens .*got {room - 1}"):
+        RAG(model, max_length=room - 1).answer(Q, documents, mode=mode, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("none", "cached", "trusted"),
+    [
+        (53.0, 79.0, ["document_cache"]),  # reading helps by half, and the cache keeps 98 %
+        (54.0, 79.0, []),  # 80 / 54 < 1.5
+        (10.0, 78.5, ["document_cache"]),
+        (10.0, 78.0, []),
+    ],
+)
+def test_a_mode_is_trusted_from_the_measured_thresholds_on(
+    checkpoint: Path, tmp_path: Path, none: float, cached: float, trusted: list[str]
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "c")
+    rag = RAG(GritLM(tmp_path / "c", device="cpu", dtype="float32"))
+    scores = {"none": none, "document_first": 80.0, "document_cache": cached}
+    with pytest.raises(ValueError, match="questions: expected at least 50 to calibrate with, got 49"):
+        calibration.keep(rag, scores, questions=49, k=3)
+    for missing in ("none", "document_first"):
+        with pytest.raises(ValueError, match=f"scores: expected .*got none of .*{missing}"):
+            calibration.keep(rag, {m: f1 for m, f1 in scores.items() if m != missing}, questions=50, k=3)
+    assert calibration.keep(rag, scores, questions=50, k=3)["trusted"] == trusted
+    assert dict(RAG(rag.model).trusted) == dict.fromkeys(trusted, 3)
 
 
 def test_calibration_trusts_what_was_measured_for_these_weights_and_states(
