@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from python_model import GritLM
 from python_model.commands.data import COMMAND as data
 from python_model.commands.mine import COMMAND as mine
 from python_model.commands.mine import Pool, mined
-from python_model.corpora.hard_negatives import mine_negatives
+from python_model.corpora.hard_negatives import Embeddings, mine_negatives
 from python_model.corpora.own import own_files, split_rows
 from python_model.data.reading import read_embedding, read_rows
 from python_model.data.rows import EmbeddingRow, GenerativeRow, PlainText, to_object
@@ -157,6 +158,29 @@ def test_negatives_are_below_the_margin_and_never_an_answer() -> None:
     assert chosen[0] == 5 and not {1, 2, 3, 4} & set(chosen)
     ((chosen, _),) = mine_negatives(Fixed([-0.2, -0.1, -0.3, -0.9]), [[0]], 4, 1, skipped_ranks=0)
     assert chosen[0] != 0  # a similarity below 0 has a margin too
+
+
+def test_the_best_wrong_passages_are_skipped_and_every_third_of_the_next_is_taken() -> None:
+    """However many passages there are, and also where they tie: the order of the passages decides."""
+    falling = [1.0 - n / 100 for n in range(100)]
+    ((chosen, scores),) = mine_negatives(Fixed(falling), [[0]], 100, 3, margin=0.99)
+    assert chosen == [3, 6, 9] and len(scores) == 100
+    ((chosen, _),) = mine_negatives(Fixed([1.0, *[0.5] * 99]), [[0]], 100, 3)
+    assert chosen == [3, 6, 9]
+    ((chosen, _),) = mine_negatives(Fixed(falling), [[4, 0]], 100, 2, lambda query, passage: passage != 5, margin=0.99)
+    assert chosen == [3, 8], "3, 6, 7 and 8 are left of the best wrong ones"
+
+
+@pytest.mark.parametrize("owners", [None, [0, 0, 1]])
+def test_similarities_of_many_queries_come_one_by_one(owners: list[int] | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scorer = Embeddings.__new__(Embeddings)
+    scorer._queries, scorer._passages = torch.randn(600, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    scorer._owners = owners
+    expected = scorer._queries @ scorer._passages.T
+    if owners is not None:
+        expected = torch.stack([expected[:, :2].amax(1), expected[:, 2]], dim=1)
+    np.testing.assert_allclose(np.stack(list(scorer.rows())), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_own_negatives_and_positives_are_kept_and_scores_belong_to_their_passages() -> None:

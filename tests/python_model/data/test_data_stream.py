@@ -177,6 +177,7 @@ def test_weights_and_limits_change_how_often_rows_come(tokenizer: Any, tmp_path:
     assert counts() == {"a": 8, "b": 8}
     assert counts(dataset_weights={"a": 2.0, "b": 0.5}) == {"a": 16, "b": 4}
     assert counts(dataset_weights={"a": 0}) == {"a": 0, "b": 8}
+    assert counts(dataset_weights={"a": 0.01, "b": 0.375}) == {"a": 1, "b": 3}, "a data set with a weight has a row"
     assert counts(max_rows_per_dataset=4) == {"a": 4, "b": 4}
     with pytest.raises(ValueError, match="dataset_weights: expected names from .*, got 'c'"):
         counts(dataset_weights={"c": 1.0})

@@ -180,7 +180,7 @@ def test_a_run_stops_before_a_model_is_loaded_where_its_rows_cannot_be_used(tmp_
     good, chat = query(0), {"text": ["q", "a"]}
     bare = {"query": "q", "pos": ["p"]}
     many = [query(n) for n in range(9)]
-    folders = {name: tmp_path / name for name in ("chats", "broken", "few", "kind", "typo")}
+    folders = {name: tmp_path / name for name in ("chats", "broken", "edge", "few", "kind", "typo")}
     for folder in folders.values():
         folder.mkdir()
     folder_of(folders["chats"], e=[good])
@@ -194,6 +194,10 @@ def test_a_run_stops_before_a_model_is_loaded_where_its_rows_cannot_be_used(tmp_
     ):
         check(config_of(train_data=str(folders["broken"])))
     check(config_of(train_data=str(folders["broken"]), max_left_out=0.2))
+    folder_of(folders["edge"], e=[*many, {"query": "q"}], g=[chat])
+    check(config_of(train_data=str(folders["edge"])))  # a tenth is allowed
+    with pytest.raises(DataError, match=r"e.jsonl: 1 of 10 rows cannot be used, more than max_left_out \(0.09\)"):
+        check(config_of(train_data=str(folders["edge"]), max_left_out=0.09))
     check(config_of(train_data=str(folders["broken"]), mode="generative"))  # the file is not read then
     folder_of(folders["few"], e_no_in_batch_neg=[good], g=[chat])
     with pytest.raises(DataError, match="no_in_batch_neg"):
@@ -223,13 +227,18 @@ def test_odd_data_are_named_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
     folder = folder_of(tmp_path, e=[{"query": "q", "pos": ["p", "s"]}], empty=[])
-    for positives, few in (("draw", True), ("each", False)):  # two positives are two rows of a batch of two
+    for positives, size, few in (
+        ("draw", 2, True),
+        ("draw", 1, False),
+        ("each", 2, False),  # two positives are two rows of a batch of two
+    ):
         config = config_of(
-            train_data=folder, mode="embedding", train_group_size=1, positives=positives, embedding_batch_size=2
+            train_data=folder, mode="embedding", train_group_size=1, positives=positives, embedding_batch_size=size
         )
         config = replace(config, model=replace(config.model, name=str(tmp_path / "missing")))
         with pytest.raises(FileNotFoundError, match="missing"):
-            Trainer.from_config(config, Ranks(rank, 2, torch.device("cpu")))
+            Trainer.from_config(config, Ranks(rank, size, torch.device("cpu")))
         printed = capsys.readouterr().out
         assert ("empty.jsonl: no rows" in printed) == (rank == 0)
         assert ("1 embedding rows are fewer than a batch of 2" in printed) == (few and rank == 0)
+        assert few or "fewer than a batch" not in printed

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import grit_kernels as gk
 from python_model import GritLM
+from python_model.model import modeling
 from python_model.model.prompts import EMBED, embed_instruction, encode_text
 from python_model.settings import GritSettings
 
@@ -70,6 +73,42 @@ def test_the_batch_around_a_text_does_not_change_its_embedding(model: GritLM) ->
     assert alone.shape == together[1].shape
     np.testing.assert_allclose(alone, together[1], atol=2e-6)
     np.testing.assert_allclose(model.encode(TEXTS[::-1], instruction=INSTRUCTION)[::-1], together, atol=2e-6)
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 5))
+def test_a_pass_holds_as_many_texts_as_its_limits_allow_longest_first(lengths: list[int], batch_size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling, "TOKENS_PER_PACK", 50)
+        batches = modeling.token_batches(lengths, batch_size)
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+    sizes = [sum(lengths[index] for index in batch) for batch in batches]
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+    assert all(size <= 50 or len(batch) == 1 for batch, size in zip(batches, sizes, strict=True))
+    for batch, size, following in zip(batches, sizes, batches[1:], strict=False):
+        assert len(batch) == batch_size or size + lengths[following[0]] > 50, "the next text would have fitted"
+
+
+def test_an_embedding_may_be_rounded_to_the_dtype_of_the_model(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="bfloat16")
+    fine, rounded = (model.encode(TEXTS, convert_to_tensor=True, recast=recast) for recast in (False, True))
+    assert fine.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert torch.equal(fine.bfloat16(), rounded) and not torch.equal(rounded.float(), fine)
+    assert model.encode(TEXTS, recast=True).dtype == np.float32
+
+
+def test_a_bar_is_shown_for_several_passes_unless_told_otherwise(
+    model: GritLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, shown in (
+        ({}, False),
+        ({"batch_size": 1}, True),
+        ({"batch_size": 1, "show_progress_bar": False}, False),
+        ({"show_progress_bar": True}, True),
+    ):
+        model.encode(TEXTS, **options)  # type: ignore[arg-type]
+        assert ("text" in capsys.readouterr().err) == shown, options
 
 
 def test_normalized_embeddings_have_unit_norm(model: GritLM) -> None:
@@ -295,6 +334,13 @@ def test_errors_name_the_argument(checkpoint: Path, model: GritLM) -> None:
         model.encode("text", instruction=INSTRUCTION, max_length=8)
     with pytest.raises(ValueError, match="batch_size: expected .* got 0"):
         model.encode("text", batch_size=0)
+    with pytest.raises(ValueError, match="get_cache: expected one batch, got 4 texts in 2 batches"):
+        model.encode(TEXTS, batch_size=2, get_cache=True)
+    split = GritLM(checkpoint, attn="cbcc", device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match="embed_instruction: expected False with attn 'cbcc'.*got True"):
+        split.encode("text", embed_instruction=True)
+    with pytest.raises(ValueError, match="get_cache: expected attn 'bb' or 'cc', got 'cb'"):
+        split.encode("text", instruction=INSTRUCTION, get_cache=True)
     with pytest.raises(ValueError, match="attn: expected .* got 'bxcc'"):
         GritLM(checkpoint, attn="bxcc")
     with pytest.raises(ValueError, match="pooling_method: expected .* got 'max'"):

@@ -17,9 +17,11 @@ from python_model.model.prompts import (
     USER,
     Formatter,
     SpecialTokens,
+    TooLong,
     chat_prompt,
     embed_instruction,
     encode_conversation,
+    encode_plain,
     encode_prompt,
     encode_text,
     escape,
@@ -175,6 +177,52 @@ def test_truncation_keeps_the_suffix_and_says_so(tokenizer: Any) -> None:
     sample = encode_text(tokenizer, EMBED, "a long text " * 40, 32, suffix="</e>")
     tail = tokenizer("</e>", add_special_tokens=False)["input_ids"]
     assert len(sample) == 32 and sample.truncated and sample.input_ids[-len(tail) :] == tail
+
+
+@pytest.mark.parametrize("suffix", ["", "</e>"])
+@pytest.mark.parametrize("instruction", ["", "Find it"])
+def test_a_text_is_cut_to_any_length_that_leaves_a_token_of_it(tokenizer: Any, suffix: str, instruction: str) -> None:
+    prefix, text = embed_instruction(instruction), "a river flows through the city"
+    whole = encode_text(tokenizer, prefix, text, 512, suffix=suffix)
+    tail = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    least = whole.instruction_len + 1 + len(tail)
+    assert not whole.truncated and least + 3 < len(whole)
+    for length in range(1, len(whole) + 2):
+        if length < least:
+            message = f"max_length: expected more than the {least - 1} tokens of the instruction alone .*got {length}"
+            with pytest.raises(TooLong, match=message):
+                encode_text(tokenizer, prefix, text, length, suffix=suffix)
+            continue
+        cut = encode_text(tokenizer, prefix, text, length, suffix=suffix)
+        size = min(length, len(whole))
+        assert cut.input_ids == [*whole.input_ids[: size - len(tail)], *tail]
+        assert (cut.instruction_len, cut.truncated) == (whole.instruction_len, length < len(whole))
+
+
+def test_a_conversation_is_cut_to_any_length_that_leaves_a_token_of_a_reply(tokenizer: Any) -> None:
+    turns = ["what is it", "this river", "and", "that one"]
+    whole = encode_conversation(tokenizer, turns, 512)
+    assert whole.labels is not None and not whole.truncated
+    before = 1 + next(place for place, label in enumerate(whole.labels) if label != IGNORE_INDEX)
+    for length in range(1, len(whole) + 2):
+        if length <= before:
+            with pytest.raises(TooLong, match=f"max_length: expected room for a reply .*got {length}"):
+                encode_conversation(tokenizer, turns, length)
+            continue
+        cut = encode_conversation(tokenizer, turns, length)
+        assert cut.input_ids == whole.input_ids[:length] and cut.truncated == (length < len(whole))
+        assert cut.labels == [*whole.labels[: len(cut) - 1], IGNORE_INDEX]
+
+
+def test_a_text_without_roles_is_cut_to_any_length(tokenizer: Any) -> None:
+    whole = encode_plain(tokenizer, "a river flows", 512)
+    assert whole.input_ids[-1] == tokenizer.eos_token_id and whole.labels == [*whole.input_ids[1:], IGNORE_INDEX]
+    for length in range(1, len(whole) + 2):
+        cut = encode_plain(tokenizer, "a river flows", length)
+        assert cut.input_ids == whole.input_ids[:length] and cut.truncated == (length < len(whole))
+        assert cut.labels == [*cut.input_ids[1:], IGNORE_INDEX] and cut.instruction_len == 0
+    with pytest.raises(ValueError, match="text: expected a non-empty text, got ' '"):
+        encode_plain(tokenizer, " ", 8)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
