@@ -48,6 +48,13 @@ def test_a_cache_under_both_names_is_an_error(model: Any) -> None:
         model.model(IDS, **both)
 
 
+def test_an_argument_given_twice_and_too_many_are_errors(model: Any) -> None:
+    with pytest.raises(TypeError, match="^input_ids: expected once, got it both by position and by name"):
+        model.model(IDS, input_ids=IDS)
+    with pytest.raises(TypeError, match="^forward: expected at most .* arguments without names, got 40"):
+        model.model(*[None] * 40)
+
+
 def test_a_pack_with_a_cache_under_either_name_is_an_error(model: Any) -> None:
     pack = gk.SamplePack.from_lengths([14], True)
     for name in compat.CACHE_NAMES:

@@ -36,6 +36,16 @@ def test_texts_beside_a_file_of_them_are_refused(tmp_path: Path) -> None:
         embed.COMMAND(["--text", "a", "--input", str(tmp_path), "--json"])
 
 
+def test_vectors_need_a_place() -> None:
+    with pytest.raises(SystemExit, match="output: expected --output FILE.npy or --json, got neither"):
+        embed.COMMAND(["--text", "a"])
+
+
+def test_an_index_is_synchronised_with_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--sync: expected --add with the folder to synchronise with, got none"):
+        index.COMMAND([str(tmp_path / "i"), "--sync"])
+
+
 def test_an_overlap_of_no_chunks_is_refused() -> None:
     with pytest.raises(SystemExit, match="--overlap: expected --chunk-tokens beside it, got none"):
         embed.COMMAND(["--text", "a", "--json", "--overlap", "3"])

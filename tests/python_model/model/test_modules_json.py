@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.model.modules_json import head_of_modules, settings_of_modules
 
 st = pytest.importorskip("sentence_transformers")
 
@@ -176,3 +177,103 @@ def test_what_would_give_other_vectors_is_refused(
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         GritLM(tmp_path / "model", mode="embedding", device="cpu")
+
+
+FOLDER: dict[str, Any] = {
+    "modules.json": [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in (("", "Transformer"), ("1", "Pooling"), ("2", "Dense"), ("3", "Dense"), ("4", "Normalize"))
+    ],
+    "1/config.json": {"pooling_mode": "mean"},
+    "2/config.json": {"out_features": 6, "activation_function": "torch.nn.modules.linear.Identity"},
+    "3/config.json": {"out_features": 4, "activation_function": "torch.nn.modules.activation.Tanh"},
+    "config_sentence_transformers.json": {"prompts": {"query": "Find: "}},
+    "config.json": {"is_causal": False},
+}
+OF_FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "a residual": ({"2/config.json": {"use_residual": True}}, "2: use_residual: expected false, got true"),
+    "another input": (
+        {"3/config.json": {"module_input_name": "token_embeddings"}},
+        "3: module_input_name: expected 'sentence_embedding', got 'token_embeddings'",
+    ),
+    "another output": (
+        {"3/config.json": {"module_output_name": "x"}},
+        "3: module_output_name: expected 'sentence_embedding', got 'x'",
+    ),
+    "a layer after an activation": (
+        {"2/config.json": {"activation_function": "torch.nn.Tanh"}},
+        "3: expected no linear layer after an activation, got one",
+    ),
+    "an unknown activation": (
+        {"3/config.json": {"activation_function": "torch.nn.SiLU"}},
+        "activation_function: expected one of .*, got 'torch.nn.SiLU'",
+    ),
+    "a prompt that counts in part": (
+        {"1/config.json": {"pooling_mode": "cls", "include_prompt": False}},
+        "include_prompt: expected true with pooling 'cls' and prompts, got false",
+    ),
+}
+
+
+def reader_of(folder: Path, changes: dict[str, Any]) -> Callable[[str], Path | None]:
+    """Reads a written FOLDER whose objects have these changes, and whose lists are replaced."""
+    for name, content in FOLDER.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        changed = changes.get(name, {})
+        written = changed or content if isinstance(content, list) else {**content, **changed}
+        (folder / name).write_text(json.dumps(written))
+    return lambda name: folder / name if (folder / name).exists() else None
+
+
+@pytest.mark.parametrize("name", OF_FOLDERS)
+def test_an_option_of_a_module_that_is_not_supported_is_refused(name: str, tmp_path: Path) -> None:
+    changes, message = OF_FOLDERS[name]
+    with pytest.raises(ValueError, match=message):
+        settings_of_modules(reader_of(tmp_path, changes))
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        "Pooling",
+        "Transformer Normalize",
+        "Transformer Dense Pooling",
+        "Transformer Pooling Normalize Dense",
+        "Transformer Pooling Normalize Normalize",
+        "Transformer Transformer Pooling",
+        "Pooling Transformer",
+    ],
+)
+def test_modules_in_another_order_are_refused(kinds: str, tmp_path: Path) -> None:
+    listed = [{"path": str(n) if n else "", "type": f"models.{kind}"} for n, kind in enumerate(kinds.split())]
+    with pytest.raises(ValueError, match="in turn, got"):
+        settings_of_modules(reader_of(tmp_path, {"modules.json": listed}))
+
+
+def test_a_folders_modules_become_settings_and_one_head(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    read = reader_of(tmp_path, {"2/config.json": {"bias": False}})
+    found = settings_of_modules(read)
+    assert found is not None
+    assert (found.pooling_method, found.normalized, found.attn, found.embed_instruction) == ("mean", True, "bbcc", True)
+    assert (found.projection, found.projection_activation, found.format) == (4, "tanh", "plain")
+    assert dict(found.prompts) == {"query": "Find: "} and found.default_prompt_name is None
+    generator = torch.Generator().manual_seed(0)
+    first, second, bias = (torch.randn(*shape, generator=generator) for shape in ((6, 5), (4, 6), (4,)))
+    with pytest.raises(FileNotFoundError, match="expected the weights 2/model.safetensors, got no such file"):
+        head_of_modules(read)
+    save_file({"linear.weight": first}, tmp_path / "2" / "model.safetensors")
+    save_file({"linear.weight": second, "linear.bias": bias}, tmp_path / "3" / "model.safetensors")
+    head = head_of_modules(read)
+    assert head is not None
+    x = torch.randn(5, generator=generator)
+    torch.testing.assert_close(head["weight"] @ x + head["bias"], second @ (first @ x) + bias, rtol=1e-5, atol=1e-5)
+    causal = reader_of(tmp_path, {"modules.json": FOLDER["modules.json"][:2], "config.json": {"is_causal": True}})
+    found = settings_of_modules(causal)
+    assert found is not None and head_of_modules(causal) is None
+    assert (found.attn, found.normalized, found.projection) == ("cccc", False, None)
+    assert settings_of_modules(lambda name: None) is None and head_of_modules(lambda name: None) is None
+    moved = [{"path": "0_Transformer", "type": "models.Transformer"}, *FOLDER["modules.json"][1:]]
+    with pytest.raises(ValueError, match="expected the decoder in the folder itself, got '0_Transformer'"):
+        settings_of_modules(reader_of(tmp_path, {"modules.json": moved}))

@@ -134,6 +134,8 @@ def test_a_run_of_other_settings_is_refused_and_long_texts_may_be_divided(checkp
     documents, _ = read_shard(str(tmp_path / "out"), units[0])
     assert any(document.key.endswith("#1") for document in documents)
     run = corpus.read_run(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="model: expected fingerprint other as the first worker has, got"):
+        Embedder(Recipe(str(checkpoint)), str(tmp_path / "out"), "other")
     corpus._record(str(tmp_path / "out"), run)
     with pytest.raises(ValueError, match="output: .* holds a run with another recipe"):
         corpus._record(str(tmp_path / "out"), {**run, "recipe": {**run["recipe"], "max_length": 3}})

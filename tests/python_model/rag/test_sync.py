@@ -69,6 +69,30 @@ def test_files_are_read_again_when_they_change_and_only_then(model: GritLM, fold
     assert (other.changed, other.unchanged) == (2, 0)  # divided otherwise: read again
 
 
+def test_what_is_to_be_read_is_measured_and_told_file_by_file(model: GritLM, folder: Path, tmp_path: Path) -> None:
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    index = open_index(tmp_path / "i", model)
+    names = ("a.md", "rows.jsonl", "sub/b.py")
+    sizes = {name: (folder / name).stat().st_size for name in names}
+
+    def left(max_tokens: int = 60, overlap: int = 0, store: KVStore | None = None) -> int:
+        return sync.bytes_to_read(index, [folder], max_tokens, overlap, store)
+
+    assert left() == sum(sizes.values())
+    told: list[tuple[int, int]] = []
+    report = add(index, model, folder, progress=lambda *figures: told.append(figures))
+    assert told == [(n, 4) for n in range(5)] and (report.files, len(report.skipped)) == (4, 1)
+    assert left() == 0 and left(max_tokens=30) == left(overlap=9) == sum(sizes.values())
+    store = open_store(str(tmp_path / "s"), model)
+    assert left(store=store) == sum(sizes.values())
+    add(index, model, folder, rag=RAG(model, store=store))
+    assert left(store=store) == 0
+    store.delete("a.md#1")
+    assert left(store=store) == sizes["a.md"] and left() == 0
+    (folder / "sub" / "b.py").write_text("pass")
+    assert left() == 4
+
+
 def test_a_file_is_one_file_whichever_folder_it_was_named_by(model: GritLM, folder: Path, tmp_path: Path) -> None:
     index = open_index(tmp_path / "i", model)
     add(index, model, folder)
@@ -142,6 +166,31 @@ def test_one_pass_gives_the_vectors_and_the_states_of_two(
         torch.testing.assert_close(got.keys_values, want.keys_values, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("limit", [1, 40, 60, 8192])
+def test_a_pass_reads_as_many_documents_as_its_tokens_allow(
+    model: GritLM, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    texts = ["A river.", "flows " * 12, "through the city", "x", "Paris is the capital of France. " * 2]
+    documents = [Document(str(n), text) for n, text in enumerate(texts)]
+    rag = RAG(model)
+    whole = rag.embed_and_read(documents, "<|embed|>\n")
+    assert whole is not None
+    lengths = [len(states) for states in whole[1]]
+    monkeypatch.setattr("python_model.rag.answer.TOKENS_AT_ONCE", limit)
+    passes: list[list[str]] = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda given, **options: passes.append(given) or encode(given, **options))
+    found = rag.embed_and_read(documents, "<|embed|>\n")
+    assert found is not None and [text for given in passes for text in given] == texts
+    torch.testing.assert_close(found[0], whole[0], atol=1e-5, rtol=0)
+    for got, want in zip(found[1], whole[1], strict=True):
+        torch.testing.assert_close(got.keys_values, want.keys_values, atol=1e-4, rtol=1e-4)
+    counts = [sum(lengths[texts.index(text)] for text in given) for given in passes]
+    assert all(count <= limit or len(given) == 1 for count, given in zip(counts, passes, strict=True))
+    for count, following in zip(counts, passes[1:], strict=False):
+        assert count + lengths[texts.index(following[0])] > limit, "it would have fitted"
+
+
 def test_a_batch_that_cannot_be_written_ends_the_run(
     model: GritLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +235,19 @@ def test_files_that_cannot_be_read_are_named_and_skipped(model: GritLM, folder: 
     }
     assert set(reasons) == set(words) and all(words[name] in reasons[name] for name in words)
     assert report.added == 3 and not any("secret" in index.document(key).text for key in index.keys())
+
+
+def test_a_file_is_read_whole_up_to_a_size_and_rows_whatever_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("python_model.rag.formats.MAX_BYTES", 5 << 20)
+    (tmp_path / "a.txt").write_text("a" * (5 << 20))
+    assert len(read_file(tmp_path / "a.txt", "a.txt")[0].text) == 5 << 20
+    (tmp_path / "a.txt").write_text("a" * (6 << 20))
+    with pytest.raises(UnreadableFileError, match="is too large: 6 MiB, read are up to 5"):
+        read_file(tmp_path / "a.txt", "a.txt")
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "a" * (6 << 20) + '"}\n')
+    assert len(read_file(tmp_path / "a.jsonl", "a.jsonl")) == 1
 
 
 def test_a_killed_or_interrupted_run_goes_on_where_it_was(
@@ -332,6 +394,29 @@ def test_the_cost_is_told_before_the_work_and_a_limit_stops_it(
     capsys.readouterr()
     main(command)
     assert "0.0 MiB to read, about 0 tokens" in capsys.readouterr().err
+
+
+def test_the_cost_of_states_follows_from_the_bytes_of_the_files_and_the_overlap(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four bytes a token, read again where chunks overlap; a limit is compared with what is in the store already, too."""
+    monkeypatch.setattr("python_model.rag.answer.bytes_per_token", lambda model, format: 2**24)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    tokens = size / 4 * (1 + 16 / 64)
+    states = tokens * 2**24 / 2**30
+    command = ["index", str(tmp_path / "i"), "--model", str(checkpoint), "--add", str(folder)]
+    command += ["--store", str(tmp_path / "s"), "--chunk-tokens", "64", "--overlap", "16", "--store-limit"]
+    with pytest.raises(SystemExit, match=rf"GiB of states, got about {states:.2f} beside 0\.00 in the store"):
+        main([*command, str(states * 0.999)])
+    told = capsys.readouterr().err
+    assert f"{size / 2**20:.1f} MiB to read, about {tokens:,.0f} tokens; " in told
+    assert f"their states take about {states:.2f} GiB (int8)" in told
+    main([*command, str(states * 1.001)])
+    assert len(KVStore(tmp_path / "s")) == len(Index(tmp_path / "i")) > 0
+    monkeypatch.setattr(KVStore, "bytes_used", 3 * 2**30)
+    with pytest.raises(SystemExit, match=r"got about 0\.00 beside 3\.00 in the store"):
+        main([*command, "2.9"])
+    main([*command, "3.1"])
 
 
 def test_a_tokens_states_take_what_is_estimated(model: GritLM) -> None:

@@ -132,6 +132,9 @@ def test_a_group_without_settings_is_refused(tmp_path: Path) -> None:
         file.write_text(content)
         with pytest.raises(SystemExit, match=f"run.yaml: (logging|model): expected a mapping of settings, got {got}"):
             grit_train(["--config", str(file)])
+    file.write_text("- steps\n")
+    with pytest.raises(SystemExit, match="config: expected settings in .*run.yaml, got list"):
+        grit_train(["--config", str(file)])
 
 
 def test_the_help_explains_every_setting_and_lists_choices(capsys: pytest.CaptureFixture[str]) -> None:
