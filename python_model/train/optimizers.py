@@ -46,11 +46,11 @@ class Optimizers:
             raise ValueError("model: expected at least one trainable weight, got none")
         matrices = hidden_matrices(model) if config.kind == "muon" else []
         by_muon = {id(p) for p in matrices}
-        others = [p for p in trained if id(p) not in by_muon]
-        # norms and biases have one dimension; decaying them regularises nothing
+        others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in by_muon]
+        # decaying norms and biases regularises nothing
         groups = [
-            {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for name, p in others if _is_matrix(name, p)], "weight_decay": config.weight_decay},
+            {"params": [p for name, p in others if not _is_matrix(name, p)], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -172,5 +172,14 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
         p
         for layer in layers_of(decoder)
         for name, p in layer.named_parameters()
-        if p.requires_grad and p.ndim == 2 and not name.endswith((".gate.weight", ".router.weight"))
+        if p.requires_grad
+        and p.ndim == 2
+        and _is_matrix(name, p)
+        and not name.endswith((".gate.weight", ".router.weight"))
     ]
+
+
+def _is_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether a weight is a matrix, or one for each expert; biases of experts and norms of heads have two dimensions, too."""
+    module, _, own = name.rpartition(".")
+    return p.ndim >= 2 and not own.endswith("bias") and "norm" not in module.rpartition(".")[2]

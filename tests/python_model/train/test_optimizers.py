@@ -204,3 +204,24 @@ def test_muon_leaves_the_routers_of_a_mixture_to_adamw(tokenizer: Any, tmp_path:
     assert {name for name, p in layer.items() if id(p) in chosen} == {f"self_attn.{x}_proj.weight" for x in "qkvo"}
     assert any(name.endswith(".gate.weight") and p.ndim == 2 for name, p in layer.items())
     assert len(chosen) == 4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("family", ["gpt_oss", "cohere"])
+def test_biases_of_experts_and_norms_of_heads_are_no_matrices(family: str, kind: str) -> None:
+    """GPT-OSS keeps the biases of all experts, Cohere the norms of all heads, in one weight of two dimensions."""
+    from transformers import CohereConfig, CohereForCausalLM, GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    if family == "gpt_oss":
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+        model = GptOssForCausalLM(GptOssConfig(head_dim=32, **sizes, **heads, **experts))
+    else:
+        model = CohereForCausalLM(CohereConfig(use_qk_norm=True, pad_token_id=0, **sizes, **heads))
+    spared = {name: p for name, p in model.named_parameters() if name.endswith("bias") or "norm" in name}
+    assert {p.ndim for p in spared.values()} == {1, 2}
+    config = OptimizerConfig(kind=kind, weight_decay=0.5)
+    for optimizer in Optimizers(model, config, LossConfig(), ALONE, steps=1, embeds=False).optimizers:
+        decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+        assert decayed and not {id(p) for p in decayed} & {id(p) for p in spared.values()}
