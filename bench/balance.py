@@ -1,6 +1,7 @@
 """What limiting each objective's gradient does to a run, and what it costs.
 
     python -m bench.balance [--steps 40] [--repeats 7] [--record balance_cpu.json]
+    python -m bench.balance --log unified-0=proof_output/unified-0/log.jsonl --record gradient_cosine_cpu.json
 
 Runs of the demo's recipe (configs/demo.yaml) from the same base, without a limit and with ``objective_grad_norm`` 1: the norms
 of both gradients in each step. Then losses, gradients and clipping of one step are timed, interleaved, on the last run's model:
@@ -8,23 +9,29 @@ of both gradients in each step. Then losses, gradients and clipping of one step 
 * ``one sum``: both objectives accumulate into one gradient; their norms are unknown
 * ``norms only``: each gradient is kept apart and measured, as in every run (``objective_grad_norm`` 0)
 * ``limited``: each is clipped to the limit before they are added
+
+With ``--log`` nothing is run: the record holds the cosine of both gradients in each step of runs that were limited to norm 1, as
+their logs, or the norms in them, say.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import yaml
 
 from bench import common
 from python_model.support.quiet import quiet
-from python_model.train.balance import ObjectiveGradients
+from python_model.train.balance import ObjectiveGradients, cosine
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks
 from python_model.train.step import plan_step
@@ -40,8 +47,28 @@ class _OneSum(ObjectiveGradients):
     def take(self, weight: float = 1.0) -> float:
         return 0.0
 
-    def add(self) -> None:
-        pass
+    def add(self) -> list[float]:
+        return []
+
+
+def cosines(run: str, log: Iterable[str], limit: float) -> dict[str, Any]:
+    """A row on the cosine of both gradients in each step of a run that limited each to ``limit``, from its ``log.jsonl``."""
+    found = []
+    for record in map(json.loads, log):
+        added = (min(record[name], limit or record[name]) for name in NORMS)
+        found.append(record.get("gradient_cosine", cosine(*added, record["gradient_norm"])))
+    values = np.array(found)
+    low, high = np.quantile(values, [0.05, 0.95])
+    return {
+        "work": "cosine",
+        "run": run,
+        "steps": len(found),
+        "mean": float(values.mean()),
+        "low": float(low),
+        "high": float(high),
+        "within_tenth": float((abs(values) <= 0.1).mean()),
+        "cosines": [round(value, 4) for value in found],
+    }
 
 
 def measure(config: TrainConfig, limit: float, repeats: int) -> list[dict[str, Any]]:
@@ -98,8 +125,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--record", default="balance_cpu.json", help="JSON file, a bare name goes into bench/results/KIND"
     )
+    parser.add_argument("--log", action="append", metavar="NAME=LOG", help="only read the logs of these runs")
     arguments = parser.parse_args(argv)
     quiet()
+    if arguments.log:
+        rows = []
+        for name, _, file in (given.partition("=") for given in arguments.log):
+            rows.append(cosines(name, Path(file).read_text(encoding="utf-8").splitlines(), arguments.limit))
+        print(common.table(rows, ["run", "steps", "mean", "low", "high", "within_tenth"]))
+        print(f"record: {common.write_records(arguments.record, rows)}")
+        return
     recipe = yaml.safe_load((common.ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8"))
     recipe["data"]["train_data"] = str(common.ROOT / recipe["data"]["train_data"])
     with tempfile.TemporaryDirectory() as folder:

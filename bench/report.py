@@ -81,6 +81,11 @@ TITLES: dict[str, tuple[str, str]] = {
         "`norms`: a run of the demo's recipe each; the plot shows its norms. `step`: losses, gradients and clipping of one "
         "step; `time_over_first`: the variant's time over that of accumulating both objectives in one gradient.",
     ),
+    "gradient_cosine_cpu": (
+        "The cosine of both objectives' gradients",
+        "Of each step of unified runs of the proof, from their logs: `low` and `high` are quantiles at 5 and 95 %; "
+        "`within_tenth`: the share of the steps with a cosine of at most 0.1 in size.",
+    ),
     "generate_cpu": (
         "Decoding with the 135M model on a CPU",
         "16 greedy tokens after a filled cache; in bfloat16 two ways of computing may choose different tokens.",

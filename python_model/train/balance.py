@@ -1,6 +1,6 @@
 """The gradients of the two objectives, kept apart until each is clipped, then added.
 
-At the start of a run the contrastive gradient may be ten times the generative one, and clipping their sum then leaves next to
+At the start of a run the contrastive gradient may be tens of times the generative one, and clipping their sum then leaves next to
 nothing of the smaller. With a limit, each objective's gradient is clipped before the sum is formed, so both move the weights
 from the first step. The limit of an objective is multiplied by the weight of its losses: the gradient of the loss itself is what
 is limited, and then weighted, so the weights keep their effect when every gradient is longer than its limit. Norms are taken
@@ -50,10 +50,12 @@ class ObjectiveGradients:
         return norm
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Clip the gradients taken and put their sum into the parameters."""
+    def add(self) -> list[float]:
+        """Clip the gradients taken and put their sum into the parameters; returns the norms of what was added, one each."""
+        added = []
         for grads, norm, limit in self._kept:
             factor = limit_factor(norm, limit)
+            added.append(norm * factor)
             for p, grad in zip(self.parameters, grads, strict=True):
                 if grad is None:
                     continue
@@ -61,6 +63,15 @@ class ObjectiveGradients:
                     grad.mul_(factor)
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
         self._kept.clear()
+        return added
+
+
+def cosine(first: float, second: float, total: float) -> float | None:
+    """Of two gradients with these norms, whose sum has the norm ``total``; None where one of them is 0 or not finite."""
+    product = 2.0 * first * second
+    if not product or not math.isfinite(product):
+        return None
+    return (total**2 - first**2 - second**2) / product
 
 
 def limit_factor(norm: float, limit: float) -> float:

@@ -79,7 +79,7 @@ class RankBatch:
 class StepLosses:
     """Losses of the whole step and the norms of their gradients before clipping, the same on all ranks.
 
-    None if the step has no such samples.
+    None if the step has no such samples. ``added_norms``: of each objective's gradient after its own limit.
     """
 
     total: float
@@ -91,6 +91,7 @@ class StepLosses:
     distillation: float | None = None
     contrastive_by_dataset: list[float | None] = field(default_factory=list)
     generative_by_dataset: list[float | None] = field(default_factory=list)
+    added_norms: list[float] = field(default_factory=list)
 
 
 def plan_step(
@@ -243,8 +244,9 @@ class StepGradients:
         if batch.conversation_chunks:
             generative = self._conversation_gradients(batch, seed)
             generative_norm = gradients.take(self.losses.generative_weight)
-        gradients.add()
-        return self._report(batch, contrastive, generative, contrastive_norm, generative_norm)
+        added = gradients.add()
+        losses = self._report(batch, contrastive, generative, contrastive_norm, generative_norm)
+        return replace(losses, added_norms=added)
 
     def _text_gradients(self, batch: RankBatch, seed: int) -> Tensor:
         """Adds the contrastive loss's gradients; returns this rank's part of the loss."""

@@ -24,7 +24,7 @@ from python_model.model.modeling import GritLM
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import find
 from python_model.train.adapters import merge_adapters
-from python_model.train.balance import total_norm
+from python_model.train.balance import cosine, total_norm
 from python_model.train.checkpointer import Checkpointer
 from python_model.train.config import LossConfig, TrainConfig
 from python_model.train.distributed import Ranks, wrap
@@ -214,6 +214,7 @@ class Trainer:
             "gradient_norm": norm,
             "contrastive_grad_norm": losses.contrastive_grad_norm,
             "generative_grad_norm": losses.generative_grad_norm,
+            **({"gradient_cosine": cosine(*losses.added_norms, norm)} if len(losses.added_norms) == 2 else {}),
             "lr": self.optimizers.lr(index),
             "tokens": batch.tokens,
             "chunks": batch.num_chunks,

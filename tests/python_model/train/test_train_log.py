@@ -124,6 +124,21 @@ def test_the_losses_of_each_data_set_make_up_the_steps(checkpoint: Path, tmp_pat
         assert "generative_loss/even" not in record and "contrastive_loss/talks" not in record
 
 
+@pytest.mark.parametrize("mode", ["unified", "embedding"])
+def test_a_step_of_both_objectives_logs_the_cosine_of_their_gradients(
+    checkpoint: Path, tmp_path: Path, mode: str
+) -> None:
+    """Of those that are added, and before the sum is clipped."""
+    changes = {"steps": 2, "mode": mode, "objective_grad_norm": 0.1, "max_grad_norm": 0.05}
+    for record in toy_trainer(toy_config(checkpoint, tmp_path, **changes)).train():
+        if mode == "embedding":
+            assert "gradient_cosine" not in record
+            continue
+        assert min(record["contrastive_grad_norm"], record["generative_grad_norm"]) > 0.1
+        expected = (record["gradient_norm"] ** 2 - 2 * 0.1**2) / (2 * 0.1**2)
+        assert record["gradient_cosine"] == pytest.approx(expected, abs=1e-4) and abs(expected) < 1
+
+
 def test_operations_are_those_that_torch_counts(checkpoint: Path, tmp_path: Path) -> None:
     """A causal conversation and its backward pass in plain transformers, under torch's counter; labels on every token."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -17,7 +17,7 @@ from python_model.model.chunks import build_chunk, first_fit, plan_texts
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.settings import AttentionVariant
 from python_model.train.adapters import add_adapters
-from python_model.train.balance import ObjectiveGradients, limit_factor
+from python_model.train.balance import ObjectiveGradients, cosine, limit_factor
 from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.model import TrainingModel
@@ -264,6 +264,11 @@ def test_each_objectives_gradient_is_limited_before_they_are_added(
     for name, grad in sum_of_both.items():
         expected = alone["contrastive"].get(name, 0) + alone["generative"].get(name, 0)
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+    flat = [torch.cat([grads[name].flatten().double() for name in sum_of_both]) for grads in alone.values()]
+    assert both.added_norms == pytest.approx([float(gradient.norm()) for gradient in flat], rel=1e-4)
+    total = float(torch.nn.utils.get_total_norm(list(sum_of_both.values())))
+    between = float(torch.nn.functional.cosine_similarity(*flat, dim=0))
+    assert cosine(*both.added_norms, total) == pytest.approx(between, abs=1e-4)
 
 
 def test_a_norm_that_is_not_finite_is_not_hidden_by_the_limit() -> None:
@@ -279,6 +284,16 @@ def test_an_objective_without_weight_is_limited_as_at_weight_1() -> None:
     assert gradients.take(0.0) == 5.0 and weight.grad is None
     gradients.add()
     torch.testing.assert_close(weight.grad, torch.tensor([1.2, 1.6]))
+
+
+def test_the_cosine_of_two_gradients_follows_from_their_norms_and_that_of_the_sum() -> None:
+    first, second = (
+        torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64),
+        torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64),
+    )
+    norms = float(first.norm()), float(second.norm()), float((first + second).norm())
+    assert cosine(*norms) == pytest.approx(float(torch.nn.functional.cosine_similarity(first, second, dim=0)))
+    assert cosine(0.0, 2.0, 2.0) is None and cosine(float("nan"), 1.0, 1.0) is None
 
 
 def test_a_mixtures_router_loss_is_that_of_transformers_and_joins_the_gradient(tokenizer: Any, tmp_path: Path) -> None:
