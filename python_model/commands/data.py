@@ -12,6 +12,8 @@ from python_model.support.files import cache_folder
 
 SIZES = {"negatives": None, "held_out": 50, "max_rows": None, "test_rows": None, "corpus_rows": None}
 """The largest value of each numeric option, where there is one."""
+OF_PACKAGES = ("sources", "negatives", "max_rows", "corpus_rows")
+"""Options without a meaning for own rows, of which none is left out and no negative is mined."""
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -44,6 +46,12 @@ def run(arguments: Namespace) -> None:
             raise ValueError(
                 f"{name.replace('_', '-')}: expected {f'1 to {most}' if most else '1 and more'}, got {value}"
             )
+    if arguments.paths:
+        options_of = COMMAND.parser()
+        for name in OF_PACKAGES:
+            if getattr(arguments, name) != options_of.get_default(name):
+                instead = "; `grit mine` finds them" if name == "negatives" else ""
+                raise ValueError(f"--{name.replace('_', '-')}: expected none beside --from, got it{instead}")
     output = arguments.output
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"output: {output} exists; choose another folder or pass --overwrite")

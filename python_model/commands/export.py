@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_model, load
+from python_model.commands.runner import Command, add_model, add_truncation, load
 
 TARGETS = ("sentence-transformers", "vllm", "gguf")
 
@@ -22,6 +22,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="what to write; replaced if it exists")
     add_model(parser)
     parser.add_argument("--for", dest="target", choices=TARGETS, default=TARGETS[0], help="what will load the folder")
+    add_truncation(parser)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of the longest text")
     parser.add_argument(
         "--packed", action="store_true", help="sentence-transformers: compute no padding; needs this package"

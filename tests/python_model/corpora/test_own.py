@@ -101,6 +101,16 @@ def test_a_folder_of_own_rows_can_be_trained_on_and_evaluated(
         data([str(tmp_path / "few"), "--from", str(write(tmp_path / "few.jsonl", pairs[0]))])
 
 
+@pytest.mark.parametrize(
+    "option", [["--sources", "foldoc"], ["--negatives", "3"], ["--max-rows", "5"], ["--corpus-rows", "5"]]
+)
+def test_an_option_that_own_rows_would_ignore_is_refused(tmp_path: Path, option: list[str]) -> None:
+    rows = write(tmp_path / "rows.jsonl", *({"text": f"text {n}"} for n in range(40)))
+    with pytest.raises(SystemExit, match=f"{option[0]}: expected none beside --from, got it"):
+        data([str(tmp_path / "DATA"), "--from", str(rows), *option])
+    assert not (tmp_path / "DATA").exists()
+
+
 def test_a_data_set_is_one_file_or_one_for_each_kind_it_has(tmp_path: Path) -> None:
     rows = rows_of_one_project()
     for folder, kind in (("a", EmbeddingRow), ("b", GenerativeRow)):

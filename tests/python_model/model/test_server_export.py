@@ -166,6 +166,9 @@ def test_the_command_exports_to_sentence_transformers(checkpoint: Path, tmp_path
     model = GritLM(checkpoint, device="cpu", dtype="float32")
     found = st.SentenceTransformer(str(tmp_path / "st"), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
+    main(["export", str(tmp_path / "st"), "--model", str(checkpoint), "--truncate-dim", "16"])
+    found = st.SentenceTransformer(str(tmp_path / "st"), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS, truncate_dim=16), atol=1e-5)
 
 
 @pytest.mark.skipif(CONVERTER is None, reason="LLAMA_CPP names no checkout of llama.cpp")
