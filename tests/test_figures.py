@@ -152,6 +152,19 @@ def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
     assert f"nDCG@10 was {differences('proof_short')[0][0].strip('-')} % below after 144 steps" in text
 
 
+def test_the_page_on_training_states_what_the_balance_of_gradients_does_and_costs() -> None:
+    page = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    first = rows("balance", work="norms", limit=0.0)[0]
+    times = first["contrastive_grad_norm"][0] / first["generative_grad_norm"][0]
+    assert f"the contrastive gradient, {times:.0f} times the larger in the first step of the demo's recipe" in page
+    measured, limited = (
+        f"{100 * (value('balance', 'time_over_first', variant=variant, work='step') - 1):.0f} %"
+        for variant in ("norms only", "limited")
+    )
+    assert f"a step of the demo's recipe {measured} longer on two CPU cores" in page
+    assert f"gradients unseen, and limiting them {limited}." in page
+
+
 def test_the_page_on_rag_states_the_record_of_reranking() -> None:
     page = " ".join((ROOT / "docs" / "rag.md").read_text(encoding="utf-8").split())
     found, default, pointwise = (

@@ -104,7 +104,7 @@ class LossConfig(Checked):
         contrastive_weight: weight of the contrastive loss.
         distillation_weight: weight of the divergence (KL) between a teacher's scores of a query's passages (``pos_scores`` and
             ``neg_scores`` of the rows) and the model's own, both after a softmax; 0: scores are not used.
-        teacher_temperature: divides the teacher's scores before the softmax.
+        teacher_temperature: divides the teacher's scores before the softmax; 1 suits logits, cosines need about ``temperature``.
         generative_weight: weight of the next-token loss.
         router_loss_weight: weight of a mixture-of-experts model's load-balancing loss; default: the model config's
             ``router_aux_loss_coef``.
