@@ -84,6 +84,13 @@ def test_each_setting_is_checked_by_name(name: str, tmp_path: Path) -> None:
         GritSettings.load(file)
 
 
+@pytest.mark.parametrize("name", ["projection", "truncate_dim"])
+@pytest.mark.parametrize("size", [True, 8.0, "8"])
+def test_sizes_are_whole_numbers(name: str, size: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected an int or None, got {size!r}"):
+        GritSettings(**{name: size})
+
+
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     settings = GritSettings(
         pooling_method="lasttoken",

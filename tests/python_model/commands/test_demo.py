@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from python_model.commands import demo, demo_report
 from python_model.commands.train import COMMAND as grit_train
@@ -81,6 +83,19 @@ def test_searches_are_drawn_from_every_kind_and_are_always_the_same() -> None:
     assert len(set(drawn)) == demo.SEARCHES == 5
     assert {rows[i].dataset for i in drawn} == {row.dataset for row in rows}
     assert drawn == demo.draw_searches(rows, demo.SEARCHES)
+
+
+def test_a_search_finds_the_passage_with_the_highest_score() -> None:
+    class Model:
+        device = torch.device("cpu")
+        formatter = SimpleNamespace(embed_instruction=lambda instruction: f"<{instruction}>")
+
+        def encode(self, text: str, *, instruction: str, **options: Any) -> torch.Tensor:
+            assert (text, instruction) == ("river", "<Find>")
+            return torch.tensor([0.6, 0.8])
+
+    corpus = torch.tensor([[0.6, -0.8], [0.8, 0.6], [-0.6, -0.8], [1.0, 0.0]])
+    assert demo.find(Model(), corpus, ("Find", "river")) == 1  # type: ignore[arg-type]
 
 
 def test_the_demo_measures_trains_and_writes_its_results(

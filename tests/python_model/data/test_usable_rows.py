@@ -72,6 +72,23 @@ def test_rows_that_cannot_be_trained_on_are_reported(
     assert pairs.report.used == {"e": 3} and len(pairs[0].passages) == len(pairs[0].queries)
 
 
+@pytest.mark.parametrize("count", [5, 7])
+def test_five_examples_of_a_reason_are_shown_and_the_others_counted(tokenizer: Any, tmp_path: Path, count: int) -> None:
+    wrong: dict[str, Any] = {
+        "broken": {"query": "q"},
+        "empty": {**query(0), "query": ["i", " "]},
+        "another kind": {"text": ["q", "r"]},
+    }
+    data = folder_of(tmp_path, e=[*map(query, range(4)), *(row for row in wrong.values() for _ in range(count))])
+    report = stream_of(config_of(train_data=data, mode="embedding", max_left_out=0.9), tokenizer).report
+    assert report.left_out == dict.fromkeys(wrong, count)
+    for place, reason in enumerate(wrong):
+        first = 5 + place * count
+        shown = [what.split(": ")[0] for what in report.examples[reason]]
+        assert shown == [f"{data}/e.jsonl:{line}" for line in range(first, first + 5)]
+    assert [line for line in report.lines() if "more" in line] == (["  and 2 more"] * 3 if count == 7 else [])
+
+
 @pytest.mark.parametrize(("mode", "missing"), [("embedding", "generative"), ("generative", "embedding")])
 def test_a_mode_reads_only_its_kind(tokenizer: Any, mode: str, missing: str) -> None:
     stream = stream_of(config_of(mode=mode), tokenizer)

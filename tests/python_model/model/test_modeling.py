@@ -92,7 +92,7 @@ def test_a_pass_holds_as_many_texts_as_its_limits_allow_longest_first(lengths: l
 
 def test_an_embedding_may_be_rounded_to_the_dtype_of_the_model(checkpoint: Path) -> None:
     model = GritLM(checkpoint, device="cpu", dtype="bfloat16")
-    fine, rounded = (model.encode(TEXTS, convert_to_tensor=True, recast=recast) for recast in (False, True))
+    fine, rounded = (model.encode(TEXTS, convert_to_tensor=True, **options) for options in ({}, {"recast": True}))
     assert fine.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     assert torch.equal(fine.bfloat16(), rounded) and not torch.equal(rounded.float(), fine)
     assert model.encode(TEXTS, recast=True).dtype == np.float32

@@ -358,7 +358,7 @@ def test_pages_and_documents_are_read_by_their_libraries(tmp_path: Path) -> None
     made.save(str(tmp_path / "a.docx"))
     (document,) = read_file(tmp_path / "a.docx", "a.docx")
     assert document.text.startswith("A river flows.") and "Paris" in document.text
-    (tmp_path / "b.html").write_text("<title>T</title><script>x()</script><h1>Head</h1><p>A <b>river</b>.")
+    (tmp_path / "b.html").write_text("<title>\n T </title><script>x()</script><h1>Head</h1><p>A <b>river</b>.")
     (document,) = read_file(tmp_path / "b.html", "b.html")
     assert document.title == "T" and "Head" in document.text and "river" in document.text and "x()" not in document.text
     for name in ("c.pdf", "c.docx"):

@@ -58,6 +58,8 @@ def test_states_are_shared_by_copying() -> None:
     assert target.filled == 5 and torch.equal(states_of(arena, target), data[:, :, :5])
     with pytest.raises(ValueError, match="^rows: expected at most 8"):
         arena.share(source, target, 9)
+    arena.share(source, target, 8)
+    assert torch.equal(states_of(arena, target), data)
 
 
 def test_states_in_wider_memory_have_zeros_behind_them() -> None:

@@ -63,6 +63,7 @@ def error_of(response: Any) -> dict[str, Any]:
 def test_a_body_that_is_no_request_is_a_400(server: Server, body: bytes) -> None:
     found = post(server, CHAT, content=body, headers={"content-type": "application/json"})
     assert found.status_code == 400 and error_of(found)["type"] == "invalid_request_error"
+    assert error_of(found)["message"].startswith("body: ")
 
 
 def test_text_that_is_no_unicode_is_a_400_that_names_it(server: Server) -> None:
@@ -350,6 +351,8 @@ def test_a_request_that_takes_too_long_is_a_504_and_a_stream_says_so(served_mode
 
 def test_a_server_that_stops_ends_what_runs_and_refuses_what_comes_with_a_503(served_model: GritLM) -> None:
     with serving(served_model, slow=0.05) as running, ThreadPoolExecutor() as pool:
+        for path, told in (("/health", "ok"), ("/ready", "ready")):
+            assert httpx.get(f"{running.url}{path}").json() == {"status": told}
         open_one = pool.submit(post, running, CHAT, question("What is a city?", max_tokens=200))
         wait_until(lambda: len(running.engine.scheduler.running) == 1)
         running.engine.close(drain_seconds=0.05)
@@ -357,6 +360,9 @@ def test_a_server_that_stops_ends_what_runs_and_refuses_what_comes_with_a_503(se
         assert (ended.status_code, error_of(ended)["code"]) == (503, "stopped")
         assert (refused.status_code, error_of(refused)["code"]) == (503, "stopping")
         assert int(refused.headers["retry-after"]) >= 1
+        for path, code in (("/health", "engine"), ("/ready", "not_ready")):
+            found = httpx.get(f"{running.url}{path}")
+            assert (found.status_code, error_of(found)["code"]) == (503, code)
 
 
 def test_too_many_open_requests_are_a_429(served_model: GritLM) -> None:
