@@ -35,8 +35,10 @@ shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_atte
 model = gk.patch(transformers.MistralForCausalLM(transformers.MistralConfig(vocab_size=99, **shape)))
 ids = torch.randint(0, 99, (2, 7))
 model(ids, is_causal=flags).logits.sum().backward()
-for name in ("py.typed", "data/sample/corpus.jsonl", "serve/page/index.html", "support/constraints.txt"):
-    assert (files("python_model") / name).is_file(), name
+own = ("py.typed", "data/sample/corpus.jsonl", "serve/page/index.html", "support/constraints.txt")
+for package, names in (("grit_kernels", ("py.typed",)), ("python_model", own)):
+    for name in names:
+        assert (files(package) / name).is_file(), f"{package}/{name}"
 print("Python", platform.python_version(), "torch", torch.__version__, "transformers", transformers.__version__)
 """
 
