@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from python_model.model.modules_json import head_of_modules, settings_of_modules
+from python_model.model.modules_json import head_of_modules, limit_of_modules, settings_of_modules
 from python_model.settings import SETTINGS_FILE, GritSettings
 
 HEAD_FILE = "embedding_head.safetensors"
@@ -40,6 +40,21 @@ def saved_head(path: str | os.PathLike[str], **where: Any) -> dict[str, Tensor] 
     if _file(str(path), SETTINGS_FILE, **where) is not None:
         return None
     return head_of_modules(functools.partial(_file, str(path), **where))
+
+
+def saved_limit(path: str | os.PathLike[str], tokenizer: Any, config: Any, **where: Any) -> int | None:
+    """The number of tokens to which a sentence-transformers checkpoint cuts a text; None for another checkpoint.
+
+    Raises:
+        ValueError: it cuts texts in another way than GritLM.
+    """
+    if _file(str(path), SETTINGS_FILE, **where) is not None:
+        return None
+    try:
+        positions = getattr(config, "max_position_embeddings", None)
+        return limit_of_modules(functools.partial(_file, str(path), **where), tokenizer, positions)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def check_no_head(path: str | os.PathLike[str], *, subfolder: str = "") -> None:

@@ -20,6 +20,7 @@ from python_model.model.checkpoint import (
     check_no_head,
     one_flag_per_sample,
     saved_head,
+    saved_limit,
     saved_settings,
 )
 from python_model.model.parallel import run_on_devices
@@ -37,6 +38,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 """The module of each ``projection_activation``."""
 TOKENS_PER_PACK = 16384
 """encode() fills each forward pass with up to this many tokens."""
+MAX_LENGTH = 512
+"""encode() reads up to this many tokens of a text by default, unless the checkpoint says otherwise."""
 
 
 class GritLM(nn.Module):
@@ -60,8 +63,9 @@ class GritLM(nn.Module):
 
     Settings not given are those saved with the checkpoint, in a folder or on the hub: ``grit.json``, else what
     sentence-transformers saves (``modules.json`` and the files beside it). Attributes: ``settings`` (all of them), ``model``,
-    ``tokenizer``, ``projection`` (a module or None), ``texts_cut`` (how many texts were truncated so far, by any method or
-    function that has a limit).
+    ``tokenizer``, ``projection`` (a module or None), ``max_length`` (how many tokens of a text :meth:`encode` reads by default:
+    512, or as many as sentence-transformers reads of a folder that it saved; not kept by :meth:`save_pretrained`), ``texts_cut``
+    (how many texts were truncated so far, by any method or function that has a limit).
     """
 
     def __init__(
@@ -137,6 +141,7 @@ class GritLM(nn.Module):
         whole = self.settings.projection or self.model.config.hidden_size
         if (size := self.settings.truncate_dim) is not None and size > whole:
             raise ValueError(f"truncate_dim: expected at most the embedding's {whole}, got {size}")
+        self.max_length = saved_limit(path, self.tokenizer, self.model.config, **where) or MAX_LENGTH
         self.texts_cut = 0
         self.is_inference = is_inference
         if "device_map" not in from_pretrained_kwargs:
@@ -265,7 +270,7 @@ class GritLM(nn.Module):
         self,
         sentences: str | Sequence[str],
         batch_size: int = 256,
-        max_length: int = 512,
+        max_length: int | None = None,
         instruction: str = "",
         embed_instruction: bool = False,
         get_cache: bool = False,
@@ -283,7 +288,7 @@ class GritLM(nn.Module):
         Args:
             sentences: one text or several; an empty one is an error that names its index.
             batch_size: maximum number of texts in a forward pass (which also holds at most 16384 tokens).
-            max_length: longer texts are truncated; instruction and special tokens count.
+            max_length: longer texts are truncated; instruction and special tokens count. Default: the attribute ``max_length``.
             instruction: the formatted prefix, e.g. ``prompts.embed_instruction("Find the article")``; by default that of
                 ``prompt_name``.
             embed_instruction: pool the instruction as well (always done if the settings say so).
@@ -312,7 +317,8 @@ class GritLM(nn.Module):
         if truncate_dim is not None and not 1 <= truncate_dim <= self.embedding_size:
             raise ValueError(f"truncate_dim: expected 1 to {self.embedding_size}, got {truncate_dim}")
         instruction = instruction or self._prompt(prompt_name)
-        samples = self._encode_texts(texts, instruction, max_length, add_special_tokens)
+        limit = self.max_length if max_length is None else max_length
+        samples = self._encode_texts(texts, instruction, limit, add_special_tokens)
         skips = [0 if embed_instruction else s.instruction_len for s in samples]
         batches = token_batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:
@@ -345,6 +351,13 @@ class GritLM(nn.Module):
         check_choice("prompt_name", name, sorted(self.settings.prompts))
         return self.settings.prompts[name]
 
+    def _with_prompt(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
+        """encode()'s options, with the first of the prompts ``names`` that there is, unless they choose an instruction."""
+        found = [name for name in names if name in self.settings.prompts]
+        if not found or options.get("instruction") or options.get("prompt_name") is not None:
+            return options
+        return {**options, "prompt_name": found[0]}
+
     def _pool_batch(self, hidden: Tensor, pack: gk.SamplePack, recast: bool) -> Tensor:
         pooled = self.pool(hidden, pack.cu_seqlens, pack.instruction_lens)
         return pooled.to(hidden.dtype) if recast else pooled
@@ -375,11 +388,14 @@ class GritLM(nn.Module):
         return [rows[index] for index in range(len(samples))]
 
     def encode_queries(self, queries: str | Sequence[str], **kwargs: Any) -> Any:
-        """:meth:`encode`, under the name that retrieval benchmarks call for queries."""
-        return self.encode(queries, **kwargs)
+        """:meth:`encode`, under the name that retrieval benchmarks call for queries; by default with the prompt ``query``, if
+        the settings have one."""
+        return self.encode(queries, **self._with_prompt(kwargs, "query"))
 
     def encode_corpus(self, corpus: str | dict[str, str] | Sequence[str | dict[str, str]], **kwargs: Any) -> Any:
-        """:meth:`encode` of documents; a dict is read as ``title + " " + text``, without the space if the title is empty."""
+        """:meth:`encode` of documents; a dict is read as ``title + " " + text``, without the space if the title is empty. By
+        default with the first prompt of ``document``, ``passage`` and ``corpus`` that the settings have."""
+        kwargs = self._with_prompt(kwargs, "document", "passage", "corpus")
         if isinstance(corpus, str):
             return self.encode(corpus, **kwargs)
         documents = [corpus] if isinstance(corpus, dict) else list(corpus)

@@ -24,6 +24,7 @@ from python_model.settings import POOLING_METHODS, Activation, GritSettings
 Read = Callable[[str], Path | None]
 """A file of the checkpoint by its name (with folder), or None."""
 MODULES = "modules.json"
+_DECODER = "sentence_bert_config.json"
 _KINDS = ("Transformer", "GritTransformer", "Pooling", "Dense", "Normalize")
 # older folders have one flag per kind of pooling instead of pooling_mode
 _FLAGS = {
@@ -46,13 +47,16 @@ def settings_of_modules(read: Read) -> GritSettings | None:
     modules = _modules(read)
     if modules is None:
         return None
-    decoder = _json(read, "sentence_bert_config.json") or {}
+    decoder = _json(read, _DECODER) or {}
     if decoder.get("do_lower_case"):
-        raise ValueError("sentence_bert_config.json: do_lower_case: expected false, got true")
+        raise ValueError(f"{_DECODER}: do_lower_case: expected false, got true")
     if "text" not in decoder.get("modality_config", {"text": None}):
-        raise ValueError(
-            "sentence_bert_config.json: modality_config: expected an entry 'text', got chat messages alone"
-        )
+        raise ValueError(f"{_DECODER}: modality_config: expected an entry 'text', got chat messages alone")
+    for name in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
+        if decoder.get(name):
+            raise ValueError(f"{_DECODER}: {name}: expected none, got {decoder[name]}")
+    if (task := decoder.get("transformer_task", "feature-extraction")) != "feature-extraction":
+        raise ValueError(f"{_DECODER}: transformer_task: expected 'feature-extraction', got {task!r}")
     pooling = _options(read, modules, "Pooling")
     method = pooling.get("pooling_mode") or [name for flag, name in _FLAGS.items() if pooling.get(flag)]
     method = method[0] if isinstance(method, list) and len(method) == 1 else method
@@ -102,6 +106,27 @@ def head_of_modules(read: Read) -> dict[str, Tensor] | None:
         weight = state["weight"] if weight is None else state["weight"] @ weight
     assert weight is not None and bias is not None
     return {"weight": weight.float(), "bias": bias.float()}
+
+
+def limit_of_modules(read: Read, tokenizer: Any, positions: int | None) -> int | None:
+    """The number of tokens to which sentence-transformers cuts a text, with those that the tokenizer adds; None without
+    ``modules.json``.
+
+    Args:
+        tokenizer: the folder's.
+        positions: of the decoder, if its config has such a number.
+
+    Raises:
+        ValueError: it would cut texts at their beginning.
+    """
+    if read(MODULES) is None:
+        return None
+    if tokenizer.truncation_side != "right":
+        raise ValueError(
+            f"truncation_side: expected 'right' in the tokenizer's config, got {tokenizer.truncation_side!r}"
+        )
+    given = (_json(read, _DECODER) or {}).get("max_seq_length")
+    return int(given) if given else min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
 
 def _modules(read: Read) -> list[tuple[str, str]] | None:

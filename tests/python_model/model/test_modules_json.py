@@ -127,6 +127,56 @@ def test_vectors_are_those_of_sentence_transformers(
     np.testing.assert_allclose(again.encode(TEXTS), ours.encode(TEXTS), atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["sentence_bert_config.json", "tokenizer_config.json", "config.json"])
+def test_a_text_is_cut_where_sentence_transformers_cuts_it(where: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Older versions keep the limit in their own file, newer ones in the tokenizer's; both end at the decoder's positions."""
+    limit = 60  # more than the prompt alone
+    qwen3_embedding(tmp_path, tokenizer)
+    folder = tmp_path / "model"
+    for name, change in {
+        "sentence_bert_config.json": {"max_seq_length": limit if where == "sentence_bert_config.json" else None},
+        "tokenizer_config.json": {"model_max_length": limit if where == "tokenizer_config.json" else 10**30},
+        "config.json": {"max_position_embeddings": limit if where == "config.json" else 512},
+    }.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    theirs = st.SentenceTransformer(str(folder), device="cpu")
+    ours = GritLM(folder, mode="embedding", device="cpu", dtype="float32")
+    assert ours.max_length == theirs.max_seq_length == limit
+    for name in (None, "query"):
+        found, want = ours.encode(TEXTS, prompt_name=name), theirs.encode(TEXTS, prompt_name=name)
+        np.testing.assert_allclose(found, want, atol=1e-5)
+    assert ours.texts_cut > 0 and np.abs(ours.encode(TEXTS, max_length=512) - ours.encode(TEXTS)).max() > 1e-3
+
+
+def test_texts_longer_than_gritlm_s_own_limit_are_read_whole(tokenizer: Any, tmp_path: Path) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    folder = tmp_path / "model"
+    for name, change in (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | {change: 2048}))
+    text = TEXTS[-1] * 20
+    ours = GritLM(folder, mode="embedding", device="cpu", dtype="float32")
+    want = st.SentenceTransformer(str(folder), device="cpu").encode([text])
+    np.testing.assert_allclose(ours.encode([text]), want, atol=1e-5)
+    assert len(ours.tokenizer(text)["input_ids"]) > 600 and ours.texts_cut == 0
+
+
+@pytest.mark.parametrize("layout", [embedding_gemma, qwen3_embedding, e5_mistral, instructor_like])
+def test_queries_and_documents_get_the_prompts_that_sentence_transformers_gives_them(
+    layout: Callable[[Path, Any], None], tokenizer: Any, tmp_path: Path
+) -> None:
+    layout(tmp_path, tokenizer)
+    folder = tmp_path / "model"
+    theirs = st.SentenceTransformer(str(folder), device="cpu")
+    ours = GritLM(folder, mode="embedding", device="cpu", dtype="float32")
+    np.testing.assert_allclose(ours.encode_queries(TEXTS), theirs.encode_query(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(ours.encode_corpus(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
+    name = next(iter(theirs.prompts))
+    want = theirs.encode(TEXTS, prompt_name=name)
+    np.testing.assert_allclose(ours.encode_queries(TEXTS, prompt_name=name), want, atol=1e-5)
+    found = ours.encode_corpus([{"title": "", "text": text} for text in TEXTS], instruction="find this: ")
+    np.testing.assert_allclose(found, theirs.encode(TEXTS, prompt="find this: "), atol=1e-5)
+
+
 def test_arguments_and_grit_json_go_before_modules_json(tokenizer: Any, tmp_path: Path) -> None:
     qwen3_embedding(tmp_path, tokenizer)
     folder = tmp_path / "model"
@@ -158,6 +208,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, "pooling: expected one of"),
     ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case: expected false"),
     ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config: expected an entry 'text'"),
+    (
+        "sentence_bert_config.json",
+        {"processing_kwargs": {"text": {"max_length": 8}}},
+        "processing_kwargs: expected none",
+    ),
+    ("sentence_bert_config.json", {"query_length": 8}, "query_length: expected none, got 8"),
+    ("sentence_bert_config.json", {"document_length": 8}, "document_length: expected none, got 8"),
+    ("sentence_bert_config.json", {"query_expansion": {"length": 8}}, "query_expansion: expected none"),
+    ("sentence_bert_config.json", {"transformer_task": "text-generation"}, "expected 'feature-extraction', got"),
+    ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side: expected 'right' .*, got 'left'"),
     ("config_sentence_transformers.json", {"truncate_dim": 32}, "truncate_dim: expected none, got 32"),
     ("config_sentence_transformers.json", {"prompts": {"query": "<s>Find"}}, "special token '<s>' in 'query'"),
 ]
