@@ -307,7 +307,12 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
     count = next((given[name] for name in LAYER_COUNTS if isinstance(given.get(name), int)), len(kinds))
     if not count:
         raise _Unknown("its config has no number of layers by a known name")
-    lists = {k: v for k, v in given.items() if isinstance(v, list) and len(v) == count and count > 2}
+    lists = {
+        k: v
+        for k, v in given.items()
+        # of a short list, only the name tells whether it is one entry per layer
+        if isinstance(v, list) and len(v) == count and (count > 2 or k in LISTS_OF_KINDS or k.endswith("layer_types"))
+    }
     listed = {k: set(given[k]) for k in LAYER_INDICES if given.get(k)}
     for key in listed:
         lists.pop(key, None)

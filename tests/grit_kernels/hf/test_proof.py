@@ -106,6 +106,13 @@ def test_types_with_layers_that_carry_a_state_are_admitted(model_type: str) -> N
     assert families_sweep.tried(model_type).refusal is None
 
 
+@pytest.mark.parametrize("kinds", [["sliding_attention"], ["full_attention", "full_attention"]])
+def test_a_model_of_few_layers_is_tried_with_their_kinds(kinds: list[str]) -> None:
+    model = model_of("olmo3", sliding_window=5, layer_types=kinds, num_hidden_layers=len(kinds))
+    assert proof.verdict(model).refusal is None and proof.tiny_values(model.config)["layer_types"] == [kinds[0]] * 2
+    assert gk.is_patched(gk.patch(model))
+
+
 def test_a_refusal_names_the_model_and_the_reason() -> None:
     model = model_of("stablelm")
     reason = r"got StableLmForCausalLM \(model type 'stablelm'\): .*no layer of this StableLmModel called.* Tested are gemma2"
