@@ -367,7 +367,11 @@ def lm_eval(model: GritLM, stock: Stock, folder: Path) -> None:
     assert_right(lm_eval_model(model)._model_call(ids), want)
 
 
-CONSUMERS = (encode, train, index, rag, evaluation, export, packed_export, mteb, lm_eval)
+CONSUMERS = tuple(
+    # `make test-tools` installs the packages
+    pytest.param(consumer, id=consumer.__name__, marks=[pytest.mark.tools] if consumer in (mteb, lm_eval) else [])
+    for consumer in (encode, train, index, rag, evaluation, export, packed_export, mteb, lm_eval)
+)
 REFUSED = {
     # by the length of the text, which "dynamic" may exceed
     ("llama rope dynamic", "index"): "documents: 'd' has more than 32 tokens",
@@ -379,7 +383,7 @@ REFUSED = {
 """(case, consumer): how the error begins."""
 
 
-@pytest.mark.parametrize("consumer", CONSUMERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("consumer", CONSUMERS)
 def test_every_field_reaches_every_consumer(
     case: str, consumer: Callable[..., None], model: GritLM, stock: Stock, tmp_path: Path
 ) -> None:
@@ -401,7 +405,7 @@ def test_an_index_of_another_config_is_refused(
     assert (fingerprint(model) == fingerprint(bases(family))) == (not changes)
 
 
-@pytest.mark.parametrize("consumer", [f for f in CONSUMERS if f is not lm_eval], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("consumer", [consumer for consumer in CONSUMERS if consumer.id != "lm_eval"])
 def test_a_decoder_that_attends_otherwise_than_the_settings_say_is_refused(
     consumer: Callable[..., None], saved: Saved, tmp_path: Path
 ) -> None:

@@ -271,6 +271,7 @@ def test_export(case: str, model: GritLM, right: dict[str, np.ndarray], packed: 
     np.testing.assert_allclose(loaded.encode([DOCUMENT]), model.encode([DOCUMENT]), atol=2e-5)
 
 
+@pytest.mark.tools
 @pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="mteb is an extra")
 def test_mteb(model: GritLM, right: dict[str, np.ndarray]) -> None:
     from types import SimpleNamespace
@@ -292,6 +293,7 @@ def test_mteb(model: GritLM, right: dict[str, np.ndarray]) -> None:
     assert_right(got, right["document"])
 
 
+@pytest.mark.tools
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra")
 def test_lm_eval(case: str, saved: Path, model: GritLM) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

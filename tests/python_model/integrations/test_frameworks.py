@@ -137,3 +137,18 @@ def test_llama_index_over_sentence_transformers(exported: str, expected: tuple[n
     )
     close(embeddings.get_text_embedding_batch(DOCUMENTS), expected[0])
     close(embeddings.get_query_embedding(QUESTION), expected[1])
+
+
+# ---- both, without a word about prompts
+
+
+def test_defaults_embed_as_gritlm_does_without_an_instruction(exported: str, model: GritLM) -> None:
+    langchain = pytest.importorskip("langchain_huggingface").HuggingFaceEmbeddings(
+        model_name=exported, model_kwargs={"device": "cpu"}
+    )
+    want = model.encode([*DOCUMENTS, QUESTION])
+    close([*langchain.embed_documents(DOCUMENTS), langchain.embed_query(QUESTION)], want)
+    llama_index = pytest.importorskip("llama_index.embeddings.huggingface").HuggingFaceEmbedding(
+        model_name=exported, device="cpu"
+    )
+    close([*llama_index.get_text_embedding_batch(DOCUMENTS), llama_index.get_query_embedding(QUESTION)], want)
