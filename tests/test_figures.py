@@ -152,6 +152,13 @@ def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
     assert f"nDCG@10 was {differences('proof_short')[0][0].strip('-')} % below after 144 steps" in text
 
 
+def test_the_cosine_of_the_proofs_gradients_is_that_of_its_record() -> None:
+    (row,) = rows("gradient_cosine", run="proof-0")
+    mean = f"{row['mean']:.3f}".replace("0.", ".", 1)
+    stated = f"over the {row['steps']} steps their cosine is {mean} on average"
+    assert f"({stated}, and within .1 in {100 * row['within_tenth']:.1f} % of them)" in " ".join(PROOF.split())
+
+
 def test_the_page_on_training_states_what_the_balance_of_gradients_does_and_costs() -> None:
     page = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
     first = rows("balance", work="norms", limit=0.0)[0]
