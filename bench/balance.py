@@ -55,8 +55,8 @@ def cosines(run: str, log: Iterable[str], limit: float) -> dict[str, Any]:
     """A row on the cosine of both gradients in each step of a run that limited each to ``limit``, from its ``log.jsonl``."""
     found = []
     for record in map(json.loads, log):
-        added = (min(record[name], limit or record[name]) for name in NORMS)
-        found.append(record.get("gradient_cosine", cosine(*added, record["gradient_norm"])))
+        added = [min(record[name], limit or record[name]) for name in NORMS]
+        found.append(record.get("gradient_cosine", cosine(added, record["gradient_norm"])))
     values = np.array(found)
     low, high = np.quantile(values, [0.05, 0.95])
     return {

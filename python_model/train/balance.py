@@ -66,12 +66,12 @@ class ObjectiveGradients:
         return added
 
 
-def cosine(first: float, second: float, total: float) -> float | None:
-    """Of two gradients with these norms, whose sum has the norm ``total``; None where one of them is 0 or not finite."""
-    product = 2.0 * first * second
-    if not product or not math.isfinite(product):
+def cosine(norms: Sequence[float], total: float) -> float | None:
+    """Of two gradients with these norms, whose sum has the norm ``total``; None if one is missing, 0 or not finite."""
+    if len(norms) != 2 or not all(norms) or not math.isfinite(sum(norms)):
         return None
-    return (total**2 - first**2 - second**2) / product
+    first, second = norms
+    return (total**2 - first**2 - second**2) / (2.0 * first * second)
 
 
 def limit_factor(norm: float, limit: float) -> float:

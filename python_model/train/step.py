@@ -245,8 +245,7 @@ class StepGradients:
             generative = self._conversation_gradients(batch, seed)
             generative_norm = gradients.take(self.losses.generative_weight)
         added = gradients.add()
-        losses = self._report(batch, contrastive, generative, contrastive_norm, generative_norm)
-        return replace(losses, added_norms=added)
+        return self._report(batch, contrastive, generative, contrastive_norm, generative_norm, added)
 
     def _text_gradients(self, batch: RankBatch, seed: int) -> Tensor:
         """Adds the contrastive loss's gradients; returns this rank's part of the loss."""
@@ -386,6 +385,7 @@ class StepGradients:
         generative: Tensor | None,
         contrastive_norm: float | None,
         generative_norm: float | None,
+        added: list[float],
     ) -> StepLosses:
         config = self.losses
         parts = (contrastive, generative, self._router, self._distillation)
@@ -407,4 +407,15 @@ class StepGradients:
             [loss / count if count else None for loss, count in zip(sums, counts, strict=True)]
             for sums, counts in ((query_sum, queries), (token_sum, tokens))
         ]
-        return StepLosses(total, rep, gen, balance, contrastive_norm, generative_norm, distilled, *by_dataset)
+        return StepLosses(
+            total,
+            rep,
+            gen,
+            balance,
+            contrastive_norm,
+            generative_norm,
+            distilled,
+            contrastive_by_dataset=by_dataset[0],
+            generative_by_dataset=by_dataset[1],
+            added_norms=added,
+        )

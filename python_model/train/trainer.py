@@ -214,7 +214,7 @@ class Trainer:
             "gradient_norm": norm,
             "contrastive_grad_norm": losses.contrastive_grad_norm,
             "generative_grad_norm": losses.generative_grad_norm,
-            **({"gradient_cosine": cosine(*losses.added_norms, norm)} if len(losses.added_norms) == 2 else {}),
+            "gradient_cosine": cosine(losses.added_norms, norm),
             "lr": self.optimizers.lr(index),
             "tokens": batch.tokens,
             "chunks": batch.num_chunks,
