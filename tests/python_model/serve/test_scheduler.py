@@ -190,7 +190,12 @@ def test_a_full_queue_is_empty_again_after_the_time_that_its_tokens_take() -> No
     s.add([text(64), text(36)])
     with pytest.raises(QueueFull) as refused:
         s.add([text(1)])
-    assert refused.value.retry_after == 1.0, "100 tokens, at a supposed 1000 a second"
+    assert refused.value.retry_after == 1.0, "the least"
+    long = scheduler(max_queued_tokens=2560)
+    long.add([text(64) for _ in range(40)])
+    with pytest.raises(QueueFull) as refused:
+        long.add([text(1)])
+    assert refused.value.retry_after == pytest.approx(2.56), "at a supposed 1000 tokens a second"
     s.report(40, 1.0, decoding=0)
     s.report(20, 1.0, decoding=0)
     assert s.tokens_per_second == pytest.approx(0.9 * 40 + 0.1 * 20)
