@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -215,6 +216,70 @@ def test_a_wheel_comes_from_the_cache_only_if_it_is_the_pinned_one(
     path.write_bytes(b"damaged")
     downloads.append(content)
     assert packages.fetch_wheel(pinned, tmp_path).read_bytes() == content and path.read_bytes() == content
+
+
+@pytest.fixture
+def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a stand-in for apt: what it was asked is in ``said``; ``update`` makes ``after`` its ``targets``."""
+    folder = tmp_path / "apt"
+    folder.mkdir()
+    scripts = {
+        "apt-get": f"""
+cd_to={folder}
+echo "$*" >> $cd_to/said
+case "$*" in
+indextargets*) cat $cd_to/targets 2>/dev/null ;;
+*update*) cp $cd_to/after $cd_to/targets ;;
+*refused*) exit 100 ;;
+*nothing*) ;;
+*download*) echo deb > "${{3%%=*}}_1.0_all.deb" ;;
+esac""",
+        "helper": '[ "$1" = cat-file ] && cat "$2"',
+    }
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(debian, "_HELPER", str(folder / "helper"))
+    return folder
+
+
+def test_a_debian_package_is_downloaded_once(apt: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "new" / "cache"
+    for _ in range(2):
+        path = packages.fetch_deb("dict-x", cache, "2*")
+        assert path == cache / "dict-x_1.0_all.deb" and path.read_text() == "deb\n"
+    assert packages.fetch_deb("dict-y", cache) == cache / "dict-y_1.0_all.deb"
+    assert (apt / "said").read_text().splitlines() == ["-q download dict-x=2*", "-q download dict-y"]
+    with pytest.raises(packages.SourceError, match="^refused: apt-get failed with exit status 100"):
+        packages.fetch_deb("refused", cache)
+    with pytest.raises(packages.SourceError, match="^nothing: apt-get download produced no package"):
+        packages.fetch_deb("nothing", cache)
+    assert sorted(path.name for path in cache.iterdir()) == ["dict-x_1.0_all.deb", "dict-y_1.0_all.deb"]
+
+
+def test_the_largest_index_of_the_archive_is_read_after_one_download(apt: Path, tmp_path: Path) -> None:
+    texts = {"small": "Package: a", "large": "Package: a\n\nPackage: b", "other": "Package: c" * 9, "words": "W"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    kinds = [("Packages", "main", "small"), ("Packages", "main", "large"), ("Packages", "contrib", "other")]
+    kinds += [("Packages", "main", "small"), ("Packages", "main", "missing")]
+
+    def targets(*kinds: tuple[str, str, str]) -> str:
+        return "".join(f"{kind}\t{component}\t{tmp_path / name}\n" for kind, component, name in kinds)
+
+    (apt / "after").write_text(targets(*kinds))
+    with pytest.raises(packages.SourceError, match="^debian: apt has no index of Translations for component main"):
+        debian.fetch_index(tmp_path / "cache")
+    (apt / "after").write_text(targets(*kinds, ("Translations", "main", "words")))
+    for updates in (2, 2):
+        assert debian.fetch_index(tmp_path / "cache") == (texts["large"], texts["words"])
+        said = (apt / "said").read_text().splitlines()
+        assert sum("update" in line for line in said) == updates, "what is downloaded is not downloaded again"
+    assert all(f"Dir::State::lists={tmp_path / 'cache' / 'apt' / 'lists'} " in line for line in said)
+    (apt / "helper").write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    with pytest.raises(packages.SourceError, match="^debian: .*helper cannot read .*large: broken$"):
+        debian.fetch_index(tmp_path / "cache")
 
 
 def mined(queries: list[str], passages: list[str], count: int, *allowed: Any, **options: Any) -> list[list[int]]:
