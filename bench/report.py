@@ -200,8 +200,19 @@ def _table(path: Path, title: str, named: bool) -> list[str]:
         "|" + "---|" * len(columns),
         *("| " + " | ".join(cell(row.get(name), 8 if name in EXACT else 3) for name in columns) + " |" for row in rows),
         "",
+        *_conclusions(path.stem, rows),
         *([f"![{title}](../{plot.relative_to(ROOT).as_posix()})", ""] if plot.exists() else []),
     ]
+
+
+def _conclusions(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a benchmark with a goal says of each model."""
+    if name != "rag_quality_cpu":
+        return []
+    from bench.rag_quality import verdict
+
+    models = dict.fromkeys(row["model"] for row in rows)
+    return [*(f"- {verdict([row for row in rows if row['model'] == model])}." for model in models), ""]
 
 
 def describe(machine: dict[str, Any]) -> str:
