@@ -33,7 +33,7 @@ from bench.proof_table import ROUNDS, ndcg
 from python_model.corpora.hard_negatives import BM25
 from python_model.corpora.small_model import resolve_model
 from python_model.corpora.split import digest
-from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.held_out import EVERYTHING, HeldOut
 from python_model.generate.rerank import METHODS, PASSAGE_TOKENS, rerank
 from python_model.model.modeling import GritLM
 from python_model.rag.fingerprint import fingerprint
@@ -42,7 +42,6 @@ from python_model.support.quiet import quiet
 
 FOUND = "as found"
 DEFAULT = inspect.signature(rerank).parameters["method"].default
-EVERYTHING = "all"
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ def make_items(held_out: HeldOut, passages: int, limit: int | None = None) -> tu
     check_at_least("queries", 1 if limit is None else limit, 1)
     if len(held_out.documents) < passages:
         raise ValueError(f"data: expected at least {passages} passages, got {len(held_out.documents)}")
+    held_out.check_datasets()
     rows = held_out.rows
     ranking = BM25([row.query.text for row in rows], held_out.documents).rows()
     piles: dict[str, list[Item]] = {row.dataset: [] for row in rows}

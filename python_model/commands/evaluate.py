@@ -29,7 +29,7 @@ from python_model.commands.runner import (
     refuse_without,
     tell_cut,
 )
-from python_model.evaluation.held_out import HeldOut
+from python_model.evaluation.held_out import EVERYTHING, HeldOut
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
@@ -38,7 +38,6 @@ from python_model.support.files import write_json
 from python_model.support.tables import aligned
 
 COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "recall_at_100", "next_token_loss")
-EVERYTHING = "all"
 
 
 def measure(
@@ -151,6 +150,7 @@ def run(arguments: Namespace) -> None:
     if arguments.questions is not None and arguments.mode == "embedding":
         raise ValueError("questions: expected a model that generates, got one in mode 'embedding'")
     held_out = HeldOut(data)
+    held_out.check_datasets()
     results = _saved(arguments.output)
     for name in tqdm(arguments.model or [SMALL_MODEL], desc="checkpoints", unit="checkpoint"):
         if any(r["model"] == name and r["options"] == options for r in results):

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from python_model.data.reading import read_corpus, read_embedding, read_generative
-from python_model.data.rows import DataError
+from python_model.data.rows import DataError, Row
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import RetrievalScores, embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
+
+EVERYTHING = "all"
+"""The name of all data sets together, where scores are given for each."""
 
 
 class HeldOut:
@@ -57,6 +60,15 @@ class HeldOut:
             for row, own in zip(self.rows, self.relevant, strict=True)
         ]
         self.conversations = read_generative(generative) if generative.is_file() else []
+
+    def check_datasets(self) -> None:
+        """DataError if a data set has the name under which the scores of all are given."""
+        rows: list[Row] = [*self.rows, *self.conversations]
+        for row in rows:
+            if row.dataset == EVERYTHING:
+                raise DataError(
+                    f"{row.origin}: dataset: expected a name other than {EVERYTHING!r}, which stands for all data sets, got it"
+                )
 
 
 def held_out_digest(folder: str | os.PathLike[str]) -> str:

@@ -200,6 +200,16 @@ def test_a_data_set_of_long_questions_has_no_loss(checkpoint: Path, data: Path) 
     assert scores["long"] == {"next_token_loss": None, "conversations": 1} and scores["all"]["next_token_loss"] > 0
 
 
+@pytest.mark.parametrize("kind", ["embedding", "generative"])
+def test_a_data_set_cannot_have_the_name_of_all(checkpoint: Path, data: Path, kind: str) -> None:
+    path = data / "test" / f"{kind}.jsonl"
+    path.write_text(path.read_text().replace('"set1"', '"all"').replace('"talk1"', '"all"'))
+    with pytest.raises(
+        SystemExit, match=rf"{kind}.jsonl:2: dataset: expected a name other than 'all', which stands for"
+    ):
+        main(["--model", str(checkpoint), "--data", str(data)])
+
+
 def test_mistakes_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="corpus.jsonl"):
         main(["--model", str(checkpoint), "--data", str(tmp_path)])
