@@ -84,6 +84,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Add, delete, search."""
+    from python_model.model.modeling import max_positions
     from python_model.rag.filters import read_conditions
     from python_model.rag.index import Index, open_index
     from python_model.rag.sync import compact, delete, only_writer
@@ -136,7 +137,7 @@ def run(arguments: Namespace) -> None:
     lines.append(f"{result['documents']} documents in {arguments.index}")
     if model is not None and arguments.search is not None:
         prefix = model.formatter.embed_instruction(arguments.instruction)
-        limit = int(model.model.config.max_position_embeddings)
+        limit = max_positions(model.model.config)
         vector = model.encode([arguments.search], instruction=prefix, max_length=limit)
         tell_cut("index", model, f"the model's {limit}")
         words = [arguments.search] if arguments.hybrid else None

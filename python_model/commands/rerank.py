@@ -54,6 +54,7 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Print the passages, best first."""
     from python_model.generate.rerank import PASSAGE_TOKENS, rerank
+    from python_model.model.modeling import max_positions
 
     refuse_without(arguments, COMMAND.parser(), "chunk_tokens", "overlap")
     chunked = bool(arguments.chunk_tokens)
@@ -64,7 +65,7 @@ def run(arguments: Namespace) -> None:
     documents, owners = chunks_of(arguments, model, given)
     limit = PASSAGE_TOKENS if arguments.passage_tokens is None else arguments.passage_tokens
     if chunked:
-        limit = int(model.model.config.max_position_embeddings)  # they are shown whole
+        limit = max_positions(model.model.config)  # they are shown whole
     ranked = rerank(
         model,
         arguments.query,

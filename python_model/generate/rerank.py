@@ -20,7 +20,7 @@ import grit_kernels as gk
 from python_model.generate.text import complete, prompt_ids
 from python_model.model.chunks import build_chunk
 from python_model.model.losses import next_token_losses
-from python_model.model.modeling import GritLM, token_batches
+from python_model.model.modeling import GritLM, max_positions, token_batches
 from python_model.model.prompts import ASSISTANT, IGNORE_INDEX, USER, TooLong, escape
 from python_model.support.arguments import check_at_least, check_choice
 
@@ -164,7 +164,7 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
 def query_likelihoods(model: GritLM, query: str, passages: Sequence[str], *, batch_size: int = 256) -> list[float]:
     """The mean log-probability of the query (and its end) as the reply to :func:`likelihood_turn`, for each passage, from one
     packed forward pass per batch; conversations are read as in training."""
-    longest = int(model.model.config.max_position_embeddings)
+    longest = max_positions(model.model.config)
     try:
         samples = [model.formatter.conversation([likelihood_turn(passage), query], longest) for passage in passages]
         fit = not any(sample.truncated for sample in samples)

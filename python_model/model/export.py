@@ -26,7 +26,7 @@ from torch import nn
 
 import grit_kernels as gk
 from python_model.model.card import CARD_FILE, carried_sections, model_card
-from python_model.model.modeling import ACTIVATIONS, GritLM
+from python_model.model.modeling import ACTIVATIONS, GritLM, max_positions
 from python_model.model.prompts import TURN_END
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import require
@@ -190,8 +190,8 @@ def _check(model: GritLM, packed: bool, max_length: int) -> None:
         )
     if model.projection is not None and type(model.projection) is not nn.Linear:
         raise TypeError(f"projection: expected an nn.Linear for an export, got {type(model.projection).__name__}")
-    limit = getattr(model.model.config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
+    limit = max_positions(model.model.config)
+    if max_length > limit:
         raise ValueError(
             f"max_length: expected at most the model's {limit} positions, at which sentence-transformers cuts every text, "
             f"got {max_length}"

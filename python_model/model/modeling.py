@@ -462,6 +462,12 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def max_positions(config: Any) -> int:
+    """Most tokens of a text for a model with this config; 2**31 - 1 where it sets no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return 2**31 - 1 if positions is None else int(positions)
+
+
 def token_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices sorted by length, split into packs of at most ``batch_size`` texts and TOKENS_PER_PACK tokens."""
     check_at_least("batch_size", batch_size, 1)

@@ -15,7 +15,7 @@ import torch
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.generate.text import TextStream, eos_token_ids, prompt_ids
-from python_model.model.modeling import GritLM, head_size
+from python_model.model.modeling import GritLM, head_size, max_positions
 from python_model.model.prompts import ROLE_MARKERS
 from python_model.rag.calibration import trusted_modes
 from python_model.rag.fingerprint import fingerprint
@@ -125,7 +125,7 @@ class RAG:
                     f"this model is {fingerprint(model)} with {expected}"
                 )
         self.recompute, self.recompute_share = recompute, recompute_share
-        self.max_length = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
+        self.max_length = max_length if max_length is not None else max_positions(model.model.config)
         self.query_prefix, self.marked = query_prefix, marked
         self.hybrid, self.where = hybrid, where
         if keep_read and store is None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import GritLM, max_positions
 from python_model.rag.filters import Filter, checked, sql_condition
 from python_model.rag.fingerprint import embedding_settings, fingerprint
 from python_model.rag.modes import Document
@@ -302,7 +302,7 @@ def add_documents(
         ValueError: a document has more than ``max_length`` tokens (default: the model's positions); split it with
             :func:`python_model.rag.documents.chunk`. Nothing is truncated silently.
     """
-    limit = max_length if max_length is not None else int(model.model.config.max_position_embeddings)
+    limit = max_length if max_length is not None else max_positions(model.model.config)
     for start in range(0, len(documents), batch):
         part = documents[start : start + batch]
         if (long := too_long(index, model, part, limit)) is not None:

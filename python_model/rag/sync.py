@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from python_model.generate.states import TextStates
-from python_model.model.modeling import GritLM
+from python_model.model.modeling import GritLM, max_positions
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, files_below, splitter_name
 from python_model.rag.formats import SUFFIXES, UnreadableFileError, read_file
@@ -197,7 +197,7 @@ class _Work:
     def __init__(self, index: Index, model: GritLM, rag: RAG | None, recipe: str, report: Report) -> None:
         self.index, self.model, self.recipe, self.report = index, model, recipe, report
         self.rag = rag if rag is not None and rag.store is not None else None
-        self.limit = int(model.model.config.max_position_embeddings)
+        self.limit = max_positions(model.model.config)
         self.known = index.sources()
         self.owners: dict[str, str] = {}  # of keys that are not in the index yet
         self.stale: list[str] = []

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import grit_kernels as gk
 from python_model.model.losses import ROWS
-from python_model.model.modeling import GritLM, head_size
+from python_model.model.modeling import GritLM, head_size, max_positions
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve.arena import Arena
 from python_model.serve.step import Call, PackedStep, unfit
@@ -60,9 +60,7 @@ def step_of(model: GritLM, rows: int, scratch: int) -> PackedStep:
 def longest_text(model: GritLM) -> int:
     """Tokens up to which a served sequence may grow: the model's positions, and where rotary frequencies depend on the length,
     those with the same frequencies, since keys in the arena keep theirs. A model may have no limit of its own."""
-    limits = [2**31 - 1]
-    if (positions := getattr(model.model.config, "max_position_embeddings", None)) is not None:
-        limits.append(int(positions))
+    limits = [max_positions(model.model.config)]
     if (change := gk.hf.frequency_change(model.model)) is not None:
         limits.append(change.limit)
     return min(limits)

@@ -15,6 +15,7 @@ import pytest
 from python_model import GritLM
 from python_model.commands import embed, index, mine, rerank
 from python_model.generate.rerank import on_one_line, query_likelihoods
+from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, read_documents
 
 
@@ -219,3 +220,26 @@ def test_reranking_in_chunks_cuts_nothing_and_takes_the_best_chunk_of_each_passa
         rerank.COMMAND([*base, "--overlap", "4"])
     with pytest.raises(SystemExit, match="--passage-tokens: expected no --chunk-tokens beside it, got both"):
         rerank.COMMAND([*base, "--chunk-tokens", "24", "--passage-tokens", "24"])
+
+
+def test_a_model_without_a_limit_of_its_own_indexes_and_reranks_whole_texts(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import MistralConfig
+
+    model = GritLM(checkpoint, device="cpu")
+    monkeypatch.delattr(MistralConfig, "max_position_embeddings")  # a default
+    del model.model.config.max_position_embeddings
+    for command in (index, rerank):
+        monkeypatch.setattr(command, "load", lambda *arguments, **options: model)
+    passages = tmp_path / "passages.txt"
+    passages.write_text("A river flows. " * 200)
+    base = ["--query", "What flows?", "--passages", str(passages), "--json"]
+    rerank.COMMAND([*base, "--chunk-tokens", "24"])
+    index.COMMAND(
+        [str(tmp_path / "index"), "--add", str(passages), "--chunk-tokens", "0", "--search", "river", "--json"]
+    )
+    (ranked, found) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "river" in ranked["passages"][0]["passage"]
+    assert found["hits"][0]["text"] == passages.read_text().strip()
+    assert RAG(model).max_length == 2**31 - 1
