@@ -20,12 +20,12 @@ from python_model.commands.runner import (
     add_chunks,
     add_truncation,
     chunks_of,
+    documents_at,
     load,
     progress,
     refuse_both,
     refuse_without,
 )
-from python_model.rag.documents import read_documents
 from python_model.rag.modes import Document
 from python_model.support.files import new_file
 from python_model.support.resume import ResumableArray
@@ -189,7 +189,7 @@ def _tell_cut(cut: int, texts: int, max_length: int) -> None:
 def _documents(arguments: Namespace) -> list[Document]:
     """The texts to embed; those that come without a name are numbered."""
     if arguments.input is not None:
-        documents = list(read_documents(arguments.input))
+        documents = documents_at("embed", arguments.input)
     else:
         lines = arguments.text or (line.rstrip("\n") for line in sys.stdin if line.strip())
         documents = [Document(f"text {number}", text) for number, text in enumerate(lines, 1)]

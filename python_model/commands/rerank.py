@@ -14,12 +14,12 @@ from python_model.commands.runner import (
     add_json,
     add_model,
     chunks_of,
+    documents_at,
     load,
     refuse_without,
     show,
     tell_cut,
 )
-from python_model.rag.documents import read_documents
 from python_model.rag.modes import Document
 
 
@@ -89,7 +89,7 @@ def run(arguments: Namespace) -> None:
 
 def _documents(passages: Path) -> list[Document]:
     if str(passages) != "-":
-        return list(read_documents(passages))
+        return documents_at("rerank", passages)
     return [Document(f"line {number}", line.strip()) for number, line in enumerate(sys.stdin, 1) if line.strip()]
 
 

@@ -166,6 +166,16 @@ def add_chunks(parser: ArgumentParser, what: str) -> None:
     )
 
 
+def documents_at(name: str, path: str | os.PathLike[str]) -> list[Document]:
+    """The documents of a file or folder; says on standard error which files of a folder are skipped, and why."""
+    from python_model.rag.documents import read_documents
+
+    def skip(file: os.PathLike[str], reason: str) -> None:
+        print(f"grit {name}: skipped {os.fspath(file)}: {reason}", file=sys.stderr, flush=True)
+
+    return list(read_documents(path, skip))
+
+
 def chunks_of(arguments: Namespace, model: GritLM, documents: Iterable[Document]) -> tuple[list[Document], list[int]]:
     """The chunks of all documents, and the index of the document that each belongs to; without ``--chunk-tokens`` the documents
     are whole.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from python_model.rag.formats import SUFFIXES, UnreadableFileError, read_file
+from python_model.rag.formats import FAULTS, SUFFIXES, UnreadableFileError, read_file
 from python_model.rag.modes import Document
 from python_model.support.optional import find
 
@@ -19,30 +19,53 @@ SMALLEST_SHARE = 4
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, sorted by name, except hidden ones and those in hidden folders."""
-    found = (f for f in sorted(folder.rglob("*")) if f.is_file())
-    return [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    """All files below a folder, sorted by name, except hidden ones and those in hidden folders. Links to nothing and folders
+    that cannot be listed are among them: whoever reads them is told why it fails."""
+    found: list[Path] = []
+
+    def closed(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for parent, folders, names in os.walk(folder, onerror=closed):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(parent, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.is_file() or not file.exists()]
+    return sorted(found)
 
 
-def read_documents(path: str | os.PathLike[str]) -> Iterator[Document]:
-    """The documents of a file, or of all files of a known kind below a folder, see :func:`python_model.rag.formats.read_file`.
+def read_documents(path: str | os.PathLike[str], skip: Callable[[Path, str], None] | None = None) -> Iterator[Document]:
+    """The documents of a file, or of all files below a folder, see :func:`python_model.rag.formats.read_file`.
+
+    ``skip`` is called with each file below a folder that cannot be read, and the reason. Without it, files of unknown kinds
+    are left out and other faults are errors, as they always are in a file that was named itself.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: a row is broken (the message has file and line), a file is empty, no UTF-8, or of another kind.
+        ValueError: a row is broken (the message has file and line), a file is empty, no UTF-8, or of another kind, or no file of
+            a folder can be read.
     """
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"documents: there is no file or folder {root}")
-    files = [root] if root.is_file() else [f for f in files_below(root) if f.suffix.lower() in SUFFIXES]
-    if not files:
-        raise ValueError(f"documents: {root} holds no {', '.join(SUFFIXES)} file")
+    if root.is_file():
+        files, skip = [root], None
+    else:
+        files = [f for f in files_below(root) if skip is not None or f.suffix.lower() in SUFFIXES]
+    nothing = True
     for file in files:
-        name = root.name if file == root else file.relative_to(root).as_posix()
         try:
-            yield from read_file(file, name)
-        except UnreadableFileError as error:
-            raise ValueError(f"documents: {file} {error}") from error
+            documents = read_file(file, root.name if file == root else file.relative_to(root).as_posix())
+        except FAULTS as error:
+            if skip is not None:
+                skip(file, str(error))
+                continue
+            if isinstance(error, UnreadableFileError):
+                raise ValueError(f"documents: {file} {error}") from error
+            raise
+        nothing = False
+        yield from documents
+    if nothing:
+        raise ValueError(f"documents: {root} holds no {', '.join(SUFFIXES)} file that can be read")
 
 
 def splitter_name() -> str:

@@ -25,6 +25,24 @@ class UnreadableFileError(ValueError):
     """Why a file yields no documents."""
 
 
+FAULTS = (UnreadableFileError, ImportError, OSError, ValueError)
+"""What :func:`read_file` raises through a fault of the file, or for want of the library that reads it."""
+
+
+def check_file(file: Path) -> None:
+    """What can be told without reading it: UnreadableFileError if a file is of an unknown kind or too large, or is a folder."""
+    if file.is_dir():
+        raise UnreadableFileError("is a folder that cannot be listed")
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UnreadableFileError(
+            f"is of no known kind ({suffix or 'no suffix'}): see python_model.rag.formats.SUFFIXES"
+        )
+    size = file.stat().st_size
+    if suffix != ".jsonl" and size > MAX_BYTES:
+        raise UnreadableFileError(f"is too large: {size / 2**20:.0f} MiB, read are up to {MAX_BYTES >> 20}")
+
+
 def read_file(file: Path, name: str) -> list[Document]:
     """The documents of a file with this ``name`` in the index.
 
@@ -36,32 +54,22 @@ def read_file(file: Path, name: str) -> list[Document]:
         UnreadableFileError: an unknown kind, empty, too large, binary, not UTF-8, damaged, or a malformed row (with its line).
         ImportError: the library that reads this kind is not installed.
     """
+    check_file(file)
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
         documents = _rows(file, name)
-    elif (parse := _PARSERS.get(suffix)) is not None:
+    else:
         documents = [
             Document(name + part, text.strip(), title or file.stem, name, place)
-            for part, place, title, text in parse(_content(file))
+            for part, place, title, text in _PARSERS[suffix](file.read_bytes())
             if text.strip()
         ]
-    else:
-        raise UnreadableFileError(
-            f"is of no known kind ({suffix or 'no suffix'}): see python_model.rag.formats.SUFFIXES"
-        )
     if not documents:
         raise UnreadableFileError("is empty" if suffix != ".pdf" else "holds no text (a scan needs OCR)")
     return documents
 
 
 Parts = list[tuple[str, str, str, str]]  # suffix of the key; place, title, text
-
-
-def _content(file: Path) -> bytes:
-    size = file.stat().st_size
-    if size > MAX_BYTES:
-        raise UnreadableFileError(f"is too large: {size / 2**20:.0f} MiB, read are up to {MAX_BYTES >> 20}")
-    return file.read_bytes()
 
 
 def _text(content: bytes) -> Parts:

@@ -21,7 +21,7 @@ from python_model.generate.states import TextStates
 from python_model.model.modeling import GritLM, max_positions
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, files_below, splitter_name
-from python_model.rag.formats import SUFFIXES, UnreadableFileError, read_file
+from python_model.rag.formats import FAULTS, UnreadableFileError, check_file, read_file
 from python_model.rag.index import Index, embed, too_long
 from python_model.rag.modes import Document
 from python_model.rag.store.documents import Source
@@ -132,7 +132,7 @@ def add_files(
             progress(number, len(found))
         try:
             source, documents = work.read(name, file, max_tokens, overlap)
-        except (UnreadableFileError, ImportError, OSError, ValueError) as error:
+        except FAULTS as error:
             report.skipped.append((str(file), str(error)))
             continue
         work.add(source, documents)  # what fails here is no fault of the file
@@ -152,7 +152,8 @@ def add_files(
 def bytes_to_read(
     index: Index, paths: Sequence[str | Path], max_tokens: int, overlap: int, store: KVStore | None = None
 ) -> int:
-    """Bytes of the files that :func:`add_files` would read: new, changed, or without states in ``store``."""
+    """Bytes of the files that :func:`add_files` would read: new, changed, or without states in ``store``; without those it would
+    skip since they are too large, of an unknown kind, or cannot be opened."""
     known, recipe = index.sources(), _recipe(max_tokens, overlap)
 
     def is_done(name: str, file: Path) -> bool:
@@ -161,8 +162,12 @@ def bytes_to_read(
             return False
         return store is None or all(key in store for key in index.documents_of(name))
 
-    files = [(name, file) for name, file in _find(index, paths).items() if file.suffix.lower() in SUFFIXES]
-    return sum(file.stat().st_size for name, file in files if not is_done(name, file))
+    size = 0
+    for name, file in _find(index, paths).items():
+        with contextlib.suppress(UnreadableFileError, OSError):
+            check_file(file)
+            size += 0 if is_done(name, file) else file.stat().st_size
+    return size
 
 
 def _recipe(max_tokens: int, overlap: int) -> str:
@@ -207,6 +212,7 @@ class _Work:
 
     def read(self, name: str, file: Path, max_tokens: int, overlap: int) -> tuple[Source, list[Document] | None]:
         """A file and its documents, None if they are in the index. What it raises is a fault of the file."""
+        check_file(file)
         source = Source(name, str(file), _digest(file), self.recipe)
         before = self.known.get(name)
         if before is not None and (before.digest, before.recipe) == (source.digest, source.recipe):

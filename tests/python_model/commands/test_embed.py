@@ -179,6 +179,32 @@ def test_texts_that_are_cut_are_counted(checkpoint: Path, tmp_path: Path, capsys
     assert capsys.readouterr().err.count("longer") == 0
 
 
+def test_files_of_a_folder_that_cannot_be_read_are_named_and_skipped(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "bad.txt").write_bytes(b"caf\xe9")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    model = ["--model", str(checkpoint), "--device", "cpu"]
+    query = ["--query", "What flows?", "--passages", str(folder), "--json"]
+    with pytest.raises(SystemExit, match="holds no .* file that can be read"):
+        rerank.COMMAND([*model, *query])
+    capsys.readouterr()
+    (folder / "good.md").write_text("A river flows.")
+    rerank.COMMAND([*model, *query])
+    printed = capsys.readouterr()
+    assert [row["passage"] for row in json.loads(printed.out)["passages"]] == ["good A river flows."]
+    embed.COMMAND([*model, "--input", str(folder), "--json"])
+    also = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in also.out.splitlines()] == ["good A river flows."]
+    for name, said in (("rerank", printed.err), ("embed", also.err)):
+        assert f"grit {name}: skipped {folder / 'bad.txt'}: is not UTF-8" in said
+        assert f"grit {name}: skipped {folder / 'picture.png'}: is of no known kind (.png)" in said
+    with pytest.raises(SystemExit, match=r"bad.txt is not UTF-8"):  # named itself
+        embed.COMMAND([*model, "--input", str(folder / "bad.txt"), "--json"])
+
+
 def test_reranking_in_chunks_cuts_nothing_and_takes_the_best_chunk_of_each_passage(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

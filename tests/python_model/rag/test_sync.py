@@ -16,7 +16,7 @@ import torch
 
 from python_model import GritLM
 from python_model.cli import main
-from python_model.rag import sync
+from python_model.rag import formats, sync
 from python_model.rag.answer import RAG, bytes_per_token, open_store
 from python_model.rag.documents import chunk
 from python_model.rag.formats import UnreadableFileError, read_file
@@ -212,7 +212,16 @@ def test_a_batch_that_cannot_be_written_ends_the_run(
     assert len(index) == 0 and add(index, model, folder).added == 3
 
 
-def test_files_that_cannot_be_read_are_named_and_skipped(model: GritLM, folder: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_named_and_skipped(
+    model: GritLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_whole: list[str] = []
+    digest = sync._digest
+
+    def counted(file: Path) -> str:
+        read_whole.append(file.name)
+        return digest(file)
+
     (folder / "binary.txt").write_bytes(b"a\0b")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "empty.md").write_text(" \n")
@@ -222,6 +231,11 @@ def test_files_that_cannot_be_read_are_named_and_skipped(model: GritLM, folder: 
     (folder / ".hidden.md").write_text("secret")
     (folder / ".git").mkdir()
     (folder / ".git" / "x.md").write_text("secret")
+    (folder / "link.md").symlink_to(folder / "gone.md")
+    for name in ("large.md", "film.mp4"):
+        with open(folder / name, "wb") as file:
+            file.truncate(formats.MAX_BYTES + 1)
+    monkeypatch.setattr(sync, "_digest", counted)
     index = open_index(tmp_path / "i", model)
     report = add(index, model, folder)
     reasons = {Path(file).name: reason for file, reason in report.skipped}
@@ -232,9 +246,31 @@ def test_files_that_cannot_be_read_are_named_and_skipped(model: GritLM, folder: 
         "picture.png": "no known kind",
         "broken.jsonl": "broken.jsonl:1",
         "twice.jsonl": "has the key '7' that rows.jsonl has",
+        "link.md": "No such file",
+        "large.md": "is too large: 64 MiB",
+        "film.mp4": "no known kind (.mp4)",
     }
     assert set(reasons) == set(words) and all(words[name] in reasons[name] for name in words)
     assert report.added == 3 and not any("secret" in index.document(key).text for key in index.keys())
+    unread = {"link.md", "large.md", "film.mp4", "picture.png"}
+    assert "binary.txt" in read_whole and not unread & set(read_whole)
+    cost = sum((folder / name).stat().st_size for name in set(words) - unread)
+    assert sync.bytes_to_read(index, [folder], 60, 0) == cost
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_skipped(
+    model: GritLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def forbidden(path: Any = ".") -> Any:
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    report = add(open_index(tmp_path / "i", model), model, folder)
+    assert report.added == 2 and report.skipped == [(str(folder / "sub"), "is a folder that cannot be listed")]
 
 
 def test_a_file_is_read_whole_up_to_a_size_and_rows_whatever_theirs(
