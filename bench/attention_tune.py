@@ -66,6 +66,11 @@ def contenders(kernel: str, dim: int) -> list[Config]:
     return list(dict.fromkeys([base, *(config for config in near if config in allowed)]))
 
 
+def tried(kernel: str, dim: int, few: bool, table: Config) -> list[Config]:
+    """What :func:`measure` tries, the ``table``'s entry first; ``few``: only the contenders."""
+    return list(dict.fromkeys([table, *(contenders(kernel, dim) if few else candidates(kernel, dim))]))
+
+
 def call(problem: Problem, kernel: str) -> Callable[[], Any]:
     """A pass that runs the kernel: forward, or backward where the problem is a backward pass."""
     forward = grit(problem, deterministic=kernel != "backward")
@@ -82,8 +87,7 @@ def measure(kernel: str, dim: int, few: bool, done: set[tuple[Any, ...]]) -> Ite
         run = call(problem, kernel)
         expected = run()
         table = choose_config(kernel, dim, torch.bfloat16, problem.q.device)
-        tried = contenders(kernel, dim) if few else candidates(kernel, dim)
-        for config in [table, *(c for c in tried if c != table)]:
+        for config in tried(kernel, dim, few, table):
             row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": str(config)}
             if identity(row) in done:
                 continue

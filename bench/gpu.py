@@ -159,7 +159,7 @@ TASKS = (
     _profiled("backward_rows_kernel", "backward causal N8192 D128"),
     _profiled("attention_decode_kernel", "decode B8 cache 32768"),
     # 3: the other kernels and the model
-    Task("compile_rest", 3, "bench.launches --groups unified,pooling,contrastive", 90),
+    Task("compile_rest", 3, "bench.launches --groups unified,pooling,contrastive,twins", 90),
     Task(
         "unified_cuda", 3, "bench.unified --device {device} --shape mistral-7b --record {record}", 200, 60,
         dry="bench.gpu_dry unified --shape tiny --queries 1 --conversations 1 --scale 0.02 --repeats 1 --record {record}",
@@ -176,6 +176,7 @@ TASKS = (
     Task("build_cuda", 4, INSTALL, 400, 120, environment={"GRIT_KERNELS_CUDA": "1"}, dry="bench.gpu_dry broken_install"),
     Task("cuda_twin_cuda", 4, "bench.cuda_twin --record {record}", 90, dry="bench.gpu_dry broken_install"),
     Task("attention_all_cuda", 4, "bench.attention --device {device} --record {record} --resume", 500),
+    Task("compile_tuning", 4, "bench.launches --groups tuning_all", 400),
     Task(
         "attention_tune_all_cuda", 4, "bench.attention_tune --limit 480 --record {record} --resume", 500,
         dry="bench.gpu_dry slow_rows --record {record}",

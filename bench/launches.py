@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import importlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -27,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from bench import attention, attention_tune, contrastive, correctness, pooling, unified
+from bench import attention, attention_tune, contrastive, correctness, cuda_twin, pooling, unified
 from bench.attention_peers import Problem
 from bench.random_model import random_model
 from grit_kernels.attention import triton_backward, triton_forward  # noqa: F401  (patched below: imported before)
+from grit_kernels.attention.triton_configs import KERNELS, choose_config
 from grit_kernels.contrastive import triton_contrastive  # noqa: F401
 from grit_kernels.fused import triton_fused  # noqa: F401
 from grit_kernels.pooling import triton_pooling  # noqa: F401
@@ -68,11 +71,16 @@ class _Launchers(TorchDispatchMode):
     """Runs this package's launchers on tensors without data, for which torch would only ask for the shapes of results."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # tensors with data, such as those of a check by patch(), take the usual path
-        ours = function.namespace == "grit_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args)
-        if ours and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CUDA"):
-            return function._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        return (launcher_of(function, args) or function)(*args, **(kwargs or {}))
+
+
+def launcher_of(function: Any, args: Any) -> Callable[..., Any] | None:
+    """What serves a call of an op of this package on a GPU, if the call is on meta tensors."""
+    # tensors with data, such as those of a check by patch(), take the usual path
+    ours = function.namespace == "grit_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args)
+    if ours and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CUDA"):
+        return functools.partial(function._op_dk, torch._C.DispatchKey.CUDA)
+    return None
 
 
 def this_gpu() -> tuple[int, int]:
@@ -115,6 +123,10 @@ def recorded(gpu: tuple[int, int] | None = None) -> Iterator[set[Launch]]:
             for name, answer in answers.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, answer))
+        backends = sys.modules["grit_kernels.backend"]
+        stack.enter_context(mock.patch.object(backends, "triton_reason", lambda: ""))
+        for choices in backends._choices.values():
+            stack.enter_context(mock.patch.dict(choices, {"meta": choices["cuda"]}))
         # lets results that do not exist be compared
         stack.enter_context(mock.patch.object(torch.Tensor, "__float__", lambda self: 0.0))
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note))
@@ -130,11 +142,13 @@ def record_attention(regimes: Sequence[attention.Regime] | None = None) -> None:
                 run()
 
 
-def record_tuning(kernel: str = "forward", dims: Sequence[int] = (64, 128)) -> None:
-    for dim in dims:
+def record_tuning(kernels: Sequence[str] = ("forward",), dims: Sequence[int] = (64, 128), few: bool = True) -> None:
+    for kernel, dim in itertools.product(kernels, dims):
         for _, problem in attention_tune.problems(kernel, dim, "meta"):
             run = attention_tune.call(problem, kernel)
-            for config in attention_tune.contenders(kernel, dim):
+            for config in attention_tune.tried(
+                kernel, dim, few, choose_config(kernel, dim, torch.bfloat16, problem.q.device)
+            ):
                 with attention_tune.override_config(kernel, config):
                     run()
 
@@ -169,13 +183,21 @@ def record_unified(shape: str = "mistral-7b", scale: float = 1.0) -> None:
         run()
 
 
+def record_twins() -> None:
+    with torch.no_grad():
+        for run in cuda_twin.problems("meta").values():
+            run()
+
+
 GROUPS: dict[str, Callable[[], None]] = {
     "correctness": record_correctness,
     "attention": record_attention,
     "tuning": record_tuning,
+    "tuning_all": functools.partial(record_tuning, KERNELS, (64, 128, 256), few=False),
     "pooling": record_pooling,
     "contrastive": record_contrastive,
     "unified": record_unified,
+    "twins": record_twins,
 }
 
 
@@ -209,7 +231,8 @@ def compile_all(found: Sequence[Launch], jobs: int, gpu: tuple[int, int] | None 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}")
+    everything = ",".join(name for name in GROUPS if name != "tuning_all")
+    parser.add_argument("--groups", default=everything, help=f"of {', '.join(GROUPS)}; default: all but tuning_all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)
     names = arguments.groups.split(",")

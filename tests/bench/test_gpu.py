@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from bench import attention, common, gpu, gpu_dry, gpu_table, records, report  # noqa: E402
+from bench import attention, common, gpu, gpu_dry, gpu_table, launches, records, report  # noqa: E402
 from bench.gpu import Run, Task, run_all  # noqa: E402
 from tests.bench.parsing import parsed  # noqa: E402
 
@@ -131,6 +132,30 @@ def test_the_order_is_what_is_worth_most_first() -> None:
     assert all(task.limit <= 540 and task.least <= task.limit for task in gpu.TASKS)
     chosen = gpu.FIRST_REGIMES.split(";")
     assert sum(any(text in regime.name for text in chosen) for regime in attention.gpu_regimes()) == 5
+
+
+NEEDED = {
+    "bench.correctness": {"correctness"},
+    "bench.attention": {"attention"},
+    "bench.attention_tune": {"tuning_all"},
+    "bench.pooling": {"pooling"},
+    "bench.contrastive": {"contrastive"},
+    "bench.unified": {"unified"},
+    "bench.cuda_twin": {"twins"},
+    # the tests compile what they launch; the others launch no kernel of this package's in Triton
+    **dict.fromkeys(("pytest", "pip", "bench.launches", "bench.ceilings", "bench.generative_loss"), set[str]()),
+}
+
+
+def test_what_a_task_launches_is_compiled_before_it() -> None:
+    compiled: set[str] = set()
+    for task in gpu.TASKS:
+        module, *arguments = shlex.split(task.command)
+        if module == "bench.launches":
+            compiled |= set(arguments[arguments.index("--groups") + 1].split(","))
+        needed = {"tuning"} if "--few" in arguments else NEEDED[module]
+        assert needed <= compiled, task.name
+    assert compiled == set(launches.GROUPS)
 
 
 @pytest.mark.parametrize("task", [t for t in gpu.TASKS if t.command.startswith("bench.")], ids=lambda t: t.name)
@@ -257,7 +282,8 @@ def test_a_dry_run_brings_records_home(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(found) == {task.name for task in gpu.TASKS}
     failing = {name for name, outcome in found.items() if outcome.startswith("failed")}
     assert failing == {
-        *("install", "compile_first", "compile_rest", "tests", "generative_loss_cuda", "build_cuda", "cuda_twin_cuda"),
+        *("compile_first", "compile_rest", "compile_tuning"),
+        *("install", "tests", "generative_loss_cuda", "build_cuda", "cuda_twin_cuda"),
     }
     assert found["attention_tune_cuda"] == found["attention_tune_all_cuda"] == "hung"
     state = json.loads((out / gpu.RECORDS).read_text())

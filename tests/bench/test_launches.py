@@ -15,11 +15,11 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import grit_kernels as gk  # noqa: E402
-from bench import attention, attention_tune, common, contrastive, launches, pooling, unified  # noqa: E402
+from bench import attention, attention_tune, common, contrastive, correctness, cuda_twin, launches, pooling, unified  # noqa: E402
 from bench.attention_peers import Problem  # noqa: E402
 from bench.launches import GROUPS, recorded  # noqa: E402
 from bench.random_model import random_model  # noqa: E402
-from grit_kernels.attention import triton_forward  # noqa: E402
+from grit_kernels.attention import reference, triton_forward  # noqa: E402
 
 SHAPE = (4, 2, 64)
 REGIMES = [
@@ -42,6 +42,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (common, pooling, contrastive):
         monkeypatch.setattr(module, "interleave", once)
         monkeypatch.setattr(module, "gemm_ceiling", lambda *_: (lambda: None, 1.0), raising=False)
+    monkeypatch.setattr(common, "interleave_events", once)
     monkeypatch.setattr(common, "fresh_read_ceiling", lambda *_: (lambda: None, 1.0))
     monkeypatch.setattr(pooling, "read_ceiling", lambda *_: (lambda: None, 1.0))
     monkeypatch.setattr(pooling, "growth", lambda device: lambda: 0.0)
@@ -105,8 +106,43 @@ def test_the_step_of_a_model_launches_what_was_compiled(monkeypatch: pytest.Monk
     assert measured(run) == compiled(lambda: launches.record_unified("tiny", 0.1))
 
 
+def test_the_check_of_correctness_launches_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_the_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Any) -> tuple[torch.Tensor, ...]:
+        return q + k.sum() + v.sum(), q.detach()  # which reads its tables
+
+    few = correctness.problems(0.02)[:2]
+    monkeypatch.setattr(correctness, "problems", lambda scale=1.0: few)
+    monkeypatch.setattr(reference, "attention_forward", of_the_reference)
+    monkeypatch.setattr(torch, "equal", lambda *_: True)
+    found = compiled(launches.record_correctness)
+    assert measured(lambda: [correctness.measure(problem, "meta", 1) for problem in few]) == found
+    names = [launch.name for launch in found]
+    assert {"attention_forward_kernel", "backward_rows_kernel"} < set(names)
+    assert names.count("backward_keys_kernel") == 2 * names.count("backward_rows_kernel"), "with and without atomics"
+
+
+def test_twins_launch_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_twin, "twin", lambda op: op if "attention_decode" in op.name() else None)
+    found = compiled(launches.record_twins)
+    assert {launch.name for launch in found} == {"attention_decode_kernel", "merge_splits_kernel"}
+    with torch.no_grad():
+        assert measured(lambda: cuda_twin.measure("meta", 1)) == found
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dim", "few"), [("forward", 64, True), ("backward", 128, False), ("decode", 256, False)]
+)
+def test_tuning_launches_what_was_compiled(kernel: str, dim: int, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "gemm_ceiling", lambda *_: (lambda: None, 1.0))
+    monkeypatch.setattr(torch.testing, "assert_close", lambda *_, **__: None)
+    problems = attention_tune.problems
+    monkeypatch.setattr(attention_tune, "problems", lambda kernel, dim, device="meta": problems(kernel, dim, "meta"))
+    found = measured(lambda: list(attention_tune.measure(kernel, dim, few, set())))
+    assert found == compiled(lambda: launches.record_tuning([kernel], [dim], few))
+
+
 def test_each_contender_of_the_tuning_is_compiled_once() -> None:
-    found = compiled(lambda: launches.record_tuning("forward", [64]))
+    found = compiled(lambda: launches.record_tuning(["forward"], [64]))
     forward = [json.loads(launch.data) for launch in found if launch.name == "attention_forward_kernel"]
     contenders = attention_tune.contenders("forward", 64)
     assert len(forward) == len(contenders) == len(set(contenders)) > 4
@@ -128,7 +164,9 @@ def test_another_gpu_another_launch_and_only_inside() -> None:
 
 
 def test_every_group_is_there_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(GROUPS) == {"correctness", "attention", "tuning", "pooling", "contrastive", "unified"}
+    assert set(GROUPS) == {
+        *("correctness", "attention", "tuning", "tuning_all", "pooling", "contrastive", "unified", "twins"),
+    }
     with pytest.raises(SystemExit):
         launches.main(["--groups", "attention,typo"])
     assert "--groups: expected some of correctness, attention, tuning" in capsys.readouterr().err
