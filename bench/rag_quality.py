@@ -44,10 +44,10 @@ from bench.common import labelled, open_answers, table, write_records
 from bench.proof_table import relative_difference
 from bench.rag_questions import Item, make_items, read_entries
 from python_model.evaluation.answers import f1, match
+from python_model.model.identity import fingerprint
 from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG, open_store
 from python_model.rag.calibration import HELPS, LEAST_QUESTIONS, keep
-from python_model.rag.fingerprint import fingerprint
 from python_model.rag.store.kvstore import FORMATS, KVStore
 from python_model.support.quiet import quiet
 

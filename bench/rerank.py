@@ -35,8 +35,8 @@ from python_model.corpora.small_model import resolve_model
 from python_model.corpora.split import digest
 from python_model.evaluation.held_out import EVERYTHING, HeldOut
 from python_model.generate.rerank import METHODS, PASSAGE_TOKENS, rerank
+from python_model.model.identity import fingerprint
 from python_model.model.modeling import GritLM
-from python_model.rag.fingerprint import fingerprint
 from python_model.support.arguments import check_at_least
 from python_model.support.quiet import quiet
 

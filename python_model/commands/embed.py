@@ -39,7 +39,8 @@ BLOCK = 2048
 
 def _key(model: GritLM, texts: Sequence[str], *settings: Any) -> str:
     """Distinguishes runs that give different vectors."""
-    from python_model.rag.fingerprint import embedding_settings, fingerprint
+    from python_model.model.identity import fingerprint
+    from python_model.rag.fingerprint import embedding_settings
 
     digest = hashlib.sha256(json.dumps([fingerprint(model), embedding_settings(model), *settings]).encode())
     for text in texts:

@@ -1,9 +1,21 @@
-"""states_config(config): what of a transformers config changes a decoder's states, beside its weights."""
+"""What makes a decoder another one: the fields of its config that change states, the content of its weights, its tokenizer."""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from python_model.model.modeling import GritLM
+
+MARK = "2:"
+"""Begins a fingerprint; those of earlier versions have no mark."""
 _ALWAYS = (
     "model_type",
     "hidden_size",
@@ -43,6 +55,15 @@ _OF_TRAINING = frozenset(
         *("tie_word_embeddings", "final_logit_softcapping", "logits_scaling", "logit_scale"),
     )
 )
+_PROBES = (
+    "<|user|>\nWhat is 12 + 7?\n<|embed|>\n  The river's mouth -- it's 3,000 km away!\n\n\tEND",
+    "def f(x: int = 0) -> str:\r\n    return f'{x:>8}'\r\n",
+    "\u00c9t\u00e9, e\u0301t\u00e9, Stra\u00dfe, \u041c\u043e\u0441\u043a\u0432\u0430, \u6771\u4eac",
+    "\u0645\u0631\u062d\u0628\u0627 \U0001f469\u200d\U0001f4bb",
+)
+"""Texts on which tokenizers differ: spaces, digits, code, scripts, combining characters."""
+_BLOCK = 1 << 24
+"""Elements of a weight that are digested at a time."""
 _LIMITS = ("max_position_embeddings", "n_positions")
 """Nothing is computed with them, but for some kinds of scaled rotary embeddings."""
 
@@ -75,6 +96,74 @@ def states_config(config: Any, *, training: bool = False) -> dict[str, Any]:
         if not name.startswith("_") and name not in known and (name not in defaults or defaults[name] != value):
             found[name] = value
     return found
+
+
+def fingerprint(model: GritLM) -> str:
+    """Identifies what makes a text's states, architecture, weights and tokenizer, by its whole content.
+
+    Weights are compared in bfloat16, so a model's fingerprint does not depend on the dtype it was loaded in.
+    """
+    decoder = weights_digest(model.decoder[0], torch.bfloat16)
+    return MARK + _digest(states_config(model.model.config), decoder, tokenizer_digest(model.tokenizer))
+
+
+def content_digest(model: GritLM) -> str:
+    """Identifies what makes embeddings and replies: what :func:`fingerprint` does, heads, and settings."""
+    parts = [part for part in (model.model, model.projection) if part is not None]
+    weights = [weights_digest(part, torch.bfloat16) for part in parts]
+    config, tokenizer = states_config(model.model.config, training=True), model.tokenizer
+    return _digest(config, weights, tokenizer_digest(tokenizer), tokenizer.chat_template, asdict(model.settings))
+
+
+def weights_digest(module: nn.Module, dtype: torch.dtype) -> str:
+    """Hex digest of every element of every weight and saved buffer, with
+    numbers that are not integers rounded to ``dtype``."""
+    named: list[tuple[str, Tensor]] = list(module.named_parameters())
+    for prefix, part in module.named_modules():
+        saved = part._buffers.keys() - part._non_persistent_buffers_set
+        named += [(f"{prefix}.{name}", buffer) for name in saved if (buffer := part._buffers[name]) is not None]
+    named.sort(key=lambda pair: pair[0])
+    digest = hashlib.sha256()
+    # hashlib and torch work outside of the interpreter's lock
+    with ThreadPoolExecutor(min(16, torch.get_num_threads())) as pool:
+        for (name, _), content in zip(named, pool.map(lambda pair: _content(pair[1], dtype), named), strict=True):
+            digest.update(name.encode() + content)
+    return digest.hexdigest()
+
+
+def plain_weight(weight: Tensor) -> Tensor:
+    """The numbers of a weight, without gradient: those of oneDNN's order and of quantised classes such as torchao's in full."""
+    plain = weight.detach()
+    if plain.is_mkldnn:  # see python_model.model.packed_linear
+        return plain.to_dense()
+    if type(weight).dequantize is not torch.Tensor.dequantize:
+        return cast(Tensor, cast(Any, weight).dequantize())
+    return plain
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hex digest of a tokenizer's vocabulary, its BOS and EOS, and how it splits texts of several kinds.
+
+    Not of its file, whose layout depends on the version of tokenizers.
+    """
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    found = [sorted(tokenizer.get_vocab().items()), special, [tokenizer(text)["input_ids"] for text in _PROBES]]
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=6).hexdigest()
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+
+
+def _content(weight: Tensor, dtype: torch.dtype) -> bytes:
+    flat = plain_weight(weight).reshape(-1)
+    digest = hashlib.sha256()
+    for block in flat.split(_BLOCK):
+        rounded = (
+            block.to("cpu", dtype) if flat.is_floating_point() else block.cpu()
+        )  # packed integers stay as they are
+        digest.update(rounded.contiguous().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def _scales(rope: Any) -> bool:

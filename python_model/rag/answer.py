@@ -15,10 +15,11 @@ import torch
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.generate.text import TextStream, eos_token_ids, prompt_ids
+from python_model.model.identity import fingerprint
 from python_model.model.modeling import GritLM, head_size, max_positions
 from python_model.model.prompts import ROLE_MARKERS
 from python_model.rag.calibration import trusted_modes
-from python_model.rag.fingerprint import fingerprint
+from python_model.rag.fingerprint import former_fingerprint, made_by
 from python_model.rag.modes import (
     ANSWER_PREFIX,
     DOCUMENT_PREFIX,
@@ -119,7 +120,7 @@ class RAG:
         self.causal = _states_attention(model, causal_states)
         if store is not None:
             expected = store_settings(model, causal_states)
-            if store.settings != expected or store.fingerprint != fingerprint(model):
+            if store.settings != expected or not made_by(store.fingerprint, model):
                 raise ValueError(
                     f"store: {store.path} was made by model {store.fingerprint} with {store.settings}, "
                     f"this model is {fingerprint(model)} with {expected}"
@@ -435,6 +436,7 @@ def open_store(
     return KVStore(
         path,
         fingerprint=fingerprint(model),
+        former_fingerprint=former_fingerprint(model),
         settings=store_settings(model, causal_states),
         format=format,
         max_bytes=max_bytes,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from python_model.evaluation.answers import Question, score
-from python_model.rag.fingerprint import fingerprint
+from python_model.model.identity import fingerprint
+from python_model.rag.fingerprint import made_by
 from python_model.support.files import write_json
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def keep(rag: RAG, scores: Mapping[str, float], *, questions: int, k: int) -> di
     file = _needed_file(rag)
     entry = {"f1": dict(scores), "questions": questions, "k": k}
     known = _read(file)
-    kept = known["measured"] if known.get("fingerprint") == fingerprint(rag.model) else {}
+    kept = known["measured"] if made_by(known.get("fingerprint"), rag.model) else {}
     content = {
         "version": 1,
         "fingerprint": fingerprint(rag.model),
@@ -73,7 +74,7 @@ def trusted_modes(rag: RAG) -> Mapping[str, int]:
     question at most."""
     file = _file(rag)
     content = {} if file is None else _read(file)
-    if content.get("version") != 1 or content.get("fingerprint") != fingerprint(rag.model):
+    if content.get("version") != 1 or not made_by(content.get("fingerprint"), rag.model):
         return {}
     found: dict[str, int] = {}
     for name, entry in content["measured"].items():

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from python_model.model.identity import fingerprint
 from python_model.model.modeling import GritLM, max_positions
 from python_model.rag.filters import Filter, checked, sql_condition
-from python_model.rag.fingerprint import embedding_settings, fingerprint
+from python_model.rag.fingerprint import embedding_settings, former_fingerprint
 from python_model.rag.modes import Document
 from python_model.rag.store import approximate as faiss_index
 from python_model.rag.store.documents import Documents
@@ -283,7 +284,15 @@ def open_index(
     """
     prefix = model.formatter.embed_instruction("") if prefix is None else prefix
     settings = {**embedding_settings(model), "prefix": prefix}
-    return Index(path, fingerprint=fingerprint(model), settings=settings, format=format, vectors=vectors, create=create)
+    return Index(
+        path,
+        fingerprint=fingerprint(model),
+        former_fingerprint=former_fingerprint(model),
+        settings=settings,
+        format=format,
+        vectors=vectors,
+        create=create,
+    )
 
 
 def add_documents(

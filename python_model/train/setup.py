@@ -12,7 +12,7 @@ import torch
 
 import grit_kernels as gk
 from python_model.corpora.small_model import resolve_model
-from python_model.model.identity import states_config
+from python_model.model.identity import states_config, weights_digest
 from python_model.model.modeling import GritLM
 from python_model.train.adapters import add_adapters, quantization_arguments
 from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig
@@ -20,13 +20,6 @@ from python_model.train.memory import GIB, MemoryPlan, StepTokens, plan_memory
 
 GRAPHS = 64
 """Graphs that torch.compile may make of the layers."""
-_PROBES = (
-    "<|user|>\nWhat is 12 + 7?\n<|embed|>\n  The river's mouth -- it's 3,000 km away!\n\n\tEND",
-    "def f(x: int = 0) -> str:\r\n    return f'{x:>8}'\r\n",
-    "\u00c9t\u00e9, e\u0301t\u00e9, Stra\u00dfe, \u041c\u043e\u0441\u043a\u0432\u0430, \u6771\u4eac",
-    "\u0645\u0631\u062d\u0628\u0627 \U0001f469\u200d\U0001f4bb",
-)
-"""Texts on which tokenizers differ: spaces, digits, code, scripts, combining characters."""
 
 
 def load_model(
@@ -112,7 +105,14 @@ def plan_dry_run(
 
 
 def model_digest(model: torch.nn.Module) -> int:
-    """48 bits that identify a model by its weights: up to 1,024 evenly spaced elements of each. 0 on the meta device."""
+    """48 bits that identify a model by every element of its weights. 0 on the meta device."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return 0
+    return int(weights_digest(model, torch.float32)[:12], 16)
+
+
+def former_model_digest(model: torch.nn.Module) -> int:
+    """What earlier versions recorded instead: up to 1,024 evenly spaced elements of each weight."""
     digest = hashlib.blake2b(digest_size=6)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -127,16 +127,6 @@ def config_digest(config: Any) -> str:
     """Hex digest of the fields of a model's config that a step depends on."""
     fields = json.dumps(states_config(config, training=True), sort_keys=True, default=repr)
     return hashlib.blake2b(fields.encode(), digest_size=6).hexdigest()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Hex digest of a tokenizer's vocabulary, its BOS and EOS, and how it splits texts of several kinds.
-
-    Not of its file, whose layout depends on the version of tokenizers.
-    """
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    found = [sorted(tokenizer.get_vocab().items()), special, [tokenizer(text)["input_ids"] for text in _PROBES]]
-    return hashlib.blake2b(json.dumps(found).encode(), digest_size=6).hexdigest()
 
 
 class _Holder:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from python_model.data.stream import StepSamples, check_data, open_stream
 from python_model.evaluation.held_out import held_out_digest
 from python_model.model.card import CARD_FILE, model_card
+from python_model.model.identity import tokenizer_digest
 from python_model.model.modeling import GritLM
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import find
@@ -36,10 +37,10 @@ from python_model.train.profiling import step_profiler
 from python_model.train.setup import (
     compile_layers,
     config_digest,
+    former_model_digest,
     load_model,
     model_digest,
     recompute_activations,
-    tokenizer_digest,
 )
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
@@ -89,10 +90,12 @@ class Trainer:
             config.optimizer.kind,
         )
         # rank 0 has the weights; float64 holds 48 bits exactly
-        weights = int(self.ranks.all_values([model_digest(model.model)])[0, 0])
+        values = [model_digest(model.model), former_model_digest(model.model)]
+        weights, former = map(int, self.ranks.all_values(values)[0].tolist())
         identity = {
             "data.train_data": getattr(stream, "digest", ""),
-            "model.name": f"{weights:012x}",
+            "model.name": f"{former:012x}",  # of states that earlier versions wrote
+            "model.name (weights)": f"{weights:012x}",
             "model.name (config)": config_digest(model.model.config),
             "model.name (tokenizer)": tokenizer_digest(model.tokenizer),
         }

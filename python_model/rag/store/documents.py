@@ -61,6 +61,7 @@ class Documents(StoreFolder):
     Args:
         path: the index's folder; created if missing (unless ``create`` is False).
         fingerprint: of the model (see fingerprint.py); must equal the recorded one.
+        former_fingerprint: what an earlier version called the same model; a folder that records it is brought up to date.
         settings: what else the vectors depend on (pooling, normalisation, prefix); must equal the recorded ones.
         format: how vectors are stored: ``"float32"``, ``"float16"`` or ``"int8"`` (a scale per vector). Default: the index's own,
             float32 for a new one.
@@ -80,6 +81,7 @@ class Documents(StoreFolder):
         path: str | os.PathLike[str],
         *,
         fingerprint: str | None = None,
+        former_fingerprint: str | None = None,
         settings: dict[str, Any] | None = None,
         format: VectorFormat | None = None,
         vectors: str | None = None,
@@ -91,7 +93,7 @@ class Documents(StoreFolder):
         if vectors is not None and vectors != "folder" and not vectors.removeprefix("qdrant:") != vectors:
             raise ValueError(f"vectors: expected 'folder' or 'qdrant:PLACE', got {vectors!r}")
         given = {"fingerprint": fingerprint, "settings": settings, "format": format, "vectors": vectors}
-        super().__init__(path, given, lock_timeout, create)
+        super().__init__(path, given, lock_timeout, create, former_fingerprint)
         self.format: str = self.recorded["format"]
         self._vectors = self._open_vectors()
 

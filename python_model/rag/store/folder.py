@@ -60,14 +60,21 @@ class StoreFolder:
         "default_prompt": "",
     }
 
-    def __init__(self, path: str | os.PathLike[str], given: dict[str, Any], lock_timeout: float, create: bool) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        given: dict[str, Any],
+        lock_timeout: float,
+        create: bool,
+        former_fingerprint: str | None = None,
+    ) -> None:
         self.path, self.lock_timeout = Path(path), lock_timeout
         if not create and not (self.path / "index.sqlite").exists():
             raise FileNotFoundError(f"path: there is no {self.kind} in {self.path}")
         self._local = threading.local()
         self._cleaned = False
         self._file_folder.mkdir(parents=True, exist_ok=True)
-        self.recorded = self._agree(given)
+        self.recorded = self._agree(given, former_fingerprint)
 
     def close(self) -> None:
         """Close this thread's connection; the object opens it again when it is used."""
@@ -89,7 +96,7 @@ class StoreFolder:
             self._local.db = db
         return db
 
-    def _agree(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _agree(self, given: dict[str, Any], former_fingerprint: str | None) -> dict[str, Any]:
         """Record the settings of a new store, or compare them with the recorded ones; None matches anything."""
         try:
             known = self._meta()
@@ -121,10 +128,18 @@ class StoreFolder:
                     for name, value in known.items():
                         set_meta(db, name, value)
         settings = _completed(known.get("settings"), given.get("settings"), self.settings_before, self.settings_since)
-        if settings != known.get("settings"):
-            with self._transaction() as db:
-                set_meta(db, "settings", settings)
-            known["settings"] = settings
+        own = given.get("fingerprint")
+        former = own is not None and former_fingerprint is not None and known.get("fingerprint") == former_fingerprint
+        up_to_date = {"settings": settings, "fingerprint": own if former else known.get("fingerprint")}
+        if any(value != known.get(name) for name, value in up_to_date.items()):
+            known |= up_to_date
+            try:
+                with self._transaction() as db:
+                    for name, value in up_to_date.items():
+                        set_meta(db, name, value)
+            except sqlite3.OperationalError as error:
+                if "readonly" not in str(error):  # then it is done whenever it is opened
+                    raise
         for name, value in given.items():
             if value is not None and known.get(name) != value:
                 raise ValueError(
@@ -223,6 +238,8 @@ def _completed(recorded: Any, given: Any, before: dict[str, Any], since: dict[st
     if not recorded or not given:
         return recorded
     recorded = {**{name: value for name, value in since.items() if name in given}, **recorded}
+    if "projection_content" in given:  # earlier versions recorded a sample of it, which is compared too
+        recorded.setdefault("projection_content", given["projection_content"])
     if "special_tokens" not in given or "special_tokens" in recorded:
         return recorded
     special = given["special_tokens"]

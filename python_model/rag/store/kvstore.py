@@ -53,6 +53,7 @@ class KVStore(StoreFolder):
     Args:
         path: the store's folder; created if missing (unless ``create`` is False).
         fingerprint: of the model whose states these are (see fingerprint.py); must equal the stored one.
+        former_fingerprint: what an earlier version called the same model; a folder that records it is brought up to date.
         format: ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"int8"`` (half its size).
             Default: the store's own, bfloat16 for a new one.
         settings: how the documents were read (text prefix, attention); recorded, and must equal what is stored.
@@ -76,6 +77,7 @@ class KVStore(StoreFolder):
         path: str | os.PathLike[str],
         *,
         fingerprint: str | None = None,
+        former_fingerprint: str | None = None,
         format: Format | None = None,
         settings: dict[str, Any] | None = None,
         max_bytes: int | None = None,
@@ -90,9 +92,8 @@ class KVStore(StoreFolder):
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._handles_lock = threading.Lock()
         self._checked: set[int] = set()
-        super().__init__(
-            path, {"fingerprint": fingerprint, "format": format, "settings": settings}, lock_timeout, create
-        )
+        given = {"fingerprint": fingerprint, "format": format, "settings": settings}
+        super().__init__(path, given, lock_timeout, create, former_fingerprint)
         self.format: str = self.recorded["format"]
         self.fingerprint: str | None = self.recorded["fingerprint"]
         self.settings: dict[str, Any] = self.recorded["settings"] or {}

@@ -12,8 +12,8 @@ from torch import nn
 
 from python_model import GritLM
 from python_model.model import packed_linear
+from python_model.model.identity import fingerprint
 from python_model.model.packed_linear import PackedLinear, own_memory, pack_linear_layers
-from python_model.rag.fingerprint import fingerprint
 
 supported = [dtype for dtype in packed_linear.DTYPES if packed_linear._supported(dtype)]
 if not supported:

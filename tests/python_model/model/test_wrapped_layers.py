@@ -17,9 +17,9 @@ import grit_kernels as gk
 from python_model import GritLM
 from python_model.generate.decode import decode
 from python_model.model.chunks import build_chunk
+from python_model.model.identity import fingerprint
 from python_model.model.losses import next_token_losses
 from python_model.model.server_export import export_for_server
-from python_model.rag.fingerprint import fingerprint
 from python_model.serve.engine import Generation, TextWork, Token, Vector
 from tests.python_model.serve.conftest import SteppedEngine, collect
 from tests.python_model.training_samples import ToyStream

@@ -234,11 +234,16 @@ def test_documents_are_added_in_batches_within_a_length_and_replace_others_if_as
 @pytest.mark.filterwarnings("ignore:projection")
 def test_an_embedding_head_with_other_weights_is_another_model(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    first, second = (GritLM(checkpoint, projection=8, device="cpu", dtype="float32") for _ in range(2))
+    first, second = (GritLM(checkpoint, projection=16, device="cpu", dtype="float32") for _ in range(2))
     open_index(tmp_path / "i", first)
     open_index(tmp_path / "i", first)
     with pytest.raises(ValueError, match="settings: expected"):
         open_index(tmp_path / "i", second)
+    head: Any = first.projection
+    with torch.no_grad():
+        head.weight[3, 1] += 0.1  # one number of many
+    with pytest.raises(ValueError, match="settings: expected"):
+        open_index(tmp_path / "i", first)
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 50), st.integers(2, 6))

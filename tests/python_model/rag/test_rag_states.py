@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 import grit_kernels as gk
 from python_model import GritLM
 from python_model.generate.states import TextStates, concatenate, to_cache
+from python_model.model.identity import fingerprint
 from python_model.rag import rope
-from python_model.rag.fingerprint import embedding_settings, fingerprint
+from python_model.rag.fingerprint import embedding_settings, former_fingerprint, made_by
 from python_model.rag.reading import read, recompute_first
 from python_model.rag.selective import recompute_selected
 
@@ -182,3 +184,31 @@ def test_a_fingerprint_tells_models_apart_but_not_dtypes(model: GritLM, checkpoi
     with torch.no_grad():
         other.decoder[0].layers[1].mlp.up_proj.weight.mul_(1.01)
     assert fingerprint(other) != fingerprint(model)
+
+
+def test_a_fingerprint_knows_every_element_and_saved_buffer(checkpoint: Path) -> None:
+    """A change that a sample of each weight misses, such as one row of the token embeddings, is another model."""
+    other: Any = GritLM(checkpoint, device="cpu", dtype="float32")
+    before, sampled = fingerprint(other), former_fingerprint(other)
+    with torch.no_grad():
+        other.decoder[0].embed_tokens.weight[7, 1] += 0.1
+    assert former_fingerprint(other) == sampled
+    assert made_by(sampled, other) and not made_by(before, other) and made_by(fingerprint(other), other)
+    seen = {changed := fingerprint(other)}
+    other.decoder[0].register_buffer("correction", torch.zeros(3), persistent=False)
+    assert fingerprint(other) == changed
+    for values in (torch.zeros(3), torch.ones(3), torch.tensor([1 << 20]), torch.tensor([(1 << 20) + 1])):
+        other.decoder[0].register_buffer("correction", values)
+        assert (changed := fingerprint(other)) not in seen  # also packed integers that bfloat16 would round to the same
+        seen.add(changed)
+
+
+def test_a_fingerprint_knows_the_whole_vocabulary(checkpoint: Path) -> None:
+    other = GritLM(checkpoint, device="cpu", dtype="float32")
+    before, sampled = fingerprint(other), former_fingerprint(other)
+    state = json.loads(other.tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    first, second = (token for token in list(vocabulary)[-2:])
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    other.tokenizer._tokenizer = type(other.tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    assert former_fingerprint(other) == sampled and fingerprint(other) != before

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from python_model import GritLM
+from python_model.model.identity import fingerprint
 from python_model.rag import KVStore, StoreError
 from python_model.rag.answer import RAG, open_store
+from python_model.rag.fingerprint import former_fingerprint
 from python_model.rag.index import Index, add_documents, open_index
 from python_model.rag.modes import Document
 
@@ -116,6 +118,35 @@ def test_a_setting_that_came_later_has_the_value_it_had_before(checkpoint: Path,
         open_index(tmp_path / "i", GritLM(checkpoint, truncate_dim=16, device="cpu", dtype="float32"))
 
 
+@pytest.mark.filterwarnings("ignore:projection")
+def test_a_fingerprint_of_a_sample_is_brought_up_to_date(checkpoint: Path, tmp_path: Path) -> None:
+    """Earlier versions knew a sample of each weight: their model goes on, and from then on every element counts."""
+    torch.manual_seed(0)
+    model: Any = GritLM(checkpoint, projection=8, device="cpu", dtype="float32")
+    open_index(tmp_path / "i", model).close()
+    open_store(str(tmp_path / "s"), model).close()
+    for name in ("i", "s"):
+        with sqlite3.connect(tmp_path / name / "index.sqlite") as db:
+            (text,) = db.execute("SELECT value FROM meta WHERE name = 'settings'").fetchone()
+            settings = json.loads(text)
+            settings.pop("projection_content", None)
+            former = {"settings": settings, "fingerprint": former_fingerprint(model)}
+            for key, value in former.items():
+                db.execute("UPDATE meta SET value = ? WHERE name = ?", (json.dumps(value), key))
+        db.close()
+    store = KVStore(tmp_path / "s")
+    assert RAG(model, store=store).store is store  # also without being brought up to date
+    for _ in range(2):
+        for opened in (open_index(tmp_path / "i", model), open_store(str(tmp_path / "s"), model)):
+            assert opened.recorded["fingerprint"] == fingerprint(model)
+    assert open_index(tmp_path / "i", model).recorded["settings"]["projection_content"]
+    with torch.no_grad():
+        model.decoder[0].embed_tokens.weight[7, 1] += 0.1
+    for open_again in (lambda: open_index(tmp_path / "i", model), lambda: open_store(str(tmp_path / "s"), model)):
+        with pytest.raises(ValueError, match="fingerprint: expected"):
+            open_again()
+
+
 def test_a_newer_version_is_refused_by_the_command_that_makes_it_anew(tmp_path: Path) -> None:
     Index(tmp_path / "i").close()
     KVStore(tmp_path / "s").close()
@@ -133,8 +164,6 @@ def test_a_newer_version_is_refused_by_the_command_that_makes_it_anew(tmp_path: 
 def test_a_config_that_gives_other_states_has_another_fingerprint(
     checkpoint: Path, tmp_path: Path, name: str, value: Any
 ) -> None:
-    from python_model.rag.fingerprint import fingerprint
-
     model = GritLM(checkpoint, device="cpu", dtype="float32")
     before = fingerprint(model)
     setattr(model.model.config, name, value)

@@ -283,6 +283,18 @@ def test_a_resumed_run_goes_on_with_the_same_data_and_model_wherever_they_lie(ch
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="model.name: expected the content with which .* was written, got another"):
         run(moved, "rows", 3)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.embed_tokens.weight"][7, 1] += 0.01  # one number of many
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"model.name \(weights\): expected the content with which .* was written, got"
+    ):
+        run(moved, "rows", 3)
+    states = sorted((tmp_path / "out" / "states").glob("*/state.json"))
+    content = json.loads(states[-1].read_text())
+    del content["identity"]["model.name (weights)"]  # as earlier versions wrote it, which knew a sample of them
+    states[-1].write_text(json.dumps(content))
+    run(checkpoint, "rows", 3)
 
 
 def test_a_resumed_run_goes_on_with_the_same_config_and_tokenizer_only(checkpoint: Path, tmp_path: Path) -> None:
