@@ -21,12 +21,14 @@ from python_model.generate.text import complete, prompt_ids
 from python_model.model.chunks import build_chunk
 from python_model.model.losses import next_token_losses
 from python_model.model.modeling import GritLM, max_positions, token_batches
-from python_model.model.prompts import ASSISTANT, IGNORE_INDEX, USER, TooLong, escape
+from python_model.model.prompts import IGNORE_INDEX, TooLong
 from python_model.support.arguments import check_at_least, check_choice
 
 Method = Literal["likelihood", "listwise", "pointwise"]
 METHODS: tuple[str, ...] = get_args(Method)
 PASSAGE_TOKENS = 160
+ANSWER = "Answer:"
+"""Begins the reply to :func:`pointwise_turn`."""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -76,7 +78,7 @@ def rerank(
         return [Ranked(i, scores[i]) for i in order]
 
     def permute(part: list[int]) -> list[int]:
-        prompt = prompt_ids(model, listwise_prompt(query, [shown[i] for i in part]))
+        prompt = prompt_ids(model, model.formatter.chat_prompt([listwise_turn(query, [shown[i] for i in part])]))
         # "[12] > " takes about five tokens
         (text,) = complete(model, [prompt], max_new_tokens=8 * len(part))
         return parse_permutation(text, len(part))
@@ -115,25 +117,21 @@ def parse_permutation(text: str, count: int) -> list[int]:
     return found + [place for place in range(count) if place not in found]
 
 
-def listwise_prompt(query: str, passages: Sequence[str]) -> str:
-    """The prompt for a permutation; passages are numbered from 0."""
+def listwise_turn(query: str, passages: Sequence[str]) -> str:
+    """The user turn whose reply is a permutation; passages are numbered from 0."""
     count = len(passages)
-    listed = "\n\n".join(f"[{i}] {escape(passage)}" for i, passage in enumerate(passages))
+    listed = "\n\n".join(f"[{i}] {passage}" for i, passage in enumerate(passages))
     return (
-        f"{USER}I will provide you with {count} passages, each indicated by a number identifier []. "
-        f"Rank the passages by their relevance to the query: {escape(query)}\n\n{listed}\n\n"
-        f"Search query: {escape(query)}\n\nRank the {count} passages above by their relevance to the search query, the most "
-        "relevant first. Answer with the identifiers only, in the format [] > [] > [].\n"
-        f"{ASSISTANT}"
+        f"I will provide you with {count} passages, each indicated by a number identifier []. "
+        f"Rank the passages by their relevance to the query: {query}\n\n{listed}\n\n"
+        f"Search query: {query}\n\nRank the {count} passages above by their relevance to the search query, the most "
+        "relevant first. Answer with the identifiers only, in the format [] > [] > []."
     )
 
 
-def pointwise_prompt(query: str, passage: str) -> str:
-    """The prompt whose answer is yes or no."""
-    return (
-        f"{USER}Passage: {escape(passage)}\n\nQuery: {escape(query)}\n\n"
-        f"Does the passage answer the query? Answer yes or no.\n{ASSISTANT}Answer:"
-    )
+def pointwise_turn(query: str, passage: str) -> str:
+    """The user turn whose reply, after :data:`ANSWER`, is yes or no."""
+    return f"Passage: {passage}\n\nQuery: {query}\n\nDoes the passage answer the query? Answer yes or no."
 
 
 def likelihood_turn(passage: str) -> str:
@@ -147,15 +145,18 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
     as by :func:`python_model.generate.complete`."""
     shared, yes, no = answer_tokens(model)
     gk.hf.check_plain_head(model.model)
-    prompts = [[*prompt_ids(model, pointwise_prompt(query, passage)), *shared] for passage in passages]
+    cap = getattr(model.model.config, "final_logit_softcapping", None)
+    turns = [model.formatter.chat_prompt([pointwise_turn(query, passage)]) for passage in passages]
+    prompts = [[*prompt_ids(model, turn + ANSWER), *shared] for turn in turns]
     scores = [0.0] * len(passages)
     for batch in token_batches([len(prompt) for prompt in prompts], batch_size):
         lengths = [len(prompts[index]) for index in batch]
         pack = gk.SamplePack.from_lengths(lengths, model.attention.generates_causally).to(model.device)
         ids = torch.tensor([token for index in batch for token in prompts[index]], device=model.device)
         last = model.hidden_states(ids, pack)[pack.cu_seqlens[1:].long() - 1]
-        logits = model.model.get_output_embeddings()(last).float()
-        for index, score in zip(batch, (logits[:, yes] - logits[:, no]).tolist(), strict=True):
+        logits = model.model.get_output_embeddings()(last).float()[:, [yes, no]]
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        for index, score in zip(batch, (logits[:, 0] - logits[:, 1]).tolist(), strict=True):
             scores[index] = score
     return scores
 
@@ -187,7 +188,7 @@ def answer_tokens(model: GritLM) -> tuple[list[int], int, int]:
     """The tokens with which "yes" and "no" after "Answer:" begin alike (a separate space token), and those where they differ."""
     before, yes, no = (
         list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in ("Answer:", "Answer: yes", "Answer: no")
+        for text in (ANSWER, f"{ANSWER} yes", f"{ANSWER} no")
     )
     place = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
     return yes[len(before) : place], yes[place], no[place]
