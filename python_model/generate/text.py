@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import hashlib
+import json
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,15 +15,20 @@ import torch
 
 import grit_kernels as gk
 from python_model.data.files import read_objects
+from python_model.data.forms import NAMES_OF_ROWS
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.model.chat_template import template_ids
+from python_model.model.identity import content_digest
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import ROLE_MARKERS
 from python_model.support.arguments import check_at_least, check_choice
 
 ChatFormat = Literal["grit", "template"]
 FORMATS: tuple[str, ...] = get_args(ChatFormat)
+OF_CONVERSATIONS = ("messages", "conversations", "system", "documents", "query")
+"""Columns of other formats, which a file of prompts has no use for: a system message is one of all rows."""
+_GENERATING = threading.Lock()
 UNFINISHED = "\ufffd"  # what the first bytes of a longer character decode to
 
 
@@ -193,17 +203,30 @@ def _beams(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        eos_token_id=eos_token_ids(model),
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
+    with _own_generation_config(model):
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+        )
     return [str(model.tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in output]
+
+
+@contextlib.contextmanager
+def _own_generation_config(model: GritLM) -> Iterator[None]:
+    """transformers takes penalties, banned words and the like from the checkpoint; the other ways to decode know none."""
+    decoder: Any = model.model.get_base_model() if hasattr(model.model, "get_base_model") else model.model
+    ends, padding = eos_token_ids(model), model.tokenizer.pad_token_id
+    with _GENERATING:
+        saved = decoder.generation_config
+        decoder.generation_config = type(saved)(eos_token_id=ends, pad_token_id=padding)
+        try:
+            yield
+        finally:
+            decoder.generation_config = saved
 
 
 def reply(
@@ -273,16 +296,19 @@ def answer_file(
     """Answer every row of a jsonl file; returns how many were answered in this run.
 
     Rows of ``source``: ``{"prompt": str}`` or ``{"turns": [user, assistant, .., user]}``. ``target`` receives
-    one row ``{"row", "turns", "reply"}`` each, batch by batch; run again after an interruption, it resumes.
+    one row ``{"row", "turns", "reply", "run"}`` each, batch by batch; run again after an interruption, it resumes. ``run`` is a
+    digest of model and options.
 
     Raises:
-        ValueError: a row is malformed (the message names its line), or ``target`` holds replies to other rows.
+        ValueError: a row is malformed (the message names its line), or ``target`` holds replies to other rows, of another
+            model, or under other options.
     """
     from python_model.support.resume import ResumableRows
 
     check_at_least("batch_size", batch_size, 1)
     conversations = read_conversations(source)
-    with ResumableRows(target, [{"turns": turns} for turns in conversations]) as rows:
+    run = _run(model, options)
+    with ResumableRows(target, [{"turns": turns} for turns in conversations], run=run) as rows:
         for start in range(0, len(rows.missing), batch_size):
             batch = rows.missing[start : start + batch_size]
             texts = replies(model, [conversations[i] for i in batch], batch_size=batch_size, **options)
@@ -292,10 +318,23 @@ def answer_file(
         return len(rows.missing)
 
 
+def _run(model: GritLM, options: Mapping[str, Any]) -> str:
+    """Distinguishes runs that give different replies: by the content of the model, and by options."""
+    found = [content_digest(model), eos_token_ids(model), options]
+    return hashlib.blake2b(json.dumps(found, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
+
+
 def read_conversations(path: Path) -> list[list[str]]:
     """See :func:`answer_file`."""
     found: list[list[str]] = []
-    for origin, row in read_objects(path):
+    ignored: dict[str, None] = {}
+    for origin, columns in read_objects(path):
+        row = {name: value for name, value in columns.items() if value is not None}
+        for name in row:
+            if name in OF_CONVERSATIONS or ("prompt" in row and "turns" in row):
+                raise ValueError(f"{origin}: expected a row of 'prompt' or of 'turns' alone, got {name!r} beside it")
+            if name not in ("prompt", "turns", *NAMES_OF_ROWS):
+                ignored[name] = None
         turns: Any = row["turns"] if "turns" in row else [row.get("prompt")]
         texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
         if not texts or len(turns) % 2 == 0:
@@ -303,4 +342,6 @@ def read_conversations(path: Path) -> list[list[str]]:
                 f"{origin}: expected a 'prompt', or 'turns' with an odd number of non-empty texts, got neither"
             )
         found.append(turns)
+    if ignored:
+        warnings.warn(f"{path}: ignored columns: {', '.join(ignored)}", stacklevel=2)
     return found

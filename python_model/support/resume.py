@@ -64,12 +64,14 @@ class JsonLines:
 class ResumableRows:
     """Results for ``inputs``, one row ``{"row": index, **input, **result}`` each, in the order in which they are finished.
 
-    Opening reads existing results: a half-written last line is truncated, a row that belongs to a different input is an error.
+    Opening reads existing results: a half-written last line is truncated, a row that belongs to a different input is an error,
+    and so is one of another ``run``, which names whatever else the results depend on and is written to each row (rows without
+    one are taken as they are).
     ``missing`` lists the indices without a result.
     """
 
-    def __init__(self, path: Path, inputs: Sequence[Mapping[str, Any]]) -> None:
-        self.path, self.inputs = path, inputs
+    def __init__(self, path: Path, inputs: Sequence[Mapping[str, Any]], *, run: str | None = None) -> None:
+        self.path, self.inputs, self.run = path, inputs, run
         self._log = JsonLines(path, self._is_ours, broken=self._refuse)
         done = {row["row"] for row in self._log.rows}
         self.missing = [index for index in range(len(inputs)) if index not in done]
@@ -82,12 +84,15 @@ class ResumableRows:
 
     def write(self, results: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
         """Append (index, result) rows; when this returns they are on disk."""
-        self._log.append(*({"row": index, **self.inputs[index], **result} for index, result in results))
+        own = {} if self.run is None else {"run": self.run}
+        self._log.append(*({"row": index, **self.inputs[index], **result, **own} for index, result in results))
 
     def _is_ours(self, row: dict[str, Any]) -> bool:
         index = row["row"]
         if not (0 <= index < len(self.inputs) and all(row[k] == v for k, v in self.inputs[index].items())):
             raise _Foreign(f"a result for another input (row {index}); choose another output file")
+        if self.run is not None and row.get("run", self.run) != self.run:
+            raise _Foreign(f"a result of another model or other options (row {index}); choose another output file")
         return True
 
     def _refuse(self, line: int, error: Exception) -> None:

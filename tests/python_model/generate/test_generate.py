@@ -24,6 +24,7 @@ from python_model.generate.text import (
     conversation_ids,
     eos_token_ids,
     prompt_ids,
+    read_conversations,
     replies,
     reply,
 )
@@ -307,6 +308,53 @@ def test_a_file_is_answered_and_an_interrupted_run_goes_on(model: GritLM, tmp_pa
         source.write_text(row)
         with pytest.raises(ValueError, match="in.jsonl:1: expected a 'prompt', or 'turns'"):
             answer_file(model, source, tmp_path / "x")
+
+
+def test_replies_to_a_file_are_those_of_one_model_and_its_options(
+    model: GritLM, checkpoint: Path, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "What is it?", "system": null}\n{"turns": ["Where?"], "id": 3}\n')
+    assert answer_file(model, source, target, max_new_tokens=4) == 2
+    first = target.read_text().splitlines(keepends=True)[0]
+    other: Any = GritLM(checkpoint, device="cpu", dtype="float32")
+    with torch.no_grad():
+        other.model.get_output_embeddings().weight[7, 1] += 0.1
+    changes: list[dict[str, Any]] = [
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 4, "system": "Be brief"},
+        {"max_new_tokens": 4, "sampling": Sampling(0.5)},
+        {"max_new_tokens": 4, "stop": ["a"]},
+    ]
+    for answering, options in ((other, {"max_new_tokens": 4}), *((model, change) for change in changes)):
+        target.write_text(first)
+        with pytest.raises(ValueError, match=r"out.jsonl:1: a result of another model or other options \(row 0\)"):
+            answer_file(answering, source, target, **options)
+        target.write_text(first)
+    assert answer_file(model, source, target, batch_size=1, max_new_tokens=4) == 1
+    row = json.loads(first)
+    del row["run"]  # as earlier versions wrote it
+    target.write_text(json.dumps(row) + "\n")
+    assert answer_file(model, source, target, max_new_tokens=4) == 1
+
+
+def test_a_column_of_a_file_of_prompts_is_not_passed_over(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    for extra in ('"system": "Be brief"', '"turns": ["a"]', '"messages": [{"role": "user", "content": "b"}]'):
+        source.write_text('{"prompt": "a", ' + extra + "}")
+        with pytest.raises(ValueError, match="in.jsonl:1: expected a row of 'prompt' or of 'turns' alone, got"):
+            read_conversations(source)
+    source.write_text('{"prompt": "a", "id": 1, "topic": "b"}')
+    with pytest.warns(UserWarning, match="in.jsonl: ignored columns: topic"):
+        assert read_conversations(source) == [["a"]]
+
+
+def test_beams_do_not_depend_on_the_generation_config_of_a_checkpoint(checkpoint: Path) -> None:
+    model: Any = GritLM(checkpoint, device="cpu", dtype="float32")
+    ids = [conversation_ids(model, turns) for turns in CONVERSATIONS]
+    want = complete(model, ids, num_beams=2, max_new_tokens=8)
+    model.model.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, length_penalty=-3.0)
+    assert complete(model, ids, num_beams=2, max_new_tokens=8) == want
 
 
 def test_the_command_chats_answers_files_and_prints_json(
