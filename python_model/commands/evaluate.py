@@ -3,12 +3,15 @@
     grit eval --model my_run/checkpoint --model smollm2-135m --data DATA --questions nq.jsonl --output results.json
 
 DATA is a folder as described in python_model.evaluation.held_out (default: the bundled sample). Scores are per data set and
-overall. ``results.json`` is updated after each checkpoint; results it already holds are not measured again.
+overall. ``results.json`` is updated after each checkpoint; results it already holds are not measured again, unless the content of
+the checkpoint or of the data has changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,9 +32,10 @@ from python_model.commands.runner import (
     refuse_without,
     tell_cut,
 )
-from python_model.evaluation.held_out import EVERYTHING, HeldOut
+from python_model.evaluation.held_out import EVERYTHING, HeldOut, held_out_digest
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
+from python_model.model.identity import content_digest
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TooLong
 from python_model.support.files import write_json
@@ -153,21 +157,34 @@ def run(arguments: Namespace) -> None:
     held_out.check_datasets()
     results = _saved(arguments.output)
     for name in tqdm(arguments.model or [SMALL_MODEL], desc="checkpoints", unit="checkpoint"):
-        if any(r["model"] == name and r["options"] == options for r in results):
-            continue
         model = load(
             Namespace(model=name, device=arguments.device, truncate_dim=arguments.truncate_dim), mode=arguments.mode
         )
+        content = None if arguments.output is None else _content(model, data, arguments.questions)
+        before = [r for r in results if r["model"] == name and r["options"] == options]
+        if any(r.get("content") == content for r in before):
+            continue
+        if before:
+            print(f"grit eval: {name} or the data have changed since {arguments.output} was written", file=sys.stderr)
+            results = [r for r in results if r not in before]
         chunks = chunked_texts(arguments, model, held_out.documents)
         scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16, chunks=chunks)
         tell_cut("eval", model, f"--max-length {arguments.max_length}", "" if arguments.chunk_tokens else "documents")
-        result: dict[str, Any] = {"model": name, "options": options, "scores": scores}
+        result: dict[str, Any] = {"model": name, "options": options, "content": content, "scores": scores}
         if arguments.questions is not None:
             result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)
         results.append(result)
         if arguments.output is not None:
             write_json(arguments.output, results)
     print(json.dumps(results, indent=2) if arguments.json else table(results))
+
+
+def _content(model: GritLM, data: Path, questions: Path | None) -> dict[str, str]:
+    """Digests of what the scores are of."""
+    found = {"model": content_digest(model), "data": held_out_digest(data)}
+    if questions is not None:
+        found["questions"] = hashlib.blake2b(questions.read_bytes(), digest_size=16).hexdigest()
+    return found
 
 
 def _saved(path: Path | None) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@
       - {group: attention and pooling, name: CCCC wmean, changes: {grit.attn: cccc, grit.pooling_method: weightedmean}}
       - {group: attention and pooling, name: base model, untrained: true}
 
-A variant that has finished under the same settings is not run again, an interrupted one resumes. ``table.md``, ``table.json``
-and the plot ``table.png`` are updated after each variant.
+A variant that has finished under the same settings, with the same model and data, is not run again, an interrupted one resumes.
+``table.md``, ``table.json`` and the plot ``table.png`` are updated after each variant.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import re
 import shutil
@@ -27,7 +29,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from python_model.evaluation.held_out import HeldOut, cut_line, evaluate
+from python_model.data.files import data_files, dataset_name
+from python_model.data.index import index_files
+from python_model.evaluation.held_out import HeldOut, cut_line, evaluate, held_out_digest
 from python_model.support.files import write_json, write_text
 from python_model.train.config import TrainConfig, dotted, flatten
 from python_model.train.plot import plot_ablation
@@ -113,6 +117,8 @@ def run(ablation: Ablation, *, keep_checkpoints: bool = False) -> list[dict[str,
 
     held_out = HeldOut(ablation.evaluation or sample_dir())
     output = Path(ablation.output_dir)
+    _digest_of_rows.cache_clear()
+    _digest_of_checkpoint.cache_clear()
     rows = []
     for variant in tqdm(ablation.variants, desc="variants", unit="variant"):
         rows.append(_finished(variant, ablation) or _measure(variant, held_out, ablation, keep_checkpoints))
@@ -137,6 +143,44 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+def _content(config: TrainConfig, ablation: Ablation) -> dict[str, str]:
+    """Digests of what a variant reads: the files behind a name may change."""
+    from python_model.data import sample_dir
+
+    return {
+        "data.train_data": _digest_of_rows(config.data.train_data),
+        "model.name": _digest_of_checkpoint(config.model.name),
+        "evaluation": held_out_digest(ablation.evaluation or sample_dir()),
+    }
+
+
+@functools.cache
+def _digest_of_rows(train_data: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for index in index_files(data_files(train_data)):
+        digest.update(f"{dataset_name(index.file)} {index.digest}".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _digest_of_checkpoint(name: str) -> str:
+    """Of the files of a folder that a model is loaded from; of the name, where it is one on the hub."""
+    from python_model.corpora.small_model import resolve_model
+
+    folder = Path(resolve_model(name))
+    if not folder.is_dir():
+        return str(folder)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        # a card and a calibration change no model
+        if path.is_file() and path.suffix != ".md" and path.name != "rag_calibration.json":
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while part := file.read(1 << 24):
+                    digest.update(part)
+    return digest.hexdigest()
+
+
 def _finished(variant: Variant, ablation: Ablation) -> dict[str, Any] | None:
     config = ablation.config(variant)
     file = Path(config.output_dir) / "result.json"
@@ -145,6 +189,8 @@ def _finished(variant: Variant, ablation: Ablation) -> dict[str, Any] | None:
     row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     same = row["config"] == config.to_dict() and row["steps"] == (0 if variant.untrained else config.steps)
     same = same and row.get("measured_on", ablation.measured_on) == ablation.measured_on
+    content = _content(config, ablation)
+    same = same and row.get("content", content) == content  # which earlier versions did not record
     return {**row, "variant": variant.name, "group": variant.group} if same else None
 
 
@@ -171,6 +217,7 @@ def _measure(variant: Variant, held_out: HeldOut, ablation: Ablation, keep_check
         "steps": 0 if variant.untrained else config.steps,
         "config": config.to_dict(),
         "measured_on": ablation.measured_on,
+        "content": _content(config, ablation),
     }
     write_json(Path(config.output_dir) / "result.json", row)
     if not keep_checkpoints and not variant.untrained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,41 @@ def test_checkpoints_are_measured_per_data_set_and_once(
     monkeypatch.setattr(command, "measure", lambda *a, **k: pytest.fail("measured again"))
     main([*arguments, "--json"])
     assert json.loads(capsys.readouterr().out)[0] == result
+
+
+def test_scores_of_another_content_under_the_same_name_are_measured_again(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A checkpoint that was trained anew in its folder, a changed corpus, other answers."""
+    folder, output, questions = tmp_path / "run", tmp_path / "results.json", data / "questions.jsonl"
+    shutil.copytree(checkpoint, folder)
+    arguments = ["--model", str(folder), "--data", str(data), "--output", str(output), "--no-bf16"]
+    arguments += ["--questions", str(questions), "--max-new-tokens", "4"]
+
+    def measured() -> Any:
+        main(arguments)
+        (result,) = json.loads(output.read_text())
+        return result
+
+    first = measured()
+    assert measured() == first and "changed" not in capsys.readouterr().err
+    model: Any = GritLM(folder, device="cpu", dtype="float32")
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight.mul_(3)
+    model.save_pretrained(folder)
+    second = measured()
+    assert second["scores"]["all"]["next_token_loss"] != first["scores"]["all"]["next_token_loss"]
+    assert "run or the data have changed" in capsys.readouterr().err
+    lines = (data / "corpus.jsonl").read_text().replace("city is here", "another text")
+    (data / "corpus.jsonl").write_text(lines)
+    third = measured()
+    assert third["scores"]["all"]["mrr_at_10"] != second["scores"]["all"]["mrr_at_10"]
+    questions.write_text(questions.read_text() * 2)
+    assert (third["answers"]["questions"], measured()["answers"]["questions"]) == (1, 2)
+    results = json.loads(output.read_text())
+    del results[0]["content"]  # as earlier versions wrote it
+    output.write_text(json.dumps(results))
+    assert measured()["content"]
 
 
 def test_conversations_without_a_reply_within_the_limit_are_left_out(

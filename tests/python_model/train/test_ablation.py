@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from python_model.commands.ablation import COMMAND
+from python_model.settings import GritSettings
 from python_model.train import ablation
 from python_model.train.ablation import read_ablation, run
 from tests.conftest import needs_source_tree
@@ -91,6 +93,37 @@ def test_variants_are_trained_measured_and_tabled_once(
     (row,) = run(read_ablation(file))
     assert again[1:] == ["base"] and row["measured_on"]["max_length"] == 20
     assert "texts were longer than max_length (20 tokens); what follows was not read" in capsys.readouterr().out
+
+
+def test_a_variant_that_reads_another_content_under_the_same_name_is_run_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    file = _file(tmp_path, model, variants=[{"name": "base", "untrained": True}])
+    again: list[str] = []
+    measure = ablation._measure
+    monkeypatch.setattr(ablation, "_measure", lambda v, *rest: again.append(v.name) or measure(v, *rest))
+
+    def measured() -> int:
+        again.clear()
+        run(read_ablation(file))
+        return len(again)
+
+    assert (measured(), measured()) == (1, 0)
+    for path in ("train/embedding.jsonl", "test/generative.jsonl", "model/grit.json"):
+        changed = tmp_path / path
+        if path == "model/grit.json":
+            GritSettings(pooling_method="cls").save(model)
+        else:
+            changed.write_text(changed.read_text().replace("river", "rivers"))
+        assert (measured(), measured()) == (1, 0), path
+    (model / "README.md").write_text("a card")
+    result = tmp_path / "out" / "base" / "result.json"
+    row = json.loads(result.read_text())
+    del row["content"]  # as earlier versions wrote it
+    result.write_text(json.dumps(row))
+    assert measured() == 0
 
 
 def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> None:
