@@ -2,7 +2,7 @@
 
 grit mine rows.jsonl ROWS.jsonl                                   # by BM25
 grit mine rows.jsonl ROWS.jsonl --model my_run/checkpoint --scores    # by a model, keeping its scores for distillation
-grit mine rows.jsonl ROWS.jsonl --corpus passages.jsonl           # from a larger collection (one {"text": ..} per line)
+grit mine rows.jsonl ROWS.jsonl --corpus passages.jsonl           # from a larger collection ({"text", "title"?} per line)
 
 Candidates are all passages of the rows and of the corpus. A negative scores at most --margin times the query's best positive,
 since a passage that scores higher is too often correct as well. Existing negatives are kept, and so are all positives of a query.
@@ -23,7 +23,7 @@ from python_model.corpora.hard_negatives import BM25, SCORE_CAP, SKIPPED_RANKS, 
 from python_model.data.files import read_objects
 from python_model.data.reading import tolerant_rows
 from python_model.data.report import DataReport
-from python_model.data.rows import EmbeddingRow, InstructedText, PlainText, check_text, to_object
+from python_model.data.rows import EmbeddingRow, InstructedText, PlainText, titled_text, to_object
 from python_model.support.arguments import check_at_least
 from python_model.support.files import new_file
 
@@ -103,7 +103,7 @@ def run(arguments: Namespace) -> None:
     check_at_least("skip", arguments.skip, 0)
     options_of = COMMAND.parser()
     refuse_without(arguments, options_of, "chunk_tokens", "overlap")
-    refuse_without(arguments, options_of, "model", "chunk_tokens")
+    refuse_without(arguments, options_of, "model", "chunk_tokens", "max_length")
     if not 0 < arguments.margin <= 1:
         raise ValueError(f"margin: expected a number > 0 and <= 1, got {arguments.margin}")
     report = DataReport()
@@ -112,7 +112,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError(f"input: expected rows with a query, got none in {arguments.input}")
     corpus = []
     if arguments.corpus is not None:
-        corpus = [check_text(item.get("text"), "text", origin) for origin, item in read_objects(arguments.corpus)]
+        corpus = [titled_text(item, origin) for origin, item in read_objects(arguments.corpus)]
     pool = Pool(rows, corpus)
     passages = [text.text for text in pool.texts]
     scorer: Scorer

@@ -30,6 +30,7 @@ from python_model.data.rows import (
     Row,
     check_text,
     json_type,
+    titled_text,
 )
 
 Columns = Mapping[str, Any]
@@ -301,6 +302,9 @@ class Reader:
         else:
             column = "messages" if form == "messages" else "conversations"
             messages = self._messages(columns[column], column, origin)
+            # some data sets repeat the first message there
+            if (prompt := columns.get("prompt")) is not None and prompt not in (text for _, text in messages):
+                self.notes["column 'prompt' is ignored"] = None
         if columns.get("system") and form != "text":
             messages.insert(0, ("system", columns["system"]))
         return _alternating(messages, form, origin)
@@ -374,9 +378,7 @@ def _titled(value: Any, name: str, origin: str) -> tuple[InstructedText, ...]:
         place = f"{name}[{index}]"
         if not isinstance(item, dict) or "text" not in item:
             raise DataError(f"{origin}: {place}: expected an object with 'text', got {json_type(item)}")
-        title = check_text(item.get("title") or "", f"{place}.title", origin, may_be_empty=True).strip()
-        text = check_text(item["text"], f"{place}.text", origin)
-        found.append(PlainText("", f"{title} {text}" if title else text))
+        found.append(PlainText("", titled_text(item, origin, f"{place}.")))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from python_model.data.files import Location, data_files, dataset_name, read_lines, read_objects, unread_note
 from python_model.data.forms import Reader
 from python_model.data.report import DataReport
-from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Passage, Row, check_text
+from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, Passage, Row, check_text, titled_text
 
 PROBED = 1000
 """Number of rows that decide what a file's lists of two strings mean."""
@@ -88,13 +88,13 @@ def read_generative(path: Location) -> list[GenerativeRow]:
 
 
 def read_corpus(path: Location) -> list[Passage]:
-    """The passages of a corpus file; keys must be unique. Errors as :func:`read_rows`."""
+    """The passages of a corpus file; keys must be unique, and a title precedes its text. Errors as :func:`read_rows`."""
     file = Path(path)
     passages: dict[str, Passage] = {}
     for origin, row in read_objects(file):
         if missing := [name for name in ("key", "text") if name not in row]:
             raise DataError(f"{origin}: the column {missing[0]!r} is missing, the row has {sorted(row)}")
-        passage = Passage(check_text(row["key"], "key", origin), check_text(row["text"], "text", origin), origin)
+        passage = Passage(check_text(row["key"], "key", origin), titled_text(row, origin), origin)
         if passage.key in passages:
             raise DataError(f"{origin}: duplicate key {passage.key!r}, also at {passages[passage.key].origin}")
         passages[passage.key] = passage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -112,6 +113,13 @@ def check_text(value: Any, name: str, origin: str, *, may_be_empty: bool = False
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
         raise DataError(f"{origin}: {name}: a lone surrogate (\\u{ord(value[error.start]):04x})") from error
     return value
+
+
+def titled_text(passage: Mapping[str, Any], origin: str, name: str = "") -> str:
+    """The text of a passage ``{"text", "title"?}``, after its title if it has one; errors as :func:`check_text`."""
+    title = check_text(passage.get("title") or "", f"{name}title", origin, may_be_empty=True).strip()
+    text = check_text(passage.get("text"), f"{name}text", origin)
+    return f"{title} {text}" if title else text
 
 
 def json_type(value: Any) -> str:

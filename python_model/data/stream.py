@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -287,8 +288,7 @@ def open_stream(
             found, left_out = select(index, encoder)
             _check_left_out(config, index.file, left_out)
             chosen = [rows.choice(config.max_rows_per_dataset or len(rows), seed) for rows in found]
-            if teacher:
-                scored += sum(int(rows.facts("scored").sum()) for rows in chosen)
+            scored += sum(int(rows.facts("scored").sum()) for rows in chosen if not rows.generative)
             each = config.positives == "each"
             data += [EachPositive(rows) if each and not rows.generative else rows for rows in chosen]
             report.add(left_out)
@@ -299,8 +299,9 @@ def open_stream(
         report.used[rows.name] = report.used.get(rows.name, 0) + len(rows)
     counts = {kind: sum(len(rows) for rows in data if rows.generative == kind) for kind in (False, True)}
     report.notes += _too_few(counts, batch)
-    if teacher:
-        report.notes.append(f"{scored} rows have a teacher's scores")
+    if teacher or scored:
+        unused = "" if teacher else ", which are not used: losses.distillation_weight is 0"
+        report.notes.append(f"{scored} rows have a teacher's scores{unused}")
     if rank == 0:
         print("\n".join(report.lines()), flush=True)
     share = {"rank": rank, "world": world}
@@ -317,10 +318,12 @@ def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool, teacher: b
         names |= set(index.names)
         if _wanted(mode, index):
             _check_left_out(config, index.file, index.report)
-            if "no_in_batch_neg" in dataset_name(index.file) and not index.kind and in_batch_negatives:
+            folder = index.file.replace(os.sep, "/").rpartition("/")[0].rpartition("/")[2]
+            if "no_in_batch_neg" in f"{folder} {dataset_name(index.file)}" and not index.kind and in_batch_negatives:
                 raise DataError(
-                    f"{index.file}: its name says no_in_batch_neg: FlagEmbedding takes no other query's passage as a negative. "
-                    "Here in_batch_negatives holds for all data sets: set it to false for a run on such files, or rename the file"
+                    f"{index.file}: its name, or that of its folder, says no_in_batch_neg: FlagEmbedding takes no other query's "
+                    "passage as a negative. Here in_batch_negatives holds for all data sets: set it to false for a run on such "
+                    "files, or rename them"
                 )
     kinds = {index.kind for index in indexes}
     for generative, needed in ((False, mode != "generative"), (True, mode != "embedding")):

@@ -226,6 +226,9 @@ def test_the_command_mines_by_bm25_and_by_a_model(checkpoint: Path, tmp_path: Pa
     mine([str(file), str(tmp_path / "bm25.jsonl"), "--negatives", "2"])
     options = ["--negatives", "2", "--model", str(checkpoint), "--scores", "--max-length", "32"]
     mine([str(file), str(tmp_path / "model.jsonl"), *options])
+    more = write(tmp_path / "more.jsonl", {"title": "the river", "text": "and more 1"})
+    mine([str(file), str(tmp_path / "more_rows.jsonl"), "--negatives", "9", "--corpus", str(more), "--skip", "0"])
+    assert '"the river and more 1"' in (tmp_path / "more_rows.jsonl").read_text()
     for name in ("bm25", "model"):
         found = read_embedding(tmp_path / f"{name}.jsonl")
         assert [row.query for row in found] == [row.query for row in read_embedding(file)]

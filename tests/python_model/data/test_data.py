@@ -140,6 +140,8 @@ def test_the_other_kind_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
 def test_a_corpus_has_unique_keys_and_texts(tmp_path: Path) -> None:
     file = write(tmp_path / "corpus.jsonl", {"key": "a", "text": "one"}, {"key": "b", "text": "one"})
     assert read_corpus(file) == [Passage("a", "one"), Passage("b", "one")]
+    titled = [{"key": "a", "title": "Book", "text": "one"}, {"key": "b", "title": None, "text": "two"}]
+    assert [passage.text for passage in read_corpus(write(tmp_path / "t.jsonl", *titled))] == ["Book one", "two"]
     with pytest.raises(DataError, match=r"c.jsonl:2: duplicate key 'a', also at .*c.jsonl:1"):
         read_corpus(write(tmp_path / "c.jsonl", {"key": "a", "text": "one"}, {"key": "a", "text": "two"}))
     with pytest.raises(DataError, match=r"d.jsonl:1: the column 'key' is missing"):

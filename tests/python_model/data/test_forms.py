@@ -278,6 +278,12 @@ def test_an_unknown_column_is_named_once_per_file(tmp_path: Path) -> None:
     assert index.report.notes == [f"{tmp_path / 'x.jsonl'}: column 'lang' is ignored"]
 
 
+def test_a_prompt_beside_messages_is_named_where_it_says_something_else(tmp_path: Path) -> None:
+    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    for prompt, notes in (("hi", []), ("Be brief", [f"{tmp_path / 'x.jsonl'}: column 'prompt' is ignored"])):
+        assert index_file(write(tmp_path / "x.jsonl", {**talk, "prompt": prompt})).report.notes == notes
+
+
 def test_a_list_of_two_strings_is_settled_by_the_file_and_said(tmp_path: Path) -> None:
     two = {"query": "q", "pos": ["p", "r"]}
     for rows, passages, note in (

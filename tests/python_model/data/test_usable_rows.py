@@ -38,6 +38,9 @@ def test_a_teacher_without_scores_is_refused(tokenizer: Any, tmp_path: Path) -> 
     config = config_of(train_data=folder_of(tmp_path, a=rows), mode="embedding", embedding_batch_size=2)
     stream = open_stream(config.data, config.batch, tokenizer, **options)
     assert "1 rows have a teacher's scores" in stream.report.notes
+    unused = open_stream(config.data, config.batch, tokenizer, **{**options, "teacher": False})
+    note = "1 rows have a teacher's scores, which are not used: losses.distillation_weight is 0"
+    assert note in unused.report.notes
     samples = stream[0]
     place = next(i for i, origin in enumerate(samples.query_origins) if origin.endswith(":2"))
     assert samples.passage_scores[2 * place] in (2.0, 2.5) and samples.passage_scores[2 * place + 1] in (0.5, 1.0, 1.5)
@@ -220,6 +223,11 @@ def test_a_run_stops_before_a_model_is_loaded_where_its_rows_cannot_be_used(tmp_
     with pytest.raises(DataError, match="no_in_batch_neg"):
         check(config_of(train_data=str(folders["few"])))
     check(config_of(train_data=str(folders["few"]), in_batch_negatives=False))
+    (named := tmp_path / "sts_no_in_batch_neg").mkdir()
+    folder_of(named, e=[good], g=[chat])
+    with pytest.raises(DataError, match="e.jsonl: its name, or that of its folder, says no_in_batch_neg"):
+        check(config_of(train_data=str(named)))
+    check(config_of(train_data=str(named), in_batch_negatives=False))
     folder_of(folders["typo"], wikipedia=[good], g=[chat])
     with pytest.raises(ValueError, match="got 'wikipdia'; did you mean 'wikipedia'"):
         check(config_of(train_data=str(folders["typo"]), dataset_weights={"wikipdia": 1.0}))
