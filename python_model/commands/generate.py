@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, load, progress, refuse_both, show
+from python_model.commands.runner import Command, add_json, add_model, load, progress, refuse_both, refuse_without, show
 
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
@@ -47,6 +47,7 @@ def run(arguments: Namespace) -> None:
     if (arguments.input is None) != (arguments.output is None):
         raise ValueError("--input, --output: expected both or none, got one")
     refuse_both(arguments, "prompt", "input")
+    refuse_without(arguments, COMMAND.parser(), "temperature", "top_k", "top_p")
     model = load(arguments, mode="generative")
     options: dict[str, Any] = {
         "max_new_tokens": arguments.max_new_tokens,

@@ -93,7 +93,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError("--sync: expected --add with the folder to synchronise with, got none")
     options_of = COMMAND.parser()
     refuse_without(arguments, options_of, "search", "where", "hybrid", "instruction", "k")
-    refuse_without(arguments, options_of, "add", "store")
+    refuse_without(arguments, options_of, "add", "store", "chunk_tokens", "overlap")
     refuse_without(arguments, options_of, "store", "store_format", "store_limit")
     if arguments.shards and arguments.add:
         raise ValueError("--shards: expected no --add beside it, got both")

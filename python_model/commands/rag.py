@@ -80,6 +80,10 @@ def run(arguments: Namespace) -> None:
     from python_model.rag.index import open_index
 
     refuse_both(arguments, "question", "questions")
+    if arguments.calibrate and arguments.mode != "auto":
+        raise ValueError(
+            f"--mode: expected no --calibrate beside it, which measures several modes, got {arguments.mode!r}"
+        )
     model = load(arguments)
     store, limit = None, arguments.keep
     if limit is not None and not (limit > 0 and arguments.store):
