@@ -35,6 +35,13 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# what each file may say; anything else that is set is refused
+_OF_DECODER = ("max_seq_length", "modality_config", "module_output_name", "unpad_inputs")
+_TEXTS = ("__version__", "prompts", "default_prompt_name", "similarity_fn_name", "requirements")
+_POOLING = (*_FLAGS, "pooling_mode", "word_embedding_dimension", "embedding_dimension", "include_prompt")
+_DENSE = ("in_features", "out_features", "bias", "activation_function", "module_input_name", "module_output_name")
+_LOADING = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", "padding_side", "device_map"}
+"""How a decoder and its tokenizer are loaded, without effect on a vector."""
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
 
 
@@ -52,12 +59,14 @@ def settings_of_modules(read: Read) -> GritSettings | None:
         raise ValueError(f"{_DECODER}: do_lower_case: expected false, got true")
     if "text" not in decoder.get("modality_config", {"text": None}):
         raise ValueError(f"{_DECODER}: modality_config: expected an entry 'text', got chat messages alone")
-    for name in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
-        if decoder.get(name):
-            raise ValueError(f"{_DECODER}: {name}: expected none, got {decoder[name]}")
-    if (task := decoder.get("transformer_task", "feature-extraction")) != "feature-extraction":
-        raise ValueError(f"{_DECODER}: transformer_task: expected 'feature-extraction', got {task!r}")
+    for name in ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"):
+        if not set(decoder.get(name) or ()) <= _LOADING:
+            raise ValueError(f"{_DECODER}: {name}: expected {sorted(_LOADING)}, got {decoder[name]!r}")
+        decoder.pop(name, None)
+    _check_value(_DECODER, decoder, "transformer_task", "feature-extraction")
+    _check_known(_DECODER, decoder, _OF_DECODER)
     pooling = _options(read, modules, "Pooling")
+    _check_known(f"{MODULES}: pooling", pooling, _POOLING)
     method = pooling.get("pooling_mode") or [name for flag, name in _FLAGS.items() if pooling.get(flag)]
     method = method[0] if isinstance(method, list) and len(method) == 1 else method
     if method not in POOLING_METHODS:
@@ -65,6 +74,8 @@ def settings_of_modules(read: Read) -> GritSettings | None:
     texts = _json(read, "config_sentence_transformers.json") or {}
     if texts.get("truncate_dim"):
         raise ValueError(f"config_sentence_transformers.json: truncate_dim: expected none, got {texts['truncate_dim']}")
+    _check_value("config_sentence_transformers.json", texts, "model_type", "SentenceTransformer")
+    _check_known("config_sentence_transformers.json", texts, _TEXTS)
     prompts = {name: text or "" for name, text in (texts.get("prompts") or {}).items()}
     include_prompt = bool(pooling.get("include_prompt", True))
     if not include_prompt and method in ("cls", "weightedmean") and any(prompts.values()):
@@ -145,6 +156,12 @@ def _modules(read: Read) -> list[tuple[str, str]] | None:
         raise ValueError(
             f"{MODULES}: expected a decoder, pooling, linear layers and normalisation in turn, got {kinds}"
         )
+    for entry, (kind, folder) in zip(listed, modules, strict=True):
+        if entry.get("kwargs"):
+            raise ValueError(f"{MODULES}: kwargs: expected none, got {entry['kwargs']!r} of {kind}")
+        for name, value in (_json(read, f"{folder}/config.json") or {}).items() if kind == "Normalize" else ():
+            if value not in (None, "sentence_embedding"):
+                raise ValueError(f"{folder}: {name}: expected 'sentence_embedding', got {value!r}")
     if modules[0][1] not in ("", "."):
         raise ValueError(f"{MODULES}: expected the decoder in the folder itself, got {modules[0][1]!r}")
     return modules
@@ -161,6 +178,7 @@ def _dense(read: Read, modules: list[tuple[str, str]]) -> list[tuple[str, dict[s
                     raise ValueError(f"{folder}: {name}: expected 'sentence_embedding', got {options[name]!r}")
             if options.get("use_residual"):
                 raise ValueError(f"{folder}: use_residual: expected false, got true")
+            _check_known(folder, options, _DENSE)
             if layers and _activation(layers[-1][1]) != "identity":
                 raise ValueError(f"{folder}: expected no linear layer after an activation, got one")
             _activation(options)
@@ -173,6 +191,18 @@ def _activation(options: dict[str, Any]) -> Activation:
     if (last := name.rpartition(".")[2]) not in _ACTIVATIONS:
         raise ValueError(f"activation_function: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}")
     return cast(Activation, _ACTIVATIONS[last])
+
+
+def _check_known(where: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Refuse what is set and not known: it may change vectors."""
+    for name, value in options.items():
+        if name not in known and value not in (None, False, 0, "", [], {}):
+            raise ValueError(f"{where}: {name}: expected none, got {value!r}")
+
+
+def _check_value(where: str, options: dict[str, Any], name: str, only: str) -> None:
+    if (value := options.pop(name, None)) not in (None, only):
+        raise ValueError(f"{where}: {name}: expected {only!r}, got {value!r}")
 
 
 def _options(read: Read, modules: list[tuple[str, str]], wanted: str) -> dict[str, Any]:

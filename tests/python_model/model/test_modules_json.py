@@ -218,9 +218,35 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sentence_bert_config.json", {"query_expansion": {"length": 8}}, "query_expansion: expected none"),
     ("sentence_bert_config.json", {"transformer_task": "text-generation"}, "expected 'feature-extraction', got"),
     ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side: expected 'right' .*, got 'left'"),
+    (
+        "sentence_bert_config.json",
+        {"model_args": {"num_hidden_layers": 1}},
+        "model_args: expected .*'num_hidden_layers'",
+    ),
+    ("sentence_bert_config.json", {"something_new": 1}, "something_new: expected none, got 1"),
+    ("1_Pooling/config.json", {"something_new": True}, "pooling: something_new: expected none, got True"),
+    ("2_Normalize/config.json", {"module_input_name": "token_embeddings"}, "module_input_name: expected 'sentence_emb"),
+    (
+        "config_sentence_transformers.json",
+        {"model_type": "SparseEncoder"},
+        "model_type: expected 'SentenceTransformer'",
+    ),
+    ("config_sentence_transformers.json", {"something_new": "x"}, "something_new: expected none, got 'x'"),
     ("config_sentence_transformers.json", {"truncate_dim": 32}, "truncate_dim: expected none, got 32"),
     ("config_sentence_transformers.json", {"prompts": {"query": "<s>Find"}}, "special token '<s>' in 'query'"),
 ]
+
+
+def test_what_says_how_a_decoder_is_loaded_is_accepted(tokenizer: Any, tmp_path: Path) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    file = tmp_path / "model" / "sentence_bert_config.json"
+    known = {
+        "model_args": {"torch_dtype": "bfloat16"},
+        "tokenizer_args": {"padding_side": "left"},
+        "query_length": None,
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **known, "transformer_task": "feature-extraction"}))
+    assert GritLM(tmp_path / "model", mode="embedding", device="cpu").pooling_method == "lasttoken"
 
 
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED)
@@ -229,7 +255,7 @@ def test_what_would_give_other_vectors_is_refused(
 ) -> None:
     qwen3_embedding(tmp_path, tokenizer)
     file = tmp_path / "model" / name
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text()) if file.exists() else {}
     if isinstance(content, list):
         content.append({"idx": 9, "name": "9", "path": "9_More", "type": change["append"]})
     else:
