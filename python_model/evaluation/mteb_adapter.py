@@ -20,9 +20,9 @@ from python_model.support.optional import require
 
 
 def _meta(name: str, revision: str) -> Any:
-    return require("mteb.models.model_meta", "eval").ModelMeta.create_empty(
-        overwrites={"name": name, "revision": revision}
-    )
+    # the score that training, index and search use; mteb's default is the cosine, another one where vectors have any length
+    overwrites = {"name": name, "revision": revision, "similarity_fn_name": "dot"}
+    return require("mteb.models.model_meta", "eval").ModelMeta.create_empty(overwrites=overwrites)
 
 
 def prefix_for(model: GritLM, encoder: Any, task_metadata: Any, prompt_type: Any) -> str:
@@ -31,9 +31,46 @@ def prefix_for(model: GritLM, encoder: Any, task_metadata: Any, prompt_type: Any
     mteb passes the same instruction for both sides if a task has only one; for retrieval that is the queries'.
     """
     side = getattr(prompt_type, "value", prompt_type)
-    if task_metadata.type == "Retrieval" and side == "document":
+    if task_metadata.type in ("Retrieval", "InstructionRetrieval") and side == "document":
         return model.formatter.embed_instruction("")
     return model.formatter.embed_instruction(encoder.get_instruction(task_metadata, prompt_type) or "")
+
+
+def query_text(row: Any) -> str:
+    """The text of a query, followed by the instruction that some tasks have for each, as mteb's own models read it.
+
+    Raises:
+        ValueError: the query is a conversation.
+    """
+    if not isinstance(row["text"], str):
+        raise ValueError(f"queries: expected texts, got a conversation ({row['id']!r})")
+    return f"{row['text']} {row['instruction']}" if row.get("instruction") is not None else row["text"]
+
+
+class GritEncoder:
+    """What :func:`mteb_encoder` adds to mteb's base class, from which it has ``get_instruction``."""
+
+    def __init__(self, model: GritLM, *, max_length: int = 512, batch_size: int = 256) -> None:
+        self.model, self.max_length, self.batch_size = model, max_length, batch_size
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The vectors of the texts in mteb's batches."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.model.encode(
+            texts,
+            instruction=prefix_for(self.model, self, task_metadata, prompt_type),
+            max_length=self.max_length,
+            batch_size=kwargs.get("batch_size", self.batch_size),
+        )
 
 
 def mteb_encoder(
@@ -48,30 +85,10 @@ def mteb_encoder(
     require("mteb", "eval")
     from mteb.models.abs_encoder import AbsEncoder
 
-    class Encoder(AbsEncoder):
-        def __init__(self) -> None:
-            self.model = model
-            self.mteb_model_meta = _meta(name, revision)
+    class Encoder(GritEncoder, AbsEncoder):
+        mteb_model_meta = _meta(name, revision)
 
-        def encode(
-            self,
-            inputs: Any,
-            *,
-            task_metadata: Any,
-            hf_split: str,
-            hf_subset: str,
-            prompt_type: Any = None,
-            **kwargs: Any,
-        ) -> Any:
-            texts = [text for batch in inputs for text in batch["text"]]
-            return model.encode(
-                texts,
-                instruction=prefix_for(model, self, task_metadata, prompt_type),
-                max_length=max_length,
-                batch_size=kwargs.get("batch_size", batch_size),
-            )
-
-    return Encoder()
+    return Encoder(model, max_length=max_length, batch_size=batch_size)
 
 
 def mteb_search(
@@ -106,7 +123,7 @@ def mteb_search(
         def search(
             self, queries: Any, *, task_metadata: Any, top_k: int, top_ranked: Any = None, **kwargs: Any
         ) -> dict[str, dict[str, float]]:
-            texts = [row["text"] for row in queries]
+            texts = [query_text(row) for row in queries]
             scores = self._embed(texts, task_metadata, "query") @ self._vectors.T
             places = {key: place for place, key in enumerate(self._keys)}
             results = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -337,27 +338,39 @@ def packed_export(model: GritLM, stock: Stock, folder: Path) -> None:
     export(model, stock, folder, packed=True)
 
 
-def mteb(model: GritLM, stock: Stock, folder: Path) -> None:
+def mteb(model: GritLM, stock: Stock, folder: Path, installed: bool = False) -> None:
     from types import SimpleNamespace
 
-    pytest.importorskip("mteb")
-    from mteb.types import PromptType
+    from python_model.evaluation.mteb_adapter import GritEncoder, mteb_encoder
 
-    from python_model.evaluation.mteb_adapter import mteb_encoder
-
-    encoder = mteb_encoder(model)
+    encoder: Any = mteb_encoder(model) if installed else GritEncoder(model)
     encoder.get_instruction = lambda *given: INSTRUCTION
     task: dict[str, Any] = {
         "task_metadata": SimpleNamespace(type="Retrieval", name="x"),
         "hf_split": "test",
         "hf_subset": "default",
     }
-    for side, text in (("query", QUESTION), ("document", DOCUMENT)):
-        got = encoder.encode([{"text": [text, "short"]}], prompt_type=PromptType(side), **task)
-        assert_right(got[0], stock.right[side])
+    for name, text in (("query", QUESTION), ("document", DOCUMENT)):
+        side: Any = importlib.import_module("mteb.types").PromptType(name) if installed else name
+        got = encoder.encode([{"text": [text, "short"]}], prompt_type=side, **task)
+        assert_right(got[0], stock.right[name])
+
+
+def with_mteb(model: GritLM, stock: Stock, folder: Path) -> None:
+    pytest.importorskip("mteb")
+    mteb(model, stock, folder, installed=True)
 
 
 def lm_eval(model: GritLM, stock: Stock, folder: Path) -> None:
+    from python_model.evaluation.lm_eval_adapter import lm_eval_arguments
+
+    ids = torch.tensor([model.tokenizer(DOCUMENT)["input_ids"]])
+    with torch.no_grad():
+        want = stock.model(ids, use_cache=False).logits
+        assert_right(lm_eval_arguments(model)["pretrained"](ids).logits, want)
+
+
+def with_lm_eval(model: GritLM, stock: Stock, folder: Path) -> None:
     pytest.importorskip("lm_eval")
     from python_model.evaluation.lm_eval_adapter import lm_eval_model
 
@@ -367,10 +380,11 @@ def lm_eval(model: GritLM, stock: Stock, folder: Path) -> None:
     assert_right(lm_eval_model(model)._model_call(ids), want)
 
 
+OF_TOOLS = (with_mteb, with_lm_eval)
+"""`make test-tools` installs the packages; what the others of the name call is all that is this project's."""
 CONSUMERS = tuple(
-    # `make test-tools` installs the packages
-    pytest.param(consumer, id=consumer.__name__, marks=[pytest.mark.tools] if consumer in (mteb, lm_eval) else [])
-    for consumer in (encode, train, index, rag, evaluation, export, packed_export, mteb, lm_eval)
+    pytest.param(consumer, id=consumer.__name__, marks=[pytest.mark.tools] if consumer in OF_TOOLS else [])
+    for consumer in (encode, train, index, rag, evaluation, export, packed_export, mteb, lm_eval, *OF_TOOLS)
 )
 REFUSED = {
     # by the length of the text, which "dynamic" may exceed
@@ -387,7 +401,7 @@ REFUSED = {
 def test_every_field_reaches_every_consumer(
     case: str, consumer: Callable[..., None], model: GritLM, stock: Stock, tmp_path: Path
 ) -> None:
-    if (case, consumer) == ("gemma3_text use_bidirectional_attention", lm_eval):
+    if case == "gemma3_text use_bidirectional_attention" and consumer in (lm_eval, with_lm_eval):
         pytest.skip("such a model generates nothing in transformers")
     if (begin := REFUSED.get((case, consumer.__name__))) is not None:
         with pytest.raises(ValueError, match=f"^{begin}"):
@@ -399,13 +413,15 @@ def test_every_field_reaches_every_consumer(
 def test_an_index_of_another_config_is_refused(
     case: str, model: GritLM, bases: Callable[[str], GritLM], tmp_path: Path
 ) -> None:
-    from python_model.rag.fingerprint import fingerprint
+    from python_model.model.identity import fingerprint
 
     family, changes = CASES[case]
     assert (fingerprint(model) == fingerprint(bases(family))) == (not changes)
 
 
-@pytest.mark.parametrize("consumer", [consumer for consumer in CONSUMERS if consumer.id != "lm_eval"])
+@pytest.mark.parametrize(
+    "consumer", [consumer for consumer in CONSUMERS if consumer.id not in ("lm_eval", "with_lm_eval")]
+)
 def test_a_decoder_that_attends_otherwise_than_the_settings_say_is_refused(
     consumer: Callable[..., None], saved: Saved, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ pooling and head in float64.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ CASES: dict[str, dict[str, Any]] = {
         "instruction_count": "reference",
     },
 }
+
+
+def needs(package: str, name: str) -> Any:
+    """The cell with the package itself."""
+    missing = pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{name} is an extra")
+    return pytest.param(True, marks=[pytest.mark.tools, missing], id=name)
 
 
 def test_the_matrix_has_every_setting() -> None:
@@ -271,45 +278,48 @@ def test_export(case: str, model: GritLM, right: dict[str, np.ndarray], packed: 
     np.testing.assert_allclose(loaded.encode([DOCUMENT]), model.encode([DOCUMENT]), atol=2e-5)
 
 
-@pytest.mark.tools
-@pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="mteb is an extra")
-def test_mteb(model: GritLM, right: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("installed", [False, needs("mteb", "mteb")])
+def test_mteb(model: GritLM, right: dict[str, np.ndarray], installed: bool) -> None:
+    """What encodes is this project's; mteb's base class, where it is installed, adds nothing to it."""
     from types import SimpleNamespace
 
-    from mteb.types import PromptType
+    from python_model.evaluation.mteb_adapter import GritEncoder, mteb_encoder
 
-    from python_model.evaluation.mteb_adapter import mteb_encoder
-
-    encoder = mteb_encoder(model)
+    encoder: Any = mteb_encoder(model) if installed else GritEncoder(model)
     encoder.get_instruction = lambda *given: INSTRUCTION
     task: dict[str, Any] = {
         "task_metadata": SimpleNamespace(type="Retrieval", name="x"),
         "hf_split": "test",
         "hf_subset": "default",
     }
-    got = encoder.encode([{"text": [TEXT]}], prompt_type=PromptType.query, **task)
-    assert_right(got, right["query"])
-    got = encoder.encode([{"text": [DOCUMENT]}], prompt_type=PromptType.document, **task)
-    assert_right(got, right["document"])
+    for name, text in (("query", TEXT), ("document", DOCUMENT)):
+        side: Any = importlib.import_module("mteb.types").PromptType(name) if installed else name
+        assert_right(encoder.encode([{"text": [text]}], prompt_type=side, **task), right[name])
 
 
-@pytest.mark.tools
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra")
-def test_lm_eval(case: str, saved: Path, model: GritLM) -> None:
+@pytest.mark.parametrize("installed", [False, needs("lm_eval", "lm-eval")])
+def test_lm_eval(case: str, saved: Path, model: GritLM, installed: bool) -> None:
+    """What lm-eval is given; where it is installed, what it makes of that."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from python_model.evaluation.lm_eval_adapter import lm_eval_model
+    from python_model.evaluation.lm_eval_adapter import lm_eval_arguments, lm_eval_model
 
     if not model.attention.generates_causally:
-        with pytest.raises(ValueError, match="attn: expected"):
-            lm_eval_model(model)
+        for function in (lm_eval_arguments, lm_eval_model):
+            with pytest.raises(ValueError, match="attn: expected"):
+                function(model)
         return
     tokenizer = AutoTokenizer.from_pretrained(saved)
     start = [tokenizer.bos_token_id] if CASES[case].get("special_tokens") == "bos" else []
-    wrapped = lm_eval_model(model)
     ids = [*start, *tokenizer(DOCUMENT.strip(), add_special_tokens=False)["input_ids"]]
-    assert wrapped.tok_encode(DOCUMENT.strip()) == ids
+    given = lm_eval_arguments(model)
+    assert given["tokenizer"](DOCUMENT.strip())["input_ids"] == ids
     plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
     with torch.no_grad():
         want = plain(torch.tensor([ids])).logits
-    torch.testing.assert_close(wrapped._model_call(torch.tensor([ids])), want, atol=1e-4, rtol=1e-4)
+        got = given["pretrained"](torch.tensor([ids])).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    if installed:
+        wrapped = lm_eval_model(model)
+        assert wrapped.tok_encode(DOCUMENT.strip()) == ids
+        torch.testing.assert_close(wrapped._model_call(torch.tensor([ids])), want, atol=1e-4, rtol=1e-4)

@@ -130,6 +130,42 @@ def test_mteb_search_reranks_the_best_of_the_embedding_search(model: GritLM, mon
     assert found["perfect"] == 1 and seen == [12] * len(QUERIES)
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_mteb_scores_by_the_dot_product(checkpoint: Path, normalized: bool) -> None:
+    """As index and search do; of vectors of any length, the cosine is another order."""
+    pytest.importorskip("mteb")
+    from python_model.evaluation.mteb_adapter import mteb_encoder
+
+    model = GritLM(checkpoint, normalized=normalized, device="cpu", dtype="float32")
+    vectors = model.encode(["a river", "France"], convert_to_tensor=True)
+    got = torch.as_tensor(mteb_encoder(model).similarity(vectors[:1], vectors))
+    torch.testing.assert_close(got.float(), vectors[:1] @ vectors.T)
+
+
+def test_the_instruction_of_a_query_is_read_as_mteb_s_own_models_read_it() -> None:
+    from python_model.evaluation.mteb_adapter import query_text
+
+    assert query_text({"id": "1", "text": "a river"}) == query_text({"id": "1", "text": "a river", "instruction": None})
+    assert query_text({"id": "1", "text": "a river", "instruction": "in France"}) == "a river in France"
+    with pytest.raises(ValueError, match="queries: expected texts, got a conversation"):
+        query_text({"id": "1", "text": [{"role": "user", "content": "a"}]})
+
+
+@needs_mteb
+def test_mteb_search_ranks_by_the_instruction_of_each_query(model: GritLM) -> None:
+    from types import SimpleNamespace
+
+    from python_model.evaluation.mteb_adapter import mteb_search
+
+    task: dict[str, Any] = {"task_metadata": SimpleNamespace(type="Retrieval", name="x", prompt="Find")}
+    search = mteb_search(model, rerank_top=1)
+    search.index([{"id": "a", "text": "river"}, {"id": "b", "text": "code"}], **task)
+    split = search.search([{"id": "q", "text": "which", "instruction": "one"}], top_k=2, **task)
+    whole = search.search([{"id": "q", "text": "which one"}], top_k=2, **task)
+    bare = search.search([{"id": "q", "text": "which"}], top_k=2, **task)
+    assert split == whole != bare
+
+
 @needs_mteb
 def test_mteb_search_runs_with_the_model_itself(model: GritLM) -> None:
     import mteb
