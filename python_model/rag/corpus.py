@@ -14,6 +14,7 @@ its current unit, which Ray gives to another.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -21,12 +22,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from python_model.data.files import parse_line
+from python_model.model.identity import fingerprint
 from python_model.model.modeling import GritLM
 from python_model.rag.documents import chunk
-from python_model.rag.fingerprint import embedding_settings, fingerprint
+from python_model.rag.fingerprint import embedding_settings
 from python_model.rag.formats import document_of_row
 from python_model.rag.index import Index
 from python_model.rag.modes import Document
@@ -37,6 +40,8 @@ from python_model.support.optional import require
 UNIT_BYTES = 8 << 20
 """Of a unit: so much of a file of lines, or row groups of about so many bytes."""
 SUFFIXES = (".jsonl", ".parquet")
+_STAMPS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
+"""Names under which file systems of fsspec give an object's tag, or the time of its last change, the surest first."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def embed_corpus(
         ray.init(log_to_driver=False)
     options = {"num_gpus": gpus, "num_cpus": cpus}
     made_by = ray.get(ray.remote(_describe).options(**options).remote(recipe))
-    _record(output, {"recipe": asdict(recipe), **made_by, "units": [asdict(unit) for unit in units]})
+    run = {"recipe": asdict(recipe), **made_by, "units": [asdict(unit) for unit in units]}
+    _record(output, {**run, "input": versions(units)})
     before = {unit.number: marker for unit in units if (marker := committed(output, unit)) is not None}
     todo = [asdict(unit) for unit in units if unit.number not in before]
     markers = dict(before)
@@ -185,6 +191,16 @@ def plan(source: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
         below = name.removeprefix(root).lstrip("/") or name.rpartition("/")[2]
         units += [Unit(len(units) + i, address, below, start, end) for i, (start, end) in enumerate(spans)]
     return units
+
+
+def versions(units: Sequence[Unit]) -> dict[str, str]:
+    """What tells the content of each file from another of its size: the file system's tag of it, or when it was written."""
+    found = {}
+    for address in dict.fromkeys(unit.file for unit in units):
+        filesystem, path = _filesystem(address)
+        info = filesystem.info(path)
+        found[address] = str(next((info[name] for name in _STAMPS if info.get(name)), None))
+    return found
 
 
 def _row_groups(filesystem: Any, name: str, unit_bytes: int) -> list[tuple[int, int]]:
@@ -312,7 +328,8 @@ def add_shards(index: Index, output: str, progress: Any = None) -> int:
     A shard is one transaction of the index, so an interrupted call can be resumed. States of changed documents are removed.
 
     Raises:
-        ValueError: a shard is missing: the run is not finished.
+        ValueError: a shard is missing: the run is not finished; or two rows have one id, of which the second would replace the
+            first.
     """
     run = read_run(output)
     units = [Unit(**unit) for unit in run["units"]]
@@ -320,6 +337,7 @@ def add_shards(index: Index, output: str, progress: Any = None) -> int:
         raise ValueError(
             f"shards: expected {len(units)} at {output}, got none for {len(missing)}, among them {missing[0]}"
         )
+    _check_keys(output, units)
     added = 0
     for number, unit in enumerate(units, 1):
         documents, vectors = read_shard(output, unit)
@@ -335,6 +353,29 @@ def add_shards(index: Index, output: str, progress: Any = None) -> int:
         if progress is not None:
             progress(number, len(units))
     return added
+
+
+def _check_keys(output: str, units: Sequence[Unit]) -> None:
+    filesystem, root = _filesystem(output)
+
+    def keys(unit: Unit) -> list[str]:
+        with filesystem.open(f"{root}/{unit.shard}.parquet", "rb") as file:
+            table = require("pyarrow.parquet", "parquet").read_table(file, columns=["key"])
+        return [str(key) for key in table["key"].to_pylist()]
+
+    def hashed(key: str) -> int:
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+    # eight bytes per row; the rows of equal ones are compared by their ids
+    hashes = np.concatenate([np.array([hashed(key) for key in keys(unit)], dtype=np.uint64) for unit in units])
+    values, counts = np.unique(hashes, return_counts=True)
+    doubtful = set(values[counts > 1].tolist())
+    seen: dict[str, str] = {}
+    for unit in units if doubtful else ():
+        for key in (key for key in keys(unit) if hashed(key) in doubtful):
+            if key in seen:
+                raise ValueError(f"shards: expected different ids, got {key!r} in {seen[key]} and in {unit.file}")
+            seen[key] = unit.file
 
 
 def read_shard(output: str, unit: Unit) -> tuple[list[Document], torch.Tensor]:
@@ -373,6 +414,7 @@ def _record(output: str, run: dict[str, Any]) -> None:
         with filesystem.open(f"{root}/run.json", "w") as file:
             file.write(json.dumps(run))
         return
+    before.setdefault("input", run.get("input"))  # which earlier versions did not record
     different = [name for name, value in run.items() if before.get(name) != json.loads(json.dumps(value))]
     if different:
         raise ValueError(

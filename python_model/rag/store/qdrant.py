@@ -53,6 +53,7 @@ class QdrantVectors:
         """See :class:`Vectors`. Points are stored when this returns; if the transaction fails, nothing refers to them."""
         with _told(self.place):
             if not self._exists():
+                self._check_gone(writing.db, ids.start)
                 self._create(matrix.shape[1])
             points = [
                 self._models.PointStruct(
@@ -82,6 +83,7 @@ class QdrantVectors:
         ids = torch.full((len(queries), k), -1)
         with _told(self.place):
             if not self._exists():
+                self._check_gone(self._connect())
                 return scores[:, :0], ids[:, :0]
             condition = None if selection.where is None else self._filter(selection.where)
             requests = [self._models.QueryRequest(query=query, limit=k, filter=condition) for query in queries.tolist()]
@@ -95,8 +97,26 @@ class QdrantVectors:
         known = {row[0] for row in self._connect().execute("SELECT id FROM documents")}
         with _told(self.place):
             points = [p for p in self._points(with_vectors=True) if p.id in known]
+        found = {point.id for point in points}
+        lost = known - found
+        # what another process has removed meanwhile is not missing
+        missing = [row[0] for row in self._connect().execute("SELECT id FROM documents") if row[0] in lost]
+        if missing:
+            raise StoreError(
+                f"Qdrant at {self.place}: expected {len(known)} points in the collection {self.collection!r}, got "
+                f"{len(found)}; rebuild the index"
+            )
         vectors = torch.tensor([point.vector for point in points]) if points else torch.zeros(0, 0)
         return torch.tensor([point.id for point in points], dtype=torch.int64), vectors
+
+    def _check_gone(self, db: sqlite3.Connection, before: int | None = None) -> None:
+        """Check that a collection which is not there has no documents (with ids below ``before``): none would be found."""
+        condition, values = ("", ()) if before is None else (" WHERE id < ?", (before,))
+        if db.execute(f"SELECT EXISTS (SELECT 1 FROM documents{condition})", values).fetchone()[0]:
+            raise StoreError(
+                f"Qdrant at {self.place}: expected the collection {self.collection!r}, which holds the index's vectors, got none "
+                "of that name; rebuild the index"
+            )
 
     def _exists(self) -> bool:
         return bool(self._client.collection_exists(self.collection))

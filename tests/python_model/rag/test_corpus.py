@@ -91,9 +91,8 @@ def run_of(checkpoint: Path, source: Path, output: Path, **options: Any) -> tupl
     recipe = Recipe(str(checkpoint), **options)
     made_by = corpus._describe(recipe)
     units = plan(str(source), 400)
-    corpus._record(
-        str(output), {"recipe": corpus.asdict(recipe), **made_by, "units": [corpus.asdict(u) for u in units]}
-    )
+    run = {"recipe": corpus.asdict(recipe), **made_by, "units": [corpus.asdict(u) for u in units]}
+    corpus._record(str(output), {**run, "input": corpus.versions(units)})
     return Embedder(recipe, str(output), made_by["fingerprint"]), units, recipe
 
 
@@ -127,6 +126,21 @@ def test_shards_hold_what_encode_gives_and_become_an_index(checkpoint: Path, tmp
     assert corpus.committed(str(tmp_path / "out"), units[0]) is None
 
 
+def test_two_rows_of_one_id_are_refused_wherever_they_lie(checkpoint: Path, tmp_path: Path) -> None:
+    """Each shard is a transaction of its own, so the second would replace the first."""
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        rows = [{"id": number, "text": f"{name} river {number}"} for number in ({"a": (1, 2), "b": (3, 2)}[name])]
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    worker, units, _ = run_of(checkpoint, tmp_path / "in", tmp_path / "out")
+    for unit in units:
+        worker.embed(unit)
+    index = open_index_of(str(tmp_path / "i"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"shards: expected different ids, got '2' in .*a\.jsonl and in .*b\.jsonl"):
+        add_shards(index, str(tmp_path / "out"))
+    assert len(index) == 0
+
+
 def test_a_run_of_other_settings_is_refused_and_long_texts_may_be_divided(checkpoint: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "in" / "a.jsonl", 20)
     worker, units, _ = run_of(checkpoint, tmp_path / "in", tmp_path / "out", chunk_tokens=12)
@@ -137,6 +151,10 @@ def test_a_run_of_other_settings_is_refused_and_long_texts_may_be_divided(checkp
     with pytest.raises(ValueError, match="model: expected fingerprint other as the first worker has, got"):
         Embedder(Recipe(str(checkpoint)), str(tmp_path / "out"), "other")
     corpus._record(str(tmp_path / "out"), run)
+    with pytest.raises(ValueError, match="output: .* holds a run with another input"):  # of the same sizes
+        file = tmp_path / "in" / "a.jsonl"
+        file.write_text(file.read_text().replace("flows", "falls"))
+        run_of(checkpoint, tmp_path / "in", tmp_path / "out", chunk_tokens=12)
     with pytest.raises(ValueError, match="output: .* holds a run with another recipe"):
         corpus._record(str(tmp_path / "out"), {**run, "recipe": {**run["recipe"], "max_length": 3}})
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from python_model.rag import StoreCorruptError
+from python_model.rag import StoreCorruptError, StoreError
 from python_model.rag.filters import checked, read_conditions
 from python_model.rag.formats import read_file
 from python_model.rag.index import FUSION, Index
@@ -462,6 +462,30 @@ def test_a_folder_of_qdrant_is_opened_when_it_is_used(tmp_path: Path) -> None:
 
 
 @needs_qdrant
+def test_vectors_that_are_gone_from_qdrant_are_an_error(tmp_path: Path) -> None:
+    """Otherwise a search would find nothing, and new documents would begin a collection without the old ones."""
+    index = Index(tmp_path / "i", vectors=f"qdrant:{tmp_path / 'q'}")
+    assert index.search(np.eye(2, dtype=np.float32)[:1]) == [[]]
+    index.add([Document("a", "a"), Document("b", "b")], np.eye(2, dtype=np.float32))
+    vectors: Any = index._vectors
+    (first, *_) = vectors._client.scroll(vectors.collection)[0]
+    vectors._client.delete(vectors.collection, vectors._models.PointIdsList(points=[first.id]), wait=True)
+    with pytest.raises(StoreError, match="expected 2 points in the collection .*, got 1"):
+        index.vectors()
+    vectors._client.delete_collection(vectors.collection)
+    for use in (
+        lambda: index.search(np.eye(2, dtype=np.float32)[:1]),
+        lambda: index.add([Document("c", "c")], np.eye(2, dtype=np.float32)[:1]),
+    ):
+        with pytest.raises(StoreError, match="expected the collection .*, which holds the index's vectors, got none"):
+            use()
+    assert index.keys() == ["a", "b"]
+    index.delete(["a", "b"])
+    index.add([Document("c", "c")], np.eye(2, dtype=np.float32)[:1])
+    assert len(index.search(np.eye(2, dtype=np.float32)[:1], 3)[0]) == 1
+
+
+@needs_qdrant
 def test_what_a_failed_transaction_left_in_qdrant_is_never_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,8 +512,6 @@ def test_what_a_failed_transaction_left_in_qdrant_is_never_found(
 @needs_qdrant
 @pytest.mark.filterwarnings("ignore:Failed to obtain server version")
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
-    from python_model.rag import StoreError
-
     index = Index(tmp_path / "i", vectors="qdrant:http://127.0.0.1:1")
     with pytest.raises(StoreError, match="Qdrant at http://127.0.0.1:1"):
         index.add(documents(1), unit(1))
