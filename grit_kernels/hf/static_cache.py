@@ -41,6 +41,11 @@ class StaticLayer(CacheLayerMixin):
         self.filled = end
         return self.keys, self.values
 
+    def reset(self) -> None:
+        """Empty the slots."""
+        super().reset()
+        self.filled = 0
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The number of slots that a mask covers, and the index of the first."""
         return self.slots, 0

@@ -110,3 +110,13 @@ def test_a_cache_is_built_only_when_asked_for(model: Any) -> None:
     assert output_cache(model.model(IDS)) is None
     assert output_cache(model.model(IDS, use_cache=False)) is None
     assert output_cache(model.model(IDS, use_cache=True)).get_seq_length() == 14
+
+
+@torch.no_grad()
+def test_a_static_cache_that_was_reset_is_empty(model: Any) -> None:
+    cache = gk.hf.StaticCache(model.config.num_hidden_layers, IDS.shape[1])
+    expected = model(IDS, **gk.hf.cache_keyword(model, cache)).logits
+    assert cache.get_seq_length() == IDS.shape[1]
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(IDS, **gk.hf.cache_keyword(model, cache)).logits, expected)
