@@ -41,7 +41,8 @@ def test_from_pretrained_knows_the_implementation_in_either_order_of_imports(sto
     stock.save_pretrained(tmp_path)
     load = f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, attn_implementation='grit')"
     code = (
-        "import sys, grit_kernels; assert 'transformers' not in sys.modules;"
+        "import sys, grit_kernels, importlib.util; assert 'transformers' not in sys.modules;"
+        "importlib.util.find_spec('transformers.modeling_utils');"  # whoever only looks for the module does not load it
         f"from transformers import AutoModelForCausalLM; print({load}.config._attn_implementation);"
         "print([finder for finder in sys.meta_path if 'grit_kernels' in type(finder).__module__])"
     )
