@@ -62,8 +62,9 @@ def compile_layers(grit: GritLM, config: ModelConfig, backend: Any = "inductor")
     """Compile the forward of each of the decoder's layers if the settings say so, into graphs without breaks, for any lengths."""
     if not config.compile:
         return
+    grit.check_patch()
     # the compiler fuses by itself, and the forwards that fused ops put into each module would keep layers from sharing graphs
-    gk.patch(grit.model, bidirectional_window=grit.settings.bidirectional_window, fuse=False)
+    gk.patch(grit.model, **{**(gk.hf.patch_options(grit.model) or {}), "fuse": False})
     # one for each kind of layer, with and without gradients, for one sample and for several; more than torch's limit of 8 would
     # be an error in the middle of a run
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)

@@ -55,6 +55,16 @@ def test_compiled_layers_give_gradients_as_exact_as_plain_ones(
     assert 0 < error(found) <= 2 * error(eager)
 
 
+def test_compiled_layers_keep_what_the_model_was_patched_with(checkpoint: Path, tmp_path: Path) -> None:
+    config = toy_config(checkpoint, tmp_path, compile=True)
+    model = toy_model(config)
+    gk.patch(model.model, packing=False, deterministic=False)
+    before = gk.hf.patch_options(model.model)
+    assert before is not None
+    compile_layers(model, config.model, "eager")
+    assert gk.hf.patch_options(model.model) == {**before, "fuse": False}
+
+
 def test_layers_and_lengths_share_their_graphs(checkpoint: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
