@@ -12,7 +12,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-_TYPES = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu")
+# the last one is the backend that a package such as torch_npu adds, under the name it has chosen
+_TYPES = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "ipu", "maia", "xla", torch._C._get_privateuse1_backend_name())
 _HAVE_AUTOCAST = tuple(name for name in _TYPES if torch.amp.is_autocast_available(name))
 """Asked once: torch.compile of torch 2.11 cannot ask within a graph."""
 
