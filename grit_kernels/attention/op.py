@@ -97,6 +97,8 @@ def _gradients(backward: Any) -> Any:
         plan = 5 + AttentionProblem.TENSOR_COUNT
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
+        if grad_lse is not None:  # the -inf of a row without keys depends on nothing, and is where NaN comes from
+            grad_lse = grad_lse.masked_fill(saved[4] == float("-inf"), 0.0)
         grads = backward(grad_out, grad_lse, *saved[:plan], *ctx.options, *saved[plan:], *ctx.deterministic)
         return *grads, *([None] * (len(saved) - 5 + len(ctx.options) + len(ctx.deterministic)))
 

@@ -201,6 +201,22 @@ def test_lse_is_differentiable(backend: Backend) -> None:
         torch.testing.assert_close(x.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [0.0, float("nan")])
+def test_no_gradient_comes_from_the_lse_of_rows_without_keys(backend: Backend, loss: float) -> None:
+    """Rows that stand before the first key, and rows of padding."""
+    q = torch.randn(2, 6, 4, 32, device=backend.device, requires_grad=True)
+    k, v = (torch.randn(2, 4, 2, 32, device=backend.device, requires_grad=True) for _ in range(2))
+    seqlens = torch.tensor([6, 3], dtype=torch.int32, device=backend.device)
+    with backend():
+        _, lse = gk.switch_attention(q, k, v, True, seqlens_q=seqlens, return_lse=True)
+        dead = lse == float("-inf")
+        grads = torch.autograd.grad(lse, (q, k), torch.where(dead, loss, 1.0))
+    assert dead[0].any(dim=-1).tolist() == [True] * 2 + [False] * 4
+    assert dead[1].any(dim=-1).tolist() == [False] * 3 + [True] * 3
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert not grads[0][dead].any() and bool(grads[0][~dead].any()) and bool(grads[1].any())
+
+
 def test_a_second_derivative_is_refused_or_right(backend: Backend) -> None:
     q, k, v = (torch.randn(1, 4, 1, 32, device=backend.device, requires_grad=True) for _ in range(3))
     with backend():
