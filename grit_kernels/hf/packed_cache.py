@@ -38,6 +38,11 @@ class PackedLayer(CacheLayerMixin):
         Tokens beyond those with a row (which only fill up a pass) are not kept.
         """
         assert self.keys is not None and self.values is not None
+        if key_states.requires_grad or value_states.requires_grad:
+            raise ValueError(
+                "cache: expected a pass under torch.no_grad() with a PackedCache, which keeps no graph for a gradient, got "
+                "states that require one"
+            )
         count = self.rows.shape[0]
         for memory, states in ((self.keys, key_states), (self.values, value_states)):
             new = states[0, :, :count].transpose(0, 1)  # [tokens, heads, D]
@@ -82,7 +87,8 @@ class PackedCache(Cache):
             first key.
 
     Raises:
-        ValueError: shapes that do not belong together, or heads of a size that the kernels do not serve.
+        ValueError: shapes that do not belong together, or heads of a size that the kernels do not serve; in the pass, states
+            that require a gradient.
     """
 
     def __init__(

@@ -203,3 +203,14 @@ def test_calls_and_caches_that_do_not_belong_together_are_refused() -> None:
         cache_of(keys, values, geometry.layers, [(0, 0, 4)], rows=torch.zeros(1, 4).long())
     with pytest.raises(ValueError, match=r"^starts: expected \(1,\) per layer"):
         cache_of(keys, values, geometry.layers, [(0, 0, 4)], starts=[torch.zeros(2).int()] * 2)
+
+
+def test_a_pass_that_needs_gradients_is_refused() -> None:
+    """The memory outlives the pass: it would keep the graph of every pass."""
+    model = gk.patch(tiny_model())
+    decoder, geometry = compat.decoder_of(model), gk.hf.states_geometry(model)
+    keys, values = memory(geometry)
+    cache, pack = cache_of(keys, values, geometry.layers, [(0, 0, 4)]), gk.SamplePack.from_lengths([4], True)
+    with pytest.raises(ValueError, match=r"^cache: expected a pass under torch.no_grad\(\) with a PackedCache"):
+        decoder(torch.arange(3, 7)[None], sample_pack=pack, **gk.hf.cache_keyword(decoder, cache))
+    assert not keys.requires_grad
