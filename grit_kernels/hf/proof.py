@@ -135,22 +135,27 @@ def verdict(model: Any) -> Verdict:
     return _tried(*kinds, key, parts, Values(values))
 
 
-_reaches: dict[type, str | None] = {}
+_reaches: dict[tuple[type, str], str | None] = {}
 
 
 def attention_is_reached(model: Any) -> str | None:
     """None if a model of this class calls the attention installed by patch(), otherwise what it does; for tested families, whose
-    modelling code may differ in this version of transformers. Tried once per class, in milliseconds."""
+    modelling code may differ in this version of transformers. Tried once per class and kind of config, in milliseconds."""
     inner = compat.unwrapped(model)
     model_class, config = type(inner), inner.config
-    if model_class not in _reaches:
-        _reaches[model_class] = None
+    try:
+        values = tiny_values(config)
+    except _Unknown as reason:
+        return str(reason)
+    key = (model_class, json.dumps(values, sort_keys=True, default=repr))
+    if key not in _reaches:
+        _reaches[key] = None
         try:
             with alone():
-                patched_copy(model_class(type(config)(**tiny_values(config))))
+                patched_copy(model_class(type(config)(**values)))
         except Exception as error:
-            _reaches[model_class] = named(error)
-    return _reaches[model_class]
+            _reaches[key] = named(error)
+    return _reaches[key]
 
 
 _plain_heads: dict[tuple[type, str], bool] = {}
@@ -310,8 +315,11 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
     lists = {
         k: v
         for k, v in given.items()
-        # of a short list, only the name tells whether it is one entry per layer
-        if isinstance(v, list) and len(v) == count and (count > 2 or k in LISTS_OF_KINDS or k.endswith("layer_types"))
+        # of a short list, only the name tells whether it is one entry per layer; one that values no longer have, such as that of
+        # the ids that end a text, is not
+        if isinstance(values.get(k), list)
+        and len(v) == count
+        and (count > 2 or k in LISTS_OF_KINDS or k.endswith("layer_types"))
     }
     listed = {k: set(given[k]) for k in LAYER_INDICES if given.get(k)}
     for key in listed:

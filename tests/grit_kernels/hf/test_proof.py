@@ -132,6 +132,21 @@ def test_a_trial_that_fails_says_in_which_pass(model_type: str, reason: str) -> 
     assert re.fullmatch(reason, families_sweep.tried(model_type).refusal or "")
 
 
+def test_as_many_ids_that_end_a_text_as_layers_are_no_list_of_layers() -> None:
+    model = model_of("olmo3", **{**OLMO3, "layer_types": ["full_attention"] * 3}, num_hidden_layers=3)
+    model.config.eos_token_id = [1, 2, 3]
+    assert gk.is_patched(gk.patch(model))
+
+
+def test_one_config_that_cannot_be_tried_says_nothing_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_reaches", {})
+    strange = tiny_model()
+    strange.config.attention_span_limit = 4096
+    with pytest.raises(TypeError, match="attention_span_limit=4096 in its config may matter"):
+        gk.patch(strange)
+    assert gk.is_patched(gk.patch(tiny_model()))
+
+
 def test_a_wrong_result_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     from grit_kernels.hf import attention_pass
 
