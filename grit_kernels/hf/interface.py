@@ -22,7 +22,7 @@ from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.checks import described
 from grit_kernels.context import SampleTable
 from grit_kernels.hf.attention_pass import MOST_PREPARED, AttentionPass, KeyRows, window_sizes
-from grit_kernels.hf.padded_attention import NO_KEY, padded_attention
+from grit_kernels.hf.padded_attention import NO_KEY, check_relative, padded_attention
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import window_bounds
 
@@ -132,17 +132,22 @@ def _samples_of_rows(
         if cu_seq_lens_q is not None:
             raise ValueError("cu_seq_lens_q: a compiled model needs grit_kernels.patch(model) and a sample_pack")
         return None
-    version = None if marker.is_inference() else marker._version
     kept: tuple[Any, dict[Any, tuple[AttentionPass | None, Tensor | None]]]
-    kept = getattr(marker, "_grit_passes", (version, {}))
-    written, passes = kept
-    if written != version or len(passes) >= MOST_PREPARED:
+    kept = getattr(marker, "_grit_passes", (None, {}))
+    state, passes = kept
+    if not _is_as_noted(marker, state):
+        state, passes = _noted(marker), {}
+    if len(passes) >= MOST_PREPARED:
         passes = {}
     key = (causal, batch, length, id(relative))
     if key in passes:
         return passes[key][0]
     found: AttentionPass | None
     if cu_seq_lens_q is not None:
+        if relative is not None and bool((relative >= NO_KEY).any()):
+            raise ValueError(
+                "attention_mask: expected none with cu_seq_lens_q, whose samples have no padding, got some"
+            )
         pack = SamplePack.from_lengths(cu_seq_lens_q.to("cpu").diff(), causal, device=cu_seq_lens_q.device)
         found = AttentionPass(pack.causal, pack=pack)
     else:
@@ -154,8 +159,19 @@ def _samples_of_rows(
             pack = SamplePack.from_mask(real, causal, position_ids=positions)
         found = AttentionPass(pack.causal, pack=pack) if len(pack) > batch else None
     passes[key] = (found, relative)  # which lives as long as its id is in a key
-    marker._grit_passes = (version, passes)  # type: ignore[attr-defined]
+    marker._grit_passes = (state, passes)  # type: ignore[attr-defined]
     return found
+
+
+def _noted(marker: Tensor) -> int | Tensor:
+    """What tells whether ``marker`` has been written to since; an inference tensor counts no versions."""
+    return marker.clone() if marker.is_inference() else marker._version
+
+
+def _is_as_noted(marker: Tensor, state: int | Tensor | None) -> bool:
+    if isinstance(state, Tensor):
+        return torch.equal(marker, state)
+    return state is not None and not marker.is_inference() and state == marker._version
 
 
 def grit_attention(
@@ -197,6 +213,8 @@ def grit_attention(
         return _attention_over_rows(query, key, value, grit_pass, sliding_window, scaling, cap, s_aux), None
     query, key, value = _with_served_size(query, key, value)
     flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if grit_pass is None and attention_mask is not None:
+        check_relative(attention_mask)  # before samples in a row are looked for, which are packed without their mask
     if grit_pass is None and key.shape[2] == q_length:
         grit_pass = _samples_of_rows(position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length)
     elif grit_pass is not None and not torch.compiler.is_compiling():

@@ -200,9 +200,39 @@ def test_positions_that_change_in_place_or_serve_another_batch_are_read_again_wi
             close(found, truth.expand(batch, -1, -1))
 
 
+@torch.inference_mode()
+def test_positions_that_change_in_place_in_inference_mode_are_read_again_without_patch(stock: Any) -> None:
+    plain = copy.deepcopy(stock)
+    plain.set_attn_implementation("grit")
+    positions = torch.arange(14)[None].clone()
+    assert positions.is_inference()
+    for first in (6, 9):
+        positions.copy_(torch.cat([torch.arange(first), torch.arange(14 - first)])[None])
+        truth = torch.cat([stock(ROW[:, s]).logits for s in (slice(0, first), slice(first, None))], dim=1)
+        close(plain(ROW, position_ids=positions, use_cache=False).logits, truth)
+
+
 ADDED = torch.tensor([[0.0] * 12 + [-1e9] * 2])
 OTHER = torch.tensor([[1] * 5 + [2] * 9])
 TABLE = {"cu_seq_lens_q": torch.tensor([0, 6, 14], dtype=torch.int32), "max_length_q": 8}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            {"attention_mask": torch.zeros(1, 1, 14, 14), "position_ids": STARTS_OVER},
+            r"attention_mask: expected a 2-D padding mask, got torch.float32 \(1, 1, 14, 14\)",
+        ),
+        ({"attention_mask": (OTHER == 2).long(), **TABLE}, "attention_mask: expected none with cu_seq_lens_q"),
+    ],
+)
+@torch.no_grad()
+def test_what_would_be_dropped_without_patch_is_an_error(stock: Any, call: dict[str, Any], message: str) -> None:
+    plain = copy.deepcopy(stock)
+    plain.set_attn_implementation("grit")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        plain(ROW, **call, use_cache=False)
 
 
 @pytest.mark.parametrize(
