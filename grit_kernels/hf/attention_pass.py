@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.packing import SamplePack
-from grit_kernels.visibility import UNLIMITED, window_bounds
+from grit_kernels.visibility import UNLIMITED, positions_and_samples, window_bounds
 
 BIDIRECTIONAL_WINDOWS = ("transformers", "full")
 """Visible keys of a bidirectional sample under ``sliding_window=W``: ``|i - j| <= W`` as transformers, or all."""
@@ -84,7 +84,10 @@ class AttentionPass:
         hi = self.pack.hi if self.keys is None else self.keys.hi
         if hi is None or sliding_window is None or self.bidirectional_window == "full":
             return hi
-        positions = self.pack.position_ids if self.keys is None else self.keys.positions
+        if self.keys is not None:
+            positions = self.keys.positions
+        else:  # hi counts from a sample's first token, whatever the position of that one is
+            positions, _ = positions_and_samples(self.pack.cu_seqlens, self.pack.tokens)
         return torch.minimum(hi, positions.to(torch.int32) + (sliding_window + 1))
 
 

@@ -128,6 +128,14 @@ def test_a_sample_pack_may_carry_upper_bounds(model: Any) -> None:
         close(unlimited(ids, sample_pack=pack).logits, unlimited(ids, is_causal=flag).logits)
 
 
+@torch.no_grad()
+def test_upper_bounds_count_from_the_first_token_whatever_its_position(model: Any) -> None:
+    hi = torch.full((14,), 14, dtype=torch.int32)
+    assert hi.shape[0] > 2 * WINDOW
+    packs = [gk.SamplePack.from_lengths([14], True, hi=hi, first_positions=[first]) for first in (0, 5)]
+    close(*[model(IDS[:1], sample_pack=pack).logits for pack in packs])  # only distances count
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @torch.no_grad()
 def test_the_full_window_convention_removes_the_window_of_bidirectional_samples_only(packing: bool) -> None:
