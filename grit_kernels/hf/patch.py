@@ -186,12 +186,16 @@ def _give_own_config(model: Any, decoder: Any) -> None:
 
 @contextlib.contextmanager
 def patched(model: Any, **options: Any) -> Iterator[Any]:
-    """``with patched(model):`` patches the model within the block."""
+    """``with patched(model):`` patches the model within the block; a model that was patched before gets its options back."""
+    before = patch_options(model)
     patch(model, **options)
     try:
         yield model
     finally:
-        unpatch(model)
+        if before is None:
+            unpatch(model)
+        else:
+            patch(model, **before)
 
 
 def is_patched(model: Any) -> bool:

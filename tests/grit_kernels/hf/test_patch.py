@@ -225,6 +225,14 @@ def test_the_context_manager_unpatches_after_an_error(stock: Any) -> None:
     assert not gk.is_patched(model)
 
 
+def test_the_context_manager_gives_a_patched_model_its_options_back(model: Any) -> None:
+    gk.patch(model, packing=False, deterministic=False)
+    before = gk.hf.patch_options(model)
+    with gk.patched(model, bidirectional_window="full"):
+        assert gk.hf.patch_options(model) != before
+    assert gk.hf.patch_options(model) == before
+
+
 def test_state_dict_config_and_saved_files_are_unchanged(stock: Any, model: Any, tmp_path: Any) -> None:
     assert list(model.state_dict()) == list(stock.state_dict())
     assert model.config.to_dict() == stock.config.to_dict()
