@@ -166,6 +166,10 @@ def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
     for name in DROPOUT:
         if dropout := getattr(config, name, None):
             raise ValueError(f"{name}: expected 0, since no kernel has dropout, got {dropout} in the model's config")
+    if getattr(config, "output_attentions", None):
+        raise ValueError(
+            "output_attentions: expected False, since the kernels keep no attention weights, got True in the model's config"
+        )
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError(
             "use_bidirectional_attention: expected a causal config with is_causal=False per call, got it set in the model's"

@@ -316,6 +316,15 @@ def test_attention_dropout_is_refused_and_leaves_the_model_alone() -> None:
     assert not gk.is_patched(model) and model.config._attn_implementation != "grit"
 
 
+def test_a_config_that_asks_for_attention_weights_is_refused() -> None:
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="^output_attentions: expected False, .*got True in the model's config"):
+        gk.patch(model)
+    assert not gk.is_patched(model)
+
+
 def test_bad_arguments_are_refused_by_name(stock: Any, model: Any) -> None:
     with pytest.raises(ValueError, match="bidirectional_window: expected one of 'transformers', 'full', got 'none'"):
         gk.patch(copy.deepcopy(stock), bidirectional_window="none")
