@@ -180,6 +180,11 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
             raise ValueError(
                 f"{name}: expected (1, {sample_pack.tokens}) as the sample_pack, got shape {(batch, length)}"
             )
+        if sample_pack.device != inputs.device:
+            raise ValueError(
+                f"sample_pack: expected one on {inputs.device} as {name}, got one on {sample_pack.device}; "
+                f"use sample_pack.to({str(inputs.device)!r})"
+            )
         if is_causal is not None:
             raise ValueError("is_causal: expected none with a sample_pack, which has its own flags")
         if mask is not None:

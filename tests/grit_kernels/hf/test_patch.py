@@ -345,8 +345,12 @@ def test_bad_arguments_are_refused_by_name(stock: Any, model: Any) -> None:
     for arguments, message in (
         ({"is_causal": True}, "is_causal: expected none with a sample_pack"),
         ({"use_cache": True}, "cache, use_cache: expected none or a PackedCache: packed input"),
+        (
+            {"sample_pack": pack.to("meta")},
+            r"sample_pack: expected one on cpu as input_ids, got one on meta; use .*\('cpu'\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            model(IDS[:1], sample_pack=pack, **arguments)
+            model(IDS[:1], **{"sample_pack": pack, **arguments})
     with pytest.raises(ValueError, match="input_ids, inputs_embeds"):
         model.model()
