@@ -157,6 +157,8 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
         recurrent.check_cache(cache)
     mask, positions = bound.pop("attention_mask", None), bound.pop("position_ids", None)
     is_causal, sample_pack = bound.pop("is_causal", None), bound.pop("sample_pack", None)
+    if bound.get("output_router_logits") and isinstance(mask, Tensor) and not torch.compiler.is_compiling():
+        _refuse_numbers_as_weights(mask)
     numbers = bound.pop("seq_idx", None)
     if numbers is not None and (tuple(numbers.shape) != (batch, length) or numbers.is_floating_point()):
         raise ValueError(f"seq_idx: expected integers {(batch, length)}, one per token, got {described(numbers)}")
@@ -338,6 +340,15 @@ def _check_numbers(name: str, numbers: Tensor, pack: SamplePack) -> None:
     changes = (numbers[0].to(torch.int64).diff() != 0).nonzero()[:, 0] + 1
     if not bool(torch.isin(changes.to("cpu"), pack.cu_seqlens.to("cpu")).all()):
         raise ValueError(f"{name}: expected the samples of cu_seq_lens_q or sample_pack, got others")
+
+
+def _refuse_numbers_as_weights(mask: Tensor) -> None:
+    """A head's loss that balances experts takes the mask for the weights of the tokens."""
+    if mask.dtype != torch.bool and bool(neither_0_nor_1(mask).any()):
+        raise ValueError(
+            "attention_mask: expected 0 and 1 with output_router_logits, whose loss weights the tokens by the mask, got other "
+            "numbers; mark the samples of a row by position_ids or seq_idx"
+        )
 
 
 def _refuse_several_numbers(numbers: Tensor) -> None:

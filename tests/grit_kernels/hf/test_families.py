@@ -321,6 +321,14 @@ def test_mixtrals_load_balancing_loss_ignores_padding_when_packed(flags: bool | 
     torch.testing.assert_close(by_pack.aux_loss, packed.aux_loss)
 
 
+def test_a_mask_that_numbers_samples_is_refused_where_mixtrals_loss_would_weight_them_by_it() -> None:
+    model = patched("mixtral")
+    arguments = {"input_ids": IDS, "attention_mask": RIGHT * 2, "use_cache": False}
+    model(**arguments)
+    with pytest.raises(ValueError, match="^attention_mask: expected 0 and 1 with output_router_logits"):
+        model(**arguments, output_router_logits=True)
+
+
 def test_a_config_that_is_bidirectional_by_itself_is_refused() -> None:
     model = copy.deepcopy(stock("gemma3_text"))
     model.config.use_bidirectional_attention = True
