@@ -217,9 +217,11 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     if length and not caching:
         pack = _pack_of_rows(record, inputs, mask, positions, causal)
         if pack is not None:
-            if positions is None:
-                positions = torch.arange(length, device=inputs.device)[None]
-            outputs = call.packed(pack.pack(inputs)[None], pack, pack.pack(positions.expand(batch, length))[None])
+            slots = torch.arange(length, device=inputs.device)[None] if positions is None else positions
+            packed_positions = pack.pack(slots.expand(batch, length))[None]
+            if positions is None and record.rope_by_length:
+                packed_positions = rope.from_first_token(packed_positions, pack)
+            outputs = call.packed(pack.pack(inputs)[None], pack, packed_positions)
             return _unpack_outputs(outputs, pack)
     if caching and isinstance(mask, Tensor) and mask.ndim == 2 and not compiling:
         _check_mask_of_cache(cache, mask, length)
@@ -265,11 +267,11 @@ class _Call:
         if self.record.rope_by_length:
             batch, length = inputs.shape[:2]
             past = 0 if cache is None else int(cache.get_seq_length())
+            known = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
             if positions is None:
-                positions = past + torch.arange(length, device=inputs.device)[None]
+                positions = rope.from_first_slot(past + torch.arange(length, device=inputs.device)[None], known)
             positions = positions.expand(batch, length)
-            known = isinstance(mask, Tensor) and mask.ndim == 2
-            real = mask[:, past : past + length] != 0 if known else None
+            real = None if known is None else known[:, past : past + length] != 0
             positions = rope.with_lengths(positions, rope.lengths_in_rows(positions, real))
         if self.record.own_attention:
             mask = gptj.carry(self.decoder, grit_pass, inputs, mask, cache)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grit_kernels.hf import compat
 from grit_kernels.packing import SamplePack
+from grit_kernels.visibility import sample_ids
 
 
 def _kinds(rotary: Any) -> list[str]:
@@ -61,6 +62,19 @@ def with_lengths(positions: Tensor, lengths: Tensor) -> Tensor:
     noted = positions.view_as(positions)
     noted._grit_lengths = lengths  # type: ignore[attr-defined]
     return noted
+
+
+def from_first_token(slots: Tensor, pack: SamplePack) -> Tensor:
+    """Slots (1, tokens), counted from the one of each sample's first token: whatever stands before a text makes it no longer."""
+    first = pack.cu_seqlens.to(torch.int64)[sample_ids(pack.cu_seqlens, pack.tokens)]
+    return slots - slots[:, first]
+
+
+def from_first_slot(slots: Tensor, mask: Tensor | None) -> Tensor:
+    """Slots (1, T), counted from the first real one of each row of ``mask`` (B, past + T); (B, T), or (1, T) without a mask."""
+    if mask is None:
+        return slots
+    return (slots - (mask != 0).to(torch.int8).argmax(dim=1, keepdim=True)).clamp(min=0)
 
 
 def lengths_in_pack(positions: Tensor, pack: SamplePack) -> Tensor:

@@ -121,6 +121,31 @@ def test_what_a_prompt_generates_does_not_depend_on_its_batch(kind: str, scaling
         assert torch.equal(together[row], alone[0, len(prompt) :])
 
 
+@pytest.mark.parametrize("kind, scaling", [("llama", "dynamic"), ("phi3", "longrope")])
+@torch.no_grad()
+def test_what_stands_before_a_text_makes_it_no_longer(kind: str, scaling: str, texts: list[torch.Tensor]) -> None:
+    """Padding on the left, or another sample of the row, in calls without positions."""
+    alone = [tiny(kind, scaling).base_model(text[None], use_cache=False)[0][0] for text in texts]
+    longest = max(map(len, texts))
+    ids, mask = torch.zeros(2, len(texts), longest, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, longest - len(text) :], mask[row, longest - len(text) :] = text, 1
+    numbers = torch.cat([torch.full_like(text, number) for number, text in enumerate(texts, 1)])
+    for packing in (True, False):
+        model = gk.patch(tiny(kind, scaling), packing=packing).base_model
+        keyword = gk.hf.cache_keyword(model, gk.hf.new_cache())
+        first = model(ids[:, :-3], mask[:, :-3], **keyword)[0]
+        found = {
+            "padded": model(ids, mask)[0][mask.bool()],
+            "in a row": model(torch.cat(texts)[None], numbers[None])[0][0],
+            "cached": torch.cat([first, model(ids[:, -3:], mask, **keyword)[0]], dim=1)[mask.bool()],
+        }
+        for way, states in found.items():
+            for a, b in zip(states.split([len(text) for text in texts]), alone, strict=True):
+                if way != "cached" or len(b) <= LONG:  # keys in a cache keep the frequencies of a shorter text
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=lambda m, way=way: f"{way}: {m}")
+
+
 def test_a_compiled_pass_with_scaling_by_length_is_refused() -> None:
     model = gk.patch(tiny("llama", "dynamic"))
     with pytest.raises(Exception, match="rope_parameters: a compiled pass cannot decide"):
