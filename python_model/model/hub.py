@@ -19,6 +19,14 @@ def check_hub_name(argument: str, name: str) -> None:
         raise ValueError(f"{argument}: expected owner/name, got {name!r}")
 
 
+def check_credentials(argument: str) -> None:
+    """ValueError if the machine has no token of the hub; whether the hub accepts it is not asked."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ValueError(f"{argument}: expected the credentials of `hf auth login` or HF_TOKEN, got none")
+
+
 def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = True, api: Any = None) -> str:
     """Upload a checkpoint as ``name`` (``owner/name``), created if it does not exist; returns its URL.
 
@@ -29,7 +37,7 @@ def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = Tr
         api: a ``huggingface_hub.HfApi``.
 
     Raises:
-        ValueError: a malformed name. FileNotFoundError: the folder holds no checkpoint.
+        ValueError: a malformed name. FileNotFoundError: the folder holds no checkpoint. OSError: the hub did not take it.
     """
     check_hub_name("name", name)
     source = Path(folder)
@@ -39,8 +47,12 @@ def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = Tr
         from huggingface_hub import HfApi
 
         api = HfApi()
-    api.create_repo(name, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=name, folder_path=source, allow_patterns=list(PATTERNS), commit_message="Upload a GRIT checkpoint"
-    )
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=source, allow_patterns=list(PATTERNS), commit_message="Upload a GRIT checkpoint"
+        )
+    except Exception as error:  # of the network, the hub or its client, which have no base in common
+        later = f"`hf upload {name} {source}{' --private' if private else ''}` uploads it later"
+        raise OSError(f"{source} is complete, but was not uploaded to {name} ({error}); {later}") from error
     return str(getattr(commit, "repo_url", None) or f"https://huggingface.co/{name}")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from python_model.data.config import BatchConfig, DataConfig
-from python_model.model.hub import push_to_hub
+from python_model.model.hub import check_credentials, push_to_hub
 from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig, TrainConfig
 from python_model.train.distributed import ranks
 from python_model.train.memory import plan_tokens
@@ -18,6 +18,8 @@ from python_model.train.trainer import Trainer
 def run(config: TrainConfig) -> Path:
     """Train (or resume an interrupted run) and save; returns the checkpoint's folder."""
     with ranks() as here:
+        if config.push_to_hub and here.first:
+            check_credentials("push_to_hub")  # now, rather than after the training
         # no name holds the trainer: model and shards are freed before the process group
         return _finish(Trainer.from_config(config, here))
 

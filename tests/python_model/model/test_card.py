@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from python_model import GritLM
 from python_model.model.card import CARD_FILE, carried_sections, model_card
 from python_model.model.hub import push_to_hub
 from python_model.settings import GritSettings
+from python_model.train.run import run
 from tests.python_model.training_samples import toy_config, toy_trainer
 
 
@@ -110,3 +112,27 @@ def test_a_checkpoint_is_uploaded_alone_and_private(checkpoint: Path, tmp_path: 
         push_to_hub(tmp_path, "me/small", api=api)
     with pytest.raises(ValueError, match="push_to_hub: expected owner/name, got 'small'"):
         toy_config(checkpoint, tmp_path, push_to_hub="small")
+
+
+def test_an_upload_that_fails_says_what_is_there_and_how_to_upload_it(checkpoint: Path) -> None:
+    """The client's errors about the network are no OSError, which the command would report in one line."""
+
+    class Away:
+        def create_repo(self, name: str, **options: Any) -> None:
+            raise RuntimeError("name or service not known")
+
+    later = f"`hf upload me/small {checkpoint} --private` uploads it later"
+    told = f"{checkpoint} is complete, but was not uploaded to me/small (name or service not known); {later}"
+    with pytest.raises(OSError, match=re.escape(told)):
+        push_to_hub(checkpoint, "me/small", api=Away())
+
+
+def test_a_run_without_credentials_does_not_train_first(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("python_model.train.trainer.Trainer.from_config", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(
+        ValueError, match="push_to_hub: expected the credentials of `hf auth login` or HF_TOKEN, got none"
+    ):
+        run(toy_config(checkpoint, tmp_path, push_to_hub="me/small"))
