@@ -5,16 +5,18 @@
 
     mteb.evaluate(mteb_encoder(model), mteb.get_tasks(tasks=["SciFact"]))
 
-mteb (the extra ``eval``) is imported when these functions are called.
+mteb (the extra ``eval``) is imported when these functions are called. A warning says how many texts were truncated.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from python_model.generate.rerank import Method, rerank
+from python_model.generate.rerank import PASSAGE_TOKENS, Method, rerank
 from python_model.model.modeling import GritLM
 from python_model.support.optional import require
 
@@ -47,6 +49,20 @@ def query_text(row: Any) -> str:
     return f"{row['text']} {row['instruction']}" if row.get("instruction") is not None else row["text"]
 
 
+def _encode(model: GritLM, texts: Sequence[str], max_length: int, **options: Any) -> Any:
+    """:meth:`GritLM.encode`, with a warning about truncated texts."""
+    before = model.texts_cut
+    vectors = model.encode(texts, max_length=max_length, **options)
+    _tell_cut(model.texts_cut - before, len(texts), "max_length", max_length)
+    return vectors
+
+
+def _tell_cut(cut: int, texts: int, name: str, limit: int) -> None:
+    if cut:
+        said = f"{name}: {cut} of {texts} texts are longer than {limit} tokens; what follows is ignored"
+        warnings.warn(said, stacklevel=3)
+
+
 class GritEncoder:
     """What :func:`mteb_encoder` adds to mteb's base class, from which it has ``get_instruction``."""
 
@@ -65,10 +81,11 @@ class GritEncoder:
     ) -> Any:
         """The vectors of the texts in mteb's batches."""
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.model.encode(
+        return _encode(
+            self.model,
             texts,
+            self.max_length,
             instruction=prefix_for(self.model, self, task_metadata, prompt_type),
-            max_length=self.max_length,
             batch_size=kwargs.get("batch_size", self.batch_size),
         )
 
@@ -96,11 +113,13 @@ def mteb_search(
     *,
     method: Method = "likelihood",
     rerank_top: int = 10,
+    passage_tokens: int = PASSAGE_TOKENS,
     name: str = "local/grit-rerank",
     revision: str = "0",
     max_length: int = 512,
 ) -> Any:
-    """An mteb search model: exact search with embeddings, whose ``rerank_top`` best hits are reordered by :func:`rerank`.
+    """An mteb search model: exact search with embeddings, whose ``rerank_top`` best hits are reordered by :func:`rerank`, which
+    reads ``passage_tokens`` tokens of each.
 
     The reranked documents keep their scores as a set, reassigned in the new order, so they stay ahead of the others.
     """
@@ -127,24 +146,28 @@ def mteb_search(
             scores = self._embed(texts, task_metadata, "query") @ self._vectors.T
             places = {key: place for place, key in enumerate(self._keys)}
             results = {}
+            shown, before = 0, model.texts_cut
             for row, query, text in zip(scores, queries, texts, strict=True):
                 wanted = None if top_ranked is None else [places[key] for key in top_ranked[query["id"]]]
                 allowed = torch.arange(len(self._keys)) if wanted is None else torch.tensor(wanted)
                 best = row[allowed].topk(min(top_k, len(allowed)))
                 found = allowed[best.indices].tolist()
                 head = [self._texts[place] for place in found[:rerank_top]]
-                order = [ranked.index for ranked in rerank(model, text, head, method=method)]
+                ranked = rerank(model, text, head, method=method, passage_tokens=passage_tokens)
+                shown += len(head)
+                order = [place.index for place in ranked]
                 found = [found[i] for i in order] + found[len(order) :]
                 results[str(query["id"])] = {
                     self._keys[place]: float(score) for place, score in zip(found, best.values, strict=True)
                 }
+            _tell_cut(model.texts_cut - before, shown, "passage_tokens", passage_tokens)
             return results
 
         def _embed(self, texts: list[str], task_metadata: Any, side: str) -> torch.Tensor:
             from mteb.types import PromptType
 
             prefix = prefix_for(model, self._encoder, task_metadata, PromptType(side))
-            vectors = model.encode(texts, instruction=prefix, max_length=max_length, convert_to_tensor=True)
+            vectors = _encode(model, texts, max_length, instruction=prefix, convert_to_tensor=True)
             return vectors.float().cpu()
 
     return Search()

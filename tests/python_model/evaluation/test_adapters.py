@@ -176,6 +176,20 @@ def test_mteb_search_runs_with_the_model_itself(model: GritLM) -> None:
     assert 0 <= result.scores["test"][0]["ndcg_at_10"] <= 1
 
 
+@needs_mteb
+def test_mteb_search_says_how_many_texts_it_cuts(model: GritLM) -> None:
+    from types import SimpleNamespace
+
+    from python_model.evaluation.mteb_adapter import mteb_search
+
+    task: dict[str, Any] = {"task_metadata": SimpleNamespace(type="Retrieval", name="x", prompt="Find")}
+    search = mteb_search(model, rerank_top=3, passage_tokens=8, max_length=64)
+    with pytest.warns(UserWarning, match="max_length: 1 of 2 texts are longer than 64 tokens; what follows is ignored"):
+        search.index([{"id": "a", "text": "river " * 80}, {"id": "b", "text": "code"}], **task)
+    with pytest.warns(UserWarning, match="passage_tokens: 2 of 4 texts are longer than 8 tokens"):
+        search.search([{"id": "q", "text": "which"}, {"id": "r", "text": "what"}], top_k=2, **task)
+
+
 @needs_lm_eval
 def test_lm_eval_runs_choices_and_generation_on_local_files(model: GritLM, tmp_path: Path) -> None:
     import lm_eval

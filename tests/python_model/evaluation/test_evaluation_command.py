@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from python_model.data.rows import GenerativeRow
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import conversation_losses
+from python_model.evaluation.mteb_adapter import GritEncoder
 from python_model.evaluation.retrieval import (
     best_chunks,
     embed_documents,
@@ -234,6 +237,17 @@ def test_a_data_set_of_long_questions_has_no_loss(checkpoint: Path, data: Path) 
         file.write(json.dumps({"text": ["say river " * 40, "river it is"], "dataset": "long"}) + "\n")
     scores = command.measure(GritLM(checkpoint, device="cpu"), HeldOut(data), max_length=24, bf16=False)
     assert scores["long"] == {"next_token_loss": None, "conversations": 1} and scores["all"]["next_token_loss"] > 0
+
+
+def test_the_encoder_for_mteb_says_how_many_texts_it_cuts(checkpoint: Path) -> None:
+    encoder: Any = GritEncoder(GritLM(checkpoint, device="cpu", mode="embedding"), max_length=64)
+    encoder.get_instruction = lambda *given: "Find"
+    task: dict[str, Any] = {"task_metadata": SimpleNamespace(type="Retrieval"), "hf_split": "", "hf_subset": ""}
+    with pytest.warns(UserWarning, match="max_length: 2 of 3 texts are longer than 64 tokens; what follows is ignored"):
+        encoder.encode([{"text": ["river " * 80, "code"]}, {"text": ["city " * 80]}], **task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode([{"text": ["river"]}], **task)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "generative"])
