@@ -74,7 +74,7 @@ class StoreFolder:
         self._local = threading.local()
         self._cleaned = False
         self._file_folder.mkdir(parents=True, exist_ok=True)
-        self.recorded = self._agree(given, former_fingerprint)
+        self.recorded = self._agree(given, former_fingerprint, create)
 
     def close(self) -> None:
         """Close this thread's connection; the object opens it again when it is used."""
@@ -96,8 +96,13 @@ class StoreFolder:
             self._local.db = db
         return db
 
-    def _agree(self, given: dict[str, Any], former_fingerprint: str | None) -> dict[str, Any]:
-        """Record the settings of a new store, or compare them with the recorded ones; None matches anything."""
+    def _agree(self, given: dict[str, Any], former_fingerprint: str | None, create: bool) -> dict[str, Any]:
+        """Record the settings of a new store, or compare them with the recorded ones; None matches anything. One that another
+        process is just making is waited for.
+
+        Raises:
+            FileNotFoundError: nothing is recorded, and ``create`` is False.
+        """
         try:
             known = self._meta()
         except sqlite3.OperationalError as error:
@@ -111,6 +116,8 @@ class StoreFolder:
                 db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
                 self._create(db)
                 known = self._meta(db)  # another process may have been faster
+                if not known and not create:
+                    raise FileNotFoundError(f"path: there is no {self.kind} in {self.path}")
                 if not known:
                     known = {**self._new_settings(given), "version": self.version}
                     for name, value in known.items():

@@ -94,6 +94,14 @@ def test_equal_scores_keep_the_order_of_the_documents(tmp_path: Path) -> None:
     assert keys(index.search(torch.ones(1, 4), 5)) == [["00", "01", "02", "10", "11"]]
 
 
+def test_a_reader_does_not_make_the_index_that_a_killed_process_began(tmp_path: Path) -> None:
+    (tmp_path / "i").mkdir()
+    (tmp_path / "i" / "index.sqlite").touch()  # as SQLite leaves it until the first transaction
+    with pytest.raises(FileNotFoundError, match="no index in"):
+        Index(tmp_path / "i", create=False)
+    assert Index(tmp_path / "i", fingerprint="one").recorded["fingerprint"] == "one"
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     index = Index(tmp_path / "i", fingerprint="one")
     documents, vectors = make(2)
