@@ -53,7 +53,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Print the passages, best first."""
-    from python_model.generate.rerank import PASSAGE_TOKENS, rerank
+    from python_model.generate.rerank import PASSAGE_TOKENS, on_one_line, rerank
     from python_model.model.modeling import max_positions
 
     refuse_without(arguments, COMMAND.parser(), "chunk_tokens", "overlap")
@@ -83,7 +83,7 @@ def run(arguments: Namespace) -> None:
     show(
         arguments,
         {"query": arguments.query, "method": arguments.method, "passages": rows},
-        "\n".join(f"{row['score']:8.3f}  [{row['index']}] {row['passage'][:100]}" for row in rows),
+        "\n".join(f"{row['score']:8.3f}  [{row['index']}] {on_one_line(row['passage'])[:100]}" for row in rows),
     )
 
 

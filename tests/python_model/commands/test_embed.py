@@ -75,10 +75,11 @@ def test_commands_that_compare_texts_say_when_they_cut_some(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     passages = tmp_path / "passages.txt"
-    passages.write_text("river " * 60)
+    passages.write_text("river\n" * 60)
     model = ["--model", str(checkpoint), "--device", "cpu"]
     rerank.COMMAND([*model, "--query", "river", "--passages", str(passages), "--passage-tokens", "20"])
-    said = capsys.readouterr().err
+    printed, said = capsys.readouterr()
+    assert printed.endswith(f"[0] {'passages ' + 'river ' * 15}r\n") and printed.count("\n") == 1
     assert "grit rerank: 1 text is longer than --passage-tokens 20 tokens" in said
     assert said.endswith("(--chunk-tokens splits them instead)\n")
     rerank.COMMAND([*model, "--query", "river", "--passages", str(passages), "--passage-tokens", "400"])
