@@ -22,9 +22,9 @@ RUN pip install ${TORCH_INDEX:+--index-url $TORCH_INDEX} "torch==$TORCH" \
     && pip install --no-build-isolation --constraint python_model/support/constraints.txt ".[serve]"
 
 FROM ${BASE}
-# Triton compiles its launchers with a C compiler
+# Triton compiles its launchers with a C compiler and Python's headers
 # hadolint ignore=DL3008
-RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 python3 \
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 python3-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1

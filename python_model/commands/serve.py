@@ -42,6 +42,7 @@ def run(arguments: Namespace) -> None:
         _serve_replicas(arguments, keys)
         return
     share_arena()
+    leave_out_triton(arguments)
     app = build_app(arguments, keys)
     _set_up_logging()
     config = uvicorn.Config(
@@ -57,22 +58,20 @@ def run(arguments: Namespace) -> None:
 
 
 def _serve_replicas(arguments: Namespace, keys: Sequence[str]) -> None:
-    import torch
-
     from python_model.serve.replicas import Replicas, start
 
     def build(remember: Any) -> Any:
         _set_up_logging()
+        leave_out_triton(arguments)
         return build_app(arguments, keys, on_index=remember)
 
-    gpu = torch.cuda.is_available() if arguments.device is None else arguments.device.startswith("cuda")
     start(
         build,
         Replicas.parse(arguments.replicas, arguments.requests_per_replica),
         host=arguments.host,
         port=arguments.port,
         cpus=arguments.threads or 1,
-        gpus=1 if gpu else 0,
+        gpus=1 if on_gpu(arguments) else 0,
         drain_seconds=arguments.drain_seconds,
     )
 
@@ -113,6 +112,7 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
     )
     add_indexes(service, arguments.index, arguments.store, arguments.query_instruction)
     gc.collect()
+    trim_memory()
     gc.freeze()  # what is loaded now stays: collections need not walk through it while requests wait
     sys.setswitchinterval(SWITCH_SECONDS)
     local = is_loopback(arguments.host) and not keys
@@ -175,15 +175,43 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def on_gpu(arguments: Namespace) -> bool:
+    """Whether the model computes on a GPU."""
+    import torch
+
+    return torch.cuda.is_available() if arguments.device is None else arguments.device.startswith("cuda")
+
+
 def share_arena() -> None:
     """Let all threads allocate from one arena of the GNU C library, before there are any.
 
     By default each thread gets its own, whose free memory serves no other: those that tokenise and the one that computes would
     each keep what they held at their busiest.
     """
+    _of_glibc("mallopt", M_ARENA_MAX, 1)
+
+
+def trim_memory() -> None:
+    """Return to the system the memory that loading has freed: the GNU C library keeps what lies between blocks in use."""
+    _of_glibc("malloc_trim", 0)
+
+
+def leave_out_triton(arguments: Namespace) -> None:
+    """Let ``import triton`` fail in a process that computes on a CPU, as if it were not installed.
+
+    No kernel of such a process needs it, but torch imports it with transformers' models, and it takes some 70 MiB.
+    """
+    from grit_kernels.backend import interpreting
+
+    if not on_gpu(arguments) and not interpreting():
+        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+
+
+def _of_glibc(name: str, *numbers: int) -> None:
+    """Call a function of the GNU C library, where that is this process's."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+            getattr(ctypes.CDLL(None), name)(*numbers)
 
 
 def _by_name(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -108,6 +108,7 @@ def test_graphs_are_captured_where_there_is_a_gpu_unless_told_otherwise(
 def test_the_server_listens_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     monkeypatch.setattr(serve, "build_app", lambda arguments, keys: ("app", keys))
+    monkeypatch.setattr(serve, "leave_out_triton", lambda arguments: None)
     monkeypatch.setattr(serve, "_set_up_logging", lambda: None)
     started: list[Any] = []
     uvicorn = SimpleNamespace(
@@ -140,8 +141,10 @@ def test_replicas_get_the_options_of_one_server(monkeypatch: pytest.MonkeyPatch,
     assert count == replicas.Replicas(2, 3, 6)
     assert options == {"host": "::1", "port": 81, "cpus": 5, "gpus": gpus, "drain_seconds": 4}
     monkeypatch.setattr(serve, "build_app", lambda arguments, keys, on_index: (arguments.device, keys, on_index))
+    monkeypatch.setattr(serve, "leave_out_triton", lambda arguments: started.append(arguments.device))
     with no_logging():
         assert build("remember") == (device, ["secret"], "remember")
+    assert started[1:] == [device]
 
 
 def test_replicas_scale_with_the_number_of_open_requests(monkeypatch: pytest.MonkeyPatch) -> None:
