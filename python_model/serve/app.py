@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from python_model.serve import protocol as p
 from python_model.serve.engine import Engine, Event, Failure, Generation, Score, TextWork, Token, Vector
@@ -53,6 +54,7 @@ class Results:
 
     def __init__(self, engine: Engine, works: Sequence[TextWork | Generation]) -> None:
         self.engine, self.works = engine, works
+        self._left = len(works)
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()  # None: the client is gone
         for index, work in enumerate(works):
@@ -72,8 +74,13 @@ class Results:
         except RuntimeError as error:
             raise p.ApiError(503, str(error), code="stopping", retry_after=1) from None
         except asyncio.CancelledError:
-            self.engine.cancel(self.works)
+            self.close()
             raise
+
+    def close(self) -> None:
+        """Cancel the works unless all have ended."""
+        if self._left:
+            self.engine.cancel(self.works)
 
     async def events(self, request: Request) -> AsyncIterator[tuple[int, Event]]:
         """Yields (index of the work, event) until every work has ended.
@@ -82,9 +89,8 @@ class Results:
             ClientGone: the connection was closed. ApiError: a work failed; the others are cancelled.
         """
         watch = asyncio.ensure_future(self._tell_disconnect(request))
-        left = len(self.works)
         try:
-            while left:
+            while self._left:
                 found = await self._queue.get()
                 if found is None:
                     raise ClientGone
@@ -93,12 +99,11 @@ class Results:
                     status = {"timeout": 504, "stopped": 503}.get(event.kind, 500)
                     raise p.ApiError(status, event.message, code=event.kind)
                 if not isinstance(event, Token) or event.finish is not None:
-                    left -= 1
+                    self._left -= 1
                 yield index, event
         finally:
             watch.cancel()
-            if left:
-                self.engine.cancel(self.works)
+            self.close()
 
     async def all_of(self, kind: type[_Result], request: Request) -> list[_Result]:
         """Submit works that end with one event of this kind each, and wait for all; in the order of the works."""
@@ -291,7 +296,7 @@ def _add_rag(app: FastAPI, service: Service, on_index: Callable[[str], Awaitable
                     yield {"object": "rag.end", **head, **last(event.finish, count)}
 
         if body.stream:
-            return _stream(pieces())
+            return EventStream(results, pieces())
         answer, end = "", {}
         async for piece in pieces():
             answer += piece.get("delta", "")
@@ -376,17 +381,30 @@ async def _generate(
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield writer.closing(usage)
 
-        return _stream(chunks())
+        return EventStream(results, chunks())
     async for index, event in results.events(request):
         assert isinstance(event, Token)
         writer.add(index, event)
     return JSONResponse(writer.whole(writer.usage(request)))
 
 
-def _stream(pieces: AsyncIterator[dict[str, Any]]) -> Response:
+class EventStream(StreamingResponse):
     """Server-sent events; an error after the first one is sent as an event."""
 
-    async def lines() -> AsyncIterator[bytes]:
+    def __init__(self, results: Results, pieces: AsyncIterator[dict[str, Any]]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._lines(pieces), media_type="text/event-stream", headers=headers)
+        self._results = results
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; whatever ends this early cancels the works."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._results.close()  # a client that left before the first event has never started the iteration
+
+    @staticmethod
+    async def _lines(pieces: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
         try:
             async for piece in pieces:
                 yield b"data: " + json.dumps(piece, ensure_ascii=False).encode() + b"\n\n"
@@ -395,6 +413,3 @@ def _stream(pieces: AsyncIterator[dict[str, Any]]) -> Response:
         except ClientGone:
             return
         yield b"data: [DONE]\n\n"
-
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)

@@ -324,6 +324,41 @@ def test_a_client_that_goes_frees_its_memory_and_its_place(served_model: GritLM,
         assert post(running, CHAT, question()).status_code == 200
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/rag"])
+def test_a_client_that_goes_before_its_stream_begins_is_not_computed_for(
+    served_model: GritLM, documents: tuple[Path, Path], path: str
+) -> None:
+    from python_model.commands.serve import add_indexes
+
+    works: list[Any] = []
+    gone = threading.Event()
+
+    def prepare(service: Any) -> None:
+        add_indexes(service, [f"docs={documents[0]}"], [], "")
+        name = "chat" if path == CHAT else "answer"
+        prepared = getattr(service, name)
+
+        def late(*arguments: Any) -> Any:
+            found = prepared(*arguments)
+            works.extend(found if path == CHAT else found[:1])
+            assert gone.wait(20)
+            return found
+
+        setattr(service, name, late)
+
+    body = question(max_tokens=300, stream=True)
+    if path != CHAT:
+        body = {"question": "What is a river?", "mode": "none", "max_tokens": 300, "stream": True}
+    with serving(served_model, slow=0.02, prepare=prepare) as running:
+        connection = raw_request(running, body, path)
+        wait_until(lambda: len(works) == 1)
+        connection.close()
+        time.sleep(0.5)  # until the server has noticed
+        gone.set()
+        wait_until(lambda: works[0].cancelled, what="the reply of a client that is gone is computed to its end")
+        running.settle()
+
+
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(served_model: GritLM) -> None:
     with serving(served_model, slow=0.05, max_queued_tokens=60, max_sequences=1) as running:
         scheduler = running.engine.scheduler
