@@ -375,7 +375,11 @@ async def _generate(
                 yield chunk
             async for index, event in results.events(request):
                 assert isinstance(event, Token)
-                for chunk in writer.chunks(index, event):
+                if writer.spells:
+                    found = await run_in_threadpool(writer.chunks, index, event)
+                else:
+                    found = writer.chunks(index, event)
+                for chunk in found:
                     yield chunk
             usage = writer.usage(request)
             if body.stream_options is not None and body.stream_options.include_usage:
@@ -385,7 +389,8 @@ async def _generate(
     async for index, event in results.events(request):
         assert isinstance(event, Token)
         writer.add(index, event)
-    return JSONResponse(writer.whole(writer.usage(request)))
+    usage = writer.usage(request)
+    return JSONResponse(await run_in_threadpool(writer.whole, usage) if writer.spells else writer.whole(usage))
 
 
 class EventStream(StreamingResponse):

@@ -44,9 +44,13 @@ class Trimmed:
 
 
 class _Writer:
-    """Common part of chats and completions: one choice per work."""
+    """Common part of chats and completions: one choice per work.
+
+    ``spells``: whether tokens are spelled one by one (for log-probabilities), which may wait for a text that is being tokenised.
+    """
 
     prefix, chunk_object, whole_object = "", "", ""
+    spells = False
 
     def __init__(self, service: Service, request: Any, works: Sequence[Generation]) -> None:
         self.service, self.request, self.works = service, request, works
@@ -101,6 +105,7 @@ class ChatWriter(_Writer):
     def __init__(self, service: Service, request: ChatRequest, works: Sequence[Generation]) -> None:
         super().__init__(service, request, works)
         self._trimmed = [Trimmed() for _ in works]
+        self.spells = request.logprobs
 
     def shown(self, index: int, text: str) -> str:
         """All but whitespace that may turn out to be trailing."""
@@ -164,6 +169,7 @@ class CompletionWriter(_Writer):
     def __init__(self, service: Service, request: CompletionRequest, works: Sequence[Generation]) -> None:
         super().__init__(service, request, works)
         self._offsets = [0] * len(works)
+        self.spells = request.logprobs is not None
 
     def chunks(self, index: int, token: Token) -> list[dict[str, Any]]:
         """The chunks of one token."""

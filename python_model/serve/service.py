@@ -114,11 +114,11 @@ class Service:
 
     def complete(self, request: CompletionRequest) -> list[Generation]:
         """The works of plain continuations, ``n`` per prompt."""
-        prompts = self._inputs("prompt", request.prompt)
-        with self._lock:
-            ids = [prompt_ids(self.reader, prompt.replace(TURN_END, UNKNOWN)) for prompt in prompts]
-        for prompt in ids:
-            if not prompt:
+        ids = []
+        for prompt in self._inputs("prompt", request.prompt):
+            with self._lock:  # for one text at a time: others wait for it
+                ids.append(prompt_ids(self.reader, prompt.replace(TURN_END, UNKNOWN)))
+            if not ids[-1]:
                 raise ApiError(
                     400, "prompt: expected at least one token, got none", param="prompt", code="invalid_value"
                 )
@@ -233,30 +233,29 @@ class Service:
         if not request.query.strip():
             raise ApiError(400, "query: expected a non-empty text", param="query", code="invalid_value")
         works, truncated = [], []
-        with self._lock:
-            for text in map(on_one_line, request.texts):
-                # text beyond the tokens that are shown need not be tokenised
-                shown = shorten(
-                    self.reader, text[: request.max_tokens_per_doc * self._longest], request.max_tokens_per_doc
-                )
-                truncated.append(len(shown) < len(text))
-                try:
+        for text in map(on_one_line, request.texts):
+            # text beyond the tokens that are shown need not be tokenised
+            beginning = text[: request.max_tokens_per_doc * self._longest]
+            try:
+                with self._lock:
+                    shown = shorten(self.reader, beginning, request.max_tokens_per_doc)
                     sample = self.reader.formatter.conversation(
                         [likelihood_turn(shown), request.query], self.text_tokens
                     )
-                except TooLong:
-                    self._too_long("documents", self.text_tokens)
-                if sample.truncated:
-                    self._too_long("documents", self.text_tokens)
-                works.append(
-                    TextWork(
-                        sample.input_ids,
-                        deadline=self._deadline(),
-                        causal=True,
-                        bulk=len(request.documents) > 16,
-                        labels=sample.labels,
-                    )
+            except TooLong:
+                self._too_long("documents", self.text_tokens)
+            if sample.truncated:
+                self._too_long("documents", self.text_tokens)
+            truncated.append(len(shown) < len(text))
+            works.append(
+                TextWork(
+                    sample.input_ids,
+                    deadline=self._deadline(),
+                    causal=True,
+                    bulk=len(request.documents) > 16,
+                    labels=sample.labels,
                 )
+            )
         return works, truncated
 
     # ---- indexes

@@ -359,6 +359,58 @@ def test_a_client_that_goes_before_its_stream_begins_is_not_computed_for(
         running.settle()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_that_wait_for_the_tokenizer_hold_up_nobody_else(served_model: GritLM, stream: bool) -> None:
+    works: list[Any] = []
+
+    def prepare(service: Any) -> None:
+        chat = service.chat
+
+        def locking(body: Any) -> Any:
+            works.extend(chat(body))
+            service._lock.acquire()  # as while a long text is tokenised
+            return works
+
+        service.chat = locking
+
+    with serving(served_model, prepare=prepare) as running, ThreadPoolExecutor() as pool:
+        found = pool.submit(post, running, CHAT, question(logprobs=True, stream=stream))
+        wait_until(lambda: bool(works) and works[0].decoding and running.engine.scheduler.idle)
+        try:
+            time.sleep(0.2)  # until the tokens have reached the event loop
+            assert httpx.get(f"{running.url}/health", timeout=30).status_code == 200
+            assert not found.done()
+        finally:
+            running.service._lock.release()
+        assert found.result().status_code == 200
+
+
+def test_the_tokenizer_is_held_for_one_text_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from python_model.serve.protocol import CompletionRequest, EmbeddingRequest, RerankRequest
+
+    texts = ["A river flows.", "Paris is a city.", "A word is short."]
+    service, lock = server.service, threading.Lock()
+    held: list[int] = []
+
+    class Noted:
+        def __enter__(self) -> None:
+            lock.acquire()
+            held.append(1)
+
+        def __exit__(self, *error: Any) -> None:
+            lock.release()
+
+    monkeypatch.setattr(service, "_lock", Noted())
+    for prepare, request in (
+        (service.rerank, RerankRequest(query="What flows?", documents=texts)),
+        (service.complete, CompletionRequest(prompt=texts)),
+        (service.embed, EmbeddingRequest(input=texts)),
+    ):
+        held.clear()
+        prepare(request)
+        assert len(held) == 3, prepare
+
+
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(served_model: GritLM) -> None:
     with serving(served_model, slow=0.05, max_queued_tokens=60, max_sequences=1) as running:
         scheduler = running.engine.scheduler
