@@ -23,8 +23,9 @@ from python_model.support.optional import require
 
 def _meta(name: str, revision: str) -> Any:
     # the score that training, index and search use; mteb's default is the cosine, another one where vectors have any length
-    overwrites = {"name": name, "revision": revision, "similarity_fn_name": "dot"}
-    return require("mteb.models.model_meta", "eval").ModelMeta.create_empty(overwrites=overwrites)
+    meta = require("mteb.models.model_meta", "eval")
+    overwrites = {"name": name, "revision": revision, "similarity_fn_name": meta.ScoringFunction.DOT_PRODUCT}
+    return meta.ModelMeta.create_empty(overwrites=overwrites)
 
 
 def prefix_for(model: GritLM, encoder: Any, task_metadata: Any, prompt_type: Any) -> str:
