@@ -204,7 +204,8 @@ def leave_out_triton(arguments: Namespace) -> None:
     from grit_kernels.backend import interpreting
 
     if not on_gpu(arguments) and not interpreting():
-        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+        modules: dict[str, Any] = sys.modules
+        modules.setdefault("triton", None)
 
 
 def _of_glibc(name: str, *numbers: int) -> None:

@@ -402,7 +402,7 @@ def test_the_tokenizer_is_held_for_one_text_at_a_time(server: Server, monkeypatc
 
     monkeypatch.setattr(service, "_lock", Noted())
     for prepare, request in (
-        (service.rerank, RerankRequest(query="What flows?", documents=texts)),
+        (service.rerank, RerankRequest.model_validate({"query": "What flows?", "documents": texts})),
         (service.complete, CompletionRequest(prompt=texts)),
         (service.embed, EmbeddingRequest(input=texts)),
     ):
