@@ -9,6 +9,7 @@ import pytest
 pydantic = pytest.importorskip("pydantic")
 
 from python_model.serve.protocol import (  # noqa: E402
+    ApiError,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -99,3 +100,22 @@ def test_an_error_of_a_whole_request_has_a_field_and_a_code() -> None:
         EmbeddingRequest.model_validate({"input": "x", "instruction": "a", "input_type": "query"})
     error = validation_error(caught.value.errors())
     assert (error.status, error.param, error.code) == (400, "instruction", "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (413, "invalid_request_error"),
+        (429, "rate_limit_error"),
+        (499, "invalid_request_error"),
+        (500, "server_error"),
+        (503, "server_error"),
+    ],
+)
+def test_the_type_of_an_error_is_openais_for_its_status(status: int, kind: str) -> None:
+    error = {"message": "m", "type": kind, "param": "p", "code": "c"}
+    assert ApiError(status, "m", param="p", code="c").body == {"error": error}
