@@ -226,6 +226,115 @@ def test_a_tensor_has_one_to_eight_dimensions(dimensions: int) -> None:
         torch.ops.grit_kernels.gated_forward(x, x, 0)
 
 
+OPS = torch.ops.grit_kernels
+ROWS, GAIN = torch.ones(2, 3, 8), torch.ones(8)
+ANGLES = torch.ones(1, 3, 4)
+HEADS = torch.ones(2, 3, 1, 8)
+
+
+def norm(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {
+        "x": ROWS, "weight": GAIN, "residual": ROWS, "eps": 1e-6, "offset": 0.0, "out_dtype": torch.float32, **changes,
+    }  # fmt: skip
+    return lambda: OPS.rms_norm_forward(**arguments)
+
+
+def norm_backward(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {
+        "grad_out": ROWS, "grad_total": ROWS, "total": ROWS, "weight": GAIN, "eps": 1e-6, "offset": 0.0, "need_weight": True,
+        **changes,
+    }  # fmt: skip
+    return lambda: OPS.rms_norm_backward(**arguments)
+
+
+def turned(**changes: Any) -> Callable[[], Any]:
+    return lambda: OPS.rotary(**{"q": HEADS, "k": HEADS, "cos": ANGLES, "sin": ANGLES, "transposed": False, **changes})
+
+
+def gated(**changes: Any) -> Callable[[], Any]:
+    return lambda: OPS.gated_forward(**{"gate": ROWS, "up": ROWS, "kind": 0, **changes})
+
+
+def gated_backward(**changes: Any) -> Callable[[], Any]:
+    return lambda: OPS.gated_backward(**{"grad": ROWS, "gate": ROWS, "up": ROWS, "kind": 0, **changes})
+
+
+REFUSED_BY_OPS: dict[str, tuple[Callable[[], Any], str]] = {
+    "fewer rows of a residual": (norm(residual=ROWS[:1]), "residual: expected the shape of x"),
+    "a residual of fewer dimensions": (norm(residual=ROWS[0]), "residual: expected the shape of x"),
+    "a gain of another size": (norm(weight=GAIN[:7]), "weight: expected a contiguous tensor of 8 elements"),
+    "strided columns": (norm(x=torch.ones(2, 3, 16)[..., ::2]), "x: the last dimension must be contiguous"),
+    "two narrow dtypes": (
+        norm(x=ROWS.bfloat16(), residual=None, out_dtype=torch.float16),
+        "out_dtype: expected float32 or the dtype of x",
+    ),
+    "a gradient of another shape": (norm_backward(grad_out=ROWS[:, :2]), "grad_out: expected the shape of x"),
+    "a second gradient of another shape": (norm_backward(grad_total=ROWS[:1]), "grad_total: expected the shape of x"),
+    "a second gradient of another dtype": (
+        norm_backward(grad_total=ROWS.bfloat16()),
+        "grad_out, grad_total: expected the dtypes of out and total",
+    ),
+    "gradients of two narrow dtypes": (
+        norm_backward(grad_out=ROWS.half(), grad_total=None, total=ROWS.bfloat16()),
+        "grad_out, grad_total: expected the dtypes of out and total",
+    ),
+    "queries of three dimensions": (turned(q=ROWS), "q, k, cos: expected"),
+    "keys of three dimensions": (turned(k=ROWS), "q, k, cos: expected"),
+    "a table of four dimensions": (turned(cos=HEADS, sin=HEADS), "q, k, cos: expected"),
+    "sines of another shape": (turned(sin=ANGLES[:, :2]), "sin: expected the shape of cos"),
+    "keys of another batch": (turned(k=HEADS[:1]), "k: expected batch, tokens and dim of q"),
+    "keys of other tokens": (turned(k=HEADS[:, :2]), "k: expected batch, tokens and dim of q"),
+    "keys of another dim": (turned(k=HEADS[..., :6]), "k: expected batch, tokens and dim of q"),
+    "tables of another batch": (turned(cos=ANGLES.repeat(3, 1, 1), sin=ANGLES.repeat(3, 1, 1)), "cos: expected"),
+    "tables of other tokens": (turned(cos=ANGLES[:, :2], sin=ANGLES[:, :2]), "cos: expected"),
+    "an odd number of channels": (turned(cos=ANGLES[..., :3], sin=ANGLES[..., :3]), "cos: expected"),
+    "more channels than there are": (turned(cos=torch.ones(1, 3, 10), sin=torch.ones(1, 3, 10)), "cos: expected"),
+    "keys of another dtype": (turned(k=HEADS.half()), "q, k, cos, sin: their dtypes do not fit"),
+    "sines of another dtype": (turned(sin=ANGLES.half()), "q, k, cos, sin: their dtypes do not fit"),
+    "tables of another narrow dtype": (
+        turned(q=HEADS.half(), k=HEADS.half(), cos=ANGLES.bfloat16(), sin=ANGLES.bfloat16()),
+        "q, k, cos, sin: their dtypes do not fit",
+    ),
+    "an up of another shape": (gated(up=ROWS[:1]), "up: expected the shape of gate"),
+    "an up of another dtype": (gated(up=ROWS.half()), "up: expected the dtype of gate"),
+    "a gradient of another shape than the gate's": (gated_backward(grad=ROWS[:1]), "grad: expected the shape of gate"),
+    "an up of another shape in the backward": (gated_backward(up=ROWS[:1]), "up: expected the shape of gate"),
+    "a gradient of another dtype than the gate's": (
+        gated_backward(grad=ROWS.half()),
+        "grad, up: expected the dtype of gate",
+    ),
+    "an up of another dtype in the backward": (
+        gated_backward(up=ROWS.half()),
+        "grad, up: expected the dtype of gate",
+    ),
+}
+
+
+@pytest.mark.skipif(
+    not _library.status().loaded or _library.interpreting(), reason="the checks are those of the compiled library"
+)
+def test_the_ops_refuse_what_they_would_read_or_write_beyond_its_end() -> None:
+    """Whoever calls them; what goes together to the last value is computed."""
+    for accepted in (
+        norm(),
+        norm(x=ROWS.half(), residual=ROWS.bfloat16()),
+        norm(x=ROWS.half(), residual=None, out_dtype=torch.float16),
+        norm(x=torch.ones(2, 1), weight=GAIN[:1], residual=None),
+        norm_backward(grad_out=ROWS.half()),
+        norm_backward(grad_total=None, total=ROWS.half()),
+        turned(),
+        turned(q=HEADS.repeat(1, 1, 4, 1), cos=torch.ones(2, 3, 8), sin=torch.ones(2, 3, 8)),
+        turned(q=HEADS.half(), k=HEADS.half()),
+        gated(),
+        gated_backward(),
+    ):
+        accepted()
+    for name, (call, message) in REFUSED_BY_OPS.items():
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert message in str(caught.value), name
+
+
 @pytest.mark.skipif(not _library.status().loaded, reason="without the compiled library")
 def test_every_instruction_set_gives_nearly_the_same() -> None:
     x, residual = torch.randn(2, 67, 83).bfloat16()
