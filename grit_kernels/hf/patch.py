@@ -155,13 +155,6 @@ def unpatch(model: Any) -> Any:
 
 def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
     """Refuse configs that no kernel supports, and kinds of models that fail a trial."""
-    tested = inner.config.model_type in FAMILIES
-    reason = proof.attention_is_reached(inner) if tested else proof.verdict(inner).refusal
-    if reason is not None:
-        raise TypeError(
-            f"model: expected a decoder on which patch() is right, got {type(inner).__name__} (model type "
-            f"{inner.config.model_type!r}): {reason}. Tested are {', '.join(FAMILIES)}; others are tried on a tiny model"
-        )
     config = decoder.config
     for name in DROPOUT:
         if dropout := getattr(config, name, None):
@@ -173,6 +166,13 @@ def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError(
             "use_bidirectional_attention: expected a causal config with is_causal=False per call, got it set in the model's"
+        )
+    tested = inner.config.model_type in FAMILIES
+    reason = proof.attention_is_reached(inner) if tested else proof.verdict(inner).refusal
+    if reason is not None:
+        raise TypeError(
+            f"model: expected a decoder on which patch() is right, got {type(inner).__name__} (model type "
+            f"{inner.config.model_type!r}): {reason}. Tested are {', '.join(FAMILIES)}; others are tried on a tiny model"
         )
 
 

@@ -143,13 +143,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _content(config: TrainConfig, ablation: Ablation) -> dict[str, str]:
+def _content(train_data: str, model: str, ablation: Ablation) -> dict[str, str]:
     """Digests of what a variant reads: the files behind a name may change."""
     from python_model.data import sample_dir
 
     return {
-        "data.train_data": _digest_of_rows(config.data.train_data),
-        "model.name": _digest_of_checkpoint(config.model.name),
+        "data.train_data": _digest_of_rows(train_data),
+        "model.name": _digest_of_checkpoint(model),
         "evaluation": held_out_digest(ablation.evaluation or sample_dir()),
     }
 
@@ -189,7 +189,7 @@ def _finished(variant: Variant, ablation: Ablation) -> dict[str, Any] | None:
     row: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     same = row["config"] == config.to_dict() and row["steps"] == (0 if variant.untrained else config.steps)
     same = same and row.get("measured_on", ablation.measured_on) == ablation.measured_on
-    content = _content(config, ablation)
+    content = _content(config.data.train_data, config.model.name, ablation)
     same = same and row.get("content", content) == content  # which earlier versions did not record
     return {**row, "variant": variant.name, "group": variant.group} if same else None
 
@@ -217,7 +217,7 @@ def _measure(variant: Variant, held_out: HeldOut, ablation: Ablation, keep_check
         "steps": 0 if variant.untrained else config.steps,
         "config": config.to_dict(),
         "measured_on": ablation.measured_on,
-        "content": _content(config, ablation),
+        "content": _content(config.data.train_data, config.model.name, ablation),
     }
     write_json(Path(config.output_dir) / "result.json", row)
     if not keep_checkpoints and not variant.untrained:

@@ -376,7 +376,7 @@ def test_the_command_chats_answers_files_and_prints_json(
     with pytest.raises(SystemExit, match="--input, --output: expected both or none"):
         COMMAND([*base, "--input", "x"])
     with pytest.raises(SystemExit, match="top_p"):
-        COMMAND([*base, "--prompt", "x", "--top-p", "2"])
+        COMMAND([*base, "--prompt", "x", "--temperature", "1", "--top-p", "2"])
 
 
 @pytest.mark.parametrize("attn", ["bbbc", "bbil"])

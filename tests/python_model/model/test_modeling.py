@@ -260,7 +260,11 @@ def hub_cache(checkpoint: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:projection")
-def test_settings_and_head_of_a_hub_checkpoint_are_read(checkpoint: Path, tmp_path: Path) -> None:
+def test_settings_and_head_of_a_hub_checkpoint_are_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers looks for an adapter's config on the hub whatever local_files_only says, for half a minute without network
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     torch.manual_seed(1)
     model = GritLM(checkpoint, pooling_method="lasttoken", attn="cccc", projection=8, device="cpu", dtype="float32")
     model.save_pretrained(tmp_path / "saved")
