@@ -195,14 +195,14 @@ def attention_plan(q: Tensor, k: Tensor, backward: bool, deterministic: bool, pr
     """
     tables, hi = int32_tables(problem), problem.hi
     numbers = torch.empty(plan_size(q, k, backward, deterministic, problem), dtype=torch.int32, device=q.device)
-    if not q.shape[0] or not k.shape[0]:
+    if not q.shape[0]:
         return numbers
     grids = plan_grids(q, k, backward, problem, deterministic)
     *sections, transpose = plan_sections(numbers, grids)
     with on_device(q):
         if not grids[0].splits_all:
             plan_tiles(grids[0], tables, hi, sections[0])
-        if backward:
+        if backward and k.shape[0]:
             first_row = None if hi is None else transpose_upper_bounds(hi, tables, transpose)
             for grid, section in zip(grids[1:], sections[1:], strict=True):
                 plan_tiles(grid, tables, hi if grid.over_keys else first_row, section)

@@ -127,6 +127,19 @@ def test_opcheck_accepts_the_ops_that_take_a_plan(deterministic: bool) -> None:
     torch.library.opcheck(ops.attention_backward_planned.default, arguments, test_utils=utils)
 
 
+def test_a_plan_of_rows_without_any_key_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory comes as it is: what nobody writes must not be read as tiles."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(1))
+    table, none = torch.tensor([0, 40, 43]), torch.zeros(3, dtype=torch.int64)
+    lengths, anywhere = torch.tensor([40, 3, 61]), torch.full((3,), 2**31 - 1)
+    problem = AttentionProblem(table, lengths, none, none, anywhere, anywhere, None, 0, 0, 61, 0, 0.2, 0.0)
+    q, k, v = torch.randn(104, 4, 32), torch.randn(0, 2, 32), torch.randn(0, 2, 32)
+    plan = torch.ops.grit_kernels.attention_plan(q, k, True, False, *problem.flat())
+    out, lse = torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, False)
+    assert torch.equal(out, torch.zeros_like(out)) and torch.equal(lse, torch.full_like(lse, -torch.inf))
+
+
 @pytest.mark.parametrize("upper_bounds", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("deterministic", [True, False])
