@@ -156,13 +156,6 @@ def unpatch(model: Any) -> Any:
 def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
     """Refuse configs that no kernel supports, and kinds of models that fail a trial."""
     config = decoder.config
-    for name in DROPOUT:
-        if dropout := getattr(config, name, None):
-            raise ValueError(f"{name}: expected 0, since no kernel has dropout, got {dropout} in the model's config")
-    if getattr(config, "output_attentions", None):
-        raise ValueError(
-            "output_attentions: expected False, since the kernels keep no attention weights, got True in the model's config"
-        )
     if getattr(config, "use_bidirectional_attention", None):
         raise ValueError(
             "use_bidirectional_attention: expected a causal config with is_causal=False per call, got it set in the model's"
@@ -173,6 +166,13 @@ def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
         raise TypeError(
             f"model: expected a decoder on which patch() is right, got {type(inner).__name__} (model type "
             f"{inner.config.model_type!r}): {reason}. Tested are {', '.join(FAMILIES)}; others are tried on a tiny model"
+        )
+    for name in DROPOUT:
+        if dropout := getattr(config, name, None):
+            raise ValueError(f"{name}: expected 0, since no kernel has dropout, got {dropout} in the model's config")
+    if getattr(config, "output_attentions", None):
+        raise ValueError(
+            "output_attentions: expected False, since the kernels keep no attention weights, got True in the model's config"
         )
 
 
