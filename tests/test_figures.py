@@ -146,6 +146,9 @@ def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
     (score, low, high), (loss, loss_low, loss_high) = differences("proof")
     assert f"its nDCG@10 is {score.strip('-')} % lower (95 % interval over queries {low} to {high} %)" in text
     assert f"its loss {loss.strip('+')} % higher ({loss_low} to {loss_high} %)" in text
+    table = (RESULTS / "proof" / "table.md").read_text(encoding="utf-8")
+    first, second = re.search(r"rows: seed 0 -(\S+)% .*; seed 1 -(\S+)% ", table).groups()  # type: ignore[union-attr]
+    assert f"nDCG@10 is {first} and {second} % below after 430 steps" in text
     (score, low, high), (loss, _, _), (double, _, _), (double_loss, _, _) = differences("proof_rate")
     assert f"(both: {score} %, {low} to {high} %), the loss {loss.strip('+')} % higher with either" in text
     assert f"(nDCG@10 {double.strip('-')} %, loss {double_loss.strip('+')} %)" in text
