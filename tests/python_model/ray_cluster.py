@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+# Ray reads them once in a process, when it is first imported, and keeps the token for all clusters: set before any test runs
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
 
 @contextlib.contextmanager
 def own_cluster(**options: Any) -> Iterator[Any]:
@@ -20,12 +24,10 @@ def own_cluster(**options: Any) -> Iterator[Any]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # on a busy machine a proxy takes longer than Serve's 5 and 10 s to answer, and would be replaced
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
-        import ray  # reads them when it is imported
+        import ray
 
         ray.init(
             _node_ip_address="127.0.0.1",
