@@ -113,6 +113,7 @@ def _parts(function: Callable[..., Any]) -> Iterator[str]:
 
 
 def _samples_of_rows(
+    layer: int | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     relative: Tensor | None,
@@ -124,6 +125,7 @@ def _samples_of_rows(
 
     transformers marks such samples by a table or by positions that start over (see :meth:`SamplePack.from_position_ids`).
     Found once per pass and kept on the tensor that all layers share; its owner may change it, or use it with another mask.
+    ``layer``: number of the layer that asks.
     """
     marker = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
     if marker is None:
@@ -132,13 +134,18 @@ def _samples_of_rows(
         if cu_seq_lens_q is not None:
             raise ValueError("cu_seq_lens_q: a compiled model needs grit_kernels.patch(model) and a sample_pack")
         return None
-    kept: tuple[Any, dict[Any, tuple[AttentionPass | None, Tensor | None]]]
+    kept: tuple[int | None, dict[Any, tuple[AttentionPass | None, Tensor | None]]]
     kept = getattr(marker, "_grit_passes", (None, {}))
-    state, passes = kept
-    if not _is_as_noted(marker, state):
-        state, passes = _noted(marker), {}
-    if len(passes) >= MOST_PREPARED:
+    noted, passes = kept
+    if (
+        marker.is_inference()
+    ):  # counts no versions, and comparing would be a read per layer: look again where layers begin anew
+        state, unchanged = layer, noted is not None and layer is not None and noted < layer
+    else:
+        state, unchanged = marker._version, noted == marker._version
+    if not unchanged or len(passes) >= MOST_PREPARED:
         passes = {}
+    marker._grit_passes = (state, passes)  # type: ignore[attr-defined]
     key = (causal, batch, length, id(relative))
     if key in passes:
         return passes[key][0]
@@ -159,19 +166,7 @@ def _samples_of_rows(
             pack = SamplePack.from_mask(real, causal, position_ids=positions)
         found = AttentionPass(pack.causal, pack=pack) if len(pack) > batch else None
     passes[key] = (found, relative)  # which lives as long as its id is in a key
-    marker._grit_passes = (state, passes)  # type: ignore[attr-defined]
     return found
-
-
-def _noted(marker: Tensor) -> int | Tensor:
-    """What tells whether ``marker`` has been written to since; an inference tensor counts no versions."""
-    return marker.clone() if marker.is_inference() else marker._version
-
-
-def _is_as_noted(marker: Tensor, state: int | Tensor | None) -> bool:
-    if isinstance(state, Tensor):
-        return torch.equal(marker, state)
-    return state is not None and not marker.is_inference() and state == marker._version
 
 
 def grit_attention(
@@ -216,7 +211,8 @@ def grit_attention(
     if grit_pass is None and attention_mask is not None:
         check_relative(attention_mask)  # before samples in a row are looked for, which are packed without their mask
     if grit_pass is None and key.shape[2] == q_length:
-        grit_pass = _samples_of_rows(position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length)
+        layer = getattr(module, "layer_idx", None)
+        grit_pass = _samples_of_rows(layer, position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length)
     elif grit_pass is not None and not torch.compiler.is_compiling():
         grit_pass.witness["called"] = True  # which no graph may do inside a layer that is recomputed
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]

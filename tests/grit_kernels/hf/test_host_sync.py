@@ -72,6 +72,18 @@ def test_the_number_of_reads_does_not_grow_with_the_layers(run: Callable[[Any], 
     assert reads[0] == reads[1]
 
 
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_nor_without_patch(grad_mode: Callable[[], Any]) -> None:
+    reads = []
+    for layers in (1, 3):
+        model = tiny_model(num_hidden_layers=layers)
+        model.set_attn_implementation("grit")
+        with grad_mode(), CountReads() as counted:
+            model(IDS, position_ids=torch.arange(IDS.shape[1])[None].clone(), use_cache=False)
+        reads.append(counted.reads)
+    assert reads[0] == reads[1] and reads[0]
+
+
 @pytest.mark.parametrize("mask", ["left", "holes"])
 def test_a_step_that_decodes_reads_nothing_while_a_cuda_graph_is_recorded(
     mask: str, monkeypatch: pytest.MonkeyPatch
