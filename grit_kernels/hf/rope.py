@@ -79,9 +79,7 @@ def from_first_slot(slots: Tensor, mask: Tensor | None) -> Tensor:
 
 def lengths_in_pack(positions: Tensor, pack: SamplePack) -> Tensor:
     """Largest position of each token's sample plus 1; positions and result (1, tokens)."""
-    sample = torch.repeat_interleave(
-        torch.arange(len(pack), device=positions.device), pack.lengths.long(), output_size=pack.tokens
-    )
+    sample = sample_ids(pack.cu_seqlens, pack.tokens)
     largest = positions.new_zeros(len(pack)).scatter_reduce(0, sample, positions[0], "amax")
     return (largest[sample] + 1)[None]
 
