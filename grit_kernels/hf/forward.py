@@ -158,7 +158,11 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     mask, positions = bound.pop("attention_mask", None), bound.pop("position_ids", None)
     is_causal, sample_pack = bound.pop("is_causal", None), bound.pop("sample_pack", None)
     if bound.get("output_router_logits") and isinstance(mask, Tensor) and not torch.compiler.is_compiling():
-        _refuse_numbers_as_weights(mask)
+        _check_zeros_and_ones(
+            mask,
+            "with output_router_logits, whose loss weights the tokens by the mask",
+            "; mark the samples of a row by position_ids or seq_idx",
+        )
     numbers = bound.pop("seq_idx", None)
     if numbers is not None and (tuple(numbers.shape) != (batch, length) or numbers.is_floating_point()):
         raise ValueError(f"seq_idx: expected integers {(batch, length)}, one per token, got {described(numbers)}")
@@ -208,10 +212,8 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     elif numbers is not None:  # as a mask that numbers the samples, from 1
         if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length)):
             raise ValueError(f"attention_mask: expected none or {(batch, length)} with seq_idx, got {described(mask)}")
-        if mask is not None and not compiling and bool(neither_0_nor_1(mask).any()):
-            raise ValueError(
-                "attention_mask: expected 0 and 1 beside seq_idx, which numbers the samples, got other values"
-            )
+        if mask is not None and not compiling:
+            _check_zeros_and_ones(mask, "beside seq_idx, which numbers the samples")
         mask = numbers + 1 if mask is None else (numbers + 1) * (mask != 0)
     causal = _flags(default if is_causal is None else is_causal, batch, inputs.device)
     if length and not caching:
@@ -344,13 +346,10 @@ def _check_numbers(name: str, numbers: Tensor, pack: SamplePack) -> None:
         raise ValueError(f"{name}: expected the samples of cu_seq_lens_q or sample_pack, got others")
 
 
-def _refuse_numbers_as_weights(mask: Tensor) -> None:
-    """A head's loss that balances experts takes the mask for the weights of the tokens."""
+def _check_zeros_and_ones(mask: Tensor, why: str, instead: str = "") -> None:
+    """ValueError if a mask numbers the samples of a row where it may only mark padding."""
     if mask.dtype != torch.bool and bool(neither_0_nor_1(mask).any()):
-        raise ValueError(
-            "attention_mask: expected 0 and 1 with output_router_logits, whose loss weights the tokens by the mask, got other "
-            "numbers; mark the samples of a row by position_ids or seq_idx"
-        )
+        raise ValueError(f"attention_mask: expected 0 and 1 {why}, got other numbers{instead}")
 
 
 def _refuse_several_numbers(numbers: Tensor) -> None:
@@ -424,10 +423,8 @@ def _refuse_several_samples_in_a_cache(
     """Check that there is one sample per row, as a cache requires, when a pass begins to fill one."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         return  # masks built by generate() with our mask function, one per kind of layer
-    if mask is not None and mask.dtype != torch.bool and bool(neither_0_nor_1(mask).any()):
-        raise ValueError(
-            "attention_mask: expected 0 and 1 with a cache, which holds one sample per row, got other numbers"
-        )
+    if mask is not None:
+        _check_zeros_and_ones(mask, "with a cache, which holds one sample per row")
     if positions is None or (cache is not None and int(cache.get_seq_length())):
         return
     positions = positions.expand(batch, length)
