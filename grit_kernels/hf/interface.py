@@ -22,7 +22,7 @@ from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.checks import described
 from grit_kernels.context import SampleTable
 from grit_kernels.hf.attention_pass import MOST_PREPARED, AttentionPass, KeyRows, window_sizes
-from grit_kernels.hf.padded_attention import NO_KEY, check_relative, padded_attention
+from grit_kernels.hf.padded_attention import NO_KEY, padded_attention
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import window_bounds
 
@@ -208,8 +208,8 @@ def grit_attention(
         return _attention_over_rows(query, key, value, grit_pass, sliding_window, scaling, cap, s_aux), None
     query, key, value = _with_served_size(query, key, value)
     flag = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    if grit_pass is None and attention_mask is not None:
-        check_relative(attention_mask)  # before samples in a row are looked for, which are packed without their mask
+    if attention_mask is not None and (grit_pass is None or grit_pass.pack is None):
+        _check_relative(attention_mask)
     if grit_pass is None and key.shape[2] == q_length:
         layer = getattr(module, "layer_idx", None)
         grit_pass = _samples_of_rows(layer, position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length)
@@ -230,6 +230,15 @@ def grit_attention(
     out = _attention_of_pack(q, k, v, pack, grit_pass, sliding_window, options, s_aux)
     out = out.unflatten(0, (batch, q_length)) if packed else pack.unpack(out)
     return _narrowed(out, size), None
+
+
+def _check_relative(relative: Tensor) -> None:
+    """ValueError unless this is what the mask function makes."""
+    if relative.dtype != torch.int32 or relative.ndim != 4 or relative.shape[2] != 1:
+        raise ValueError(
+            f"attention_mask: expected a 2-D padding mask, got {described(relative)}; which keys a sample sees is "
+            "said by is_causal, or by a sample_pack with hi"
+        )
 
 
 def _attention_of_pack(

@@ -38,11 +38,12 @@ def padded_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """(B, Q, H, D) queries that are the last slots of (B, K, Hkv, D) keys; padding and caches of any kind."""
+    """(B, Q, H, D) queries that are the last slots of (B, K, Hkv, D) keys; padding and caches of any kind.
+
+    ``relative``: what the mask function of interface.py made.
+    """
     batch, q_length = q.shape[:2]
     slots = k.shape[1]
-    if relative is not None:
-        check_relative(relative)
     decodes = q_length == 1 and has_decode_kernel(q, k, v, sinks)
     layout: _KeyLayout | None = None
     used: _UsedSlots | None = None
@@ -79,15 +80,6 @@ def padded_attention(
         return decode_attention(rows_of_q, keys, values, shared, used=slots_in_use, sinks=sinks).view(q.shape)
     out = prepared_attention(rows_of_q, keys, values, shared, plans, sinks, grit_pass.deterministic).view(q.shape)
     return out if holes is None else _reorder(out, holes.rows_back)
-
-
-def check_relative(relative: Tensor) -> None:
-    """ValueError unless this is what the mask function of interface.py makes."""
-    if relative.dtype != torch.int32 or relative.ndim != 4 or relative.shape[2] != 1:
-        raise ValueError(
-            f"attention_mask: expected a 2-D padding mask, got {described(relative)}; which keys a sample sees is "
-            "said by is_causal, or by a sample_pack with hi"
-        )
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
