@@ -7,7 +7,6 @@ time share passes, and each must give what it gives alone in the unpatched model
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -113,9 +112,8 @@ def packed_cache_refusal(model: Any) -> str | None:
             values = _of_unscaled_length(values)
     except ValueError as reason:
         return str(reason).removeprefix("model: ")
-    key = json.dumps(values, sort_keys=True, default=repr)
     kinds: tuple[Any, Any] = (model_class, type(config))
-    return _tried(*kinds, key, proof.Values(values))
+    return _tried(*kinds, values)
 
 
 def _refuse_recurrent(decoder: Any) -> None:
@@ -126,16 +124,17 @@ def _refuse_recurrent(decoder: Any) -> None:
         )
 
 
-def _of_unscaled_length(values: dict[str, Any]) -> dict[str, Any]:
+def _of_unscaled_length(values: proof.Values) -> proof.Values:
     """The config's values with rotary frequencies that do not change within a trial: keys in a cache keep theirs, so longer
     texts are not for it (see :func:`frequency_change`)."""
-    found = {**values, "max_position_embeddings": proof.SIZES["max_position_embeddings"]}
+    found = proof.Values({**values, "max_position_embeddings": proof.SIZES["max_position_embeddings"]})
     if "original_max_position_embeddings" in found:
         found["original_max_position_embeddings"] = found["max_position_embeddings"]
     parameters = dict(found["rope_parameters"])
     if parameters.get("original_max_position_embeddings"):
         parameters["original_max_position_embeddings"] = found["max_position_embeddings"]
-    return {**found, "rope_parameters": parameters}
+    found["rope_parameters"] = parameters
+    return found
 
 
 def _cache_name(decoder: Any) -> str:
@@ -146,7 +145,7 @@ def _cache_name(decoder: Any) -> str:
 
 
 @functools.cache
-def _tried(model_class: type, config_class: type, key: str, values: dict[str, Any]) -> str | None:
+def _tried(model_class: type, config_class: type, values: proof.Values) -> str | None:
     try:
         with proof.alone():
             error = _try(model_class, config_class(**values))

@@ -126,16 +126,12 @@ def verdict(model: Any) -> Verdict:
     model_class, config = type(inner), inner.config
     try:
         values = tiny_values(config)
-        key = json.dumps(values, sort_keys=True, default=repr)
     except _Unknown as reason:
         return Verdict(float("nan"), str(reason))
     # wrappers of adapters and other libraries call the model's own parts and do not attend themselves
     parts = frozenset(type(m) for m in inner.modules() if type(m).__module__ == model_class.__module__)
     kinds: tuple[Any, Any] = (model_class, type(config))
-    return _tried(*kinds, key, parts, Values(values))
-
-
-_reaches: dict[tuple[type, str], str | None] = {}
+    return _tried(*kinds, parts, values)
 
 
 def attention_is_reached(model: Any) -> str | None:
@@ -147,18 +143,18 @@ def attention_is_reached(model: Any) -> str | None:
         values = tiny_values(config)
     except _Unknown as reason:
         return str(reason)
-    key = (model_class, json.dumps(values, sort_keys=True, default=repr))
-    if key not in _reaches:
-        _reaches[key] = None
-        try:
-            with alone():
-                patched_copy(model_class(type(config)(**values)))
-        except Exception as error:
-            _reaches[key] = named(error)
-    return _reaches[key]
+    kinds: tuple[Any, Any] = (model_class, type(config))
+    return _reached(*kinds, values)
 
 
-_plain_heads: dict[tuple[type, str], bool] = {}
+@functools.cache
+def _reached(model_class: type, config_class: type, values: Values) -> str | None:
+    try:
+        with alone():
+            patched_copy(model_class(config_class(**values)))
+    except Exception as error:
+        return named(error)
+    return None
 
 
 def check_plain_head(model: Any) -> None:
@@ -173,21 +169,23 @@ def check_plain_head(model: Any) -> None:
     inner = compat.unwrapped(model)
     if inner.config.model_type in FAMILIES:
         return
-    values = tiny_values(inner.config)
-    key = (type(inner), json.dumps(values, sort_keys=True, default=repr))
-    if key not in _plain_heads:
-        with alone():
-            tiny = type(inner)(type(inner.config)(**values)).eval()
-            ids = torch.arange(3, 20)[None]
-            expected = tiny.get_output_embeddings()(compat.decoder_of(tiny)(ids, use_cache=False)[0])
-            cap = getattr(inner.config, "final_logit_softcapping", None)
-            expected = expected if cap is None else cap * torch.tanh(expected / cap)
-            _plain_heads[key] = torch.allclose(tiny(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-6)
-    if not _plain_heads[key]:
+    kinds: tuple[Any, Any] = (type(inner), type(inner.config))
+    if not _has_plain_head(*kinds, tiny_values(inner.config)):
         raise ValueError(
             f"model: expected logits that are the output of the language-model head, got {type(inner).__name__} (model type "
             f"{inner.config.model_type!r}), which scales them in its own way"
         )
+
+
+@functools.cache
+def _has_plain_head(model_class: type, config_class: type, values: Values) -> bool:
+    with alone():
+        tiny = model_class(config_class(**values)).eval()
+        ids = torch.arange(3, 20)[None]
+        expected = tiny.get_output_embeddings()(compat.decoder_of(tiny)(ids, use_cache=False)[0])
+        cap = getattr(tiny.config, "final_logit_softcapping", None)
+        expected = expected if cap is None else cap * torch.tanh(expected / cap)
+        return torch.allclose(tiny(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-6)
 
 
 def patched_copy(stock: Any) -> Any:
@@ -206,17 +204,20 @@ def _cache_for(decoder: Any) -> Any:
 
 
 class Values(dict[str, Any]):
-    """A dict that is ignored in the key of a cache."""
+    """Arguments of a config; equal, as keys of a cache, if they are written alike (True and 1 are not)."""
+
+    def written(self) -> str:
+        return json.dumps(self, sort_keys=True, default=repr)
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return 0
+        return hash(self.written())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Values)
+        return isinstance(other, Values) and self.written() == other.written()
 
 
 @functools.cache
-def _tried(model_class: type, config_class: type, key: str, parts: frozenset[type], values: Values) -> Verdict:
+def _tried(model_class: type, config_class: type, parts: frozenset[type], values: Values) -> Verdict:
     try:
         with alone():
             return _try(model_class, config_class(**values), parts)
@@ -250,7 +251,7 @@ def alone() -> Iterator[None]:
 # ---- a small config of the same kind
 
 
-def tiny_values(config: Any) -> dict[str, Any]:
+def tiny_values(config: Any) -> Values:
     """The arguments that make a small config of the same kind and class."""
     given = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in ("transformers_version",)}
     nested = [name for name, value in given.items() if isinstance(value, dict) and "model_type" in value]
@@ -258,7 +259,9 @@ def tiny_values(config: Any) -> dict[str, Any]:
         raise _Unknown(f"a model of several parts ({', '.join(nested)}): patch its language model")
     if given.get("per_layer_config"):
         raise _Unknown("sizes that differ from layer to layer (per_layer_config)")
-    values = {k: v for k, v in given.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
+    values = Values(
+        (k, v) for k, v in given.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")
+    )
     heads = next((given[k] for k in ("num_attention_heads", "n_head", "n_heads", "num_heads") if given.get(k)), None)
     rotary = given.get("qk_rope_head_dim")
     for name, value in values.items():

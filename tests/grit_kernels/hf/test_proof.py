@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from typing import Any
 
@@ -139,12 +140,21 @@ def test_as_many_ids_that_end_a_text_as_layers_are_no_list_of_layers() -> None:
 
 
 def test_one_config_that_cannot_be_tried_says_nothing_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "_reaches", {})
+    monkeypatch.setattr(proof, "_reached", functools.cache(proof._reached.__wrapped__))
     strange = tiny_model()
     strange.config.attention_span_limit = 4096
     with pytest.raises(TypeError, match="attention_span_limit=4096 in its config may matter"):
         gk.patch(strange)
     assert gk.is_patched(gk.patch(tiny_model()))
+
+
+def test_each_kind_of_config_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_reached", functools.cache(proof._reached.__wrapped__))
+    tried, copied = [], proof.patched_copy
+    monkeypatch.setattr(proof, "patched_copy", lambda stock: tried.append(stock) or copied(stock))
+    for window in (6, 6, None, None):
+        gk.patch(tiny_model(sliding_window=window))
+    assert [tiny.config.sliding_window is None for tiny in tried] == [False, True]
 
 
 def test_a_wrong_result_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +179,7 @@ def test_numbers_that_a_trial_cannot_reach_are_a_reason() -> None:
 
 def test_a_tested_family_whose_layers_attend_by_themselves_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = transformers.models.mistral.modeling_mistral.MistralAttention
-    monkeypatch.setattr(proof, "_reaches", {})
+    monkeypatch.setattr(proof, "_reached", functools.cache(proof._reached.__wrapped__))
     monkeypatch.setattr(kind, "forward", lambda self, hidden_states, *args, **kwargs: (hidden_states, None))
     with pytest.raises(TypeError, match="no layer of this MistralModel called the attention"):
         gk.patch(tiny_model())
