@@ -42,8 +42,8 @@ def saved_head(path: str | os.PathLike[str], **where: Any) -> dict[str, Tensor] 
     return head_of_modules(functools.partial(_file, str(path), **where))
 
 
-def saved_limit(path: str | os.PathLike[str], tokenizer: Any, config: Any, **where: Any) -> int | None:
-    """The number of tokens to which a sentence-transformers checkpoint cuts a text; None for another checkpoint.
+def saved_limit(path: str | os.PathLike[str], tokenizer: Any, positions: int, **where: Any) -> int | None:
+    """See :func:`python_model.model.modules_json.limit_of_modules`; None for a checkpoint with settings of its own, too.
 
     Raises:
         ValueError: it cuts texts in another way than GritLM.
@@ -51,7 +51,6 @@ def saved_limit(path: str | os.PathLike[str], tokenizer: Any, config: Any, **whe
     if _file(str(path), SETTINGS_FILE, **where) is not None:
         return None
     try:
-        positions = getattr(config, "max_position_embeddings", None)
         return limit_of_modules(functools.partial(_file, str(path), **where), tokenizer, positions)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

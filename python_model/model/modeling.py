@@ -141,7 +141,8 @@ class GritLM(nn.Module):
         whole = self.settings.projection or self.model.config.hidden_size
         if (size := self.settings.truncate_dim) is not None and size > whole:
             raise ValueError(f"truncate_dim: expected at most the embedding's {whole}, got {size}")
-        self.max_length = saved_limit(path, self.tokenizer, self.model.config, **where) or MAX_LENGTH
+        positions = max_positions(self.model.config)
+        self.max_length = saved_limit(path, self.tokenizer, positions, **where) or MAX_LENGTH
         self.texts_cut = 0
         self.is_inference = is_inference
         if "device_map" not in from_pretrained_kwargs:

@@ -25,6 +25,7 @@ Read = Callable[[str], Path | None]
 """A file of the checkpoint by its name (with folder), or None."""
 MODULES = "modules.json"
 _DECODER = "sentence_bert_config.json"
+_TEXTS = "config_sentence_transformers.json"
 _KINDS = ("Transformer", "GritTransformer", "Pooling", "Dense", "Normalize")
 # older folders have one flag per kind of pooling instead of pooling_mode
 _FLAGS = {
@@ -37,9 +38,9 @@ _FLAGS = {
 }
 # what each file may say; anything else that is set is refused
 _OF_DECODER = ("max_seq_length", "modality_config", "module_output_name", "unpad_inputs")
-_TEXTS = ("__version__", "prompts", "default_prompt_name", "similarity_fn_name", "requirements")
-_POOLING = (*_FLAGS, "pooling_mode", "word_embedding_dimension", "embedding_dimension", "include_prompt")
-_DENSE = ("in_features", "out_features", "bias", "activation_function", "module_input_name", "module_output_name")
+_OF_TEXTS = ("__version__", "prompts", "default_prompt_name", "similarity_fn_name", "requirements")
+_OF_POOLING = (*_FLAGS, "pooling_mode", "word_embedding_dimension", "embedding_dimension", "include_prompt")
+_OF_DENSE = ("in_features", "out_features", "bias", "activation_function")
 _LOADING = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", "padding_side", "device_map"}
 """How a decoder and its tokenizer are loaded, without effect on a vector."""
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
@@ -54,28 +55,16 @@ def settings_of_modules(read: Read) -> GritSettings | None:
     modules = _modules(read)
     if modules is None:
         return None
-    decoder = _json(read, _DECODER) or {}
-    if decoder.get("do_lower_case"):
-        raise ValueError(f"{_DECODER}: do_lower_case: expected false, got true")
-    if "text" not in decoder.get("modality_config", {"text": None}):
-        raise ValueError(f"{_DECODER}: modality_config: expected an entry 'text', got chat messages alone")
-    for name in ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"):
-        if not set(decoder.get(name) or ()) <= _LOADING:
-            raise ValueError(f"{_DECODER}: {name}: expected {sorted(_LOADING)}, got {decoder[name]!r}")
-        decoder.pop(name, None)
-    _check_value(_DECODER, decoder, "transformer_task", "feature-extraction")
-    _check_known(_DECODER, decoder, _OF_DECODER)
+    _check_decoder(read)
     pooling = _options(read, modules, "Pooling")
-    _check_known(f"{MODULES}: pooling", pooling, _POOLING)
+    _check_known(f"{MODULES}: pooling", pooling, _OF_POOLING)
     method = pooling.get("pooling_mode") or [name for flag, name in _FLAGS.items() if pooling.get(flag)]
     method = method[0] if isinstance(method, list) and len(method) == 1 else method
     if method not in POOLING_METHODS:
         raise ValueError(f"{MODULES}: pooling: expected one of {', '.join(POOLING_METHODS)}, got {method!r}")
-    texts = _json(read, "config_sentence_transformers.json") or {}
-    if texts.get("truncate_dim"):
-        raise ValueError(f"config_sentence_transformers.json: truncate_dim: expected none, got {texts['truncate_dim']}")
-    _check_value("config_sentence_transformers.json", texts, "model_type", "SentenceTransformer")
-    _check_known("config_sentence_transformers.json", texts, _TEXTS)
+    texts = _json(read, _TEXTS) or {}
+    _check_value(_TEXTS, texts, "model_type", "SentenceTransformer")
+    _check_known(_TEXTS, texts, _OF_TEXTS)
     prompts = {name: text or "" for name, text in (texts.get("prompts") or {}).items()}
     include_prompt = bool(pooling.get("include_prompt", True))
     if not include_prompt and method in ("cls", "weightedmean") and any(prompts.values()):
@@ -119,13 +108,13 @@ def head_of_modules(read: Read) -> dict[str, Tensor] | None:
     return {"weight": weight.float(), "bias": bias.float()}
 
 
-def limit_of_modules(read: Read, tokenizer: Any, positions: int | None) -> int | None:
+def limit_of_modules(read: Read, tokenizer: Any, positions: int) -> int | None:
     """The number of tokens to which sentence-transformers cuts a text, with those that the tokenizer adds; None without
     ``modules.json``.
 
     Args:
         tokenizer: the folder's.
-        positions: of the decoder, if its config has such a number.
+        positions: most tokens of a text for the decoder.
 
     Raises:
         ValueError: it would cut texts at their beginning.
@@ -137,7 +126,7 @@ def limit_of_modules(read: Read, tokenizer: Any, positions: int | None) -> int |
             f"truncation_side: expected 'right' in the tokenizer's config, got {tokenizer.truncation_side!r}"
         )
     given = (_json(read, _DECODER) or {}).get("max_seq_length")
-    return int(given) if given else min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    return int(given) if given else min(tokenizer.model_max_length, positions)
 
 
 def _modules(read: Read) -> list[tuple[str, str]] | None:
@@ -159,9 +148,8 @@ def _modules(read: Read) -> list[tuple[str, str]] | None:
     for entry, (kind, folder) in zip(listed, modules, strict=True):
         if entry.get("kwargs"):
             raise ValueError(f"{MODULES}: kwargs: expected none, got {entry['kwargs']!r} of {kind}")
-        for name, value in (_json(read, f"{folder}/config.json") or {}).items() if kind == "Normalize" else ():
-            if value not in (None, "sentence_embedding"):
-                raise ValueError(f"{folder}: {name}: expected 'sentence_embedding', got {value!r}")
+        if kind == "Normalize":
+            _check_layer(folder, _json(read, f"{folder}/config.json") or {}, ())
     if modules[0][1] not in ("", "."):
         raise ValueError(f"{MODULES}: expected the decoder in the folder itself, got {modules[0][1]!r}")
     return modules
@@ -173,12 +161,7 @@ def _dense(read: Read, modules: list[tuple[str, str]]) -> list[tuple[str, dict[s
     for kind, folder in modules:
         if kind == "Dense":
             options = _json(read, f"{folder}/config.json") or {}
-            for name in ("module_input_name", "module_output_name"):
-                if options.get(name, "sentence_embedding") != "sentence_embedding":
-                    raise ValueError(f"{folder}: {name}: expected 'sentence_embedding', got {options[name]!r}")
-            if options.get("use_residual"):
-                raise ValueError(f"{folder}: use_residual: expected false, got true")
-            _check_known(folder, options, _DENSE)
+            _check_layer(folder, options, _OF_DENSE)
             if layers and _activation(layers[-1][1]) != "identity":
                 raise ValueError(f"{folder}: expected no linear layer after an activation, got one")
             _activation(options)
@@ -193,6 +176,25 @@ def _activation(options: dict[str, Any]) -> Activation:
     return cast(Activation, _ACTIVATIONS[last])
 
 
+def _check_decoder(read: Read) -> None:
+    decoder = _json(read, _DECODER) or {}
+    if "text" not in decoder.get("modality_config", {"text": None}):
+        raise ValueError(f"{_DECODER}: modality_config: expected an entry 'text', got chat messages alone")
+    for name in ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"):
+        given = decoder.pop(name, None) or {}
+        if not set(given) <= _LOADING:
+            raise ValueError(f"{_DECODER}: {name}: expected {sorted(_LOADING)}, got {given!r}")
+    _check_value(_DECODER, decoder, "transformer_task", "feature-extraction")
+    _check_known(_DECODER, decoder, _OF_DECODER)
+
+
+def _check_layer(folder: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Check that a layer after the pooling maps the embedding to the embedding, with known options."""
+    for name in ("module_input_name", "module_output_name"):
+        _check_value(folder, options, name, "sentence_embedding")
+    _check_known(folder, options, known)
+
+
 def _check_known(where: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
     """Refuse what is set and not known: it may change vectors."""
     for name, value in options.items():
@@ -201,6 +203,7 @@ def _check_known(where: str, options: dict[str, Any], known: tuple[str, ...]) ->
 
 
 def _check_value(where: str, options: dict[str, Any], name: str, only: str) -> None:
+    """Take an option that may have one value out of the others."""
     if (value := options.pop(name, None)) not in (None, only):
         raise ValueError(f"{where}: {name}: expected {only!r}, got {value!r}")
 

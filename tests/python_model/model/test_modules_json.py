@@ -201,12 +201,24 @@ def test_prompts_are_named_and_exclude_an_instruction(tokenizer: Any, tmp_path: 
         model.encode("a", instruction="Find", prompt_name="query")
 
 
+def test_what_says_how_a_decoder_is_loaded_is_accepted(tokenizer: Any, tmp_path: Path) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    file = tmp_path / "model" / "sentence_bert_config.json"
+    known = {
+        "model_args": {"torch_dtype": "bfloat16"},
+        "tokenizer_args": {"padding_side": "left"},
+        "query_length": None,
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **known, "transformer_task": "feature-extraction"}))
+    assert GritLM(tmp_path / "model", mode="embedding", device="cpu").pooling_method == "lasttoken"
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("modules.json", {"append": "sentence_transformers.models.LayerNorm"}, "expected modules .*got LayerNorm"),
     ("modules.json", {"append": "sentence_transformers.models.Pooling"}, "in turn, got"),
     ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling: expected one of mean, .*got 'max'"),
     ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, "pooling: expected one of"),
-    ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case: expected false"),
+    ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case: expected none, got True"),
     ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config: expected an entry 'text'"),
     (
         "sentence_bert_config.json",
@@ -237,18 +249,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-def test_what_says_how_a_decoder_is_loaded_is_accepted(tokenizer: Any, tmp_path: Path) -> None:
-    qwen3_embedding(tmp_path, tokenizer)
-    file = tmp_path / "model" / "sentence_bert_config.json"
-    known = {
-        "model_args": {"torch_dtype": "bfloat16"},
-        "tokenizer_args": {"padding_side": "left"},
-        "query_length": None,
-    }
-    file.write_text(json.dumps({**json.loads(file.read_text()), **known, "transformer_task": "feature-extraction"}))
-    assert GritLM(tmp_path / "model", mode="embedding", device="cpu").pooling_method == "lasttoken"
-
-
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED)
 def test_what_would_give_other_vectors_is_refused(
     name: str, change: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path
@@ -273,19 +273,20 @@ FOLDER: dict[str, Any] = {
     "1/config.json": {"pooling_mode": "mean"},
     "2/config.json": {"out_features": 6, "activation_function": "torch.nn.modules.linear.Identity"},
     "3/config.json": {"out_features": 4, "activation_function": "torch.nn.modules.activation.Tanh"},
+    "4/config.json": {},
     "config_sentence_transformers.json": {"prompts": {"query": "Find: "}},
     "config.json": {"is_causal": False},
 }
 OF_FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
-    "a residual": ({"2/config.json": {"use_residual": True}}, "2: use_residual: expected false, got true"),
-    "another input": (
-        {"3/config.json": {"module_input_name": "token_embeddings"}},
-        "3: module_input_name: expected 'sentence_embedding', got 'token_embeddings'",
-    ),
-    "another output": (
-        {"3/config.json": {"module_output_name": "x"}},
-        "3: module_output_name: expected 'sentence_embedding', got 'x'",
-    ),
+    "a residual": ({"2/config.json": {"use_residual": True}}, "2: use_residual: expected none, got True"),
+    **{
+        f"another {side}": (
+            {"3/config.json": {name: "token_embeddings"}},
+            f"3: {name}: expected 'sentence_embedding', got 'token_embeddings'",
+        )
+        for side, name in (("input", "module_input_name"), ("output", "module_output_name"))
+    },
+    "an unknown option of the normalisation": ({"4/config.json": {"p": 1}}, "4: p: expected none, got 1"),
     "a layer after an activation": (
         {"2/config.json": {"activation_function": "torch.nn.Tanh"}},
         "3: expected no linear layer after an activation, got one",
