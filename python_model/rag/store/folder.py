@@ -138,8 +138,15 @@ class StoreFolder:
         own = given.get("fingerprint")
         former = own is not None and former_fingerprint is not None and known.get("fingerprint") == former_fingerprint
         up_to_date = {"settings": settings, "fingerprint": own if former else known.get("fingerprint")}
-        if any(value != known.get(name) for name, value in up_to_date.items()):
-            known |= up_to_date
+        outdated = any(value != known.get(name) for name, value in up_to_date.items())
+        known |= up_to_date
+        for name, value in given.items():
+            if value is not None and known.get(name) != value:
+                raise ValueError(
+                    f"{name}: expected {known.get(name)!r} as the {self.kind} {self.path} has, got {value!r}; "
+                    f"to change it, rebuild the {self.kind}: `{self.rebuild}`"
+                )
+        if outdated:  # only now: a model that is refused must not leave its own values
             try:
                 with self._transaction() as db:
                     for name, value in up_to_date.items():
@@ -147,12 +154,6 @@ class StoreFolder:
             except sqlite3.OperationalError as error:
                 if "readonly" not in str(error):  # then it is done whenever it is opened
                     raise
-        for name, value in given.items():
-            if value is not None and known.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {known.get(name)!r} as the {self.kind} {self.path} has, got {value!r}; "
-                    f"to change it, rebuild the {self.kind}: `{self.rebuild}`"
-                )
         return known
 
     def _create(self, db: sqlite3.Connection) -> None:

@@ -134,6 +134,9 @@ def test_a_fingerprint_of_a_sample_is_brought_up_to_date(checkpoint: Path, tmp_p
             for key, value in former.items():
                 db.execute("UPDATE meta SET value = ? WHERE name = ?", (json.dumps(value), key))
         db.close()
+    other: Any = GritLM(checkpoint, projection=8, device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match="settings: expected"):
+        open_index(tmp_path / "i", other)  # which does not become its own
     store = KVStore(tmp_path / "s")
     assert RAG(model, store=store).store is store  # also without being brought up to date
     for _ in range(2):
