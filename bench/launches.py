@@ -71,16 +71,11 @@ class _Launchers(TorchDispatchMode):
     """Runs this package's launchers on tensors without data, for which torch would only ask for the shapes of results."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (launcher_of(function, args) or function)(*args, **(kwargs or {}))
-
-
-def launcher_of(function: Any, args: Any) -> Callable[..., Any] | None:
-    """What serves a call of an op of this package on a GPU, if the call is on meta tensors."""
-    # tensors with data, such as those of a check by patch(), take the usual path
-    ours = function.namespace == "grit_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args)
-    if ours and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CUDA"):
-        return functools.partial(function._op_dk, torch._C.DispatchKey.CUDA)
-    return None
+        # tensors with data, such as those of a check by patch(), take the usual path
+        ours = function.namespace == "grit_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args)
+        if ours and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CUDA"):
+            return function._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def this_gpu() -> tuple[int, int]:
