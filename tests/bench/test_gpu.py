@@ -7,14 +7,16 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from bench import attention, common, gpu, gpu_dry, gpu_table, launches, records, report  # noqa: E402
+from bench import attention, attention_tune, common, gpu, gpu_dry, gpu_table, launches, records, report  # noqa: E402
 from bench.gpu import Run, Task, run_all  # noqa: E402
 from tests.bench.parsing import parsed  # noqa: E402
 
@@ -156,6 +158,26 @@ def test_what_a_task_launches_is_compiled_before_it() -> None:
         needed = {"tuning"} if "--few" in arguments else NEEDED[module]
         assert needed <= compiled, task.name
     assert compiled == set(launches.GROUPS)
+
+
+@pytest.mark.parametrize(
+    "task", [t for t in gpu.TASKS if t.command.startswith("bench.attention_tune ")], ids=lambda t: t.name
+)
+def test_all_that_a_tuning_tries_is_compiled(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[str, int, bool]] = []
+    monkeypatch.setattr(
+        attention_tune, "problems", lambda *_: [("", SimpleNamespace(q=SimpleNamespace(device="meta")))]
+    )
+    monkeypatch.setattr(attention_tune, "call", lambda *_: None)
+    monkeypatch.setattr(launches, "choose_config", lambda *_: None)
+    monkeypatch.setattr(
+        attention_tune, "tried", lambda kernel, dim, few, table: compiled.append((kernel, dim, few)) or ()
+    )
+    module, *arguments = shlex.split(task.command)
+    asked = parsed(module, arguments)
+    launches.GROUPS["tuning" if asked.few else "tuning_all"]()
+    tried = product(asked.kernels.split(","), map(int, asked.dims.split(",")), [asked.few])
+    assert set(tried) == set(compiled)
 
 
 @pytest.mark.parametrize("task", [t for t in gpu.TASKS if t.command.startswith("bench.")], ids=lambda t: t.name)
