@@ -27,7 +27,7 @@ from python_model.support.arguments import check_at_least, check_choice
 ChatFormat = Literal["grit", "template"]
 FORMATS: tuple[str, ...] = get_args(ChatFormat)
 OF_CONVERSATIONS = ("messages", "conversations", "system", "documents", "query")
-"""Columns of other formats, which a file of prompts has no use for: a system message is one of all rows."""
+"""Columns of other formats, refused in a file of prompts; a system message is an option, the same for all rows."""
 _GENERATING = threading.Lock()
 UNFINISHED = "\ufffd"  # what the first bytes of a longer character decode to
 
@@ -217,7 +217,8 @@ def _beams(
 
 @contextlib.contextmanager
 def _own_generation_config(model: GritLM) -> Iterator[None]:
-    """transformers takes penalties, banned words and the like from the checkpoint; the other ways to decode know none."""
+    """No penalties, banned words and the like of the checkpoint, which the other ways to decode do not know: transformers would
+    take from its config whatever a call's own leaves open."""
     decoder: Any = model.model.get_base_model() if hasattr(model.model, "get_base_model") else model.model
     ends, padding = eos_token_ids(model), model.tokenizer.pad_token_id
     with _GENERATING:

@@ -99,16 +99,17 @@ def states_config(config: Any, *, training: bool = False) -> dict[str, Any]:
 
 
 def fingerprint(model: GritLM) -> str:
-    """Identifies what makes a text's states, architecture, weights and tokenizer, by its whole content.
+    """Identifies what a text's states depend on (architecture, weights, tokenizer) by its whole content.
 
-    Weights are compared in bfloat16, so a model's fingerprint does not depend on the dtype it was loaded in.
+    Weights are compared in bfloat16, so a model's fingerprint does not depend on the dtype it was loaded in. Every call reads
+    all of them, which suits the opening of a store, not what is done per text.
     """
     decoder = weights_digest(model.decoder[0], torch.bfloat16)
     return MARK + _digest(states_config(model.model.config), decoder, tokenizer_digest(model.tokenizer))
 
 
 def content_digest(model: GritLM) -> str:
-    """Identifies what makes embeddings and replies: what :func:`fingerprint` does, heads, and settings."""
+    """Identifies what embeddings and replies depend on: what :func:`fingerprint` covers, heads, and settings."""
     parts = [part for part in (model.model, model.projection) if part is not None]
     weights = [weights_digest(part, torch.bfloat16) for part in parts]
     config, tokenizer = states_config(model.model.config, training=True), model.tokenizer
@@ -116,8 +117,7 @@ def content_digest(model: GritLM) -> str:
 
 
 def weights_digest(module: nn.Module, dtype: torch.dtype) -> str:
-    """Hex digest of every element of every weight and saved buffer, with
-    numbers that are not integers rounded to ``dtype``."""
+    """Hex digest of every element of every weight and saved buffer; numbers that are not integers are rounded to ``dtype``."""
     named: list[tuple[str, Tensor]] = list(module.named_parameters())
     for prefix, part in module.named_modules():
         saved = part._buffers.keys() - part._non_persistent_buffers_set
@@ -159,9 +159,8 @@ def _content(weight: Tensor, dtype: torch.dtype) -> bytes:
     flat = plain_weight(weight).reshape(-1)
     digest = hashlib.sha256()
     for block in flat.split(_BLOCK):
-        rounded = (
-            block.to("cpu", dtype) if flat.is_floating_point() else block.cpu()
-        )  # packed integers stay as they are
+        # packed integers stay as they are
+        rounded = block.to("cpu", dtype) if flat.is_floating_point() else block.cpu()
         digest.update(rounded.contiguous().view(torch.uint8).numpy())
     return digest.digest()
 

@@ -25,7 +25,7 @@ class UnreadableFileError(ValueError):
     """Why a file yields no documents."""
 
 
-FAULTS = (UnreadableFileError, ImportError, OSError, ValueError)
+FAULTS = (ImportError, OSError, ValueError)
 """What :func:`read_file` raises through a fault of the file, or for want of the library that reads it."""
 
 
