@@ -142,15 +142,6 @@ def test_mteb_scores_by_the_dot_product(checkpoint: Path, normalized: bool) -> N
     torch.testing.assert_close(got.float(), vectors[:1] @ vectors.T)
 
 
-def test_the_instruction_of_a_query_is_read_as_mteb_s_own_models_read_it() -> None:
-    from python_model.evaluation.mteb_adapter import query_text
-
-    assert query_text({"id": "1", "text": "a river"}) == query_text({"id": "1", "text": "a river", "instruction": None})
-    assert query_text({"id": "1", "text": "a river", "instruction": "in France"}) == "a river in France"
-    with pytest.raises(ValueError, match="queries: expected texts, got a conversation"):
-        query_text({"id": "1", "text": [{"role": "user", "content": "a"}]})
-
-
 @needs_mteb
 def test_mteb_search_ranks_by_the_instruction_of_each_query(model: GritLM) -> None:
     from types import SimpleNamespace

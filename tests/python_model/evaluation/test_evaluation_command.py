@@ -20,7 +20,7 @@ from python_model.data.rows import GenerativeRow
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import conversation_losses
-from python_model.evaluation.mteb_adapter import GritEncoder
+from python_model.evaluation.mteb_adapter import GritEncoder, prefix_for, query_text
 from python_model.evaluation.retrieval import (
     best_chunks,
     embed_documents,
@@ -248,6 +248,23 @@ def test_the_encoder_for_mteb_says_how_many_texts_it_cuts(checkpoint: Path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode([{"text": ["river"]}], **task)
+
+
+def test_the_instruction_of_a_query_is_read_as_mteb_s_own_models_read_it() -> None:
+    assert query_text({"id": "1", "text": "a river"}) == query_text({"id": "1", "text": "a river", "instruction": None})
+    assert query_text({"id": "1", "text": "a river", "instruction": "in France"}) == "a river in France"
+    with pytest.raises(ValueError, match="queries: expected texts, got a conversation"):
+        query_text({"id": "1", "text": [{"role": "user", "content": "a"}]})
+
+
+def test_of_mteb_s_tasks_only_the_documents_of_retrieval_have_no_instruction(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", mode="embedding")
+    encoder = SimpleNamespace(get_instruction=lambda *given: "Find")
+    for kind in ("Retrieval", "InstructionRetrieval", "STS"):
+        for side in ("query", "document", None):
+            wanted = "" if kind != "STS" and side == "document" else "Find"
+            found = prefix_for(model, encoder, SimpleNamespace(type=kind), side)
+            assert found == model.formatter.embed_instruction(wanted), (kind, side)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "generative"])

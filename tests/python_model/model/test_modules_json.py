@@ -177,6 +177,20 @@ def test_queries_and_documents_get_the_prompts_that_sentence_transformers_gives_
     np.testing.assert_allclose(found, theirs.encode(TEXTS, prompt="find this: "), atol=1e-5)
 
 
+def test_of_several_prompts_documents_get_the_one_that_sentence_transformers_prefers(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    qwen3_embedding(tmp_path, tokenizer)
+    file = tmp_path / "model" / "config_sentence_transformers.json"
+    content = json.loads(file.read_text())
+    names = ("corpus", "passage", "document")
+    for count in (2, 3):
+        file.write_text(json.dumps(content | {"prompts": {name: f"{name}: " for name in names[:count]}}))
+        theirs = st.SentenceTransformer(str(file.parent), device="cpu")
+        ours = GritLM(file.parent, mode="embedding", device="cpu", dtype="float32")
+        np.testing.assert_allclose(ours.encode_corpus(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
+
+
 def test_arguments_and_grit_json_go_before_modules_json(tokenizer: Any, tmp_path: Path) -> None:
     qwen3_embedding(tmp_path, tokenizer)
     folder = tmp_path / "model"
