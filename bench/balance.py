@@ -52,11 +52,19 @@ class _OneSum(ObjectiveGradients):
 
 
 def cosines(run: str, log: Iterable[str], limit: float) -> dict[str, Any]:
-    """A row on the cosine of both gradients in each step of a run that limited each to ``limit``, from its ``log.jsonl``."""
+    """A row on the cosine of both gradients in each step of a run that limited each to ``limit``, from its ``log.jsonl``.
+
+    Raises:
+        ValueError: a step has no such cosine, as in a run of one objective.
+    """
     found = []
     for record in map(json.loads, log):
-        added = [min(record[name], limit or record[name]) for name in NORMS]
-        found.append(record.get("gradient_cosine", cosine(added, record["gradient_norm"])))
+        if "gradient_cosine" not in record:
+            added = [min(norm, limit or norm) for norm in (record[name] or 0.0 for name in NORMS)]
+            record["gradient_cosine"] = cosine(added, record["gradient_norm"])
+        found.append(record["gradient_cosine"])
+    if not found or None in found:
+        raise ValueError(f"log: expected gradients of both objectives in each step, got others in that of {run}")
     values = np.array(found)
     low, high = np.quantile(values, [0.05, 0.95])
     return {

@@ -41,4 +41,9 @@ def test_cosines_come_from_a_log_or_from_its_norms(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
     assert row["cosines"] == pytest.approx([0.0, 1.0, 0.0, -0.25], abs=1e-4)
     assert (row["run"], row["steps"], row["within_tenth"]) == ("mine", 4, 0.5)
+    for one in ({**lines[0], "generative_grad_norm": None}, {**lines[0], "gradient_cosine": None}):
+        with pytest.raises(
+            ValueError, match="log: expected gradients of both objectives in each step, .* that of mine"
+        ):
+            balance.cosines("mine", [json.dumps(one)], 1.0)
     assert row["mean"] == pytest.approx(0.1875, abs=1e-4) and row["low"] < row["mean"] < row["high"]

@@ -146,6 +146,10 @@ def test_each_contender_of_the_tuning_is_compiled_once() -> None:
     forward = [json.loads(launch.data) for launch in found if launch.name == "attention_forward_kernel"]
     contenders = attention_tune.contenders("forward", 64)
     assert len(forward) == len(contenders) == len(set(contenders)) > 4
+    other = contenders[0]._replace(stages=9)
+    assert attention_tune.tried("forward", 64, True, other) == [other, *contenders], (
+        "the entry of this GPU's table first"
+    )
 
 
 def test_another_gpu_another_launch_and_only_inside() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def test_items_take_data_sets_in_turn_and_leave_out_other_answers(held_out: Held
         make_items(held_out, 99)
     with pytest.raises(ValueError, match="queries: expected .*got 0"):
         make_items(held_out, 4, 0)
+    other.rows = [replace(row, dataset=EVERYTHING) for row in other.rows]
+    with pytest.raises(ValueError, match="dataset: expected a name other than 'all'"):
+        make_items(other, 4)
 
 
 def test_orders_are_those_of_the_library_and_are_kept(held_out: HeldOut, checkpoint: Path, tmp_path: Path) -> None:
