@@ -207,6 +207,7 @@ class Values(dict[str, Any]):
     """Arguments of a config; equal, as keys of a cache, if they are written alike (True and 1 are not)."""
 
     def written(self) -> str:
+        """The values as JSON."""
         return json.dumps(self, sort_keys=True, default=repr)
 
     def __hash__(self) -> int:  # type: ignore[override]
