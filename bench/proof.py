@@ -2,7 +2,7 @@
 
     python -m bench.proof --data DATA [--config configs/proof.yaml] [--output proof_output] [--only unified-0] [--table]
 
-The runs are unified, embedding-only and generative-only per seed, and the specialists with twice the steps (equal compute). All
+The runs are unified, embedding-only and generative-only per seed, and the specialists with twice the steps. All
 start from the same base with the same settings, hence the same rows, tokens per objective and clipping. Each is measured on both
 jobs at the end, and the base model and BM25 on the same rows. Each run writes its record with the scores of every query to
 ``bench/results/proof/NAME.json`` as soon as it ends, and a run that has a record is not run again; once the records are
