@@ -65,7 +65,8 @@ def settings_of_modules(read: Read) -> GritSettings | None:
     texts = _json(read, _TEXTS) or {}
     _check_value(_TEXTS, texts, "model_type", "SentenceTransformer")
     _check_known(_TEXTS, texts, _OF_TEXTS)
-    prompts = {name: text or "" for name, text in (texts.get("prompts") or {}).items()}
+    # sentence-transformers gives every model these two
+    prompts = {"query": "", "document": "", **{n: text or "" for n, text in (texts.get("prompts") or {}).items()}}
     include_prompt = bool(pooling.get("include_prompt", True))
     if not include_prompt and method in ("cls", "weightedmean") and any(prompts.values()):
         raise ValueError(f"{MODULES}: include_prompt: expected true with pooling {method!r} and prompts, got false")

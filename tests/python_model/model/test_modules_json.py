@@ -177,18 +177,28 @@ def test_queries_and_documents_get_the_prompts_that_sentence_transformers_gives_
     np.testing.assert_allclose(found, theirs.encode(TEXTS, prompt="find this: "), atol=1e-5)
 
 
-def test_of_several_prompts_documents_get_the_one_that_sentence_transformers_prefers(
-    tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"prompts": {"corpus": "corpus: ", "passage": "passage: ", "document": "document: "}},
+        {"prompts": {"corpus": "corpus: ", "passage": "passage: "}},
+        {"prompts": {"search": "find: "}, "default_prompt_name": "search"},
+    ],
+    ids=["several", "others", "default"],
+)
+def test_prompts_are_chosen_as_sentence_transformers_chooses_them(
+    texts: dict[str, Any], tokenizer: Any, tmp_path: Path
 ) -> None:
+    """There, every model has a prompt for queries and one for documents, which are empty if the folder has none."""
     qwen3_embedding(tmp_path, tokenizer)
     file = tmp_path / "model" / "config_sentence_transformers.json"
-    content = json.loads(file.read_text())
-    names = ("corpus", "passage", "document")
-    for count in (2, 3):
-        file.write_text(json.dumps(content | {"prompts": {name: f"{name}: " for name in names[:count]}}))
-        theirs = st.SentenceTransformer(str(file.parent), device="cpu")
-        ours = GritLM(file.parent, mode="embedding", device="cpu", dtype="float32")
-        np.testing.assert_allclose(ours.encode_corpus(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
+    file.write_text(json.dumps(json.loads(file.read_text()) | texts))
+    theirs = st.SentenceTransformer(str(file.parent), device="cpu")
+    ours = GritLM(file.parent, mode="embedding", device="cpu", dtype="float32")
+    assert ours.settings.prompts == theirs.prompts
+    np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(ours.encode_queries(TEXTS), theirs.encode_query(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(ours.encode_corpus(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
 
 
 def test_arguments_and_grit_json_go_before_modules_json(tokenizer: Any, tmp_path: Path) -> None:
@@ -359,7 +369,7 @@ def test_a_folders_modules_become_settings_and_one_head(tmp_path: Path) -> None:
     assert found is not None
     assert (found.pooling_method, found.normalized, found.attn, found.embed_instruction) == ("mean", True, "bbcc", True)
     assert (found.projection, found.projection_activation, found.format) == (4, "tanh", "plain")
-    assert dict(found.prompts) == {"query": "Find: "} and found.default_prompt_name is None
+    assert dict(found.prompts) == {"query": "Find: ", "document": ""} and found.default_prompt_name is None
     generator = torch.Generator().manual_seed(0)
     first, second, bias = (torch.randn(*shape, generator=generator) for shape in ((6, 5), (4, 6), (4,)))
     with pytest.raises(FileNotFoundError, match="expected the weights 2/model.safetensors, got no such file"):
