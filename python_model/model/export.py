@@ -74,8 +74,9 @@ def export_sentence_transformers(
     Args:
         model: any GritLM whose embedding attention is ``bb`` or ``cc``.
         folder: replaced if it exists.
-        instructions: instruction text by prompt name, in addition to the settings' own prompts; default: ``{"query": "",
-            "document": ""}`` if the settings have none. Each becomes the prefix of the model's format
+        instructions: instruction text by prompt name, in addition to the settings' own prompts, of which only an empty one may
+            have the same name; default: ``{"query": "", "document": ""}`` if the settings have none. Each becomes the prefix of
+            the model's format
             (``<|user|>\\n{instruction}\\n<|embed|>\\n``, or the bare embed marker), excluded from pooling unless the settings
             have ``embed_instruction``.
         max_length: longer texts are truncated; at most the positions that the model's config gives.
@@ -138,7 +139,7 @@ def export_sentence_transformers(
         names = instructions or {}
         if instructions is None and not settings.prompts:
             names = {"query": "", "document": ""}
-        if taken := sorted(set(names) & set(settings.prompts)):
+        if taken := sorted(name for name in names if settings.prompts.get(name)):
             raise ValueError(f"instructions: expected names that differ from the settings' prompts, got {taken[0]!r}")
         prefixes = {**settings.prompts, **{name: formatter.embed_instruction(text) for name, text in names.items()}}
         prompts = {name: text.replace(TURN_END, str(model.tokenizer.eos_token)) for name, text in prefixes.items()}

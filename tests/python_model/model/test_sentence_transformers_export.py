@@ -188,6 +188,13 @@ def test_bos_that_the_tokenizer_does_not_add_is_added_by_the_exported_one(
         np.testing.assert_allclose(loaded.encode(TEXTS, prompt_name="query"), want, atol=2e-6)
 
 
+def test_an_instruction_may_take_the_name_of_an_empty_prompt(checkpoint: Path, tmp_path: Path) -> None:
+    model = GritLM(checkpoint, prompts={"query": "", "document": ""}, device="cpu", dtype="float32")
+    loaded = _load(export_sentence_transformers(model, tmp_path / "st", instructions={"query": "Find the text"}))
+    want = model.encode(TEXTS, instruction=embed_instruction("Find the text"))
+    np.testing.assert_allclose(loaded.encode(TEXTS, prompt_name="query"), want, atol=2e-6)
+
+
 def test_settings_without_a_counterpart_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
     refused: dict[str, dict[str, Any]] = {
         "attn": {"attn": "cbcc"},
