@@ -150,9 +150,24 @@ def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
     first, second = re.search(r"rows: seed 0 -(\S+)% .*; seed 1 -(\S+)% ", table).groups()  # type: ignore[union-attr]
     assert f"nDCG@10 is {first} and {second} % below after 430 steps" in text
     (score, low, high), (loss, _, _), (double, _, _), (double_loss, _, _) = differences("proof_rate")
+    table = (RESULTS / "proof_rate" / "table.md").read_text(encoding="utf-8")
+    first, second = re.search(r"rows: seed 0 \+(\S+)% .*; seed 1 -(\S+)% ", table).groups()  # type: ignore[union-attr]
+    assert f"after 144 it is {first} % above with seed 0 and {second} % below with seed 1" in text
     assert f"(both: {score} %, {low} to {high} %), the loss {loss.strip('+')} % higher with either" in text
     assert f"(nDCG@10 {double.strip('-')} %, loss {double_loss.strip('+')} %)" in text
     assert f"nDCG@10 was {differences('proof_short')[0][0].strip('-')} % below after 144 steps" in text
+
+
+def test_the_tokens_of_twice_the_steps_are_those_of_their_logs() -> None:
+    tokens = {
+        name: sum(step["tokens"] for step in records.read(RESULTS / "proof_rate" / f"{name}.json")["log"])
+        for name in ("unified-0", "embedding-double-0", "generative-double-0")
+    }
+    unified, embedding, generative = tokens.values()
+    shares = (
+        f"{embedding / unified:.1f} times the unified model's tokens in embedding, {generative / unified:.1f} times"
+    )
+    assert shares.replace(" 0.", " .") in " ".join(PROOF.split())
 
 
 def test_the_cosine_of_the_proofs_gradients_is_that_of_its_record() -> None:
