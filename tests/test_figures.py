@@ -164,10 +164,11 @@ def test_the_tokens_of_twice_the_steps_are_those_of_their_logs() -> None:
         for name in ("unified-0", "embedding-double-0", "generative-double-0")
     }
     unified, embedding, generative = tokens.values()
-    shares = (
-        f"{embedding / unified:.1f} times the unified model's tokens in embedding, {generative / unified:.1f} times"
+    read = (
+        f"embedding specialist has read {embedding / unified:.1f} times the unified model's tokens, "
+        f"and the generative one {generative / unified:.1f} times"
     )
-    assert shares.replace(" 0.", " .") in " ".join(PROOF.split())
+    assert read.replace(" 0.", " .") in " ".join(PROOF.split())
 
 
 def test_the_cosine_of_the_proofs_gradients_is_that_of_its_record() -> None:
