@@ -319,8 +319,8 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
     lists = {
         k: v
         for k, v in given.items()
-        # of a short list, only the name tells whether it is one entry per layer; one that values no longer have, such as that of
-        # the ids that end a text, is not
+        # with one entry per layer: not the ids that end a text, whose list has been replaced in values; and if there are only one
+        # or two layers, many a list is as long, so its name decides
         if isinstance(values.get(k), list)
         and len(v) == count
         and (count > 2 or k in LISTS_OF_KINDS or k.endswith("layer_types"))

@@ -73,7 +73,7 @@ def test_the_number_of_reads_does_not_grow_with_the_layers(run: Callable[[Any], 
 
 
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
-def test_nor_without_patch(grad_mode: Callable[[], Any]) -> None:
+def test_the_number_of_reads_does_not_grow_without_patch_either(grad_mode: Callable[[], Any]) -> None:
     reads = []
     for layers in (1, 3):
         model = tiny_model(num_hidden_layers=layers)
