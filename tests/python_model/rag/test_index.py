@@ -19,16 +19,12 @@ from python_model.rag.documents import chunk, read_documents
 from python_model.rag.index import Index, add_documents, open_index
 from python_model.rag.modes import Document
 from python_model.rag.store.vectors import stable_top_k
+from tests.python_model.rag.numbered import keys, unit
 
 
 def make(count: int, size: int = 16, seed: int = 0) -> tuple[list[Document], torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.nn.functional.normalize(torch.randn(count, size, generator=generator), dim=1)
-    return [Document(f"{seed}-{i}", f"text {i}", f"title {i}" if i % 2 else "") for i in range(count)], vectors
-
-
-def keys(found: Any) -> list[list[str]]:
-    return [[hit.document.key for hit in hits] for hits in found]
+    documents = [Document(f"{seed}-{i}", f"text {i}", f"title {i}" if i % 2 else "") for i in range(count)]
+    return documents, unit(count, size, seed)
 
 
 @pytest.mark.parametrize("rows_at_once", [1 << 16, 8])
