@@ -1,7 +1,8 @@
-"""Engines over the tiny checkpoint, stepped by hand and on a clock of their own."""
+"""The tiny checkpoint behind a live server, and in engines that are stepped by hand on a clock of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from python_model import GritLM
 from python_model.serve.engine import Engine, Event, Generation, TextWork
+from tests.python_model.serve.server import Server, serving
 
 
 class SteppedEngine(Engine):
@@ -47,3 +49,27 @@ def collect(work: TextWork | Generation) -> list[Event]:
 def served_model(checkpoint: Path) -> GritLM:
     """The tiny Mistral in float32."""
     return GritLM(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def server(served_model: GritLM) -> Iterator[Server]:
+    from python_model.serve.service import Limits
+
+    with serving(served_model, limits=Limits(body_bytes=4 << 20, texts=64)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def documents(served_model: GritLM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An index of three documents, and the store of their states."""
+    from python_model.rag.answer import RAG, open_store
+    from python_model.rag.index import add_documents, open_index
+    from python_model.rag.modes import Document
+
+    folder = tmp_path_factory.mktemp("rag")
+    texts = ["Paris is the capital of France. " * 3, "A river flows through the city. " * 3, "A word is short."]
+    given = [Document(f"doc-{i}", text, f"Title {i}") for i, text in enumerate(texts)]
+    index = open_index(str(folder / "index"), served_model)
+    add_documents(index, served_model, given)
+    RAG(served_model, store=open_store(str(folder / "store"), served_model)).add_to_store(given)
+    return folder / "index", folder / "store"

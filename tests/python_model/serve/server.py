@@ -12,6 +12,8 @@ from typing import Any
 from python_model import GritLM
 from python_model.serve.engine import Engine
 
+CHAT = "/v1/chat/completions"
+
 
 @dataclass
 class Server:
@@ -82,3 +84,20 @@ def serving(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive() and not engine.alive
+
+
+def question(text: str = "What is a river?", **options: Any) -> dict[str, Any]:
+    """The body of a chat."""
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8, **options}
+
+
+def post(server: Server, path: str, body: Any = None, **options: Any) -> Any:
+    import httpx
+
+    return httpx.post(f"{server.url}{path}", **({"json": body} if body is not None else {}), timeout=30, **options)
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -107,6 +108,19 @@ def test_more_than_sixteen_documents_are_reranked_when_there_is_room(service: Se
         assert [(work.bulk, work.causal, work.deadline) for work in works] == [(bulk, True, 5.0)] * count
     with pytest.raises(ApiError, match=f"documents: expected at most {TEXTS}, got {TEXTS + 1}"):
         service.rerank(RerankRequest.model_validate({"query": "q", "documents": ["a"] * (TEXTS + 1)}))
+
+
+def test_the_tokenizer_is_held_for_one_text_at_a_time(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["A river flows.", "Paris is a city.", "A word is short."]
+    for prepare, request in (
+        (service.rerank, RerankRequest.model_validate({"query": "What flows?", "documents": texts})),
+        (service.complete, CompletionRequest.model_validate({"prompt": texts})),
+        (service.embed, embedding(texts)),
+    ):
+        lock = MagicMock()
+        monkeypatch.setattr(service, "_lock", lock)
+        prepare(request)  # type: ignore[operator]
+        assert lock.__enter__.call_count == lock.__exit__.call_count == len(texts), prepare
 
 
 def test_dimensions_reach_from_one_to_all(service: Service) -> None:
