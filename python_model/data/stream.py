@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -318,7 +318,7 @@ def _indexed(config: DataConfig, mode: str, in_batch_negatives: bool, teacher: b
         names |= set(index.names)
         if _wanted(mode, index):
             _check_left_out(config, index.file, index.report)
-            folder = index.file.replace(os.sep, "/").rpartition("/")[0].rpartition("/")[2]
+            folder = Path(index.file).parent.name
             if "no_in_batch_neg" in f"{folder} {dataset_name(index.file)}" and not index.kind and in_batch_negatives:
                 raise DataError(
                     f"{index.file}: its name, or that of its folder, says no_in_batch_neg: FlagEmbedding takes no other query's "
