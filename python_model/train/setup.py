@@ -12,10 +12,12 @@ import torch
 
 import grit_kernels as gk
 from python_model.corpora.small_model import resolve_model
-from python_model.model.identity import states_config, weights_digest
+from python_model.evaluation.held_out import held_out_digest
+from python_model.model.identity import states_config, tokenizer_digest, weights_digest
 from python_model.model.modeling import GritLM
 from python_model.train.adapters import add_adapters, quantization_arguments
-from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig
+from python_model.train.config import LossConfig, Mode, ModelConfig, OptimizerKind, ParallelConfig
+from python_model.train.distributed import Ranks
 from python_model.train.memory import GIB, MemoryPlan, StepTokens, plan_memory
 
 GRAPHS = 64
@@ -73,6 +75,20 @@ def compile_layers(grit: GritLM, config: ModelConfig, backend: Any = "inductor")
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
 
 
+def router_loss_weight(model: GritLM, config: LossConfig) -> float:
+    """Weight of the load-balancing loss; 0 for a model without experts."""
+    settings = model.model.config
+    if not getattr(settings, "num_local_experts", 0):
+        if config.router_loss_weight:
+            raise ValueError(
+                f"losses.router_loss_weight: expected none for a model without experts, got {config.router_loss_weight}"
+            )
+        return 0.0
+    if config.router_loss_weight is not None:
+        return config.router_loss_weight
+    return float(getattr(settings, "router_aux_loss_coef", 0.0))
+
+
 def plan_dry_run(
     config: ModelConfig,
     parallel: ParallelConfig,
@@ -103,6 +119,36 @@ def plan_dry_run(
     if torch.cuda.is_available():
         limit = float(torch.cuda.get_device_properties(0).total_memory)
     return plan_memory(model, architecture, tokens, config, parallel, mode, world, optimizer), limit
+
+
+def run_identity(
+    model: GritLM,
+    data_digest: str,
+    ranks: Ranks,
+    *,
+    evaluation_data: str,
+    optimizer: OptimizerKind,
+    parallel: ParallelConfig,
+) -> dict[str, str]:
+    """What a state must have been written with to be resumed from (``identity`` of a Checkpointer), the same on all ranks."""
+    # rank 0 has the weights; float64 holds 48 bits exactly
+    values = [model_digest(model.model), former_model_digest(model.model)]
+    weights, former = map(int, ranks.all_values(values)[0].tolist())
+    identity = {
+        "data.train_data": data_digest,
+        "model.name": f"{former:012x}",  # of states that earlier versions wrote
+        "model.name (weights)": f"{weights:012x}",
+        "model.name (config)": config_digest(model.model.config),
+        "model.name (tokenizer)": tokenizer_digest(model.tokenizer),
+    }
+    if evaluation_data:
+        identity["evaluation.data"] = held_out_digest(evaluation_data)
+    if optimizer == "adamw_8bit":
+        # a scale belongs to 256 weights of one shard, so shards of another size have other scales
+        whole = ranks.group is None or parallel.strategy == "ddp"
+        shards = 1 if whole else parallel.shard_size or ranks.world
+        identity["shards of the weights (optimizer.kind adamw_8bit)"] = str(shards)
+    return identity
 
 
 def model_digest(model: torch.nn.Module) -> int:

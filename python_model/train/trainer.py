@@ -18,16 +18,14 @@ import torch
 from tqdm.auto import tqdm
 
 from python_model.data.stream import StepSamples, check_data, open_stream
-from python_model.evaluation.held_out import held_out_digest
 from python_model.model.card import CARD_FILE, model_card
-from python_model.model.identity import tokenizer_digest
 from python_model.model.modeling import GritLM
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import find
 from python_model.train.adapters import merge_adapters
 from python_model.train.balance import cosine, total_norm
 from python_model.train.checkpointer import Checkpointer
-from python_model.train.config import LossConfig, TrainConfig
+from python_model.train.config import TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.flops import ModelFlops, measured_peak
 from python_model.train.memory import GIB, device_limit, plan_memory, plan_tokens
@@ -36,11 +34,10 @@ from python_model.train.optimizers import Optimizers, require_8_bits
 from python_model.train.profiling import step_profiler
 from python_model.train.setup import (
     compile_layers,
-    config_digest,
-    former_model_digest,
     load_model,
-    model_digest,
     recompute_activations,
+    router_loss_weight,
+    run_identity,
 )
 from python_model.train.step import RankBatch, StepGradients, StepLosses, plan_step
 from python_model.train.trackers import StepLog, Tracker, open_trackers
@@ -89,23 +86,14 @@ class Trainer:
             self.ranks.world,
             config.optimizer.kind,
         )
-        # rank 0 has the weights; float64 holds 48 bits exactly
-        values = [model_digest(model.model), former_model_digest(model.model)]
-        weights, former = map(int, self.ranks.all_values(values)[0].tolist())
-        identity = {
-            "data.train_data": getattr(stream, "digest", ""),
-            "model.name": f"{former:012x}",  # of states that earlier versions wrote
-            "model.name (weights)": f"{weights:012x}",
-            "model.name (config)": config_digest(model.model.config),
-            "model.name (tokenizer)": tokenizer_digest(model.tokenizer),
-        }
-        if config.evaluation.data:
-            identity["evaluation.data"] = held_out_digest(config.evaluation.data)
-        if config.optimizer.kind == "adamw_8bit":
-            # a scale belongs to 256 weights of one shard, so shards of another size have other scales
-            whole = self.ranks.group is None or config.parallel.strategy == "ddp"
-            shards = 1 if whole else config.parallel.shard_size or self.ranks.world
-            identity["shards of the weights (optimizer.kind adamw_8bit)"] = str(shards)
+        identity = run_identity(
+            model,
+            getattr(stream, "digest", ""),
+            self.ranks,
+            evaluation_data=config.evaluation.data,
+            optimizer=config.optimizer.kind,
+            parallel=config.parallel,
+        )
         compile_layers(model, config.model)
         self.model = wrap(training_model, config.parallel, self.ranks, bf16=config.model.bf16)
         self.optimizers = Optimizers(
@@ -468,20 +456,6 @@ class Trainer:
             | {"query_origins": samples.query_origins, "conversation_origins": samples.conversation_origins},
         )
         return file
-
-
-def router_loss_weight(model: GritLM, config: LossConfig) -> float:
-    """Weight of the load-balancing loss; 0 for a model without experts."""
-    settings = model.model.config
-    if not getattr(settings, "num_local_experts", 0):
-        if config.router_loss_weight:
-            raise ValueError(
-                f"losses.router_loss_weight: expected none for a model without experts, got {config.router_loss_weight}"
-            )
-        return 0.0
-    if config.router_loss_weight is not None:
-        return config.router_loss_weight
-    return float(getattr(settings, "router_aux_loss_coef", 0.0))
 
 
 def _memory_gib(device: torch.device) -> float | None:

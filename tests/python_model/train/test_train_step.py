@@ -301,7 +301,7 @@ def test_a_mixtures_router_loss_is_that_of_transformers_and_joins_the_gradient(t
     """Tiny Mixtral, one pass over one conversation without padding: transformers' own loss on the same tokens."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from python_model.train.trainer import router_loss_weight
+    from python_model.train.setup import router_loss_weight
 
     settings = MixtralConfig(
         vocab_size=len(tokenizer),
