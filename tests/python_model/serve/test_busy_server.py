@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,10 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
+from starlette.requests import ClientDisconnect  # noqa: E402
+
 from python_model import GritLM  # noqa: E402
+from python_model.serve.app import EventStream, Results  # noqa: E402
 from python_model.serve.service import Limits  # noqa: E402
 from tests.python_model.serve.server import (  # noqa: E402
     CHAT,
@@ -88,6 +94,31 @@ def test_a_client_that_goes_before_its_stream_begins_is_not_computed_for(
         gone.set()
         wait_until(lambda: works[0].cancelled, what="the reply of a client that is gone is computed to its end")
         running.settle()
+
+
+def test_a_stream_whose_first_event_cannot_be_sent_cancels_its_works() -> None:
+    """The iteration, at whose end works are cancelled, has not begun then."""
+    cancelled: list[Any] = []
+    engine: Any = SimpleNamespace(cancel=cancelled.append)
+    works: list[Any] = [SimpleNamespace()]
+
+    async def pieces() -> AsyncIterator[dict[str, Any]]:
+        pytest.fail("the iteration has begun")
+        yield {}
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise OSError("the connection is closed")
+
+    async def answer() -> None:
+        stream = EventStream(Results(engine, works), pieces())
+        await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(answer())
+    assert cancelled == [works]
 
 
 @pytest.mark.parametrize("stream", [True, False])
