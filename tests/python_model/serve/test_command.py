@@ -74,9 +74,14 @@ SERVER = """
 import sys
 import uvicorn
 from python_model.cli import main
+from python_model.commands import serve
+
+trimmed = []
 
 def run(server):
-    print(sys.modules["triton"], "libtriton" in open("/proc/self/maps").read(), len(server.config.app.routes) > 10)
+    print(sys.modules["triton"], "libtriton" in open("/proc/self/maps").read(), len(server.config.app.routes) > 10, *trimmed)
+
+serve.trim_memory = lambda: trimmed.append("trimmed")
 
 uvicorn.Server.run = run
 main(["serve", *sys.argv[1:]])
@@ -84,12 +89,12 @@ main(["serve", *sys.argv[1:]])
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_a_server_on_a_cpu_does_not_load_triton(checkpoint: Path) -> None:
+def test_a_server_on_a_cpu_does_not_load_triton_and_trims_its_memory_once(checkpoint: Path) -> None:
     for package in ("fastapi", "prometheus_client", "uvicorn", "triton"):
         pytest.importorskip(package)
     command = [sys.executable, "-c", SERVER, "--model", str(checkpoint), "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.stdout.split() == ["None", "False", "True"], run.stderr
+    assert run.stdout.split() == ["None", "False", "True", "trimmed"], run.stderr
 
 
 @pytest.mark.parametrize(
