@@ -406,7 +406,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._results.close()  # a client that left before the first event has never started the iteration
+            self._results.close()  # where the head cannot be sent, the iteration never begins
 
     @staticmethod
     async def _lines(pieces: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
