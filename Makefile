@@ -71,7 +71,7 @@ test-interpret: install
 
 # what touches transformers or Triton; the rest of training is the same code on any of their versions
 FLOOR := tests/grit_kernels/hf tests/python_model/model \
-	$(addprefix tests/python_model/train/test_,train.py train_gradients.py train_step.py optimizers.py cached_documents.py compiled_layers.py)
+	$(addprefix tests/python_model/train/test_,train.py train_gradients.py train_step.py optimizers.py cached_documents.py)
 
 test-floor: install .floor/.installed  ## on the oldest supported transformers and Triton
 	PYTHONPATH=.floor $(PYTEST) $(FLOOR)

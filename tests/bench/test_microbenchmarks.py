@@ -68,6 +68,7 @@ def test_a_peer_that_torch_cannot_compile_here_is_skipped_and_other_errors_are_n
         micro.compiled_or_skipped("eager", broken)
 
 
+@pytest.mark.slow
 def test_a_run_is_saved_and_the_next_is_compared_with_it(tmp_path: Path) -> None:
     """As docs/benchmarks.md says, on the smallest group."""
     base = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--benchmark-storage", str(tmp_path), "-q"]

@@ -341,6 +341,7 @@ def test_a_data_set_travels_to_other_processes_without_its_file(tmp_path: Path) 
     assert pickle.loads(pickle.dumps(rows))[0] == expected
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_are_indexed_quickly_in_flat_memory(tmp_path: Path) -> None:
     file = tmp_path / "large.jsonl"
     row = (

@@ -195,8 +195,8 @@ RANKED = [
     {"parallel": "ddp", **LIMITED},
     {"parallel": "ddp", "distillation_weight": 0.7, "learn_temperature": True},
     {"parallel": "fsdp", "lora_rank": 4, "lora_dropout": 0.0, "chunk_tokens": LENGTH, **LIMITED},
-    {"parallel": "fsdp", "compile": True, "chunk_tokens": LENGTH, "gradient_checkpointing": True},
 ]
+COMPILED = [{"parallel": "fsdp", "compile": True, "chunk_tokens": LENGTH, "gradient_checkpointing": True}]
 HYBRID = [
     {"parallel": "fsdp", "shard_size": 2, "chunk_tokens": 2 * LENGTH, "gradient_checkpointing": True},
     {"parallel": "fsdp", "cpu_offload": True, "mode": "embedding"},
@@ -217,7 +217,14 @@ def _rank(rank: int, world: int, store: str, checkpoint: str, cases: list[dict[s
                 torch.save({"losses": asdict(losses), "grads": grads}, Path(folder) / f"{index}.pt")
 
 
-@pytest.mark.parametrize(("world", "cases"), [(2, RANKED), (4, HYBRID)], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        pytest.param(2, RANKED, id="2 ranks"),
+        pytest.param(4, HYBRID, id="4 ranks"),
+        pytest.param(2, COMPILED, id="2 ranks, compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_give_the_gradients_of_one_process(
     checkpoint: Path, tokenizer: Any, tmp_path: Path, world: int, cases: list[dict[str, Any]]
 ) -> None:
