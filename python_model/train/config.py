@@ -273,7 +273,7 @@ class TrainConfig(Checked):
             raise ValueError(
                 f"batch.chunk_tokens: expected 0 or at least the longest sample ({longest} tokens), got {batch.chunk_tokens}"
             )
-        if not self.losses.in_batch_negatives and data.train_group_size < 2:
+        if not self.losses.in_batch_negatives and self.embeds and data.train_group_size < 2:
             raise ValueError(
                 f"data.train_group_size: expected hard negatives (>= 2) without losses.in_batch_negatives, "
                 f"got {data.train_group_size}"

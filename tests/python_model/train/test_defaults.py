@@ -148,7 +148,11 @@ TOGETHER: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         "losses.generative_group: expected 0 with generative_loss 'token', got 1",
     ),
     "without the batch's negatives a query has its own": (
-        [{"losses.in_batch_negatives": False, "data.train_group_size": 2}, {"data.train_group_size": 1}],
+        [
+            {"losses.in_batch_negatives": False, "data.train_group_size": 2},
+            {"data.train_group_size": 1},
+            {"losses.in_batch_negatives": False, "data.train_group_size": 1, "mode": "generative"},
+        ],
         {"losses.in_batch_negatives": False, "data.train_group_size": 1},
         "data.train_group_size: expected hard negatives .* got 1",
     ),
