@@ -298,7 +298,7 @@ def answer_file(
 
     Rows of ``source``: ``{"prompt": str}`` or ``{"turns": [user, assistant, .., user]}``. ``target`` receives
     one row ``{"row", "turns", "reply", "run"}`` each, batch by batch; run again after an interruption, it resumes. ``run`` is a
-    digest of model and options.
+    digest of model and options, 16 hexadecimal digits.
 
     Raises:
         ValueError: a row is malformed (the message names its line), or ``target`` holds replies to other rows, of another

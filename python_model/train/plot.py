@@ -11,7 +11,10 @@ from python_model.support.optional import require
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel per objective; writes nothing if there are none."""
+    """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel of 600 pixels per objective.
+
+    Writes nothing if there are none.
+    """
     require("matplotlib", "train")
     # not pyplot: its backend is that of the process, which may be a notebook
     from matplotlib.figure import Figure
@@ -44,7 +47,7 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
 def plot_ablation(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw an ablation's rows (:mod:`python_model.train.ablation`) as a PNG: nDCG@10 and next-token loss.
 
-    Each variant has a bar in the color of its group, or none where it has no such score.
+    It is 1080 pixels wide. Each variant has a bar in the color of its group, or none where it has no such score.
     """
     require("matplotlib", "train")
     from matplotlib.figure import Figure

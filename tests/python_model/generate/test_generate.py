@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,7 @@ def test_a_file_is_answered_and_an_interrupted_run_goes_on(model: GritLM, tmp_pa
     options: dict[str, Any] = {"max_new_tokens": 6, "progress": lambda *figures: told.append(figures)}
     assert answer_file(model, source, target, batch_size=2, **options) == 3 and told == [(2, 3), (3, 3)]
     whole = target.read_text()
+    assert all(re.fullmatch("[0-9a-f]{16}", json.loads(line)["run"]) for line in whole.splitlines())
     assert [json.loads(line)["reply"] for line in sorted(whole.splitlines())] == replies(
         model, CONVERSATIONS, max_new_tokens=6
     )

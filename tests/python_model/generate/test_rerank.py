@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_listwise_follows_what_the_model_writes(model: GritLM, monkeypatch: pyte
     assert [r.index for r in ranked] == [4, 1, 0, 3, 2]
     assert [r.score for r in ranked] == [5, 4, 3, 2, 1] and len(prompts) == 2
     assert "[0] A river flows.\n\n[1] Paris" in prompts[1] and prompts[1].count("river?") == 2
+
+
+def test_a_listwise_window_shows_ten_passages_and_moves_by_five(model: GritLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = []
+
+    def write(model: GritLM, ids: Any, **options: Any) -> list[str]:
+        prompts.append(model.tokenizer.decode(ids[0]))
+        return [""]
+
+    monkeypatch.setattr("python_model.generate.rerank.complete", write)
+    rerank(model, "river?", [f"number {i}" for i in range(16)], method="listwise")
+    shown = [[int(number) for number in re.findall(r"number (\d+)", prompt)] for prompt in prompts]
+    assert shown == [[*range(6, 16)], [*range(1, 11)], [*range(6)]]
 
 
 def test_the_model_itself_ranks_every_passage_once(model: GritLM) -> None:

@@ -74,7 +74,8 @@ def test_variants_are_trained_measured_and_tabled_once(
     assert rows[0]["scores"] != rows[1]["scores"] and [row["steps"] for row in rows] == [2, 2, 2, 2, 0]
     assert (checkpoint / "model.safetensors").exists()
     assert not list((tmp_path / "out").glob("*/checkpoint"))
-    assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
+    image = (tmp_path / "out" / "table.png").read_bytes()
+    assert image.startswith(b"\x89PNG") and int.from_bytes(image[16:20], "big") == 1080  # the width
 
     # a second run finds everything done; a variant under other settings is run again, the others are kept
     again: list[str] = []

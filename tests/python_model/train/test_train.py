@@ -95,8 +95,9 @@ def test_every_variant_trains_exports_and_loads(checkpoint: Path, tmp_path: Path
     assert all(torch.equal(weight, state[name]) for name, weight in plain.state_dict().items())
 
 
-def test_adapters_train_only_themselves_on_every_linear_layer(checkpoint: Path, tmp_path: Path) -> None:
-    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, lora_rank=4))
+@pytest.mark.parametrize("mode", ["unified", "embedding"])  # the latter has no head
+def test_adapters_train_only_themselves_on_every_linear_layer(checkpoint: Path, tmp_path: Path, mode: str) -> None:
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=1, lora_rank=4, mode=mode))
     trained = [name for name, p in trainer.grit.model.named_parameters() if p.requires_grad]
     layers = {name.split(".lora_")[0].split(".")[-1] for name in trained}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -249,7 +249,8 @@ def test_a_plot_has_the_losses_and_their_means_and_says_which_is_which(
         for n in range(32)
     ]
     plot_losses(records, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    image = (tmp_path / "loss.png").read_bytes()
+    assert image.startswith(b"\x89PNG") and int.from_bytes(image[16:20], "big") == 2 * 600  # the width
     contrastive, generative = drawn[0].axes
     assert [panel.get_title() for panel in drawn[0].axes] == ["contrastive loss", "next-token loss"]
     assert [text.get_text() for text in contrastive.get_legend().get_texts()] == ["step", "mean of 2 steps"]

@@ -396,6 +396,15 @@ def test_one_packed_pass_equals_three_padded_passes_of_transformers(
         assert difference < 1e-4, (name, float(difference))
 
 
+def test_a_chunk_of_both_kinds_gives_what_each_kind_gives_alone(checkpoint: Path, tmp_path: Path) -> None:
+    model = TrainingModel(toy_model(toy_config(checkpoint, tmp_path)))
+    samples = ToyStream(model.grit.tokenizer, 2, 2)[0]
+    with torch.no_grad():
+        vectors, sums, _ = model(build_chunk(samples.passages, samples.conversations))
+        alone = model(build_chunk(samples.passages, []))[0], model(build_chunk([], samples.conversations))[1]
+    torch.testing.assert_close((vectors, sums), alone, rtol=1e-5, atol=1e-5)
+
+
 def test_chunked_dropout_draws_the_same_mask_in_both_passes(checkpoint: Path, tmp_path: Path) -> None:
     """With dropout, the loss of the first pass is that of the vectors the second pass differentiates."""
     config = toy_config(checkpoint, tmp_path, lora_rank=4, lora_dropout=0.5, chunk_tokens=2 * LENGTH)
