@@ -86,27 +86,39 @@ class TextStream:
         self.tokens: list[int] = []
         self.text = ""
         self.shown = 0
+        # `_kept` is the text of the tokens before `_next`. How a token reads may depend on the one before it, so those from
+        # `_context` on are decoded again with each new one, and what they give alone is taken off.
+        self._kept, self._context, self._next = "", 0, 0
+        self._whole = _removes_blanks(tokenizer)
 
     def push(self, token: int) -> bool:
         """Add a token; True when a stop string is complete (``text`` then ends before it)."""
         self.tokens.append(token)
-        self.text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-        found = [self.text.index(stop) for stop in self.stop if stop in self.text]
-        if found:
-            self.text = self.text[: min(found)]
-        self._show(len(self.text) if found else self._settled())
-        return bool(found)
+        known, found = (self._decode(self.tokens[self._context : end]) for end in (self._next, None))
+        searched = len(self._kept)
+        self.text = self._kept + found[len(known) :]
+        if len(found) > len(known) and not found.endswith(UNFINISHED) and not self._whole:
+            self._kept, self._context, self._next = self.text, self._next, len(self.tokens)
+        places = [self.text.find(stop, max(0, searched - len(stop) + 1)) for stop in self.stop]
+        complete = [place for place in places if place >= 0]
+        if complete:
+            self.text = self.text[: min(complete)]
+        self._show(len(self.text) if complete else self._settled())
+        return bool(complete)
 
     def finish(self) -> str:
         """Release the rest; returns the whole text."""
         self._show(len(self.text))
         return self.text
 
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def _settled(self) -> int:
         end = len(self.text.rstrip(UNFINISHED))
         for stop in self.stop:
             for size in range(min(len(stop) - 1, end), 0, -1):
-                if self.text[:end].endswith(stop[:size]):
+                if self.text.endswith(stop[:size], 0, end):
                     end -= size
                     break
         return end
@@ -115,6 +127,15 @@ class TextStream:
         if self.on_text is not None and end > self.shown:
             self.on_text(self.text[self.shown : end])
         self.shown = max(self.shown, end)
+
+
+def _removes_blanks(tokenizer: Any) -> bool:
+    """Whether decoding turns " ." into ".", so that text may change with any later token. Transformers does not do it for
+    byte-pair tokenizers, whatever their setting says."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    ids = tokenizer("a .", add_special_tokens=False)["input_ids"]
+    return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def complete(
