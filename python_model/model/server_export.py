@@ -87,9 +87,10 @@ def commands(model: GritLM, folder: str | os.PathLike[str], server: Server, max_
     pooling = {"mean": "mean", "cls": "cls", "lasttoken": "last"}[model.settings.pooling_method]
     # a batch of bidirectional texts must fit into one step
     batch = f"--batch-size {max_length} --ubatch-size {max_length}"
+    norm = "" if model.settings.normalized else " --embd-normalize -1"
     return [
         f"python convert_hf_to_gguf.py {folder} --outfile model.gguf",
-        f"llama-server --model model.gguf --embeddings --pooling {pooling} {batch}",
+        f"llama-server --model model.gguf --embeddings --pooling {pooling} {batch}{norm}",
     ]
 
 

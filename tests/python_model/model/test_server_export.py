@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +21,21 @@ import torch
 
 from python_model import GritLM
 from python_model.cli import main
-from python_model.model.server_export import export_for_server
+from python_model.model.server_export import commands, export_for_server
 
 TEXTS = ["A river flows.", "Paris is the capital of France.", "def add(first, second):\n    return first + second"]
 CONVERTER = os.environ.get("LLAMA_CPP")
+VLLM = os.environ.get("VLLM_PYTHON")
+needs_converter = pytest.mark.skipif(CONVERTER is None, reason="LLAMA_CPP names no checkout of llama.cpp")
+SERVED: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"embed_instruction": True}),
+    ("mistral", {"embed_instruction": True}),
+    ("mistral", {"pooling_method": "lasttoken", "attn": "cccc"}),
+    ("mistral", {"pooling_method": "cls", "normalized": False}),
+    ("qwen2", {"embed_instruction": True}),
+    ("qwen3", {"embed_instruction": True}),
+]
+"""Type of the model and settings of those that the servers themselves are run with."""
 
 
 def served(folder: Path, texts: list[str]) -> np.ndarray:
@@ -154,10 +171,16 @@ def test_the_command_prints_how_to_serve(checkpoint: Path, tmp_path: Path, capsy
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == str(tmp_path / "g") and printed[1].startswith("python convert_hf_to_gguf.py")
     assert "--pooling mean" in printed[2] and "--ubatch-size 64" in printed[2]
+    assert "--embd-normalize" not in printed[2]
     main(["export", str(tmp_path / "v"), "--for", "vllm", "--pool-instruction", *where])
     assert "vllm serve" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="packed: expected with --for sentence-transformers"):
         main(["export", str(tmp_path / "x"), "--for", "vllm", "--packed", *where])
+
+
+def test_llama_cpps_server_is_told_not_to_normalize(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32", embed_instruction=True, normalized=False)
+    assert commands(model, "out", "gguf", 64)[1].endswith("--ubatch-size 64 --embd-normalize -1")
 
 
 def test_the_command_exports_to_sentence_transformers(checkpoint: Path, tmp_path: Path) -> None:
@@ -171,14 +194,10 @@ def test_the_command_exports_to_sentence_transformers(checkpoint: Path, tmp_path
     np.testing.assert_allclose(found, model.encode(TEXTS, truncate_dim=16), atol=1e-5)
 
 
-@pytest.mark.skipif(CONVERTER is None, reason="LLAMA_CPP names no checkout of llama.cpp")
-def test_llama_cpps_converter_writes_what_the_folder_says(checkpoint: Path, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+def to_gguf(folder: Path, file: Path) -> Path:
+    """What llama.cpp's converter makes of ``folder``."""
     pytest.importorskip("sentencepiece", reason="the converter imports it")
-    model = GritLM(checkpoint, device="cpu", dtype="float32", embed_instruction=True)
-    folder = export_for_server(model, tmp_path / "out", "gguf", max_length=64)
     script = Path(str(CONVERTER)) / "convert_hf_to_gguf.py"
-    file = tmp_path / "model.gguf"
     # the converter knows vocabularies by a hash; that of the tests is of no known model
     code = (
         "import sys, runpy; sys.path.insert(0, sys.argv[1]);"
@@ -187,7 +206,140 @@ def test_llama_cpps_converter_writes_what_the_folder_says(checkpoint: Path, tmp_
     )
     arguments = [str(CONVERTER), str(script), str(folder), "--outfile", str(file), "--outtype", "f32"]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True)
-    fields = gguf.GGUFReader(file).fields
+    return file
+
+
+@needs_converter
+def test_llama_cpps_converter_writes_what_the_folder_says(checkpoint: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = GritLM(checkpoint, device="cpu", dtype="float32", embed_instruction=True)
+    folder = export_for_server(model, tmp_path / "out", "gguf", max_length=64)
+    fields = gguf.GGUFReader(to_gguf(folder, tmp_path / "model.gguf")).fields
     assert fields["general.architecture"].contents() == "llama"
     assert fields["llama.attention.causal"].contents() is False
     assert "llama.attention.sliding_window" not in fields
+    assert "llama.pooling_type" not in fields
+
+
+def of_type(kind: str, checkpoint: Path, folder: Path) -> Path:
+    """The tiny checkpoint, or one of another type with its sizes and tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if kind == "mistral":
+        return checkpoint
+    wanted = json.loads((checkpoint / "config.json").read_text())
+    same = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    # Qwen's tokenizer adds special tokens of its own
+    config = AutoConfig.for_model(kind, vocab_size=wanted["vocab_size"] + 8, **{name: wanted[name] for name in same})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def llama_server(words: list[str], log: Path) -> Iterator[str]:
+    """The address of a running llama-server."""
+    httpx = pytest.importorskip("httpx")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*words, "--host", "127.0.0.1", "--port", str(port)], stdout=output, stderr=subprocess.STDOUT
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/health").status_code == 200:
+                    break
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@needs_converter
+@pytest.mark.skipif(shutil.which("llama-server") is None, reason="llama-server is not on the path")
+@pytest.mark.parametrize(("kind", "settings"), SERVED, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
+def test_llama_cpps_server_answers_with_the_vectors_of_gritlm(
+    checkpoint: Path, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    import httpx
+
+    model = GritLM(of_type(kind, checkpoint, tmp_path / "model"), device="cpu", dtype="float32", **settings)
+    folder = export_for_server(model, tmp_path / "out", "gguf", max_length=64)
+    file = to_gguf(folder, tmp_path / "model.gguf")
+    prefix = model.formatter.embed_instruction("Find the text")
+    ids = [model.tokenizer(prefix + text)["input_ids"] for text in TEXTS]
+    words = shlex.split(commands(model, folder, "gguf", 64)[1])
+    words[words.index("model.gguf")] = str(file)
+    # without these, it rounds keys and values to float16
+    words += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--threads", "1"]
+    want = model.encode(TEXTS, instruction=prefix)
+    with llama_server(words, tmp_path / "log") as url:
+        answer = httpx.post(url + "/v1/embeddings", json={"input": ids, "model": ""}, timeout=60).json()
+        got = np.array([row["embedding"] for row in answer["data"]])
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+        if kind in ("llama", "mistral"):  # the converter was told that their splitting of words is GPT-2's
+            for text, expected in zip(TEXTS, ids, strict=True):
+                content = {"content": prefix + text, "add_special": True, "parse_special": True}
+                assert httpx.post(url + "/tokenize", json=content).json()["tokens"] == expected
+        if not model.settings.attention.embedding_causal:  # it must fit into one batch
+            too_long = httpx.post(url + "/v1/embeddings", json={"input": ids[0] * 9, "model": ""}, timeout=60)
+            assert too_long.status_code == 500 and "too large" in too_long.text
+        assert httpx.get(url + "/health").status_code == 200
+
+
+EMBED = """
+import json, sys
+
+from vllm import LLM
+
+if __name__ == "__main__":
+    folder, texts, result = sys.argv[1:]
+    model = LLM(folder, runner="pooling", max_model_len=64, dtype="float32", enforce_eager=True)
+    found = model.embed(json.loads(texts))
+    with open(result, "w") as file:
+        json.dump([[list(row.prompt_token_ids), list(row.outputs.embedding)] for row in found], file)
+"""
+
+
+@pytest.mark.skipif(VLLM is None, reason="VLLM_PYTHON names no interpreter that has vLLM")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*SERVED, ("mistral", {"embed_instruction": True, "projection": 16})],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)),
+)
+def test_vllm_embeds_with_the_vectors_of_gritlm(
+    checkpoint: Path, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    model = GritLM(
+        of_type(kind, checkpoint, tmp_path / "model"), device="cpu", dtype="float32", is_inference=False, **settings
+    )
+    folder = export_for_server(model, tmp_path / "out", "vllm", max_length=64)
+    prefix = model.formatter.embed_instruction("Find the text")
+    texts = [prefix + text for text in TEXTS]
+    own = ("PYTHONPATH", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    # one process, and a gibibyte for a cache that is not used
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1"}
+    script, result = tmp_path / "embed.py", tmp_path / "vectors.json"
+    script.write_text(EMBED)
+    run = [str(VLLM), str(script), str(folder), json.dumps(texts), str(result)]
+    subprocess.run(run, cwd=tmp_path, env=environment, check=True)
+    found = json.loads(result.read_text())
+    assert [ids for ids, _ in found] == [model.tokenizer(text)["input_ids"] for text in texts]
+    want = model.encode(TEXTS, instruction=prefix)
+    got = np.array([vector for _, vector in found])
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
