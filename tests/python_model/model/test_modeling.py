@@ -90,6 +90,14 @@ def test_a_pass_holds_as_many_texts_as_its_limits_allow_longest_first(lengths: l
         assert len(batch) == batch_size or size + lengths[following[0]] > 50, "the next text would have fitted"
 
 
+def test_a_text_is_read_up_to_512_tokens_and_counted_when_cut(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, mode="embedding", device="cpu", dtype="float32")
+    text = "A river flows. " * 150
+    want = _by_hand(checkpoint, [text], EMBED, "mean", False, True)
+    np.testing.assert_allclose(model.encode([text], instruction=EMBED), want, atol=2e-6)
+    assert model.max_length == 512 and model.texts_cut == 1
+
+
 def test_an_embedding_may_be_rounded_to_the_dtype_of_the_model(checkpoint: Path) -> None:
     model = GritLM(checkpoint, device="cpu", dtype="bfloat16")
     fine, rounded = (model.encode(TEXTS, convert_to_tensor=True, **options) for options in ({}, {"recast": True}))

@@ -23,7 +23,7 @@ from python_model.train.distributed import Ranks, wrap
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
 from python_model.train.setup import compile_layers, recompute_activations
-from python_model.train.step import StepGradients, StepLosses, plan_step
+from python_model.train.step import StepGradients, StepLosses, _empty_chunk, plan_step
 from tests.python_model.training_config import make_config
 from tests.python_model.training_samples import LENGTH, ToyStream, toy_config, toy_model
 from tests.ranks import process_group
@@ -403,6 +403,14 @@ def test_a_chunk_of_both_kinds_gives_what_each_kind_gives_alone(checkpoint: Path
         vectors, sums, _ = model(build_chunk(samples.passages, samples.conversations))
         alone = model(build_chunk(samples.passages, []))[0], model(build_chunk([], samples.conversations))[1]
     torch.testing.assert_close((vectors, sums), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rank_without_work_gives_every_weight_a_gradient_of_zero(checkpoint: Path, tmp_path: Path) -> None:
+    model = TrainingModel(toy_model(toy_config(checkpoint, tmp_path, projection=8)))
+    model.touch_all = True
+    model(_empty_chunk())[2].backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and not weight.grad.any(), name
 
 
 def test_chunked_dropout_draws_the_same_mask_in_both_passes(checkpoint: Path, tmp_path: Path) -> None:
