@@ -8,9 +8,9 @@ for which it does are asked, from each data set in turn. Reported are the mean n
 BM25's order and from the default's with paired bootstrap intervals of 95 %, and how often it changed the order at all.
 
 Orders are written to FOLDER query by query and do not depend on what else the machine does. The same command resumes, also with
-more or fewer ``--queries`` or other methods; ``--minutes`` ends a run early. A table has the queries that all of its methods have
-finished; listwise writes its answer token by token and takes several times as long as the others, so a run of its own with fewer
-queries (``--methods listwise --queries 60``) may be worthwhile.
+more or fewer ``--queries`` or other methods; ``--minutes`` ends a run early. A row is about the queries that its method has
+finished, which are the first ones. Listwise writes its answer token by token, which takes several times as long: it may be asked
+fewer in a run of its own (``--methods listwise --queries 60``), and with ``--minutes 0`` a last run only makes the table.
 """
 
 from __future__ import annotations
@@ -130,25 +130,27 @@ def paired_difference(mine: np.ndarray, theirs: np.ndarray, rounds: int = ROUNDS
 def summary(
     model: str, items: Sequence[Item], found_share: dict[str, float], orders: dict[str, list[list[int]]]
 ) -> list[dict[str, Any]]:
-    """Rows per data set, and of all, for BM25's order and each method; over the queries that all methods have finished.
-    ``found_share``: see :func:`make_items`.
+    """Rows per data set, and of all, for BM25's order and each method, over the queries that it has finished; differences over
+    those that both have. ``found_share``: see :func:`make_items`.
 
     Raises:
         ValueError: a method has finished no query.
     """
-    count = min(map(len, orders.values()))
-    if count == 0:
+    if not all(orders.values()):
         raise ValueError("minutes: expected time for a query by each method, got none; run the command again")
-    asked = items[:count]
-    orders = {FOUND: [list(range(len(item.passages))) for item in asked], **{n: o[:count] for n, o in orders.items()}}
+    asked = items[: max(map(len, orders.values()))]
+    orders = {FOUND: [list(range(len(item.passages))) for item in asked], **orders}
     scores = {
-        name: ndcg([order.index(item.right) + 1 for item, order in zip(asked, found, strict=True)])
+        name: ndcg([order.index(item.right) + 1 for item, order in zip(asked, found, strict=False)])
         for name, found in orders.items()
     }
     rows = []
     for dataset in (EVERYTHING, *sorted({item.dataset for item in asked})):
-        chosen = np.array([dataset in (EVERYTHING, item.dataset) for item in asked])
+        of_dataset = np.array([dataset in (EVERYTHING, item.dataset) for item in asked])
         for name, found in orders.items():
+            chosen = of_dataset[: len(found)]
+            if not chosen.any():
+                continue
             moved = [order != sorted(order) for order, mine in zip(found, chosen, strict=True) if mine]
             row: dict[str, Any] = {
                 "model": model,
@@ -160,8 +162,10 @@ def summary(
                 "moved": float(np.mean(moved)),
             }
             for key, other in (("over_found", FOUND), ("over_default", DEFAULT)):
-                if other in scores and other != name:
-                    difference = paired_difference(scores[name][chosen], scores[other][chosen])
+                both = chosen[: len(orders.get(other, ()))]
+                if other != name and both.any():
+                    mine, theirs = (scores[method][: len(both)][both] for method in (name, other))
+                    difference = paired_difference(mine, theirs)
                     row |= dict(zip((key, f"{key}_low", f"{key}_high"), difference, strict=True))
             rows.append(row)
     return rows
@@ -170,7 +174,7 @@ def summary(
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """What follows for the default from the rows of one model."""
     overall = [row for row in rows if row["dataset"] == EVERYTHING]
-    best = max(overall, key=lambda row: row["ndcg_at_10"])
+    best = max(overall, key=lambda row: row.get("over_found", 0.0))  # on its own queries
     better = [row["variant"] for row in overall if row.get("over_default_low", 0.0) > 0]
     methods = [row["variant"] for row in overall if row["variant"] != FOUND]
     head = f"{best['model']}, {best['queries']} queries: best is {best['variant']} ({best['ndcg_at_10']:.3f})"

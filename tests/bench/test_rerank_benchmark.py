@@ -122,24 +122,31 @@ def item(dataset: str, right: int) -> Item:
     return Item(dataset, "q", ("a", "b", "c"), right)
 
 
-def test_the_table_compares_all_methods_on_the_queries_that_all_have_finished() -> None:
+def test_the_table_has_for_each_method_the_queries_it_has_finished() -> None:
     items = [item("x", 0), item("y", 1), item("x", 2), item("y", 2)]
     reversed_, same = [2, 1, 0], [0, 1, 2]
-    orders = {DEFAULT: [same, [1, 0, 2], same, same], "pointwise": [reversed_] * 3}
-    rows = summary("tiny", items, SHARES, orders)
-    assert [(row["dataset"], row["variant"]) for row in rows] == [
-        (dataset, name) for dataset in (EVERYTHING, "x", "y") for name in (FOUND, DEFAULT, "pointwise")
-    ]
-    found, default, pointwise = rows[:3]
+    orders = {DEFAULT: [same, [1, 0, 2], same, same], "pointwise": [reversed_] * 3, "listwise": [same]}
+    rows = {(row["dataset"], row["variant"]): row for row in summary("tiny", items, SHARES, orders)}
+    names = (FOUND, *orders)
+    assert list(rows) == [(d, n) for d in (EVERYTHING, "x", "y") for n in names if (d, n) != ("y", "listwise")]
+    found, default, pointwise, listwise = (rows[EVERYTHING, name] for name in names)
     second, third = 1 / np.log2(3), 1 / np.log2(4)
-    assert {row["queries"] for row in rows[:3]} == {3} and [row["found"] for row in rows[::3]] == [0.5, 0.25, 0.75]
-    assert found["ndcg_at_10"] == pytest.approx((1 + second + third) / 3)
-    assert default["ndcg_at_10"] == pytest.approx((2 + third) / 3) and default["moved"] == pytest.approx(1 / 3)
+    assert [row["queries"] for row in (found, default, pointwise, listwise)] == [4, 4, 3, 1]
+    assert [rows[dataset, FOUND]["found"] for dataset in SHARES] == list(SHARES.values())
+    assert found["ndcg_at_10"] == pytest.approx((1 + second + 2 * third) / 4)
+    assert default["ndcg_at_10"] == pytest.approx((2 + 2 * third) / 4) and default["moved"] == pytest.approx(1 / 4)
     assert pointwise["ndcg_at_10"] == pytest.approx((third + second + 1) / 3) and pointwise["moved"] == 1
-    assert default["over_found"] == pytest.approx((1 - second) / 3) and "over_default" not in default
-    assert pointwise["over_default"] == pytest.approx((second - 1) / 3)
+    assert listwise["ndcg_at_10"] == 1 and listwise["moved"] == 0
+    assert default["over_found"] == pytest.approx((1 - second) / 4) and "over_default" not in default
+    assert found["over_default"] == -default["over_found"] and "over_found" not in found
+    assert pointwise["over_found"] == pytest.approx(0), "right first, then last: the mean of three is the same"
+    assert pointwise["over_default"] == pytest.approx((second - 1) / 3), "of the three that both have finished"
     assert pointwise["over_default_low"] <= pointwise["over_default"] <= pointwise["over_default_high"]
-    assert [row["queries"] for row in rows[3:]] == [2] * 3 + [1] * 3
+    assert listwise["over_default"] == listwise["over_found"] == 0
+    assert [(rows["x", name]["queries"], rows["y", name]["queries"]) for name in names[:3]] == [(2, 2), (2, 2), (2, 1)]
+    few = {DEFAULT: [same], "listwise": [same, same]}
+    later = summary("tiny", items[:2], SHARES, few)[-1]
+    assert later["variant"] == "listwise" and later["dataset"] == "y" and "over_default" not in later
     with pytest.raises(ValueError, match="minutes: expected time for a query by each method, got none"):
         summary("tiny", items, SHARES, {**orders, "listwise": []})
 
@@ -163,4 +170,7 @@ def test_a_difference_beyond_chance_is_told_from_one_within() -> None:
     rows = summary("tiny", better + worse, SHARES, {DEFAULT: [[0, 1, 2]] * 40, "pointwise": [[2, 1, 0]] * 40})
     assert "best is pointwise" in verdict(rows) and verdict(rows).endswith("beyond chance")
     assert "nothing is better" in verdict(rows), "21 of 40 may be chance"
+    few = {"listwise": [[0, 1, 2]] * 20, DEFAULT: [[0, 1, 2]] * 20 + [[2, 1, 0]] * 20}
+    rows = summary("tiny", [item("x", 0)] * 20 + [item("x", 2)] * 20, SHARES, few)
+    assert f"best is {DEFAULT} (1.000)" in verdict(rows), "listwise improves none of its queries"
     assert verdict(summary("tiny", [item("x", 0)], SHARES, {"pointwise": [[0, 1, 2]]})).endswith("was not measured")
