@@ -196,7 +196,8 @@ def _line(hit: Hit) -> str:
     """One line: score, file and location (or the key), and the beginning of the text."""
     document = hit.document
     title = f"{document.title}: " if document.title and document.title not in document.location else ""
-    return shorten(f"{hit.score:.4f}  {document.location}  {title}{document.text}", 160, placeholder=" ..")
+    head = f"{hit.score:.4f}  {' '.join(document.location.split())}  "
+    return head + shorten(title + document.text, max(160 - len(head), 40), placeholder=" ..")
 
 
 def _tell(text: str) -> None:

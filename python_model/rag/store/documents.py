@@ -222,7 +222,8 @@ class Documents(StoreFolder):
                 set_meta(db, "stores", [*known, absolute])
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove documents. The space of their vectors is freed with the last one of their file.
+        """Remove documents; their files are read again when they are added again. The space of their vectors is freed with the
+        last one of their file.
 
         Raises:
             KeyError: one of them does not exist; then none is removed.
@@ -231,6 +232,8 @@ class Documents(StoreFolder):
             for key in keys:
                 if key not in self:
                     raise KeyError(f"{key!r} is not in the index {self.path}")
+            part = "UPDATE sources SET digest = '' WHERE name = (SELECT source FROM documents WHERE key = ?)"
+            writing.db.executemany(part, [(key,) for key in keys])  # see Source
             gone = self._remove(writing, keys)
             writing.db.execute("DELETE FROM sources WHERE name NOT IN (SELECT source FROM documents)")
         self._vectors.removed(gone)
