@@ -303,6 +303,17 @@ void clear_slot(const QueryPack& out, int64_t v, int64_t wide) {
   }
 }
 
+// lane `at` holds a row that sees no key: zeros, whatever the row and its gradients hold
+template <class F>
+void clear_row(const QueryPack& out, int64_t at, int64_t wide) {
+  for (int64_t n = 0; n < wide / F::values; ++n) out.q[n * TILE + at] = out.grad_out[n * TILE + at] = 0;
+  const uint32_t other = F::values == 1 ? 0 : at % 2 ? 0x0000ffffu : 0xffff0000u;  // the row that shares the words
+  for (int64_t d = at / F::values * wide; d < (at / F::values + 1) * wide; ++d) {
+    out.q_rows[d] &= other;
+    out.grad_out_rows[d] &= other;
+  }
+}
+
 template <class F, class T>
 bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& out) {
   const int64_t wide = padded_dim(a.dim);
@@ -325,12 +336,16 @@ bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const
       out.lse_log2[at] = 0;
       out.delta[at] = 0;
       if (i >= rows) continue;
+      if (out.lo[at] >= out.hi[at]) {
+        clear_row<F>(out, at, wide);
+        continue;
+      }
       vf sum = {};
       for (int64_t d = 0; d < a.dim; d += W)
         sum = fma((vf)row_words<Single>(grad + i * g.grad_out.row, d, a.dim), (vf)row_words<Single>(o + i * g.out.row, d, a.dim), sum);
       const int64_t number = (first + i) * a.heads_q + head;
       const float lse = g.lse[number];
-      // the -inf of a fully masked row would turn its masked scores into NaN
+      // the -inf of a row whose scores are all -inf would turn them into NaN
       out.lse_log2[at] = lse == MINUS_INFINITY ? 0.0f : lse * LOG2_E;
       large |= __builtin_fabsf(out.lse_log2[at]) >= LARGE_LSE<T>;
       out.delta[at] = sum_lanes(sum) - (g.grad_lse ? g.grad_lse[number] : 0.0f);

@@ -34,13 +34,14 @@ def _sample(
     len_q, heads_q, dim = q.shape
     len_k, heads_kv, _ = k.shape
     group = heads_q // heads_kv
+    alive = mask.any(dim=-1)
+    q = torch.where(alive[:, None, None], q, 0.0)  # a row that sees no key may hold anything, and so may its gradient
     grouped = q.reshape(len_q, heads_kv, group, dim)
     score = torch.einsum("qhgd,khd->hgqk", grouped, k) * softmax_scale  # [Hkv, G, Lq, Lk]
     if softcap > 0:
         score = softcap * torch.tanh(score / softcap)
     score = score.masked_fill(~mask, float("-inf"))
     # a fully masked row subtracts 0 instead of -inf and divides by 1 instead of 0: output 0, lse -inf, gradient 0
-    alive = mask.any(dim=-1)
     top = score.detach().amax(dim=-1) if len_k else score.new_full(score.shape[:-1], float("-inf"))
     top = torch.where(alive, top, 0.0)
     p = torch.exp(score - top[..., None])
@@ -48,7 +49,8 @@ def _sample(
     safe_total = torch.where(alive, total, 1.0)
     lse = torch.where(alive, top + torch.log(safe_total), float("-inf"))
     out = torch.einsum("hgqk,khd->qhgd", p / safe_total[..., None], v)
-    return out.reshape(len_q, heads_q, dim), lse.permute(2, 0, 1).reshape(len_q, heads_q)
+    out = torch.where(alive[:, None, None], out.reshape(len_q, heads_q, dim), 0.0)
+    return out, lse.permute(2, 0, 1).reshape(len_q, heads_q)
 
 
 @without_autocast
@@ -98,6 +100,8 @@ def attention_backward(
         q_b, do_b, lse_b, delta_b = (
             x[rows].to(compute).unflatten(1, (heads_kv, -1)) for x in (q, grad_out, lse, delta)
         )
+        alive = mask.any(dim=-1)[:, None, None, None]  # a row that sees no key may hold anything
+        q_b, do_b = (torch.where(alive, x, 0.0) for x in (q_b, do_b))
         k_b, v_b = k[keys].to(compute), v[keys].to(compute)
         score = torch.einsum("qhgd,khd->hgqk", q_b, k_b) * softmax_scale
         slope = torch.ones_like(score)

@@ -217,6 +217,41 @@ def test_no_gradient_comes_from_the_lse_of_rows_without_keys(backend: Backend, l
     assert not grads[0][dead].any() and bool(grads[0][~dead].any()) and bool(grads[1].any())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_rows_without_keys_and_their_gradients_may_hold_anything(
+    backend: Backend, dtype: torch.dtype, softcap: float
+) -> None:
+    """Rows before the first key, below upper bounds of 0, and behind a window whose upper bound stays."""
+    causal = torch.tensor([True, True, False], device=backend.device)
+    hi = [*[0, 0, 1, 2, 3, 4], *[0, 0, 0, 4, 4, 4], *[2] * 20]
+    lens_q, lens_k = torch.tensor([0, 6, 6, 20]), torch.tensor([0, 4, 6, 20])
+    tables = [lens.cumsum(0).int().to(backend.device) for lens in (lens_q, lens_k)]
+    windows = torch.tensor([[-1, 0], [-1, 0], [3, -1]], dtype=torch.int32, device=backend.device)
+    bounds = torch.tensor(hi, dtype=torch.int32, device=backend.device)
+    q, grad = (torch.randn(32, 4, 32, device=backend.device).to(dtype) for _ in range(2))
+    k, v = (torch.randn(30, 2, 32, device=backend.device).to(dtype).requires_grad_() for _ in range(2))
+    dead = torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, *[0] * 5, *[1] * 15], device=backend.device).bool()
+    found = []
+    for poison in (0.0, float("nan")):
+        rows, grad_out = (x.masked_fill(dead[:, None, None], poison) for x in (q, grad))
+        rows.requires_grad_()
+        grad_lse = torch.ones(32, 4, device=backend.device).masked_fill(dead[:, None], poison)
+        with backend():
+            out, lse = gk.switch_attention_varlen(
+                *(rows, k, v, causal, *tables, 20, 20),
+                window_size=windows,
+                hi=bounds,
+                softcap=softcap,
+                return_lse=True,
+            )
+            found.append([out, *torch.autograd.grad((out, lse), (rows, k, v), (grad_out, grad_lse))])
+        assert torch.equal((lse == float("-inf")).all(dim=1), dead)
+    for clean, poisoned in zip(*found, strict=True):
+        assert bool(clean.isfinite().all()) and bool(clean.any()) and torch.equal(clean, poisoned)
+    assert not found[0][0][dead].any() and not found[0][1][dead].any()
+
+
 def test_a_second_derivative_is_refused_or_right(backend: Backend) -> None:
     q, k, v = (torch.randn(1, 4, 1, 32, device=backend.device, requires_grad=True) for _ in range(3))
     with backend():
