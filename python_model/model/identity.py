@@ -117,13 +117,21 @@ def content_digest(model: GritLM) -> str:
 
 
 def weights_digest(module: nn.Module, dtype: torch.dtype) -> str:
-    """Hex digest of every element of every weight and saved buffer; numbers that are not integers are rounded to ``dtype``."""
+    """Hex digest of every element of every weight and saved buffer; numbers that are not integers are rounded to ``dtype``.
+
+    With the codes of bitsandbytes' weights, what the codes stand for.
+    """
     named: list[tuple[str, Tensor]] = list(module.named_parameters())
+    digest = hashlib.sha256()
     for prefix, part in module.named_modules():
         saved = part._buffers.keys() - part._non_persistent_buffers_set
         named += [(f"{prefix}.{name}", buffer) for name in saved if (buffer := part._buffers[name]) is not None]
+        for name, value in sorted(_quantisation(part).items()):
+            if isinstance(value, Tensor):
+                named.append((f"{prefix}.weight.{name}", value))
+            else:
+                digest.update(f"{prefix}.weight.{name} {value}\n".encode())
     named.sort(key=lambda pair: pair[0])
-    digest = hashlib.sha256()
     # hashlib and torch work outside of the interpreter's lock
     with ThreadPoolExecutor(min(16, torch.get_num_threads())) as pool:
         for (name, _), content in zip(named, pool.map(lambda pair: _content(pair[1], dtype), named), strict=True):
@@ -163,6 +171,19 @@ def _content(weight: Tensor, dtype: torch.dtype) -> bytes:
         rounded = block.to("cpu", dtype) if flat.is_floating_point() else block.cpu()
         digest.update(rounded.contiguous().view(torch.uint8).numpy())
     return digest.digest()
+
+
+def _quantisation(part: nn.Module) -> dict[str, Any]:
+    """What bitsandbytes keeps beside the codes of a module's weight, such as scales and the numbers of the codes."""
+    weight = getattr(part, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:  # 4 bits
+        # the dtypes are those in which the numbers are computed
+        return {name: value for name, value in state.as_dict().items() if name not in ("dtype", "nested_dtype")}
+    scales = getattr(weight, "SCB", None)  # 8 bits
+    if scales is None:
+        scales = getattr(getattr(part, "state", None), "SCB", None)  # where the first pass puts them
+    return {} if scales is None else {"SCB": scales}
 
 
 def _scales(rope: Any) -> bool:

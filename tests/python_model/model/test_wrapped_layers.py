@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import grit_kernels as gk
 from python_model import GritLM
 from python_model.generate.decode import decode
 from python_model.model.chunks import build_chunk
-from python_model.model.identity import fingerprint
+from python_model.model.identity import fingerprint, weights_digest
 from python_model.model.losses import next_token_losses
 from python_model.model.server_export import export_for_server
 from python_model.serve.engine import Generation, TextWork, Token, Vector
@@ -198,6 +199,73 @@ def test_an_index_knows_the_model_after_it_has_run(kind: str, untied: Path) -> N
     # a pass on a CPU with bfloat16 has bitsandbytes store 4-bit weights in another order: an index made before is refused then
     assert fingerprint(grit) == before or kind == "nf4 of bitsandbytes"
     assert before != fingerprint(GritLM(untied, device="cpu", dtype="float32"))
+
+
+class Codes(torch.nn.Parameter):
+    """As the weights of bitsandbytes: codes, and what they stand for in attributes."""
+
+    quant_state: Any = None
+    SCB: Any = None
+
+
+def four_bits(*, nested: bool, **changes: Any) -> torch.nn.Linear:
+    """A layer of 4 bits, with the names that bitsandbytes saves."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "absmax": torch.arange(1.0, 9.0),
+        "blocksize": 64,
+        "quant_map": torch.linspace(-1, 1, 16),
+        "dtype": "float32",
+        "shape": (16, 32),
+    }
+    if nested:
+        state |= {
+            "absmax": torch.arange(8, dtype=torch.uint8),
+            "nested_absmax": torch.ones(1),
+            "nested_blocksize": 256,
+            "nested_quant_map": torch.linspace(-1, 1, 256),
+            "nested_dtype": "float32",
+            "nested_offset": 0.5,
+        }
+    assert changes.keys() <= state.keys()
+    layer = torch.nn.Linear(32, 16, bias=False)
+    layer.weight = Codes(torch.arange(256, dtype=torch.uint8)[:, None], requires_grad=False)
+    layer.weight.quant_state = SimpleNamespace(as_dict=lambda: {**state, **changes})
+    return layer
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_the_codes_of_4_bits_stand_for_makes_another_model(nested: bool) -> None:
+    def digest(**changes: Any) -> str:
+        return weights_digest(torch.nn.Sequential(four_bits(nested=nested, **changes)), torch.bfloat16)
+
+    changes: list[dict[str, Any]] = [
+        {"quant_type": "fp4"},
+        {"absmax": torch.arange(8).flip(0)},
+        {"blocksize": 128},
+        {"quant_map": torch.linspace(-1, 0.5, 16)},
+    ]
+    if nested:
+        changes += [
+            {"nested_absmax": torch.full((1,), 2.0)},
+            {"nested_blocksize": 64},
+            {"nested_quant_map": torch.linspace(-1, 0.5, 256)},
+            {"nested_offset": 0.25},
+        ]
+    found = [digest(), *(digest(**change) for change in changes)]
+    assert len(set(found)) == len(found)
+    assert digest(dtype="bfloat16") == digest(), "in which dtype it is computed is no part of a model"
+
+
+def test_the_scales_of_8_bits_make_another_model_wherever_they_are() -> None:
+    def digest(scales: torch.Tensor, used: bool = False) -> str:
+        layer = torch.nn.Linear(4, 4, bias=False)
+        layer.weight = Codes(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+        layer.state = SimpleNamespace(SCB=scales if used else None)
+        layer.weight.SCB = None if used else scales
+        return weights_digest(layer, torch.bfloat16)
+
+    assert digest(torch.ones(4)) == digest(torch.ones(4), used=True) != digest(torch.arange(4.0), used=True)
 
 
 def test_what_is_written_gives_the_same_vectors_or_is_refused(kind: str, untied: Path, tmp_path: Path) -> None:
