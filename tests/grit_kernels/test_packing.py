@@ -98,6 +98,10 @@ def test_a_pack_is_immutable_and_moves_between_devices_with_all_its_fields() -> 
     meta = pack.to("meta")
     assert meta.device.type == "meta" and meta.hi is not None and meta.hi.device.type == "meta"
     assert meta.max_seqlen == pack.max_seqlen
+    options = {"hi": torch.tensor([1, 2, 1]), "instruction_lens": [1, 0], "first_positions": [0, 5]}
+    made = gk.SamplePack.from_lengths([2, 1], [True, False], **options, device="meta")
+    fields = [value for field in dataclasses.fields(made) if torch.is_tensor(value := getattr(made, field.name))]
+    assert made.first_positions is not None and all(value.device.type == "meta" for value in fields)
 
 
 def test_one_flag_may_be_a_tensor() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from grit_kernels.attention import triton_backward, triton_decode, triton_forward, triton_plan  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from grit_kernels.attention import (  # noqa: E402
+    triton_backward,
+    triton_common,
+    triton_decode,
+    triton_forward,
+    triton_plan,
+)
 from grit_kernels.attention.problem import AttentionProblem  # noqa: E402
 from grit_kernels.attention.reference import attention_backward as reference_backward  # noqa: E402
 from grit_kernels.attention.reference import attention_forward as reference_forward  # noqa: E402
@@ -28,7 +38,14 @@ from grit_kernels.attention.triton_configs import (  # noqa: E402
     parse_configs,
     table_config,
 )
-from grit_kernels.visibility import in_blocks, tile_keys, tile_rows, transpose_hi, window_bounds  # noqa: E402
+from grit_kernels.visibility import (  # noqa: E402
+    TileRange,
+    in_blocks,
+    tile_keys,
+    tile_rows,
+    transpose_hi,
+    window_bounds,
+)
 from tests.conftest import assert_within_rule  # noqa: E402
 from tests.grit_kernels.attention.samples import (  # noqa: E402
     Call,
@@ -179,6 +196,56 @@ def test_in_a_mixed_pack_the_keys_of_those_samples_are_split_that_have_few_rows_
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
 
 
+@INTERPRET
+def test_the_parts_of_a_window_share_its_blocks_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    merge, parts = triton_decode.merge_splits_kernel, []
+
+    class Merge:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *tensors, **constants: [parts.append(tensors[1].clone()), merge[grid](*tensors, **constants)]
+
+    monkeypatch.setattr(triton_decode, "merge_splits_kernel", Merge())
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda *_: 4)
+    q, k, v = torch.randn(2, 4, 32), torch.randn(500, 2, 32), torch.randn(500, 2, 32)
+    numbers = torch.tensor([[0], [2], [0], [500]], dtype=torch.int32)
+    bounds = window_bounds(torch.tensor([True]), (200, 0), 2, 500)
+    problem = AttentionProblem(*numbers, *bounds, None, 0, 0, 2, 500, 0.2, 0.0)
+    with override_config("decode", Config(16, 16, 4, 1)):
+        found = triton_forward.attention_forward(q, k, v, problem)
+    assert parts[0].shape == (4, 1, 2, 4) and bool(parts[0].isfinite().all()), "a part without keys"
+    for a, b in zip(found, reference_forward(q, k, v, problem), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@INTERPRET
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_that_fill_several_tiles_share_split_keys(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda *_: splits)
+    monkeypatch.setattr(triton_plan, "processor_count", lambda _: 1000)
+    q, k, v = torch.randn(40, 4, 32), torch.randn(300, 2, 32), torch.randn(300, 2, 32)
+    numbers = torch.tensor([[0], [40], [0], [300]], dtype=torch.int32)
+    bounds = window_bounds(torch.tensor([True]), (-1, -1), 40, 300)
+    problem = AttentionProblem(*numbers, *bounds, None, 0, 0, 40, 300, 0.2, 0.0)
+    assert triton_plan.split_samples(q, k, problem) == triton_plan.Split(40, 0)
+    found = triton_forward.attention_forward(q, k, v, problem)
+    for a, b in zip(found, reference_forward(q, k, v, problem), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_are_split_for_few_rows_of_a_group_or_where_rows_leave_the_gpu_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_plan, "processor_count", lambda _: 16)
+
+    def split(rows: int, samples: int) -> triton_plan.Split:
+        tensors, problem = server_step([rows] * samples, [600] * samples, 4, 2)
+        return triton_plan.split_samples(*tensors[:2], replace(problem, q_rows=rows))
+
+    assert split(32, 20) == triton_plan.Split(32, 0), "64 pairs of row and head fit a tile"
+    assert split(128, 2) == triton_plan.Split(128, 0), "8 programs do not fill 16 processors twice"
+    assert split(129, 2) == split(33, 4) == triton_plan.NO_SPLIT
+
+
 def test_a_pack_of_whole_samples_never_splits_keys() -> None:
     tensors, problem = server_step([300, 1, 700, 20], [300, 1, 700, 20], 4, 2)
     assert triton_plan.split_samples(*tensors[:2], problem) == triton_plan.NO_SPLIT
@@ -292,6 +359,11 @@ def test_heads_run_side_by_side_in_whole_groups_that_fit_half_an_l2_cache() -> N
     assert triton_plan.section_heads(32, 4, 8 << 20) == 8  # 3 groups would fit, 2 divide 8
     assert triton_plan.section_heads(32, 4, 1 << 30) == 4
     assert triton_plan.section_heads(6, 1, 8 << 20) == 3
+    sizes = ((50_000, 8), (50_000, 2), (50_000, 2))
+    q, k, _ = (torch.empty(rows, heads, 128, device="meta") for rows, heads in sizes)
+    _, problem = server_step([50_000] * 2, [50_000] * 2, 1, 1)
+    for kernel, heads in (("forward", 4), ("backward_rows", 4), ("backward_keys", 1)):
+        assert triton_plan.tile_grid(kernel, q, k, problem).side_by_side == heads, "the heads of a group share keys"
 
 
 @pytest.mark.parametrize("dim", range(32, 257, 8))
@@ -326,6 +398,54 @@ def test_rows_whose_offsets_within_a_tile_need_64_bits_are_copied() -> None:
     assert addressable(dense) is dense and addressable(near) is near
     assert addressable(far).stride() == (32, 32, 1), "256 rows of 2**23 values each"
     assert addressable(torch.zeros(2, 1, 64)[..., ::2]).stride() == (32, 32, 1), "values side by side"
+
+
+def test_a_size_that_no_entry_covers_is_named() -> None:
+    with pytest.raises(ValueError, match="^head dim 264 with elements of 2 bytes has no entry for forward$"):
+        table_config("forward", 264, 2, "sm90")
+    with pytest.raises(ValueError, match="^head dim 64 with elements of 8 bytes has no entry for decode$"):
+        table_config("decode", 64, 8, "sm90")
+
+
+@triton.jit
+def blocks_kernel(p_spans, p_blocks, spans, BLOCK: tl.constexpr):
+    for n in range(0, spans):
+        p_span = p_spans + 4 * n
+        first, full_first, full_last, last = triton_common.in_blocks(
+            tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), tl.load(p_span + 3), BLOCK
+        )
+        p_block = p_blocks + 4 * n
+        tl.store(p_block, first)
+        tl.store(p_block + 1, full_first)
+        tl.store(p_block + 2, full_last)
+        tl.store(p_block + 3, last)
+
+
+@INTERPRET
+def test_ranges_in_blocks_are_those_of_the_rule() -> None:
+    ends = range(0, 13)
+    spans = [TileRange(a, b, c, d) for a in ends for d in ends[a:] for b in (a, d, 5) for c in (b, d, 8) if a <= b <= d]
+    found = torch.full((len(spans), 4), -1, dtype=torch.int32)
+    blocks_kernel[(1,)](torch.tensor(spans, dtype=torch.int32), found, len(spans), BLOCK=4)
+    for span, (first, full_first, full_last, last) in zip(spans, found.tolist(), strict=True):
+        rule = in_blocks(span, 4)
+        assert (first, last) == (rule.begin, rule.end) or first == last and span.begin == span.end, span
+        full = range(rule.full_begin, rule.full_end)
+        assert range(full_first, full_last) == full or not full and full_first == full_last == last, span
+
+
+@triton.jit
+def tanh_kernel(p_x, p_y, SIZE: tl.constexpr):
+    o = tl.arange(0, SIZE)
+    tl.store(p_y + o, triton_common.tanh(tl.load(p_x + o)))
+
+
+@INTERPRET
+def test_tanh_is_exact_to_a_few_roundings_everywhere() -> None:
+    x = torch.cat((torch.linspace(-0.16, 0.16, 3000), torch.linspace(-20, 20, 1000), torch.logspace(-30, -2, 96)))
+    y = torch.empty_like(x)
+    tanh_kernel[(1,)](x, y, SIZE=4096)
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=2e-6, atol=0)
 
 
 def test_configs_come_from_the_override_then_the_environment_then_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,12 @@ def test_opcheck_accepts_both_ops_and_a_second_derivative_is_refused(backend: Ba
     ops = torch.ops.grit_kernels
     grads = [torch.randn(4, device=backend.device) for _ in range(3)]
     for masks in (ids, [None, None]):
-        torch.library.opcheck(ops.contrastive_forward.default, (q, p, temperature, targets, *masks, True, True))
+        forward = (temperature, targets, *masks, True, True)
+        torch.library.opcheck(ops.contrastive_forward.default, (q, p, *forward))
+        for name in ("test_schema", "test_faketensor"):  # of bfloat16, the losses are float32
+            torch.library.opcheck(
+                ops.contrastive_forward.default, (q.bfloat16(), p.bfloat16(), *forward), test_utils=name
+            )
         detached = [x.detach() for x in (q, p, temperature)]
         arguments = (grads[0], *detached, targets, *masks, *grads[1:], False, False)
         torch.library.opcheck(ops.contrastive_backward.default, arguments)

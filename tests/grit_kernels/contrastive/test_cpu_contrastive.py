@@ -164,3 +164,6 @@ def test_targets_outside_are_refused() -> None:
     q, p, temperature, targets, *ids = problem(4, 2, 8, torch.float32, ids=False)
     with pytest.raises(RuntimeError, match="targets: expected .*, got 8 for query 3"):
         OPS.contrastive_forward(q, p, temperature, targets.index_fill(0, torch.tensor(3), 8), *ids, True, False)
+    for queries, passages in ((q[:0], p), (q, p[:0])):
+        with pytest.raises(RuntimeError, match="queries, passages: expected at least one row each"):
+            OPS.contrastive_forward(queries, passages, temperature, targets[: len(queries)], *ids, True, False)

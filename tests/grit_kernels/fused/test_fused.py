@@ -89,6 +89,21 @@ def test_gated_activations_and_their_gradients_keep_the_accuracy_rule(
     compare(backend, ours, eager_silu_mul if ours is silu_mul else eager_gelu_mul, inputs, 2)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary_takes_tables_whose_rows_lie_apart(backend: Backend, batch: int) -> None:
+    q, k = (torch.randn(2, 5, heads, 16, device=backend.device) for heads in (4, 2))
+    cos, sin = (torch.randn(batch, 5, 16, device=backend.device) for _ in range(2))
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.cat((x, torch.full_like(x, float("nan"))), dim=2)[..., :16]
+
+    with backend():
+        expected = rotary(q, k, cos, sin)
+        for tables in ((apart(cos), sin), (cos, apart(sin)), (apart(cos), apart(sin))):
+            for found, want in zip(rotary(q, k, *tables), expected, strict=True):
+                assert torch.equal(found, want)
+
+
 def test_rotary_reads_any_layout_and_writes_the_one_of_attention(backend: Backend) -> None:
     """As a model passes its states: (B, heads, T, D), or thirds of one product."""
     states = torch.randn(2, 5, 3, 3 * 16, device=backend.device)
