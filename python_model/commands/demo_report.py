@@ -139,7 +139,7 @@ def _labelled(label: str, text: str, most: int = 3) -> list[str]:
     room = WIDTH - LABEL
     found: list[str] = []
     for line in text.splitlines() or [""]:
-        found += textwrap.wrap(line, room, drop_whitespace=True, replace_whitespace=False) or [""]
+        found += textwrap.wrap(line, room) or [""]
     if len(found) > most:
         found = found[:most]
         found[-1] = found[-1][: room - 4].rstrip() + " ..."

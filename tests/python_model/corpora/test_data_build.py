@@ -22,6 +22,7 @@ from python_model.corpora import tasks
 from python_model.corpora.build import Builder, build
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, mine_negatives
 from python_model.corpora.sources import debian, foldoc, packages, python_functions, recipes, wikipedia, wordnet
+from python_model.corpora.sources.wordnet import Synset
 from python_model.corpora.split import held_out
 from python_model.corpora.tasks import Dialogue, Material, Pair, QuestionRow, Source
 from python_model.data.datasets import open_file
@@ -277,6 +278,8 @@ def test_the_largest_index_of_the_archive_is_read_after_one_download(apt: Path, 
         said = (apt / "said").read_text().splitlines()
         assert sum("update" in line for line in said) == updates, "what is downloaded is not downloaded again"
     assert all(f"Dir::State::lists={tmp_path / 'cache' / 'apt' / 'lists'} " in line for line in said)
+    for part in ("lists/partial", "cache/archives/partial"):  # apt does not make them
+        assert (tmp_path / "cache" / "apt" / part).is_dir()
     (apt / "helper").write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
     with pytest.raises(packages.SourceError, match="^debian: .*helper cannot read .*large: broken$"):
         debian.fetch_index(tmp_path / "cache")
@@ -317,6 +320,12 @@ def test_negatives_share_words_but_score_below_the_answer() -> None:
     for i, chosen in enumerate(mined(queries, passages, 4)):
         scores = index.get_scores(queries[i].split())
         assert all(0 < scores[j] <= SCORE_CAP * scores[i] for j in chosen)
+
+
+def test_missing_negatives_are_spread_over_the_passages() -> None:
+    words = [f"word{n}" for n in range(13)]
+    assert mined(words[:2], words, 2) == [[5, 10], [6, 11]]
+    assert mined(["none"] * 2, words, 3, positives=[[12], [4]]) == [[3, 7, 11], [8, 12, 3]]
 
 
 def test_too_few_passages_are_refused() -> None:
@@ -404,6 +413,102 @@ def test_negatives_that_a_source_knows_come_first_and_never_cross_the_split() ->
         negatives = [text for _, text in row["neg"]]
         assert set(known) <= set(negatives[: len(known)]) and set(negatives) <= set(passages.values())
         assert len(negatives) == 3 and row["pos"][0][1] not in negatives
+
+
+def test_no_negative_is_of_the_answers_group() -> None:
+    pairs = [Pair(f"thing:{i}", f"red {i}", f"red passage {i}", f"group {i % 2}" if i < 60 else "") for i in range(90)]
+    builder = Builder(**SIZES)
+    builder.add(Material({"foldoc": pairs}))
+    groups = {pair.passage: pair.group for pair in pairs}
+    rows = [row for name in ("train/foldoc.jsonl", "test/embedding.jsonl") for row in builder.files[name]]
+    found = [(groups[row["pos"][0][1]], {groups[text] for _, text in row["neg"]}) for row in rows]
+    assert len({own for own, _ in found}) == 3
+    assert all(len(row["neg"]) == 3 for row in rows) and not any(own and own in others for own, others in found)
+
+
+def test_weights_are_those_of_the_training_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"recipe": 40, "python_reply": 9, "foldoc_answer": 25}
+    dialogues = {
+        name: [Dialogue(f"{name}:{i}", (f"what is {i}?", "answer " * size)) for i in range(150)]
+        for name, size in sizes.items()
+    }
+    monkeypatch.setattr(
+        build_module, "SOURCES", {"things": Source(lambda cache: Material(dialogues=dialogues), "free")}
+    )
+    build(tmp_path / "data", ["things"], tmp_path / "cache", **SIZES)
+    files = {path.stem: path.read_text() for path in (tmp_path / "data" / "train").glob("*.jsonl")}
+    assert files.keys() == sizes.keys()
+    weights = tasks.dataset_weights({name: len(text) for name, text in files.items()})
+    settings = (tmp_path / "data" / "train.yaml").read_text().splitlines()
+    assert all(f"    {name}: {weight}" in settings for name, weight in weights.items()) and len(weights) == 3
+
+
+class TestNames:
+    """Questions about people and places in the bundled sample."""
+
+    ABOVE = {
+        "n00007846": (),
+        "n00027167": (),
+        "n09225146": ("n00027167",),
+        "poet": ("n00007846",),
+        "lake": ("n09225146",),
+    }
+
+    def questions(self, **changes: Any) -> list[str]:
+        from python_model.corpora.sample import NameRows
+
+        synsets = {
+            key: Synset(key, "n", (key,), "what is above a name", (), groups, True)
+            for key, groups in self.ABOVE.items()
+        }
+        key = next(f"n{i}" for i in range(100) if held_out(f"n{i}", 20))
+        named = {
+            "key": key,
+            "part": "n",
+            "words": ("Ada Byron", "Ada"),
+            "gloss": "a poet of whom some thirty letters tell",
+            "examples": (),
+            "groups": (),
+            "common": False,
+            "instance_of": ("poet",),
+            "known_name": True,
+        }
+        synset = Synset(**{**named, **changes})
+        found = [list(NameRows({**synsets, synset.key: synset}, test).rows()) for test in (False, True)]
+        assert not found[0] or not found[1], "a name is on one side of the split"
+        rows = [*found[0], *found[1]]
+        assert all(row["key"] == synset.key and bool(found[1]) == held_out(synset.key, 20) for row in rows)
+        return [row["text"][0] for row in rows]
+
+    def test_people_and_places_that_are_known_are_asked_about(self) -> None:
+        assert self.questions() == ["Who was Ada Byron?"]
+        assert self.questions(key=next(f"n{i}" for i in range(100) if not held_out(f"n{i}", 20))) == [
+            "Who was Ada Byron?"
+        ]
+        assert self.questions(gloss="a poet who writes letters (born in 1970)") == ["Who is Ada Byron?"]
+        assert self.questions(words=("Lake Ada",), instance_of=("lake",)) == ["What is Lake Ada?"]
+        assert self.questions(words=("Ada",), instance_of=("lake",)) == ["What is the Ada?"]
+        assert self.questions(words=("Ada",), instance_of=("n00027167",)) == ["What is Ada?"]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"known_name": False},
+            {"gloss": "a poet of whom only few know"[:29]},
+            {"gloss": "a poet " + "of letters " * 14},
+            {"gloss": "a po\u00e8te of whom some thirty letters tell"},
+            {"gloss": "a poet of whom some thirty jesus letters tell"},
+            {"words": ("Ada",)},
+            {"words": ("ada byron",)},
+            {"instance_of": ()},
+        ],
+    )
+    def test_others_are_not(self, change: dict[str, Any]) -> None:
+        assert self.questions(**change) == []
+
+    def test_glosses_have_30_to_160_characters(self) -> None:
+        assert self.questions(gloss="a" * 30) and self.questions(gloss="a" * 160)
+        assert not self.questions(gloss="a" * 29) and not self.questions(gloss="a" * 161)
 
 
 def test_weights_bring_the_shares_of_tokens() -> None:

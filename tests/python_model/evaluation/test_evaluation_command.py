@@ -289,6 +289,16 @@ def test_mistakes_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> Non
         main(["--model", str(checkpoint), "--data", str(data)])
 
 
+def test_questions_need_a_model_that_generates(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded for nothing")
+
+    monkeypatch.setattr(command, "load", load)
+    options = ["--model", "nowhere", "--data", str(data), "--questions", str(data / "questions.jsonl")]
+    with pytest.raises(SystemExit, match="questions: expected a model that generates, got one in mode 'embedding'"):
+        main([*options, "--mode", "embedding"])
+
+
 def test_each_conversation_has_its_own_sum_of_losses(checkpoint: Path) -> None:
     model = GritLM(str(checkpoint), torch_dtype="float32")
     rows = [GenerativeRow(tuple(f"turn {i} {'word ' * n}" for i in range(2))) for n in (1, 9, 4)]

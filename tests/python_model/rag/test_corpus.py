@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,8 +85,84 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("x")
     with pytest.raises(ValueError, match="input: expected .jsonl or .parquet, got"):
         plan(str(tmp_path / "b.txt"))
+    (alone,) = plan(str(tmp_path / "a.jsonl"))
+    assert alone.name == "a.jsonl", "a file is named as in its folder"
     with pytest.raises(FileNotFoundError, match="shards: there is no run"):
         corpus.read_run(str(tmp_path))
+
+
+class FakeRay(ModuleType):
+    """Runs in this process what Ray would give to its workers, and notes what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.asked: list[dict[str, Any]] = []
+        self.data = ModuleType("ray.data")
+        self.context = SimpleNamespace(enable_progress_bars=True)
+        contents = {
+            "from_items": self.from_items,
+            "ActorPoolStrategy": lambda size: size,
+            "DataContext": SimpleNamespace(get_current=lambda: self.context),
+        }
+        for name, value in contents.items():
+            setattr(self.data, name, value)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get(self, found: Any) -> Any:
+        return found
+
+    def remote(self, function: Any) -> Any:
+        def options(**asked: Any) -> Any:
+            self.asked.append(asked)
+            return SimpleNamespace(remote=function)
+
+        return SimpleNamespace(options=options)
+
+    def from_items(self, items: list[dict[str, Any]], override_num_blocks: int) -> Any:
+        assert override_num_blocks == len(items)
+
+        def map_batches(kind: Any, *, batch_size: int, fn_constructor_kwargs: Any, compute: int, **asked: Any) -> Any:
+            self.asked.append({**asked, "workers": compute})
+            worker = kind(**fn_constructor_kwargs)
+
+            def iter_rows() -> Iterator[dict[str, Any]]:
+                for start in range(0, len(items), batch_size):
+                    batch = items[start : start + batch_size]
+                    found = worker({name: np.array([item[name] for item in batch]) for name in batch[0]})
+                    for values in zip(*found.values(), strict=True):
+                        yield dict(zip(found, values, strict=True))
+
+            return SimpleNamespace(iter_rows=iter_rows)
+
+        return SimpleNamespace(map_batches=map_batches)
+
+
+def test_a_corpus_is_embedded_once_with_what_was_asked_of_ray(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", ray.data)
+    logger = logging.getLogger("ray.data")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    write_rows(tmp_path / "in" / "a.jsonl", 20)
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), Recipe(str(checkpoint), max_length=20))
+    told: list[tuple[int, int]] = []
+    run = corpus.embed_corpus(*arguments, unit_bytes=400, progress=lambda *figures: told.append(figures))
+    assert (run.rows, run.rows_now, run.done_before) == (20, 20, 0) and run.cut > 0 and 0 <= run.outside < 1
+    assert run.units > 2 and told == [(done, run.units) for done in range(1, run.units + 1)]
+    assert ray.asked == [{"num_gpus": 0, "num_cpus": 1}, {"num_gpus": 0, "num_cpus": 1, "workers": 1}]
+    assert logger.level == logging.WARNING and not ray.context.enable_progress_bars, "the progress is told once"
+    again = corpus.embed_corpus(*arguments, unit_bytes=400, workers=3, gpus=0.5, cpus=2)
+    assert (again.rows, again.rows_now, again.done_before, again.outside) == (20, 0, run.units, 0.0)
+    assert again.cut == run.cut and ray.asked[2:] == [{"num_gpus": 0.5, "num_cpus": 2}], "there is nothing to do"
+    first = min((tmp_path / "out").glob("*.parquet"))
+    first.with_suffix(".json").unlink()
+    last = corpus.embed_corpus(*arguments, unit_bytes=400, workers=3, gpus=0.5, cpus=2)
+    assert last.done_before == run.units - 1 and 0 < last.rows_now < 20
+    assert ray.asked[-1] == {"num_gpus": 0.5, "num_cpus": 2, "workers": 1}, "no more workers than shards"
 
 
 def run_of(checkpoint: Path, source: Path, output: Path, **options: Any) -> tuple[Embedder, list[Unit], Recipe]:

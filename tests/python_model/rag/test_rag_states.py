@@ -107,6 +107,22 @@ def test_recomputing_every_token_by_deviation_equals_reading_the_texts_in_one_go
     assert recompute_selected(model, joined, starts[:1], 1.0) is joined  # nothing stands before a single text
 
 
+def test_recomputed_states_are_read_by_the_layers_behind(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.num_hidden_layers = 4
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "deep")
+    deep = GritLM(tmp_path / "deep", device="cpu", dtype="float32")
+    joined, starts = rope.join(read(deep, [A, B, C], causal=True), deep)
+    (whole,) = read(deep, [joined.input_ids.tolist()], causal=True)
+    redone = recompute_selected(deep, joined, starts, 1.0)
+    for layer in range(4):
+        assert relative(redone.keys_values[layer], whole.keys_values[layer]) < 1e-5
+    assert relative(joined.keys_values[3], whole.keys_values[3]) > 1e-3
+
+
 @pytest.mark.parametrize("damaged", [6, 11])
 def test_the_tokens_that_deviate_most_are_the_ones_recomputed(model: GritLM, damaged: int) -> None:
     ids = A + B[1:] + C[1:]

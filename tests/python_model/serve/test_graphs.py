@@ -84,6 +84,12 @@ def with_graphs(model: GritLM, most_rows: int, **options: Any) -> tuple[SteppedE
     return engine, recorder
 
 
+def test_the_numbers_of_a_step_are_where_its_keys_are() -> None:
+    step: Any = SimpleNamespace(arena=SimpleNamespace(keys=torch.empty(0, device="meta"), scratch=8))
+    captured = DecodingGraphs(step, 4, lambda function: (lambda: None, torch.empty(0))).graphs
+    assert captured.keys() == {1, 2, 4} and all(graph.numbers.device.type == "meta" for graph in captured.values())
+
+
 def test_an_engine_captures_as_many_rows_as_sequences_where_it_is_told_to(
     served_model: GritLM, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
