@@ -146,6 +146,14 @@ def test_float64_runs_on_the_reference_and_passes_gradcheck_in_closed_form() -> 
             torch.testing.assert_close(a.detach(), b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_dtypes_of_the_documentation(dtype: torch.dtype) -> None:
+    bounds = [torch.tensor([x], dtype=torch.int32) for x in (0, 3)]
+    problem = PoolingProblem(torch.randn(3, 4).to(dtype), torch.ones(3), *bounds, torch.ones(1), torch.ones(4), 1e-6)
+    grad_hidden, grad_norm_weight = reference.pool_backward(torch.randn(1, 4), problem)
+    assert grad_hidden.dtype == dtype and grad_norm_weight.dtype == torch.float32
+
+
 def test_opcheck_accepts_both_ops_and_a_second_derivative_is_refused(backend: Backend) -> None:
     if not backend.is_op:
         return
