@@ -40,18 +40,18 @@ def drawings() -> str:
         "bidirectional, window (3, 3)": drawing(3, 3),
         "prefix-LM, prefix of 4": drawing(FARTHEST, 0, upper_bounds(range(4))),
         "CB: instruction of 4 causal": drawing(FARTHEST, 0, upper_bounds(range(4, LENGTH))),
-        "interleaved turns 0-2 and 5-7": drawing(FARTHEST, 0, gk.span_hi(one, turns)),
-        "3 new tokens after a cache of 7": drawing(FARTHEST, 0, len_q=3),
+        "interleaved turns 0-2, 5-7": drawing(FARTHEST, 0, gk.span_hi(one, turns)),
+        "3 new tokens, cache of 7": drawing(FARTHEST, 0, len_q=3),
         "the same, bidirectional": drawing(FARTHEST, FARTHEST, len_q=3),
     }
     names = list(pictures)
     lines: list[str] = []
     for start in range(0, len(names), 3):
         row = names[start : start + 3]
-        lines.append("   ".join(name.ljust(2 * LENGTH + 12) for name in row).rstrip())
+        lines.append("   ".join(name.ljust(2 * LENGTH + 8) for name in row).rstrip())
         for line in range(max(len(pictures[name]) for name in row)):
             cells = [pictures[name][line] if line < len(pictures[name]) else "" for name in row]
-            lines.append("   ".join(cell.ljust(2 * LENGTH + 12) for cell in cells).rstrip())
+            lines.append("   ".join(cell.ljust(2 * LENGTH + 8) for cell in cells).rstrip())
         lines.append("")
     return "```\n" + "\n".join(lines).rstrip() + "\n```\n"
 
