@@ -217,6 +217,8 @@ class Engine:
             now = self.clock()
             expired = self.scheduler.reap(now)
             plan = self.scheduler.plan(now)
+            if not plan and self.metrics is not None:
+                self.metrics.state(self.scheduler)  # no step follows that would tell what was dropped
         self._fail(expired, Failure("timeout", "the request took longer than the server allows"))
         if not plan:
             return False
@@ -250,9 +252,13 @@ class Engine:
                 log.exception("a step failed outside of its works")
                 with self._changed:
                     lost = list(self.scheduler._all())
+                # first: a cancelled work is told nothing
+                self._fail(lost, Failure("error", f"{type(error).__name__} in the server"))
+                with self._changed:
                     self.scheduler.cancel(lost)
                     self.scheduler.reap(self.clock())
-                self._fail(lost, Failure("error", f"{type(error).__name__} in the server"))
+                    if self.metrics is not None:
+                        self.metrics.state(self.scheduler)
 
     def _isolated(self, plan: list[tuple[plans.Work, int]]) -> list[Any]:
         try:

@@ -54,6 +54,10 @@ class Metrics:
         self.tokens.labels("decoded").inc(decoded)
         self.tokens.labels("read").inc(tokens - decoded)
         self.tokens_per_second.set(scheduler.tokens_per_second)
+        self.state(scheduler)
+
+    def state(self, scheduler: Scheduler) -> None:
+        """Called when works have come to a step or have ended without one, from the engine's thread."""
         self.running.set(len(scheduler.running))
         self.waiting.set(len(scheduler.waiting))
         self.budget.set(scheduler.budget)

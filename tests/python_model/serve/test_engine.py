@@ -19,6 +19,7 @@ from python_model.serve.scheduler import QueueFull
 from python_model.serve.step import rounded
 from tests.python_model.serve.conftest import SteppedEngine, collect
 from tests.python_model.serve.schedules import alone, check, draw_works, ids, loaded, serve, tiny
+from tests.python_model.serve.server import wait_until
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -311,6 +312,61 @@ def test_draws_that_leave_one_token_are_greedy(served_model: GritLM, sampling: S
         engine.run()
         tokens.append([event.token for event in events if isinstance(event, Token)])
     assert tokens[0] == tokens[1]
+
+
+def gauges(metrics: Any) -> dict[str, float]:
+    """How much the metrics say is running, waiting, queued, and owned but not held for reuse."""
+    names = ("running_sequences", "waiting_sequences", "queued_tokens", "arena_used_rows", "arena_held_rows")
+    running, waiting, queued, used, held = (metrics.registry.get_sample_value(f"grit_{name}") for name in names)
+    return {"running": running, "waiting": waiting, "queued": queued, "owned": used - held}
+
+
+@pytest.mark.parametrize("end", ["cancelled", "late"])
+def test_metrics_tell_that_works_have_ended_after_the_last_step(served_model: GritLM, end: str) -> None:
+    pytest.importorskip("prometheus_client")
+    from python_model.serve.metrics import Metrics
+
+    metrics = Metrics()
+    engine = SteppedEngine(served_model, arena_rows=100, max_step_tokens=96, metrics=metrics)
+    source = random.Random(1)
+    works = [Generation(ids(source, 20), max_tokens=60, deadline=1.0) for _ in range(2)]
+    for work in works:
+        collect(work)
+    engine.submit(works)
+    assert engine.step()
+    assert gauges(metrics) == {"running": 1, "waiting": 1, "queued": 20, "owned": 79}
+    if end == "cancelled":
+        engine.cancel(works)
+    else:
+        engine.now = 2.0
+    assert not engine.step() and engine.scheduler.idle
+    assert gauges(metrics) == {"running": 0, "waiting": 0, "queued": 0, "owned": 0}
+
+
+def test_an_error_outside_of_the_works_ends_them_and_tells_so(
+    served_model: GritLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("prometheus_client")
+    from python_model.serve.metrics import Metrics
+
+    metrics = Metrics()
+    engine = SteppedEngine(served_model, arena_rows=100, max_step_tokens=96, metrics=metrics)
+    source = random.Random(1)
+    works = [Generation(ids(source, 20), max_tokens=60) for _ in range(2)]
+    events = [collect(work) for work in works]
+    engine.submit(works)
+    assert engine.step() and gauges(metrics)["running"] == 1
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(engine.scheduler, "report", fails)
+    engine.start()
+    ended = {"running": 0, "waiting": 0, "queued": 0, "owned": 0}
+    wait_until(lambda: gauges(metrics) == ended)
+    assert [[type(event) for event in found if not isinstance(event, Token)] for found in events] == [[Failure]] * 2
+    assert engine.accepts
+    engine.close()
 
 
 def test_requests_that_come_while_numbers_are_told_fail_no_step(served_model: GritLM) -> None:
