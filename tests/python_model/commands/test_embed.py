@@ -172,6 +172,14 @@ def test_a_run_ended_by_sigkill_loses_one_block_at_most(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "v.npy"]
 
 
+def test_progress_is_shown_from_the_second_batch_on(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for count, shown in ((1, False), (2, False), (3, True)):
+        texts = [part for letter in "abc"[:count] for part in ("--text", letter)]
+        embed.COMMAND(["--model", str(checkpoint), "--device", "cpu", "--json", "--batch-size", "2", *texts])
+        printed = capsys.readouterr()
+        assert len(printed.out.splitlines()) == count and (f"{count}/{count}" in printed.err) == shown
+
+
 def test_texts_that_are_cut_are_counted(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--model", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "v.npy"), "--max-length", "16"]
     embed.COMMAND([*base, "--text", "river " * 40, "--text", "a", "--text", "code " * 30])
