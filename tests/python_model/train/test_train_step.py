@@ -405,6 +405,13 @@ def test_a_chunk_of_both_kinds_gives_what_each_kind_gives_alone(checkpoint: Path
     torch.testing.assert_close((vectors, sums), alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_chunk_moves_with_its_pack(checkpoint: Path, tmp_path: Path) -> None:
+    samples = ToyStream(toy_model(toy_config(checkpoint, tmp_path)).tokenizer, 2, 2)[0]
+    moved = build_chunk(samples.passages, samples.conversations).to("meta")
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 5 and all(value.is_meta for value in tensors) and moved.pack.device.type == "meta"
+
+
 def test_a_rank_without_work_gives_every_weight_a_gradient_of_zero(checkpoint: Path, tmp_path: Path) -> None:
     model = TrainingModel(toy_model(toy_config(checkpoint, tmp_path, projection=8)))
     model.touch_all = True
