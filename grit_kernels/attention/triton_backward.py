@@ -45,13 +45,16 @@ from grit_kernels.attention.triton_plan import (
 )
 from grit_kernels.triton_launch import dot, on_device, upcast_operands
 
+STATISTICS = tl.constexpr(4)
+"""Numbers per row and head: 16 bytes, of which two are used. Fewer would be loaded in pieces of 4 bytes."""
+
 
 @triton.jit(do_not_specialize=["rows"])
 def row_statistics_kernel(
     p_do, p_out, p_lse, p_dlse, p_stat, p_dq, stride_dot, stride_doh, rows,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr, CLEAR_DQ: tl.constexpr,
 ):  # fmt: skip
-    """p_stat (2, Hq, Tq): lse in units of log2, and delta; per head, so that a tile of rows reads them side by side.
+    """p_stat (Hq, Tq, STATISTICS): -lse in units of log2, and -delta; what a walk adds to the products of a row.
 
     CLEAR_DQ: the FP32 dQ (Tq, Hq, D), to which atomics add, starts from 0.
     """
@@ -68,23 +71,23 @@ def row_statistics_kernel(
     b_delta = tl.sum(b_do * b_out, 1)
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + o_pair, mask=m_row, other=0.0)
-    b_lse = tl.load(p_lse + o_pair, mask=m_row, other=0.0) * 1.4426950408889634
+    b_lse = tl.load(p_lse + o_pair, mask=m_row, other=0.0) * -1.4426950408889634
     if CLEAR_DQ:
         tl.store(p_dq + o_pair[:, None] * D + o_d[None, :], tl.zeros([BM, DP], dtype=tl.float32), mask=mask)
-    p_stat += head * rows + row
+    p_stat += (head * rows + row) * STATISTICS
     tl.store(p_stat, b_lse, mask=m_row)
-    tl.store(p_stat + tl.cast(rows, tl.int64) * HEADS, b_delta, mask=m_row)
+    tl.store(p_stat + 1, -b_delta, mask=m_row)
 
 
 @triton.jit
-def probabilities(b_qk, b_lse, scale, cap, HAS_CAP: tl.constexpr):
-    """p and cap'(score) from raw products; ``b_lse`` is in units of log2 and already broadcast."""
+def probabilities(b_qk, b_less, scale, cap, HAS_CAP: tl.constexpr):
+    """p and cap'(score) from raw products; ``b_less`` is -lse in units of log2 and already broadcast."""
     if HAS_CAP:
         b_tanh = tanh(b_qk * scale)
-        b_p = tl.exp2(cap * b_tanh - b_lse)
+        b_p = tl.exp2(cap * b_tanh + b_less)
         b_slope = 1.0 - b_tanh * b_tanh
     else:
-        b_p = tl.exp2(b_qk * scale - b_lse)
+        b_p = tl.exp2(b_qk * scale + b_less)
         b_slope = b_p
     return b_p, b_slope
 
@@ -101,9 +104,10 @@ def add_part(p_x, o_row, stride, m_row, b_x, FIRST: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def gather_rows(
-    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qt, stride_qh,
-    stride_dot, stride_doh, rows, head_in_group, block, key, len_q, len_k, left, right, scale, cap,
-    HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
+    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qh, stride_doh,
+    rows, head_in_group, block, key, len_q, len_k, left, right, scale, cap,
+    STRIDE_QT: tl.constexpr, STRIDE_DOT: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
     EDGE: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """Add the rows of one block of one query head to dK and dV; all products are transposed, [BN, BM].
@@ -117,27 +121,29 @@ def gather_rows(
     m_row = (row < len_q) & (b_lo < b_hi)
     first_row = tl.cast(block * BM, tl.int64)
     head_offset = tl.cast(head_in_group, tl.int64)
-    p_q += first_row * stride_qt + head_offset * stride_qh
-    p_do += first_row * stride_dot + head_offset * stride_doh
-    p_lse = p_stat + (head_offset * rows + first_row) + o_m
-    p_delta = p_lse + tl.cast(rows, tl.int64) * HEADS
+    p_q += first_row * STRIDE_QT + head_offset * stride_qh
+    p_do += first_row * STRIDE_DOT + head_offset * stride_doh
+    # one load of 16 bytes a row, and the sums keep it one: each would otherwise be loaded once per thread that needs it
+    o_stat = tl.arange(0, STATISTICS)
+    p_stat += (head_offset * rows + first_row) * STATISTICS
+    p_stat = p_stat + o_m[:, None] * STATISTICS + o_stat[None, :]
     if EDGE:
-        b_lse = tl.load(p_lse, mask=m_row, other=0.0)
-        b_delta = tl.load(p_delta, mask=m_row, other=0.0)
+        b_stat = tl.load(p_stat, mask=m_row[:, None] & (o_stat < 2)[None, :], other=0.0)
     else:
-        b_lse = tl.load(p_lse)
-        b_delta = tl.load(p_delta)
-    b_q1 = load_part(p_q, o_m, stride_qt, m_row, 0, D1, D, EDGE)
-    b_do1 = load_part(p_do, o_m, stride_dot, m_row, 0, D1, D, EDGE)
+        b_stat = tl.load(p_stat)
+    b_less = tl.sum(tl.where(o_stat[None, :] == 0, b_stat, 0.0), 1)[None, :]
+    b_less_delta = tl.sum(tl.where(o_stat[None, :] == 1, b_stat, 0.0), 1)[None, :]
+    b_q1 = load_part(p_q, o_m, STRIDE_QT, m_row, 0, D1, D, EDGE)
+    b_do1 = load_part(p_do, o_m, STRIDE_DOT, m_row, 0, D1, D, EDGE)
     b_zero = tl.zeros([b_k1.shape[0], BM], dtype=tl.float32)
     b_qk = dot(b_k1, tl.trans(b_q1), b_zero, UPCAST)  # [BN, BM]
     b_dp = dot(b_v1, tl.trans(b_do1), b_zero, UPCAST)
     if D2 > 0:
-        b_q2 = load_part(p_q, o_m, stride_qt, m_row, D1, D2, D, EDGE)
-        b_do2 = load_part(p_do, o_m, stride_dot, m_row, D1, D2, D, EDGE)
+        b_q2 = load_part(p_q, o_m, STRIDE_QT, m_row, D1, D2, D, EDGE)
+        b_do2 = load_part(p_do, o_m, STRIDE_DOT, m_row, D1, D2, D, EDGE)
         b_qk = dot(b_k2, tl.trans(b_q2), b_qk, UPCAST)
         b_dp = dot(b_v2, tl.trans(b_do2), b_dp, UPCAST)
-    b_p, b_slope = probabilities(b_qk, b_lse[None, :], scale, cap, HAS_CAP)
+    b_p, b_slope = probabilities(b_qk, b_less, scale, cap, HAS_CAP)
     if EDGE:
         # key_range by distances, which cost no registers per row. Its clamps need no mask here: fully masked rows
         # were loaded as 0, and slots that hold no key of the sample are cleared when the tile is stored
@@ -148,7 +154,7 @@ def gather_rows(
         else:
             visible = visible & (distance <= right)
         b_p = tl.where(visible, b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_ds = b_p * (b_dp + b_less_delta)
     if HAS_CAP:
         b_ds = b_ds * b_slope
     if ATOMIC:
@@ -174,16 +180,18 @@ def gather_rows(
 @triton.jit(do_not_specialize=["rows", "tiles", "heads_side_by_side", "k_rows"])
 def backward_keys_kernel(
     p_q, p_k, p_v, p_do, p_dk, p_dv, p_dq, p_stat, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
-    p_first_row, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
+    p_first_row, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_doh,
     rows, tiles, heads_side_by_side, k_rows, scale, cap, softmax_scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    STRIDE_QT: tl.constexpr, STRIDE_DOT: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of BN keys of a sample and key head: the rows of all query heads of its group that see a key.
 
     Rows that see every key of the tile come first, without any mask, then the edges. Padding keys get 0. ATOMIC: what the keys
-    contribute to dQ is added to p_dq, FP32 (Tq, Hq, D).
+    contribute to dQ is added to p_dq, FP32 (Tq, Hq, D). The rows' strides are constants, as addresses then need fewer registers:
+    a model has one or two.
     """
     head_kv, sample, block = program_tile(p_table, tiles, heads_side_by_side, tl.program_id(0))
     if block < 0:
@@ -192,11 +200,11 @@ def backward_keys_kernel(
         p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, sample
     )
     head_first = tl.cast(head_kv, tl.int64) * GROUP
-    p_q += q_start * stride_qt + head_first * stride_qh
-    p_do += q_start * stride_dot + head_first * stride_doh
+    p_q += q_start * STRIDE_QT + head_first * stride_qh
+    p_do += q_start * STRIDE_DOT + head_first * stride_doh
     if ATOMIC:
         p_dq += (q_start * HEADS + head_first) * D
-    p_stat += head_first * rows + q_start
+    p_stat += (head_first * rows + q_start) * STATISTICS
     p_hi += q_start
     p_first_row += k_start
 
@@ -231,21 +239,31 @@ def backward_keys_kernel(
     full = tl.where(real, full_last - full_first, 0)
     edges = tl.where(real, (full_first - first) + (last - full_last), 0)
     # one loop over (query head, block), so that the pipeline of loads fills once rather than once per head
-    for step in range(0, full * GROUP):
-        head_in_group = step // full
+    head_in_group = 0
+    row_block = full_first
+    for _ in range(0, full * GROUP):
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qt, stride_qh,
-            stride_dot, stride_doh, rows, head_in_group, full_first + step - head_in_group * full, key, len_q, len_k, left, right,
-            scale, cap, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qh, stride_doh,
+            rows, head_in_group, row_block, key, len_q, len_k, left, right,
+            scale, cap, STRIDE_QT, STRIDE_DOT, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
         )  # fmt: skip
-    for step in range(0, edges * GROUP):
-        head_in_group = step // edges
-        row_block = edge_block(step - head_in_group * edges, first, full_first, full_last)
+        row_block += 1
+        ended = row_block == full_last
+        head_in_group += tl.where(ended, 1, 0)
+        row_block = tl.where(ended, full_first, row_block)
+    head_in_group = 0
+    edge = 0
+    for _ in range(0, edges * GROUP):
+        row_block = edge_block(edge, first, full_first, full_last)
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qt, stride_qh,
-            stride_dot, stride_doh, rows, head_in_group, row_block, key, len_q, len_k, left, right,
-            scale, cap, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qh, stride_doh,
+            rows, head_in_group, row_block, key, len_q, len_k, left, right,
+            scale, cap, STRIDE_QT, STRIDE_DOT, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
         )  # fmt: skip
+        edge += 1
+        ended = edge == edges
+        head_in_group += tl.where(ended, 1, 0)
+        edge = tl.where(ended, 0, edge)
     # padding slots get 0: unmasked blocks have summed arbitrary values there
     b_dk1 = tl.where(m_key[:, None], b_dk1 * softmax_scale, 0.0)
     b_dk2 = tl.where(m_key[:, None], b_dk2 * softmax_scale, 0.0)
@@ -264,7 +282,7 @@ def backward_keys_kernel(
 
 @triton.jit
 def gather_keys(
-    b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_lse, b_delta, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k,
+    b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_less, b_less_delta, p_k, p_v, stride_k, stride_v, block, b_lo, b_hi, len_k,
     scale, cap, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     EDGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -284,11 +302,11 @@ def gather_keys(
         b_v2 = load_part(p_v, o_n, stride_v, m_key, D1, D2, D, EDGE)
         b_qk = dot(b_q2, tl.trans(b_k2), b_qk, UPCAST)
         b_dp = dot(b_do2, tl.trans(b_v2), b_dp, UPCAST)
-    b_p, b_slope = probabilities(b_qk, b_lse[:, None], scale, cap, HAS_CAP)
+    b_p, b_slope = probabilities(b_qk, b_less[:, None], scale, cap, HAS_CAP)
     if EDGE:
         visible = (key[None, :] >= b_lo[:, None]) & (key[None, :] < b_hi[:, None])
         b_p = tl.where(visible, b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[:, None])
+    b_ds = b_p * (b_dp + b_less_delta[:, None])
     if HAS_CAP:
         b_ds = b_ds * b_slope
     b_ds = b_ds.to(b_k1.dtype)
@@ -336,9 +354,9 @@ def backward_rows_kernel(
     if D2 > 0:
         b_q2 = load_part(p_q, o_m, stride_qt, m_row, D1, D2, D, True)
         b_do2 = load_part(p_do, o_m, stride_dot, m_row, D1, D2, D, True)
-    p_lse = p_stat + (tl.cast(head, tl.int64) * rows + tile_start) + o_m
-    b_lse = tl.load(p_lse, mask=m_row, other=0.0)
-    b_delta = tl.load(p_lse + tl.cast(rows, tl.int64) * HEADS, mask=m_row, other=0.0)
+    p_stat += (tl.cast(head, tl.int64) * rows + tile_start + o_m) * STATISTICS
+    b_less = tl.load(p_stat, mask=m_row, other=0.0)
+    b_less_delta = tl.load(p_stat + 1, mask=m_row, other=0.0)
 
     first, full_first, full_last, last = tile_keys(
         first_row, first_row + BM, p_hi, len_q, len_k, left, right, BN, HAS_HI
@@ -347,13 +365,13 @@ def backward_rows_kernel(
     b_dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], dtype=tl.float32)
     for key_block in range(full_first, full_last):
         b_dq1, b_dq2 = gather_keys(
-            b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, key_block, b_lo, b_hi,
+            b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_less, b_less_delta, p_k, p_v, stride_kt, stride_vt, key_block, b_lo, b_hi,
             len_k, scale, cap, D, D1, D2, BM, BN, False, HAS_CAP, UPCAST,
         )  # fmt: skip
     for step in range(0, (full_first - first) + (last - full_last)):
         key_block = edge_block(step, first, full_first, full_last)
         b_dq1, b_dq2 = gather_keys(
-            b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, key_block, b_lo, b_hi,
+            b_dq1, b_dq2, b_q1, b_q2, b_do1, b_do2, b_less, b_less_delta, p_k, p_v, stride_kt, stride_vt, key_block, b_lo, b_hi,
             len_k, scale, cap, D, D1, D2, BM, BN, True, HAS_CAP, UPCAST,
         )  # fmt: skip
     m_store = row < tl.maximum(len_q, q_rows)
@@ -399,7 +417,7 @@ def attention_backward(
         plans = [grid.plan(section) for grid, section in zip(grids, sections, strict=True)]
         first_row = None if hi is None else transpose
     d1, d2 = split_head_dim(dim)
-    statistics = torch.empty((2, heads, rows), dtype=torch.float32, device=q.device)
+    statistics = torch.empty((heads, rows, STATISTICS.value), dtype=torch.float32, device=q.device)
     strides = (
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
         *(v.stride(0), v.stride(1), grad_out.stride(0), grad_out.stride(1)),
@@ -425,8 +443,8 @@ def attention_backward(
         backward_keys_kernel[(key_plan.tiles * heads_kv,)](
             q, k, v, grad_out, dk, dv, sums, statistics, key_plan.table, *bounds,
             bounds[0] if hi is None else hi, bounds[0] if first_row is None else first_row,
-            *strides, rows, key_plan.tiles, key_plan.side_by_side, k_rows, scale, cap, softmax_scale,
-            BM=config.rows, BN=config.keys, ATOMIC=not deterministic,
+            *strides[1:6], strides[7], rows, key_plan.tiles, key_plan.side_by_side, k_rows, scale, cap, softmax_scale,
+            STRIDE_QT=q.stride(0), STRIDE_DOT=grad_out.stride(0), BM=config.rows, BN=config.keys, ATOMIC=not deterministic,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
         if not deterministic:

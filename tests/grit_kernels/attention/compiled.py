@@ -41,7 +41,7 @@ def compile_kernel(
         **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
         **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True, "PERSISTENT": config.persistent},
         **{"AHEAD": config.ahead, "HAS_USED": used, "HAS_SINKS": False},
-        "ATOMIC": kernel == "backward",
+        **{"ATOMIC": kernel == "backward", "STRIDE_QT": 32 * dim, "STRIDE_DOT": 32 * dim},
     }
     types = {}
     for name in function.arg_names:

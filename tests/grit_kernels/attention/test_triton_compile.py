@@ -179,6 +179,14 @@ def test_every_entry_of_the_table_compiles_within_its_budget(kernel: str, arch: 
     check(kernel, arch, dtype, dim)
 
 
+@pytest.mark.aot
+def test_the_gradient_of_the_keys_loads_each_number_once_on_hopper() -> None:
+    """D 128: a row's statistics are one copy of 16 bytes rather than one per thread that needs them."""
+    loop = compiled_kernels.loops_of_products(compile_kernel("backward_keys", "sm90", "bf16", 128))[0]
+    assert sum("LDGSTS" in code for code in loop) <= 12
+    assert len(loop) <= 470
+
+
 def test_products_ahead_of_the_softmax_run_beside_it() -> None:
     """D 64 on Hopper: exponentials stand between the first product and the wait for it, and products are not serialised."""
     config = table_config("forward", 64, 2, "sm90")
