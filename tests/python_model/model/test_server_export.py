@@ -228,14 +228,7 @@ def of_type(kind: str, checkpoint: Path, folder: Path) -> Path:
     if kind == "mistral":
         return checkpoint
     wanted = json.loads((checkpoint / "config.json").read_text())
-    same = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
+    same = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split()
     # Qwen's tokenizer adds special tokens of its own
     config = AutoConfig.for_model(kind, vocab_size=wanted["vocab_size"] + 8, **{name: wanted[name] for name in same})
     torch.manual_seed(0)
