@@ -68,6 +68,12 @@ def test_shipped_recipes_plan_their_memory_without_weights(
     assert ("46,70" if "8x7b" in name else "7,2" if name != "embedding-7b" else "7,1") in printed
 
 
+def test_a_dry_run_counts_the_embedding_head(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    grit_train(["--config", "configs/gritlm-7b.yaml", "--dry_run", "true", "--grit.projection", "25000"])
+    assert "7,344.2 M weights" in capsys.readouterr().out  # 4,097 times 25,000 more
+
+
 def test_planned_activations_are_near_those_that_autograd_keeps(tmp_path: Path) -> None:
     """A Mistral of usual proportions: what one chunk's graph holds, against the estimate."""
     from transformers import MistralConfig, MistralForCausalLM
