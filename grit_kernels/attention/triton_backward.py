@@ -251,19 +251,14 @@ def backward_keys_kernel(
         ended = row_block == full_last
         head_in_group += tl.where(ended, 1, 0)
         row_block = tl.where(ended, full_first, row_block)
-    head_in_group = 0
-    edge = 0
-    for _ in range(0, edges * GROUP):
-        row_block = edge_block(edge, first, full_first, full_last)
+    for step in range(0, edges * GROUP):
+        head_in_group = step // edges
+        row_block = edge_block(step - head_in_group * edges, first, full_first, full_last)
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
             b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qh, stride_doh,
             rows, head_in_group, row_block, key, len_q, len_k, left, right,
             scale, cap, STRIDE_QT, STRIDE_DOT, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
         )  # fmt: skip
-        edge += 1
-        ended = edge == edges
-        head_in_group += tl.where(ended, 1, 0)
-        edge = tl.where(ended, 0, edge)
     # padding slots get 0: unmasked blocks have summed arbitrary values there
     b_dk1 = tl.where(m_key[:, None], b_dk1 * softmax_scale, 0.0)
     b_dk2 = tl.where(m_key[:, None], b_dk2 * softmax_scale, 0.0)
