@@ -18,11 +18,10 @@ def tiny_config(**changes: Any) -> Any:
         intermediate_size=96,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
-        **{"head_dim": 32, "num_hidden_layers": 2, "sliding_window": WINDOW, **changes},
+        **{"head_dim": 32, "num_hidden_layers": 2, "sliding_window": WINDOW, "max_position_embeddings": 256, **changes},
     )
 
 

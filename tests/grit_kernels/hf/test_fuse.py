@@ -98,6 +98,16 @@ def test_fused_families_keep_the_accuracy_rule(family: str, dtype: torch.dtype) 
         assert_within_rule(value.double() / scale, truth[name] / scale, (eager[name].double() / scale).to(dtype), name)
 
 
+@pytest.mark.parametrize("family", sorted(name for name, (_, kinds) in FAMILIES.items() if kinds["rotary"]))
+def test_every_attention_of_a_fused_family_rotates_in_one_op(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    turned: list[torch.Size] = []
+    rotary = fuse.rotary
+    monkeypatch.setattr(fuse, "rotary", lambda q, *rest: turned.append(q.shape) or rotary(q, *rest))
+    with torch.no_grad(), gk.patched(random_model(family)) as model:
+        run(model)
+    assert len(turned) == FAMILIES[family][1]["rotary"]
+
+
 def test_unpatch_restores_every_module(stock: Any) -> None:
     model = copy.deepcopy(stock)
     before = model(IDS).logits
@@ -193,7 +203,11 @@ class Foreign(nn.Module):
             states = states - states.mean(-1, keepdim=True)
         if self.kind == "dropout" and self.training:
             states = nn.functional.dropout(states, 0.5)
-        return states * torch.rsqrt(mean + self.tiny) * self.weight
+        return states * torch.rsqrt(mean + self.tiny) * self.weight + ROUNDING.get(self.kind, 0.0)
+
+
+ROUNDING = {"rounded": 5e-6, "shifted": 5e-5}
+"""What is added to results, some of which are near 0: a rounding of the others, or more."""
 
 
 class ForeignMlp(nn.Module):
@@ -213,11 +227,11 @@ class ForeignMlp(nn.Module):
         return self.down_proj(self.dropout(inner) if self.kind == "dropout" else inner)
 
 
-@pytest.mark.parametrize("kind", ["plain", "epsilon outside", "centred", "dropout"])
+@pytest.mark.parametrize("kind", ["plain", "rounded", "shifted", "epsilon outside", "centred", "dropout"])
 def test_a_norm_takes_part_by_what_it_computes(kind: str) -> None:
     module = nn.Sequential(Foreign(kind))
     fuse.attach(module)
-    assert fuse.kinds(module)["norm"] == (kind == "plain")
+    assert fuse.kinds(module)["norm"] == (kind in ("plain", "rounded"))
     x = torch.randn(3, 16)
     module.eval()
     torch.testing.assert_close(module(x), Foreign.forward(module[0], x))

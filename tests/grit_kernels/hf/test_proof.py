@@ -107,6 +107,23 @@ def test_types_with_layers_that_carry_a_state_are_admitted(model_type: str) -> N
     assert families_sweep.tried(model_type).refusal is None
 
 
+def test_the_parts_of_a_tiny_head_add_up() -> None:
+    sizes = proof.tiny_values(model_of("deepseek_v3", **DEEPSEEK).config)
+    assert sizes["qk_head_dim"] == sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"] == 24
+
+
+@torch.no_grad()
+def test_what_a_text_gives_alone_depends_on_no_text_before_it() -> None:
+    """Dynamic scaling keeps the frequencies of the longest text read so far."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    decoder = tiny_model(max_position_embeddings=8, rope_parameters=rope).model
+    before = dict(vars(decoder.config))
+    alone = proof.alone_in_stock(decoder, IDS[:1, :12], False)
+    proof.alone_in_stock(decoder, IDS[:1].repeat(1, 3), True)
+    assert torch.equal(proof.alone_in_stock(decoder, IDS[:1, :12], False), alone)
+    assert vars(decoder.config) == before
+
+
 @pytest.mark.parametrize("kinds", [["sliding_attention"], ["full_attention", "full_attention"]])
 def test_a_model_of_few_layers_is_tried_with_their_kinds(kinds: list[str]) -> None:
     model = model_of("olmo3", sliding_window=5, layer_types=kinds, num_hidden_layers=len(kinds))
@@ -125,6 +142,7 @@ def test_a_refusal_names_the_model_and_the_reason() -> None:
 @pytest.mark.parametrize(
     "model_type, reason",
     [
+        ("openai-gpt", r".*TypeError: model: expected a decoder that takes a KV cache, got OpenAIGPTModel.*"),
         ("falcon", r"its layers fail without a mask \(TypeError: .*\)"),
         ("xmod", r"unpatched, with eager attention, it fails on a text alone \(ValueError: Input language unknown.*\)"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from python_model.data import sample_dir
 from python_model.data.encoding import RowEncoder
@@ -168,9 +170,16 @@ def test_rows_whose_documents_leave_no_room_are_reported(tokenizer: Any, tmp_pat
         stream_of(config, tokenizer)
 
 
-def test_a_row_that_its_size_clears_can_be_encoded_also_before_a_long_end(tokenizer: Any) -> None:
+@pytest.mark.parametrize("part", ["start", "end", "embed_eos"])
+def test_a_row_that_its_size_clears_can_be_encoded_also_beside_a_long_part(tokenizer: Any, part: str) -> None:
     limits = {"query_max_len": 200, "passage_max_len": 240, "generative_max_len": 64}
-    encoder = RowEncoder(tokenizer, config_of(**limits).data, GritSettings(embed_eos="</e>" * 20))
+    long = "</e>" * 20
+    if part != "embed_eos":
+        tokenizer, long = copy.deepcopy(tokenizer), ""
+        single = ["<s>"] * 60 + ["$A"] if part == "start" else ["<s>", "$A", *["</s>"] * 60]
+        ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    encoder = RowEncoder(tokenizer, config_of(**limits).data, GritSettings(embed_eos=long))
     lengths = range(1, 200)
     cleared = {"query": 0, "passage": 0}
     for length in lengths:

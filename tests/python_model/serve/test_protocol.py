@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -85,6 +86,16 @@ def test_a_range_holds_its_ends_and_nothing_beyond(kind: type[Request], field: s
         with pytest.raises(pydantic.ValidationError) as caught:
             kind.model_validate({**LEAST[kind], field: value})
         assert field in (validation_error(caught.value.errors()).param or "")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, RagRequest])
+def test_a_number_that_is_none_is_refused_as_such(kind: type[Request], field: str, number: str) -> None:
+    body = json.dumps({**LEAST[kind], field: 1})[:-2] + number + "}"
+    with pytest.raises(pydantic.ValidationError) as caught:
+        kind.model_validate_json(body)
+    assert validation_error(caught.value.errors()).message == f"{field}: Input should be a finite number"
 
 
 def test_log_probabilities_of_a_chat_have_a_range() -> None:

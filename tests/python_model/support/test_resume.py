@@ -72,12 +72,15 @@ def test_files_and_folders_are_on_the_disk_before_they_get_their_names(
 ) -> None:
     events: list[str] = []
     sync, replace = __import__("os").fsync, __import__("os").replace
-    monkeypatch.setattr("os.fsync", lambda descriptor: events.append("sync") or sync(descriptor))
     monkeypatch.setattr("os.replace", lambda a, b: events.append(f"replace {Path(b).name}") or replace(a, b))
+    sizes: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
     with new_file(tmp_path / "f") as file:
-        file.write(b"x")
-    assert events[:2] == ["sync", "replace f"]
+        file.write(b"xyz")
+        assert not sizes and not events
+    assert sizes[0] == 3 and events == ["replace f"], "what is written is buffered until then"
     events.clear()
+    monkeypatch.setattr("os.fsync", lambda descriptor: events.append("sync") or sync(descriptor))
     with new_folder(tmp_path / "d") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("a")
