@@ -143,11 +143,43 @@ void check_pooling(int64_t rows, int64_t columns) {
   report("pool", error_of(out, wanted), 2e-5);
 }
 
+// the losses of one tile of queries; own: a query's candidates are its own passages only
+void check_contrastive(int64_t queries, int64_t passages, int64_t width, bool own) {
+  const Floats q = draw(queries * width, 7), p = draw(passages * width, 8);
+  const ContrastiveKernels& kernels = *isa.contrastive;
+  const ContrastiveLayout l = kernels.layout(DType::float32, width);
+  const int64_t group = passages / queries, padded = (passages + l.step - 1) / l.step * l.step;
+  std::vector<uint32_t> panels(padded * l.words), lanes(l.words * l.tile);
+  kernels.pack_panels(DType::float32, p.data(), width, passages, padded, width, panels.data());
+  kernels.pack_lanes(DType::float32, q.data(), width, queries, width, lanes.data());
+  Floats scale(l.tile), top(l.tile, NO_CANDIDATE), total(l.tile), below(l.tile), positive(l.tile), losses(queries);
+  std::vector<int32_t> targets(l.tile, -1), best(l.tile);
+  std::vector<double> wanted(queries);
+  for (int64_t i = 0; i < queries; ++i) {
+    scale[i] = 0.5f, targets[i] = (int32_t)(i * group);
+    for (int64_t j = own ? i * group : 0; j < (own ? (i + 1) * group : passages); ++j) {
+      double score = 0;
+      for (int64_t d = 0; d < width; ++d) score += 0.5 * q[i * width + d] * p[j * width + d];
+      wanted[i] += std::exp(score);
+      if (j == targets[i]) losses[i] = (float)score;
+    }
+    wanted[i] = std::log(wanted[i]) - losses[i];
+  }
+  Contrastive c = {};
+  c.dtype = DType::float32, c.queries = queries, c.passages = passages, c.width = width;
+  c.query_scale = scale.data(), c.targets = targets.data(), c.own = own ? group : 0;
+  kernels.forward(c, panels.data(), lanes.data(), 0, 0, padded, {top.data(), total.data(), below.data(), positive.data(), best.data(), nullptr});
+  for (int64_t i = 0; i < queries; ++i) losses[i] = top[i] - positive[i] + std::log(total[i]);
+  report(own ? "contrastive, own passages" : "contrastive", error_of(losses, wanted), 2e-5);
+}
+
 }  // namespace
 
 int main() {
   check_attention(37, 150, 72, false);
   check_attention(3, 77, 40, true);
   check_pooling(90, 37);
+  check_contrastive(7, 21, 37, false);
+  check_contrastive(7, 21, 37, true);
   return failed;
 }

@@ -15,7 +15,7 @@ CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64"
 SOURCES = ("attention_forward", "attention_decode", "attention_backward", "contrastive", "fused", "pooling", "table")
 
 
-def build(compiler: str, program: Path) -> None:
+def build(compiler: str, program: Path, *options: str) -> None:
     command = [
         compiler,
         "-std=gnu++20",
@@ -27,7 +27,7 @@ def build(compiler: str, program: Path) -> None:
     ]
     files = [str(ROOT / "csrc/cpu" / f"{name}.cpp") for name in SOURCES]
     check = str(ROOT / "tests/grit_kernels/portable_check.cpp")
-    subprocess.run([*command, "-static", check, *files, "-o", str(program)], check=True)
+    subprocess.run([*command, *options, check, *files, "-o", str(program)], check=True)
 
 
 @needs_source_tree
@@ -35,7 +35,7 @@ def build(compiler: str, program: Path) -> None:
 @pytest.mark.skipif(CROSS is None or QEMU is None, reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
 def test_the_portable_kernels_are_right_on_aarch64(tmp_path: Path) -> None:
     assert CROSS is not None and QEMU is not None
-    build(CROSS, tmp_path / "check")
+    build(CROSS, tmp_path / "check", "-static")
     run = subprocess.run([QEMU, str(tmp_path / "check")], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "dv: error" in run.stdout and "pool: error" in run.stdout
@@ -44,7 +44,7 @@ def test_the_portable_kernels_are_right_on_aarch64(tmp_path: Path) -> None:
 @needs_source_tree
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_portable_kernels_are_right_here(tmp_path: Path) -> None:
-    build("g++", tmp_path / "check")
+def test_the_portable_kernels_are_right_here_and_stay_within_their_arrays(tmp_path: Path) -> None:
+    build("g++", tmp_path / "check", "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
     run = subprocess.run([str(tmp_path / "check")], capture_output=True, text=True)
     assert run.returncode == 0, f"{platform.machine()}: {run.stdout}{run.stderr}"
