@@ -151,6 +151,10 @@ def test_compacting_an_index_compacts_the_stores_that_are_still_there(model: Gri
     sync.compact(index)
     assert store.bytes_used < before and store.keys() == ["cities"] and store.verify() == []
     assert not (tmp_path / "deleted").exists()
+    (tmp_path / "deleted").mkdir()  # as a process leaves it that dies before it has written its settings
+    (tmp_path / "deleted" / "index.sqlite").touch()
+    with pytest.raises(FileNotFoundError, match="there is no key-value store in .*deleted"):
+        sync.compact(index)
 
 
 def test_one_pass_gives_the_vectors_and_the_states_of_two(
