@@ -38,6 +38,7 @@ from python_model.evaluation.retrieval import embed_documents, retrieval_ranks
 from python_model.generate.text import replies
 from python_model.model.modeling import GritLM
 from python_model.support.files import write_json, write_text
+from python_model.support.precision import computing
 from python_model.support.quiet import quiet
 from python_model.train.config import TrainConfig, flatten
 from python_model.train.distributed import Ranks
@@ -117,7 +118,7 @@ class Measure:
         if passages is None:
             passages = range(len(held_out.documents))
         place = {document: index for index, document in enumerate(passages)}
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with computing(model.device):
             corpus = embed_documents(model, [held_out.documents[i] for i in passages], max_length=length)
             found = retrieval_ranks(
                 model,
@@ -132,7 +133,7 @@ class Measure:
     @torch.no_grad()
     def losses(self, model: GritLM) -> dict[str, list[tuple[float, int]]]:
         """By data set: the next-token losses of each conversation, summed over its reply tokens, and their number."""
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with computing(model.device):
             found = {
                 name: conversation_losses(
                     model, [row for row in self.conversations if row.dataset == name], max_length=self.plan.max_length
@@ -146,7 +147,7 @@ class Measure:
         model.eval()
         found: dict[str, Any] = {"ranks": self.ranks(model, self.queries), "conversation_losses": self.losses(model)}
         if self.questions:
-            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+            with torch.no_grad(), computing(model.device):
                 texts = replies(model, [[q.question] for q in self.questions], max_new_tokens=24)
             found["matches"] = [match(t, q.answers) for t, q in zip(texts, self.questions, strict=True)]
         return found

@@ -35,6 +35,7 @@ from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, 
 from python_model.generate.text import rag_prompt, reply
 from python_model.model.modeling import GritLM
 from python_model.support.files import write_json
+from python_model.support.precision import computing
 from python_model.train.config import LoggingConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from python_model.train.plot import plot_losses
 from python_model.train.trainer import Trainer
@@ -62,7 +63,7 @@ class Measured:
 
 def measure(model: GritLM, sample: HeldOut) -> Measured:
     """Retrieval and next-token loss on all held-out rows."""
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with computing(model.device):
         corpus = embed_documents(model, sample.documents, max_length=MAX_LENGTH)
         ranks = retrieval_ranks(model, sample.queries, corpus, sample.relevant, max_length=MAX_LENGTH)
         loss = next_token_loss(model, sample.conversations, max_length=MAX_LENGTH)
@@ -91,14 +92,14 @@ def draw_chats(sample: HeldOut) -> list[str]:
 
 def chat(model: GritLM, turns: Sequence[str]) -> str:
     """A greedy reply."""
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with computing(model.device):
         return reply(model, turns, max_new_tokens=REPLY_TOKENS)
 
 
 def find(model: GritLM, corpus: Tensor, query: tuple[str, str]) -> int:
     """Index of the best passage."""
     instruction, text = query
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with computing(model.device):
         vector = model.encode(
             text,
             instruction=model.formatter.embed_instruction(instruction),

@@ -39,6 +39,7 @@ from python_model.model.identity import content_digest
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TooLong
 from python_model.support.files import write_json
+from python_model.support.precision import computes_in_bfloat16, computing, device_of
 from python_model.support.tables import aligned
 
 COLUMNS = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "recall_at_100", "next_token_loss")
@@ -49,13 +50,13 @@ def measure(
     held_out: HeldOut,
     *,
     max_length: int,
-    bf16: bool,
+    bf16: bool | None,
     chunks: tuple[Sequence[str], Sequence[int] | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores by data set, and overall under ``"all"``; ``chunks``: of the documents, and the index of each one's document."""
     texts, owners = (held_out.documents, None) if chunks is None else chunks
     found: dict[str, dict[str, Any]] = {}
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    with computing(model.device, bf16):
         if names := [row.dataset for row in held_out.rows]:
             corpus = embed_documents(model, texts, max_length=max_length)
             ranks = retrieval_ranks(
@@ -125,7 +126,10 @@ def configure(parser: ArgumentParser) -> None:
     add_chunks(parser, "find each document by the best of its chunks")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="maximum tokens per answer")
     parser.add_argument(
-        "--bf16", action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=True, help="compute in bfloat16"
+        "--bf16",
+        action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+        default=None,
+        help="compute in bfloat16; default: unless the CPU emulates its products",
     )
     parser.add_argument(
         "--output",
@@ -140,13 +144,14 @@ def run(arguments: Namespace) -> None:
     from python_model.data import sample_dir
 
     data = arguments.data or sample_dir()
+    bf16 = computes_in_bfloat16(arguments.bf16, device_of(arguments.device))
     options = {
         "data": str(data),
         "questions": None if arguments.questions is None else str(arguments.questions),
         "mode": arguments.mode,
         "max_length": arguments.max_length,
         "max_new_tokens": arguments.max_new_tokens,
-        "bf16": arguments.bf16,
+        "bf16": bf16,
         **({} if arguments.truncate_dim is None else {"truncate_dim": arguments.truncate_dim}),
         **({"chunks": [arguments.chunk_tokens, arguments.overlap]} if arguments.chunk_tokens else {}),
     }
@@ -168,7 +173,7 @@ def run(arguments: Namespace) -> None:
             print(f"grit eval: {name} or the data have changed since {arguments.output} was written", file=sys.stderr)
             results = [r for r in results if r not in before]
         chunks = chunked_texts(arguments, model, held_out.documents)
-        scores = measure(model, held_out, max_length=arguments.max_length, bf16=arguments.bf16, chunks=chunks)
+        scores = measure(model, held_out, max_length=arguments.max_length, bf16=bf16, chunks=chunks)
         tell_cut("eval", model, f"--max-length {arguments.max_length}", "" if arguments.chunk_tokens else "documents")
         result: dict[str, Any] = {"model": name, "options": options, "content": content, "scores": scores}
         if arguments.questions is not None:

@@ -248,7 +248,7 @@ def configure(parser: ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="dtype of the weights; auto: as in the checkpoint",
+        help="dtype of the weights; auto: as in the checkpoint, but float32 on a CPU that emulates products in 16 bits",
     )
     add("--threads", type=int, help="CPU threads of the model")
     add("--host", default="127.0.0.1", help="address to bind; any but a loopback address needs an API key")

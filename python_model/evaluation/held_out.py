@@ -21,6 +21,7 @@ from python_model.data.rows import DataError, Row
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import RetrievalScores, embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
+from python_model.support.precision import computing
 
 EVERYTHING = "all"
 """The name of all data sets together, where scores are given for each."""
@@ -102,12 +103,12 @@ class _Alone:
 
 
 def evaluate(
-    model: GritLM, held_out: HeldOut, *, max_length: int = 512, bf16: bool = True, ranks: Sharing | None = None
+    model: GritLM, held_out: HeldOut, *, max_length: int = 512, bf16: bool | None = None, ranks: Sharing | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """Retrieval metrics (None without queries), next-token loss (None without conversations or a language-model head), and the
     documents' embeddings.
 
-    ``ranks``: processes that share the work; each receives the overall scores.
+    ``bf16``: compute in bfloat16; default: where that is not slower than float32. ``ranks``: processes that share the work; each receives the overall scores.
 
     Raises:
         TooLong: no conversation has a reply within ``max_length``.
@@ -119,7 +120,7 @@ def evaluate(
         own = ranks.share(len(rows))
         return rows[own.start : own.stop]
 
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    with computing(model.device, bf16):
         corpus, found = torch.zeros(0, model.embedding_size, device=model.device), torch.zeros(0, device=model.device)
         if documents := mine(held_out.documents):
             corpus = embed_documents(model, documents, max_length=max_length)

@@ -27,6 +27,7 @@ from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
 from python_model.support.arguments import check_at_least, check_choice
+from python_model.support.precision import device_of, widen_where_slow
 
 MODES = ("unified", "embedding", "generative")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -60,6 +61,7 @@ class GritLM(nn.Module):
             :class:`python_model.settings.GritSettings`.
         from_pretrained_kwargs: the other settings of :class:`python_model.settings.GritSettings` by name; the rest is passed to
             ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...), and what locates files to the tokenizer's as well.
+            ``dtype``: default: the checkpoint's, but float32 on a CPU that emulates products in 16 bits.
 
     Settings not given are those saved with the checkpoint, in a folder or on the hub: ``grit.json``, else what
     sentence-transformers saves (``modules.json`` and the files beside it). Attributes: ``settings`` (all of them), ``model``,
@@ -113,6 +115,9 @@ class GritLM(nn.Module):
                 "model without a language-model head with mode='embedding'",
                 stacklevel=2,
             )
+        where_to = device_of(device)
+        if not {"dtype", "torch_dtype", "device_map"} & from_pretrained_kwargs.keys():
+            widen_where_slow(loaded, where_to)
         self.model = gk.patch(loaded, bidirectional_window=self.settings.bidirectional_window)
         remote = {
             name: from_pretrained_kwargs[name] for name in ("trust_remote_code",) if name in from_pretrained_kwargs
@@ -146,7 +151,7 @@ class GritLM(nn.Module):
         self.texts_cut = 0
         self.is_inference = is_inference
         if "device_map" not in from_pretrained_kwargs:
-            self.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+            self.to(where_to)
         self.train(not is_inference)
 
     @property

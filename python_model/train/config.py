@@ -34,7 +34,7 @@ class ModelConfig(Checked):
     Attributes:
         name: checkpoint to start from (folder or name), or ``smollm2-135m`` for the small model of ``grit fetch-model``.
         architecture: folder with a ``config.json`` from which ``dry_run`` builds the model if the checkpoint is unavailable.
-        bf16: compute in bfloat16 with FP32 weights.
+        bf16: compute in bfloat16 with FP32 weights; default: unless the CPU emulates its products, which takes longer.
         gradient_checkpointing: recompute activations in the backward pass; with ``selective`` all of them but attention, which is
             kept.
         compile: run each of the decoder's layers through torch.compile.
@@ -47,7 +47,7 @@ class ModelConfig(Checked):
 
     name: str = "smollm2-135m"
     architecture: str = ""
-    bf16: bool = True
+    bf16: bool | None = None
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     lora_rank: CountOrNone = 0

@@ -105,6 +105,7 @@ def plan_memory(
     optimizer: OptimizerKind = "adamw",
 ) -> MemoryPlan:
     """The plan of training ``model`` (on any device, meta included; ``model_config`` is transformers') on ``world`` ranks."""
+    bf16 = config.bf16 is not False  # undecided: as on the GPUs that the plan is for
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sharded = world > 1 and parallel.strategy == "fsdp"
@@ -114,15 +115,15 @@ def plan_memory(
     working = 0.0
     if sharded:
         outside = parameters - per_layer * layers
-        working = (2 * per_layer + outside) * (2 if config.bf16 else 4)
-    elif config.bf16:
+        working = (2 * per_layer + outside) * (2 if bf16 else 4)
+    elif bf16:
         working = 2.0 * parameters
     whole_gradient = not sharded or not (parallel.reduce_each_chunk or tokens.rounds == 1)
-    state = activation_bytes(model_config, config.bf16, residual_fp32=not sharded)
-    residual = (2 if sharded and config.bf16 else 4) * model_config.hidden_size
+    state = activation_bytes(model_config, bf16, residual_fp32=not sharded)
+    residual = (2 if sharded and bf16 else 4) * model_config.hidden_size
     if config.gradient_checkpointing:
         if config.gradient_checkpointing == "selective":
-            residual += attention_output_bytes(model_config, config.bf16)
+            residual += attention_output_bytes(model_config, bf16)
         activations = tokens.chunk * (layers * residual + state)
     else:
         activations = tokens.chunk * layers * state

@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from python_model.model.card import CARD_FILE, model_card
 from python_model.model.modeling import GritLM
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import find
+from python_model.support.precision import computes_in_bfloat16
 from python_model.train.adapters import merge_adapters
 from python_model.train.balance import cosine, total_norm
 from python_model.train.checkpointer import Checkpointer
@@ -66,8 +67,9 @@ class Trainer:
     """
 
     def __init__(self, model: GritLM, config: TrainConfig, stream: Stream, ranks: Ranks | None = None) -> None:
-        self.grit, self.config, self.stream = model, config, stream
         self.ranks = ranks or Ranks(0, 1, model.device)
+        config = _with_precision(config, self.ranks)
+        self.grit, self.config, self.stream = model, config, stream
         self._check_batches()
         recompute_activations(model, config.model)
         router = router_loss_weight(model, config.losses)
@@ -95,7 +97,8 @@ class Trainer:
             parallel=config.parallel,
         )
         compile_layers(model, config.model)
-        self.model = wrap(training_model, config.parallel, self.ranks, bf16=config.model.bf16)
+        bf16 = bool(config.model.bf16)
+        self.model = wrap(training_model, config.parallel, self.ranks, bf16=bf16)
         self.optimizers = Optimizers(
             self.model, config.optimizer, config.losses, self.ranks, steps=config.steps, embeds=config.embeds
         )
@@ -103,7 +106,7 @@ class Trainer:
             self.model,
             config.losses,
             self.ranks,
-            bf16=config.model.bf16,
+            bf16=bf16,
             normalized=model.settings.normalized,
             objective_grad_norm=config.optimizer.objective_grad_norm,
             reduce_each_chunk=config.parallel.reduce_each_chunk,
@@ -374,7 +377,7 @@ class Trainer:
         config = self.config.evaluation
         if not config.data:
             return None
-        bf16 = self.config.model.bf16
+        bf16 = bool(self.config.model.bf16)
         return Validation(
             config, self.model, self.grit, self.optimizers, self.folder, self._best, self.ranks, bf16=bf16, start=start
         )
@@ -454,6 +457,16 @@ class Trainer:
             | {"query_origins": samples.query_origins, "conversation_origins": samples.conversation_origins},
         )
         return file
+
+
+def _with_precision(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The settings with ``model.bf16`` decided, as states and resuming need it."""
+    if config.model.bf16 is not None:
+        return config
+    bf16 = computes_in_bfloat16(None, ranks.device)
+    if ranks.first and not bf16:
+        tqdm.write("note: computing in float32, as this CPU emulates products in bfloat16; model.bf16=true forces them")
+    return replace(config, model=replace(config.model, bf16=bf16))
 
 
 def _memory_gib(device: torch.device) -> float | None:
