@@ -108,7 +108,8 @@ def evaluate(
     """Retrieval metrics (None without queries), next-token loss (None without conversations or a language-model head), and the
     documents' embeddings.
 
-    ``bf16``: compute in bfloat16; default: where that is not slower than float32. ``ranks``: processes that share the work; each receives the overall scores.
+    ``bf16``: compute in bfloat16; default: where that is not slower than float32. ``ranks``: processes that share the work; each
+    receives the overall scores.
 
     Raises:
         TooLong: no conversation has a reply within ``max_length``.

@@ -1,7 +1,8 @@
 """Which dtype a device computes in without losing time.
 
-A CPU without instructions for products of 16-bit numbers emulates them: on an Intel Xeon with AVX512 alone, PyTorch's products take
-5 times as long in bfloat16 as in float32, and 11 times in float16. There a default computes in float32, which is also the more exact.
+A CPU without instructions for products of 16-bit numbers emulates them: on an Intel Xeon with AVX512 alone, PyTorch's products
+take 5 times as long in bfloat16 as in float32, and 11 times in float16. There a default computes in float32, which is also the
+more exact.
 """
 
 from __future__ import annotations
