@@ -81,15 +81,14 @@ CPU = (
     Benchmark(
         "generate_cpu",
         "bench.generate",
-        "--repeats 3 --dtype bfloat16 --record {record}",
-        "--dtype bfloat16 --record {record}",
+        "--repeats 3 --record {record}",
+        "--record {record}",
     ),
     Benchmark(
         "rag_cpu",
         "bench.rag",
-        "--dtype bfloat16 --repeats 3 --lengths 1000 --modes document_first query_cache document_cache"
-        " --record {record}",
-        "--dtype bfloat16 --record {record}",
+        "--repeats 3 --lengths 1000 --modes document_first query_cache document_cache --record {record}",
+        "--record {record}",
     ),
     Benchmark(
         "serve_cpu",

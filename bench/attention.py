@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="JSON file, a bare name goes into bench/results/KIND; with --only, only those rows are replaced",
     )
     parser.add_argument("--resume", action="store_true", help="skip regimes that the record has")
+    parser.add_argument(
+        "--dtype", help="of regimes that name none; default: that in which models compute on the device"
+    )
     arguments = parser.parse_args(argv)
     peers = [name.strip() for name in arguments.peers.split(";")]
     if unknown := set(peers) - set(PEERS):
@@ -265,7 +269,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     wanted = arguments.only.split(";")
     regimes = gpu_regimes() if arguments.device == "cuda" else cpu_regimes()
-    regimes = [regime for regime in regimes if any(text in regime.name for text in wanted)]
+    dtype = getattr(torch, arguments.dtype or common.model_dtype(arguments.device))
+    regimes = [
+        replace(regime, dtype=torch.float32 if regime.name.startswith("fp32") else dtype)
+        for regime in regimes
+        if any(text in regime.name for text in wanted)
+    ]
     keeps = bool(arguments.only or arguments.resume)
     if arguments.resume:
         regimes = to_do(regimes, common.result_path(arguments.record))

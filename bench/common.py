@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from python_model.support.precision import is_slow
 from python_model.support.resume import JsonLines
 from python_model.support.tables import aligned
 
@@ -322,6 +323,16 @@ def kernel_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--record", help="JSON file, a bare name goes into bench/results/KIND")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     return parser
+
+
+def model_dtype(device: str | torch.device = "cpu") -> str:
+    """The dtype that models compute in on this machine by default: bfloat16, or float32 on a CPU that emulates its products."""
+    return "float32" if is_slow(torch.bfloat16, torch.device(device)) else "bfloat16"
+
+
+def named_dtype(dtype: str) -> dict[str, str]:
+    """What a row tells of the dtype; rows of models that name none are in bfloat16."""
+    return {} if dtype == "bfloat16" else {"dtype": dtype}
 
 
 def measure_shapes(

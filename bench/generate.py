@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import grit_kernels as gk
-from bench.common import interleave, machine, medians, ratios, table, write_records
+from bench.common import interleave, machine, medians, model_dtype, ratios, table, write_records
 from python_model.corpora.small_model import resolve_model
 from python_model.generate.decode import decode
 from python_model.generate.states import TextStates
@@ -63,7 +63,7 @@ def variants(plain: Any, patched: Any, batch: int, context: int, new: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default=model_dtype())
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[512])
     parser.add_argument("--new", type=int, default=16)

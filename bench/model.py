@@ -3,14 +3,15 @@
     python -m bench.model [--texts 24] [--repeats 3] [--record NAME.json] [--no-profile]
 
 Lengths are log-uniform in 8..512 tokens of the bundled corpus; half of the samples are causal (chats), half bidirectional (texts
-to embed). Every repeat is a batch with new lengths. Variants, interleaved in one run, in bfloat16:
+to embed). Every repeat is a batch with new lengths. Variants, interleaved in one run, in the
+dtype that models compute in on this machine (``--dtype``):
 
 * forward: ``packed``, the patched model, all samples in one pass; ``packed, not fused``, patched with ``fuse=False``;
   ``sdpa, two padded passes``, unpatched transformers, one for causal and one for bidirectional rows, each padded to its longest
 * encode: python_model.GritLM.encode on the texts, with and without fused ops, against the class of the package gritlm 1.0.2
   where it is importable (``pip install --no-deps gritlm==1.0.2``)
 
-Speeds are reported only after all variants of a group agreed, up to the rounding of bfloat16. The profile shows where a
+Speeds are reported only after all variants of a group agreed, up to the rounding of the dtype. The profile shows where a
 pass spends its time, per group of modules (model_profile.py).
 """
 
@@ -112,7 +113,7 @@ def two_padded_passes(stock: Any) -> Variant:
     return run
 
 
-def encode_variants(path: str) -> dict[str, Variant]:
+def encode_variants(path: str, dtype: str) -> dict[str, Variant]:
     """GritLM.encode of this package, fused and not, and of gritlm 1.0.2 where it is installed."""
 
     def encoder(model: Any) -> Variant:
@@ -120,13 +121,13 @@ def encode_variants(path: str) -> dict[str, Variant]:
         options = {"instruction": EMBED, "max_length": LONGEST, "add_special_tokens": False}
         return lambda batch: torch.as_tensor(model.encode(batch.texts, batch_size=len(batch.texts), **options))
 
-    ours, unfused = (GritLM(path, device="cpu", dtype="bfloat16") for _ in range(2))
+    ours, unfused = (GritLM(path, device="cpu", dtype=dtype) for _ in range(2))
     gk.patch(unfused.model, bidirectional_window=unfused.settings.bidirectional_window, fuse=False)
     variants = {ENCODE: encoder(ours), ENCODE_UNFUSED: encoder(unfused)}
     if importlib.util.find_spec("gritlm") is not None:
         from gritlm import GritLM as Reference
 
-        variants[REFERENCE] = encoder(Reference(path, torch_dtype=torch.bfloat16, attn="bbcc", device="cpu"))
+        variants[REFERENCE] = encoder(Reference(path, torch_dtype=getattr(torch, dtype), attn="bbcc", device="cpu"))
     return variants
 
 
@@ -186,16 +187,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--record", default="model_cpu.json", help="JSON file, a bare name goes into bench/results/KIND"
     )
+    parser.add_argument("--dtype", default=common.model_dtype())
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args(argv)
     quiet()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = str(fetch_small_model())
+    path, dtype = str(fetch_small_model()), getattr(torch, arguments.dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
     corpus, generator = corpus_ids(tokenizer), random.Random(arguments.seed)
     batches = [draw_batch(corpus, tokenizer, arguments.texts, generator) for _ in range(arguments.repeats)]
-    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa").eval().model
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval().model
     decoders = {
         PACKED: gk.patch(copy.deepcopy(stock)),
         UNFUSED: gk.patch(copy.deepcopy(stock), fuse=False),
@@ -210,19 +212,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer([EMBED + text for text in batch.texts], truncation=True, max_length=LONGEST)["input_ids"]
         for batch in batches
     ]
-    rows += measure("encode", encode_variants(path), batches, [sum(map(len, ids)) for ids in encoded])
-    gemm, flops = common.gemm_ceiling("cpu", torch.bfloat16)
+    rows += measure("encode", encode_variants(path, arguments.dtype), batches, [sum(map(len, ids)) for ids in encoded])
+    gemm, flops = common.gemm_ceiling("cpu", dtype)
     ceiling = flops / statistics.median(common.interleave({"gemm": gemm}, 5)["gemm"])
     rows.append(
         {
             "group": "ceiling",
-            "variant": f"bfloat16 matrix product {common.GEMM_SIZE['cpu']}^3",
+            "variant": f"{arguments.dtype} matrix product {common.GEMM_SIZE['cpu']}^3",
             "tflops": ceiling / 1e12,
         }
     )
     speeds = [row for row in rows if "tokens_per_second" in row]
     print(common.table(speeds, ["group", "variant", "tokens_per_second", "time_over_first"]))
     print(common.table([row for row in rows if "part" in row], ["variant", "part", "seconds", "share"]))
+    rows = [row | common.named_dtype(arguments.dtype) for row in rows]
     print(f"record: {common.write_records(arguments.record, rows)}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.common import interleave, medians, ratios, table, write_records
+from bench.common import interleave, medians, model_dtype, ratios, table, write_records
 from bench.random_model import SHAPES, set_shape
 from python_model.corpora.small_model import resolve_model
 from python_model.model.modeling import GritLM
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.rag", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default=model_dtype())
     parser.add_argument("--lengths", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000])
     parser.add_argument("--samples", nargs="+", default=["long document", "long question"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))

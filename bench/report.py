@@ -192,9 +192,11 @@ def _table(path: Path, title: str, named: bool) -> list[str]:
     machine = record["machine"]
     columns = columns_of(rows)
     plot = path.with_suffix(".png")
+    dtypes = {str(row.get("dtype", "bfloat16")).removeprefix("torch.") for row in rows}
+    only = next(iter(dtypes)) if len(dtypes) == 1 else "bfloat16"
     return [
         *([f"### {path.parent.name}", ""] if named else []),
-        f"{describe(machine)}. `{record['command']}`",
+        f"{describe(machine)}{'' if only == 'bfloat16' else f', in {only}'}. `{record['command']}`",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),

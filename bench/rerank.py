@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import labelled, open_answers, table, write_records
+from bench.common import labelled, model_dtype, open_answers, table, write_records
 from bench.proof_table import ROUNDS, ndcg
 from python_model.corpora.hard_negatives import BM25
 from python_model.corpora.small_model import resolve_model
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=10, help="passages per query")
     parser.add_argument("--passage-tokens", type=int, default=PASSAGE_TOKENS)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end a model's run after so many")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=model_dtype())
     parser.add_argument("--device")
     parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args()

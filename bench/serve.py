@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from bench.common import table, write_records
+from bench.common import model_dtype, table, write_records
 from bench.serve_load import Measured, busy, connected, load, vectors, words
 from bench.serve_systems import SYSTEMS, Running, memory, missing_packages
 from python_model.support.quiet import quiet
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--model", default="smollm2-135m")
-    add("--dtype", default="bfloat16")
+    add("--dtype", default=model_dtype())
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     add("--loads", type=int, nargs="+", default=[25, 50, 75, 100, 125, 150, 200, 250, 300, 400], help="in per cent")

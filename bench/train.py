@@ -3,8 +3,8 @@
     python -m bench.train [--repeats 7] [--record train_cpu.json]
 
 Same weights, same samples (random token ids, lengths log-uniform: 6 queries of 8..64 tokens, 12 passages of 16..256, 2
-conversations of 64..512 with the second half as reply), same losses, bfloat16 autocast over FP32 weights; losses and gradients
-are timed, not the optimiser, which is the same for all.
+conversations of 64..512 with the second half as reply), same losses, bfloat16 autocast over FP32 weights unless the CPU emulates
+bfloat16 (``--dtype``); losses and gradients are timed, not the optimiser, which is the same for all.
 Variants, interleaved in one run:
 
 * ``packed``: python_model.train, texts in one pass and conversations in another
@@ -140,10 +140,10 @@ def make(name: str, path: str, batch: Batch, bf16: bool = True) -> tuple[Callabl
     return packed(path, batch, 1024 if "chunks" in name else 0, bf16, "not fused" not in name)
 
 
-def memory_growth(name: str, seed: int) -> float:
+def memory_growth(name: str, seed: int, dtype: str) -> float:
     """Growth of the peak resident set (MiB) in one step of a fresh process, after a tiny one."""
     run = subprocess.run(
-        [sys.executable, "-m", "bench.train", "--memory-of", name, "--seed", str(seed)],
+        [sys.executable, "-m", "bench.train", "--memory-of", name, "--seed", str(seed), "--dtype", dtype],
         capture_output=True,
         text=True,
         check=True,
@@ -152,9 +152,9 @@ def memory_growth(name: str, seed: int) -> float:
     return float(json.loads(run.stdout.splitlines()[-1]))
 
 
-def _measure_memory(name: str, seed: int) -> None:
+def _measure_memory(name: str, seed: int, bf16: bool) -> None:
     batch = make_batch(seed, 2, 1, 0.1)
-    step, _ = make(name, str(resolve_model("smollm2-135m")), batch)
+    step, _ = make(name, str(resolve_model("smollm2-135m")), batch, bf16)
     step()  # from here on, gradients and thread pools exist
     before = common.peak_resident_bytes()
     real = make_batch(seed)
@@ -170,14 +170,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--record", default="train_cpu.json", help="JSON file, a bare name goes into bench/results/KIND"
     )
+    parser.add_argument(
+        "--dtype", default=common.model_dtype(), choices=("bfloat16", "float32"), help="bfloat16: autocast"
+    )
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     quiet()
+    bf16 = arguments.dtype == "bfloat16"
     if arguments.memory_of:
-        _measure_memory(arguments.memory_of, arguments.seed)
+        _measure_memory(arguments.memory_of, arguments.seed, bf16)
         return
     path, batch = str(resolve_model("smollm2-135m")), make_batch(arguments.seed)
-    steps = {name: make(name, path, batch)[0] for name in VARIANTS}
+    steps = {name: make(name, path, batch, bf16)[0] for name in VARIANTS}
     losses: dict[str, float] = {}
     runs = {name: (lambda name=name, step=step: losses.__setitem__(name, step())) for name, step in steps.items()}
     seconds = common.interleave(runs, arguments.repeats, warmup=1)
@@ -188,12 +192,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "variant": name,
             "tokens_per_second": batch.tokens / middle[name],
             "speedup": 1 / speedups[name],
-            "memory_mib": memory_growth(name, arguments.seed),
+            "memory_mib": memory_growth(name, arguments.seed, arguments.dtype),
             "loss": losses[name],
             "seconds": middle[name],
             "all_seconds": seconds[name],
             "tokens": batch.tokens,
             "lengths": [[len(s) for s in kind] for kind in (batch.queries, batch.passages, batch.conversations)],
+            **common.named_dtype(arguments.dtype),
         }
         for name in VARIANTS
     ]
