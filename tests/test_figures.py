@@ -17,14 +17,15 @@ from tests.conftest import needs_source_tree
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROOF = README.partition("## Proved so far")[2].partition("\n## ")[0]
-MACHINE = RESULTS / "amd-avx512_bf16"
+MACHINES = {"amd-avx512_bf16": "bfloat16", "intel-avx512": "float32"}
+"""The columns of the README's table, and the dtype that models compute in on each machine."""
 MIXED = "mixed 50% causal"
 pytestmark = needs_source_tree
 
 
-def rows(name: str, **wanted: Any) -> list[dict[str, Any]]:
-    """The rows of a record in which every value of ``wanted`` occurs."""
-    found = records.read(MACHINE / f"{name}_cpu.json")["rows"]
+def rows(name: str, kind: str = "amd-avx512_bf16", **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of a machine's record in which every value of ``wanted`` occurs."""
+    found = records.read(RESULTS / kind / f"{name}_cpu.json")["rows"]
     return [row for row in found if all(row.get(key) == value for key, value in wanted.items())]
 
 
@@ -33,58 +34,72 @@ def value(name: str, measured: str, **wanted: Any) -> float:
     return float(rows(name, **wanted)[0][measured])
 
 
-def attention(regime: str, variant: str) -> float:
-    return value("attention", "times_grit", regime=regime, variant=variant)
-
-
 def shown(figures: list[float]) -> str:
     """As the README writes them: one digit after the point, or two below 1."""
     return " / ".join(f"{x:.1f}" if x >= 1 else f"{x:.2f}".lstrip("0") for x in figures)
 
 
-def measured() -> dict[str, str]:
-    """By how the row of the README's table begins: the cell of the AMD machine."""
-    both = ("dense causal", "dense bidirectional")
-    largest = {row["variant"]: row for row in rows("serve") if row["load"].startswith("largest within")}
-    serving, slowest = largest["one server"], largest["two processes"]["between_p99_ms"]
+def kernels(kind: str) -> dict[str, str]:
+    """By how the row of the README's table begins: the cell of this machine."""
+    dtype = MACHINES[kind]
 
-    def losses(measure: str) -> str:
-        peers = ("eager, FP32 scores", "torch.compile")
-        return shown([value("contrastive", measure, variant=peer, dtype="bfloat16") for peer in peers])
+    def attention(regime: str, *peers: str) -> str:
+        named = {"kind": kind, "dtype": f"torch.{dtype}", "regime": regime}
+        return shown([value("attention", "times_grit", variant=peer, **named) for peer in peers])
 
-    step = rows("train")[0]
-    padded, unfused = (rows("train", variant=name)[0] for name in ("three padded passes", "packed, not fused"))
+    def losses(name: str, measure: str, *peers: str) -> str:
+        return shown([value(name, measure, kind=kind, variant=peer, dtype=dtype) for peer in peers])
+
+    def both(shape: str) -> str:
+        return " / ".join(attention(f"dense {mode} {shape}", "sdpa loop") for mode in ("causal", "bidirectional"))
+
+    peers = ("eager, FP32 scores" if dtype == "bfloat16" else "eager", "torch.compile")
+    step, padded, unfused = (
+        rows("train", kind, variant=name)[0] for name in ("packed", "three padded passes", "packed, not fused")
+    )
     return {
-        "attention, causal / bidirectional, N 1024": shown([attention(f"{m} N1024 D64", "sdpa loop") for m in both]),
-        "attention, causal / bidirectional, N 4096": shown([attention(f"{m} N4096 D128", "sdpa loop") for m in both]),
-        "packed queries": shown([attention(MIXED, peer) for peer in ("sdpa loop", "sdpa masked", "sdpa split")]),
-        "the same, backward": shown([attention(f"backward {MIXED}", "sdpa split")]),
-        "contrastive loss": losses("forward_speedup"),
-        "the same, forward and backward": losses("step_speedup"),
-        "per-token loss": shown(
-            [
-                value("generative_loss", "speedup", variant=peer, dtype="bfloat16")
-                for peer in ("eager", "torch.compile", "torch linear_cross_entropy")
-            ]
-        ),
-        "decoding": shown([value("generate", "speedup", variant="decode", batch=batch) for batch in (1, 16)]),
+        "attention, causal / bidirectional, N 1024": both("N1024 D64"),
+        "attention, causal / bidirectional, N 4096": both("N4096 D128"),
+        "packed queries": attention(MIXED, "sdpa loop", "sdpa masked", "sdpa split"),
+        "the same, backward": attention(f"backward {MIXED}", "sdpa split"),
+        "contrastive loss": losses("contrastive", "forward_speedup", *peers),
+        "the same, forward and backward": losses("contrastive", "step_speedup", *peers),
+        "per-token loss": losses("generative_loss", "speedup", "eager", "torch.compile", "torch linear_cross_entropy"),
+        "decoding": shown([value("generate", "speedup", kind=kind, variant="decode", batch=n) for n in (1, 16)]),
         "`encode()`": shown(
-            [value("model", "time_over_first", variant=peer) for peer in ("encode, gritlm 1.0.2", "encode, not fused")]
+            [
+                value("model", "time_over_first", kind=kind, variant=peer)
+                for peer in ("encode, gritlm 1.0.2", "encode, not fused")
+            ]
         ),
         "one unified training step": f"{shown([step['speedup']])}, at "
         f"{shown([step['memory_mib'] / padded['memory_mib']])} of the memory / "
         f"{shown([step['speedup'] / unfused['speedup']])}",
-        "mixed load": f"{shown([serving[key] for key in ('times', 'tokens_times', 'texts_times')])}, at "
-        f"{shown([serving['memory_share']])} of the memory and "
-        f"{shown([serving['between_p99_ms'] / slowest])} of the p99 between tokens",
     }
 
 
-@pytest.mark.parametrize(("work", "cell"), measured().items(), ids=list(measured()))
-def test_a_row_of_measured_is_that_of_the_record(work: str, cell: str) -> None:
+def serving(kind: str) -> dict[str, str]:
+    """The same of the server's row."""
+    largest = {row["variant"]: row for row in rows("serve", kind) if row["load"].startswith("largest within")}
+    ours, slowest = largest["one server"], largest["two processes"]["between_p99_ms"]
+    return {
+        "mixed load": f"{shown([ours[key] for key in ('times', 'tokens_times', 'texts_times')])}, at "
+        f"{shown([ours['memory_share']])} of the memory and "
+        f"{shown([ours['between_p99_ms'] / slowest])} of the p99 between tokens",
+    }
+
+
+def measured() -> list[tuple[int, str, str]]:
+    """Column, row and text of the cells that come from records."""
+    cells = [(column, *cell) for column, kind in enumerate(MACHINES) for cell in kernels(kind).items()]
+    return [*cells, *((0, *cell) for cell in serving("amd-avx512_bf16").items())]
+
+
+@pytest.mark.parametrize(("column", "work", "cell"), measured(), ids=[f"{c}-{work}" for c, work, _ in measured()])
+def test_a_cell_of_measured_is_that_of_the_record(column: int, work: str, cell: str) -> None:
     table = README.partition("## Measured")[2].partition("\n## ")[0]
-    (line,) = re.findall(rf"^\| {re.escape(work)}[^|]*\|[^|]*\| ([^|]*) \|", table, flags=re.MULTILINE)
-    assert line == cell
+    (line,) = re.findall(rf"^\| {re.escape(work)}[^|]*\|[^|]*\|(.*)\|$", table, flags=re.MULTILINE)
+    assert line.split("|")[column].strip() == cell
 
 
 def test_the_readme_shows_the_record_of_the_demo() -> None:
