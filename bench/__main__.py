@@ -153,14 +153,15 @@ def compare(folder: Path) -> list[str]:
     kind = common.machine_kind(common.machine())
     committed = common.RESULTS / kind
     if not committed.is_dir():
-        kinds = ", ".join(
-            sorted(path.name for path in common.RESULTS.iterdir() if path.is_dir() and path.name != LATEST.name)
-        )
-        return [f"no records of a machine like this one ({kind}) to compare with; there are {kinds}"]
+        kinds = ", ".join(sorted({path.parent.name for paths in report.committed().values() for path in paths}))
+        return [f"no records of a machine like this one ({kind}) to compare with; there are records of {kinds}"]
     lines = [f"compared with the records of {kind}:"]
     for path in sorted(folder.glob("*.json")):
         old = committed / path.name
-        if path.name == PROGRESS or not old.exists() or "rows" not in records.read(path):
+        if path.name == PROGRESS or "rows" not in records.read(path):
+            continue
+        if not old.exists():
+            lines.append(f"{path.stem}: no record to compare with")
             continue
         count, moves = records.moved(records.read(old)["rows"], records.read(path)["rows"])
         lines.append(f"{path.stem}: {len(moves)} of {count} ratios moved beyond noise")

@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return
+    if arguments[0] in ("-V", "--version"):
+        from grit_kernels._version import __version__
+
+        print(f"grit_kernels {__version__}")
+        return
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise SystemExit(f"grit: unknown command {name!r}\n\n{usage()}")

@@ -34,7 +34,7 @@ from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.generate.text import rag_prompt, reply
 from python_model.model.modeling import GritLM
-from python_model.support.files import write_json
+from python_model.support.files import make_folder, write_json
 from python_model.support.precision import computing
 from python_model.train.config import LoggingConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from python_model.train.plot import plot_losses
@@ -123,6 +123,7 @@ def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SM
     """The whole demo, printed as it goes; returns what results.json holds."""
     start = time.perf_counter()
     config = demo_config(output_dir, steps, seed, start_from)
+    make_folder(Path(config.output_dir))  # now, rather than after measuring
     torch.manual_seed(seed)
     sample = HeldOut(sample_dir())
     model = GritLM(

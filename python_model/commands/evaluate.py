@@ -32,13 +32,14 @@ from python_model.commands.runner import (
     refuse_without,
     tell_cut,
 )
+from python_model.evaluation.answers import Question, read_questions, score
 from python_model.evaluation.held_out import EVERYTHING, HeldOut, held_out_digest
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.identity import content_digest
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import TooLong
-from python_model.support.files import write_json
+from python_model.support.files import place_for_file, write_json
 from python_model.support.precision import computes_in_bfloat16, computing, device_of
 from python_model.support.tables import aligned
 
@@ -88,14 +89,12 @@ def measure(
     return found
 
 
-def answer_scores(model: GritLM, questions: Path, *, max_new_tokens: int) -> dict[str, float]:
+def answer_scores(model: GritLM, questions: Sequence[Question], *, max_new_tokens: int) -> dict[str, float]:
     """Match, exact match and F1 (in percent) of greedy replies to the questions, without documents."""
-    from python_model.evaluation.answers import read_questions, score
     from python_model.generate.text import replies
 
-    rows = read_questions(questions)
-    texts = replies(model, [[row.question] for row in rows], max_new_tokens=max_new_tokens)
-    return asdict(score(texts, rows))
+    texts = replies(model, [[row.question] for row in questions], max_new_tokens=max_new_tokens)
+    return asdict(score(texts, questions))
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -160,6 +159,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError("questions: expected a model that generates, got one in mode 'embedding'")
     held_out = HeldOut(data)
     held_out.check_datasets()
+    questions = None if arguments.questions is None else read_questions(arguments.questions)
     results = _saved(arguments.output)
     for name in tqdm(arguments.model or [SMALL_MODEL], desc="checkpoints", unit="checkpoint"):
         model = load(
@@ -176,8 +176,8 @@ def run(arguments: Namespace) -> None:
         scores = measure(model, held_out, max_length=arguments.max_length, bf16=bf16, chunks=chunks)
         tell_cut("eval", model, f"--max-length {arguments.max_length}", "" if arguments.chunk_tokens else "documents")
         result: dict[str, Any] = {"model": name, "options": options, "content": content, "scores": scores}
-        if arguments.questions is not None:
-            result["answers"] = answer_scores(model, arguments.questions, max_new_tokens=arguments.max_new_tokens)
+        if questions is not None:
+            result["answers"] = answer_scores(model, questions, max_new_tokens=arguments.max_new_tokens)
         results.append(result)
         if arguments.output is not None:
             write_json(arguments.output, results)
@@ -193,7 +193,9 @@ def _content(model: GritLM, data: Path, questions: Path | None) -> dict[str, str
 
 
 def _saved(path: Path | None) -> list[dict[str, Any]]:
-    if path is None or not path.exists():
+    if path is None:
+        return []
+    if not place_for_file(path).exists():
         return []
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -47,6 +47,8 @@ def run(arguments: Namespace) -> None:
     if (arguments.input is None) != (arguments.output is None):
         raise ValueError("--input, --output: expected both or none, got one")
     refuse_both(arguments, "prompt", "input")
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise ValueError(f"--prompt: expected a non-empty text, got {arguments.prompt!r}")
     refuse_without(arguments, COMMAND.parser(), "temperature", "top_k", "top_p")
     model = load(arguments, mode="generative")
     options: dict[str, Any] = {

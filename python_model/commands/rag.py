@@ -80,6 +80,8 @@ def run(arguments: Namespace) -> None:
     from python_model.rag.index import open_index
 
     refuse_both(arguments, "question", "questions")
+    if arguments.question is not None and not arguments.question.strip():
+        raise ValueError(f"--question: expected a non-empty text, got {arguments.question!r}")
     if arguments.calibrate and arguments.mode != "auto":
         raise ValueError(
             f"--mode: expected no --calibrate beside it, which measures several modes, got {arguments.mode!r}"

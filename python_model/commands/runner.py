@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
@@ -30,6 +31,33 @@ TERMINATED = 143
 """Exit status after SIGTERM, as a shell reports it (128 + SIGTERM)."""
 READER_GONE = 141
 """Exit status after the reader of standard output has left (``grit doctor | head -1``), as a shell reports it (128 + SIGPIPE)."""
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Help that names no class of Python's, and no default where there is none."""
+
+    def _expand_help(self, action: Any) -> str:
+        text = re.sub(
+            r"(, )?(type: <class 'Path'>|default: (null|\[\])?(?=\)$))", "", str(super()._expand_help(action))
+        )
+        return text.replace("(, ", "(").removesuffix(" ()")
+
+
+class Parser(ArgumentParser):
+    """A command's parser: what it says of a value of another type is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=HelpFormatter)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the usage and the message, and exit."""
+        found = re.match(
+            r"Parser key \"([\w.]+)\":\s+Expected an? <class '(\w+)'>. Got value: (.*)", message, re.DOTALL
+        )
+        if found and self.exit_on_error:  # else the caller words it
+            expected = f"{'an' if found[2] == 'int' else 'a'} {found[2]}"
+            message = f"--{found[1].replace('_', '-')}: expected {expected}, got {found[3]!r}"
+        super().error(message, ex)
 
 
 def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -57,7 +85,7 @@ class Command:
 
     def parser(self) -> ArgumentParser:
         """A new parser with this command's options."""
-        parser = ArgumentParser(prog=f"grit {self.name}", description=self.description)
+        parser = Parser(prog=f"grit {self.name}", description=self.description)
         self.configure(parser)
         return parser
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from python_model.commands.runner import TERMINATED, Command
 from python_model.support.checked import describe
+from python_model.support.files import read_yaml
 from python_model.train.config import MOVED, REMOVED, TYPES, TrainConfig, flatten, unknown
 
 
@@ -55,11 +56,10 @@ def _readable(message: str) -> str:
 
 
 def _check_file(path: Path) -> None:
-    import yaml
-
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"config: expected settings in {path}, got {type(content).__name__}")
+        given = "an empty file" if content is None else type(content).__name__
+        raise ValueError(f"config: expected settings in {path}, got {given}")
     try:
         flatten(content)
     except ValueError as error:

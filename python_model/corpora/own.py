@@ -74,6 +74,10 @@ def own_files(
     """
     report = DataReport()
     rows = [row for path in paths for row in tolerant_rows(path, report)]
+    if not rows:
+        raise ValueError(
+            "from: expected files with rows that training can use (`grit convert` shows why not), got none"
+        )
     train, test = split_rows(rows, percent)
     files: dict[str, list[dict[str, Any]]] = {}
     for row in train:

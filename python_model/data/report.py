@@ -36,7 +36,7 @@ class DataReport:
     def lines(self) -> list[str]:
         """Readable text: one line about used rows, then each reason with its examples, then the notes."""
         names = ", ".join(f"{name} {count}" for name, count in self.used.items())
-        found = [f"data: {sum(self.used.values())} rows ({names})"]
+        found = [f"data: {sum(self.used.values())} rows ({names})" if names else "data: 0 rows"]
         for reason, count in self.left_out.items():
             found.append(f"left out, {reason}: {count} row(s)")
             found += [f"  {what}" for what in self.examples[reason]]

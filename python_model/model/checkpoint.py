@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,24 @@ def check_no_head(path: str | os.PathLike[str], *, subfolder: str = "") -> None:
         )
 
 
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Errors about a checkpoint that cannot be read name it: transformers' name the hub, safetensors' nothing."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"model: expected a checkpoint, got {path} with weights that cannot be read ({error})"
+        ) from error
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"model: there is no folder {path}, and no such model was found on the hub ({reason})") from error
+
+
 def one_flag_per_sample(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """``from_pretrained``'s arguments, with a config whose attention follows each sample's flag.
 
@@ -91,5 +111,6 @@ def _file(path: str, name: str, **where: Any) -> Path | None:
     """A file of a checkpoint, or None if the checkpoint has none of that name."""
     from transformers.utils import cached_file
 
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
+    with reading(path):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **where)
     return None if found is None else Path(found)

@@ -19,6 +19,7 @@ from python_model.model.checkpoint import (
     WHERE,
     check_no_head,
     one_flag_per_sample,
+    reading,
     saved_head,
     saved_limit,
     saved_settings,
@@ -106,16 +107,16 @@ class GritLM(nn.Module):
         if self.settings.projection is None:
             check_no_head(path, subfolder=where.get("subfolder") or "")
         loader: Any = AutoModel if mode == "embedding" else AutoModelForCausalLM
-        loaded, report = loader.from_pretrained(
-            path, output_loading_info=True, **one_flag_per_sample(path, from_pretrained_kwargs)
-        )
+        where_to = device_of(device)
+        with reading(path):
+            arguments = one_flag_per_sample(path, from_pretrained_kwargs)
+            loaded, report = loader.from_pretrained(path, output_loading_info=True, **arguments)
         if is_inference and (missing := sorted(report["missing_keys"])):
             warnings.warn(
                 f"mode: {path} has no {', '.join(missing[:3])}, which mode={mode!r} initialises at random; load an embedding "
                 "model without a language-model head with mode='embedding'",
                 stacklevel=2,
             )
-        where_to = device_of(device)
         if not {"dtype", "torch_dtype", "device_map"} & from_pretrained_kwargs.keys():
             widen_where_slow(loaded, where_to)
         self.model = gk.patch(loaded, bidirectional_window=self.settings.bidirectional_window)

@@ -21,11 +21,50 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "grit_kernels"
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; None if it is empty.
+
+    Raises:
+        ValueError: it is not YAML; the message names the file and the line.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder and those above it, where they are missing.
+
+    Raises:
+        NotADirectoryError: there is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path}: expected a folder or a new name, got a file") from None
+
+
+def place_for_file(path: str | os.PathLike[str]) -> Path:
+    """``path`` for a file to write or replace; the folder that it is in is made.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        NotADirectoryError: what should be its folder is a file.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target}: expected a file to write, got a folder")
+    make_folder(target.parent)
+    return target
+
+
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A temporary file to fill; it becomes ``path`` (replacing what is there) when the block ends without an error."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = place_for_file(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:
@@ -51,9 +90,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder to fill; it becomes ``path`` (replacing what is there) when the block ends without an error."""
+    """A temporary folder to fill; it becomes ``path`` (replacing a folder that is there) when the block ends without an error."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_file():
+        raise NotADirectoryError(f"{target}: expected a folder or a new name, got a file")
+    make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
     try:

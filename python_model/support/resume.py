@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from python_model.support.files import sync, write_json
+from python_model.support.files import place_for_file, sync, write_json
 
 
 class JsonLines:
@@ -31,8 +31,7 @@ class JsonLines:
         """``broken(line, error)`` may raise if a complete line is not a valid row; by default the file is truncated there."""
         self.rows: list[dict[str, Any]] = []
         end = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115  (closed by close)
+        self._file = open(place_for_file(path), "a+b")  # noqa: SIM115  (closed by close)
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
@@ -121,7 +120,7 @@ class ResumableArray:
         self._part = path.with_name(f".{path.name}.part")
         self._state = path.with_name(f".{path.name}.part.json")
         self._array: np.memmap[Any, Any] | None = None
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place_for_file(path)
         if self._state.exists() and self._part.exists():
             state = json.loads(self._state.read_text(encoding="utf-8"))
             if (state.get("key"), state.get("rows")) != (key, rows):

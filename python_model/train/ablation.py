@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from python_model.data.files import data_files, dataset_name
 from python_model.data.index import index_files
 from python_model.evaluation.held_out import HeldOut, cut_line, evaluate, held_out_digest
-from python_model.support.files import write_json, write_text
+from python_model.support.files import read_yaml, write_json, write_text
 from python_model.train.config import TrainConfig, dotted, flatten
 from python_model.train.plot import plot_ablation
 
@@ -83,11 +83,9 @@ def read_ablation(path: Path, changes: Mapping[str, Any] | None = None) -> Ablat
     Raises:
         ValueError: the file has an unknown entry or setting, no variants, or two with the same name.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"config: there is no file {path}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     accepted = {entry.name for entry in fields(Ablation)}
     if not isinstance(content, dict) or (unknown := set(content) - accepted):
         given = sorted(unknown) if isinstance(content, dict) else type(content).__name__

@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 from python_model.data.stream import StepSamples, check_data, open_stream
 from python_model.model.card import CARD_FILE, model_card
 from python_model.model.modeling import GritLM
-from python_model.support.files import new_folder, write_json
+from python_model.support.files import make_folder, new_folder, write_json
 from python_model.support.optional import find
 from python_model.support.precision import computes_in_bfloat16
 from python_model.train.adapters import merge_adapters
 from python_model.train.balance import cosine, total_norm
 from python_model.train.checkpointer import Checkpointer
-from python_model.train.config import TrainConfig
+from python_model.train.config import ModelConfig, TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.flops import ModelFlops, measured_peak
 from python_model.train.memory import GIB, device_limit, plan_memory, plan_tokens
@@ -68,7 +68,7 @@ class Trainer:
 
     def __init__(self, model: GritLM, config: TrainConfig, stream: Stream, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks(0, 1, model.device)
-        config = _with_precision(config, self.ranks)
+        config = replace(config, model=_with_precision(config.model, self.ranks))
         self.grit, self.config, self.stream = model, config, stream
         self._check_batches()
         recompute_activations(model, config.model)
@@ -243,7 +243,7 @@ class Trainer:
             dtype = torch.bfloat16 if self.config.model.bf16 else torch.float32
             peak = measured_peak(self.ranks.device, dtype) / 1e12
         if self.ranks.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             write_json(self.folder / "config.json", self.settings)
             for line in self.memory.lines(device_limit(self.ranks.device)):
                 tqdm.write(line)
@@ -459,14 +459,14 @@ class Trainer:
         return file
 
 
-def _with_precision(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The settings with ``model.bf16`` decided, as states and resuming need it."""
-    if config.model.bf16 is not None:
+def _with_precision(config: ModelConfig, ranks: Ranks) -> ModelConfig:
+    """The settings with ``bf16`` decided, as states and resuming need it."""
+    if config.bf16 is not None:
         return config
     bf16 = computes_in_bfloat16(None, ranks.device)
     if ranks.first and not bf16:
         tqdm.write("note: computing in float32, as this CPU emulates products in bfloat16; model.bf16=true forces them")
-    return replace(config, model=replace(config.model, bf16=bf16))
+    return replace(config, bf16=bf16)
 
 
 def _memory_gib(device: torch.device) -> float | None:

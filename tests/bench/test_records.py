@@ -107,14 +107,19 @@ def test_rows_of_different_kinds_of_machines_are_not_mixed(tmp_path: Path) -> No
 
 
 def test_a_run_is_compared_with_the_records_of_a_like_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    for module in (common, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "machine_kind", lambda described: "here")
     for folder, slow in (("here", 3.0), ("there", 9.0), ("latest", 2.0)):
         common.write_records(tmp_path / folder / "x_cpu.json", _rows(slow))
+    common.write_records(tmp_path / "latest" / "y_cpu.json", _rows(2.0))
+    (tmp_path / "proof").mkdir()
+    (tmp_path / "proof" / "base.json").write_text('{"name": "base"}')  # of no kind of machine
     lines = everything.compare(tmp_path / "latest")
     assert "here" in lines[0] and lines[1].startswith("x_cpu: 1 of 2") and "3.00x -> 2.00x" in lines[2]
+    assert lines[-1] == "y_cpu: no record to compare with"
     monkeypatch.setattr(common, "machine_kind", lambda described: "elsewhere")
-    assert everything.compare(tmp_path / "latest")[0].endswith("there are here, there")
+    assert everything.compare(tmp_path / "latest")[0].endswith("there are records of here, there")
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: f"{p.parent.name}/{p.stem}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import grit_kernels
 from python_model import cli
 from python_model.cli import COMMANDS, main
 from python_model.commands import completion, demo_report
@@ -33,6 +34,12 @@ def test_every_command_has_help(name: str, capsys: Any) -> None:
     printed = capsys.readouterr().out
     assert stop.value.code == 0 and f"grit {name}" in printed
     assert not re.search(r":\w+:`", printed), "a reference of Sphinx, which a terminal shows as it is"
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_grit_tells_its_version(option: str, capsys: Any) -> None:
+    main([option])
+    assert capsys.readouterr().out == f"grit_kernels {grit_kernels.__version__}\n"
 
 
 def test_an_unknown_command_lists_the_known_ones() -> None:
