@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from python_model.support.precision import is_slow
+from python_model.support.precision import is_emulated
 from python_model.support.resume import JsonLines
 from python_model.support.tables import aligned
 
@@ -327,7 +327,7 @@ def kernel_parser(description: str, repeats: int) -> argparse.ArgumentParser:
 
 def model_dtype(device: str | torch.device = "cpu") -> str:
     """The dtype that models compute in on this machine by default: bfloat16, or float32 on a CPU that emulates its products."""
-    return "float32" if is_slow(torch.bfloat16, torch.device(device)) else "bfloat16"
+    return "float32" if is_emulated(torch.bfloat16, torch.device(device)) else "bfloat16"
 
 
 def named_dtype(dtype: str) -> dict[str, str]:

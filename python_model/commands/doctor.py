@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import grit_kernels as gk
 from python_model.commands.runner import Command, add_json, show
-from python_model.support.precision import HALVES, is_slow, times_float32
+from python_model.support.precision import INSTRUCTIONS, is_emulated
 from python_model.support.tested import outside_of_tested
 
 PACKAGES = (
@@ -46,11 +46,9 @@ def report() -> dict[str, Any]:
         "outside_of_tested": [str(package) for package in outside_of_tested()],
         "cpu_threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
-        "emulated_products": {
-            str(dtype).removeprefix("torch."): round(times_float32(dtype), 1)
-            for dtype in HALVES
-            if is_slow(dtype, torch.device("cpu"))
-        },
+        "emulated_products": [
+            str(dtype).removeprefix("torch.") for dtype in INSTRUCTIONS if is_emulated(dtype, torch.device("cpu"))
+        ],
         "backends": gk.describe_backends(),
     }
 
@@ -74,8 +72,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"outside the tested range: {package}"
     yield f"devices: CPU with {found['cpu_threads']} threads" + "".join(f", {name}" for name in found["cuda_devices"])
     if emulated := found["emulated_products"]:
-        times = " and ".join(f"{times:.1f} times in {dtype}" for dtype, times in emulated.items())
-        yield f"  torch emulates matrix products: {times} the time of float32, in which models compute here by default"
+        yield f"  this CPU emulates products in {' and '.join(emulated)}, so models compute in float32 here by default"
     yield "backends:"
     for backend in found["backends"]["available"]:
         yield f"  {backend['name']:<10} {'yes' if backend['usable'] else 'no ':<4} {backend['reason']}"

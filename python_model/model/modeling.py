@@ -28,7 +28,7 @@ from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
 from python_model.support.arguments import check_at_least, check_choice
-from python_model.support.precision import device_of, widen_where_slow
+from python_model.support.precision import device_of, widen_if_emulated
 
 MODES = ("unified", "embedding", "generative")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -118,7 +118,7 @@ class GritLM(nn.Module):
                 stacklevel=2,
             )
         if not {"dtype", "torch_dtype", "device_map"} & from_pretrained_kwargs.keys():
-            widen_where_slow(loaded, where_to)
+            widen_if_emulated(loaded, where_to)
         self.model = gk.patch(loaded, bidirectional_window=self.settings.bidirectional_window)
         remote = {
             name: from_pretrained_kwargs[name] for name in ("trust_remote_code",) if name in from_pretrained_kwargs

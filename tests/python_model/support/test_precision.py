@@ -13,26 +13,27 @@ from python_model import GritLM
 from python_model.commands.doctor import report
 from python_model.evaluation.held_out import HeldOut, evaluate
 from python_model.support import precision
-from python_model.support.precision import computes_in_bfloat16, computing, is_slow, times_float32
+from python_model.support.precision import computes_in_bfloat16, computing, is_emulated
 from python_model.train.memory import plan_tokens
 from python_model.train.setup import plan_dry_run
 from tests.python_model.small_sample import write_small_sample
 from tests.python_model.training_samples import toy_config, toy_trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+WITHOUT, WITH = frozenset({"avx2", "avx512_f"}), frozenset({"avx512_bf16", "avx512_fp16"})
 TEXTS = ["A river flows.", "Paris is the capital of France."]
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without products in 16 bits."""
-    monkeypatch.setattr(precision, "times_float32", lambda dtype: 5.0)
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: WITHOUT)
 
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU with them."""
-    monkeypatch.setattr(precision, "times_float32", lambda dtype: 0.5)
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: WITH)
 
 
 @pytest.fixture
@@ -42,15 +43,37 @@ def in_bfloat16(checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "bfloat16"
 
 
-def test_a_product_is_measured_once() -> None:
-    assert times_float32(torch.bfloat16) > 0
-    assert times_float32(torch.bfloat16) == times_float32(torch.bfloat16)
-
-
 @pytest.mark.usefixtures("emulated")
-def test_only_16_bits_on_a_cpu_are_slow() -> None:
-    assert is_slow(torch.bfloat16, CPU) and is_slow(torch.float16, CPU)
-    assert not is_slow(torch.float32, CPU) and not is_slow(torch.bfloat16, CUDA)
+def test_only_16_bits_on_a_cpu_are_emulated() -> None:
+    assert is_emulated(torch.bfloat16, CPU) and is_emulated(torch.float16, CPU)
+    assert not is_emulated(torch.float32, CPU) and not is_emulated(torch.bfloat16, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("names", "emulated"),
+    [
+        ({"avx2", "avx512_f"}, (True, True)),
+        ({"avx512_f", "avx512_bf16"}, (False, True)),
+        ({"amx_bf16", "amx_fp16"}, (False, False)),
+        ({"neon", "fp16_arith"}, (True, False)),
+        (set(), (False, False)),  # nothing is known
+    ],
+)
+def test_instructions_decide(names: set[str], emulated: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: frozenset(names))
+    assert (is_emulated(torch.bfloat16, CPU), is_emulated(torch.float16, CPU)) == emulated
+
+
+@pytest.mark.skipif(not precision.CPUINFO.exists(), reason="this system has no /proc/cpuinfo")
+def test_an_older_torch_leaves_the_question_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = []
+    for name in ("get_capabilities", "nothing"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+        precision.cpu_capabilities.cache_clear()
+        ways.append({dtype: is_emulated(dtype, CPU) for dtype in precision.INSTRUCTIONS})
+        monkeypatch.undo()
+        precision.cpu_capabilities.cache_clear()
+    assert ways[0] == ways[1]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -79,7 +102,9 @@ def test_a_model_keeps_the_dtype_that_the_cpu_multiplies(in_bfloat16: Path) -> N
 def test_weights_stay_where_float32_would_not_fit(in_bfloat16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(precision, "find", lambda name: memory)
-    with pytest.warns(UserWarning, match="dtype: this CPU emulates products in bfloat16, which takes 5 times as long"):
+    with pytest.warns(
+        UserWarning, match="dtype: this CPU emulates products in bfloat16, which takes several times as long"
+    ):
         model = GritLM(in_bfloat16, device="cpu")
     assert model.model.dtype == torch.bfloat16
 
@@ -87,13 +112,13 @@ def test_weights_stay_where_float32_would_not_fit(in_bfloat16: Path, monkeypatch
 def test_training_decides_once_and_resumes_with_the_same(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(precision, "times_float32", lambda dtype: 5.0)
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: WITHOUT)
     config = toy_config(checkpoint, tmp_path, bf16=None, steps=2, save_steps=1)
     trainer = toy_trainer(config)
     assert trainer.config.model.bf16 is False and trainer.gradients.bf16 is False
     assert "computing in float32" in capsys.readouterr().out
     trainer.train()
-    monkeypatch.setattr(precision, "times_float32", lambda dtype: 0.5)
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: WITH)
     with pytest.raises(ValueError, match="model.bf16: expected False, with which"):
         toy_trainer(config).train()
     again = toy_config(checkpoint, tmp_path, bf16=False, steps=2, save_steps=1)
@@ -114,7 +139,7 @@ def test_a_memory_plan_without_a_decision_is_that_of_bfloat16(checkpoint: Path, 
 def test_an_evaluation_computes_in_bfloat16_where_that_is_fast(
     slow: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "times_float32", lambda dtype: 5.0 if slow else 0.5)
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: WITHOUT if slow else WITH)
     model = GritLM(checkpoint, device="cpu")
     held_out = HeldOut(write_small_sample(tmp_path, per_kind=1, passages=4))
     found = evaluate(model, held_out)[1]
@@ -124,6 +149,5 @@ def test_an_evaluation_computes_in_bfloat16_where_that_is_fast(
 
 
 @pytest.mark.usefixtures("emulated")
-def test_doctor_names_what_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("python_model.commands.doctor.times_float32", lambda dtype: 5.0)
-    assert report()["emulated_products"] == {"bfloat16": 5.0, "float16": 5.0}
+def test_doctor_names_what_is_emulated() -> None:
+    assert report()["emulated_products"] == ["bfloat16", "float16"]
