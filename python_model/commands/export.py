@@ -13,13 +13,14 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from python_model.commands.runner import Command, add_model, add_truncation, load
+from python_model.support.files import make_folder
 
 TARGETS = ("sentence-transformers", "vllm", "gguf")
 
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit export``."""
-    parser.add_argument("folder", type=Path, help="what to write; replaced if it exists")
+    parser.add_argument("folder", type=Path, help="what to write; an earlier export in it is replaced")
     add_model(parser)
     parser.add_argument("--for", dest="target", choices=TARGETS, default=TARGETS[0], help="what will load the folder")
     add_truncation(parser)
@@ -32,6 +33,17 @@ def configure(parser: ArgumentParser) -> None:
     )
 
 
+def check_replaceable(folder: Path, model: str) -> None:
+    """ValueError for a folder with anything but an earlier export: it would be lost, and the model with it if it is there."""
+    make_folder(folder.parent)
+    if folder.exists() and folder == Path(model).resolve():
+        raise ValueError(f"folder: expected another one than the model's, got {folder}")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "modules.json").exists():
+        raise ValueError(
+            f"folder: expected a new one or that of an earlier export, got {folder}, which holds other files"
+        )
+
+
 def run(arguments: Namespace) -> None:
     """Write the folder; print it, and how to serve it."""
     import torch
@@ -41,6 +53,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError(f"packed: expected with --for {TARGETS[0]}, got --for {target}")
     if arguments.pool_instruction and target == TARGETS[0]:
         raise ValueError(f"pool-instruction: expected with --for vllm or gguf, got --for {target}")
+    check_replaceable(arguments.folder.resolve(), arguments.model)
     # in the dtype of the checkpoint's files: an export must not change a weight
     model = load(arguments, dtype="auto")
     if target == TARGETS[0]:

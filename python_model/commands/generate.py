@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from python_model.commands.runner import Command, add_json, add_model, load, progress, refuse_both, refuse_without, show
+from python_model.support.arguments import check_at_least
 
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
@@ -50,6 +51,7 @@ def run(arguments: Namespace) -> None:
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise ValueError(f"--prompt: expected a non-empty text, got {arguments.prompt!r}")
     refuse_without(arguments, COMMAND.parser(), "temperature", "top_k", "top_p")
+    check_at_least("--beams", arguments.beams, 1)
     model = load(arguments, mode="generative")
     options: dict[str, Any] = {
         "max_new_tokens": arguments.max_new_tokens,

@@ -95,6 +95,11 @@ def run(arguments: Namespace) -> None:
     refuse_without(arguments, options_of, "search", "where", "hybrid", "instruction", "k")
     refuse_without(arguments, options_of, "add", "store", "chunk_tokens", "overlap")
     refuse_without(arguments, options_of, "store", "store_format", "store_limit")
+    if arguments.chunk_tokens and not 0 <= 2 * arguments.overlap < arguments.chunk_tokens:
+        raise ValueError(
+            "--chunk-tokens, --overlap: expected 0, or 1 and more with an overlap below half of it, got "
+            f"{arguments.chunk_tokens}, {arguments.overlap}"
+        )
     if arguments.shards and arguments.add:
         raise ValueError("--shards: expected no --add beside it, got both")
     model = None

@@ -21,6 +21,7 @@ from python_model.commands.runner import (
     tell_cut,
 )
 from python_model.rag.modes import Document
+from python_model.support.arguments import check_at_least
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -60,7 +61,10 @@ def run(arguments: Namespace) -> None:
     chunked = bool(arguments.chunk_tokens)
     if chunked and arguments.passage_tokens is not None:
         raise ValueError("--passage-tokens: expected no --chunk-tokens beside it, got both")
+    check_at_least("--top", arguments.top, 1)
     given = _documents(arguments.passages)
+    if not given:
+        raise ValueError("--passages: expected at least one passage on standard input, got none")
     model = load(arguments)
     documents, owners = chunks_of(arguments, model, given)
     limit = PASSAGE_TOKENS if arguments.passage_tokens is None else arguments.passage_tokens

@@ -17,9 +17,12 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from python_model.commands.runner import Command, add_model, load, refuse_without
+from python_model.support.arguments import check_at_least
 from python_model.support.optional import require
 
 KEY_VARIABLE = "GRIT_API_KEY"
+
+LEAST_ONE = ("kv_tokens", "max_step_tokens", "max_sequences", "max_queued_tokens", "max_tokens", "max_body_mb")
 
 M_ARENA_MAX = -8
 """Of malloc.h."""
@@ -33,6 +36,7 @@ would wait ten times as long while a request is parsed.
 def run(arguments: Namespace) -> None:
     """Serve until the process is asked to stop."""
     refuse_without(arguments, COMMAND.parser(), "ray", "replicas", "requests_per_replica")
+    check_numbers(arguments)
     uvicorn = require("uvicorn", "serve")
     for module in ("fastapi", "prometheus_client"):
         require(module, "serve")
@@ -55,6 +59,22 @@ def run(arguments: Namespace) -> None:
         timeout_graceful_shutdown=arguments.drain_seconds,
     )
     uvicorn.Server(config).run()
+
+
+def check_numbers(arguments: Namespace) -> None:
+    """ValueError for a number with which no request could be served."""
+    for name in LEAST_ONE:
+        check_at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), 1)
+    if arguments.threads is not None:
+        check_at_least("--threads", arguments.threads, 1)
+    check_at_least("--drain-seconds", arguments.drain_seconds, 0)
+    if not 0 <= arguments.port < 1 << 16:
+        raise ValueError(f"--port: expected 0 to 65535, got {arguments.port}")
+    for name in ("target_ms", "timeout"):
+        if getattr(arguments, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number > 0, got {getattr(arguments, name)}")
+    if arguments.ageing < 0:
+        raise ValueError(f"--ageing: expected a number >= 0, got {arguments.ageing}")
 
 
 def _serve_replicas(arguments: Namespace, keys: Sequence[str]) -> None:

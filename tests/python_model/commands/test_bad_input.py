@@ -30,6 +30,8 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "empty.jsonl").touch()
     (made / "file").touch()
     (made / "made").mkdir()
+    (made / "folder").mkdir()
+    (made / "folder" / "notes.txt").write_text("not to be lost")
     return made
 
 
@@ -60,6 +62,20 @@ def fails(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> str:
         ("train --config broken.yaml", "broken.yaml: not a YAML file (while parsing a flow sequence"),
         ("train --config empty.yaml", "config: expected settings in empty.yaml, got an empty file"),
         ("ablation --config broken.yaml", "broken.yaml: not a YAML file (while parsing a flow sequence"),
+        ("export folder --model model", "which holds other files"),
+        ("export model --model model", "folder: expected another one than the model's, got"),
+        ("export . --model model", "which holds other files"),
+        ("rerank --query a --passages rows.jsonl --top 0", "--top: expected an int >= 1, got 0"),
+        ("generate --prompt a --beams 0", "--beams: expected an int >= 1, got 0"),
+        (
+            "index I --add rows.jsonl --chunk-tokens 4 --overlap 2",
+            "--chunk-tokens, --overlap: expected 0, or 1 and more",
+        ),
+        ("index I --add rows.jsonl --chunk-tokens -4", "--chunk-tokens, --overlap: expected 0, or 1 and more"),
+        ("serve --port 99999", "--port: expected 0 to 65535, got 99999"),
+        ("serve --timeout 0", "--timeout: expected a number > 0, got 0.0"),
+        ("serve --kv-tokens 0", "--kv-tokens: expected an int >= 1, got 0"),
+        ("serve --ageing -1", "--ageing: expected a number >= 0, got -1.0"),
         ("export file --model model", "file: expected a folder or a new name, got a file"),
     ],
 )
@@ -67,7 +83,7 @@ def test_one_line_says_what_is_wrong(folder: Path, line: str, message: str, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = fails(folder, line, monkeypatch)
     assert message in said and "\n" not in said
-    assert not (folder / "D").exists()
+    assert not (folder / "D").exists() and (folder / "folder" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize(
