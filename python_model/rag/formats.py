@@ -60,7 +60,8 @@ def read_file(file: Path, name: str) -> list[Document]:
         documents = _rows(file, name)
     else:
         documents = [
-            Document(name + part, text.strip(), title or file.stem, name, place)
+            # of a text, the blank lines before it are kept: chunks tell the lines where they begin
+            Document(name + part, text.strip() if place else text.rstrip(), title or file.stem, name, place)
             for part, place, title, text in _PARSERS[suffix](file.read_bytes())
             if text.strip()
         ]

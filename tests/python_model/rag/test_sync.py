@@ -402,6 +402,17 @@ def test_chunks_follow_sentences_and_headings_without_tiny_ones(tokenizer: Any) 
     assert all(text.splitlines()[int(p.place.split()[1]) - 1].find(p.text.splitlines()[0][:20]) >= 0 for p in pieces)
 
 
+@pytest.mark.parametrize("before", ["", "\n\n", "\ufeff\n \n\t\n"])
+def test_a_chunk_tells_the_line_of_its_file_where_it_begins(before: str, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(before + LONG, encoding="utf-8")
+    (document,) = read_file(tmp_path / "a.txt", "a.txt")
+    lines = (before + LONG).splitlines()
+    for size in (20, 500):  # in several pieces, and in one
+        for piece in chunk(document, tokenizer, size):
+            number = int(piece.place.removeprefix("line "))
+            assert lines[number - 1].startswith(piece.text.splitlines()[0][:12])
+
+
 def test_pages_and_documents_are_read_by_their_libraries(tmp_path: Path) -> None:
     docx, _ = pytest.importorskip("docx"), pytest.importorskip("bs4")
     made = docx.Document()
