@@ -178,6 +178,12 @@ def test_a_command_is_one_that_works(
         _curl(rest, request)
 
 
+def test_an_index_is_searched_with_the_model_that_made_it() -> None:
+    """Not with the small model, which is the default: the index refuses it."""
+    asked = [words for block in SHELL for words in lines(block) if words[:2] == ["grit", "rag"] or "--search" in words]
+    assert len(asked) >= 4 and all("--model" in words for words in asked)
+
+
 @pytest.mark.parametrize("block", ROWS, ids=lambda block: block.name)
 def test_rows_are_read_by_training(block: Block, tmp_path: Path) -> None:
     for number, line in enumerate(block.text.splitlines()):
