@@ -109,7 +109,7 @@ def cpu_isas() -> list[str]:
     """Instruction sets of the library that this CPU can run, best first. GRIT_KERNELS_CPU_ISA=NAME selects one at start-up.
 
     The best is the fastest on this CPU: outside AMX, Intel's CPUs multiply FP32 twice as fast as pairs of bfloat16, so there
-    ``avx512`` comes before ``avx512_bf16``. ``amx_emulated`` computes what ``amx`` does, slowly, on any CPU with avx512_bf16.
+    ``avx512`` comes before ``avx512_bf16``. ``amx_emulated`` computes what ``amx`` does, slowly, on any CPU with avx512.
     """
     return _handle().grit_kernels_cpu_isas().decode().split(",")
 

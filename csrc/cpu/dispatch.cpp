@@ -51,7 +51,7 @@ std::vector<Choice> usable() {
 #endif
   add(portable::table);
 #if defined(GRIT_HAS_AMX)
-  if (cpu.avx512_bf16) list.push_back({&amx_emulated::table, &avx512_bf16::table});
+  if (cpu.avx512) list.push_back({&amx_emulated::table, cpu.avx512_bf16 ? &avx512_bf16::table : &avx512::table});
 #endif
   return list;
 }

@@ -38,7 +38,7 @@ struct Single {
   static GRIT_INLINE vf multiply_add(vf sum, vu a, vu b) { return fma((vf)a, (vf)b, sum); }
 };
 
-#if defined(GRIT_ISA_AVX512_BF16)
+#if defined(GRIT_ISA_AVX512_BF16) || defined(GRIT_ISA_TILES)
 struct Pair {
   static constexpr int values = 2;
 #if defined(GRIT_ISA_TILES)
@@ -49,11 +49,13 @@ struct Pair {
   static constexpr int panel = PANEL;
 #endif
   static constexpr int exp_degree = 4;  // error 3e-6: far below the rounding of a bfloat16 probability
-  static GRIT_INLINE vf multiply_add(vf sum, uint32_t a, vu b) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-  }
+  static GRIT_INLINE vf multiply_add(vf sum, uint32_t a, vu b) { return multiply_add(sum, (vu)_mm512_set1_epi32((int)a), b); }
   static GRIT_INLINE vf multiply_add(vf sum, vu a, vu b) {
+#if defined(GRIT_ISA_AVX512_BF16)
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return fma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), fma((vf)(a << 16), (vf)(b << 16), sum));
+#endif
   }
 };
 #endif
