@@ -123,7 +123,7 @@ def _spans(text: str, name: str, tokenizer: Any, max_tokens: int, overlap: int) 
             done[-1:] = _shared(text, (done[-1][0], span[1]), max_tokens, overlap, count) or [done[-1], span]
         else:
             done.append(span)
-    return [
+    pieces = [
         (span[0] + start, span[0] + end)
         for span in done
         # a single "word" may be longer than allowed
@@ -133,6 +133,26 @@ def _spans(text: str, name: str, tokenizer: Any, max_tokens: int, overlap: int) 
             else _at_white_space(text[slice(*span)], tokenizer, max_tokens, 0)
         )
     ]
+    return _overlapping(text, pieces, max_tokens, overlap, count, headings=kind is library.MarkdownSplitter)
+
+
+def _overlapping(
+    text: str, spans: list[Span], max_tokens: int, overlap: int, count: Callable[[Span], int], *, headings: bool
+) -> list[Span]:
+    """``spans``, of which those that share nothing with the one before begin with its last sentences, as many as are allowed. The
+    library overlaps by whole sections of the level where it split, so mostly not at all between paragraphs. A piece that begins
+    with a heading is left alone."""
+    found = spans[:1]
+    for before, span in zip(spans, spans[1:], strict=False):
+        start = span[0]
+        if before[1] <= start and not (headings and text.startswith("#", start)):
+            ends = [before[0] + match.end() for match in _SENTENCE_END.finditer(text[slice(*before)])]
+            for end in reversed([end for end in ends if end < before[1]]):
+                if count((end, before[1])) > overlap or count((end, span[1])) > max_tokens:
+                    break
+                start = end
+        found.append((start, span[1]))
+    return found
 
 
 def _shared(text: str, span: Span, max_tokens: int, overlap: int, count: Callable[[Span], int]) -> list[Span] | None:

@@ -402,6 +402,30 @@ def test_chunks_follow_sentences_and_headings_without_tiny_ones(tokenizer: Any) 
     assert all(text.splitlines()[int(p.place.split()[1]) - 1].find(p.text.splitlines()[0][:20]) >= 0 for p in pieces)
 
 
+def test_paragraphs_in_different_chunks_share_whole_sentences(tokenizer: Any) -> None:
+    pytest.importorskip("semantic_text_splitter")
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    parts = [
+        f"Part {i} tells of a river in the city. It flows on. It is long, and it flows to the sea." for i in range(9)
+    ]
+    text = "\n\n".join(parts)
+    one, last = count(parts[0]), count("It is long, and it flows to the sea.")
+    pieces = chunk(Document("k", text, "T", "k.txt"), tokenizer, 2 * one + last + 10, overlap=last)
+    assert len(pieces) > 3 and all(count(piece.text) <= 2 * one + last + 10 for piece in pieces)
+    for first, second in zip(pieces, pieces[1:], strict=False):
+        assert first.text.endswith("to the sea.") and second.text.startswith(
+            "It is long, and it flows to the sea.\n\nPart"
+        )
+    whole = chunk(Document("k", text, "T", "k.txt"), tokenizer, 2 * one + last + 10, overlap=0)
+    assert all(piece.text.startswith("Part") for piece in whole)
+    headed = "\n\n".join(f"## {i}\n\n{part}" for i, part in enumerate(parts))
+    pieces = chunk(Document("k", headed, "T", "k.md"), tokenizer, 2 * one, overlap=last)
+    assert len(pieces) > 3 and all(piece.text.startswith("##") for piece in pieces)
+
+
 @pytest.mark.parametrize("before", ["", "\n\n", "\ufeff\n \n\t\n"])
 def test_a_chunk_tells_the_line_of_its_file_where_it_begins(before: str, tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(before + LONG, encoding="utf-8")
