@@ -41,8 +41,21 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
-    """``device``, by default CUDA if available, else the CPU."""
-    return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    """``device``, by default CUDA if available, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has no such CUDA device.
+    """
+    try:
+        found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        raise ValueError(f"device: expected a device such as cpu or cuda:1, got {str(device)!r}") from None
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if not count:
+        raise ValueError(f"device: expected cpu, as torch sees no CUDA device, got {str(device)!r}")
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(f"device: expected one of the {count} CUDA devices, from cuda:0, got {str(device)!r}")
+    return found
 
 
 def widen_if_emulated(model: Any, device: torch.device) -> None:
