@@ -13,13 +13,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 
+from python_model.settings import GritSettings
 from python_model.support.files import sync, write_json
-from python_model.train.config import MOVED, REMOVED, TYPES, dotted
+from python_model.train.config import MOVED, REMOVED, TYPES, TrainConfig, dotted
 from python_model.train.distributed import Ranks
 
 VERSION = 2
@@ -182,7 +184,9 @@ class Checkpointer:
 
         saved = upgrade(json.loads((path / "state.json").read_text(encoding="utf-8")), path)
         way_out = "use the same, logging.resume=false, or another output_dir"
-        current, before = dotted(self.settings), dotted(saved["config"])
+        # a setting that did not exist when the state was written had the effect of its default
+        defaults = {**TrainConfig(dry_run=True).to_dict(), "grit": asdict(GritSettings())}
+        current, before = dotted(self.settings), {**dotted(defaults), **dotted(saved["config"])}
         evaluate = current.get("evaluation.data") and before.get("evaluation.data")
         free = FREE_SETTINGS | _PATHS | (frozenset() if evaluate else _MEASURED)
         for name, value in before.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -180,6 +181,25 @@ def test_a_state_of_another_run_is_refused_by_the_setting_that_differs(checkpoin
         toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1, lr=0.5)).train()
     # what only changes speed and memory may change
     toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=1, chunk_tokens=LENGTH)).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "given"),
+    [("losses.matryoshka_dims", [], [8]), ("data.positives", "draw", "each"), ("grit.truncate_dim", None, 8)],
+)
+def test_a_setting_that_a_state_does_not_know_had_its_default(
+    checkpoint: Path, tmp_path: Path, name: str, default: Any, given: Any
+) -> None:
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1)).train()
+    file = tmp_path / "out" / "states" / "step-00000001" / "state.json"
+    content = json.loads(file.read_text())
+    group, _, field = name.partition(".")
+    assert content["config"][group].pop(field) == default
+    file.write_text(json.dumps(content))
+    message = rf"{name}: expected {re.escape(repr(default))}, with which .* was written, got {re.escape(repr(given))}"
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1, **{name: given})).train()
+    toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1)).train()
 
 
 def test_states_rotate_and_a_half_written_one_is_ignored(checkpoint: Path, tmp_path: Path) -> None:
