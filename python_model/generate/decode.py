@@ -123,6 +123,11 @@ def _in_stretches(
     return found
 
 
+def _of_row(told: Callable[[int], bool], row: int, token: int) -> bool:
+    """An :data:`OnToken` that tells of the only row."""
+    return told(token)
+
+
 @torch.no_grad()
 def decode(
     model: Any,
@@ -165,20 +170,18 @@ def decode(
     read = [0 if part is None else len(part) for part in before]
     change = gk.hf.frequency_change(model)
     if change is not None and _outgrows(change, read, prompts, max_new_tokens):
-        return [
-            _in_stretches(
-                model,
-                prompts[row],
-                change,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-                on_token=None if on_token is None else partial(on_token, row),
-                eos_token_ids=eos_token_ids,
-                sampling=sampling,
-                generator=generator,
-            )
-            for row in range(batch)
-        ]
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        options |= {"eos_token_ids": eos_token_ids, "sampling": sampling, "generator": generator}
+        replies = []
+        for row, (prompt, part) in enumerate(zip(prompts, before, strict=True)):
+            told = None if on_token is None else partial(on_token, row)
+            if part is None:
+                replies.append(_in_stretches(model, prompt, change, on_token=told, **options))
+                continue
+            # what has states has room for its reply, or was refused
+            alone = None if told is None else partial(_of_row, told)
+            replies += decode(model, [prompt], states=[part], on_token=alone, **options)
+        return replies
     past, longest = max(read), max(map(len, prompts))
     slots = past + longest + max_new_tokens
     # a table of the used slots, right-aligned in both blocks, and each token's position counted over used slots

@@ -65,4 +65,16 @@ def test_states_read_with_other_frequencies_than_the_reply_needs_are_refused(
             decode(model, [ids[stored:]], states=[states], max_new_tokens=6, eos_token_ids=[])
         return
     found = decode(model, [ids[stored:]], states=[states], max_new_tokens=6, eos_token_ids=[])
-    assert found == [anew(tiny("llama", "longrope"), ids, 6)]
+    expected = [anew(tiny("llama", "longrope"), ids, 6)]
+    assert found == expected
+    # beside a text that is read again where its frequencies change
+    grown = list(range(40, 40 + LONG - 3))
+    heard: list[list[int]] = [[], []]
+
+    def listen(row: int, token: int) -> bool:
+        heard[row].append(token)
+        return False
+
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_ids": [], "on_token": listen}
+    found = decode(model, [grown, ids[stored:]], states=[None, states], **options)
+    assert found == heard == [anew(tiny("llama", "longrope"), grown, 6), *expected]
