@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from python_model.data.files import Location, files_as_lines, parse_line
+from python_model.data.files import Location, dataset_name, files_as_lines, parse_line
 from python_model.data.forms import Reader
 from python_model.data.reading import file_reader
 from python_model.data.report import SHOWN, DataReport
@@ -102,7 +102,7 @@ def index_files(files: Sequence[Location]) -> list[FileIndex]:
     places = [placed(lines) for lines in files_as_lines(files)]
     if sum(size for _, size, _ in places) < CACHED_BYTES:
         return [plan.index(map(_read_part, plan.parts())) for plan in map(_Plan, files, places)]
-    folders = [_folder(place) for place in places]
+    folders = [_folder(file, place) for file, place in zip(files, places, strict=True)]
     folders[0].parent.mkdir(parents=True, exist_ok=True)
     missing = [number for number, folder in enumerate(folders) if not folder.exists()]
     with mapped(sum(places[number][1] for number in missing) // (2 * PART_BYTES)) as work:
@@ -118,10 +118,10 @@ def index_files(files: Sequence[Location]) -> list[FileIndex]:
     return [_load(os.fspath(file), place, folder) for file, place, folder in zip(files, places, folders, strict=True)]
 
 
-def _folder(place: tuple[str, int, int]) -> Path:
-    """Where the index of a file is kept."""
+def _folder(file: Location, place: tuple[str, int, int]) -> Path:
+    """Where the index of a file is kept; links of other names to one file are other data sets."""
     path, *status = place
-    identity = json.dumps([_VERSION, os.path.realpath(path), *status])
+    identity = json.dumps([_VERSION, dataset_name(file), os.path.realpath(path), *status])
     return cache_folder() / "index" / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 

@@ -309,6 +309,17 @@ def test_a_random_choice_keeps_the_order_and_depends_on_the_seed(tmp_path: Path)
     assert rows.choice(100, seed=0) is rows
 
 
+def test_links_to_one_file_are_data_sets_of_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "CACHED_BYTES", 0)
+    file = write(tmp_path / "blob", GENERATIVE)
+    for name in ("first.jsonl", "second.jsonl"):
+        (tmp_path / name).symlink_to(file)
+        assert [rows.name for rows in open_file(tmp_path / name)[0]] == [name.partition(".")[0]]
+    both = index_files([tmp_path / "first.jsonl", tmp_path / "second.jsonl"])
+    assert [each.names for each in both] == [["first"], ["second"]]
+
+
 def test_an_index_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRIT_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "CACHED_BYTES", 0)
