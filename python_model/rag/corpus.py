@@ -323,7 +323,8 @@ def open_index_of(path: str, output: str, **options: Any) -> Index:
 
 
 def add_shards(index: Index, output: str, progress: Any = None) -> int:
-    """Add the documents of a finished run to an index; returns how many were new or changed.
+    """Add the documents of a finished run to an index; returns how many were new or changed, or had vectors that a run with
+    another ``max_length`` or ``dtype`` made.
 
     A shard is one transaction of the index, so an interrupted call can be resumed. States of changed documents are removed.
 
@@ -339,19 +340,25 @@ def add_shards(index: Index, output: str, progress: Any = None) -> int:
         )
     _check_keys(output, units)
     added = 0
+    names, how = {unit.name for unit in units}, [run["recipe"]["max_length"], run["recipe"]["dtype"]]
+    other = index.made_otherwise(names, how)
+    index.note_made(names - other, how)
+    index.note_made(other, None)  # neither, until all of it is replaced
     for number, unit in enumerate(units, 1):
         documents, vectors = read_shard(output, unit)
-        fresh = [
+        changed = [
             row
             for row, document in enumerate(documents)
             if document.key not in index or asdict(index.document(document.key)) != asdict(document)
         ]
+        fresh = list(range(len(documents))) if unit.name in other else changed
         if fresh:
-            drop_states(index, [documents[row].key for row in fresh])
+            drop_states(index, [documents[row].key for row in changed])
             index.replace([], [documents[row] for row in fresh], vectors[fresh])
         added += len(fresh)
         if progress is not None:
             progress(number, len(units))
+    index.note_made(other, how)
     return added
 
 

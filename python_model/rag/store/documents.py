@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -220,6 +220,16 @@ class Documents(StoreFolder):
             known = self._meta(db).get("stores", [])
             if absolute not in known:
                 set_meta(db, "stores", [*known, absolute])
+
+    def made_otherwise(self, sources: Iterable[str], how: Any) -> set[str]:
+        """Those of these files whose vectors were made in another way than ``how``, or before that was recorded."""
+        known = self._meta().get("made", {})
+        return {s for s in sources if known.get(s) != how and (s in known or self._count("source = ?", s))}
+
+    def note_made(self, sources: Iterable[str], how: Any) -> None:
+        """Record on what the vectors of these files depend besides the index's settings, as plain values."""
+        with self._transaction() as db:
+            set_meta(db, "made", {**self._meta(db).get("made", {}), **dict.fromkeys(sources, how)})
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove documents; their files are read again when they are added again. The space of their vectors is freed with the

@@ -200,9 +200,19 @@ def test_shards_hold_what_encode_gives_and_become_an_index(checkpoint: Path, tmp
     index.add([replace(hit.document, text="as it was before")], want[7:8], overwrite=True)
     assert add_shards(index, str(tmp_path / "out")) == 1 and index.document(hit.document.key) == hit.document
     assert store.keys() == []  # of the text before
-    part = tmp_path / "out" / f"{units[0].shard}.parquet"
+    # the same texts, cut later: other vectors
+    longer, units, _ = run_of(checkpoint, tmp_path / "in", tmp_path / "longer", max_length=40, dtype=dtype)
+    for unit in units:
+        longer.embed(unit)
+    store.append(hit.document.key, TextStates(torch.zeros(1, 2, 1, 1, 2), torch.tensor([1]), torch.tensor([0]), True))
+    assert [add_shards(index, str(tmp_path / "longer")) for _ in range(2)] == [40, 0]
+    keys, vectors = index.vectors()
+    want = model.encode(texts, instruction=model.formatter.embed_instruction(""), max_length=40)
+    np.testing.assert_allclose(vectors, want[[texts.index(index.document(key).text) for key in keys]], atol=1e-3)
+    assert store.keys() == [hit.document.key], "states are those of the whole text"
+    part = tmp_path / "longer" / f"{units[0].shard}.parquet"
     part.write_bytes(part.read_bytes()[:-1])  # a marker does not make half a shard whole
-    assert corpus.committed(str(tmp_path / "out"), units[0]) is None
+    assert corpus.committed(str(tmp_path / "longer"), units[0]) is None
 
 
 def test_two_rows_of_one_id_are_refused_wherever_they_lie(checkpoint: Path, tmp_path: Path) -> None:
