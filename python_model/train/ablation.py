@@ -23,7 +23,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from python_model.data.files import data_files, dataset_name
 from python_model.data.index import index_files
 from python_model.evaluation.held_out import HeldOut, cut_line, evaluate, held_out_digest
 from python_model.support.files import read_yaml, write_json, write_text
+from python_model.support.precision import computes_in_bfloat16, device_of
 from python_model.train.config import TrainConfig, dotted, flatten
 from python_model.train.plot import plot_ablation
 
@@ -67,9 +68,12 @@ class Ablation:
     max_length: int = 512
 
     def config(self, variant: Variant) -> TrainConfig:
-        """The training settings of the variant."""
+        """The training settings of the variant, with ``model.bf16`` decided: scores in another precision are other results."""
         folder = Path(self.output_dir) / variant.folder
-        return TrainConfig.from_dict({**flatten(self.base), **flatten(variant.changes), "output_dir": str(folder)})
+        values = {**flatten(self.base), **flatten(variant.changes), "output_dir": str(folder)}
+        config = TrainConfig.from_dict(values)
+        bf16 = computes_in_bfloat16(config.model.bf16, device_of(None))
+        return replace(config, model=replace(config.model, bf16=bf16))
 
     @property
     def measured_on(self) -> dict[str, Any]:

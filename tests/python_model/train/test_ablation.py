@@ -127,6 +127,21 @@ def test_a_variant_that_reads_another_content_under_the_same_name_is_run_again(
     assert measured() == 0
 
 
+def test_scores_of_another_precision_are_other_results(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"model": {"name": str(checkpoint)}, "data": {"train_data": str(tmp_path / "train")}}
+    file = _file(tmp_path, checkpoint, base=base, variants=[{"name": "base", "untrained": True}])
+    again: list[Any] = []
+    measure = ablation._measure
+    monkeypatch.setattr(ablation, "_measure", lambda v, *rest: again.append(v.name) or measure(v, *rest))
+    for bf16 in (False, False, True):
+        monkeypatch.setattr(ablation, "computes_in_bfloat16", lambda wanted, device, here=bf16: here)
+        (row,) = run(read_ablation(file))
+        assert row["config"]["model"]["bf16"] is bf16
+    assert len(again) == 2
+
+
 def test_mistakes_in_the_file_are_named(checkpoint: Path, tmp_path: Path) -> None:
     file = _file(tmp_path, checkpoint, variants=[{"name": "a", "changes": {"grit.atn": "cccc"}}])
     with pytest.raises(SystemExit, match=r"variant 'a': grit.atn: unknown setting; did you mean grit.attn"):
