@@ -11,7 +11,7 @@ mteb (the extra ``eval``) is imported when these functions are called. A warning
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,23 @@ def _tell_cut(cut: int, texts: int, name: str, limit: int) -> None:
         warnings.warn(said, stacklevel=3)
 
 
+def _encode_options(given: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """mteb's ``encode_kwargs`` as those of :meth:`GritLM.encode`.
+
+    Raises:
+        ValueError, TypeError: one that would be ignored, such as a ``precision`` in which the vectors are not.
+    """
+    options = dict(given)
+    if (precision := options.pop("precision", None)) not in (None, "float32"):
+        raise ValueError(f"precision: expected 'float32', in which vectors are scored, got {precision!r}")
+    found = {"batch_size": batch_size} | {
+        n: options.pop(n) for n in ("batch_size", "show_progress_bar") if n in options
+    }
+    if unknown := [name for name, value in options.items() if value is not None]:
+        raise TypeError(f"encode_kwargs: expected any of batch_size, show_progress_bar, precision, got {unknown}")
+    return found
+
+
 class GritEncoder:
     """What :func:`mteb_encoder` adds to mteb's base class, from which it has ``get_instruction``."""
 
@@ -87,7 +104,7 @@ class GritEncoder:
             texts,
             self.max_length,
             instruction=prefix_for(self.model, self, task_metadata, prompt_type),
-            batch_size=kwargs.get("batch_size", self.batch_size),
+            **_encode_options(kwargs, self.batch_size),
         )
 
 
@@ -133,18 +150,25 @@ def mteb_search(
             self._texts: list[str] = []
             self._vectors = torch.zeros(0, 0)
 
-        def index(self, corpus: Any, *, task_metadata: Any, **kwargs: Any) -> None:
+        def index(self, corpus: Any, *, task_metadata: Any, encode_kwargs: Any = None, **kwargs: Any) -> None:
             self._keys = [str(row["id"]) for row in corpus]
             titles = [row.get("title") or "" for row in corpus]
             texts = [row["text"] for row in corpus]
             self._texts = [f"{title} {text}" if title else text for title, text in zip(titles, texts, strict=True)]
-            self._vectors = self._embed(self._texts, task_metadata, "document")
+            self._vectors = self._embed(self._texts, task_metadata, "document", encode_kwargs)
 
         def search(
-            self, queries: Any, *, task_metadata: Any, top_k: int, top_ranked: Any = None, **kwargs: Any
+            self,
+            queries: Any,
+            *,
+            task_metadata: Any,
+            top_k: int,
+            top_ranked: Any = None,
+            encode_kwargs: Any = None,
+            **kwargs: Any,
         ) -> dict[str, dict[str, float]]:
             texts = [query_text(row) for row in queries]
-            scores = self._embed(texts, task_metadata, "query") @ self._vectors.T
+            scores = self._embed(texts, task_metadata, "query", encode_kwargs) @ self._vectors.T
             places = {key: place for place, key in enumerate(self._keys)}
             results = {}
             shown, before = 0, model.texts_cut
@@ -164,11 +188,12 @@ def mteb_search(
             _tell_cut(model.texts_cut - before, shown, "passage_tokens", passage_tokens)
             return results
 
-        def _embed(self, texts: list[str], task_metadata: Any, side: str) -> torch.Tensor:
+        def _embed(self, texts: list[str], task_metadata: Any, side: str, encode_kwargs: Any) -> torch.Tensor:
             from mteb.types import PromptType
 
             prefix = prefix_for(model, self._encoder, task_metadata, PromptType(side))
-            vectors = _encode(model, texts, max_length, instruction=prefix, convert_to_tensor=True)
+            options = _encode_options(encode_kwargs or {}, self._encoder.batch_size)
+            vectors = _encode(model, texts, max_length, instruction=prefix, convert_to_tensor=True, **options)
             return vectors.float().cpu()
 
     return Search()
