@@ -155,6 +155,7 @@ def run(arguments: Namespace) -> None:
         **({"chunks": [arguments.chunk_tokens, arguments.overlap]} if arguments.chunk_tokens else {}),
     }
     refuse_without(arguments, COMMAND.parser(), "chunk_tokens", "overlap")
+    refuse_without(arguments, COMMAND.parser(), "questions", "max_new_tokens")
     if arguments.questions is not None and arguments.mode == "embedding":
         raise ValueError("questions: expected a model that generates, got one in mode 'embedding'")
     held_out = HeldOut(data)

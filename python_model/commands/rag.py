@@ -86,6 +86,10 @@ def run(arguments: Namespace) -> None:
         raise ValueError(
             f"--mode: expected no --calibrate beside it, which measures several modes, got {arguments.mode!r}"
         )
+    if arguments.mode == "none":
+        for name in ("k", "hybrid", "where", "instruction"):  # each would be ignored
+            if getattr(arguments, name) != COMMAND.parser().get_default(name):
+                raise ValueError(f"--{name}: expected no --mode none beside it, which searches nothing, got both")
     model = load(arguments)
     store, limit = None, arguments.keep
     if limit is not None and not (limit > 0 and arguments.store):

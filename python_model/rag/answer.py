@@ -39,7 +39,7 @@ from python_model.support.arguments import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from python_model.rag.filters import Filter
-    from python_model.rag.index import Index
+    from python_model.rag.index import Hit, Index
 
 TOKENS_AT_ONCE = 8192
 """Batch size of documents embedded and stored in one pass."""
@@ -128,6 +128,9 @@ class RAG:
         self.recompute, self.recompute_share = recompute, recompute_share
         self.max_length = max_length if max_length is not None else max_positions(model.model.config)
         self.query_prefix, self.marked = query_prefix, marked
+        for name, given in (("hybrid", hybrid), ("where", where)):
+            if given and index is None:
+                raise ValueError(f"{name}: expected an index to search, got none")
         self.hybrid, self.where = hybrid, where
         if keep_read and store is None:
             raise ValueError("keep_read: expected a store to keep states in, got none")
@@ -170,8 +173,7 @@ class RAG:
             raise ValueError("documents: expected documents or mode='none', got none, and there is no index to search")
         else:
             vector, query_states = self._embed_question(question)
-            texts = [question] if self.hybrid else None
-            hits = self.index.search(vector, k, where=self.where, texts=texts)[0]
+            hits = self.search(question, vector, k)
             given, scores = [hit.document for hit in hits], [hit.score for hit in hits]
         if not given and mode not in ("none", "auto"):
             raise ValueError(f"documents: expected at least one in mode {mode!r}, got none")
@@ -235,6 +237,12 @@ class RAG:
         seconds["generate"] = time.perf_counter() - start
         seconds.setdefault("first_token", seconds["generate"])  # nothing but an end of the reply
         return Answer(stream.finish().strip(), mode, documents, scores, stored, len(prompt) + fresh, seconds)
+
+    def search(self, question: str, vector: torch.Tensor, k: int) -> list[Hit]:
+        """The ``k`` best documents of the index for a question, of which this is the vector (1, size)."""
+        if self.index is None:
+            raise ValueError("index: expected a RAG with an index to search, got one without")
+        return self.index.search(vector, k, where=self.where, texts=[question] if self.hybrid else None)[0]
 
     def prepare(
         self,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from python_model.evaluation.answers import Question, score
 from python_model.model.identity import fingerprint
 from python_model.rag.fingerprint import made_by
+from python_model.settings import GritSettings
 from python_model.support.files import write_json
 
 if TYPE_CHECKING:
@@ -89,7 +90,11 @@ def trusted_modes(rag: RAG) -> Mapping[str, int]:
 def _states(rag: RAG) -> str:
     """What the quality of cached states depends on, besides the model."""
     stored = rag.store.format if rag.store is not None else "as read"
-    return f"{'causal' if rag.causal else 'bidirectional'}, {stored}, recompute {rag.recompute_share or rag.recompute}"
+    usual, settings = GritSettings(), rag.model.settings
+    names = ("format", "special_tokens", *(() if rag.causal else ("bidirectional_window",)))
+    others = [f"{n} {getattr(settings, n)}" for n in names if getattr(settings, n) != getattr(usual, n)]
+    parts = ["causal" if rag.causal else "bidirectional", stored, f"recompute {rag.recompute_share or rag.recompute}"]
+    return ", ".join([*parts, *others, *(() if rag.marked else ("unmarked",))])
 
 
 def _needed_file(rag: RAG) -> Path:

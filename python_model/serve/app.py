@@ -269,7 +269,7 @@ def _add_rag(app: FastAPI, service: Service, on_index: Callable[[str], Awaitable
             await results.submit()
             async for _, event in results.events(request):
                 assert isinstance(event, Vector)
-                hits = await run_in_threadpool(service.search, where, event.vector, body.k)
+                hits = await run_in_threadpool(service.search, where, body.question, event.vector, body.k)
         work, mode = await run_in_threadpool(service.answer, body, where, hits)
         sources = [
             {"index": i, "id": h.document.key, "title": h.document.title, "text": h.document.text, "score": h.score}

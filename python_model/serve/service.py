@@ -96,7 +96,15 @@ class Service:
             raise ApiError(404, f"model: expected {self.name!r}, got another", param="model", code="model_not_found")
 
     def add_index(self, name: str, rag: RAG) -> None:
-        """Serve an index under a name; the first is the default."""
+        """Serve an index under a name; the first is the default.
+
+        Raises:
+            ValueError: it has no index, or would read documents, for which requests have no model: the engine owns it.
+        """
+        if rag.index is None:
+            raise ValueError(f"rag: expected one with an index to serve as {name!r}, got one without")
+        if rag.keep_read:
+            raise ValueError("keep_read: expected False in a server, whose answers read no documents apart, got True")
         self.indexes[name] = Searchable(name, rag)
 
     # ---- generation
@@ -156,13 +164,14 @@ class Service:
                 )
         return works
 
-    def _reply_tokens(self, param: str, prompt: int, limit: int | None) -> int:
-        room = self.context - prompt
+    def _reply_tokens(self, param: str, prompt: int, limit: int | None, context: int | None = None) -> int:
+        context = self.context if context is None else context
+        room = context - prompt
         if room < 1 or (limit or 1) > room:
             asked = "" if limit is None else f" and {limit} new ones"
             raise ApiError(
                 400,
-                f"{param}: expected prompt and reply within {self.context} tokens, got {prompt}{asked}",
+                f"{param}: expected prompt and reply within {context} tokens, got {prompt}{asked}",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -275,11 +284,10 @@ class Service:
         """The work of embedding a question."""
         return self.text_work("question", request.question, where.rag.query_prefix)
 
-    def search(self, where: Searchable, vector: Tensor, k: int) -> list[Hit]:
-        """The best documents for a question's vector."""
-        assert where.rag.index is not None
+    def search(self, where: Searchable, question: str, vector: Tensor, k: int) -> list[Hit]:
+        """The best documents for a question and its vector."""
         with where.lock:
-            return where.rag.index.search(vector[None], k)[0]
+            return where.rag.search(question, vector[None], k)
 
     def answer(self, request: RagRequest, where: Searchable, hits: Sequence[Hit]) -> tuple[Generation, str]:
         """The work of an answer from documents, and the mode that was chosen."""
@@ -300,7 +308,8 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error), param="question", code="invalid_value") from None
         before = [] if states is None else states.input_ids.tolist()
-        tokens = self._reply_tokens("question", len(before) + len(prompt), request.max_tokens)
+        context = min(self.context, rag.max_length)
+        tokens = self._reply_tokens("question", len(before) + len(prompt), request.max_tokens, context)
         work = Generation(
             [*before, *prompt],
             max_tokens=tokens,

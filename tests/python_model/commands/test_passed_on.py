@@ -102,6 +102,11 @@ def test_generate_refuses_a_file_to_read_without_one_to_write_and_the_reverse(op
             ["INDEX", "--questions", "a", "--calibrate", "--mode", "none"],
             "--mode: expected no --calibrate beside it",
         ),
+        (rag, ["INDEX", "--mode", "none", "--hybrid"], "--hybrid: expected no --mode none beside it"),
+        (rag, ["INDEX", "--mode", "none", "--where", "a=1"], "--where: expected no --mode none beside it"),
+        (rag, ["INDEX", "--mode", "none", "--instruction", "a"], "--instruction: expected no --mode none beside it"),
+        (rag, ["INDEX", "--mode", "none", "--k", "2"], "--k: expected no --mode none beside it"),
+        (evaluate, ["--max-new-tokens", "8"], "--max-new-tokens: expected --questions beside it"),
         (index, ["INDEX", "--add", "a", "--store-format", "int8"], "--store-format: expected --store beside it"),
         (index, ["INDEX", "--add", "a", "--store-limit", "3"], "--store-limit: expected --store beside it"),
         (mine, ["a", "b", "--model", "c", "--overlap", "3"], "--overlap: expected --chunk-tokens beside it"),
@@ -129,7 +134,7 @@ def test_rag_answers_under_its_options(calls: Calls, replace: Replace, capsys: A
     def answer(text: str, **options: Any) -> Any:
         answers.append((text, options))
         return SimpleNamespace(
-            text="Paris", mode="none", documents=[SimpleNamespace(location=n) for n in ("a, 1", "b")]
+            text="Paris", mode="query_first", documents=[SimpleNamespace(location=n) for n in ("a, 1", "b")]
         )
 
     replace("python_model.commands.rag.load", MODEL)
@@ -137,7 +142,7 @@ def test_rag_answers_under_its_options(calls: Calls, replace: Replace, capsys: A
     replace("python_model.rag.index.open_index", "index")
     replace("python_model.rag.answer.RAG", SimpleNamespace(answer=answer))
     states = ("--store", "s", "--keep", "0.5", "--causal-states", "--recompute", "3", "--recompute-share", "0.25")
-    search = ("--instruction", "Find", "--hybrid", "--where", "source=a", "--k", "2", "--mode", "none")
+    search = ("--instruction", "Find", "--hybrid", "--where", "source=a", "--k", "2", "--mode", "query_first")
     run(rag.COMMAND, "i", *states, *search, "--max-new-tokens", "6", "--question", "Which?")
     (path, model), options = calls["open_store"]
     assert (str(path), model) == ("s", MODEL)
@@ -156,8 +161,8 @@ def test_rag_answers_under_its_options(calls: Calls, replace: Replace, capsys: A
         "keep_read": True,
         "hybrid": True,
     }
-    assert answers == [("Which?", {"mode": "none", "k": 2, "max_new_tokens": 6})]
-    assert capsys.readouterr().out == "Paris    [none] [1] a, 1  [2] b\n"
+    assert answers == [("Which?", {"mode": "query_first", "k": 2, "max_new_tokens": 6})]
+    assert capsys.readouterr().out == "Paris    [query_first] [1] a, 1  [2] b\n"
 
 
 def test_rag_without_a_store_keeps_nothing(calls: Calls, replace: Replace) -> None:

@@ -239,7 +239,9 @@ def test_calibration_trusts_what_was_measured_for_these_weights_and_states(
     calibration.calibrate(stored, questions, k=1)
     assert RAG(own, store=kept).trusted == {"document_cache": 2}  # a measurement with fewer documents leaves it alone
     assert not RAG(own, causal_states=True).trusted and not RAG(own, recompute=2).trusted  # other states
-    assert not RAG(own, recompute_share=0.5).trusted
+    assert not RAG(own, recompute_share=0.5).trusted and not RAG(own, marked=False).trusted
+    for other in ({"format": "zephyr"}, {"special_tokens": "bos"}, {"bidirectional_window": "full"}):
+        assert not RAG(GritLM(tmp_path / "c", device="cpu", dtype="float32", **other)).trusted, other
     assert not RAG(own, store=open_store(str(tmp_path / "s"), own, format="int8")).trusted
     right["none"] = 30  # documents that hardly help prove nothing
     assert calibration.calibrate(rag, questions)["trusted"] == [] and not RAG(own).trusted
@@ -298,6 +300,11 @@ def test_wrong_stores_modes_and_documents_are_refused(model: GritLM, checkpoint:
         rag.answer(Q, [], mode="query_cache")
     with pytest.raises(ValueError, match="got one without"):
         RAG(model).add_to_store([D])
+    for options in ({"hybrid": True}, {"where": {"source": "a"}}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: expected an index to search, got none"):
+            RAG(model, **options)
+    with pytest.raises(ValueError, match="index: expected a RAG with an index to search"):
+        rag.search(Q, torch.zeros(1, 4), 1)
     with pytest.raises(ValueError, match="'cb' fills no cache"):
         RAG(GritLM(checkpoint, attn="cbcc", device="cpu", dtype="float32"))
     with pytest.raises(ValueError, match="attn: expected .*, got 'bbbc'"):

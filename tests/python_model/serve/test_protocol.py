@@ -106,6 +106,18 @@ def test_log_probabilities_of_a_chat_have_a_range() -> None:
             ChatRequest.model_validate({**LEAST[ChatRequest], "logprobs": True, "top_logprobs": number})
 
 
+def test_of_two_limits_of_a_reply_none_is_dropped() -> None:
+    same = ChatRequest.model_validate({**LEAST[ChatRequest], "max_tokens": 7, "max_completion_tokens": 7})
+    assert same.max_tokens == same.max_completion_tokens == 7
+    with pytest.raises(pydantic.ValidationError) as caught:
+        ChatRequest.model_validate({**LEAST[ChatRequest], "max_tokens": 9, "max_completion_tokens": 7})
+    error = validation_error(caught.value.errors())
+    assert (error.param, error.message) == (
+        "max_tokens",
+        "max_tokens: expected the same as max_completion_tokens, or none, got another",
+    )
+
+
 def test_an_error_of_a_whole_request_has_a_field_and_a_code() -> None:
     with pytest.raises(pydantic.ValidationError) as caught:
         EmbeddingRequest.model_validate({"input": "x", "instruction": "a", "input_type": "query"})

@@ -116,6 +116,41 @@ def test_answers_are_the_librarys_with_their_sources(
         assert post(running, "/v1/rag", {"question": text, "index": "../docs"}).status_code == 404
 
 
+def test_an_index_is_searched_as_its_rag_says(served_model: GritLM, documents: tuple[Path, Path]) -> None:
+    """By words as well, among some documents, and within fewer tokens than the model's."""
+    text, k = "What is the capital of France?", {"k": 3}
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "hybrid": {"hybrid": True},
+        "where": {"where": {"source": "no such file"}},
+        "short": {"max_length": 60},
+    }
+    expected = {}
+
+    def prepare(service: Any) -> None:
+        index = open_index(str(documents[0]), service.reader, create=False)
+        for name, given in options.items():
+            rag = RAG(service.reader, index=index, query_prefix=EMBED, **given)
+            service.add_index(name, rag)
+            expected[name] = rag.search(text, served_model.encode([text], instruction=EMBED, convert_to_tensor=True), 3)
+        store = open_store(str(documents[1]), service.reader)
+        with pytest.raises(ValueError, match="keep_read: expected False in a server"):
+            service.add_index("keeping", RAG(service.reader, index=index, store=store, keep_read=True))
+        with pytest.raises(ValueError, match="rag: expected one with an index to serve as 'none'"):
+            service.add_index("none", RAG(service.reader))
+
+    with serving(served_model, prepare=prepare) as running:
+        for name in ("plain", "hybrid", "where"):
+            found = post(running, "/v1/rag", {"question": text, "index": name, "max_tokens": 2, **k}).json()["sources"]
+            assert [s["id"] for s in found] == [hit.document.key for hit in expected[name]]
+            assert [s["score"] for s in found] == pytest.approx([hit.score for hit in expected[name]], abs=1e-5)
+        refused = post(running, "/v1/rag", {"question": text, "index": "short", **k})
+    assert len(expected["plain"]) == 3 and not expected["where"]
+    assert max(hit.score for hit in expected["hybrid"]) < 0.1, "sums of reciprocal ranks"
+    message = "question: expected prompt and reply within 60 tokens"
+    assert refused.status_code == 400 and error_of(refused)["message"].startswith(message)
+
+
 def test_an_embedding_model_serves_texts_alone(checkpoint: Path) -> None:
     import torch
 
