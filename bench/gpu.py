@@ -9,6 +9,9 @@
 It needs no network; this Python must have torch, Triton, transformers and pytest. The most valuable tasks come first; each is a
 process of its own with a time limit, and whatever happens to one, the next begins. FOLDER gets three files: records.json, updated
 with every row that a task writes; table.txt, the table that is printed last; log.txt, what the tasks printed.
+
+Exit status: 0 if results were right, whatever else failed; 1 if a check of them, a test or all peers speak against them
+(gpu_verdict.py); 3 if the check of correctness has not ended. Of a dry run: 0 if what was injected failed and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import common, gpu_table
+from bench import common, gpu_table, gpu_verdict
 from bench.attention import AGAIN
 
 RECORDS, TABLE, LOG = "records.json", "table.txt", "log.txt"
@@ -113,6 +116,8 @@ METRICS = {
 FIRST_REGIMES = "mixed 50% causal;dense causal N4096 D128;dense bidirectional N4096 D128;window 1024 bidirectional"
 FIRST_PEERS = "grit;grit, two launches;sdpa loop cudnn;sdpa split cudnn;torch varlen;flash-attn;flash-attn 3;flex"
 TESTS = "tests/grit_kernels/attention/test_triton_gpu.py"
+TESTS_OF_GPU = "-m gpu -p no:cacheprovider --continue-on-collection-errors tests/grit_kernels"
+"""Arguments of pytest; bench.launches records the same tests."""
 
 
 def _sanitized(number: int, test: str) -> Task:
@@ -146,9 +151,10 @@ TASKS = (
         dry="bench.gpu_dry slow_rows --record {record}",
     ),
     # 2: what tests and tools find
+    Task("compile_tests", 2, "bench.launches --groups tests", 240, 60),
     Task(
         "tests", 2,
-        "pytest -m gpu -rfE -p no:cacheprovider --continue-on-collection-errors {processes} tests/grit_kernels", 300, 60,
+        f"pytest -rfE {{processes}} {TESTS_OF_GPU}", 300, 60,
         parse=parse_tests, dry="bench.gpu_dry red_tests",
     ),
     _sanitized(1, f"'{TESTS}::test_few_rows_over_a_long_cache_equal_the_reference[3]'"),
@@ -262,8 +268,9 @@ class Run:
     def run(self, task: Task, end: float) -> None:
         """Run a task until it ends or its time does, and keep its outcome."""
         found = self.tasks.setdefault(task.name, {"step": task.step, "tries": 0, "seconds": 0.0, "ended": False})
-        if task.before and shutil.which(task.before.split()[0]) is None:
-            found.update(outcome=f"{task.before.split()[0]} is not installed", ended=True)
+        if task.before and (self.dry or shutil.which(task.before.split()[0]) is None):
+            why = "has nothing to watch on a CPU" if self.dry else "is not installed"
+            found.update(outcome=f"{task.before.split()[0]} {why}", ended=True)
             return self.save()
         left = end - time.monotonic()
         if left < min(task.least, task.limit):
@@ -364,7 +371,18 @@ def keep(folder: Path) -> None:
     report.write(plots=[target])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def status(run: Run) -> int:
+    """The exit status, see the top of the file; says why where it is not 0."""
+    if run.dry:
+        from bench import gpu_dry
+
+        if found := gpu_dry.surprises(run.tasks, run.records):
+            print("dry run:", "; ".join(found), flush=True)
+        return gpu_verdict.WRONG if found else gpu_verdict.HELD
+    return gpu_verdict.verdict(run.tasks, run.records)[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results; a run in it is resumed")
     parser.add_argument("--resume", type=Path, metavar="EARLIER", help="folder of an earlier run to resume from")
@@ -376,7 +394,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="commit the folder's records and rewrite the page")
     arguments = parser.parse_args(argv)
     if arguments.keep is not None:
-        return keep(arguments.keep)
+        keep(arguments.keep)
+        return 0
     if arguments.out is None:
         parser.error("--out: expected the folder of the results, got none")
     if arguments.commit:
@@ -390,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     run_all(run, tasks, arguments.limit)
+    return status(run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,8 +2,8 @@
 
     python -m bench.gpu_dry attention --device cpu --record FILE ..       # any module of bench with its arguments
 
-Injected: a peer that computes something else, one that raises, a regime in which this package raises, one that hangs, an
-installation that fails, failing tests, a benchmark that crashes, one that is stopped at its limit.
+Injected, and expected at the end: a peer that computes something else, one that raises, a regime in which this package raises,
+one that hangs, an installation that fails, failing tests, a benchmark that crashes, one that is stopped at its limit.
 """
 
 from __future__ import annotations
@@ -12,16 +12,45 @@ import functools
 import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from bench import attention, attention_peers, common
+from bench import attention, attention_peers, common, gpu_verdict
 from bench.attention import Regime
 
 HANGS, RAISES = "dense causal N4096 D128", "window 1024 bidirectional"
 """Regimes of the dry run that hang and in which this package raises; the names are those of step 1."""
+RED = "tests/test_x.py::test_a_kernel[0]"
+"""The test that fails."""
+
+
+FAILED, HUNG = "failed with status 1", "hung"
+OUTCOMES = {
+    **dict.fromkeys(("install", "build_cuda", "cuda_twin_cuda", "tests", "generative_loss_cuda"), FAILED),
+    **dict.fromkeys(("compile_first", "compile_tests", "compile_rest", "compile_tuning"), FAILED),
+    **dict.fromkeys(("attention_tune_cuda", "attention_tune_all_cuda"), HUNG),
+}
+"""Of the tasks that are not "ok"."""
+
+
+def surprises(tasks: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is not as injected: outcomes of tasks that began, records without rows, rows without what was injected."""
+    found = []
+    begun = {name: task for name, task in tasks.items() if task["tries"]}
+    for name, task in begun.items():
+        expected = OUTCOMES.get(name, "ok")
+        if task["outcome"] != expected:
+            found.append(f"{name}: expected {expected!r}, got {task['outcome']!r}")
+        if expected != FAILED and not records.get(name, {}).get("rows"):
+            found.append(f"{name}: expected rows, got none")
+    if not found and "attention_cuda" in begun and "tests" in begun:
+        against = gpu_verdict.wrong(tasks, records)
+        for text in (f"{HANGS}, grit: {attention.BEGAN_TWICE}", f"{RAISES}, grit: RuntimeError", f"{RED} failed"):
+            if not any(line.startswith(text) for line in against):
+                found.append(f"verdict: expected {text!r}, got {against}")
+    return found
 
 
 def regimes() -> list[Regime]:
@@ -87,9 +116,7 @@ def shrink(name: str, module: Any) -> None:
 
 def red_tests() -> None:
     """What pytest prints when a test fails."""
-    print(
-        "FAILED tests/test_x.py::test_a_kernel[0] - AssertionError: out: error 0.3, allowed 0.01\n1 failed, 2 passed in 3s"
-    )
+    print(f"FAILED {RED} - AssertionError: out: error 0.3, allowed 0.01\n1 failed, 2 passed in 3s")
     raise SystemExit(1)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench import common
+from bench import common, gpu_verdict
 
 MOST_LINES = 99
 Row = Mapping[str, Any]
 
 
 def table(machine: Row, tasks: Mapping[str, Row], records: Mapping[str, Row]) -> str:
-    """Tasks and their outcomes, then a section per record, the most valuable first."""
+    """Tasks and their outcomes, then a section per record, the most valuable first; last, whether results were right."""
     gpu = machine.get("gpu", {})
     name = gpu.get("name") or machine.get("processor")
     lines = [
@@ -49,8 +49,10 @@ def table(machine: Row, tasks: Mapping[str, Row], records: Mapping[str, Row]) ->
     lines += _section(
         rows.get("generative_loss_cuda", [])[:6], ["variant", "dtype", "vocabulary", "milliseconds", "speedup"]
     )
-    if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES - 1], f".. {len(lines) - MOST_LINES + 1} more lines, see records.json"]
+    most = MOST_LINES - 2
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f".. {len(lines) - most + 1} more lines, see records.json"]
+    lines += ["", gpu_verdict.verdict(tasks, records)[1]]
     return "\n".join(line[:170] for line in lines)
 
 

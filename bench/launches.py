@@ -15,11 +15,16 @@ import contextlib
 import functools
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,8 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from bench import attention, attention_tune, contrastive, correctness, cuda_twin, pooling, unified
+from bench import attention, attention_tune, common, contrastive, correctness, cuda_twin, pooling, unified
 from bench.attention_peers import Problem
+from bench.gpu import TESTS_OF_GPU
 from bench.random_model import random_model
 from grit_kernels.attention import triton_backward, triton_forward  # noqa: F401  (patched below: imported before)
 from grit_kernels.attention.triton_configs import KERNELS, choose_config
@@ -68,11 +74,17 @@ class _Driver:
 
 
 class _Launchers(TorchDispatchMode):
-    """Runs this package's launchers on tensors without data, for which torch would only ask for the shapes of results."""
+    """Runs this package's launchers on tensors of ``device``: on meta torch would only ask for the shapes of results."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # tensors with data, such as those of a check by patch(), take the usual path
-        ours = function.namespace == "grit_kernels" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args)
+        # other tensors, such as those of a check by patch(), take the usual path
+        ours = function.namespace == "grit_kernels" and any(
+            isinstance(x, torch.Tensor) and x.device.type == self.device for x in args
+        )
         if ours and torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CUDA"):
             return function._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
@@ -102,9 +114,9 @@ def _ahead_of_time(capability: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(gpu: tuple[int, int] | None = None) -> Iterator[set[Launch]]:
-    """Within the block, ops on meta tensors call the launchers for a GPU (compute capability, number of multiprocessors), and
-    every launch of a Triton kernel is added to the set."""
+def recorded(gpu: tuple[int, int] | None = None, device: str = "meta") -> Iterator[set[Launch]]:
+    """Within the block, ops on tensors of ``device`` call the launchers for a GPU (compute capability, number of
+    multiprocessors), and every launch of a Triton kernel is added to the set."""
     capability, processors = gpu or this_gpu()
     found: set[Launch] = set()
 
@@ -119,12 +131,12 @@ def recorded(gpu: tuple[int, int] | None = None) -> Iterator[set[Launch]]:
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, answer))
         for choices in sys.modules["grit_kernels.backend"]._choices.values():  # the attribute is the function backend()
-            stack.enter_context(mock.patch.dict(choices, {"meta": choices["cuda"]}))
-        # lets results that do not exist be compared
-        stack.enter_context(mock.patch.object(torch.Tensor, "__float__", lambda self: 0.0))
+            stack.enter_context(mock.patch.dict(choices, {device: choices["cuda"]}))
+        if device == "meta":  # lets results that do not exist be compared
+            stack.enter_context(mock.patch.object(torch.Tensor, "__float__", lambda self: 0.0))
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note))
         stack.enter_context(_ahead_of_time(capability))
-        stack.enter_context(_Launchers())
+        stack.enter_context(_Launchers(device))
         yield found
 
 
@@ -182,7 +194,26 @@ def record_twins() -> None:
             run()
 
 
-GROUPS: dict[str, Callable[[], None]] = {
+def record_tests(selected: str = TESTS_OF_GPU) -> set[Launch]:
+    """What the tests launch; they run in a process of their own, see bench/gpu_tests.py."""
+    gpu = driver.active.get_current_target().arch, triton_forward.processor_count(torch.device("meta"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "launches.json"
+        options = ["-p", "bench.gpu_tests", "--gpu", ",".join(map(str, gpu)), "--launches", str(path), "--assert=plain"]
+        command = [sys.executable, "-O", "-m", "pytest", *options, *shlex.split(selected)]
+        paths = os.pathsep.join([str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # -O also leaves out the assertions of pytest's other plugins, which need not work without
+        environment = {**os.environ, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        run = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, check=False)
+        if not path.exists():
+            raise RuntimeError(f"bench.gpu_tests: {(run.stdout + run.stderr)[-500:]}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    for test, why in found["ended_early"].items():
+        print(f"{test} did not run to its end, and may launch more: {why}")
+    return {Launch(*launch) for launch in found["launches"]}
+
+
+GROUPS: dict[str, Callable[[], set[Launch] | None]] = {
     "correctness": record_correctness,
     "attention": record_attention,
     "tuning": record_tuning,
@@ -191,6 +222,7 @@ GROUPS: dict[str, Callable[[], None]] = {
     "contrastive": record_contrastive,
     "unified": record_unified,
     "twins": record_twins,
+    "tests": record_tests,
 }
 
 
@@ -199,7 +231,7 @@ def launches(names: Sequence[str], gpu: tuple[int, int] | None = None) -> list[L
     found: dict[Launch, None] = {}
     for name in names:
         with recorded(gpu) as group:
-            GROUPS[name]()
+            group |= GROUPS[name]() or set()
         found.update(dict.fromkeys(sorted(group)))
     return list(found)
 

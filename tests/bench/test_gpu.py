@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from dataclasses import replace
 from itertools import product
@@ -16,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from bench import attention, attention_tune, common, gpu, gpu_dry, gpu_table, launches, records, report  # noqa: E402
+from bench import attention, attention_tune, common, gpu, gpu_dry, gpu_table, gpu_verdict, launches, records, report  # noqa: E402
 from bench.gpu import Run, Task, run_all  # noqa: E402
 from tests.bench.parsing import parsed  # noqa: E402
 
@@ -144,8 +143,9 @@ NEEDED = {
     "bench.contrastive": {"contrastive"},
     "bench.unified": {"unified"},
     "bench.cuda_twin": {"twins"},
-    # the tests compile what they launch; the others launch no kernel of this package's in Triton
-    **dict.fromkeys(("pytest", "pip", "bench.launches", "bench.ceilings", "bench.generative_loss"), set[str]()),
+    "pytest": {"tests"},
+    # launch no kernel of this package's in Triton
+    **dict.fromkeys(("pip", "bench.launches", "bench.ceilings", "bench.generative_loss"), set[str]()),
 }
 
 
@@ -222,7 +222,7 @@ def test_the_table_is_short_and_says_who_is_quickest() -> None:
     peers.append({"regime": "r0", "variant": "flash-attn", "note": "differs from grit: relative error 0.5"})
     text = gpu_table.table(MACHINE, {}, {"attention_cuda": {"rows": [*peers, *regimes]}})
     lines = text.splitlines()
-    assert len(lines) < 100 and lines[-1].endswith("more lines, see records.json")
+    assert len(lines) < 100 and lines[-3].endswith("more lines, see records.json")
     first = next(line for line in lines if line.startswith("r0 "))
     assert "torch varlen" in first and "0.8" in first and "flash-attn: differs" in first and "flex" not in first
     twice = gpu_table.best_peers([peers[-1], peers[-1]])[0]["note"]
@@ -292,22 +292,107 @@ def test_records_of_a_dry_run_are_not_kept_and_those_of_a_gpu_are(
     assert records.read(kept)["rows"] == [{"ms": 1.0}]
 
 
+def ended(outcome: str = "ok") -> dict[str, Any]:
+    return {"step": 1, "tries": 1, "seconds": 1.0, "ended": True, "outcome": outcome}
+
+
+def regime(variant: str, note: str = "", name: str = "r") -> dict[str, Any]:
+    return (
+        {"regime": name, "variant": variant, "note": note} if note else {"regime": name, "variant": variant, "ms": 1.0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "against"),
+    [
+        (
+            "correctness_cuda",
+            [{"problem": "p", "variant": "eager"}, {"problem": "p", "variant": "grit", "right": True}],
+            "",
+        ),
+        ("correctness_cuda", [{"problem": "p", "variant": "grit", "right": False}], "p, grit: not right"),
+        (
+            "correctness_cuda",
+            [{"problem": "p", "variant": "grit", "right": True, "differing_repeats": 2}],
+            "p: 2 repeats differ",
+        ),
+        ("tests", [{"test": "all", "result": "1 failed"}, {"test": "x.py::y", "result": "failed"}], "x.py::y failed"),
+        ("sanitizer_1", [{"errors": 0}], ""),
+        ("sanitizer_1", [{"errors": 2}], "sanitizer_1: errors 2"),
+        ("sanitizer_1", [{"errors": "no summary"}], "sanitizer_1: errors no summary"),
+        ("attention_cuda", [regime("grit"), regime("flex", "differs from grit"), regime("sdpa loop")], ""),
+        ("attention_cuda", [regime("grit"), regime("flex", "ValueError: no kernel")], ""),
+        (
+            "attention_cuda",
+            [regime("grit"), regime("flex", "differs from grit"), regime("matmul only")],
+            "r, flex: differs from grit",
+        ),
+        ("decode_cuda", [regime("grit", attention.BEGAN)], ""),
+        ("decode_cuda", [regime("grit", "RuntimeError: an illegal")], "r, grit: RuntimeError: an illegal"),
+        ("contrastive_cuda", [{"variant": "grit_kernels", "milliseconds": 3.0}], ""),
+    ],
+)
+def test_the_exit_status_says_whether_results_were_right(name: str, rows: list[dict[str, Any]], against: str) -> None:
+    tasks = {"correctness_cuda": ended(), "unified_cuda": ended("failed with status 1")}
+    found = gpu_verdict.verdict(tasks, {name: {"rows": rows}})
+    held = (gpu_verdict.HELD, "correctness held")
+    assert found == ((gpu_verdict.WRONG, f"correctness did not hold: {against}") if against else held)
+
+
+def test_a_check_that_did_not_end_is_not_taken_for_one_that_held() -> None:
+    held, wrong, unchecked = (
+        gpu_verdict.verdict({"correctness_cuda": {**ended(outcome), "ended": outcome == "ok"}}, {})[0]
+        for outcome in ("ok", "hung", "stopped after 20 s")
+    )
+    assert (held, wrong, unchecked) == (0, 1, 3) and gpu_verdict.verdict({}, {})[0] == 3
+    tasks = {"correctness_cuda": ended(), "tests": ended("failed with status 4")}
+    assert gpu_verdict.wrong(tasks, {"tests": {"rows": [{"test": "all", "result": "none ran"}]}}) == [
+        "tests failed with status 4"
+    ]
+    skipped = {"correctness_cuda": ended(), "sanitizer_1": {**ended("compute-sanitizer is not installed"), "tries": 0}}
+    assert gpu_verdict.verdict(skipped, {})[0] == 0
+
+
+def test_a_run_ends_with_its_verdict(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "described", lambda: MACHINE)
+    for name, status in (("fine", 0), ("fails", 1)):
+        monkeypatch.setattr(gpu, "TASKS", [replace(task(name), name="correctness_cuda")])
+        assert gpu.main(["--out", str(tmp_path / name), "--limit", "30"]) == status
+        assert (tmp_path / name / gpu.TABLE).read_text().splitlines()[-1].startswith("correctness ")
+
+
+def test_a_dry_run_that_misses_what_was_injected_fails() -> None:
+    tasks = {
+        **{name: ended() for name in ("attention_cuda", "unified_cuda")},
+        **{name: ended(gpu_dry.OUTCOMES[name]) for name in ("tests", "install")},
+    }
+    rows = [
+        regime("grit", attention.BEGAN_TWICE, gpu_dry.HANGS),
+        regime("grit", "RuntimeError: CUDA error", gpu_dry.RAISES),
+    ]
+    found = {
+        **{"attention_cuda": {"rows": rows}, "unified_cuda": {"rows": [{}]}},
+        "tests": {"rows": [{"test": gpu_dry.RED, "result": "failed"}]},
+    }
+    assert gpu_dry.surprises(tasks, found) == []
+    assert gpu_dry.surprises({**tasks, "install": ended()}, found) == [
+        "install: expected 'failed with status 1', got 'ok'"
+    ]
+    assert gpu_dry.surprises(tasks, {**found, "unified_cuda": {"rows": []}}) == [
+        "unified_cuda: expected rows, got none"
+    ]
+    for name in ("attention_cuda", "tests"):
+        assert "verdict: expected" in gpu_dry.surprises(tasks, {**found, name: {"rows": [{}]}})[0]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_dry_run_brings_records_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_brings_records_home(tmp_path: Path) -> None:
     """Every benchmark, tiny, on the CPU, with what gpu_dry injects."""
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no profilers
     out = tmp_path / "out"
-    for _ in range(2):
-        gpu.main(["--out", str(out), "--dry-run", "--limit", "400"])
+    statuses = [gpu.main(["--out", str(out), "--dry-run", "--limit", "400"]) for _ in range(2)]
     found = outcomes(out)
-    assert set(found) == {task.name for task in gpu.TASKS}
-    failing = {name for name, outcome in found.items() if outcome.startswith("failed")}
-    assert failing == {
-        *("compile_first", "compile_rest", "compile_tuning"),
-        *("install", "tests", "generative_loss_cuda", "build_cuda", "cuda_twin_cuda"),
-    }
-    assert found["attention_tune_cuda"] == found["attention_tune_all_cuda"] == "hung"
+    assert set(found) == {task.name for task in gpu.TASKS} and statuses[-1] == 0
     state = json.loads((out / gpu.RECORDS).read_text())
     notes = {(row["regime"], row["variant"]): row.get("note", "") for row in state["records"]["attention_cuda"]["rows"]}
     assert notes[gpu_dry.HANGS, "grit"] == attention.BEGAN_TWICE

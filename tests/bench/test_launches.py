@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import grit_kernels as gk  # noqa: E402
-from bench import attention, attention_tune, common, contrastive, correctness, cuda_twin, launches, pooling, unified  # noqa: E402
+from bench import (  # noqa: E402
+    attention,
+    attention_tune,
+    common,
+    contrastive,
+    correctness,
+    cuda_twin,
+    gpu,
+    launches,
+    pooling,
+    unified,
+)
 from bench.attention_peers import Problem  # noqa: E402
 from bench.launches import GROUPS, recorded  # noqa: E402
 from bench.random_model import random_model  # noqa: E402
-from grit_kernels.attention import reference, triton_forward  # noqa: E402
+from grit_kernels.attention import reference, triton_backward, triton_forward  # noqa: E402
+from tests.grit_kernels.attention.samples import draw_call, results  # noqa: E402
 
 SHAPE = (4, 2, 64)
 REGIMES = [
@@ -141,6 +154,47 @@ def test_tuning_launches_what_was_compiled(kernel: str, dim: int, few: bool, mon
     assert found == compiled(lambda: launches.record_tuning([kernel], [dim], few))
 
 
+def launched_by_tests(selected: str) -> set[launches.Launch]:
+    with recorded(launches.HOPPER):
+        return launches.record_tests(selected)
+
+
+def test_a_test_of_a_gpu_launches_what_was_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "test_any_call_equals_the_reference_forward_and_backward[2]"
+    found = launched_by_tests(f"-m gpu -p no:cacheprovider '{gpu.TESTS}::{name}'")
+    call = draw_call(
+        random.Random(2).choice,
+        lengths=(0, 1, 5, 64, 129, 300, 700),
+        dims=(32, 64, 72, 80, 96, 128, 192, 256),
+        dtype=torch.bfloat16,
+        windows=(-1, -1, 0, 20, 200),
+    )
+    with recorded(launches.HOPPER, device="cpu") as expected:
+        for deterministic in (True, False):
+            backward = functools.partial(triton_backward.attention_backward, deterministic=deterministic)
+            results(call, triton_forward.attention_forward, backward, [call.q, call.k, call.v, call.grad_out])
+    assert found == expected and len(found) > 4
+    assert "did not run to its end" not in capsys.readouterr().out
+
+
+def test_a_test_that_ends_early_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "test_of_a_test.py"
+    file.write_text("import torch\n\ndef test_x():\n    torch.zeros(3, device='cuda')[5]\n")
+    assert launched_by_tests(f"-p no:cacheprovider {file}") == set()
+    printed = capsys.readouterr().out
+    assert "test_of_a_test.py::test_x did not run to its end" in printed and "IndexError" in printed
+    with pytest.raises(RuntimeError, match="bench.gpu_tests: "):
+        launched_by_tests(f"--no-such-option {file}")
+
+
+@pytest.mark.slow
+def test_all_tests_of_a_gpu_are_recorded_to_their_end(capsys: pytest.CaptureFixture[str]) -> None:
+    names = {launch.name for launch in launched_by_tests(gpu.TESTS_OF_GPU)}
+    assert "did not run to its end" not in capsys.readouterr().out
+    assert {"attention_decode_kernel", "backward_rows_kernel", "contrastive_weights_kernel", "pool_bwd_kernel"} < names
+    assert {"rotary_kernel", "norm_bwd_kernel", "gated_bwd_kernel", "merge_splits_kernel"} < names
+
+
 def test_each_contender_of_the_tuning_is_compiled_once() -> None:
     found = compiled(lambda: launches.record_tuning(["forward"], [64]))
     forward = [json.loads(launch.data) for launch in found if launch.name == "attention_forward_kernel"]
@@ -156,11 +210,11 @@ def test_another_gpu_another_launch_and_only_inside() -> None:
     before = triton_forward.processor_count
     regimes = REGIMES[:1]
     targets = set()
-    for gpu in (launches.HOPPER, (80, 108)):
-        with recorded(gpu) as found:
+    for device in (launches.HOPPER, (80, 108)):
+        with recorded(device) as found:
             launches.record_attention(regimes)
         targets.add(frozenset(found))
-        assert {json.loads(launch.data)["target"]["arch"] for launch in found} == {gpu[0]}
+        assert {json.loads(launch.data)["target"]["arch"] for launch in found} == {device[0]}
     assert len(targets) == 2
     assert triton_forward.processor_count is before
     problem = Problem(attention.same("x", 8, 1, True, SHAPE, dtype=torch.float32), "cpu")
@@ -169,7 +223,7 @@ def test_another_gpu_another_launch_and_only_inside() -> None:
 
 def test_every_group_is_there_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(GROUPS) == {
-        *("correctness", "attention", "tuning", "tuning_all", "pooling", "contrastive", "unified", "twins"),
+        *("correctness", "attention", "tuning", "tuning_all", "pooling", "contrastive", "unified", "twins", "tests"),
     }
     with pytest.raises(SystemExit):
         launches.main(["--groups", "attention,typo"])
