@@ -370,7 +370,7 @@ def test_a_dry_run_that_misses_what_was_injected_fails() -> None:
         regime("grit", attention.BEGAN_TWICE, gpu_dry.HANGS),
         regime("grit", "RuntimeError: CUDA error", gpu_dry.RAISES),
     ]
-    found = {
+    found: dict[str, Any] = {
         **{"attention_cuda": {"rows": rows}, "unified_cuda": {"rows": [{}]}},
         "tests": {"rows": [{"test": gpu_dry.RED, "result": "failed"}]},
     }
