@@ -385,6 +385,17 @@ def test_a_dry_run_that_misses_what_was_injected_fails() -> None:
         assert "verdict: expected" in gpu_dry.surprises(tasks, {**found, name: {"rows": [{}]}})[0]
 
 
+def test_the_page_shows_the_outcomes_of_a_dry_run() -> None:
+    page = (common.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").partition("## The dry run")[2]
+    lines = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    shown = [line.split("  ")[0] for line in lines[2 : 2 + len(gpu.TASKS)]]
+    assert shown == [task.name for task in gpu.TASKS]
+    for line, task in zip(lines[2:], gpu.TASKS, strict=False):
+        expected = "has nothing to watch on a CPU" if task.before else gpu_dry.OUTCOMES.get(task.name, "ok")
+        assert f" {expected}" in line
+    assert lines[-1].startswith("correctness did not hold: ") and gpu_dry.RED in lines[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_dry_run_brings_records_home(tmp_path: Path) -> None:
