@@ -80,7 +80,7 @@ def fails(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_one_line_says_what_is_wrong(folder: Path, line: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = fails(folder, line, monkeypatch)
     assert message in said and "\n" not in said
     assert not (folder / "D").exists() and (folder / "folder" / "notes.txt").exists()

@@ -23,7 +23,7 @@ DEFAULTS = {
     "model": {
         "name": "smollm2-135m",
         "architecture": "",
-        "bf16": True,
+        "bf16": None,
         "gradient_checkpointing": False,
         "compile": False,
         "lora_rank": 0,
