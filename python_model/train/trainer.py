@@ -465,7 +465,9 @@ def _with_precision(config: ModelConfig, ranks: Ranks) -> ModelConfig:
         return config
     bf16 = computes_in_bfloat16(None, ranks.device)
     if ranks.first and not bf16:
-        tqdm.write("note: computing in float32, as this CPU emulates products in bfloat16; model.bf16=true forces them")
+        tqdm.write(
+            "note: computing in float32, as this CPU emulates products in bfloat16; model.bf16=true computes in bfloat16"
+        )
     return replace(config, bf16=bf16)
 
 
