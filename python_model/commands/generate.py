@@ -33,6 +33,15 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the most likely tokens of this total probability"
     )
+    parser.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        help="lower a token's logit by this for each time the reply has it",
+    )
+    parser.add_argument(
+        "--presence-penalty", type=float, default=0.0, help="lower the logit of each token that the reply has by this"
+    )
     parser.add_argument("--beams", type=int, default=1, help="number of beams of a beam search")
     parser.add_argument("--stop", action="append", default=[], help="string that ends the reply; may be repeated")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of --input per batch")
@@ -55,7 +64,13 @@ def run(arguments: Namespace) -> None:
     model = load(arguments, mode="generative")
     options: dict[str, Any] = {
         "max_new_tokens": arguments.max_new_tokens,
-        "sampling": Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
+        "sampling": Sampling(
+            arguments.temperature,
+            arguments.top_k,
+            arguments.top_p,
+            arguments.frequency_penalty,
+            arguments.presence_penalty,
+        ),
         "num_beams": arguments.beams,
         "stop": arguments.stop,
         "seed": arguments.seed,

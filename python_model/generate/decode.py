@@ -32,18 +32,39 @@ OnToken = Callable[[int, int], bool]
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. ``temperature`` 0 is greedy; otherwise it is sampled from the tokens left by ``top_k`` (0:
-    all) and ``top_p`` (the smallest set of most likely tokens whose probabilities sum to it)."""
+    all) and ``top_p`` (the smallest set of most likely tokens whose probabilities sum to it).
+
+    Before that, as in OpenAI's API, the logit of a token that occurs n times in the reply so far is lowered by
+    ``n * frequency_penalty``, and if n > 0 by ``presence_penalty``; both from -2 to 2.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"sampling: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {self}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"sampling: expected {name} from -2 to 2, got {getattr(self, name)}")
 
-    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """logits (B, vocabulary) -> tokens (B)."""
+    @property
+    def penalizes(self) -> bool:
+        """Whether what a reply holds so far has an effect on its next token."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    def choose(
+        self, logits: Tensor, generator: torch.Generator | None = None, replies: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
+        """logits (B, vocabulary) -> tokens (B); ``replies``: the tokens of each row's reply so far, read by the penalties."""
+        if self.penalizes:
+            if len(replies) != len(logits):
+                raise ValueError(f"replies: expected {len(logits)}, one per row of logits, got {len(replies)}")
+            counts = torch.stack([_counts(reply, logits.shape[-1]) for reply in replies]).to(logits.device)
+            logits = logits.float() - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)
         if self.temperature == 0:
             return logits.max(dim=-1).indices  # argmax, which takes several times as long for 16 bits on a CPU
         # a temperature close to 0 leaves only the best token, and the quotient is never NaN
@@ -59,6 +80,11 @@ class Sampling:
             beyond[:, 0] = False  # keep the best one even if float32 rounds top_p to 0
             probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def _counts(tokens: Sequence[int], size: int) -> Tensor:
+    """How often each token of a vocabulary of ``size`` occurs."""
+    return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=size)
 
 
 def _fill(
@@ -100,6 +126,7 @@ def _in_stretches(
     *,
     max_new_tokens: int,
     min_new_tokens: int,
+    begun: int,
     on_token: Callable[[int], bool] | None,
     **options: Any,
 ) -> list[int]:
@@ -116,8 +143,8 @@ def _in_stretches(
         ids = [*prompt, *found]
         room = change.room(len(ids))
         count = max_new_tokens - len(found) if room is None else min(room + 1, max_new_tokens - len(found))
-        least = max(0, min_new_tokens - len(found))
-        (piece,) = decode(model, [ids], max_new_tokens=count, min_new_tokens=least, on_token=receive, **options)
+        options |= {"min_new_tokens": max(0, min_new_tokens - len(found)), "begun": begun + len(found)}
+        (piece,) = decode(model, [ids], max_new_tokens=count, on_token=receive, **options)
         ended = ended or len(piece) < count
         found += piece
     return found
@@ -139,6 +166,7 @@ def decode(
     states: Sequence[TextStates | None] | None = None,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
+    begun: int = 0,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids, preceded by its ``states`` if there are any) until EOS or ``max_new_tokens``.
@@ -148,6 +176,7 @@ def decode(
         prompts: one non-empty list of ids per row.
         eos_token_ids: tokens that end a row; not returned, and not chosen before ``min_new_tokens``.
         states: the states of what each row has read before; the prompt's positions follow theirs.
+        begun: how many tokens at the end of each prompt belong to its reply, as ``sampling`` sees it.
         on_token: see :data:`OnToken`.
 
     Where rotary frequencies depend on the length of a text, a row is read again when they change ("longrope": once; "dynamic":
@@ -172,16 +201,16 @@ def decode(
     if change is not None and _outgrows(change, read, prompts, max_new_tokens):
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
         options |= {"eos_token_ids": eos_token_ids, "sampling": sampling, "generator": generator}
-        replies = []
+        found: list[list[int]] = []
         for row, (prompt, part) in enumerate(zip(prompts, before, strict=True)):
             told = None if on_token is None else partial(on_token, row)
             if part is None:
-                replies.append(_in_stretches(model, prompt, change, on_token=told, **options))
+                found.append(_in_stretches(model, prompt, change, begun=begun, on_token=told, **options))
                 continue
             # what has states has room for its reply, or was refused
             alone = None if told is None else partial(_of_row, told)
-            replies += decode(model, [prompt], states=[part], on_token=alone, **options)
-        return replies
+            found += decode(model, [prompt], states=[part], begun=begun, on_token=alone, **options)
+        return found
     past, longest = max(read), max(map(len, prompts))
     slots = past + longest + max_new_tokens
     # a table of the used slots, right-aligned in both blocks, and each token's position counted over used slots
@@ -208,7 +237,7 @@ def decode(
     keyword = gk.hf.cache_keyword(model, cache)
     ends = torch.tensor(sorted(eos_token_ids), device=device)
     alive = [True] * batch
-    found: list[list[int]] = [[] for _ in prompts]
+    replies: list[list[int]] = [list(prompt[len(prompt) - begun :]) for prompt in prompts]
     # rows with a gap between states and prompt take the general path
     gaps = any(n and len(prompt) < longest for n, prompt in zip(read, prompts, strict=True))
     short_step: Step | None = None
@@ -230,17 +259,17 @@ def decode(
                 short_step = Step(model, cache, first.to(device=device, dtype=torch.int32))
         if step < min_new_tokens and len(ends):
             logits[:, ends] = float("-inf")
-        chosen = sampling.choose(logits, generator)
+        chosen = sampling.choose(logits, generator, replies)
         for row, token in enumerate(chosen.tolist()):
             if not alive[row]:
                 continue
             if token in eos_token_ids:
                 alive[row] = False
                 continue
-            found[row].append(token)
+            replies[row].append(token)
             if on_token is not None and on_token(row, token):
                 alive[row] = False
         if not any(alive):
             break
         ids, positions = chosen[:, None], positions[:, -1:] + 1
-    return found
+    return [reply[begun:] for reply in replies]

@@ -154,7 +154,7 @@ def complete(
 
     Args:
         sampling: default: greedy.
-        num_beams: above 1: beam search by transformers, without sampling, streaming and stop strings.
+        num_beams: above 1: beam search by transformers, without sampling, penalties, streaming and stop strings.
         stop: a reply ends before the first occurrence of one of these strings.
         seed: sampling seed; default: torch's global generator.
         on_text: called with (row, new piece of text) as the texts grow.
@@ -166,8 +166,11 @@ def complete(
     if num_beams > 1:
         if not model.attention.generates_causally:
             raise ValueError(f"num_beams: expected 1 with attn {model.attn!r}, got {num_beams}")
-        if (sampling is not None and sampling.temperature > 0) or stop or on_text is not None:
-            raise ValueError(f"num_beams: expected 1 with sampling, stop strings or streaming, got {num_beams}")
+        chosen = sampling is not None and (sampling.temperature > 0 or sampling.penalizes)
+        if chosen or stop or on_text is not None:
+            raise ValueError(
+                f"num_beams: expected 1 with sampling, penalties, stop strings or streaming, got {num_beams}"
+            )
         return _beams(model, prompts, max_new_tokens, min_new_tokens, num_beams)
     generator = None
     if seed is not None:

@@ -27,7 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-"""Unsupported fields, and the values of theirs that have no effect."""
+"""Fields that some or all requests do not support, and the values of theirs that have no effect."""
 
 
 def _unicode(text: str) -> str:
@@ -118,6 +118,8 @@ class Sampled(Request):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
     n: int = Field(1, ge=1, le=16)
     stop: Annotated[Text, Field(min_length=1)] | list[Annotated[Text, Field(min_length=1)]] = Field([])
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)

@@ -48,6 +48,7 @@ def test_generate_answers_a_file_under_its_options(calls: Calls, replace: Replac
     replace("python_model.commands.generate.load", MODEL)
     replace("python_model.generate.text.answer_file", 3)
     sampling = ("--temperature", "0.5", "--top-k", "7", "--top-p", "0.9")
+    sampling += ("--frequency-penalty", "0.25", "--presence-penalty=-1")
     reply = ("--max-new-tokens", "9", "--beams", "2", "--stop", "a", "--stop", "b", "--seed", "4")
     form = ("--format", "template", "--system", "Be brief", "--batch-size", "5")
     run(generate.COMMAND, "--input", "in.jsonl", "--output", "out.jsonl", *sampling, *reply, *form)
@@ -57,7 +58,7 @@ def test_generate_answers_a_file_under_its_options(calls: Calls, replace: Replac
     assert options == {
         "batch_size": 5,
         "max_new_tokens": 9,
-        "sampling": Sampling(0.5, 7, 0.9),
+        "sampling": Sampling(0.5, 7, 0.9, 0.25, -1.0),
         "num_beams": 2,
         "stop": ["a", "b"],
         "seed": 4,

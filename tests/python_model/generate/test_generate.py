@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessor
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm as MistralRMSNormOfTransformers
 
@@ -151,6 +152,44 @@ def test_rows_continue_their_own_states(model: GritLM) -> None:
     assert decode(model.model, rest[:1], states=states[:1], max_new_tokens=12, eos_token_ids=[]) == want[:1]
 
 
+class _Penalties(LogitsProcessor):
+    """The formula of OpenAI's API, for transformers."""
+
+    def __init__(self, prompt: int, frequency: float, presence: float) -> None:
+        self.prompt, self.frequency, self.presence = prompt, frequency, presence
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, tokens in enumerate(input_ids[:, self.prompt :].tolist()):
+            for token in set(tokens):
+                scores[row, token] -= tokens.count(token) * self.frequency + self.presence
+        return scores
+
+
+@pytest.mark.parametrize(("frequency", "presence"), [(0.3, 0.0), (0.0, 0.8), (0.2, -0.1), (-2.0, 2.0)])
+def test_penalties_lower_what_the_reply_already_holds(
+    model: GritLM, plain: Any, frequency: float, presence: float
+) -> None:
+    prompts = [conversation_ids(model, turns) for turns in CONVERSATIONS]
+    sampling = Sampling(frequency_penalty=frequency, presence_penalty=presence)
+    got = decode(model.model, prompts, max_new_tokens=40, eos_token_ids=[2], sampling=sampling)
+    for found, ids in zip(got, prompts, strict=True):
+        assert found == _by_transformers(plain, ids, 40, logits_processor=[_Penalties(len(ids), frequency, presence)])
+    assert got != decode(model.model, prompts, max_new_tokens=40, eos_token_ids=[2])
+    begun = [ids + found[:7] for ids, found in zip(prompts, got, strict=True)]
+    rest = decode(model.model, begun, max_new_tokens=9, eos_token_ids=[2], sampling=sampling, begun=7)
+    assert rest == [found[7:16] for found in got]
+
+
+def test_penalties_change_what_is_drawn_too() -> None:
+    logits = torch.tensor([[1.0, 1.0, 0.5]]).repeat(4000, 1)
+    sampling = Sampling(1.0, frequency_penalty=0.5, presence_penalty=-0.25)
+    drawn = sampling.choose(logits, torch.Generator().manual_seed(0), [[1, 1, 2]] * 4000)
+    share = torch.bincount(drawn, minlength=3) / 4000
+    assert (share - torch.tensor([1.0, 0.25, 0.25]).softmax(0)).abs().max() < 0.04
+    with pytest.raises(ValueError, match="replies: expected 4000, one per row of logits, got 0"):
+        sampling.choose(logits)
+
+
 def test_beam_search_equals_transformers(model: GritLM, plain: Any) -> None:
     ids = [conversation_ids(model, turns) for turns in CONVERSATIONS]
     got = complete(model, ids, max_new_tokens=8, num_beams=3)
@@ -177,6 +216,10 @@ def test_sampling_draws_from_the_tokens_that_top_k_and_top_p_leave() -> None:
     for bad in ({"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"temperature": float("nan")}):
         with pytest.raises(ValueError, match="sampling: expected"):
             Sampling(**bad)
+    for name in ("frequency_penalty", "presence_penalty"):
+        for value in (-2.1, 2.1, float("nan")):
+            with pytest.raises(ValueError, match=f"sampling: expected {name} from -2 to 2, got"):
+                Sampling(**{name: value})
 
 
 def test_a_seed_repeats_a_draw(model: GritLM) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grit_kernels as gk
-from python_model.generate.decode import decode
+from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates
 from tests.grit_kernels.hf.test_rope import LONG, tiny
 
@@ -48,6 +48,19 @@ def test_replies_are_those_of_passes_over_the_whole_text(kind: str, scaling: str
     assert stopped == [expected[0][: first + 1]]
     least = decode(model, prompts[:1], max_new_tokens=NEW, eos_token_ids=[expected[0][0]], min_new_tokens=1)
     assert least[0] and least[0][0] != expected[0][0]
+
+
+@pytest.mark.parametrize("scaling", ["longrope", "dynamic"])
+def test_penalties_know_the_reply_from_before_the_frequencies_changed(scaling: str) -> None:
+    plain, model = tiny("llama", scaling), gk.patch(tiny("llama", scaling))
+    prompt = [random.Random(9).randrange(3, 97) for _ in range(LONG - 4)]
+    sampling = Sampling(presence_penalty=2.0)
+    (found,) = decode(model, [prompt], max_new_tokens=NEW, eos_token_ids=[], sampling=sampling)
+    for count, token in enumerate(found):
+        rotary = plain.model.rotary_emb
+        plain.model.rotary_emb = type(rotary)(plain.config)
+        logits = plain(torch.tensor([prompt + found[:count]]), use_cache=False).logits[0, -1]
+        assert token == int(sampling.choose(logits[None], None, [found[:count]])[0])
 
 
 @pytest.mark.parametrize(("stored", "prompt", "refused"), [(8, 4, True), (4, 3, False), (LONG + 1, 3, False)])

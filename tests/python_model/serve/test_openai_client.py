@@ -16,6 +16,7 @@ pytest.importorskip("prometheus_client")
 openai = pytest.importorskip("openai")
 
 from python_model import GritLM  # noqa: E402
+from python_model.generate.decode import Sampling  # noqa: E402
 from python_model.generate.text import complete, conversation_ids, prompt_ids, reply  # noqa: E402
 from python_model.model.prompts import embed_instruction  # noqa: E402
 from tests.python_model.serve.server import Server, serving  # noqa: E402
@@ -156,7 +157,6 @@ def test_the_same_system_prompt_is_read_once(client: Any) -> None:
         ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
         ("response_format", {"type": "json_object"}),
         ("logit_bias", {"5": 1}),
-        ("frequency_penalty", 0.5),
         ("audio", {"voice": "x", "format": "wav"}),
     ],
 )
@@ -164,6 +164,14 @@ def test_what_is_not_supported_is_a_400_that_names_it(client: Any, field: str, v
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, **{field: value})
     assert refused.value.param == field and refused.value.code == "unsupported_parameter"
+
+
+def test_penalties_are_those_of_the_library(client: Any, served_model: GritLM) -> None:
+    found = chat(client, frequency_penalty=0.5, presence_penalty=0.25, max_tokens=30).choices[0].message.content
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
+    turns = [QUESTION[0]["content"]]
+    assert found == reply(served_model, turns, max_new_tokens=30, sampling=sampling)
+    assert found != reply(served_model, turns, max_new_tokens=30)
 
 
 def test_values_that_ask_for_nothing_are_taken(client: Any) -> None:
@@ -176,6 +184,7 @@ def test_values_that_ask_for_nothing_are_taken(client: Any) -> None:
     ("options", "param"),
     [
         ({"temperature": 3}, "temperature"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"n": 0}, "n"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),

@@ -108,12 +108,13 @@ def test_a_reply_is_drawn_as_its_request_says(server: Server) -> None:
     from python_model.serve.protocol import ChatRequest, CompletionRequest
 
     asked = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 2**63 - 1, "n": 2, "max_tokens": 3, "stop": ["x"]}
+    asked |= {"frequency_penalty": 0.5, "presence_penalty": -1.0}
     chat = ChatRequest.model_validate({**question(), **asked})
     for works in (
         server.service.chat(chat),
         server.service.complete(CompletionRequest.model_validate({"prompt": "x", **asked})),
     ):
-        assert [work.sampling for work in works] == [Sampling(0.5, 7, 0.9)] * 2
+        assert [work.sampling for work in works] == [Sampling(0.5, 7, 0.9, 0.5, -1.0)] * 2
         assert [work.seed for work in works] == [2**63 - 1, 0]
         assert [work.max_tokens for work in works] == [3, 3] and all("x" in work.stop for work in works)
     (greedy,) = server.service.chat(ChatRequest.model_validate(question()))
