@@ -3,8 +3,9 @@
     python -m bench.balance [--steps 40] [--repeats 7] [--record balance_cpu.json]
     python -m bench.balance --log unified-0=proof_output/unified-0/log.jsonl --record gradient_cosine_cpu.json
 
-Runs of the demo's recipe (configs/demo.yaml) from the same base, without a limit and with ``objective_grad_norm`` 1: the norms
-of both gradients in each step. Then losses, gradients and clipping of one step are timed, interleaved, on the last run's model:
+Runs of the demo's recipe (configs/demo.yaml), at the paper's temperature of .02, from the same base, without a limit and with
+``objective_grad_norm`` 1: the norms of both gradients in each step. Then losses, gradients and clipping of one step are timed,
+interleaved, on the last run's model:
 
 * ``one sum``: both objectives accumulate into one gradient; their norms are unknown
 * ``norms only``: each gradient is kept apart and measured, as in every run (``objective_grad_norm`` 0)
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe["data"]["train_data"] = str(common.ROOT / recipe["data"]["train_data"])
     with tempfile.TemporaryDirectory() as folder:
         recipe |= {"steps": arguments.steps, "output_dir": folder}
+        recipe["losses"]["temperature"] = 0.02
         recipe["logging"] = {"resume": False, "save_steps": 0, "peak_tflops": 1.0}
         rows = measure(TrainConfig.from_dict(recipe), arguments.limit, arguments.repeats)
     timed = [row for row in rows if row["work"] == "step"]

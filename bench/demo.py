@@ -1,6 +1,6 @@
 """The demo's claim over several seeds (make demo-seeds).
 
-    python -m bench.demo [--seeds 0 1 2] [--steps 60] [--record demo_seeds_cpu.json]
+    python -m bench.demo [--seeds 0 1 2] [--steps 60] [--bf16 | --no-bf16] [--record demo_seeds_cpu.json]
 
 Runs `grit demo` once per seed, writes the record and reports whether the goal is met: mean nDCG@10 of at least .50 with every
 seed above BM25, and a next-token loss at least .2 below the untrained model's. A seed whose results are already in its folder,
@@ -17,24 +17,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import common
 from python_model.commands import demo
+from python_model.support.precision import computes_in_bfloat16
 from python_model.support.quiet import quiet
+from python_model.train.config import TrainConfig
 
 MEAN_NDCG = 0.50
 LOSS_DROP = 0.2
 COLUMNS = ["variant", "seed", "ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss", "tokens_per_second"]
 
 
-def result(folder: Path, steps: int, seed: int) -> dict[str, Any]:
+def result(config: TrainConfig) -> dict[str, Any]:
     """The results of a seed's demo, run now or read from an earlier run of the same recipe."""
-    config = demo.demo_config(str(folder), steps, seed)
-    file = folder / "results.json"
+    file = Path(config.output_dir) / "results.json"
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["config"] == json.loads(json.dumps(asdict(config))):
             return dict(found)
-    return demo.run(str(folder), steps, seed)
+    return demo.run(config)
 
 
 def rows_of(results: dict[int, dict[str, Any]], steps: int) -> list[dict[str, Any]]:
@@ -79,12 +82,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=demo.STEPS)
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"))
     parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16; default: unless the CPU emulates its products",
+    )
+    parser.add_argument(
         "--record", default="demo_seeds_cpu.json", help="JSON file, a bare name goes into bench/results/KIND"
     )
     arguments = parser.parse_args(argv)
     quiet()
-    results = {seed: result(arguments.output_dir / f"seed-{seed}", arguments.steps, seed) for seed in arguments.seeds}
-    rows = rows_of(results, arguments.steps)
+    bf16 = computes_in_bfloat16(arguments.bf16, torch.device("cpu"))
+    dtype = "bfloat16" if bf16 else "float32"
+    results = {
+        seed: result(demo.demo_config(str(arguments.output_dir / f"{dtype}-{seed}"), arguments.steps, seed, bf16=bf16))
+        for seed in arguments.seeds
+    }
+    rows = [{**row, "dtype": dtype} for row in rows_of(results, arguments.steps)]
     print(common.table(rows, COLUMNS))
     print(f"record: {common.write_records(arguments.record, rows)}")
     if missing := shortfalls(results):

@@ -197,7 +197,8 @@ def test_the_page_on_training_states_what_the_balance_of_gradients_does_and_cost
     page = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
     first = rows("balance", work="norms", limit=0.0)[0]
     times = first["contrastive_grad_norm"][0] / first["generative_grad_norm"][0]
-    assert f"the contrastive gradient, {times:.0f} times the larger in the first step of the demo's recipe" in page
+    larger = f"the contrastive gradient, {times:.0f} times the larger in the first step of the demo's recipe"
+    assert f"{larger} at a temperature of .02" in page
     measured, limited = (
         f"{100 * (value('balance', 'time_over_first', variant=variant, work='step') - 1):.0f} %"
         for variant in ("norms only", "limited")

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from python_model.commands import demo_report as report
-from python_model.commands.runner import SMALL_MODEL, Command, tell_cut
+from python_model.commands.runner import SMALL_MODEL, Command, add_precision, tell_cut
 from python_model.corpora.small_model import resolve_model
 from python_model.data import sample_dir
 from python_model.data.config import DataConfig
@@ -61,9 +61,9 @@ class Measured:
     """(passages, size) embeddings."""
 
 
-def measure(model: GritLM, sample: HeldOut) -> Measured:
-    """Retrieval and next-token loss on all held-out rows."""
-    with computing(model.device):
+def measure(model: GritLM, sample: HeldOut, bf16: bool | None = None) -> Measured:
+    """Retrieval and next-token loss on all held-out rows; ``bf16``: as of :class:`ModelConfig`."""
+    with computing(model.device, bf16):
         corpus = embed_documents(model, sample.documents, max_length=MAX_LENGTH)
         ranks = retrieval_ranks(model, sample.queries, corpus, sample.relevant, max_length=MAX_LENGTH)
         loss = next_token_loss(model, sample.conversations, max_length=MAX_LENGTH)
@@ -90,16 +90,16 @@ def draw_chats(sample: HeldOut) -> list[str]:
     return [generator.choice(rows).turns[0] for rows in (names, words)]
 
 
-def chat(model: GritLM, turns: Sequence[str]) -> str:
+def chat(model: GritLM, turns: Sequence[str], bf16: bool | None = None) -> str:
     """A greedy reply."""
-    with computing(model.device):
+    with computing(model.device, bf16):
         return reply(model, turns, max_new_tokens=REPLY_TOKENS)
 
 
-def find(model: GritLM, corpus: Tensor, query: tuple[str, str]) -> int:
+def find(model: GritLM, corpus: Tensor, query: tuple[str, str], bf16: bool | None = None) -> int:
     """Index of the best passage."""
     instruction, text = query
-    with computing(model.device):
+    with computing(model.device, bf16):
         vector = model.encode(
             text,
             instruction=model.formatter.embed_instruction(instruction),
@@ -119,21 +119,23 @@ def lexical_scores(sample: HeldOut) -> dict[str, Any] | None:
         return None
 
 
-def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SMALL_MODEL) -> dict[str, Any]:
+def run(config: TrainConfig) -> dict[str, Any]:
     """The whole demo, printed as it goes; returns what results.json holds."""
     start = time.perf_counter()
-    config = demo_config(output_dir, steps, seed, start_from)
+    bf16 = config.model.bf16
     make_folder(Path(config.output_dir))  # now, rather than after measuring
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     sample = HeldOut(sample_dir())
     model = GritLM(
         resolve_model(config.model.name), **config.settings_given, is_inference=True, device="cpu", dtype="float32"
     )
     print(report.opening(len(sample.queries), len(sample.documents), len(sample.conversations)), flush=True)
-    before = measure(model, sample)
+    before = measure(model, sample, bf16)
     tell_cut("demo", model, f"the demo's {MAX_LENGTH}")
     questions = draw_chats(sample)
-    chats: list[dict[str, str]] = [{"question": question, "before": chat(model, [question])} for question in questions]
+    chats: list[dict[str, str]] = [
+        {"question": question, "before": chat(model, [question], bf16)} for question in questions
+    ]
     print(report.measured(before.scores), flush=True)
 
     with contextlib.redirect_stdout(io.StringIO()):  # no memory plan and the like: the bar says enough here
@@ -141,11 +143,11 @@ def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SM
         trainer = Trainer(model, config, stream)
         records = trainer.train()
 
-    after = measure(model, sample)
+    after = measure(model, sample, bf16)
     print(report.measured(after.scores), flush=True)
     searches: list[dict[str, Any]] = []
     for index in draw_searches(sample.rows, SEARCHES):
-        found = find(model, after.corpus, sample.queries[index])
+        found = find(model, after.corpus, sample.queries[index], bf16)
         searches.append(
             {
                 "kind": sample.rows[index].dataset,
@@ -157,7 +159,7 @@ def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SM
             }
         )
     for shown in chats:
-        shown["after"] = chat(model, [shown["question"]])
+        shown["after"] = chat(model, [shown["question"]], bf16)
     words = [row for row in searches if row["kind"] == "wordnet_definition"]
     word = next((row for row in words if row["found"] == row["right"]), words[0])
     question = f'What does the word "{re.split(r", | [(]", word["query"])[0]}" mean?'
@@ -166,7 +168,7 @@ def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SM
         "document": word["found"],
         "is_right": word["found"] == word["right"],
     }
-    answer["answer"] = chat(model, rag_prompt(question, word["found"]))
+    answer["answer"] = chat(model, rag_prompt(question, word["found"]), bf16)
     checkpoint = trainer.save()
     output = Path(config.output_dir)
     plot_losses(records, output / "loss.png")
@@ -191,21 +193,23 @@ def run(output_dir: str, steps: int = STEPS, seed: int = 0, start_from: str = SM
     return results
 
 
-def demo_config(output_dir: str, steps: int = STEPS, seed: int = 0, model: str = SMALL_MODEL) -> TrainConfig:
+def demo_config(
+    output_dir: str, steps: int = STEPS, seed: int = 0, model: str = SMALL_MODEL, bf16: bool | None = None
+) -> TrainConfig:
     """The demo's recipe, that of configs/demo.yaml."""
     return TrainConfig(
         output_dir=output_dir,
         steps=steps,
         seed=seed,
-        model=ModelConfig(name=model),
+        model=ModelConfig(name=model, bf16=bf16),
         data=DataConfig(
             train_data=str(sample_dir() / "train"),
             query_max_len=MAX_LENGTH,
             passage_max_len=MAX_LENGTH,
             generative_max_len=MAX_LENGTH,
         ),
-        optimizer=OptimizerConfig(lr=1e-4, warmup_ratio=0.1, objective_grad_norm=1.0),
-        losses=LossConfig(temperature=0.02),
+        optimizer=OptimizerConfig(lr=1e-4, warmup_ratio=0.2, objective_grad_norm=1.0),
+        losses=LossConfig(temperature=0.05),
         logging=LoggingConfig(resume=False),
     )
 
@@ -218,12 +222,13 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    add_precision(parser)
     parser.add_argument("--started", type=float, help="Unix time at which the installation began, to report it as well")
 
 
 def show(arguments: Namespace) -> None:
     """Run the demo and print what it found."""
-    results = run(arguments.output_dir, arguments.steps, arguments.seed, arguments.model)
+    results = run(demo_config(arguments.output_dir, arguments.steps, arguments.seed, arguments.model, arguments.bf16))
     since = None if arguments.started is None else time.time() - arguments.started
     print("\n".join(report.lines(results, arguments.output_dir, since)))
     if not report.both_better(results):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from tqdm.auto import tqdm
 
 from python_model.commands.runner import (
@@ -26,6 +26,7 @@ from python_model.commands.runner import (
     Command,
     add_chunks,
     add_json,
+    add_precision,
     add_truncation,
     chunked_texts,
     load,
@@ -124,12 +125,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=512, help="maximum tokens per text")
     add_chunks(parser, "find each document by the best of its chunks")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="maximum tokens per answer")
-    parser.add_argument(
-        "--bf16",
-        action=ActionYesNo(yes_prefix="", no_prefix="no-"),
-        default=None,
-        help="compute in bfloat16; default: unless the CPU emulates its products",
-    )
+    add_precision(parser)
     parser.add_argument(
         "--output",
         type=Path,

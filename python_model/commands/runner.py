@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
@@ -166,6 +166,16 @@ def add_truncation(parser: ArgumentParser) -> None:
     """``--truncate-dim``, read by :func:`load`."""
     parser.add_argument(
         "--truncate-dim", type=int, help="cut embeddings to so many numbers, for a model that was trained for it"
+    )
+
+
+def add_precision(parser: ArgumentParser) -> None:
+    """``--bf16`` and ``--no-bf16``; None where neither is given."""
+    parser.add_argument(
+        "--bf16",
+        action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+        default=None,
+        help="compute in bfloat16; default: unless the CPU emulates its products",
     )
 
 

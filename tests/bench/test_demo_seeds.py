@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers.utils import logging as transformers_logging
 
 from bench import common, demo
+from python_model.train.config import TrainConfig
 
 
 def found(ndcg: float, loss: float) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def test_rows_hold_every_seed_its_yardsticks_and_the_mean() -> None:
 def test_loading_and_saving_weights_draw_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[bool] = []
 
-    def result(folder: Path, steps: int, seed: int) -> dict[str, Any]:
+    def result(config: TrainConfig) -> dict[str, Any]:
         shown.append(transformers_logging.is_progress_bar_enabled())
         return found(0.55, 1.8)
 

@@ -104,7 +104,7 @@ def test_the_demo_measures_trains_and_writes_its_results(
     sample = write_small_sample(tmp_path / "sample")
     monkeypatch.setattr(demo, "sample_dir", lambda: sample)
     monkeypatch.setattr(demo, "REPLY_TOKENS", 2)
-    demo.run(str(tmp_path / "out"), steps=1, start_from=str(checkpoint))
+    demo.run(demo.demo_config(str(tmp_path / "out"), steps=1, model=str(checkpoint)))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["searches"]) == 5 and len(results["chats"]) == 2 and results["answer"]["question"]
     assert results["bm25"]["queries"] == results["before"]["queries"] == 6
