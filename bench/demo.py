@@ -27,7 +27,7 @@ from python_model.train.config import TrainConfig
 
 MEAN_NDCG = 0.50
 LOSS_DROP = 0.2
-COLUMNS = ["variant", "seed", "ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss", "tokens_per_second"]
+COLUMNS = ["variant", "seed", "ndcg_at_10", "mrr_at_10", "recall_at_10", "next_token_loss"]
 
 
 def result(config: TrainConfig) -> dict[str, Any]:
@@ -46,14 +46,11 @@ def rows_of(results: dict[int, dict[str, Any]], steps: int) -> list[dict[str, An
     size = {"queries": first["before"]["queries"], "documents": first["before"]["documents"]}
 
     def row(variant: str, scores: dict[str, Any], **more: Any) -> dict[str, Any]:
-        shown = {key: scores[key] for key in COLUMNS[2:6] if key in scores}
+        shown = {key: scores[key] for key in COLUMNS[2:] if key in scores}
         return {"variant": variant, **more, **shown, **size}
 
-    trained = [
-        row("trained", found["after"], seed=seed, steps=steps, tokens_per_second=found["tokens_per_second"])
-        for seed, found in results.items()
-    ]
-    mean = {key: statistics.fmean(found[key] for found in trained) for key in COLUMNS[2:6]}
+    trained = [row("trained", found["after"], seed=seed, steps=steps) for seed, found in results.items()]
+    mean = {key: statistics.fmean(found[key] for found in trained) for key in COLUMNS[2:]}
     rows = [row("untrained", first["before"])]
     if first["bm25"]:
         rows.append(row("BM25, stemmed", first["bm25"]))

@@ -79,7 +79,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "balance_cpu": (
         "Limiting each objective's gradient, on a CPU",
         "`norms`: a run of the demo's recipe at a temperature of .02 each; the plot shows its norms. `step`: losses, gradients "
-        "and clipping of one step; `time_over_first`: the variant's time over that of accumulating both objectives in one gradient.",
+        "and clipping of one step; `time_over_first`: the variant's time over that of accumulating both in one gradient.",
     ),
     "gradient_cosine_cpu": (
         "The cosine of both objectives' gradients",
