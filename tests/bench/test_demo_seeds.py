@@ -17,7 +17,6 @@ def found(ndcg: float, loss: float) -> dict[str, Any]:
         "before": {**scores, "ndcg_at_10": 0.05, "next_token_loss": 2.2},
         "after": {**scores, "next_token_loss": loss},
         "bm25": {**scores, "ndcg_at_10": 0.42},
-        "tokens_per_second": 300.0,
     }
 
 
