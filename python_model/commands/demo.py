@@ -32,6 +32,7 @@ from python_model.data.stream import open_stream
 from python_model.evaluation.held_out import HeldOut
 from python_model.evaluation.language import next_token_loss
 from python_model.evaluation.retrieval import embed_documents, retrieval_ranks, scores_from_ranks
+from python_model.generate.decode import Sampling
 from python_model.generate.text import rag_prompt, reply
 from python_model.model.modeling import GritLM
 from python_model.support.files import make_folder, write_json
@@ -47,6 +48,8 @@ SEARCHES = 5
 DRAW_SEED = 0
 """Seed of the examples shown; independent of the training seed, so that all runs show the same searches and chats."""
 REPLY_TOKENS = 48
+SAMPLING = Sampling(frequency_penalty=0.5)
+"""Greedy, but a small model that repeats itself comes to an end."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ def draw_chats(sample: HeldOut) -> list[str]:
 
 
 def chat(model: GritLM, turns: Sequence[str], bf16: bool | None = None) -> str:
-    """A greedy reply."""
+    """A reply under :data:`SAMPLING`."""
     with computing(model.device, bf16):
-        return reply(model, turns, max_new_tokens=REPLY_TOKENS)
+        return reply(model, turns, max_new_tokens=REPLY_TOKENS, sampling=SAMPLING)
 
 
 def find(model: GritLM, corpus: Tensor, query: tuple[str, str], bf16: bool | None = None) -> int:
