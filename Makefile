@@ -50,7 +50,7 @@ lock: install  ## resolve the tested versions anew, for Python 3.10 to 3.14
 
 # -- what to see first
 
-demo: demo-install  ## train a real 135M model, embed, retrieve, generate: about 5 minutes
+demo: demo-install  ## train a real 135M model, embed, retrieve, generate: 4 to 9 minutes
 	$(BIN)/grit fetch-model
 	$(BIN)/grit demo --started $(STARTED)
 
