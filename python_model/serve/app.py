@@ -40,7 +40,16 @@ CONTENT_SECURITY_POLICY = (
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": p.Error} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
 }
-_STREAMED = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAMED = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "description": "Each server-sent event; its data is a piece of the reply as JSON, and at the end [DONE].",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+        }
+    }
+}
 
 _Result = TypeVar("_Result", Vector, Score)
 
