@@ -24,7 +24,7 @@ from grit_kernels.attention.checks import (
     upper_bounds,
     window_argument,
 )
-from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.backend import has_kernel, runs_triton, use_reference
 from grit_kernels.checks import dense_rows, readable
 from grit_kernels.precision import autocast_dtype
@@ -409,7 +409,7 @@ def _call(
     if (plans is None and deterministic) or not runs_triton("attention_plan", q.device):
         return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
     backward = _differentiable(q, k, v)
-    deterministic = deterministic or not backward or torch.are_deterministic_algorithms_enabled()
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     plan = _plan(q, k, backward, deterministic, problem, {} if plans is None else plans)
     return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, deterministic)
 
@@ -418,11 +418,22 @@ def _plan(
     q: Tensor, k: Tensor, backward: bool, deterministic: bool, problem: AttentionProblem, plans: dict[Any, Tensor]
 ) -> Tensor:
     """The plan of the problem for tensors of these shapes, made once."""
-    stream = None  # launches of different streams may run at the same time and must not share a counter
-    if q.is_cuda and not torch.compiler.is_compiling():
-        stream = torch.cuda.current_stream(q.device).stream_id
-    key = (q.shape, k.shape, q.dtype, q.device, backward, deterministic, stream)
+    shapes = Shapes.of(q, k)
+    if torch.compiler.is_compiling():
+        # made before the layers, or by each: then the calls are the same, and the compiler keeps one for all layers of a graph
+        key = plan_key(shapes, deterministic)
+        if key in plans:
+            return plans[key]
+        return torch.ops.grit_kernels.attention_plan(*shapes, backward, deterministic, *problem.flat())
+    # launches of different streams may run at the same time and must not share a counter
+    stream = torch.cuda.current_stream(q.device).stream_id if q.is_cuda else None
+    key = (shapes, q.device, backward, deterministic or not backward, stream)
     if key not in plans:
-        flags = (backward, deterministic)
-        plans[key] = torch.ops.grit_kernels.attention_plan(q.detach(), k.detach(), *flags, *problem.flat())
+        plans[key] = torch.ops.grit_kernels.attention_plan(*shapes, backward, deterministic, *problem.flat())
     return plans[key]
+
+
+def plan_key(shapes: Shapes, deterministic: bool) -> tuple[Any, ...]:
+    """Where a compiled layer looks for its plan. The numbers of tokens, which belong to the problem, would be fixed in its
+    graph; the plan of a backward pass serves a forward pass alone too."""
+    return shapes.heads, shapes.heads_kv, shapes.dim, shapes.dtype, deterministic

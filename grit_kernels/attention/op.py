@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.attention import reference
-from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.backend import declare_op, define_op, refuse_double_backward
 
 _PROBLEM = f"{AttentionProblem.TENSORS}, {AttentionProblem.OPTIONS}"
@@ -30,9 +30,11 @@ define_op(
     triton=f"{_TRITON}_backward:attention_backward",
     problem=AttentionProblem,
 )
-# the same with the order of the tiles given, from another layer of the pass; only the Triton kernels have one
+# The same with the order of the tiles given, which all layers of a pass share; only the Triton kernels have one. The op that
+# makes it takes Shapes rather than tensors: in a graph of several layers its calls are the same, and the compiler keeps one.
+_SHAPES = "SymInt rows, SymInt heads, SymInt keys, SymInt heads_kv, SymInt dim, ScalarType dtype"
 define_op(
-    f"attention_plan(Tensor q, Tensor k, bool backward, bool deterministic, {_PROBLEM}) -> Tensor",
+    f"attention_plan({_SHAPES}, bool backward, bool deterministic, {_PROBLEM}) -> Tensor",
     reference=None,
     triton=f"{_TRITON}_forward:attention_plan",
     problem=AttentionProblem,
@@ -78,10 +80,13 @@ def _backward_fake(
 
 
 @torch.library.register_fake("grit_kernels::attention_plan")
-def _plan_fake(q: Tensor, k: Tensor, backward: bool, deterministic: bool, *problem: Any) -> Tensor:
+def _plan_fake(*given: Any) -> Tensor:
     from grit_kernels.attention.triton_forward import plan_size
 
-    return q.new_empty(plan_size(q, k, backward, deterministic, AttentionProblem(*problem)), dtype=torch.int32)
+    sizes = len(Shapes._fields)
+    shapes, (backward, deterministic, *fields) = Shapes(*given[:sizes]), given[sizes:]
+    problem = AttentionProblem(*fields)
+    return problem.q_len.new_empty(plan_size(shapes, backward, deterministic, problem), dtype=torch.int32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from grit_kernels.problem import Problem
@@ -42,3 +43,19 @@ class AttentionProblem(Problem):
     def tables(self) -> SampleTables:
         """The numbers of each sample."""
         return self.q_start, self.q_len, self.k_start, self.k_len, self.left, self.right
+
+
+class Shapes(NamedTuple):
+    """What the order of tiles depends on besides the problem: q (rows, heads, dim) and k (keys, heads_kv, dim) in ``dtype``."""
+
+    rows: int
+    heads: int
+    keys: int
+    heads_kv: int
+    dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor) -> Shapes:
+        """Those of tensors."""
+        return cls(q.shape[0], q.shape[1], k.shape[0], k.shape[1], q.shape[2], q.dtype)

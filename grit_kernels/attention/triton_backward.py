@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.attention.triton_common import (
     addressable,
     edge_block,
@@ -406,7 +406,7 @@ def attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     bounds, hi, q_rows, k_rows = int32_tables(problem), problem.hi, problem.q_rows, problem.k_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
-    forward_grid, *grids = plan_grids(q, k, True, problem, deterministic)
+    forward_grid, *grids = plan_grids(Shapes.of(q, k), True, problem, deterministic)
     if plan is not None:
         _, *sections, transpose = plan_sections(plan, [forward_grid, *grids])
         plans = [grid.plan(section) for grid, section in zip(grids, sections, strict=True)]

@@ -10,12 +10,14 @@ these ranges and the mask alike, so windows skip blocks in both modes. Few rows 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.attention.triton_common import (
     addressable,
     attend_blocks,
@@ -32,10 +34,13 @@ from grit_kernels.attention.triton_common import (
 from grit_kernels.attention.triton_decode import decode_samples
 from grit_kernels.attention.triton_plan import (
     NO_SPLIT,
+    count_tiles,
     plan_grids,
+    plan_kernels,
     plan_sections,
     plan_tiles,
     program_tile,
+    section_size,
     tile_grid,
     transpose_upper_bounds,
 )
@@ -155,7 +160,7 @@ def attention_forward(
     bounds, hi, q_rows = int32_tables(problem), problem.hi, problem.q_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
     with on_device(q):
-        grid = tile_grid("forward", q, k, problem)
+        grid = tile_grid("forward", Shapes.of(q, k), problem)
         if grid.split != NO_SPLIT:
             decode_samples(q, k, v, out, lse, problem, bounds, grid.split, scale, cap)
             if grid.splits_all:
@@ -180,29 +185,33 @@ def attention_forward(
     return out, lse
 
 
-def plan_size(q: Tensor, k: Tensor, backward: bool, deterministic: bool, problem: AttentionProblem) -> int:
+def plan_size(shapes: Shapes, backward: bool, deterministic: bool, problem: AttentionProblem) -> int:
     """int32 numbers of :func:`attention_plan`."""
-    transpose = k.shape[0] if backward and problem.hi is not None else 0
-    return sum(grid.size for grid in plan_grids(q, k, backward, problem, deterministic)) + transpose
+    transpose = shapes.keys if backward and problem.hi is not None else 0
+    tiles = [count_tiles(kernel, shapes, problem)[-1] for kernel in plan_kernels(backward, deterministic)]
+    return sum(map(section_size, tiles)) + transpose
 
 
-def attention_plan(q: Tensor, k: Tensor, backward: bool, deterministic: bool, problem: AttentionProblem) -> Tensor:
+def attention_plan(*given: Any) -> Tensor:
     """The op ``grit_kernels::attention_plan``: the order of the tiles of every kernel, for all layers of a pass.
 
-    int32, one section after the other: forward, and with ``backward`` backward_keys and backward_rows (backward alone, if it
-    need not be ``deterministic``) and, with ``hi``, its transpose. Only shapes, dtype and device of q and k matter. Launches of
-    one stream may share a plan, as they take turns with its counter; launches that may run at the same time may not.
+    ``given``: the fields of :class:`Shapes`, ``backward``, ``deterministic``, the problem. The result is int32, one section after
+    the other: forward, and with ``backward`` backward_keys and backward_rows (backward alone, if it need not be
+    ``deterministic``) and, with ``hi``, its transpose. Launches of one stream may share a plan, as they take turns with its
+    counter; launches that may run at the same time may not.
     """
+    *sizes, backward, deterministic, problem = given
+    shapes = Shapes(*sizes)
     tables, hi = int32_tables(problem), problem.hi
-    numbers = torch.empty(plan_size(q, k, backward, deterministic, problem), dtype=torch.int32, device=q.device)
-    if not q.shape[0]:
+    numbers = torch.empty(plan_size(shapes, backward, deterministic, problem), dtype=torch.int32, device=problem.device)
+    if not shapes.rows:
         return numbers
-    grids = plan_grids(q, k, backward, problem, deterministic)
+    grids = plan_grids(shapes, backward, problem, deterministic)
     *sections, transpose = plan_sections(numbers, grids)
-    with on_device(q):
+    with on_device(numbers):
         if not grids[0].splits_all:
             plan_tiles(grids[0], tables, hi, sections[0])
-        if backward and k.shape[0]:
+        if backward and shapes.keys:
             first_row = None if hi is None else transpose_upper_bounds(hi, tables, transpose)
             for grid, section in zip(grids[1:], sections[1:], strict=True):
                 plan_tiles(grid, tables, hi if grid.over_keys else first_row, section)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grit_kernels.attention.problem import AttentionProblem, SampleTables
+from grit_kernels.attention.problem import AttentionProblem, SampleTables, Shapes
 from grit_kernels.attention.triton_common import tile_keys, tile_rows
 from grit_kernels.attention.triton_configs import Config, choose_config
 from grit_kernels.triton_launch import processor_count
@@ -63,6 +63,11 @@ class Plan(NamedTuple):
     side_by_side: int
 
 
+def section_size(tiles: int) -> int:
+    """int32 numbers of one kernel's plan: the counter, then the table, each from a multiple of 16 bytes on."""
+    return _ALIGNED + triton.cdiv(2 * tiles, _ALIGNED) * _ALIGNED
+
+
 class TileGrid(NamedTuple):
     """What the host knows of a kernel's plan: ``tiles`` of each of ``heads``, see :class:`Plan`.
 
@@ -85,8 +90,8 @@ class TileGrid(NamedTuple):
 
     @property
     def size(self) -> int:
-        """int32 numbers of the plan: the counter, then the table, each from a multiple of 16 bytes on."""
-        return _ALIGNED + triton.cdiv(2 * self.tiles, _ALIGNED) * _ALIGNED
+        """int32 numbers of the plan, see :func:`section_size`."""
+        return section_size(self.tiles)
 
     def plan(self, numbers: Tensor) -> Plan:
         """``numbers`` (int32 (size)) split into its parts."""
@@ -228,30 +233,37 @@ def section_heads(heads: int, group: int, bytes_per_head: int) -> int:
     return group * max(d for d in range(1, groups + 1) if groups % d == 0 and d <= fitting)
 
 
-def tile_grid(kernel: str, q: Tensor, k: Tensor, problem: AttentionProblem) -> TileGrid:
-    """The grid of ``kernel`` (one of plan_grids) for q (Tq, Hq, D), k (Tk, Hkv, D): shapes alone decide."""
+def count_tiles(kernel: str, shapes: Shapes, problem: AttentionProblem) -> tuple[Config, bool, int, int]:
+    """(config, over_keys, rows, tiles) of ``kernel``, see :class:`TileGrid`. Nothing is compared with a number of tokens, which
+    would fix it in a compiled graph."""
     over_keys = kernel in ("forward", "backward_rows")
-    tokens, heads, dim = q.shape if over_keys else k.shape
-    # the operand that heads of a group share: k and v, or the group's rows of q and grad_out
-    group = q.shape[1] // k.shape[1]
-    shared = k.shape[0] if over_keys else q.shape[0] * group
-    config = choose_config(kernel, dim, q.dtype, q.device)
+    config = choose_config(kernel, shapes.dim, shapes.dtype, problem.device)
     rows, tile = (problem.q_rows, config.rows) if over_keys else (problem.k_rows, config.keys)
     batch = problem.q_len.shape[0]
-    tiles = batch * triton.cdiv(rows, tile) if rows else tokens // tile + batch
-    side_by_side = section_heads(heads, group if over_keys else 1, 2 * shared * dim * q.element_size())
-    split = split_samples(q, k, problem) if kernel == "forward" else NO_SPLIT
+    tiles = batch * triton.cdiv(rows, tile) if rows else (shapes.rows if over_keys else shapes.keys) // tile + batch
+    return config, over_keys, rows, tiles
+
+
+def tile_grid(kernel: str, shapes: Shapes, problem: AttentionProblem) -> TileGrid:
+    """The grid of ``kernel`` (one of plan_kernels): shapes alone decide."""
+    config, over_keys, rows, tiles = count_tiles(kernel, shapes, problem)
+    # the operand that heads of a group share: k and v, or the group's rows of q and grad_out
+    group = shapes.heads // shapes.heads_kv
+    heads, shared = (shapes.heads, shapes.keys) if over_keys else (shapes.heads_kv, shapes.rows * group)
+    side_by_side = section_heads(heads, group if over_keys else 1, 2 * shared * shapes.dim * shapes.dtype.itemsize)
+    split = split_samples(shapes, problem) if kernel == "forward" else NO_SPLIT
     return TileGrid(config, over_keys, tiles, side_by_side, heads, rows, split)
 
 
-def split_samples(q: Tensor, k: Tensor, problem: AttentionProblem) -> Split:
+def split_samples(shapes: Shapes, problem: AttentionProblem) -> Split:
     """Which samples triton_decode takes: few rows over many keys share the keys among programs, the heads of a group a tile."""
-    group = q.shape[1] // k.shape[1]
+    group = shapes.heads // shapes.heads_kv
     batch, max_q, max_k = problem.q_len.shape[0], max(problem.q_rows, problem.max_q), problem.max_k
     if max_k < SHORTEST_SPLIT or batch > LARGEST_GRID_AXIS:
         return NO_SPLIT
     # the second: a short prompt after a long cache, where tiles of rows alone would leave most of the GPU idle
-    if max_q * group <= 64 or batch * triton.cdiv(max_q, 128) * q.shape[1] * 2 <= processor_count(q.device):
+    few_tiles = batch * triton.cdiv(max_q, 128) * shapes.heads * 2 <= processor_count(problem.device)
+    if max_q * group <= 64 or few_tiles:
         return Split(max_q, 0)
     # In a pack of whole samples nothing has more keys than rows. In a server's step the rows that decode do: their sample is read
     # once per group of heads instead of by a tile of rows, nearly all of them padding, per head.
@@ -260,12 +272,15 @@ def split_samples(q: Tensor, k: Tensor, problem: AttentionProblem) -> Split:
     return NO_SPLIT
 
 
-def plan_grids(
-    q: Tensor, k: Tensor, backward: bool, problem: AttentionProblem, deterministic: bool = True
-) -> list[TileGrid]:
-    """Of the kernels that share a plan: forward and, with ``backward``, backward_keys and backward_rows or the one for both."""
+def plan_kernels(backward: bool, deterministic: bool = True) -> tuple[str, ...]:
+    """Kernels that share a plan: forward and, with ``backward``, backward_keys and backward_rows or the one for both."""
     behind = (("backward_keys", "backward_rows") if deterministic else ("backward",)) if backward else ()
-    return [tile_grid(kernel, q, k, problem) for kernel in ("forward", *behind)]
+    return ("forward", *behind)
+
+
+def plan_grids(shapes: Shapes, backward: bool, problem: AttentionProblem, deterministic: bool = True) -> list[TileGrid]:
+    """Of :func:`plan_kernels`, in order."""
+    return [tile_grid(kernel, shapes, problem) for kernel in plan_kernels(backward, deterministic)]
 
 
 def plan_sections(plan: Tensor, grids: list[TileGrid]) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.context import SampleTable
 from grit_kernels.packing import SamplePack
 from grit_kernels.visibility import UNLIMITED, positions_and_samples, window_bounds
 
@@ -62,15 +63,35 @@ class AttentionPass:
 
     def prepare(
         self, key: Any, make: Callable[[], AttentionProblem], alive: Any = None
-    ) -> tuple[AttentionProblem, dict[Any, Tensor] | None]:
+    ) -> tuple[AttentionProblem, dict[Any, Tensor]]:
         """The problem of ``key`` and its plans, made by ``make`` for the first layer. ``alive``: what ``key`` is an id of."""
         if torch.compiler.is_compiling():
-            return make(), None  # sizes in a key would fix them in the graph
+            # sizes in the key of a padded pass would be fixed in the graph, which also may not change what it was given
+            if self.pack is not None and key in self.prepared:
+                return self.prepared[key][:2]
+            return make(), {}
         if key not in self.prepared:
             if len(self.prepared) >= MOST_PREPARED:  # of a pass kept on a tensor that its owner uses for many calls
                 self.prepared.clear()
             self.prepared[key] = (make(), {}, alive)
         return self.prepared[key][:2]
+
+    def problem_of_pack(
+        self, table: SampleTable | None, sliding_window: int | None, options: tuple[float, float]
+    ) -> AttentionProblem:
+        """Of the pack's samples, or of those in a ``table`` of its contexts. ``options``: softmax_scale and softcap."""
+        pack = self.pack
+        assert pack is not None
+        if table is None:
+            ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
+            bounds = self.window_bounds(sliding_window, longest, longest)
+            hi = self.upper_bounds(sliding_window)
+            return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
+        causal = self.causal[table.samples]
+        window = window_sizes(causal, sliding_window, self.bidirectional_window)
+        bounds = window_bounds(causal, window, table.max_q, table.max_k)
+        ranges = (table.q_start, table.q_len, table.k_start, table.k_len)
+        return AttentionProblem(*ranges, *bounds, None, 0, 0, table.max_q, table.max_k, *options)
 
     def window_bounds(self, sliding_window: int | None, longest_q: int, longest_k: int) -> tuple[Tensor, Tensor]:
         """``left`` and ``right`` (int32 (B)) of the samples."""

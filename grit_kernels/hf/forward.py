@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_kernels.checks import described, neither_0_nor_1
-from grit_kernels.hf import compat, gptj, recurrent, rope
+from grit_kernels.hf import compat, compiled_layers, gptj, recurrent, rope
 from grit_kernels.hf.attention_pass import AttentionPass, PackedKeys
 from grit_kernels.packing import SamplePack
 
@@ -245,11 +245,27 @@ class _Call:
             raise ValueError(
                 f"sample_pack: expected no contexts for a {type(self.decoder).__name__}, whose layers {why}, got some"
             )
+        grit_pass = self._pass_of(pack, None if cache is None else cache.packed_keys)
+        if cache is None and compiled_layers.want_plans(self.decoder, grit_pass):
+            compiled_layers.make_plans(self.decoder, grit_pass, lambda: self._read_one_token(inputs))
+        return self._run_packed(inputs, grit_pass, positions, cache)
+
+    def _pass_of(self, pack: SamplePack, keys: PackedKeys | None = None) -> AttentionPass:
         places = recurrent.places(pack) if self.record.recurrent else None
-        keys = None if cache is None else cache.packed_keys
-        grit_pass = AttentionPass(
+        return AttentionPass(
             pack.causal, self.record.bidirectional_window, pack, self.record.deterministic, places, keys
         )
+
+    def _read_one_token(self, inputs: Tensor) -> AttentionPass:
+        """The pass of the first token alone."""
+        grit_pass = self._pass_of(SamplePack.from_lengths([1], True, device=inputs.device))
+        positions = torch.zeros((1, 1), dtype=torch.int64, device=inputs.device)
+        self._run_packed(inputs[:, :1].detach(), grit_pass, positions)
+        return grit_pass
+
+    def _run_packed(self, inputs: Tensor, grit_pass: AttentionPass, positions: Tensor, cache: Any = None) -> Any:
+        pack = grit_pass.pack
+        assert pack is not None
         if self.record.rope_by_length:
             positions = rope.with_lengths(positions, rope.lengths_in_pack(positions, pack))
         if self.record.own_attention:
@@ -296,10 +312,7 @@ class _Call:
 
 def _is_compiled(decoder: nn.Module) -> bool:
     """Whether the decoder runs, or parts of it do, as compiled graphs, which leave no witness."""
-    return torch.compiler.is_compiling() or any(
-        module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for module in decoder.modules()
-    )
+    return torch.compiler.is_compiling() or any(map(compiled_layers.is_compiled, decoder.modules()))
 
 
 def _pack_of_table(table: dict[str, Any], causal: bool | Tensor, device: torch.device) -> SamplePack:

@@ -21,10 +21,9 @@ from grit_kernels.attention.checks import check_softmax_options
 from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.checks import described
 from grit_kernels.context import SampleTable
-from grit_kernels.hf.attention_pass import MOST_PREPARED, AttentionPass, KeyRows, window_sizes
+from grit_kernels.hf.attention_pass import MOST_PREPARED, AttentionPass, KeyRows
 from grit_kernels.hf.padded_attention import NO_KEY, padded_attention
 from grit_kernels.packing import SamplePack
-from grit_kernels.visibility import window_bounds
 
 NAME = "grit"
 
@@ -255,16 +254,7 @@ def _attention_of_pack(
 
     def attend(table: SampleTable | None, kind: str) -> Tensor:
         def problem() -> AttentionProblem:
-            if table is None:
-                ranges, longest = (pack.starts, pack.lengths, pack.starts, pack.lengths), pack.max_seqlen
-                bounds = grit_pass.window_bounds(sliding_window, longest, longest)
-                hi = grit_pass.upper_bounds(sliding_window)
-                return AttentionProblem(*ranges, *bounds, hi, 0, 0, longest, longest, *options)
-            causal = grit_pass.causal[table.samples]
-            window = window_sizes(causal, sliding_window, grit_pass.bidirectional_window)
-            bounds = window_bounds(causal, window, table.max_q, table.max_k)
-            ranges = (table.q_start, table.q_len, table.k_start, table.k_len)
-            return AttentionProblem(*ranges, *bounds, None, 0, 0, table.max_q, table.max_k, *options)
+            return grit_pass.problem_of_pack(table, sliding_window, options)
 
         states = (q, k, v) if table is None else (q[table.rows], k[table.keys], v[table.keys])
         prepared = grit_pass.prepare((kind, sliding_window, *options), problem)

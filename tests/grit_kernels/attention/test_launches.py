@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import grit_kernels as gk
 from grit_kernels.attention import prepared_attention
-from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.hf import compat
 from grit_kernels.hf.attention_pass import AttentionPass
 from grit_kernels.hf.interface import grit_attention, grit_mask
@@ -116,10 +116,9 @@ def test_opcheck_accepts_the_ops_that_take_a_plan(deterministic: bool) -> None:
     q, k, v = tensors(pack.tokens)
     ops, utils = torch.ops.grit_kernels, ("test_schema", "test_autograd_registration", "test_faketensor")
     plain = [x.detach() for x in (q, k, v)]
-    torch.library.opcheck(
-        ops.attention_plan.default, (*plain[:2], True, deterministic, *problem.flat()), test_utils=utils
-    )
-    plan = ops.attention_plan(*plain[:2], True, deterministic, *problem.flat())
+    given = (*Shapes.of(*plain[:2]), True, deterministic, *problem.flat())
+    torch.library.opcheck(ops.attention_plan.default, given, test_utils=utils)
+    plan = ops.attention_plan(*given)
     rest = (*problem.flat(), plan, deterministic)
     torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, *rest), test_utils=utils)
     out, lse = ops.attention_forward_planned(*plain, *rest)
@@ -135,7 +134,7 @@ def test_a_plan_of_rows_without_any_key_is_written(monkeypatch: pytest.MonkeyPat
     lengths, anywhere = torch.tensor([40, 3, 61]), torch.full((3,), 2**31 - 1)
     problem = AttentionProblem(table, lengths, none, none, anywhere, anywhere, None, 0, 0, 61, 0, 0.2, 0.0)
     q, k, v = torch.randn(104, 4, 32), torch.randn(0, 2, 32), torch.randn(0, 2, 32)
-    plan = torch.ops.grit_kernels.attention_plan(q, k, True, False, *problem.flat())
+    plan = torch.ops.grit_kernels.attention_plan(*Shapes.of(q, k), True, False, *problem.flat())
     out, lse = torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, False)
     assert torch.equal(out, torch.zeros_like(out)) and torch.equal(lse, torch.full_like(lse, -torch.inf))
 

@@ -25,7 +25,7 @@ from grit_kernels.attention import (  # noqa: E402
     triton_forward,
     triton_plan,
 )
-from grit_kernels.attention.problem import AttentionProblem  # noqa: E402
+from grit_kernels.attention.problem import AttentionProblem, Shapes  # noqa: E402
 from grit_kernels.attention.reference import attention_backward as reference_backward  # noqa: E402
 from grit_kernels.attention.reference import attention_forward as reference_forward  # noqa: E402
 from grit_kernels.attention.triton_common import LARGEST_TILE, addressable, split_head_dim  # noqa: E402
@@ -175,7 +175,7 @@ def test_in_a_mixed_pack_the_keys_of_those_samples_are_split_that_have_few_rows_
     q_len, k_len, split = [1, 3, 40, 9, 0, 8], [90, 20, 70, 60, 50, 48], [True, False, False, False, False, True]
     tensors, problem = server_step(q_len, k_len, 4, 2)
     q, k, v = tensors
-    grid = triton_plan.tile_grid("forward", q, k, problem)
+    grid = triton_plan.tile_grid("forward", Shapes.of(q, k), problem)
     table = triton_plan.plan_tiles(grid, problem.tables, None).table
     listed = {sample for sample, block in table.tolist() if block >= 0}
     assert listed == {b for b, n in enumerate(q_len) if n and not split[b]}
@@ -226,7 +226,7 @@ def test_rows_that_fill_several_tiles_share_split_keys(splits: int, monkeypatch:
     numbers = torch.tensor([[0], [40], [0], [300]], dtype=torch.int32)
     bounds = window_bounds(torch.tensor([True]), (-1, -1), 40, 300)
     problem = AttentionProblem(*numbers, *bounds, None, 0, 0, 40, 300, 0.2, 0.0)
-    assert triton_plan.split_samples(q, k, problem) == triton_plan.Split(40, 0)
+    assert triton_plan.split_samples(Shapes.of(q, k), problem) == triton_plan.Split(40, 0)
     found = triton_forward.attention_forward(q, k, v, problem)
     for a, b in zip(found, reference_forward(q, k, v, problem), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -239,7 +239,7 @@ def test_keys_are_split_for_few_rows_of_a_group_or_where_rows_leave_the_gpu_idle
 
     def split(rows: int, samples: int) -> triton_plan.Split:
         tensors, problem = server_step([rows] * samples, [600] * samples, 4, 2)
-        return triton_plan.split_samples(*tensors[:2], replace(problem, q_rows=rows))
+        return triton_plan.split_samples(Shapes.of(*tensors[:2]), replace(problem, q_rows=rows))
 
     assert split(32, 20) == triton_plan.Split(32, 0), "64 pairs of row and head fit a tile"
     assert split(128, 2) == triton_plan.Split(128, 0), "8 programs do not fill 16 processors twice"
@@ -248,7 +248,7 @@ def test_keys_are_split_for_few_rows_of_a_group_or_where_rows_leave_the_gpu_idle
 
 def test_a_pack_of_whole_samples_never_splits_keys() -> None:
     tensors, problem = server_step([300, 1, 700, 20], [300, 1, 700, 20], 4, 2)
-    assert triton_plan.split_samples(*tensors[:2], problem) == triton_plan.NO_SPLIT
+    assert triton_plan.split_samples(Shapes.of(*tensors[:2]), problem) == triton_plan.NO_SPLIT
 
 
 @INTERPRET
@@ -363,7 +363,9 @@ def test_heads_run_side_by_side_in_whole_groups_that_fit_half_an_l2_cache() -> N
     q, k, _ = (torch.empty(rows, heads, 128, device="meta") for rows, heads in sizes)
     _, problem = server_step([50_000] * 2, [50_000] * 2, 1, 1)
     for kernel, heads in (("forward", 4), ("backward_rows", 4), ("backward_keys", 1)):
-        assert triton_plan.tile_grid(kernel, q, k, problem).side_by_side == heads, "the heads of a group share keys"
+        assert triton_plan.tile_grid(kernel, Shapes.of(q, k), problem).side_by_side == heads, (
+            "the heads of a group share keys"
+        )
 
 
 @pytest.mark.parametrize("dim", range(32, 257, 8))
