@@ -238,12 +238,13 @@ def prepared_attention(
     kernels derive from the problem alone is computed once, by the first layer.
 
     ``sinks`` (Hq): one more score per head in the softmax of every row, to which no value belongs. It divides a row's
-    probabilities by ``1 + exp(sink - lse)``, so the output is ``sigmoid(lse - sink)`` times the one without.
+    probabilities by ``1 + exp(sink - lse)``, so the output is ``sigmoid(lse - sink)`` times the one without. The Triton kernels
+    do this themselves.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
+    if sinks is None or runs_triton("attention_plan", q.device):
+        return _call(q, k, v, problem, plans, deterministic, sinks)[0]
     out, lse = _call(q, k, v, problem, plans, deterministic)
-    if sinks is None:
-        return out
     return (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
 
 
@@ -397,8 +398,9 @@ def _call(
     problem: AttentionProblem,
     plans: dict[Any, Tensor] | None = None,
     deterministic: bool = True,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the requested backend."""
+    """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the requested backend. ``sinks``: where it runs Triton."""
     q, k, v = _casted(q, k, v)
     if use_reference(q.device):
         return reference.attention_forward(q, k, v, problem)
@@ -406,12 +408,12 @@ def _call(
         raise TypeError(
             "q: expected float32, bfloat16 or float16, got torch.float64, which needs `with grit_kernels.backend('reference')`"
         )
-    if (plans is None and deterministic) or not runs_triton("attention_plan", q.device):
+    if (plans is None and deterministic and sinks is None) or not runs_triton("attention_plan", q.device):
         return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
-    backward = _differentiable(q, k, v)
+    backward = _differentiable(q, k, v, sinks)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     plan = _plan(q, k, backward, deterministic, problem, {} if plans is None else plans)
-    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, deterministic)
+    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, deterministic, sinks)
 
 
 def _plan(

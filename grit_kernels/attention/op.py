@@ -17,6 +17,9 @@ _TRITON = "grit_kernels.attention.triton"
 _TENSORS, _RESULTS = "Tensor q, Tensor k, Tensor v", "-> (Tensor out, Tensor lse)"
 _GRADS = f"Tensor grad_out, Tensor? grad_lse, {_TENSORS}, Tensor out, Tensor lse"
 _GRAD_RESULTS = "-> (Tensor dq, Tensor dk, Tensor dv)"
+# sinks: a score per head that takes part in the softmax of every row, and in lse, and brings no value
+_PLANNED = "Tensor plan, bool deterministic, Tensor? sinks"
+_PLANNED_GRAD_RESULTS = "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
 
 define_op(
     f"attention_forward({_TENSORS}, {_PROBLEM}) {_RESULTS}",
@@ -40,15 +43,15 @@ define_op(
     problem=AttentionProblem,
 )
 define_op(
-    f"attention_forward_planned({_TENSORS}, {_PROBLEM}, Tensor plan, bool deterministic) {_RESULTS}",
+    f"attention_forward_planned({_TENSORS}, {_PROBLEM}, {_PLANNED}) {_RESULTS}",
     reference=None,
     triton=f"{_TRITON}_forward:attention_forward",
     problem=AttentionProblem,
 )
 define_op(
-    f"attention_backward_planned({_GRADS}, {_PROBLEM}, Tensor plan, bool deterministic) {_GRAD_RESULTS}",
+    f"attention_backward_planned({_GRADS}, {_PROBLEM}, {_PLANNED}) {_PLANNED_GRAD_RESULTS}",
     reference=None,
-    triton=f"{_TRITON}_backward:attention_backward",
+    triton=f"{_TRITON}_backward:attention_backward_planned",
     problem=AttentionProblem,
 )
 # few rows over a cache, whose keys may have unused slots between them; other kernels want those moved out of the way first
@@ -72,11 +75,16 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 @torch.library.register_fake("grit_kernels::attention_backward")
-@torch.library.register_fake("grit_kernels::attention_backward_planned")
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("grit_kernels::attention_backward_planned")
+def _backward_planned_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads, sinks = _backward_fake(*given), given[-1]
+    return *grads, given[2].new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
 @torch.library.register_fake("grit_kernels::attention_plan")
@@ -90,22 +98,25 @@ def _plan_fake(*given: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    options, plan = 3 + AttentionProblem.TENSOR_COUNT, 3 + len(AttentionProblem.NAMES)
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], *inputs[plan : plan + 1])
-    ctx.options, ctx.deterministic = inputs[options:plan], inputs[plan + 1 :]
+    options, planned = 3 + AttentionProblem.TENSOR_COUNT, 3 + len(AttentionProblem.NAMES)
+    plan, ctx.deterministic, sinks = inputs[planned:] or (None, True, None)
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], plan, sinks)
+    ctx.options = inputs[options:planned]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(backward: Any) -> Any:
+def _gradients(backward: Any, planned: bool) -> Any:
     def run(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # q, k, v, out, lse, the problem's, the plan of an op that takes one
-        plan = 5 + AttentionProblem.TENSOR_COUNT
+        *saved, plan, sinks = ctx.saved_tensors  # first q, k, v, out, lse, the problem's
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
         if grad_lse is not None:  # the -inf of a row without keys depends on nothing, and is where NaN comes from
             grad_lse = grad_lse.masked_fill(saved[4] == float("-inf"), 0.0)
-        grads = backward(grad_out, grad_lse, *saved[:plan], *ctx.options, *saved[plan:], *ctx.deterministic)
-        return *grads, *([None] * (len(saved) - 5 + len(ctx.options) + len(ctx.deterministic)))
+        extra = (plan, ctx.deterministic, sinks) if planned else ()
+        dq, dk, dv, *dsinks = backward(grad_out, grad_lse, *saved, *ctx.options, *extra)
+        of_problem = [None] * len(AttentionProblem.NAMES)
+        of_extra = (None, None, None if sinks is None else dsinks[0]) if planned else ()
+        return dq, dk, dv, *of_problem, *of_extra
 
     return run
 
@@ -113,7 +124,7 @@ def _gradients(backward: Any) -> Any:
 for _suffix in ("", "_planned"):
     torch.library.register_autograd(
         f"grit_kernels::attention_forward{_suffix}",
-        _gradients(getattr(torch.ops.grit_kernels, f"attention_backward{_suffix}")),
+        _gradients(getattr(torch.ops.grit_kernels, f"attention_backward{_suffix}"), _suffix != ""),
         setup_context=_save,
     )
     refuse_double_backward(f"attention_backward{_suffix}", "switch attention")

@@ -9,11 +9,16 @@ Three kernels: the statistics of each row; dK and dV (a tile of keys walks over 
 dQ (a tile of rows walks over keys). Both walks visit blocks that need no mask first, then the edges, as in the forward pass.
 Seven products per block, as p and ds are computed in both walks; the same inputs give the same bits.
 
+A sink z is one more score of every row, without a value, so its gradient is -sum_r exp(z - lse_r) delta_r: the kernel of the
+statistics adds up blocks of rows, and torch adds those in order.
+
 Without the promise of the same bits, the walk over rows adds ds k to an FP32 dQ as well, by atomics: five products, no second
 walk, but 4 bytes per number of dQ added in memory for every block of keys.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -51,12 +56,14 @@ STATISTICS = tl.constexpr(4)
 
 @triton.jit(do_not_specialize=["rows"])
 def row_statistics_kernel(
-    p_do, p_out, p_lse, p_dlse, p_stat, p_dq, stride_dot, stride_doh, rows,
+    p_do, p_out, p_lse, p_dlse, p_sinks, p_stat, p_dq, p_dsinks, stride_dot, stride_doh, rows,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr, CLEAR_DQ: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """p_stat (Hq, Tq, STATISTICS): -lse in units of log2, and -delta; what a walk adds to the products of a row.
 
-    CLEAR_DQ: the FP32 dQ (Tq, Hq, D), to which atomics add, starts from 0.
+    CLEAR_DQ: the FP32 dQ (Tq, Hq, D), to which atomics add, starts from 0. HAS_SINKS: p_dsinks (Hq, blocks of rows), FP32, what
+    these rows add to the gradient of their head's sink.
     """
     head = tl.cast(tl.program_id(1), tl.int64)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -72,6 +79,12 @@ def row_statistics_kernel(
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + o_pair, mask=m_row, other=0.0)
     b_lse = tl.load(p_lse + o_pair, mask=m_row, other=0.0) * -1.4426950408889634
+    if HAS_SINKS:
+        b_sink = tl.load(p_sinks + head).to(tl.float32) * 1.4426950408889634
+        # a row that sees no key, whose lse is -inf, may hold anything
+        m_alive = m_row & (b_lse != float("inf"))
+        b_dsink = tl.where(m_alive, tl.exp2(b_sink + tl.where(m_alive, b_lse, 0.0)) * b_delta, 0.0)
+        tl.store(p_dsinks + head * tl.num_programs(0) + tl.program_id(0), -tl.sum(b_dsink, 0))
     if CLEAR_DQ:
         tl.store(p_dq + o_pair[:, None] * D + o_d[None, :], tl.zeros([BM, DP], dtype=tl.float32), mask=mask)
     p_stat += (head * rows + row) * STATISTICS
@@ -376,7 +389,18 @@ def backward_rows_kernel(
         store_part(p_dq, o_m, HEADS * D, m_store, tl.where(m_row[:, None], b_dq2 * softmax_scale, 0.0), D1, D2, D)
 
 
-def attention_backward(
+def attention_backward(*given: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``grit_kernels::attention_backward``."""
+    return _gradients(*given, **options)[:3]
+
+
+def attention_backward_planned(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op ``grit_kernels::attention_backward_planned``; the last result is empty where there are no sinks."""
+    dq, dk, dv, dsinks = _gradients(*given)
+    return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
+
+
+def _gradients(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -387,8 +411,9 @@ def attention_backward(
     problem: AttentionProblem,
     plan: Tensor | None = None,
     deterministic: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The ops ``grit_kernels::attention_backward`` and ``attention_backward_planned``.
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Those of q, k, v and the sinks.
 
     ``plan``: that of triton_forward.attention_plan with ``backward`` and this ``deterministic``; without one the tiles are put in
     order here. ``deterministic``: the same inputs give the same bits; else dQ is added up in any order.
@@ -399,7 +424,7 @@ def attention_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sums = dq if deterministic or q.dtype == torch.float32 else torch.empty_like(dq, dtype=torch.float32)
     if not rows or not keys:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
     sign = -1.0 if problem.softmax_scale < 0 else 1.0
     q, softmax_scale = positive_scale(q, problem.softmax_scale)
     q, k, v, grad_out, out = (addressable(x) for x in (q, k, v, grad_out.to(q.dtype), out))
@@ -421,14 +446,18 @@ def attention_backward(
         **{"HEADS": heads, "GROUP": group, "D": dim, "D1": d1, "D2": d2},
         **{"HAS_HI": hi is not None, "HAS_CAP": problem.softcap > 0, "UPCAST": upcast_operands()},
     }
+    block = max(16, 4096 // triton.next_power_of_2(dim))
+    blocks = triton.cdiv(rows, block)
+    shares = statistics if sinks is None else torch.empty((heads, blocks), dtype=torch.float32, device=q.device)
     with on_device(q):
-        block = max(16, 4096 // triton.next_power_of_2(dim))
-        row_statistics_kernel[(triton.cdiv(rows, block), heads)](
-            grad_out, out, lse, lse if grad_lse is None else grad_lse.float().contiguous(), statistics, sums,
+        row_statistics_kernel[(blocks, heads)](
+            grad_out, out, lse, lse if grad_lse is None else grad_lse.float().contiguous(),
+            lse if sinks is None else sinks.contiguous(), statistics, sums, shares,
             grad_out.stride(0), grad_out.stride(1), rows,
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
-            CLEAR_DQ=not deterministic,
+            CLEAR_DQ=not deterministic, HAS_SINKS=sinks is not None,
         )  # fmt: skip
+        dsinks = None if sinks is None else shares.sum(1).to(sinks.dtype)
         if plan is None:
             first_row = None
             if hi is not None:
@@ -443,11 +472,11 @@ def attention_backward(
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
         if not deterministic:
-            return torch.mul(sums, softmax_scale * sign, out=dq), dk, dv
+            return torch.mul(sums, softmax_scale * sign, out=dq), dk, dv, dsinks
         config, row_plan = grids[1].config, plans[1]
         backward_rows_kernel[(row_plan.tiles * heads,)](
             q, k, v, grad_out, dq, statistics, row_plan.table, *bounds, bounds[0] if hi is None else hi,
             *strides, rows, row_plan.tiles, row_plan.side_by_side, q_rows, scale, cap, softmax_scale * sign,
             BM=config.rows, BN=config.keys, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
         )  # fmt: skip
-    return dq, dk, dv
+    return dq, dk, dv, dsinks

@@ -30,6 +30,7 @@ from grit_kernels.attention.triton_common import (
     split_head_dim,
     store_part,
     tile_keys,
+    with_sink,
 )
 from grit_kernels.attention.triton_decode import decode_samples
 from grit_kernels.attention.triton_plan import (
@@ -52,11 +53,11 @@ WARPS_PER_PROCESSOR = 16
 
 @triton.jit
 def forward_tile(
-    p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
-    PERSISTENT: tl.constexpr, AHEAD: tl.constexpr,
+    PERSISTENT: tl.constexpr, AHEAD: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Rows [block * BM, block * BM + BM) of a sample, for one query head."""
     q_start, len_q, k_start, len_k, left, right = load_sample(
@@ -93,6 +94,10 @@ def forward_tile(
         b_q1, b_q2, p_k, p_v, p_hi, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
         D, D1, D2, BM, BN, HAS_CAP, UPCAST, AHEAD, False,
     )  # fmt: skip
+    if HAS_SINKS:
+        b_lse, b_factor = with_sink(b_lse, tl.load(p_sinks + head))
+        b_out1 = b_out1 * b_factor[:, None]
+        b_out2 = b_out2 * b_factor[:, None]
     # padding rows inside a rectangular sample are written as well
     b_out1 = tl.where(m_row[:, None], b_out1, 0.0)
     b_out2 = tl.where(m_row[:, None], b_out2, 0.0)
@@ -106,16 +111,16 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
 def attention_forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_table, p_counter, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_table, p_counter, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tiles, heads_side_by_side, q_rows, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
-    PERSISTENT: tl.constexpr, AHEAD: tl.constexpr,
+    PERSISTENT: tl.constexpr, AHEAD: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """PERSISTENT: take tiles off the list until it is empty (which program takes a tile changes no bit of it). Else: one tile.
 
     Every tile that is taken draws one number from the counter, so the last number is known, and who draws it clears the counter
-    for the next launch.
+    for the next launch. HAS_SINKS: p_sinks (Hq), one more score of every row of a head, to which no value belongs.
     """
     order = tl.program_id(0)
     if PERSISTENT:
@@ -123,9 +128,9 @@ def attention_forward_kernel(
             head, sample, block = program_tile(p_table, tiles, heads_side_by_side, order)
             if block >= 0:
                 forward_tile(
-                    p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+                    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
                     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
-                    HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, True, AHEAD,
+                    HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, True, AHEAD, HAS_SINKS,
                 )  # fmt: skip
             # each program's first tile is that of its own index
             order = tl.num_programs(0) + tl.atomic_add(p_counter, 1, sem="relaxed")
@@ -135,19 +140,25 @@ def attention_forward_kernel(
         head, sample, block = program_tile(p_table, tiles, heads_side_by_side, order)
         if block >= 0:
             forward_tile(
-                p_q, p_k, p_v, p_out, p_lse, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+                p_q, p_k, p_v, p_out, p_lse, p_sinks, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
                 stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, head, sample, block, q_rows, scale, cap,
-                HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, False, AHEAD,
+                HEADS, GROUP, D, D1, D2, BM, BN, HAS_HI, HAS_CAP, UPCAST, False, AHEAD, HAS_SINKS,
             )  # fmt: skip
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, plan: Tensor | None = None, deterministic: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    plan: Tensor | None = None,
+    deterministic: bool = True,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ops ``grit_kernels::attention_forward`` and ``attention_forward_planned``. No autotuning, nothing read back.
 
     ``plan``: that of :func:`attention_plan` for this call; without one the tiles are put in order here. ``deterministic`` is for
-    the backward pass.
+    the backward pass. ``sinks`` (Hq) are part of ``lse``, see :func:`grit_kernels.attention.prepared_attention`.
     """
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
@@ -157,12 +168,13 @@ def attention_forward(
         return out, lse
     q, softmax_scale = positive_scale(q, problem.softmax_scale)
     q, k, v = addressable(q), addressable(k), addressable(v)
+    sinks = None if sinks is None else sinks.contiguous()
     bounds, hi, q_rows = int32_tables(problem), problem.hi, problem.q_rows
     scale, cap = softmax_constants(softmax_scale, problem.softcap)
     with on_device(q):
         grid = tile_grid("forward", Shapes.of(q, k), problem)
         if grid.split != NO_SPLIT:
-            decode_samples(q, k, v, out, lse, problem, bounds, grid.split, scale, cap)
+            decode_samples(q, k, v, out, lse, problem, bounds, grid.split, scale, cap, sinks=sinks)
             if grid.splits_all:
                 return out, lse
         if plan is None:
@@ -175,12 +187,13 @@ def attention_forward(
         if config.persistent:
             programs = min(programs, processor_count(q.device) * WARPS_PER_PROCESSOR // config.warps)
         attention_forward_kernel[(programs,)](
-            q, k, v, out, lse, table, counter, *bounds, bounds[0] if hi is None else hi,
+            q, k, v, out, lse, lse if sinks is None else sinks, table, counter, *bounds, bounds[0] if hi is None else hi,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             tiles, side_by_side, q_rows, scale, cap,
             HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=config.rows, BN=config.keys,
             HAS_HI=hi is not None, HAS_CAP=problem.softcap > 0, UPCAST=upcast_operands(), PERSISTENT=config.persistent,
-            AHEAD=config.ahead, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            AHEAD=config.ahead, HAS_SINKS=sinks is not None,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 

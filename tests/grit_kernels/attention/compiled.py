@@ -29,8 +29,10 @@ def compile_kernel(
     hi: bool = False,
     cap: bool = False,
     used: bool = False,
+    sinks: bool = False,
 ) -> Compiled:
-    """Compile ``kernel`` as its launcher would for 32 query heads over 8; ``used``: some slots of the cache hold no key.
+    """Compile ``kernel`` as its launcher would for 32 query heads over 8; ``used``: some slots of the cache hold no key;
+    ``sinks``: of the forward kernel.
 
     Decoding compiles as where keys are split, so the merge applies sinks.
     """
@@ -40,7 +42,7 @@ def compile_kernel(
     given = {
         **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
         **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True, "PERSISTENT": config.persistent},
-        **{"AHEAD": config.ahead, "HAS_USED": used, "HAS_SINKS": False},
+        **{"AHEAD": config.ahead, "HAS_USED": used, "HAS_SINKS": sinks},
         **{"ATOMIC": kernel == "backward", "STRIDE_QT": 32 * dim, "STRIDE_DOT": 32 * dim},
     }
     types = {}

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import grit_kernels as gk
+from grit_kernels.attention import prepared_attention
 from grit_kernels.hf import compiled_layers
-from tests.grit_kernels.attention.test_launches import PLAN, WITH_ATOMICS, WITHOUT_ATOMICS
+from tests.grit_kernels.attention.test_launches import PLAN, WITH_ATOMICS, WITHOUT_ATOMICS, pack_and_problem, tensors
 from tests.grit_kernels.tiny_mistral import IDS, MASKS, tiny_model
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -183,3 +184,16 @@ def test_a_layer_whose_plan_is_missing_makes_its_own(launches: Counter[str], mon
     found = gradients(compiled, given)
     assert launches["list_tiles_kernel"] == 6
     assert all(map(torch.equal, found, gradients(model, given)))
+
+
+def test_sinks_are_part_of_a_compiled_layers_kernels(launches: Counter[str]) -> None:
+    pack, problem = pack_and_problem(upper_bounds=True)
+    inputs = [*tensors(pack.tokens), torch.randn(4, requires_grad=True)]
+    compiled = torch.compile(prepared_attention, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (prepared_attention, compiled):
+        launches.clear()
+        out = run(*inputs[:3], problem, {}, inputs[3])
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        assert split(launches)[1] == Counter(dict.fromkeys(WITHOUT_ATOMICS, 1))
+    assert all(map(torch.equal, *found))

@@ -111,7 +111,8 @@ def test_a_shared_plan_changes_no_bit(upper_bounds: bool, deterministic: bool) -
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_opcheck_accepts_the_ops_that_take_a_plan(deterministic: bool) -> None:
+@pytest.mark.parametrize("sinks", [None, torch.zeros(4)], ids=["", "sinks"])
+def test_opcheck_accepts_the_ops_that_take_a_plan(deterministic: bool, sinks: Tensor | None) -> None:
     pack, problem = pack_and_problem(upper_bounds=True)
     q, k, v = tensors(pack.tokens)
     ops, utils = torch.ops.grit_kernels, ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -119,8 +120,9 @@ def test_opcheck_accepts_the_ops_that_take_a_plan(deterministic: bool) -> None:
     given = (*Shapes.of(*plain[:2]), True, deterministic, *problem.flat())
     torch.library.opcheck(ops.attention_plan.default, given, test_utils=utils)
     plan = ops.attention_plan(*given)
-    rest = (*problem.flat(), plan, deterministic)
-    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, *rest), test_utils=utils)
+    rest = (*problem.flat(), plan, deterministic, sinks)
+    trained = (*rest[:-1], None if sinks is None else sinks.clone().requires_grad_())
+    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, *trained), test_utils=utils)
     out, lse = ops.attention_forward_planned(*plain, *rest)
     arguments = (torch.randn_like(out), None, *plain, out, lse, *rest)
     torch.library.opcheck(ops.attention_backward_planned.default, arguments, test_utils=utils)
@@ -135,7 +137,7 @@ def test_a_plan_of_rows_without_any_key_is_written(monkeypatch: pytest.MonkeyPat
     problem = AttentionProblem(table, lengths, none, none, anywhere, anywhere, None, 0, 0, 61, 0, 0.2, 0.0)
     q, k, v = torch.randn(104, 4, 32), torch.randn(0, 2, 32), torch.randn(0, 2, 32)
     plan = torch.ops.grit_kernels.attention_plan(*Shapes.of(q, k), True, False, *problem.flat())
-    out, lse = torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, False)
+    out, lse = torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, False, None)
     assert torch.equal(out, torch.zeros_like(out)) and torch.equal(lse, torch.full_like(lse, -torch.inf))
 
 
@@ -181,6 +183,32 @@ def test_checkpoints_that_keep_attention_do_not_launch_it_again(launches: Counte
         out.sum().backward()
         assert launches["attention_forward_kernel"] == times
         assert launches["backward_keys_kernel"] == launches["backward_rows_kernel"] == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more"), [(torch.float32, {"fill_": 1}), (torch.bfloat16, {"fill_": 1, "copy_": 1})], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_sinks_add_one_small_sum_to_a_checkpointed_layer(
+    launches: Counter[str], dtype: torch.dtype, more: dict[str, int], deterministic: bool
+) -> None:
+    """Of what the blocks of rows add to each sink's gradient, in order; and a cast. (A CPU's sum fills its result first.)"""
+    pack, problem = pack_and_problem(upper_bounds=True)
+    counted = []
+    for sinks in (None, torch.zeros(4, dtype=dtype, requires_grad=True)):
+        q, k, v = tensors(pack.tokens)
+        launches.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out = checkpoint(
+                prepared_attention, q, k, v, problem, {}, sinks, deterministic=deterministic, use_reentrant=False
+            )
+            out.backward(torch.ones_like(out))
+        assert sinks is None or sinks.grad is not None
+        counted.append((Counter(launches), Counter(torch_launches(profile))))
+        assert [event.name for event in profile.events()].count("aten::sum") == (sinks is not None)
+    (plain, of_torch), (with_sinks, more_of_torch) = counted
+    assert with_sinks == plain
+    assert more_of_torch - of_torch == Counter(more)
 
 
 def run_layers(

@@ -155,16 +155,35 @@ def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
         {"HEADS": 32, "D": 128, "DP": 128, "BM": 16, "HAS_SINKS": True},
         CAPABILITY[arch],
     )
-    statistics = compile_ahead_of_time(
-        triton_backward.row_statistics_kernel,
-        {"p_do": "*bf16", "p_out": "*bf16", "p_lse": "*fp32", "p_dlse": "*fp32", "p_stat": "*fp32", "p_dq": "*fp32"}
-        | {x: "i32" for x in ("stride_dot", "stride_doh", "rows")},
-        {"HEADS": 32, "D": 128, "DP": 128, "BM": 32, "HAS_DLSE": True, "CLEAR_DQ": True},
-        CAPABILITY[arch],
-    )
-    assert merged.spilled == statistics.spilled == 0
-    if arch == "sm90":
-        assert "ld.global.v4" in statistics.ptx, "rows are read 16 bytes at a time"
+    assert merged.spilled == 0
+    for sinks in (False, True):
+        statistics = compile_ahead_of_time(
+            triton_backward.row_statistics_kernel,
+            {"p_do": "*bf16", "p_out": "*bf16", "p_sinks": "*bf16"}
+            | {x: "*fp32" for x in ("p_lse", "p_dlse", "p_stat", "p_dq", "p_dsinks")}
+            | {x: "i32" for x in ("stride_dot", "stride_doh", "rows")},
+            {"HEADS": 32, "D": 128, "DP": 128, "BM": 32, "HAS_DLSE": True, "CLEAR_DQ": True, "HAS_SINKS": sinks},
+            CAPABILITY[arch],
+        )
+        assert statistics.spilled == 0
+        if arch == "sm90":
+            assert "ld.global.v4" in statistics.ptx, "rows are read 16 bytes at a time"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_a_sink_costs_the_forward_kernel_nothing_in_its_loops(arch: str, dim: int) -> None:
+    plain, with_sinks = (compile_kernel("forward", arch, "bf16", dim, sinks=sinks) for sinks in (False, True))
+    assert with_sinks.spilled == plain.spilled == 0 and with_sinks.shared == plain.shared
+    work = [
+        [
+            sum(re.search("MMA|MUFU|LDGSTS", code) is not None for code in loop)
+            for loop in compiled_kernels.loops_of_products(x)
+        ]
+        for x in (plain, with_sinks)
+    ]
+    assert work[0] == work[1]
 
 
 @pytest.mark.aot
