@@ -63,6 +63,7 @@ struct Layout {
   GRIT_MEMBER int64_t tiles(const Sample& s, int64_t group) const { return (slots(s, group) + vectors - 1) / vectors; }
 };
 
+constexpr int64_t LARGEST_HEAD_DIM = 512;
 constexpr int64_t FORWARD_KEYS = 128;   // keys per block of the forward pass
 constexpr int64_t BACKWARD_KEYS = 128;  // keys per block of the backward pass
 constexpr int64_t DECODE_KEYS = 256;    // keys per partial result of the path for few queries

@@ -33,7 +33,8 @@ AttentionCall take_apart(const AttentionProblem& x, const Tensor& q, const Tenso
   a.dim = q.size(2);
   a.heads_q = q.size(1);
   a.heads_kv = k.size(1);
-  STD_TORCH_CHECK(a.dim > 0 && a.dim <= 256 && a.dim % 8 == 0, "q: expected a head dim that is a multiple of 8 up to 256, got ", a.dim);
+  STD_TORCH_CHECK(a.dim > 0 && a.dim <= LARGEST_HEAD_DIM && a.dim % 8 == 0, "q: expected a head dim that is a multiple of 8 up to ",
+                  LARGEST_HEAD_DIM, ", got ", a.dim);
   STD_TORCH_CHECK(a.heads_kv > 0 && a.heads_q % a.heads_kv == 0, "q: expected a multiple of k's ", a.heads_kv, " heads, got ", a.heads_q);
   a.group = a.heads_q / a.heads_kv;
   call.rows_q = q.size(0);

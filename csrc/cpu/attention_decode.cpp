@@ -257,7 +257,7 @@ void join(const Attention& a, int64_t row, int64_t head, int64_t parts, int64_t 
   for (int64_t p = 0; p < parts; ++p) highest = larger(highest, maximum[p * stride]);
   T* out = (T*)a.out + (row * a.heads_q + head) * a.dim;
   vf totals = {};
-  alignas(64) float x[256 + W] = {};
+  alignas(64) float x[LARGEST_HEAD_DIM + W] = {};
   for (int64_t p = 0; p < parts; ++p) {
     const vf of_part = load(total + p * stride * W);
     // a part without keys; scores that are all NaN have no maximum either, but a total

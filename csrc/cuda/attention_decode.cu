@@ -7,9 +7,9 @@ namespace grit {
 namespace {
 
 // grid: (parts * tiles, heads of keys, samples)
-template <class T, int WIDTH, int PAIRS>
-__global__ void __launch_bounds__(THREADS, blocks_per_processor(PAIRS)) decode_kernel(const DecodeArguments a) {
-  using Block = Decode<GpuWarp, T, WIDTH, PAIRS>;
+template <class T, int DIM, int PAIRS>
+__global__ void __launch_bounds__(THREADS, blocks_per_processor(PAIRS, DIM)) decode_kernel(const DecodeArguments a) {
+  using Block = Decode<GpuWarp, T, DIM, PAIRS>;
   __shared__ typename Block::Shared shared;
   const auto tile = Block::tile_of(a, (int32_t)blockIdx.x, blockIdx.y, blockIdx.z);
   Block::read_keys(a, tile, (int)threadIdx.x / LANES, shared);
@@ -49,10 +49,10 @@ std::tuple<Tensor, Tensor> attention_decode_cuda(const AttentionProblem& problem
   if (call.out.numel() == 0 || call.tiles == 0 || a.samples == 0) return {call.out, call.lse};
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "CUDA: no current stream");
-  with_templates(call, [&](auto type, auto width, auto pairs) {
+  with_templates(call, [&](auto type, auto dim, auto pairs) {
     using T = decltype(type);
     const dim3 grid((unsigned)(a.splits * call.tiles), (unsigned)call.heads_kv, (unsigned)a.samples);
-    decode_kernel<T, decltype(width)::value, decltype(pairs)::value><<<grid, THREADS, 0, (cudaStream_t)stream>>>(a);
+    decode_kernel<T, decltype(dim)::value, decltype(pairs)::value><<<grid, THREADS, 0, (cudaStream_t)stream>>>(a);
     check(cudaGetLastError());
     if (a.splits > 1) {
       const dim3 places((unsigned)(a.most_rows * a.heads), (unsigned)a.samples);

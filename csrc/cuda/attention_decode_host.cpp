@@ -13,9 +13,9 @@ std::tuple<Tensor, Tensor> attention_decode_on_host(const AttentionProblem& prob
   const int64_t processors = 8;  // so that long keys are split
   const DecodeCall call = take_decode_apart(problem, q, k, v, used, sinks, processors);
   const DecodeArguments& a = call.arguments;
-  with_templates(call, [&](auto type, auto width, auto pairs) {
+  with_templates(call, [&](auto type, auto dim, auto pairs) {
     using T = decltype(type);
-    using Block = Decode<HostWarp, T, decltype(width)::value, decltype(pairs)::value>;
+    using Block = Decode<HostWarp, T, decltype(dim)::value, decltype(pairs)::value>;
     const auto shared = std::make_unique<typename Block::Shared>();
     for (int64_t sample = 0; sample < a.samples; ++sample)
       for (int64_t head_kv = 0; head_kv < call.heads_kv; ++head_kv)

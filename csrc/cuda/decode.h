@@ -1,7 +1,7 @@
 // Attention of few rows over many keys, see attention/triton_decode.py: decoding, whose cost is to read keys and values once.
 //
 // A block of WARPS warps owns a share of one sample's keys, for one head of keys and PAIRS (row, query head) pairs that see it.
-// In a warp, WIDTH neighbouring lanes share a key, COLUMNS columns each (one load of 16 bytes of 16-bit numbers), so that
+// In a warp, WIDTH neighbouring lanes share a key, LOADS times COLUMNS columns each (a load: 16 bytes of 16-bit numbers), so that
 // LANES / WIDTH keys are read side by side; UNROLL of them per lane are in flight. Nothing is staged: a lane multiplies what it
 // has read, the lanes of a key add up their products, and each lane keeps the columns of the running sum that it reads of the
 // values. The streams of keys of a block (one per group of lanes that shares keys) are merged in its shared memory, the blocks
@@ -103,11 +103,14 @@ GRIT_DEVICE void store_result(const DecodeArguments& a, int64_t row, int64_t hea
   if (column == 0) a.lse[place] = lse == -INFINITY ? lse : lse * NATURAL_OF_2;
 }
 
-template <class Warp, class T, int WIDTH, int PAIRS>
+constexpr int loads(int64_t dim) { return dim > LANES * COLUMNS ? 2 : 1; }
+
+template <class Warp, class T, int DIM, int PAIRS>
 struct Decode {
-  static constexpr int KEYS = LANES / WIDTH;                  // side by side in a warp
-  static constexpr int UNROLL = sizeof(T) == 4 ? 2 : 4;       // of a lane, in flight
-  static constexpr int STREAMS = WARPS * KEYS, DIM = WIDTH * COLUMNS;
+  static constexpr int LOADS = loads(DIM), SIDE_BY_SIDE = DIM / LOADS, WIDTH = SIDE_BY_SIDE / COLUMNS;
+  static constexpr int KEYS = LANES / WIDTH;                         // side by side in a warp
+  static constexpr int UNROLL = (sizeof(T) == 4 ? 2 : 4) / LOADS;    // of a lane, in flight
+  static constexpr int STREAMS = WARPS * KEYS;
 
   struct Shared {
     float top[STREAMS][PAIRS], total[STREAMS][PAIRS], sums[STREAMS][PAIRS][DIM];
@@ -157,7 +160,7 @@ struct Decode {
 
   // One warp's streams of keys, to shared memory.
   GRIT_DEVICE static void read_keys(const DecodeArguments& a, const Tile& t, int warp, Shared& shared) {
-    typename Warp::template Each<float[PAIRS][COLUMNS]> q, sums;
+    typename Warp::template Each<float[PAIRS][LOADS * COLUMNS]> q, sums;
     typename Warp::template Each<float[PAIRS]> top, total;
     const T* keys = (const T*)a.k.data + t.sample.k_start * a.k.row + t.head_kv * a.k.head;
     const T* values = (const T*)a.v.data + t.sample.k_start * a.v.row + t.head_kv * a.v.head;
@@ -169,10 +172,11 @@ struct Decode {
       for (int pair = 0; pair < PAIRS; ++pair) {
         const Place place = place_of(a, t, pair);
         const T* from = (const T*)a.q.data + (t.sample.q_start + place.row) * a.q.row + place.head * a.q.head + column;
-        const bool real = t.lo[pair] < t.hi[pair] && column < dim;
+        const bool real = t.lo[pair] < t.hi[pair];
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-          q[lane][pair][c] = real ? (float)from[c] * a.q_factor : 0.0f;
+        for (int c = 0; c < LOADS * COLUMNS; ++c) {
+          const int at = c / COLUMNS * SIDE_BY_SIDE;
+          q[lane][pair][c] = real && column + at < dim ? (float)from[at + c % COLUMNS] * a.q_factor : 0.0f;
           sums[lane][pair][c] = 0.0f;
         }
         top[lane][pair] = -INFINITY;
@@ -180,19 +184,23 @@ struct Decode {
       }
     });
     for (int32_t first = t.begin + warp * (UNROLL * KEYS); first < t.end; first += WARPS * UNROLL * KEYS) {
-      typename Warp::template Each<Columns<T>[UNROLL]> value;
+      typename Warp::template Each<Columns<T>[UNROLL][LOADS]> value;
       typename Warp::template Each<float[UNROLL][PAIRS]> scores;
       Warp::lanes([&](int lane) {
         const int column = lane % WIDTH * COLUMNS;
-        Columns<T> key[UNROLL];
+        Columns<T> key[UNROLL][LOADS];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
           const int32_t j = first + u * KEYS + lane / WIDTH;
-          // What is not read is 0: a slot without a key may hold anything, and 0 * NaN is NaN.
-          key[u] = value[lane][u] = Columns<T>{};
-          if (j < t.end && column < dim && (!used || used[j])) {
-            key[u] = load_columns(keys + j * a.k.row + column);
-            value[lane][u] = load_columns(values + j * a.v.row + column);
+#pragma unroll
+          for (int n = 0; n < LOADS; ++n) {
+            const int at = column + n * SIDE_BY_SIDE;
+            // What is not read is 0: a slot without a key may hold anything, and 0 * NaN is NaN.
+            key[u][n] = value[lane][u][n] = Columns<T>{};
+            if (j < t.end && at < dim && (!used || used[j])) {
+              key[u][n] = load_columns(keys + j * a.k.row + at);
+              value[lane][u][n] = load_columns(values + j * a.v.row + at);
+            }
           }
         }
 #pragma unroll
@@ -201,7 +209,7 @@ struct Decode {
           for (int pair = 0; pair < PAIRS; ++pair) {
             float score = 0.0f;
 #pragma unroll
-            for (int c = 0; c < COLUMNS; ++c) score += q[lane][pair][c] * (float)key[u].x[c];
+            for (int c = 0; c < LOADS * COLUMNS; ++c) score += q[lane][pair][c] * (float)key[u][c / COLUMNS].x[c % COLUMNS];
             scores[lane][u][pair] = score;
           }
       });
@@ -227,13 +235,13 @@ struct Decode {
           top[lane][pair] = high;
           total[lane][pair] *= keep;
 #pragma unroll
-          for (int c = 0; c < COLUMNS; ++c) sums[lane][pair][c] *= keep;
+          for (int c = 0; c < LOADS * COLUMNS; ++c) sums[lane][pair][c] *= keep;
 #pragma unroll
           for (int u = 0; u < UNROLL; ++u) {
             const float p = exp2f(score[u] - base);
             total[lane][pair] += p;
 #pragma unroll
-            for (int c = 0; c < COLUMNS; ++c) sums[lane][pair][c] += p * (float)value[lane][u].x[c];
+            for (int c = 0; c < LOADS * COLUMNS; ++c) sums[lane][pair][c] += p * (float)value[lane][u][c / COLUMNS].x[c % COLUMNS];
           }
         }
       });
@@ -247,7 +255,8 @@ struct Decode {
           shared.total[stream][pair] = total[lane][pair];
         }
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) shared.sums[stream][pair][column + c] = sums[lane][pair][c];
+        for (int c = 0; c < LOADS * COLUMNS; ++c)
+          shared.sums[stream][pair][column + c / COLUMNS * SIDE_BY_SIDE + c % COLUMNS] = sums[lane][pair][c];
       }
     });
   }

@@ -10,12 +10,17 @@
 
 namespace grit {
 
-constexpr int64_t MOST_PAIRS = 8;       // of a block
+constexpr int64_t MOST_PAIRS = 8;       // of a block, fewer where a lane has more than one load of columns
 constexpr int64_t KEYS_PER_PART = 256;  // at least, where the keys of a sample are split
 constexpr int64_t MOST_PARTS = 64;
 
+constexpr int64_t most_pairs(int64_t dim) { return MOST_PAIRS / loads(dim); }
+
 // whose registers a multiprocessor holds at the same time
-constexpr int64_t blocks_per_processor(int64_t pairs) { return pairs >= 8 ? 2 : pairs >= 4 ? 3 : 4; }
+constexpr int64_t blocks_per_processor(int64_t pairs, int64_t dim) {
+  const int64_t held = pairs * loads(dim);
+  return held >= 8 ? 2 : held >= 4 ? 3 : 4;
+}
 
 // A call; `tensors` keeps what the arguments point to.
 struct DecodeCall {
@@ -51,8 +56,8 @@ inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, 
   a.dim = q.size(2);
   a.heads = q.size(1);
   call.heads_kv = k.size(1);
-  STD_TORCH_CHECK(a.dim > 0 && a.dim <= 256 && a.dim % COLUMNS == 0,
-                  "q: expected a head dim that is a multiple of 8 up to 256, got ", a.dim);
+  STD_TORCH_CHECK(a.dim > 0 && a.dim <= LARGEST_HEAD_DIM && a.dim % COLUMNS == 0,
+                  "q: expected a head dim that is a multiple of 8 up to ", LARGEST_HEAD_DIM, ", got ", a.dim);
   STD_TORCH_CHECK(call.heads_kv > 0 && a.heads % call.heads_kv == 0, "q: expected a multiple of k's ", call.heads_kv,
                   " heads, got ", a.heads);
   a.group = (int32_t)(a.heads / call.heads_kv);
@@ -91,10 +96,10 @@ inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, 
   a.most_rows = std::max(x.q_rows, x.max_q);
   const int64_t of_sample = a.most_rows * a.group;
   call.pairs = 1;
-  while (call.pairs < std::min(of_sample, MOST_PAIRS)) call.pairs *= 2;
+  while (call.pairs < std::min(of_sample, most_pairs(a.dim))) call.pairs *= 2;
   call.tiles = (of_sample + call.pairs - 1) / call.pairs;
   const int64_t blocks = std::max<int64_t>(1, call.tiles * call.heads_kv * a.samples);
-  const int64_t wanted = (processors * blocks_per_processor(call.pairs) + blocks - 1) / blocks;
+  const int64_t wanted = (processors * blocks_per_processor(call.pairs, a.dim) + blocks - 1) / blocks;
   const int64_t useful = (x.max_k + KEYS_PER_PART - 1) / KEYS_PER_PART;
   a.splits = (int32_t)std::clamp<int64_t>(std::min(wanted, useful), 1, MOST_PARTS);
   STD_TORCH_CHECK(call.tiles * a.splits < (int64_t)1 << 31, "q: expected fewer rows");
@@ -113,35 +118,36 @@ inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, 
   return call;
 }
 
-// run(T{}, integral_constant of WIDTH, of PAIRS) with the template arguments of the call
+// run(T{}, integral_constant of DIM, of PAIRS) with the template arguments of the call
 template <class Run>
 void with_templates(const DecodeCall& call, Run&& run) {
-  auto pairs = [&](auto type, auto width) {
+  auto pairs = [&](auto type, auto dim) {
     switch (call.pairs) {
       case 1:
-        return run(type, width, std::integral_constant<int, 1>{});
+        return run(type, dim, std::integral_constant<int, 1>{});
       case 2:
-        return run(type, width, std::integral_constant<int, 2>{});
+        return run(type, dim, std::integral_constant<int, 2>{});
       case 4:
-        return run(type, width, std::integral_constant<int, 4>{});
+        return run(type, dim, std::integral_constant<int, 4>{});
       default:
-        return run(type, width, std::integral_constant<int, MOST_PAIRS>{});
+        return run(type, dim, std::integral_constant<int, (int)most_pairs(decltype(dim)::value)>{});
     }
   };
-  auto width = [&](auto type) {
-    const int64_t dim = call.arguments.dim;
-    if (dim <= 32) return pairs(type, std::integral_constant<int, 4>{});
-    if (dim <= 64) return pairs(type, std::integral_constant<int, 8>{});
-    if (dim <= 128) return pairs(type, std::integral_constant<int, 16>{});
-    return pairs(type, std::integral_constant<int, 32>{});
+  auto dim = [&](auto type) {
+    const int64_t least = call.arguments.dim;
+    if (least <= 32) return pairs(type, std::integral_constant<int, 32>{});
+    if (least <= 64) return pairs(type, std::integral_constant<int, 64>{});
+    if (least <= 128) return pairs(type, std::integral_constant<int, 128>{});
+    if (least <= 256) return pairs(type, std::integral_constant<int, 256>{});
+    return pairs(type, std::integral_constant<int, (int)LARGEST_HEAD_DIM>{});
   };
   switch (call.dtype) {
     case DType::float32:
-      return width(float{});
+      return dim(float{});
     case DType::bfloat16:
-      return width(torch::headeronly::BFloat16{});
+      return dim(torch::headeronly::BFloat16{});
     case DType::float16:
-      return width(torch::headeronly::Half{});
+      return dim(torch::headeronly::Half{});
   }
 }
 

@@ -55,7 +55,7 @@ def switch_attention(
     are the last positions of the keys (bottom-right aligned). Scores, softmax and sums are FP32.
 
     Args:
-        q: (B, T_q, H_q, D) in float32, bfloat16 or float16 (float64 on the reference backend); D a multiple of 8 in 32..256.
+        q: (B, T_q, H_q, D) in float32, bfloat16 or float16 (float64 on the reference backend); D a multiple of 8 in 32..512.
         k, v: (B, T_k, H_kv, D), H_q a multiple of H_kv.
         causal: bool, or bool tensor (B): True sees only the past, False sees both sides.
         window_size: (left, right) inclusive distances for all samples or an integer tensor (B, 2); -1 is unlimited. Mistral's

@@ -11,7 +11,7 @@ from grit_kernels.checks import check_cu_seqlens, check_device, dense_rows, desc
 from grit_kernels.precision import autocast_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
+MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 512
 
 
 def check_qkv(

@@ -446,7 +446,7 @@ def _gradients(
         **{"HEADS": heads, "GROUP": group, "D": dim, "D1": d1, "D2": d2},
         **{"HAS_HI": hi is not None, "HAS_CAP": problem.softcap > 0, "UPCAST": upcast_operands()},
     }
-    block = max(16, 4096 // triton.next_power_of_2(dim))
+    block = 4096 // triton.next_power_of_2(dim)
     blocks = triton.cdiv(rows, block)
     shares = statistics if sinks is None else torch.empty((heads, blocks), dtype=torch.float32, device=q.device)
     with on_device(q):

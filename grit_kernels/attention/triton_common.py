@@ -4,7 +4,8 @@ Naming: ``p_`` pointer, ``o_`` offsets, ``m_`` mask, ``b_`` block value; capital
 
 A head dimension that is not a power of two is split into D1 (the largest power of two below it) and D2 (the rest, rounded up
 to a power of two of at least 16 and masked): 96 = 64 + 32, 80 = 64 + 16, 72 = 64 + 8 of 16. So 96 costs 96, not 128.
-For a power of two D2 is 0 and every value named ``..2`` is a constant that the compiler removes.
+For a power of two D2 is 0 and every value named ``..2`` is a constant that the compiler removes. D1 is at most 256, as the
+compiler spills more with products of 512: 512 = 256 + 256, 384 = 256 + 128.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LARGEST_TILE = 256
 
 def split_head_dim(dim: int) -> tuple[int, int]:
     """``dim`` (a multiple of 8, at least 32) as D1 + D2, see the top of the file."""
-    first = 1 << (dim.bit_length() - 1)
+    first = min(256, 1 << (dim.bit_length() - 1))
     rest = dim - first
     return first, max(16, triton.next_power_of_2(rest)) if rest else 0
 

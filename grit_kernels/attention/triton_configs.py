@@ -56,13 +56,17 @@ _TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
         "": Config(128, 64, 8, 3),
     },
     ("forward", 2, 256): {"sm80": Config(64, 32, 8, 2), "gfx9": Config(64, 32, 4, 1), "": Config(128, 64, 8, 2)},
+    ("forward", 2, 512): {"sm90": Config(64, 16, 8, 2), "gfx9": Config(16, 16, 4, 1), "": Config(32, 16, 8, 2)},
     ("forward", 4, 64): {"gfx9": Config(64, 32, 4, 1), "": Config(64, 32, 8, 2)},
     ("forward", 4, 128): {"gfx9": Config(32, 32, 4, 1), "": Config(32, 32, 8, 2)},
     ("forward", 4, 256): {"sm100": Config(16, 16, 8, 2), "gfx9": Config(16, 32, 4, 1), "": Config(32, 16, 8, 2)},
+    ("forward", 4, 512): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 1)},
     ("decode", 2, 128): {"gfx9": Config(16, 64, 4, 1), "": Config(16, 64, 4, 3)},
     ("decode", 2, 256): {"gfx9": Config(16, 32, 4, 1), "": Config(16, 32, 4, 3)},
+    ("decode", 2, 512): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
     ("decode", 4, 128): {"gfx9": Config(16, 32, 4, 1), "": Config(16, 32, 8, 2)},
     ("decode", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
+    ("decode", 4, 512): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 1)},
     ("backward_keys", 2, 64): {"gfx9": Config(64, 64, 4, 1), "": Config(64, 128, 8, 2)},
     ("backward_keys", 2, 96): {
         "sm80": Config(32, 128, 8, 2),
@@ -77,15 +81,19 @@ _TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
         "gfx9": Config(16, 32, 4, 1),
         "": Config(32, 64, 8, 2),
     },
+    ("backward_keys", 2, 512): {"sm90": Config(16, 32, 8, 2), "gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
     ("backward_keys", 4, 64): {"gfx9": Config(32, 32, 4, 1), "": Config(32, 32, 8, 2)},
     ("backward_keys", 4, 128): {"gfx9": Config(16, 32, 4, 1), "": Config(16, 32, 8, 2)},
     ("backward_keys", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
+    ("backward_keys", 4, 512): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 1)},
     ("backward_rows", 2, 64): {"gfx9": Config(64, 64, 4, 1), "": Config(128, 64, 8, 2)},
     ("backward_rows", 2, 128): {"sm80": Config(128, 32, 8, 2), "gfx9": Config(64, 32, 4, 1), "": Config(128, 64, 8, 2)},
     ("backward_rows", 2, 256): {"sm80": Config(64, 16, 8, 2), "gfx9": Config(32, 32, 4, 1), "": Config(64, 32, 8, 2)},
+    ("backward_rows", 2, 512): {"sm90": Config(32, 16, 8, 2), "gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
     ("backward_rows", 4, 64): {"gfx9": Config(32, 32, 4, 1), "": Config(32, 32, 4, 2)},
     ("backward_rows", 4, 128): {"gfx9": Config(32, 16, 4, 1), "": Config(32, 16, 4, 2)},
     ("backward_rows", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
+    ("backward_rows", 4, 512): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 1)},
     ("backward", 2, 64): {"sm80": Config(32, 128, 8, 2), "gfx9": Config(32, 64, 4, 1), "": Config(64, 128, 8, 2)},
     ("backward", 2, 128): {
         "sm80": Config(32, 64, 8, 2),
@@ -94,9 +102,11 @@ _TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
         "": Config(32, 128, 8, 2),
     },
     ("backward", 2, 256): {"sm80": Config(16, 32, 8, 2), "gfx9": Config(16, 16, 4, 1), "": Config(32, 32, 8, 2)},
+    ("backward", 2, 512): {"sm80": Config(16, 16, 8, 1), "gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
     ("backward", 4, 64): {"gfx9": Config(16, 32, 4, 1), "": Config(32, 32, 8, 2)},
     ("backward", 4, 128): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 32, 8, 2)},
     ("backward", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
+    ("backward", 4, 512): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 1)},
 }
 _INTERPRETED = Config(16, 16, 4, 1, True)
 
@@ -144,7 +154,7 @@ def override_config(kernel: str, config: Config) -> Iterator[None]:
 
 def table_config(kernel: str, dim: int, element_bytes: int, arch: str) -> Config:
     """The table's entry."""
-    for limit in (64, 96, 128, 256):
+    for limit in (64, 96, 128, 256, 512):
         if dim <= limit and (entry := _TABLE.get((kernel, element_bytes, limit))):
             return entry.get(arch, entry[""])
     raise ValueError(f"head dim {dim} with elements of {element_bytes} bytes has no entry for {kernel}")

@@ -178,7 +178,7 @@ def largest_tile(dim: int, element_size: int) -> int:
     memory and spills no registers; tests compile these too."""
     if element_size == 4:
         return 16
-    return 64 if dim <= 128 else 32
+    return 64 if dim <= 128 else 32 if dim <= 256 else 16
 
 
 def attention_decode(

@@ -258,8 +258,6 @@ def tiny_values(config: Any) -> Values:
     nested = [name for name, value in given.items() if isinstance(value, dict) and "model_type" in value]
     if nested:
         raise _Unknown(f"a model of several parts ({', '.join(nested)}): patch its language model")
-    if given.get("per_layer_config"):
-        raise _Unknown("sizes that differ from layer to layer (per_layer_config)")
     values = Values(
         (k, v) for k, v in given.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")
     )
@@ -278,6 +276,8 @@ def tiny_values(config: Any) -> Values:
             values[name] = None if value is None else 0
         elif name == "rope_parameters" and isinstance(value, dict):
             values[name] = _tiny_rope(value)
+        elif name == "per_layer_config" and value:
+            values[name] = {int(layer): _tiny_layer(given, own) for layer, own in value.items()}
         elif name == "original_max_position_embeddings" and isinstance(value, int):
             values[name] = WINDOW
         elif "dropout" in name or name.endswith("pdrop"):
@@ -309,6 +309,16 @@ def _tiny_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
+def _tiny_layer(given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A layer's own sizes, which stay apart from those of the other layers."""
+    if foreign := sorted(set(own) - {"head_dim", "num_key_value_heads"}):
+        raise _Unknown(f"sizes that differ from layer to layer (per_layer_config: {', '.join(foreign)})")
+    small = {name: HEAD_DIM * (1 if value == given[name] else 2) for name, value in own.items() if name == "head_dim"}
+    if heads := own.get("num_key_value_heads"):
+        small["num_key_value_heads"] = HEADS if heads == given["num_attention_heads"] else 1
+    return small
+
+
 def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
     """The first layer of every kind, at least two in all; kinds are given by the lists with one entry per layer, and by lists
     of layers' indices."""
@@ -334,9 +344,12 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
             f"layers of kind {', '.join(foreign)}, which carry something from token to token, or see keys, otherwise than by "
             "attention to a window"
         )
+    sizes: dict[int, Any] = values.get("per_layer_config") or {}
     first: dict[str, int] = {}
-    for index in range(count if lists or listed else 0):
-        kind = [v[index] for v in lists.values()] + [index in indices for indices in listed.values()]
+    for index in range(count if lists or listed or sizes else 0):
+        kind = (
+            [v[index] for v in lists.values()] + [index in indices for indices in listed.values()] + [sizes.get(index)]
+        )
         first.setdefault(repr(kind), index)
     chosen = list(first.values()) or [0, 0]
     chosen = chosen if len(chosen) > 1 else chosen * 2
@@ -347,6 +360,8 @@ def _choose_layers(given: dict[str, Any], values: dict[str, Any]) -> None:
         values[key] = [values[key][index] for index in chosen]
     for key, indices in listed.items():
         values[key] = [new for new, index in enumerate(chosen) if index in indices]
+    if sizes:
+        values["per_layer_config"] = {new: sizes[index] for new, index in enumerate(chosen) if index in sizes}
     for key in LAYER_COUNTS:
         if isinstance(given.get(key), int):
             values[key] = len(chosen)

@@ -100,7 +100,7 @@ def one_flag_per_sample(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
     names = (*WHERE, "trust_remote_code")
     config: Any = AutoConfig.from_pretrained(path, **{name: arguments[name] for name in names if name in arguments})
-    if not getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", None) in (None, False, "vision"):  # the last: of images only
         return arguments
     config.use_bidirectional_attention = False
     config.sliding_window -= 1

@@ -72,7 +72,8 @@ def settings_of_modules(read: Read) -> GritSettings | None:
         raise ValueError(f"{MODULES}: include_prompt: expected true with pooling {method!r} and prompts, got false")
     layers = _dense(read, modules)
     config = _json(read, "config.json") or {}
-    bidirectional = config.get("use_bidirectional_attention") or config.get("is_causal") is False
+    flag = config.get("use_bidirectional_attention")
+    bidirectional = flag not in (None, False, "vision") or config.get("is_causal") is False
     return GritSettings(
         pooling_method=method,
         normalized=modules[-1][0] == "Normalize",

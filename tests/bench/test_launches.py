@@ -165,7 +165,7 @@ def test_a_test_of_a_gpu_launches_what_was_compiled(capsys: pytest.CaptureFixtur
     call = draw_call(
         random.Random(2).choice,
         lengths=(0, 1, 5, 64, 129, 300, 700),
-        dims=(32, 64, 72, 80, 96, 128, 192, 256),
+        dims=(32, 64, 72, 80, 96, 128, 192, 256, 512),
         dtype=torch.bfloat16,
         windows=(-1, -1, 0, 20, 200),
     )

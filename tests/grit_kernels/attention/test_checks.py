@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "v on another device": (ValueError, "v: expected a tensor on cpu", dense(v=torch.zeros(KV, device="meta"))),
     "head dim not a multiple of 8": (ValueError, "q: expected .*got 36", dense(q=t(2, 3, 4, 36))),
     "head dim too small": (ValueError, "q: expected .*got 24", dense(q=t(2, 3, 4, 24))),
-    "head dim too large": (ValueError, "q: expected .*got 264", dense(q=t(2, 3, 4, 264))),
+    "head dim too large": (ValueError, "q: expected .*got 520", dense(q=t(2, 3, 4, 520))),
     "k of another head dim": (ValueError, "k, v: expected .*got", dense(k=t(2, 5, 2, 64))),
     "v longer than k": (ValueError, "k, v: expected .*got", dense(v=t(2, 6, 2, 32))),
     "k of another batch": (ValueError, "k: expected .*got 3", dense(k=t(3, 5, 2, 32), v=t(3, 5, 2, 32))),

@@ -154,7 +154,7 @@ def test_mixed_packs_keep_the_accuracy_rule_on_every_instruction_set(isa: str, d
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dim", [32, 96, 128, 256])
+@pytest.mark.parametrize("dim", [32, 96, 128, 256, 320, 512])
 def test_head_dims_and_groups_of_every_instruction_set(isa: str, dim: int) -> None:
     with _library.cpu_isa(isa):
         check(make_call([21, 150], [21, 150], right=[NONE, 0], heads=(5, 1), dim=dim, dtype=torch.bfloat16))
@@ -191,7 +191,7 @@ def test_any_call_keeps_the_accuracy_rule(data: st.DataObject) -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (4, 1)])
 def test_few_queries_after_many_keys_join_their_parts(isa: str, rows: int, heads: tuple[int, int]) -> None:
     lens_k = [600, 300, 513, 64]
-    for dtype, dim, softcap in ((torch.bfloat16, 128, 0.0), (torch.float32, 72, 1.0)):
+    for dtype, dim, softcap in ((torch.bfloat16, 128, 0.0), (torch.float32, 72, 1.0), (torch.bfloat16, 512, 0.0)):
         options = {"heads": heads, "dim": dim, "dtype": dtype, "softcap": softcap}
         with _library.cpu_isa(isa):
             check(make_call([rows] * 4, lens_k, left=[NONE, 280, 30, NONE], right=[NONE, 0, 0, NONE], **options))

@@ -85,7 +85,7 @@ def check_against_oracle(case: Case, backend: Backend, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [32, 80, 256])
+@pytest.mark.parametrize("dim", [32, 80, 256, 512])
 def test_head_dims_and_dtypes_keep_the_accuracy_rule(backend: Backend, dtype: torch.dtype, dim: int) -> None:
     case = make_case([19, 7], [19, 9], [True, False], dim=dim, dtype=dtype)
     check_against_oracle(case, backend, dtype)

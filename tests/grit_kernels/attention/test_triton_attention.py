@@ -118,6 +118,16 @@ def test_few_rows_over_long_keys_split_the_keys(seed: int, monkeypatch: pytest.M
 
 
 @INTERPRET
+@pytest.mark.parametrize("dim", [320, 512])
+def test_heads_beyond_256_equal_the_reference(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_plan, "SHORTEST_SPLIT", 16)  # so that some samples split their keys
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        call = draw_call(random.Random(dim).choice, lengths=(0, 1, 17, 33), dims=(dim,), dtype=dtype)
+        for deterministic in (True, False):
+            assert_call_equals_the_reference(call, run_triton(call, deterministic), tolerance)
+
+
+@INTERPRET
 def test_bf16_inputs_accumulate_in_fp32() -> None:
     call = draw_call(random.Random(3).choice, lengths=(17, 40), dims=(64,), dtype=torch.bfloat16)
     assert_call_equals_the_reference(call, run_triton(call), 2e-2)
@@ -368,11 +378,11 @@ def test_heads_run_side_by_side_in_whole_groups_that_fit_half_an_l2_cache() -> N
         )
 
 
-@pytest.mark.parametrize("dim", range(32, 257, 8))
+@pytest.mark.parametrize("dim", range(32, 513, 8))
 def test_a_head_dim_splits_into_powers_of_two_that_cover_it(dim: int) -> None:
     first, second = split_head_dim(dim)
     assert first & (first - 1) == 0 and second & (second - 1) == 0
-    assert first <= dim <= first + second and (second == 0) == (first == dim)
+    assert first <= dim <= first + second and (second == 0) == (first == dim) and max(first, second) <= 256
 
 
 def test_splits_fill_the_gpu_but_keep_two_blocks_each() -> None:
@@ -386,7 +396,7 @@ def test_splits_fill_the_gpu_but_keep_two_blocks_each() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_tiles_and_warps_of_the_table_are_powers_of_two(kernel: str, arch: str) -> None:
     """Triton has no others, and a matrix instruction has at least 16 rows; what an entry takes is compiled elsewhere."""
-    for dim in (64, 128, 256):
+    for dim in (64, 128, 256, 512):
         for element_bytes in (2, 4):
             config = table_config(kernel, dim, element_bytes, arch)
             assert all(size & (size - 1) == 0 and 16 <= size <= LARGEST_TILE for size in (config.rows, config.keys))
@@ -403,8 +413,8 @@ def test_rows_whose_offsets_within_a_tile_need_64_bits_are_copied() -> None:
 
 
 def test_a_size_that_no_entry_covers_is_named() -> None:
-    with pytest.raises(ValueError, match="^head dim 264 with elements of 2 bytes has no entry for forward$"):
-        table_config("forward", 264, 2, "sm90")
+    with pytest.raises(ValueError, match="^head dim 520 with elements of 2 bytes has no entry for forward$"):
+        table_config("forward", 520, 2, "sm90")
     with pytest.raises(ValueError, match="^head dim 64 with elements of 8 bytes has no entry for decode$"):
         table_config("decode", 64, 8, "sm90")
 
@@ -474,7 +484,7 @@ def test_configs_come_from_the_override_then_the_environment_then_the_table(monk
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx9"])
 def test_the_table_has_a_config_for_every_head_dim_and_dtype(kernel: str, arch: str) -> None:
-    for dim in range(32, 257, 8):
+    for dim in range(32, 513, 8):
         for size in (2, 4):
             config = table_config(kernel, dim, size, arch)
             assert all(x & (x - 1) == 0 for x in config[:3]) and config.rows >= 16 and config.keys >= 16

@@ -31,6 +31,7 @@ SMALL_TILE_INSTRUCTION = r"\bmma\.sync|\bv_mfma_"  # fewer than 64 rows are too 
 # 3.9, rounded up. The gradient of the keys holds two FP32 tiles; what it spills are mostly addresses, which the counts bound.
 SPILL_BUDGET: dict[tuple[str, str, int], int] = {
     ("forward", "sm90", 256): 112,
+    ("forward", "sm90", 512): 96,
     ("forward", "sm100", 256): 160,
     ("backward_keys", "sm90", 96): 64,
     ("backward_keys", "sm90", 128): 120,
@@ -48,6 +49,7 @@ def check(kernel: str, arch: str, dtype: str, dim: int, hi: bool = False, cap: b
     compiled = compile_kernel(kernel, arch, dtype, dim, hi=hi, cap=cap)
     if dtype != "fp32":
         small = kernel == "decode" or (kernel, dim) == ("backward", 256)
+        small |= dim > 256 and (kernel, arch) != ("forward", "sm90")
         wanted = SMALL_TILE_INSTRUCTION if small else MATRIX_INSTRUCTION[arch]
         assert re.search(wanted, compiled.ptx), "no matrix instruction"
     else:
@@ -92,7 +94,7 @@ def test_representative_kernels_compile_within_their_budget(
 
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
-@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("dim", [128, 256, 512])
 def test_decoding_of_many_rows_fits_the_shared_memory(arch: str, dim: int) -> None:
     config = table_config("decode", dim, 2, arch)._replace(rows=triton_decode.largest_tile(dim, 2))
     compiled = compile_kernel("decode", arch, "bf16", dim, config=config)
@@ -192,10 +194,21 @@ def test_a_sink_costs_the_forward_kernel_nothing_in_its_loops(arch: str, dim: in
 @pytest.mark.parametrize("arch", CAPABILITY)
 @pytest.mark.parametrize(
     ("dtype", "dim"),
-    [("bf16", d) for d in (32, 64, 80, 96, 128, 256)] + [("fp16", 128)] + [("fp32", d) for d in (64, 128, 256)],
+    [("bf16", d) for d in (32, 64, 80, 96, 128, 256, 320, 512)]
+    + [("fp16", 128)]
+    + [("fp32", d) for d in (64, 128, 256)],
 )
 def test_every_entry_of_the_table_compiles_within_its_budget(kernel: str, arch: str, dtype: str, dim: int) -> None:
     check(kernel, arch, dtype, dim)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_float32_heads_of_512_fit_the_shared_memory_of_8_0(kernel: str, arch: str) -> None:
+    compiled = compile_kernel(kernel, arch, "fp32", 512)
+    assert "tf32" not in compiled.ptx and compiled.shared <= 163 << 10
 
 
 @pytest.mark.aot

@@ -27,7 +27,7 @@ def test_any_call_equals_the_reference_forward_and_backward(seed: int) -> None:
     call = draw_call(
         random.Random(seed).choice,
         lengths=(0, 1, 5, 64, 129, 300, 700),
-        dims=(32, 64, 72, 80, 96, 128, 192, 256),
+        dims=(32, 64, 72, 80, 96, 128, 192, 256, 512),
         dtype=dtype,
         windows=(-1, -1, 0, 20, 200),
     )
