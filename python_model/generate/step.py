@@ -20,7 +20,7 @@ from torch import Tensor
 import grit_kernels as gk
 from grit_kernels.attention import key_rows, prepared_attention, rectangular_problem
 from grit_kernels.visibility import window_bounds
-from python_model.model.modeling import head_size
+from python_model.model.heads import head_size
 
 if TYPE_CHECKING:
     from grit_kernels.attention.problem import AttentionProblem

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from python_model.model.heads import layer_configs
+
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
 
@@ -74,7 +76,7 @@ def states_config(config: Any, *, training: bool = False) -> dict[str, Any]:
     Fields that are not known are included if they differ from the default of the config's class, so that a field which a new
     version of transformers introduces does not change the result for a checkpoint that does not use it.
     """
-    found = {name: getattr(config, name, None) for name in _ALWAYS}
+    found = {name: _of_layers(config, name) for name in _ALWAYS}
     rope = getattr(config, "rope_parameters", None)
     found["rope"] = str(rope)
     found |= {name: value for name in _WHERE_PRESENT if (value := getattr(config, name, None)) is not None}
@@ -96,6 +98,12 @@ def states_config(config: Any, *, training: bool = False) -> dict[str, Any]:
         if not name.startswith("_") and name not in known and (name not in defaults or defaults[name] != value):
             found[name] = value
     return found
+
+
+def _of_layers(config: Any, name: str) -> Any:
+    """A field of the config, or its values by layer where layers differ."""
+    values = [getattr(layer, name, None) for layer in layer_configs(config)]
+    return values if values.count(values[0]) < len(values) else values[0]
 
 
 def fingerprint(model: GritLM) -> str:

@@ -464,11 +464,6 @@ class GritLM(nn.Module):
         return states[mask.bool()], cache
 
 
-def head_size(config: Any) -> int:
-    """The size of an attention head of a model with this config."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def max_positions(config: Any) -> int:
     """Most tokens of a text for a model with this config; 2**31 - 1 where it sets no limit."""
     positions = getattr(config, "max_position_embeddings", None)

@@ -15,8 +15,9 @@ import torch
 from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.generate.text import TextStream, eos_token_ids, prompt_ids
+from python_model.model.heads import head_size, kv_heads, layer_configs
 from python_model.model.identity import fingerprint
-from python_model.model.modeling import GritLM, head_size, max_positions
+from python_model.model.modeling import GritLM, max_positions
 from python_model.model.prompts import ROLE_MARKERS
 from python_model.rag.calibration import trusted_modes
 from python_model.rag.fingerprint import former_fingerprint, made_by
@@ -419,10 +420,7 @@ def store_settings(model: GritLM, causal_states: bool = False) -> dict[str, Any]
 def bytes_per_token(model: GritLM, format: str) -> int:
     """Bytes of a token's states in a store, without int8 scales."""
     config = model.model.config
-    heads = (
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    )  # GPT-NeoX and GPT-J have no groups
-    values = config.num_hidden_layers * 2 * heads * head_size(config)
+    values = sum(2 * kv_heads(layer) * head_size(layer) for layer in layer_configs(config))
     return int(values * (1 if format == "int8" else getattr(torch, format).itemsize))
 
 

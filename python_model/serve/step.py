@@ -28,8 +28,9 @@ from torch.nn import functional
 import grit_kernels as gk
 from grit_kernels.attention import packed_problem, prepared_attention
 from python_model.generate.step import LEAST_HEAD, add_and_norm, heads_fit, unlike
+from python_model.model.heads import head_size
 from python_model.model.losses import next_token_losses
-from python_model.model.modeling import GritLM, head_size
+from python_model.model.modeling import GritLM
 from python_model.rag.rope import STATIC_ROPE_TYPES
 from python_model.serve.arena import Arena, Interval
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from python_model.model.modeling import GritLM, head_size
+from python_model.model.heads import head_size, layer_configs
+from python_model.model.modeling import GritLM
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class ModelFlops:
         if head is not None:
             outer = next((m for m in head.modules() if isinstance(m, nn.Linear)), head)
             logits = _passes(outer.weight) * config.vocab_size * config.hidden_size
-        return cls(body, logits, 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size(config))
+        width = sum(layer.num_attention_heads * head_size(layer) for layer in layer_configs(config))
+        return cls(body, logits, 12.0 * width)
 
     def step(self, tokens: int, labels: int, pairs: int) -> float:
         """Operations of a step with these numbers of tokens, labelled tokens and visible pairs."""

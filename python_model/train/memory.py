@@ -18,6 +18,7 @@ LSE), r h for the residual and 4 s i for the gated product, of each expert that 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from python_model.data.config import BatchConfig, DataConfig
-from python_model.model.modeling import head_size
+from python_model.model.heads import head_size, kv_heads, layer_configs
 from python_model.support.optional import find
 from python_model.train.config import Mode, ModelConfig, OptimizerKind, ParallelConfig
 from python_model.train.optimizers import hidden_matrices
@@ -157,25 +158,25 @@ def optimizer_bytes(model: nn.Module, kind: OptimizerKind, shards: int = 1) -> f
 
 
 def activation_bytes(model_config: Any, bf16: bool, residual_fp32: bool = True) -> float:
-    """Bytes that one layer keeps per token for its backward pass; see the top of the file."""
+    """Bytes that one layer (on average) keeps per token for its backward pass; see the top of the file."""
     hidden = model_config.hidden_size
-    heads = model_config.num_attention_heads
-    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
-    size = head_size(model_config)
     inner = getattr(model_config, "intermediate_size", None) or 4 * hidden
     if visited := getattr(model_config, "num_experts_per_tok", None):
         inner = visited * (getattr(model_config, "moe_intermediate_size", None) or inner)
         inner += getattr(model_config, "shared_expert_intermediate_size", None) or 0
     s = 2 if bf16 else 4
     norms = 2 * (4 + (2 * s if bf16 else s)) * hidden
-    attention = s * size * (2 * heads + 2 * kv_heads) + 4 * heads
+    heads = [(layer.num_attention_heads, kv_heads(layer), head_size(layer)) for layer in layer_configs(model_config)]
+    attention = statistics.fmean(s * size * (2 * q + 2 * kv) + 4 * q for q, kv, size in heads)
     residual = (4 if residual_fp32 or not bf16 else 2) * hidden if bf16 else 0
     return norms + attention + residual + 4 * s * inner
 
 
-def attention_output_bytes(model_config: Any, bf16: bool) -> int:
-    """Bytes of attention's results per token and layer: its output, and the LSE of each head in FP32."""
-    return model_config.num_attention_heads * ((2 if bf16 else 4) * head_size(model_config) + 4)
+def attention_output_bytes(model_config: Any, bf16: bool) -> float:
+    """Bytes of attention's results per token and layer (on average): its output, and the LSE of each head in FP32."""
+    s = 2 if bf16 else 4
+    layers = layer_configs(model_config)
+    return statistics.fmean(layer.num_attention_heads * (s * head_size(layer) + 4) for layer in layers)
 
 
 def plan_tokens(mode: Mode, data: DataConfig, batch: BatchConfig, world: int) -> StepTokens:

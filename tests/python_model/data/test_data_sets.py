@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import time
 import tracemalloc
 from itertools import zip_longest
 from pathlib import Path
@@ -353,7 +352,7 @@ def test_a_data_set_travels_to_other_processes_without_its_file(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_rows_are_indexed_quickly_in_flat_memory(tmp_path: Path) -> None:
+def test_a_hundred_thousand_rows_are_indexed_in_flat_memory(tmp_path: Path) -> None:
     file = tmp_path / "large.jsonl"
     row = (
         json.dumps({"query": ["find", "a question"], "pos": [["", "word " * 60]], "neg": [["", "other " * 60]]}) + "\n"
@@ -362,13 +361,10 @@ def test_a_hundred_thousand_rows_are_indexed_quickly_in_flat_memory(tmp_path: Pa
         for _ in range(100):
             out.write(row * 1000)
     tracemalloc.start()
-    start = time.process_time()
     try:
         (rows,), _ = open_file(file)
-        seconds = time.process_time() - start
         assert len(rows) == 100_000 and rows[99_999].origin == f"{file}:100000"
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert seconds < 20  # 1 s without the tracing of memory
     assert file.stat().st_size > 70e6 and peak < 40e6  # 36 bytes a row, more while it is built, and one row's text
