@@ -27,7 +27,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +37,8 @@ from bench import common, gpu_table, gpu_verdict
 from bench.attention import AGAIN
 
 RECORDS, TABLE, LOG = "records.json", "table.txt", "log.txt"
+WORK = "work"
+"""Folder beside them while a run lasts: what its tasks write."""
 RESERVE = 6.0
 """Seconds of the limit reserved for the table."""
 TRIES = 3
@@ -204,11 +205,12 @@ class Run:
 
     def __init__(self, out: Path, machine: dict[str, Any], *, dry: bool = False, earlier: Path | None = None) -> None:
         self.out, self.machine, self.dry = out, machine, dry
-        self.work = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
+        self.work = out.resolve() / WORK
         self.tasks: dict[str, Row] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, float] = {}
-        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed
+        self.work.mkdir(parents=True)
         for folder in (out, earlier):
             if folder is not None and (folder / RECORDS).exists():
                 self._go_on_with(folder / RECORDS)

@@ -295,7 +295,10 @@ def main() -> None:
     parser.add_argument("--record", help="file for the record; a bare name goes into bench/results/KIND")
     arguments = parser.parse_args()
     quiet()
-    items = make_items(read_entries(arguments.data), arguments.questions)
+    try:
+        items = make_items(read_entries(arguments.data), arguments.questions)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.calibrate and len(items) < LEAST_QUESTIONS:
         parser.error(f"--calibrate: expected at least {LEAST_QUESTIONS} questions, got {len(items)}")
     rows: list[dict[str, Any]] = []

@@ -71,19 +71,21 @@ def read_entries(data: Path, side: str = "test") -> list[Entry]:
     """The entries of a folder of ``grit data``; ``side``: ``"test"``, those held out, or ``"train"``.
 
     Raises:
-        FileNotFoundError: the folder has no such file. ValueError: it has none of these entries.
+        ValueError: the folder has none of these entries, such as one of WordNet alone.
     """
     files = (
         [data / "test" / "generative.jsonl"] if side == "test" else [data / f"train/{name}.jsonl" for name in DATA_SETS]
     )
     found: dict[str, Entry] = {}
-    for file in files:
+    for file in filter(Path.exists, files):
         for _, row in read_objects(file):
             source, _, title = str(row.get("key", "")).partition(":")
             if row.get("dataset") in DATA_SETS and title:
                 found[str(row["key"])] = Entry(source, title, row["text"][1])
     if not found:
-        raise ValueError(f"data: expected rows of {', '.join(DATA_SETS)} in {data}, got none; build it with grit data")
+        raise ValueError(
+            f"data: expected rows of {' or '.join(DATA_SETS)} in {data}, got none; build it with grit data"
+        )
     return list(found.values())
 
 
@@ -162,7 +164,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 <= arguments.cached <= 1:
         parser.error(f"--cached: expected 0 to 1, got {arguments.cached}")
-    items = make_items(read_entries(arguments.data, "train"), arguments.rows)
+    try:
+        items = make_items(read_entries(arguments.data, "train"), arguments.rows)
+    except ValueError as error:
+        parser.error(str(error))
     with new_file(arguments.output) as file:
         for row in training_rows(items, arguments.cached):
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

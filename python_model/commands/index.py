@@ -84,7 +84,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Add, delete, search."""
-    from python_model.model.modeling import max_positions
+    from python_model.model.limits import max_positions
     from python_model.rag.filters import read_conditions
     from python_model.rag.index import Index, open_index
     from python_model.rag.sync import compact, delete, only_writer

@@ -55,7 +55,7 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Print the passages, best first."""
     from python_model.generate.rerank import PASSAGE_TOKENS, on_one_line, rerank
-    from python_model.model.modeling import max_positions
+    from python_model.model.limits import max_positions
 
     refuse_without(arguments, COMMAND.parser(), "chunk_tokens", "overlap")
     chunked = bool(arguments.chunk_tokens)

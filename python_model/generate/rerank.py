@@ -19,8 +19,9 @@ import torch
 import grit_kernels as gk
 from python_model.generate.text import complete, prompt_ids
 from python_model.model.chunks import build_chunk
+from python_model.model.limits import check_prompts, max_positions
 from python_model.model.losses import next_token_losses
-from python_model.model.modeling import GritLM, max_positions, token_batches
+from python_model.model.modeling import GritLM, token_batches
 from python_model.model.prompts import IGNORE_INDEX, TooLong
 from python_model.support.arguments import check_at_least, check_choice
 
@@ -148,6 +149,7 @@ def yes_scores(model: GritLM, query: str, passages: Sequence[str], *, batch_size
     cap = getattr(model.model.config, "final_logit_softcapping", None)
     turns = [model.formatter.chat_prompt([pointwise_turn(query, passage)]) for passage in passages]
     prompts = [[*prompt_ids(model, turn + ANSWER), *shared] for turn in turns]
+    check_prompts(model.model.config, [len(prompt) for prompt in prompts], 1)
     scores = [0.0] * len(passages)
     for batch in token_batches([len(prompt) for prompt in prompts], batch_size):
         lengths = [len(prompts[index]) for index in batch]

@@ -20,6 +20,7 @@ from python_model.generate.decode import Sampling, decode
 from python_model.generate.states import TextStates, from_cache
 from python_model.model.chat_template import template_ids
 from python_model.model.identity import content_digest
+from python_model.model.limits import check_prompts
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import ROLE_MARKERS
 from python_model.support.arguments import check_at_least, check_choice
@@ -29,6 +30,8 @@ FORMATS: tuple[str, ...] = get_args(ChatFormat)
 OF_CONVERSATIONS = ("messages", "conversations", "system", "documents", "query")
 """Columns of other formats, refused in a file of prompts; a system message is an option, the same for all rows."""
 _GENERATING = threading.Lock()
+NEW_TOKENS = 128
+"""Most tokens of a reply by default."""
 UNFINISHED = "\ufffd"  # what the first bytes of a longer character decode to
 
 
@@ -142,7 +145,7 @@ def complete(
     model: GritLM,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = NEW_TOKENS,
     min_new_tokens: int = 0,
     sampling: Sampling | None = None,
     num_beams: int = 1,
@@ -160,9 +163,11 @@ def complete(
         on_text: called with (row, new piece of text) as the texts grow.
 
     Raises:
-        ValueError: mutually exclusive options, or a model without a language-model head.
+        ValueError: mutually exclusive options, a prompt that leaves no room for ``max_new_tokens`` in the model's positions, or a
+            model without a language-model head.
     """
     model.check_head("generate")
+    check_prompts(model.model.config, [len(prompt) for prompt in prompts], max_new_tokens)
     if num_beams > 1:
         if not model.attention.generates_causally:
             raise ValueError(f"num_beams: expected 1 with attn {model.attn!r}, got {num_beams}")
@@ -261,7 +266,7 @@ def reply(
     prefix: str = "",
     format: ChatFormat = "grit",
     system: str = "",
-    max_new_tokens: int = 128,
+    max_new_tokens: int = NEW_TOKENS,
     on_text: Callable[[str], None] | None = None,
     **options: Any,
 ) -> str:
@@ -289,6 +294,7 @@ def replies(
     """:func:`reply` for many conversations, in batches of similar length; results are in the given order."""
     check_at_least("batch_size", batch_size, 1)
     ids = [conversation_ids(model, turns, format=format, system=system, prefix=prefix) for turns in conversations]
+    check_prompts(model.model.config, [len(prompt) for prompt in ids], options.get("max_new_tokens", NEW_TOKENS))
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     found = [""] * len(ids)
     for start in range(0, len(order), batch_size):
@@ -325,13 +331,18 @@ def answer_file(
     digest of model and options, 16 hexadecimal digits.
 
     Raises:
-        ValueError: a row is malformed (the message names its line), or ``target`` holds replies to other rows, of another
-            model, or under other options.
+        ValueError: a row is malformed (the message names its line) or too long for the model, or ``target`` holds replies to
+            other rows, of another model, or under other options.
     """
     from python_model.support.resume import ResumableRows
 
     check_at_least("batch_size", batch_size, 1)
     conversations = read_conversations(source)
+    formatted = {name: options[name] for name in ("format", "system", "prefix") if name in options}
+    lengths = [len(conversation_ids(model, turns, **formatted)) for turns in conversations]
+    check_prompts(
+        model.model.config, lengths, options.get("max_new_tokens", NEW_TOKENS)
+    )  # before the first is answered
     run = _run(model, options)
     with ResumableRows(target, [{"turns": turns} for turns in conversations], run=run) as rows:
         for start in range(0, len(rows.missing), batch_size):

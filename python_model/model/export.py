@@ -26,7 +26,8 @@ from torch import nn
 
 import grit_kernels as gk
 from python_model.model.card import CARD_FILE, carried_sections, model_card
-from python_model.model.modeling import ACTIVATIONS, GritLM, max_positions
+from python_model.model.limits import max_positions
+from python_model.model.modeling import ACTIVATIONS, GritLM
 from python_model.model.prompts import TURN_END
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import require

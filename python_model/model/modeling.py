@@ -24,6 +24,7 @@ from python_model.model.checkpoint import (
     saved_limit,
     saved_settings,
 )
+from python_model.model.limits import check_prompts, check_texts, max_positions
 from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
@@ -201,8 +202,13 @@ class GritLM(nn.Module):
         return self.model.device
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate`` of the model; causal attention."""
+        """transformers' ``generate`` of the model; causal attention. ValueError beyond the model's positions."""
         self.check_head("generate")
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if ids is not None:
+            mask = kwargs.get("attention_mask")
+            longest = ids.shape[-1] if mask is None or mask.dim() != 2 else int(mask.sum(dim=-1).max())
+            check_prompts(self.model.config, [longest], kwargs.get("max_new_tokens") or 1)
         return self.model.generate(*args, **kwargs)
 
     def check_head(self, purpose: str) -> None:
@@ -326,6 +332,7 @@ class GritLM(nn.Module):
         instruction = instruction or self._prompt(prompt_name)
         limit = self.max_length if max_length is None else max_length
         samples = self._encode_texts(texts, instruction, limit, add_special_tokens)
+        check_texts(self.model.config, [len(sample) for sample in samples], limit)
         skips = [0 if embed_instruction else s.instruction_len for s in samples]
         batches = token_batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:
@@ -462,12 +469,6 @@ class GritLM(nn.Module):
         ).last_hidden_state
         cache.seqlens = pack.lengths
         return states[mask.bool()], cache
-
-
-def max_positions(config: Any) -> int:
-    """Most tokens of a text for a model with this config; 2**31 - 1 where it sets no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return 2**31 - 1 if positions is None else int(positions)
 
 
 def token_batches(lengths: list[int], batch_size: int) -> list[list[int]]:

@@ -17,7 +17,8 @@ from python_model.generate.states import TextStates, from_cache
 from python_model.generate.text import TextStream, eos_token_ids, prompt_ids
 from python_model.model.heads import head_size, kv_heads, layer_configs
 from python_model.model.identity import fingerprint
-from python_model.model.modeling import GritLM, max_positions
+from python_model.model.limits import max_positions
+from python_model.model.modeling import GritLM
 from python_model.model.prompts import ROLE_MARKERS
 from python_model.rag.calibration import trusted_modes
 from python_model.rag.fingerprint import former_fingerprint, made_by
@@ -127,7 +128,10 @@ class RAG:
                     f"this model is {fingerprint(model)} with {expected}"
                 )
         self.recompute, self.recompute_share = recompute, recompute_share
-        self.max_length = max_length if max_length is not None else max_positions(model.model.config)
+        most = max_positions(model.model.config)
+        if max_length is not None and max_length > most:
+            raise ValueError(f"max_length: expected at most the model's {most} tokens, got {max_length}")
+        self.max_length = most if max_length is None else max_length
         self.query_prefix, self.marked = query_prefix, marked
         for name, given in (("hybrid", hybrid), ("where", where)):
             if given and index is None:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from python_model.model.identity import fingerprint
-from python_model.model.modeling import GritLM, max_positions
+from python_model.model.limits import max_positions
+from python_model.model.modeling import GritLM
 from python_model.rag.filters import Filter, checked, sql_condition
 from python_model.rag.fingerprint import embedding_settings, former_fingerprint
 from python_model.rag.modes import Document

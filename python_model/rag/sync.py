@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from python_model.generate.states import TextStates
-from python_model.model.modeling import GritLM, max_positions
+from python_model.model.limits import max_positions
+from python_model.model.modeling import GritLM
 from python_model.rag.answer import RAG
 from python_model.rag.documents import chunk, files_below, splitter_name
 from python_model.rag.formats import FAULTS, UnreadableFileError, check_file, read_file

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 import grit_kernels as gk
 from python_model.model.heads import head_size
+from python_model.model.limits import max_positions
 from python_model.model.losses import ROWS
-from python_model.model.modeling import GritLM, max_positions
+from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.serve.arena import Arena
 from python_model.serve.step import Call, PackedStep, unfit

@@ -99,6 +99,20 @@ def test_nothing_ends_a_run_and_every_row_comes_home(
     )
 
 
+def test_a_run_that_is_killed_or_never_started_leaves_nothing_outside_its_folder(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, out = tmp_path / "temporary", tmp_path / "out"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    killed = Run(out, MACHINE)
+    killed.run(task("fine"), time.monotonic() + 20)
+    (out / "work" / "foreign.json").write_text("{")
+    run_all(Run(out, MACHINE), [task("fine"), task("prints", parse=gpu.parse_tests)], 20)
+    assert rows(out, "fine") == ["a", "b"] and not list(temporary.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "records.json", "table.txt"]
+
+
 def test_a_run_ends_in_time_and_another_goes_on(task: Any, tmp_path: Path) -> None:
     tasks = [task("fine"), task("hangs"), task("second", command="job_of_a_test fine {record}", least=5)]
     first, second = tmp_path / "first", tmp_path / "second"

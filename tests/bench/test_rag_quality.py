@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,25 @@ def test_rows_that_follow_cached_documents_are_those_of_rag(
     monkeypatch.setattr("sys.argv", [*arguments, "1.5"])
     with pytest.raises(SystemExit):
         rag_questions.main()
+
+
+def test_a_data_folder_without_entries_is_named_and_one_source_is_enough(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wordnet, output = tmp_path / "wordnet", tmp_path / "rows.jsonl"
+    (wordnet / "train").mkdir(parents=True)
+    (wordnet / "train" / "wordnet_definition.jsonl").write_text('{"query": ["", "a"], "pos": [["", "b"]]}\n')
+    for module, more in ((rag_questions, ["--output"]), (rag_quality, ["--model", "m", "--timed", "0", "--output"])):
+        monkeypatch.setattr("sys.argv", ["x", "--data", str(wordnet), *more, str(output)])
+        with pytest.raises(SystemExit):
+            module.main()
+        message = f"data: expected rows of foldoc_answer or wikipedia_answer in {wordnet}, got none"
+        assert message in capsys.readouterr().err
+    assert not output.exists()
+    shutil.copy(data / "train" / "wikipedia_answer.jsonl", wordnet / "train")
+    monkeypatch.setattr("sys.argv", ["x", "--data", str(wordnet), "--output", str(output)])
+    rag_questions.main()
+    assert output.read_text()
 
 
 def split(ids: list[int], lengths: tuple[int, ...]) -> list[list[int]]:

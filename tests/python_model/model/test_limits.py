@@ -1,0 +1,116 @@
+"""No text or reply goes beyond the positions that a model was made for: it is refused with its length and the limit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from python_model import GritLM
+from python_model.commands.generate import COMMAND
+from python_model.data.rows import GenerativeRow
+from python_model.evaluation.language import next_token_loss
+from python_model.generate.rerank import rerank
+from python_model.generate.text import answer_file, complete, conversation_ids, replies, reply
+from python_model.model.limits import max_positions
+from python_model.rag.answer import RAG
+
+LIMIT = 512
+TOO_MUCH = "river " * 1000
+PROMPT = [[7] * (LIMIT - 9)]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> GritLM:
+    return GritLM(checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_prompt_and_its_reply_fill_the_positions_and_no_more(model: GritLM, beams: int) -> None:
+    complete(model, PROMPT, max_new_tokens=9, num_beams=beams)
+    message = r"prompt: expected prompt and reply within the model's 512 tokens, got 503 and 10 new ones$"
+    with pytest.raises(ValueError, match=message):
+        complete(model, PROMPT, max_new_tokens=10, num_beams=beams)
+    # and padding in front of a shorter prompt takes no position
+    complete(model, [*PROMPT, [7]], max_new_tokens=9, num_beams=beams)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda model: reply(model, [TOO_MUCH]),
+        lambda model: replies(model, [["What?"], [TOO_MUCH]], batch_size=1),
+        lambda model: model.generate(torch.full((1, 510), 7), max_new_tokens=3),
+        lambda model: model.generate(input_ids=torch.full((1, 513), 7)),
+        lambda model: rerank(model, TOO_MUCH, ["a"], method="pointwise"),
+        lambda model: rerank(model, TOO_MUCH, ["a", "b"], method="listwise"),
+    ],
+)
+def test_what_writes_or_scores_replies_refuses_more(model: GritLM, answer: Callable[[GritLM], Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"prompt: expected prompt and reply within the model's 512 tokens, got \d+ and"
+    ):
+        answer(model)
+
+
+def test_padding_is_no_position_for_generate(model: GritLM) -> None:
+    ids = torch.full((1, 600), 7)
+    mask = (torch.arange(600) >= 500).long()[None]
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0).shape[1] <= 602
+
+
+def test_a_file_with_a_prompt_that_is_too_long_is_refused_before_the_first_answer(
+    model: GritLM, tmp_path: Path
+) -> None:
+    rows, target = tmp_path / "rows.jsonl", tmp_path / "replies.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": text}) for text in ("What?", TOO_MUCH)))
+    length = len(conversation_ids(model, [TOO_MUCH]))
+    with pytest.raises(ValueError, match=rf"got {length} and 3 new ones \(prompt 1\)"):
+        answer_file(model, rows, target, batch_size=1, max_new_tokens=3)
+    assert not target.exists()
+
+
+def test_the_command_names_prompt_reply_and_limit(checkpoint: Path) -> None:
+    with pytest.raises(
+        SystemExit, match="grit generate: prompt: expected prompt and reply within the model's 512 .*600 new"
+    ):
+        COMMAND(["--model", str(checkpoint), "--device", "cpu", "--prompt", "What?", "--max-new-tokens", "600"])
+
+
+def test_texts_to_embed_or_score_beyond_the_positions_are_refused_where_they_are_not_truncated(model: GritLM) -> None:
+    rows = [GenerativeRow(("What?", TOO_MUCH))]
+    message = "max_length: expected at most the model's 512 tokens, got 2000 and a text of"
+    model.encode([TOO_MUCH], max_length=LIMIT)
+    model.encode(["short"], max_length=2000)
+    with pytest.raises(ValueError, match=message):
+        model.encode(["short", TOO_MUCH], max_length=2000)
+    next_token_loss(model, rows, max_length=LIMIT)
+    with pytest.raises(ValueError, match=message):
+        next_token_loss(model, rows, max_length=2000)
+    with pytest.raises(ValueError, match="max_length: expected at most the model's 512 tokens, got 513"):
+        RAG(model, max_length=LIMIT + 1)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "limit"),
+    [
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "linear", "factor": 4.0}, 128),  # which says nothing of the positions before
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),
+        ({"rope_type": "yarn", "factor": 4.0}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 128),
+    ],
+)
+def test_the_limit_is_the_one_after_rotary_scaling(scaling: dict[str, Any], limit: int) -> None:
+    config = LlamaConfig(max_position_embeddings=128, rope_parameters={"rope_theta": 10000.0, **scaling})
+    assert max_positions(config) == limit
+
+
+def test_a_model_without_a_limit_has_none() -> None:
+    assert max_positions(object()) == 2**31 - 1
