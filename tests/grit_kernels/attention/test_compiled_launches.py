@@ -78,9 +78,7 @@ def split(launches: Counter[str]) -> tuple[Counter[str], Counter[str]]:
     ("what", "checkpointing", "deterministic"),
     [("layers", True, True), ("layers", False, False), ("model", True, False), ("model", False, True)],
 )
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_launch_what_eager_ones_do(
     launches: Counter[str], what: str, checkpointing: bool, deterministic: bool, compiler: str
 ) -> None:

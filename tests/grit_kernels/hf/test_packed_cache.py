@@ -71,7 +71,7 @@ def test_samples_in_pieces_beside_a_whole_text_equal_each_alone(backend: Backend
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    **{name: changes for name, changes in ADMITTED.items() if name != "deepseek_v3"},
+    **{name: changes for name, changes in ADMITTED.items() if name not in ("deepseek_v3", "gemma4_text")},
     **dict.fromkeys(("gemma2", "gemma3_text", "gpt_neox", "mistral", "phi3", "qwen3"), {}),
     "gptj": {"rotary_dim": 16},
     "gpt2": {"attn_pdrop": 0.0},
@@ -103,6 +103,11 @@ def test_layers_with_states_of_several_sizes_have_no_place_in_one_memory(monkeyp
             gk.hf.states_geometry(model)
     monkeypatch.setattr(compat, "cached_states", lambda cache: [states(2, 48)] * 3)
     assert gk.hf.states_geometry(model) == (3, 2, 48, 48, torch.float32)
+
+
+def test_layers_whose_heads_differ_are_a_refusal() -> None:
+    refusal = gk.hf.packed_cache_refusal(gk.patch(model_of("gemma4_text", **ADMITTED["gemma4_text"])))
+    assert "expected layers that all keep keys and values of one number of heads, size and dtype" in str(refusal)
 
 
 def test_latent_attention_whose_keys_are_made_from_what_is_stored_is_a_refusal() -> None:

@@ -53,7 +53,7 @@ class Forced(Sampling):
         object.__setattr__(self, "tokens", iter(tokens))
         object.__setattr__(self, "seen", [])
 
-    def choose(self, logits: Tensor, generator: Any = None) -> Tensor:
+    def choose(self, logits: Tensor, generator: Any = None, replies: Any = ()) -> Tensor:
         self.seen.append(logits[0].clone())  # type: ignore[attr-defined]
         return torch.tensor([next(self.tokens)])  # type: ignore[attr-defined]
 

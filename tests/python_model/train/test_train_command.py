@@ -225,6 +225,7 @@ def test_only_the_trainer_and_what_starts_it_take_all_settings() -> None:
         if isinstance(argument, ast.arg) and argument.annotation and "TrainConfig" in ast.unparse(argument.annotation)
     }
     assert takers == {
+        "commands/demo.py: run",
         "commands/train.py: run",
         "train/run.py: run",
         "train/trainer.py: __init__",
