@@ -130,7 +130,14 @@ class Trainer:
         """The trainer of a run, with the model and the data that ``config`` names."""
         in_batch_negatives = config.losses.in_batch_negatives
         teacher = config.losses.distillation_weight > 0
+        # with FSDP only rank 0 reads the weights; the others get their shards from it
+        sharded = ranks.group is not None and config.parallel.strategy == "fsdp"
         # before minutes are spent on loading a model
+        if sharded and config.model.quantization:
+            raise ValueError(
+                f"model.quantization: expected '' with parallel.strategy fsdp, which does not shard weights of 4 bits, got "
+                f"{config.model.quantization!r}; parallel.strategy=ddp gives each rank a copy"
+            )
         if config.optimizer.kind == "adamw_8bit":
             require_8_bits()
         needed = {"in_batch_negatives": in_batch_negatives, "teacher": teacher}
@@ -139,8 +146,6 @@ class Trainer:
                 print(f"note: {note}", flush=True)
         if config.evaluation.data:
             check_evaluation(config.evaluation, config.mode)
-        # with FSDP only rank 0 reads the weights; the others get their shards from it
-        sharded = ranks.group is not None and config.parallel.strategy == "fsdp"
         model = load_model(
             config.model,
             ranks.device,

@@ -14,6 +14,7 @@ import torch
 from python_model import GritLM
 from python_model.train import setup
 from python_model.train.adapters import nf4
+from python_model.train.distributed import Ranks
 from python_model.train.trainer import Trainer
 from tests.python_model.training_samples import toy_config, toy_trainer
 
@@ -51,6 +52,12 @@ def test_adapters_are_merged_into_weights_that_are_not_rounded_again(checkpoint:
     error = (torch.tensor(saved.encode(TEXTS)) - trained).norm()
     moved = (torch.tensor(GritLM(checkpoint, device="cpu", dtype="float32").encode(TEXTS)) - trained).norm()
     assert error < 0.01 * trained.norm() < 0.1 * moved
+
+
+def test_shards_of_4_bits_are_refused_before_anything_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    config = toy_config(checkpoint, tmp_path, lora_rank=4, quantization="nf4")
+    with pytest.raises(ValueError, match="^model.quantization: expected '' with parallel.strategy fsdp, .* got 'nf4'"):
+        Trainer.from_config(config, Ranks(1, 2, torch.device("cpu"), group=object()))
 
 
 def test_a_run_goes_on_from_its_state(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
