@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from python_model.support.files import make_folder
+
 
 class StoreError(RuntimeError):
     """A store cannot do what was requested."""
@@ -73,7 +75,8 @@ class StoreFolder:
             raise FileNotFoundError(f"path: there is no {self.kind} in {self.path}")
         self._local = threading.local()
         self._cleaned = False
-        self._file_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
+        make_folder(self._file_folder)
         self.recorded = self._agree(given, former_fingerprint, create)
 
     def close(self) -> None:

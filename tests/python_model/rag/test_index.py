@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from python_model import GritLM
 from python_model.rag import StoreCorruptError
-from python_model.rag.answer import RAG
+from python_model.rag.answer import RAG, open_store
 from python_model.rag.documents import chunk, read_documents
 from python_model.rag.index import Index, add_documents, open_index
 from python_model.rag.modes import Document
@@ -256,3 +256,12 @@ def test_top_k_equals_a_stable_sort_also_where_scores_are_equal(rows: int, n: in
     best, columns = stable_top_k(scores, k)
     expected, order = scores.sort(dim=1, descending=True, stable=True)
     assert torch.equal(best, expected[:, :k]) and torch.equal(columns, order[:, :k])
+
+
+def test_a_file_in_place_of_its_folder_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype="float32")
+    (tmp_path / "file").touch()
+    for open_folder in (lambda path: open_index(path, model), lambda path: open_store(str(path), model)):
+        for path in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(NotADirectoryError, match=f"^{path}: expected a folder or a new name, got a file$"):
+                open_folder(path)
