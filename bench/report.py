@@ -142,6 +142,10 @@ TITLES: dict[str, tuple[str, str]] = {
         "`make demo-seeds`: the small model after one epoch of the bundled sample's triples, on rows held out by entity; BM25 "
         "with stemming, stop words and the parts of identifiers on the same rows.",
     ),
+    "demo_seeds_bf16_cpu": (
+        "The demo in bfloat16",
+        "The same with `--bf16` and one seed, on a CPU that emulates its products: what it reaches, not how fast.",
+    ),
 }
 PROOF_NOTE = (
     "`make proof`: the small model (SmolLM2-135M-Instruct, from a 4-bit file) trained for both jobs, or for one of them with the "

@@ -114,6 +114,9 @@ def test_the_readme_shows_the_record_of_the_demo() -> None:
     losses = [f"{row['next_token_loss']:.2f}" for row in seeds]
     assert f"They reach {ndcgs[0]}, {ndcgs[1]} and {ndcgs[2]}" in text
     assert f"loss of {losses[0]}, {losses[1]} and {losses[2]} against {before['next_token_loss']:.2f}" in text
+    (row,) = rows("demo_seeds_bf16", "intel-avx512", variant="trained")
+    reached = f"{row['ndcg_at_10']:.3f} and {row['next_token_loss']:.2f}".removeprefix("0")
+    assert f"in bfloat16, the first of them reaches {reached}." in text
 
 
 PLANS = (("proof",), ("proof_rate", "proof_short"))
