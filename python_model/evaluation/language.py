@@ -9,7 +9,6 @@ import torch
 
 from python_model.data.rows import GenerativeRow
 from python_model.model.chunks import build_chunk
-from python_model.model.limits import check_texts
 from python_model.model.losses import next_token_losses, sums_per_sample
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX, TooLong
@@ -48,7 +47,6 @@ def conversation_losses(
         except TooLong:
             continue
     model.texts_cut += sum(sample.truncated for sample in samples)
-    check_texts(model.model.config, [len(sample) for sample in samples], max_length)
     found: list[tuple[float, int]] = []
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]

@@ -24,7 +24,7 @@ from python_model.model.checkpoint import (
     saved_limit,
     saved_settings,
 )
-from python_model.model.limits import check_prompts, check_texts, max_positions
+from python_model.model.limits import check_prompts, max_positions
 from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
@@ -332,7 +332,6 @@ class GritLM(nn.Module):
         instruction = instruction or self._prompt(prompt_name)
         limit = self.max_length if max_length is None else max_length
         samples = self._encode_texts(texts, instruction, limit, add_special_tokens)
-        check_texts(self.model.config, [len(sample) for sample in samples], limit)
         skips = [0 if embed_instruction else s.instruction_len for s in samples]
         batches = token_batches([len(s) for s in samples], batch_size)
         if get_cache and len(batches) > 1:

@@ -128,10 +128,7 @@ class RAG:
                     f"this model is {fingerprint(model)} with {expected}"
                 )
         self.recompute, self.recompute_share = recompute, recompute_share
-        most = max_positions(model.model.config)
-        if max_length is not None and max_length > most:
-            raise ValueError(f"max_length: expected at most the model's {most} tokens, got {max_length}")
-        self.max_length = most if max_length is None else max_length
+        self.max_length = max_length if max_length is not None else max_positions(model.model.config)
         self.query_prefix, self.marked = query_prefix, marked
         for name, given in (("hybrid", hybrid), ("where", where)):
             if given and index is None:

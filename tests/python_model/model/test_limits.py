@@ -1,4 +1,4 @@
-"""No text or reply goes beyond the positions that a model was made for: it is refused with its length and the limit."""
+"""No prompt and reply go beyond the positions that a model was made for: they are refused with their lengths and the limit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from transformers import LlamaConfig
 
 from python_model import GritLM
 from python_model.commands.generate import COMMAND
-from python_model.data.rows import GenerativeRow
-from python_model.evaluation.language import next_token_loss
 from python_model.generate.rerank import rerank
 from python_model.generate.text import answer_file, complete, conversation_ids, replies, reply
-from python_model.model.limits import max_positions
-from python_model.rag.answer import RAG
+from python_model.model.limits import stretched_positions
 
 LIMIT = 512
 TOO_MUCH = "river " * 1000
@@ -82,20 +79,6 @@ def test_the_command_names_prompt_reply_and_limit(checkpoint: Path) -> None:
         COMMAND(["--model", str(checkpoint), "--device", "cpu", "--prompt", "What?", "--max-new-tokens", "600"])
 
 
-def test_texts_to_embed_or_score_beyond_the_positions_are_refused_where_they_are_not_truncated(model: GritLM) -> None:
-    rows = [GenerativeRow(("What?", TOO_MUCH))]
-    message = "max_length: expected at most the model's 512 tokens, got 2000 and a text of"
-    model.encode([TOO_MUCH], max_length=LIMIT)
-    model.encode(["short"], max_length=2000)
-    with pytest.raises(ValueError, match=message):
-        model.encode(["short", TOO_MUCH], max_length=2000)
-    next_token_loss(model, rows, max_length=LIMIT)
-    with pytest.raises(ValueError, match=message):
-        next_token_loss(model, rows, max_length=2000)
-    with pytest.raises(ValueError, match="max_length: expected at most the model's 512 tokens, got 513"):
-        RAG(model, max_length=LIMIT + 1)
-
-
 @pytest.mark.parametrize(
     ("scaling", "limit"),
     [
@@ -109,8 +92,8 @@ def test_texts_to_embed_or_score_beyond_the_positions_are_refused_where_they_are
 )
 def test_the_limit_is_the_one_after_rotary_scaling(scaling: dict[str, Any], limit: int) -> None:
     config = LlamaConfig(max_position_embeddings=128, rope_parameters={"rope_theta": 10000.0, **scaling})
-    assert max_positions(config) == limit
+    assert stretched_positions(config) == limit
 
 
 def test_a_model_without_a_limit_has_none() -> None:
-    assert max_positions(object()) == 2**31 - 1
+    assert stretched_positions(object()) == 2**31 - 1

@@ -279,6 +279,7 @@ def test_nothing_is_cut_silently(model: GritLM) -> None:
         ValueError, match="max_length: expected at least .* for question, documents and reply .*got 512"
     ):
         RAG(model).answer(Q, [long], mode="document_first")
+    assert RAG(model, max_length=4096).answer(Q, [long], mode="document_cache", max_new_tokens=1).read_tokens > 512
 
 
 def test_wrong_stores_modes_and_documents_are_refused(model: GritLM, checkpoint: Path, tmp_path: Path) -> None:
