@@ -192,9 +192,9 @@ def test_in_a_mixed_pack_the_keys_of_those_samples_are_split_that_have_few_rows_
     filled: list[int] = []
     real = triton_decode.decode_samples
 
-    def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
+    def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **named: Any) -> None:
         out.fill_(float("nan"))
-        real(q, k, v, out, lse, *rest)
+        real(q, k, v, out, lse, *rest, **named)
         filled.extend(torch.where(out.isfinite().flatten(1).all(1))[0].tolist())
 
     monkeypatch.setattr(triton_forward, "decode_samples", decode)

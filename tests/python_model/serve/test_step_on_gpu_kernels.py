@@ -35,9 +35,9 @@ def test_decoding_beside_a_long_text_splits_its_keys_and_changes_no_result(
     calls: list[tuple[int, int]] = []
     decode = triton_forward.decode_samples
 
-    def noted(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Any, *rest: Any) -> None:
+    def noted(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Any, *rest: Any, **named: Any) -> None:
         calls.append((problem.q_start.shape[0], problem.max_q))
-        decode(q, k, v, out, lse, problem, *rest)
+        decode(q, k, v, out, lse, problem, *rest, **named)
 
     monkeypatch.setattr(triton_forward, "decode_samples", noted)
     source = random.Random(0)
