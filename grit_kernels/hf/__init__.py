@@ -9,7 +9,7 @@
 * :func:`unwrapped`, :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`is_watched`: whether a
   module has hooks or a forward of its own. :func:`depends_on_length`: whether a decoder's rotary frequencies depend on the length
   of a text; :func:`has_recurrent_layers`: whether some of its layers carry a state. :func:`check_plain_head`: whether applying
-  the language-model head directly gives the model's logits.
+  the language-model head directly gives the model's logits. :func:`reads_texts_both_ways`: what a flag in a config says.
 * :func:`checkpoint_activations`, :func:`checkpoints_activations`, :func:`expert_balance_loss`: for training.
 
 Only compat.py knows how versions of transformers differ; importing this package does not import transformers.
@@ -26,6 +26,7 @@ from grit_kernels.hf.compat import (
     expert_balance_loss,
     layers_of,
     new_cache,
+    reads_texts_both_ways,
     rotary_of,
     unwrapped,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "patch",
     "patch_options",
     "patched",
+    "reads_texts_both_ways",
     "rotary_of",
     "states_geometry",
     "unpatch",

@@ -85,6 +85,11 @@ def causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | Non
     )
 
 
+def reads_texts_both_ways(flag: Any) -> bool:
+    """Whether a config's ``use_bidirectional_attention`` holds for texts: "vision" is about the tokens of images alone."""
+    return flag not in (None, False, "vision")
+
+
 def unwrapped(model: Any) -> Any:
     """The transformers model inside torch.compile's and PEFT's wrappers."""
     inner = getattr(model, "_orig_mod", model)

@@ -126,9 +126,8 @@ def bind(record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     bound.update(kwargs)
     bound.update(gptj.left_by_the_head(bound) if record.own_attention else {})
     bound = {name: value for name, value in bound.items() if value is not None}
-    bound.pop(
-        "logits_to_keep", None
-    )  # from a head that takes these rows anyway, so that layers may leave out the others
+    # from a head that takes these rows anyway, so that layers may leave out the others
+    bound.pop("logits_to_keep", None)
     if bound.pop("output_attentions", False):
         raise ValueError("output_attentions: expected False, got True: the kernels do not keep attention weights")
     for name, value in bound.items():

@@ -156,8 +156,7 @@ def unpatch(model: Any) -> Any:
 def _refuse_what_is_wrong(inner: Any, decoder: Any) -> None:
     """Refuse configs that no kernel supports, and kinds of models that fail a trial."""
     config = decoder.config
-    # "vision" is about the tokens of images, of which texts have none
-    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
+    if compat.reads_texts_both_ways(getattr(config, "use_bidirectional_attention", None)):
         raise ValueError(
             "use_bidirectional_attention: expected a causal config with is_causal=False per call, got it set in the model's"
         )

@@ -340,9 +340,8 @@ def answer_file(
     conversations = read_conversations(source)
     formatted = {name: options[name] for name in ("format", "system", "prefix") if name in options}
     lengths = [len(conversation_ids(model, turns, **formatted)) for turns in conversations]
-    check_prompts(
-        model.model.config, lengths, options.get("max_new_tokens", NEW_TOKENS)
-    )  # before the first is answered
+    # before the first is answered
+    check_prompts(model.model.config, lengths, options.get("max_new_tokens", NEW_TOKENS))
     run = _run(model, options)
     with ResumableRows(target, [{"turns": turns} for turns in conversations], run=run) as rows:
         for start in range(0, len(rows.missing), batch_size):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+import grit_kernels as gk
 from python_model.model.modules_json import head_of_modules, limit_of_modules, settings_of_modules
 from python_model.settings import SETTINGS_FILE, GritSettings
 
@@ -100,7 +101,7 @@ def one_flag_per_sample(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
     names = (*WHERE, "trust_remote_code")
     config: Any = AutoConfig.from_pretrained(path, **{name: arguments[name] for name in names if name in arguments})
-    if getattr(config, "use_bidirectional_attention", None) in (None, False, "vision"):  # the last: of images only
+    if not gk.hf.reads_texts_both_ways(getattr(config, "use_bidirectional_attention", None)):
         return arguments
     config.use_bidirectional_attention = False
     config.sliding_window -= 1

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+import grit_kernels as gk
 from python_model.settings import POOLING_METHODS, Activation, GritSettings
 
 Read = Callable[[str], Path | None]
@@ -73,7 +74,7 @@ def settings_of_modules(read: Read) -> GritSettings | None:
     layers = _dense(read, modules)
     config = _json(read, "config.json") or {}
     flag = config.get("use_bidirectional_attention")
-    bidirectional = flag not in (None, False, "vision") or config.get("is_causal") is False
+    bidirectional = gk.hf.reads_texts_both_ways(flag) or config.get("is_causal") is False
     return GritSettings(
         pooling_method=method,
         normalized=modules[-1][0] == "Normalize",

@@ -325,7 +325,8 @@ class Engine:
 
     def _next_token(self, work: Generation, logits: Tensor) -> Token:
         assert work.stream is not None
-        token = int(work.sampling.choose(logits[None], work.generator, [work.tokens[work.prompt :]]))
+        replies = [work.tokens[work.prompt :]] if work.sampling.penalizes else ()
+        token = int(work.sampling.choose(logits[None], work.generator, replies))
         logprob, top = _log_probabilities(logits, token, work.logprobs)
         now = self.clock()
         if self.metrics is not None:

@@ -24,7 +24,7 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 pytestmark = pytest.mark.interpret
 
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,12 @@ def split(launches: Counter[str]) -> tuple[Counter[str], Counter[str]]:
 
 @pytest.mark.parametrize(
     ("what", "checkpointing", "deterministic"),
-    [("layers", True, True), ("layers", False, False), ("model", True, False), ("model", False, True)],
+    [
+        ("layers", True, True),
+        pytest.param("layers", False, False, marks=pytest.mark.slow),
+        pytest.param("model", True, False, marks=pytest.mark.slow),
+        ("model", False, True),
+    ],
 )
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_launch_what_eager_ones_do(
@@ -137,7 +142,7 @@ def kinds_of_layers() -> Any:
     return transformers.Gemma2ForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("contexts", [None, [None, None, [0, 1, 2], None]])
+@pytest.mark.parametrize("contexts", [None, pytest.param([None, None, [0, 1, 2], None], marks=pytest.mark.slow)])
 def test_each_kind_of_layer_has_its_plan(launches: Counter[str], contexts: Any) -> None:
     model = gk.patch(kinds_of_layers(), fuse=False)
     compiled = compiled_copy(model, "layers", "aot_eager")

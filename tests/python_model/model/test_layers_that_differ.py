@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from python_model.model.identity import states_config
 from python_model.rag.answer import bytes_per_token
 from python_model.rag.index import add_documents, open_index
 from python_model.rag.modes import Document
+from python_model.train.flops import ModelFlops
+from python_model.train.memory import activation_bytes, attention_output_bytes
 from tests.grit_kernels.hf.test_proof import GEMMA4, model_of
 from tests.python_model.training_samples import toy_config, toy_trainer
 
@@ -65,8 +68,11 @@ def test_an_index_knows_it(gemma4: Path, tmp_path: Path) -> None:
     assert states_config(model.model.config)["head_dim"] == [32, 512, 32, 512]
 
 
-def test_what_its_states_take_is_counted_by_layer(gemma4: Path) -> None:
+def test_what_it_takes_is_counted_by_layer(gemma4: Path) -> None:
     model = GritLM(gemma4, device="cpu", dtype="float32")
     layers = model.model.config.per_layer_config
     expected = sum(2 * layer.num_key_value_heads * layer.head_dim * 2 for layer in layers)
     assert bytes_per_token(model, "bfloat16") == expected
+    assert ModelFlops.of(model).per_pair == 12 * sum(layer.num_attention_heads * layer.head_dim for layer in layers)
+    for count in (activation_bytes, attention_output_bytes):
+        assert count(model.model.config, True) == pytest.approx(fmean(count(layer, True) for layer in layers))
