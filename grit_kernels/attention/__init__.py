@@ -24,6 +24,7 @@ from grit_kernels.attention.checks import (
     upper_bounds,
     window_argument,
 )
+from grit_kernels.attention.pages import append, check_block_table, check_entries, gather_pages
 from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.backend import has_kernel, runs_triton, use_reference
 from grit_kernels.checks import dense_rows, readable
@@ -167,6 +168,7 @@ def switch_attention_with_kvcache(
     k: Tensor | None = None,
     v: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
     window_size: tuple[int, int] | Tensor = (-1, -1),
     hi: Tensor | None = None,
     seqlens_q: Tensor | None = None,
@@ -178,25 +180,35 @@ def switch_attention_with_kvcache(
 
     Args:
         q: (B, T_q, H_q, D), right-padded; row r of sample b stands at the end of its keys (bottom-right aligned).
-        k_cache, v_cache: (B, S, H_kv, D). With ``k`` and ``v`` given they are written in place first.
+        k_cache, v_cache: (B, S, H_kv, D), or with ``block_table`` (num_blocks, block_size, H_kv, D). With ``k`` and ``v`` given
+            they are written in place first.
         cache_seqlens: int (B), filled slots of each cache, before ``k`` is added.
         causal: bool or bool tensor (B).
         k, v: (B, T_q, H_kv, D), optional new states, written from slot ``cache_seqlens[b]`` on (the ``seqlens_q[b]`` real rows).
         cache_leftpad: int (B), optional first used slot of each cache.
+        block_table: int32 (B, max_blocks), optional: slot s of sample b lies in block ``block_table[b, s // block_size]`` at
+            ``s % block_size``, as in flash-attn; any block size. Entries without a filled or new slot may hold anything. Samples
+            may share blocks, but not one to which ``k`` is added. The pages are gathered into rows first.
         seqlens_q: int (B), real query rows, default T_q for all.
         hi: int32 (B, T_q), positions counted from the first used slot. Other arguments as in :func:`switch_attention`.
 
     Returns:
         (B, T_q, H_q, D) in the dtype of q, and with ``return_lse`` float32 (B, T_q, H_q).
+
+    Raises:
+        ValueError, TypeError: as :func:`switch_attention`; where the numbers lie on the CPU, also a table that names no block of
+            the cache, or a shared one for new states. Then nothing is written.
     """
-    caches = (
-        k_cache,
-        v_cache,
-    )  # what the caller holds; the checked ones are copies where their last dimension is strided
-    q, k_cache, v_cache = check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
+    # what the caller holds; the checked ones are copies where their last dimension is strided
+    caches = k_cache, v_cache
+    names, pages = ("q", "k_cache", "v_cache"), block_table is not None
+    q, k_cache, v_cache = check_qkv(q, k_cache, v_cache, ndim=4, names=names, pages=pages)
     batch, max_q, _, dim = q.shape
     slots = k_cache.shape[1]
     device = q.device
+    if block_table is not None:
+        block_table = check_block_table(block_table, k_cache, batch, device)
+        slots *= block_table.shape[1]
     q_len = length_tensor("seqlens_q", seqlens_q, batch, max_q, device)
     used = length_tensor("cache_seqlens", cache_seqlens, batch, slots, device)
     if (k is None) != (v is None):
@@ -205,21 +217,26 @@ def switch_attention_with_kvcache(
     bounds = window_bounds(causal_flags(causal, batch, device), window_argument(window_size, batch), max_q, slots)
     hi = upper_bounds(hi, (batch, max_q), device, q_len)
     options = check_softmax_options(softmax_scale, softcap, dim)
+    end = used if k is None else used + q_len
+    if k is not None and v is not None:
+        check_qkv(q, k, v, ndim=4)
+        if k.shape != (batch, max_q, *k_cache.shape[2:]):
+            raise ValueError(f"k, v: expected {(batch, max_q, *k_cache.shape[2:])}, got {tuple(k.shape)}")
+        if readable(used) and bool((end > slots).any()):
+            raise ValueError(
+                f"cache_seqlens: expected room for the new states in {slots} slots, got {used.tolist()} + {q_len.tolist()}"
+            )
+    if block_table is not None and readable(used):
+        check_entries(block_table, k_cache, leftpad, used, end)
     # nothing is written before everything is checked
     with torch.no_grad():
         if k is not None and v is not None:
-            check_qkv(q, k, v, ndim=4)
-            if k.shape != (batch, max_q, *k_cache.shape[2:]):
-                raise ValueError(f"k, v: expected {(batch, max_q, *k_cache.shape[2:])}, got {tuple(k.shape)}")
-            if readable(used) and bool((used + q_len > slots).any()):
-                raise ValueError(
-                    f"cache_seqlens: expected room for the new states in {slots} slots, got {used.tolist()} + {q_len.tolist()}"
-                )
-            for cache, new in zip(caches, (k, v), strict=True):
-                _append(cache, new, used, q_len)
+            append(caches, (k, v), used, q_len, block_table)
+        if block_table is not None:
+            k_cache, v_cache = (gather_pages(x, block_table, leftpad, end) for x in caches)
+        elif k is not None:
             k_cache, v_cache = dense_rows(caches[0]), dense_rows(caches[1])
-            used = used + q_len
-        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, used), bounds, hi, options)
+        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, end), bounds, hi, options)
     return (out, lse) if return_lse else out
 
 
@@ -364,19 +381,6 @@ def key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         return k.flatten(0, 1), v.flatten(0, 1), slots
     keys, values = (x.as_strided((rows, *x.shape[2:]), (k_row, *x.stride()[2:])) for x in (k, v))
     return keys, values, step
-
-
-def _append(cache: Tensor, new: Tensor, used: Tensor, q_len: Tensor) -> None:
-    """Write the ``q_len[b]`` real rows of ``new`` (B, T, H, D) after the used slots of ``cache`` (B, S, H, D).
-
-    No list of the real rows is made, which would read the lengths back: a padded row repeats the sample's last real one, slot
-    and value alike (so the order of writes does not matter); a sample without real rows rewrites what is already there.
-    """
-    batch = torch.arange(new.shape[0], device=new.device)[:, None]
-    row = torch.arange(new.shape[1], device=new.device).minimum((q_len[:, None] - 1).clamp(min=0))  # [B, T]
-    slot = (used[:, None] + row).clamp(max=cache.shape[1] - 1)
-    real = (q_len > 0)[:, None, None, None]
-    cache[batch, slot] = torch.where(real, new[batch, row].to(cache.dtype), cache[batch, slot])
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:

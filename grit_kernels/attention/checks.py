@@ -15,11 +15,16 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 512
 
 
 def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, ndim: int, names: tuple[str, str, str] = ("q", "k", "v")
+    q: Tensor, k: Tensor, v: Tensor, ndim: int, names: tuple[str, str, str] = ("q", "k", "v"), pages: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the three tensors against each other; returns them with a contiguous last dimension."""
-    layout = "(B, T, H, D)" if ndim == 4 else "(tokens, H, D)"
+    """Check the three tensors against each other; returns them with a contiguous last dimension.
+
+    ``pages``: k and v are (num_blocks, block_size, H, D), and returned as they are.
+    """
     for name, x in zip(names, (q, k, v), strict=True):
+        layout = "(tokens, H, D)" if ndim == 3 else "(B, T, H, D)"
+        if pages and name != names[0]:
+            layout = "(num_blocks, block_size, H, D)"
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
         if x.ndim != ndim:
@@ -40,11 +45,11 @@ def check_qkv(
     if ndim == 4:
         if q.shape[0] == 0:
             raise ValueError(f"q: expected at least one sample, got shape {tuple(q.shape)}")
-        if k.shape[0] != q.shape[0]:
+        if k.shape[0] != q.shape[0] and not pages:
             raise ValueError(f"{names[1]}: expected batch {q.shape[0]} as q has, got {k.shape[0]}")
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q: expected a multiple of {names[1]}'s {k.shape[-2]} heads, got {q.shape[-2]}")
-    return dense_rows(q), dense_rows(k), dense_rows(v)
+    return (dense_rows(q), k, v) if pages else (dense_rows(q), dense_rows(k), dense_rows(v))
 
 
 def causal_flags(causal: bool | Tensor, batch: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import grit_kernels as gk
+from tests.grit_kernels.attention.paged import in_pages, in_rows
 from tests.grit_kernels.fuzz_call import DTYPES, Call, Results, magnitudes
 
 
@@ -85,6 +86,7 @@ def kvcache_call(rng: random.Random) -> Call:
     first = torch.tensor(leftpad)[:, None]
     old = (slot >= first) & (slot < first + torch.tensor(before)[:, None])
     real = row < torch.tensor(lens_q)[:, None]
+    block_size = rng.choice([0, 0, 1, 7, 16, 64])  # 0: not in pages
 
     def definition(q: Tensor, keys: Tensor, values: Tensor, *new: Tensor) -> Results:
         caches = [x.masked_fill(~old[:, :, None, None], 0.0) for x in (keys, values)]
@@ -106,18 +108,23 @@ def kvcache_call(rng: random.Random) -> Call:
             hi = torch.zeros(batch, most_q, dtype=torch.int32)
             for b, bounds in enumerate(s.hi):
                 hi[b, : len(bounds)] = torch.tensor(bounds)
+        caches, table = [keys, values], None
+        if block_size:
+            caches, table = in_pages(caches, leftpad, [a + b for a, b in zip(leftpad, lens_k, strict=True)], block_size)
         found = gk.switch_attention_with_kvcache(
             q,
-            keys,
-            values,
+            *caches,
             torch.tensor(before) + torch.tensor(leftpad),
             torch.tensor(s.causal),
             **dict(zip("kv", new, strict=False)),
             cache_leftpad=torch.tensor(leftpad),
+            block_table=table,
             hi=hi,
             seqlens_q=torch.tensor(lens_q),
             **s.options(),
         )
+        if table is not None:
+            keys, values = (in_rows(pages, table, slots) for pages in caches)
         for b, (pad, m) in enumerate(zip(leftpad, lens_k, strict=True)):
             for cache in (keys, values):  # what was not the sample's before is not now
                 assert bool(torch.cat([cache[b, :pad], cache[b, pad + m :]]).isnan().all()), (

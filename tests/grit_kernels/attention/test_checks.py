@@ -59,6 +59,18 @@ def cached(**changes: Any) -> Callable[[], Any]:
     return lambda: gk.switch_attention_with_kvcache(**arguments)
 
 
+def paged(**changes: Any) -> Callable[[], Any]:
+    """Caches of 4 blocks of 2 slots, which hold NaN: sample 0 needs three blocks, sample 1 one."""
+    blocks = {name: torch.full((4, 2, 2, 32), float("nan")) for name in ("k_cache", "v_cache")}
+    return cached(**{**blocks, "block_table": table([3, 0, 1], [2, -1, 9]), **changes})
+
+
+def table(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+NEW = {"k": t(2, 1, 2, 32), "v": t(2, 1, 2, 32), "q": t(2, 1, 4, 32)}
+
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "q no tensor": (TypeError, "q: expected .*got list", dense(q=[1])),
     "q of three dimensions": (ValueError, "q: expected .*got shape", dense(q=t(3, 4, 32))),
@@ -118,6 +130,33 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "k of another length": (ValueError, "k, v: expected", cached(k=t(2, 1, 2, 32), v=t(2, 1, 2, 32))),
     "k of other heads than its cache": (ValueError, "k, v: expected", cached(k=t(2, 3, 1, 32), v=t(2, 3, 1, 32))),
     "leftpad too large": (ValueError, "cache_leftpad: expected", cached(cache_leftpad=ints(0, 9))),
+    "table of one dimension": (ValueError, r"block_table: .*\(2, max_blocks\), got .* \(2,\)", paged(block_table=ints(1, 2))),
+    "table of another batch": (ValueError, r"block_table: expected .*got .*\(1, 3\)", paged(block_table=table([3, 0, 1]))),
+    "table of floats": (ValueError, "block_table: expected int32 .*got torch.float32", paged(block_table=t(2, 3))),
+    "table as a list": (ValueError, "block_table: expected int32 .*got list", paged(block_table=[[3, 0, 1], [2, 2, 2]])),
+    "table on another device": (ValueError, "block_table: .* on cpu", paged(block_table=table([0], [1]).to("meta"))),
+    "pages of three dimensions": (ValueError, r"k_cache: expected \(num_blocks, block_size, H, D\)", paged(k_cache=t(4, 2, 32))),
+    "pages without slots": (ValueError, "k_cache: .* at least one slot", paged(k_cache=t(4, 0, 2, 32), v_cache=t(4, 0, 2, 32))),
+    "no pages": (ValueError, "k_cache: expected at least one block", paged(k_cache=t(0, 2, 2, 32), v_cache=t(0, 2, 2, 32))),
+    "more slots than the table has": (ValueError, "cache_seqlens: expected values in 0..6", paged(cache_seqlens=ints(7, 2))),
+    "no room in the table": (ValueError, "cache_seqlens: expected room for .* 6 slots", paged(cache_seqlens=ints(6, 1), **NEW)),
+    "entry beyond the cache": (
+        ValueError,
+        "block_table: expected entries in 0..3, the blocks of k_cache, for the 5 slots of sample 0, got 4 as entry 2",
+        paged(block_table=table([3, 0, 4], [2, -1, 9])),
+    ),
+    "negative entry": (ValueError, "block_table: .* 1, got -1 as entry 0", paged(block_table=table([3, 0, 1], [-1, 2, 2]))),
+    "no entry for new states": (ValueError, "block_table: .* sample 1, got -1 as entry 1", paged(**NEW)),
+    "new states in a block of two samples": (
+        ValueError,
+        "block_table: .* k and v are added, got block 1, entry 2 of sample 0, more than once",
+        paged(block_table=table([3, 0, 1], [1, 2, 9]), **NEW),
+    ),
+    "new states in a block that is twice in a row": (
+        ValueError,
+        "block_table: .* added, got block 3, entry 2 of sample 0, more than once",
+        paged(block_table=table([3, 0, 3], [2, 1, 9]), **NEW),
+    ),
 }  # fmt: skip
 
 
@@ -144,5 +183,14 @@ def test_upper_bounds_may_decrease_between_samples_and_in_padding() -> None:
 def test_good_input_of_these_cases_is_accepted() -> None:
     with gk.backend("reference"):
         ends = ranges(k_starts=ints(1, 4), seqlens_k=ints(3, 0)), cached(cache_leftpad=ints(5, 0))
-        for call in (dense(), varlen(), ranges(), cached(), *ends):
+        pages = {"k_cache": t(4, 2, 2, 32), "v_cache": t(4, 2, 2, 32)}
+        for call in (dense(), varlen(), ranges(), cached(), *ends, paged(**pages)):
             assert bool(call().isfinite().all())
+
+
+def test_a_refused_call_writes_nothing() -> None:
+    caches = [torch.full((4, 2, 2, 32), 7.0) for _ in "kv"]
+    for wrong in (table([3, 0, 1], [2, -1, 9]), table([3, 0, 1], [2, 1, 9])):
+        with pytest.raises(ValueError, match="block_table"):
+            paged(k_cache=caches[0], v_cache=caches[1], block_table=wrong, **NEW)()
+    assert all(bool((x == 7).all()) for x in caches)
