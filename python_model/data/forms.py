@@ -60,16 +60,19 @@ TYPES = {
     "symmetric_class": "FlagEmbedding takes fewer negatives where a row has fewer; here they are repeated",
     "only_1neg": "FlagEmbedding takes one negative; here as many as train_group_size says",
 }
+SYSTEM = ("system", "system_prompt")
+WANTED = ("label", "kto_tag")
+"""Columns that say whether a reply is wanted."""
 FORMS: dict[str, tuple[str, ...]] = {
     "grit": ("query", "pos", "neg", "pos_scores", "neg_scores", "type", *INSTRUCTIONS),
     "sentence-transformers": ("anchor", "query", "positive", "negative", *INSTRUCTIONS),
     "sentence-transformers pairs": ("sentence1", "sentence2", "score", "label", "similarity_score"),
     "tevatron": ("query", "query_text", "positive_passages", "negative_passages"),
     "text": ("text", "documents"),
-    "messages": ("messages", "system", "prompt", "documents"),
-    "ShareGPT": ("conversations", "system", "documents"),
-    "Alpaca": ("instruction", "input", "output", "system", "history", "text", "documents"),
-    "prompt and completion": ("prompt", "completion", "response", "system", "label", "documents"),
+    "messages": ("messages", *SYSTEM, "prompt", *WANTED, "documents"),
+    "ShareGPT": ("conversations", *SYSTEM, *WANTED, "documents"),
+    "Alpaca": ("instruction", "input", "output", *SYSTEM, "history", "text", *WANTED, "documents"),
+    "prompt and completion": ("prompt", "completion", "response", *SYSTEM, *WANTED, "documents"),
 }
 REQUIRED: dict[str, tuple[str, ...]] = {  # in the order they are tried
     "tevatron": ("positive_passages",),
@@ -87,12 +90,18 @@ SAME = (
     ("query", "query_text"),
     ("completion", "response"),
     ("score", "label", "similarity_score"),
+    SYSTEM,
+    WANTED,
 )
 """Names of one column, of which a row has one."""
 CHATS = ("text", "messages", "ShareGPT", "Alpaca", "prompt and completion")
 EMBEDDING_COLUMNS = {name for form, names in FORMS.items() if form not in CHATS for name in names}
 TRAINED = ("weight", "loss", "train")
-"""Entries of a message by which other tools say whether it is trained on."""
+"""Entries of a message or a row by which other tools say whether it is trained on."""
+READ_BY_OTHERS = {"instruction", "instruct", "prompt", "score", "scores", "label", "labels", "weight"}
+"""Words in the names of columns by which other tools instruct, score or weight the texts of a row to embed."""
+OF_PASSAGES = ("pos", "neg", "positive", "negative")
+"""Beginnings of the names of columns with passages."""
 OF_MESSAGES = {"role", "from", "content", "value", "tool_calls", "name", "id", *TRAINED}
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -170,8 +179,12 @@ class Reader:
             absent = [other for other in known if columns.get(other) is None]
             if close := difflib.get_close_matches(name, absent, 1, 0.74):
                 raise DataError(f"{origin}: unknown column {name!r}: did you mean {close[0]!r}?", "misspelt")
-            if form not in CHATS and (name in EMBEDDING_COLUMNS or _is_negative(name)):
+            if columns[name] is not None and _is_meant_for_others(name, columns[name], form):
                 raise DataError(f"{origin}: column {name!r} has no meaning in this row's format {form!r}")
+            if form in CHATS and name in TRAINED and columns[name] not in (None, 1):
+                raise DataError(
+                    f"{origin}: {name}: a row that is weighted or not trained on is not supported", "weights"
+                )
             if form not in CHATS and name == "no_in_batch_neg" and columns[name]:
                 raise DataError(
                     f"{origin}: no_in_batch_neg: expected it in the name of the file, as in FlagEmbedding, since it holds for a "
@@ -270,6 +283,11 @@ class Reader:
         return InstructedText(instruction, check_text(value[1], f"{name}[1]", origin))
 
     def _turns(self, columns: Columns, form: str, origin: str) -> tuple[str, ...]:
+        for name in WANTED:
+            if name in FORMS[form] and (wanted := columns.get(name)) is not None and wanted is not True:
+                if wanted is not False:
+                    raise DataError(f"{origin}: {name}: expected true or false, got {json_type(wanted)}")
+                raise DataError(f"{origin}: {name}: false: a reply that is not wanted", "unwanted replies")
         if form == "text":
             if isinstance(columns["text"], str):
                 return (check_text(columns["text"], "text", origin),)
@@ -288,10 +306,6 @@ class Reader:
             reply = "completion" if "completion" in columns else "response"
             if reply not in columns:
                 raise DataError(f"{origin}: expected {_expected()}, got the columns {sorted(columns)}{_meant(columns)}")
-            if (label := columns.get("label")) is not None and label is not True:
-                if label is not False:
-                    raise DataError(f"{origin}: label: expected true or false, got {json_type(label)}")
-                raise DataError(f"{origin}: label: false: a reply that is not wanted", "unwanted replies")
             parts = [columns["prompt"], columns[reply]]
             if any(isinstance(part, list) for part in parts):
                 messages = self._messages(
@@ -305,8 +319,8 @@ class Reader:
             # some data sets repeat the first message there
             if (prompt := columns.get("prompt")) is not None and prompt not in (text for _, text in messages):
                 self.notes["column 'prompt' is ignored"] = None
-        if columns.get("system") and form != "text":
-            messages.insert(0, ("system", columns["system"]))
+        if (system := columns.get("system") or columns.get("system_prompt")) and form != "text":
+            messages.insert(0, ("system", system))
         return _alternating(messages, form, origin)
 
     def _messages(self, value: Any, name: str, origin: str) -> list[tuple[str, Any]]:
@@ -353,6 +367,16 @@ def _meant(columns: Columns) -> str:
         if name not in known and (close := difflib.get_close_matches(name, known, 1, 0.6)):
             return f"; did you mean {close[0]!r} by {name!r}?"
     return ""
+
+
+def _is_meant_for_others(name: str, value: Any, form: str) -> bool:
+    """Whether other tools make something of a column that a row of this form does not have."""
+    words = name.lower().split("_")
+    if form in CHATS:
+        return name in OF_PASSAGES or (words[0] in OF_PASSAGES and isinstance(value, list | dict))
+    return (
+        name in EMBEDDING_COLUMNS or _is_negative(name) or (words[-1] != "id" and not READ_BY_OTHERS.isdisjoint(words))
+    )
 
 
 def _is_negative(name: str) -> bool:

@@ -84,6 +84,10 @@ EMBEDDING_FORMS: dict[str, tuple[dict[str, Any], EmbeddingRow]] = {
         {"query_text": "who", "positive_passages": [{"text": "she"}], "negative_passages": None, "answers": ["she"]},
         EmbeddingRow(PlainText("", "who"), plain("she"), dataset="x"),
     ),
+    "FlagEmbedding with columns that hold nothing": (
+        {**FLAG, "score": None, "teacher_scores": None, "label_id": 7},
+        EmbeddingRow(PlainText("", FLAG["query"]), plain(*FLAG["pos"]), plain(*FLAG["neg"]), dataset="x"),
+    ),
     "GRIT, all in lists, with its entity and data set": (
         {"query": ["Find", "q"], "pos": [["", "p"], ["Say", "r"]], "neg": [], "key": "k", "dataset": "d"},
         EmbeddingRow(
@@ -91,7 +95,16 @@ EMBEDDING_FORMS: dict[str, tuple[dict[str, Any], EmbeddingRow]] = {
         ),
     ),
 }
+TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+SHARED: dict[str, Any] = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+ALPACA = {"instruction": "hi", "output": "hello"}
 CHATS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "messages with a system text by another name": ({**TALK, "system_prompt": "be brief"}, ("be brief\n\nhi", "hello")),
+    "ShareGPT that is wanted, with a weight of 1": ({**SHARED, "kto_tag": True, "weight": 1.0}, ("hi", "hello")),
+    "Alpaca with columns that hold nothing": (
+        {**ALPACA, "label": None, "kto_tag": None, "weight": None, "pos": None, "system": "", "system_prompt": None},
+        ("hi", "hello"),
+    ),
     "messages": (
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
         ("hi", "hello"),
@@ -208,6 +221,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "column 'negative' has no meaning in this row's format 'grit'",
     ),
     "a score beside passages": ({**FLAG, "score": 0.5}, "column 'score' has no meaning"),
+    "an instruction of the passages": (
+        {**FLAG, "passage_instruction": "x"},
+        "column 'passage_instruction' has no meaning",
+    ),
+    "a prompt by another name": ({**FLAG, "query_prompt": "x"}, "column 'query_prompt' has no meaning"),
+    "scores by another name": ({**FLAG, "teacher_scores": [1, 2]}, "column 'teacher_scores' has no meaning"),
+    "labels of passages": ({**FLAG, "labels": [1, 0]}, "column 'labels' has no meaning"),
+    "a weight": ({**FLAG, "weight": 0.1}, "column 'weight' has no meaning"),
+    "passages of a text": ({"text": "a", "pos": ["b"]}, "column 'pos' has no meaning in this row's format 'text'"),
+    "messages to embed": (
+        {**TALK, "positive_messages": [TALK["messages"]]},
+        "column 'positive_messages' has no meaning in this row's format 'messages'",
+    ),
+    "messages that are not wanted": ({**TALK, "label": False}, "label: false: a reply that is not wanted"),
+    "ShareGPT that is not wanted": ({**SHARED, "kto_tag": False}, "kto_tag: false: a reply that is not wanted"),
+    "Alpaca that is not wanted": ({**ALPACA, "kto_tag": False}, "kto_tag: false: a reply that is not wanted"),
+    "a label that is no flag": ({**ALPACA, "label": 2}, "label: expected true or false, got a number"),
+    "two flags": ({**TALK, "label": True, "kto_tag": True}, "expected one of the columns label, kto_tag"),
+    "a conversation with a weight": ({**TALK, "weight": 0.5}, "weight: a row that is weighted or not trained on"),
+    "a conversation to be left out": ({**SHARED, "train": False}, "train: a row that is weighted or not trained on"),
+    "two system texts": (
+        {**TALK, "system": "a", "system_prompt": "b"},
+        "expected one of the columns system, system_prompt",
+    ),
     "a batch's setting as a column": (
         {**FLAG, "no_in_batch_neg": True},
         "no_in_batch_neg: expected it in the name of the file",
