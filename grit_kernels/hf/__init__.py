@@ -9,7 +9,8 @@
 * :func:`unwrapped`, :func:`decoder_of`, :func:`layers_of`, :func:`rotary_of`: the parts of a model. :func:`is_watched`: whether a
   module has hooks or a forward of its own. :func:`depends_on_length`: whether a decoder's rotary frequencies depend on the length
   of a text; :func:`has_recurrent_layers`: whether some of its layers carry a state. :func:`check_plain_head`: whether applying
-  the language-model head directly gives the model's logits. :func:`reads_texts_both_ways`: what a flag in a config says.
+  the language-model head directly gives the model's logits; :func:`check_unwrapped`: whether calling the decoder directly leaves
+  nothing out. :func:`reads_texts_both_ways`: what a flag in a config says.
 * :func:`checkpoint_activations`, :func:`checkpoints_activations`, :func:`expert_balance_loss`: for training.
 
 Only compat.py knows how versions of transformers differ; importing this package does not import transformers.
@@ -20,6 +21,7 @@ from typing import Any
 from grit_kernels.hf.compat import (
     cache_keyword,
     cached_states,
+    check_unwrapped,
     checkpoint_activations,
     checkpoints_activations,
     decoder_of,
@@ -45,6 +47,7 @@ __all__ = [
     "cache_keyword",
     "cached_states",
     "check_plain_head",
+    "check_unwrapped",
     "checkpoint_activations",
     "checkpoints_activations",
     "decoder_of",

@@ -96,6 +96,23 @@ def unwrapped(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def check_unwrapped(model: Any) -> None:
+    """For code that calls the decoder and the head by themselves: check that PEFT's wrapper does no more than call the model.
+
+    Raises:
+        ValueError: it adds tokens or states (prompt learning) or tells adapters where to act (aLoRA, X-LoRA): that would be lost.
+    """
+    adapters = getattr(getattr(model, "_orig_mod", model), "peft_config", None)
+    for adapter in adapters.values() if isinstance(adapters, dict) else ():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        alora = getattr(adapter, "alora_invocation_tokens", None) is not None
+        if adapter.is_prompt_learning or alora or kind == "XLORA":
+            raise ValueError(
+                f"model: expected adapters that are part of the layers, as LoRA is, got {'aLoRA' if alora else kind}, which acts "
+                "in PEFT's own forward: call the model itself"
+            )
+
+
 def decoder_of(model: Any) -> Any:
     """The bare decoder inside ``model``, which may be one itself, have a language-model head or be wrapped."""
     inner = unwrapped(model)

@@ -331,7 +331,8 @@ def _mlp_forward(self: Any, what: GatedMlp, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether the module has hooks, or its forward has been replaced by anything but patch(): then it must be called."""
+    """Whether the module has hooks (its own, or those of all modules), or its forward has been replaced by anything but patch():
+    then it must be called."""
     forward = module.__dict__.get("forward")
     foreign = forward is not None and not getattr(forward, "func", forward).__module__.startswith("grit_kernels.")
     return bool(
@@ -340,6 +341,7 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or hasattr(module, "_hf_hook")
+        or torch.nn.modules.module._has_any_global_hook()
         or foreign
     )
 

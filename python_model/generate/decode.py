@@ -186,11 +186,13 @@ def decode(
         The new tokens of each row.
 
     Raises:
-        ValueError: an empty prompt, wrong sizes, or states of another length's rotary frequencies.
+        ValueError: an empty prompt, wrong sizes, states of another length's rotary frequencies, or adapters that PEFT applies
+            around the model.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: expected at least one token per prompt, got none or an empty one")
     check_at_least("max_new_tokens", max_new_tokens, 1)
+    gk.hf.check_unwrapped(model)
     sampling = sampling if sampling is not None else Sampling()
     device, batch = model.device, len(prompts)
     before = list(states) if states is not None else [None] * batch

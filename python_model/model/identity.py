@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from python_model.model.heads import layer_configs
 
@@ -64,6 +65,7 @@ _PROBES = (
     "\u0645\u0631\u062d\u0628\u0627 \U0001f469\u200d\U0001f4bb",
 )
 """Texts on which tokenizers differ: spaces, digits, code, scripts, combining characters."""
+_OF_ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 _BLOCK = 1 << 24
 """Elements of a weight that are digested at a time."""
 _LIMITS = ("max_position_embeddings", "n_positions")
@@ -113,7 +115,8 @@ def fingerprint(model: GritLM) -> str:
     all of them, which suits the opening of a store, not what is done per text.
     """
     decoder = weights_digest(model.decoder[0], torch.bfloat16)
-    return MARK + _digest(states_config(model.model.config), decoder, tokenizer_digest(model.tokenizer))
+    applied = _applied(model.decoder[0])
+    return MARK + _digest(states_config(model.model.config), decoder, tokenizer_digest(model.tokenizer), *applied)
 
 
 def content_digest(model: GritLM) -> str:
@@ -121,7 +124,10 @@ def content_digest(model: GritLM) -> str:
     parts = [part for part in (model.model, model.projection) if part is not None]
     weights = [weights_digest(part, torch.bfloat16) for part in parts]
     config, tokenizer = states_config(model.model.config, training=True), model.tokenizer
-    return _digest(config, weights, tokenizer_digest(tokenizer), tokenizer.chat_template, asdict(model.settings))
+    applied = [fact for part in parts for fact in _applied(part)]
+    return _digest(
+        config, weights, tokenizer_digest(tokenizer), tokenizer.chat_template, asdict(model.settings), *applied
+    )
 
 
 def weights_digest(module: nn.Module, dtype: torch.dtype) -> str:
@@ -192,6 +198,22 @@ def _quantisation(part: nn.Module) -> dict[str, Any]:
     if scales is None:
         scales = getattr(getattr(part, "state", None), "SCB", None)  # where the first pass puts them
     return {} if scales is None else {"SCB": scales}
+
+
+def _applied(module: nn.Module) -> list[Any]:
+    """How the weights of adapters of PEFT and of parametrisations are applied: their factors, and which are switched on."""
+    found: list[Any] = []
+    for name, part in module.named_modules():
+        if isinstance(part, ParametrizationList):
+            found.append([name, [[type(step).__qualname__, _numbers(step)] for step in part]])
+        elif type(part).__module__.startswith("peft."):
+            found.append([name, {fact: vars(part)[fact] for fact in _OF_ADAPTERS if fact in vars(part)}])
+    return found
+
+
+def _numbers(step: nn.Module) -> dict[str, Any]:
+    plain = {name: value for name, value in vars(step).items() if isinstance(value, bool | int | float | str)}
+    return {name: value for name, value in plain.items() if name != "training"}
 
 
 def _scales(rope: Any) -> bool:

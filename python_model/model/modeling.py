@@ -219,11 +219,13 @@ class GritLM(nn.Module):
             )
 
     def check_patch(self) -> None:
-        """Check that the decoder attends as ``settings`` say, which are what is saved and exported.
+        """Check that the decoder attends as ``settings`` say, which are what is saved and exported, and may be called by itself.
 
         Raises:
-            ValueError: the decoder is no longer patched, or was patched again with another ``bidirectional_window``.
+            ValueError: the decoder is no longer patched, or was patched again with another ``bidirectional_window``; PEFT applies
+                adapters around the model (see ``grit_kernels.hf.check_unwrapped``).
         """
+        gk.hf.check_unwrapped(self.model)
         options = gk.hf.patch_options(self.decoder[0])
         if options is None:
             raise ValueError("model: expected a patched decoder, as it is loaded, got one after unpatch()")

@@ -25,6 +25,10 @@ from python_model.serve.step import Call, PackedStep, unfit
 
 def refusal(model: GritLM) -> str | None:
     """Why no packed step can compute what ``model`` does, or None."""
+    try:
+        gk.hf.check_unwrapped(model.model)
+    except ValueError as error:
+        return str(error)
     if unfit(model) is None:
         return None
     whole = {model.model, gk.hf.unwrapped(model.model)} - {model.decoder[0]}

@@ -86,7 +86,7 @@ EMBEDDING_FORMS: dict[str, tuple[dict[str, Any], EmbeddingRow]] = {
     ),
     "FlagEmbedding with columns that hold nothing": (
         {**FLAG, "score": None, "teacher_scores": None, "label_id": 7},
-        EmbeddingRow(PlainText("", FLAG["query"]), plain(*FLAG["pos"]), plain(*FLAG["neg"]), dataset="x"),
+        EmbeddingRow(PlainText("", "a dog runs"), plain(*FLAG["pos"]), plain(*FLAG["neg"]), dataset="x"),
     ),
     "GRIT, all in lists, with its entity and data set": (
         {"query": ["Find", "q"], "pos": [["", "p"], ["Say", "r"]], "neg": [], "key": "k", "dataset": "d"},

@@ -201,6 +201,64 @@ def test_an_index_knows_the_model_after_it_has_run(kind: str, untied: Path) -> N
     assert before != fingerprint(GritLM(untied, device="cpu", dtype="float32"))
 
 
+def test_an_index_knows_how_adapters_and_parametrisations_are_applied(checkpoint: Path) -> None:
+    from torch.nn.utils.parametrize import register_parametrization
+
+    peft = pytest.importorskip("peft")
+
+    def adapted(**settings: Any) -> GritLM:
+        torch.manual_seed(0)
+        grit = GritLM(checkpoint, device="cpu", dtype="float32")
+        target = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "lora_alpha": 8}
+        grit.model = peft.get_peft_model(grit.model, peft.LoraConfig(**{**target, **settings})).eval()
+        return grit
+
+    found = [fingerprint(adapted(**settings)) for settings in ({}, {"lora_alpha": 16}, {"use_rslora": True})]
+    grit = adapted()
+    assert fingerprint(grit) == found[0]
+    with grit.model.disable_adapter():
+        found.append(fingerprint(grit))
+    for factor in (1.5, 2.0):
+        grit = GritLM(checkpoint, device="cpu", dtype="float32")
+        register_parametrization(grit.decoder[0].layers[0].self_attn.q_proj, "weight", Times(factor))
+        found.append(fingerprint(grit))
+    assert len(set(found)) == len(found)
+
+
+class Times(torch.nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.factor * weight
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "aLoRA"])
+def test_adapters_that_act_around_the_model_are_refused(checkpoint: Path, kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from python_model.model.export import export_sentence_transformers
+
+    adapters = {
+        "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "aLoRA": lambda: peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]
+        ),
+    }
+    grit = GritLM(checkpoint, device="cpu", dtype="float32")
+    grit.model = peft.get_peft_model(grit.model, adapters[kind]()).eval()
+    uses: list[Callable[[], Any]] = [
+        lambda: grit.encode(TEXTS),
+        lambda: decode(grit.model, [PROMPT], max_new_tokens=2, eos_token_ids=[2]),
+        lambda: SteppedEngine(grit, arena_rows=200, max_step_tokens=96),
+        lambda: export_sentence_transformers(grit, tmp_path / "st"),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=f"model: expected adapters that are part of the layers, .* got {kind}"):
+            use()
+
+
 class Codes(torch.nn.Parameter):
     """As the weights of bitsandbytes: codes, and what they stand for in attributes."""
 

@@ -99,8 +99,12 @@ def test_adapters_on_the_input_embeddings_learn_as_in_transformers(
         assert float((mine[name] - grad).abs().max()) <= 1e-4 * largest, name
 
 
-@pytest.mark.parametrize("kind", ["hook", "own forward", "class of its own", "weight of its own kind"])
-def test_a_head_that_is_more_than_its_weight_is_called(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["hook", "hook of all modules", "own forward", "class of its own", "weight of its own kind"]
+)
+def test_a_head_that_is_more_than_its_weight_is_called(
+    kind: str, checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     model = toy_model(toy_config(checkpoint, tmp_path))
     chunk = build_chunk([], ToyStream(model.tokenizer, 0, 2)[0].conversations)
     hidden = model.hidden_states(chunk.input_ids, chunk.pack)
@@ -108,6 +112,9 @@ def test_a_head_that_is_more_than_its_weight_is_called(kind: str, checkpoint: Pa
     head = model.model.lm_head
     if kind == "hook":
         head.register_forward_hook(lambda module, inputs, output: output * 0)
+    elif kind == "hook of all modules":
+        watch = lambda module, inputs, output: output * 0 if module is head else None  # noqa: E731
+        request.addfinalizer(torch.nn.modules.module.register_module_forward_hook(watch).remove)
     elif kind == "own forward":
         head.forward = lambda x: torch.nn.functional.linear(x, head.weight) * 0
     elif kind == "class of its own":
