@@ -6,6 +6,7 @@ An unsupported field that would change the result is an error that names it; nul
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -42,6 +43,8 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Texts = Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+_TEXTS = "a text, a non-empty list of token ids, or a non-empty list of texts or of such lists"
 
 
 def _document(schema: dict[str, Any], model: type[BaseModel]) -> None:
@@ -97,7 +100,7 @@ class Message(Request):
     """A turn of a conversation. ``developer`` is an alias of ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] = Field(description="a text, or a list of parts of type text")
 
     @property
     def text(self) -> str:
@@ -121,7 +124,9 @@ class Sampled(Request):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     n: int = Field(1, ge=1, le=16)
-    stop: Annotated[Text, Field(min_length=1)] | list[Annotated[Text, Field(min_length=1)]] = Field([])
+    stop: Annotated[Text, Field(min_length=1)] | list[Annotated[Text, Field(min_length=1)]] = Field(
+        [], description="a text or a list of up to 4, none of them empty"
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -144,7 +149,7 @@ class Sampled(Request):
 class ChatRequest(Sampled):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=2048)
+    messages: list[Message] = Field(min_length=1, max_length=2048, description="a list of 1 to 2048 messages")
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -166,7 +171,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """``POST /v1/completions``."""
 
-    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Texts = Field(description=_TEXTS)
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -179,7 +184,7 @@ class EmbeddingRequest(Request):
     """
 
     model: Text = ""
-    input: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    input: Texts = Field(description=_TEXTS)
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     input_type: Literal["query", "document", "search_query", "search_document"] | None = None
@@ -204,8 +209,10 @@ class RerankRequest(Request):
     """``POST /v1/rerank`` and ``/v2/rerank``."""
 
     model: Text = ""
-    query: Text = Field(min_length=1)
-    documents: list[Text | RerankDocument] = Field(min_length=1)
+    query: Text = Field(min_length=1, description="a text that is not empty")
+    documents: list[Text | RerankDocument] = Field(
+        min_length=1, description="a list of at least one text, or object with a text"
+    )
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = False
     max_tokens_per_doc: int = Field(512, ge=1)
@@ -220,7 +227,7 @@ class RagRequest(Request):
     """``POST /v1/rag``: search an index of the server and answer from the documents found."""
 
     model: Text = ""
-    question: Text = Field(min_length=1)
+    question: Text = Field(min_length=1, description="a text that is not empty")
     index: Text | None = None
     k: int = Field(3, ge=1, le=100)
     mode: Literal["auto", "none", "query_first", "document_first", "document_cache"] = "auto"
@@ -368,6 +375,10 @@ class ApiError(Exception):
         return error_body(self.status, self.message, self.param, self.code)
 
 
+_REQUESTS = (Message, ChatRequest, CompletionRequest, EmbeddingRequest, RerankRequest, RagRequest)
+_ACCEPTED = {n: str(f.description) for kind in _REQUESTS for n, f in kind.model_fields.items() if f.description}
+"""What a field may hold, in words, where its types alone do not say it."""
+_KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -383,11 +394,10 @@ def validation_error(errors: list[Any]) -> ApiError:
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, "body: expected valid JSON", code="invalid_json")
-    if first["type"] == "missing" and not place:
-        return ApiError(400, "body: expected a JSON object, got none")
-    # branches of a union are types, not fields
-    name = ".".join(part for part in place if not any(c in part for c in "[](),-") and part not in ("str", "TextPart"))
-    name = name[:200].encode(errors="replace").decode()  # a field may have any name
+    if not place and first["type"] != "value_error":
+        return ApiError(400, f"body: expected a JSON object, got {_kind(first)}")
+    fields = [part for part in place if not _is_branch(part)]
+    name = ".".join(fields)[:200].encode(errors="replace").decode()  # a field may have any name
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{name}: this field is not supported", param=name, code="unsupported_parameter")
     if first["type"] == "value_error":
@@ -395,7 +405,36 @@ def validation_error(errors: list[Any]) -> ApiError:
         if name:
             return ApiError(400, f"{name}: {message}", param=name, code="invalid_value")
         return ApiError(400, message, param=message.partition(":")[0], code="invalid_value")
-    return ApiError(400, f"{name or 'body'}: {first['msg']}", param=name or None, code="invalid_value")
+    while fields[-1].isdecimal():  # what is accepted is said of the whole field
+        fields.pop()
+    if (accepted := _ACCEPTED.get(fields[-1])) is not None:
+        name = ".".join(fields)
+        whole = [error for error in errors if [str(p) for p in error["loc"] if not _is_branch(str(p))][1:] == fields]
+        return ApiError(
+            400, f"{name}: expected {accepted}, got {_kind((whole or [None])[0])}", param=name, code="invalid_value"
+        )
+    words = "expected a value, got none" if first["type"] == "missing" else str(first["msg"])
+    words = re.sub("^Input should be (greater|less)", r"expected a number \1", words)
+    return ApiError(400, f"{name}: {words.replace('Input should be', 'expected')}", param=name, code="invalid_value")
+
+
+def _is_branch(part: str) -> bool:
+    """Whether a part of an error's place is a type of a union, and no field."""
+    return any(c in part for c in "[](),-") or part in ("str", "TextPart", "RerankDocument")
+
+
+def _kind(error: Any) -> str:
+    """What was given instead, in words: never the value itself."""
+    if error is None:
+        return "a list with other entries"
+    if error["type"] == "missing" or error["input"] is None:
+        return "none"
+    value = error["input"]
+    if isinstance(value, str | list | dict) and not value:
+        return _KINDS[type(value)].replace("a ", "an empty ").replace("an object", "an empty object")
+    if isinstance(value, list) and any(entry in ("", [], {}, None) for entry in value):
+        return "a list with an empty entry"
+    return "a list with other entries" if isinstance(value, list) else _KINDS.get(type(value), "something else")
 
 
 def _most_telling(errors: list[Any]) -> Any:

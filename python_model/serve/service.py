@@ -128,7 +128,10 @@ class Service:
                 ids.append(prompt_ids(self.reader, prompt.replace(TURN_END, UNKNOWN)))
             if not ids[-1]:
                 raise ApiError(
-                    400, "prompt: expected at least one token, got none", param="prompt", code="invalid_value"
+                    400,
+                    "prompt: expected a text that is not empty, as this model's tokenizer adds no token, got an empty one",
+                    param="prompt",
+                    code="invalid_value",
                 )
         return self._generations("prompt", ids, request, request.max_tokens, request.logprobs)
 
@@ -217,7 +220,8 @@ class Service:
         except ValueError as error:
             if text.strip():
                 raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from None
-            raise ApiError(400, f"{param}: expected non-empty texts", param=param, code="invalid_value") from None
+            message = f"{param}: expected texts that are not empty, got an empty one"
+            raise ApiError(400, message, param=param, code="invalid_value") from None
         if sample.truncated:
             self._too_long(param, self.text_tokens)
         skip = 0 if model.settings.embed_instruction else sample.instruction_len
@@ -246,7 +250,8 @@ class Service:
         self._count("documents", len(request.documents))
         self._fits("query", len(request.query), self.text_tokens)
         if not request.query.strip():
-            raise ApiError(400, "query: expected a non-empty text", param="query", code="invalid_value")
+            message = "query: expected a text that is not empty, got an empty text"
+            raise ApiError(400, message, param="query", code="invalid_value")
         works, truncated = [], []
         for text in map(on_one_line, request.texts):
             # text beyond the tokens that are shown need not be tokenised
@@ -412,6 +417,9 @@ def conversation(messages: Sequence[Message]) -> tuple[str, list[str]]:
         raise ApiError(400, "messages: expected the last one to be the user's", param="messages", code="invalid_value")
     if not turns[-1].strip():
         raise ApiError(
-            400, "messages: expected a last message that is not empty", param="messages", code="invalid_value"
+            400,
+            "messages: expected a last message that is not empty, got an empty one",
+            param="messages",
+            code="invalid_value",
         )
     return "\n\n".join(system), turns

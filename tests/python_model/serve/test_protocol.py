@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi")
 pydantic = pytest.importorskip("pydantic")
 
+from python_model import GritLM  # noqa: E402
+from python_model.serve.app import create_app  # noqa: E402
+from python_model.serve.engine import Engine  # noqa: E402
 from python_model.serve.protocol import (  # noqa: E402
     ApiError,
     ChatRequest,
@@ -19,6 +25,7 @@ from python_model.serve.protocol import (  # noqa: E402
     RerankRequest,
     validation_error,
 )
+from python_model.serve.service import Service  # noqa: E402
 
 LEAST: dict[type[Request], dict[str, Any]] = {
     ChatRequest: {"messages": [{"role": "user", "content": "x"}]},
@@ -77,6 +84,16 @@ RANGES: dict[type[Request], dict[str, tuple[Any, list[Any], list[Any]]]] = {
 """Per field: its default (... where it must be given), values at the ends of its range, and values just outside."""
 
 
+@pytest.fixture(scope="module")
+def client(served_model: GritLM) -> Iterator[Any]:
+    from fastapi.testclient import TestClient
+
+    with TestClient(
+        create_app(Service(Engine(served_model, arena_rows=64, max_step_tokens=64), name="tiny"))
+    ) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in RANGES.items() for field in fields])
 def test_a_range_holds_its_ends_and_nothing_beyond(kind: type[Request], field: str) -> None:
     default, inside, outside = RANGES[kind][field]
@@ -97,7 +114,7 @@ def test_a_number_that_is_none_is_refused_as_such(kind: type[Request], field: st
     body = json.dumps({**LEAST[kind], field: 1})[:-2] + number + "}"
     with pytest.raises(pydantic.ValidationError) as caught:
         kind.model_validate_json(body)
-    assert validation_error(caught.value.errors()).message == f"{field}: Input should be a finite number"
+    assert validation_error(caught.value.errors()).message == f"{field}: expected a finite number"
 
 
 def test_log_probabilities_of_a_chat_have_a_range() -> None:
@@ -144,3 +161,77 @@ def test_an_error_of_a_whole_request_has_a_field_and_a_code() -> None:
 def test_the_type_of_an_error_is_openais_for_its_status(status: int, kind: str) -> None:
     error = {"message": "m", "type": kind, "param": "p", "code": "c"}
     assert ApiError(status, "m", param="p", code="c").body == {"error": error}
+
+
+TEXTS = "a text, a non-empty list of token ids, or a non-empty list of texts or of such lists"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("embeddings", {"input": []}, "input", f"expected {TEXTS}, got an empty list"),
+        ("embeddings", {"input": [[1], []]}, "input", f"expected {TEXTS}, got a list with an empty entry"),
+        ("embeddings", {"input": ["a", 5]}, "input", f"expected {TEXTS}, got a list with other entries"),
+        ("embeddings", {"input": {}}, "input", f"expected {TEXTS}, got an empty object"),
+        ("embeddings", {"input": None}, "input", f"expected {TEXTS}, got none"),
+        ("embeddings", {}, "input", f"expected {TEXTS}, got none"),
+        ("embeddings", {"input": ""}, "input", "expected texts that are not empty, got an empty one"),
+        ("embeddings", {"input": ["a", " "]}, "input", "expected texts that are not empty, got an empty one"),
+        ("chat/completions", {"messages": []}, "messages", "expected a list of 1 to 2048 messages, got an empty list"),
+        ("chat/completions", {"messages": ""}, "messages", "expected a list of 1 to 2048 messages, got an empty text"),
+        ("chat/completions", {}, "messages", "expected a list of 1 to 2048 messages, got none"),
+        ("chat/completions", {"messages": [{}]}, "messages.0.role", "expected a value, got none"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": None}]},
+            "messages.0.content",
+            "expected a text, or a list of parts of type text, got none",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": []}]},
+            "messages",
+            "expected a last message that is not empty, got an empty one",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "stop": [""]},
+            "stop",
+            "expected a text or a list of up to 4, none of them empty, got a list with an empty entry",
+        ),
+        ("completions", {"prompt": []}, "prompt", f"expected {TEXTS}, got an empty list"),
+        ("completions", {"prompt": [[]]}, "prompt", f"expected {TEXTS}, got a list with an empty entry"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "expected a number greater than or equal to 1"),
+        (
+            "rerank",
+            {"query": "q", "documents": []},
+            "documents",
+            "expected a list of at least one text, or object with a text, got an empty list",
+        ),
+        ("rerank", {"query": "q", "documents": [{}]}, "documents.0.text", "expected a value, got none"),
+        ("rerank", {"query": "", "documents": ["a"]}, "query", "expected a text that is not empty, got an empty text"),
+        ("rerank", {"query": " ", "documents": ["a"]}, "query", "expected a text that is not empty, got an empty text"),
+        ("rag", {"question": ""}, "question", "expected a text that is not empty, got an empty text"),
+        ("rag", [], None, "expected a JSON object, got an empty list"),
+        ("rag", None, None, "expected a JSON object, got none"),
+    ],
+)
+def test_what_is_empty_is_refused_with_what_is_accepted(
+    client: Any, path: str, body: Any, param: str | None, message: str
+) -> None:
+    answer = client.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["message"], error["param"]) == (f"{param or 'body'}: {message}", param)
+    assert error["type"] == "invalid_request_error"
+
+
+def test_an_empty_prompt_is_continued_where_the_tokenizer_begins_texts_with_a_token(
+    client: Any, checkpoint_without_bos: Path
+) -> None:
+    assert client.post("/v1/completions", json={"prompt": "", "max_tokens": 1}).status_code == 200
+    other = Service(
+        Engine(GritLM(checkpoint_without_bos, device="cpu"), arena_rows=64, max_step_tokens=64), name="tiny"
+    )
+    with pytest.raises(ApiError, match="prompt: expected a text that is not empty, as this model's tokenizer adds no"):
+        other.complete(CompletionRequest.model_validate({"prompt": ""}))
