@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from python_model.support.arguments import check_at_least, check_choice
+from python_model.support.arguments import check_at_least, check_choice, check_path
 from python_model.support.files import write_json
 
 PoolingMethod = Literal["mean", "weightedmean", "lasttoken", "cls"]
@@ -222,6 +222,7 @@ class GritSettings:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``grit.json`` to ``folder``."""
+        check_path("folder", folder)
         write_json(Path(folder) / SETTINGS_FILE, {"version": VERSION, **asdict(self)})
 
     @classmethod
@@ -231,6 +232,7 @@ class GritSettings:
         Raises:
             ValueError: a newer version, unknown or missing fields, invalid values, or not JSON.
         """
+        check_path("file", file)
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:

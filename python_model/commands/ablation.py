@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import TERMINATED, Command
+from python_model.commands.runner import TERMINATED, Command, location, path
 
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit ablation``."""
-    parser.add_argument("--config", type=Path, required=True, help="YAML file (see configs/ablations)")
-    parser.add_argument("--model", help="base model of variants that name none")
-    parser.add_argument("--train-data", help="jsonl file or folder")
+    parser.add_argument("--config", type=path, required=True, help="YAML file (see configs/ablations)")
+    parser.add_argument("--model", type=location, help="base model of variants that name none")
+    parser.add_argument("--train-data", type=location, help="jsonl file or folder")
     parser.add_argument("--steps", type=int, help="optimiser steps of variants that set none")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep trained weights after evaluation")
 

@@ -9,7 +9,7 @@ import importlib
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command
+from python_model.commands.runner import Command, location, path
 from python_model.support.optional import require
 
 SHELLS = ("bash", "zsh")
@@ -31,7 +31,7 @@ def script(shell: str) -> str:
     for name, (module, text) in COMMANDS.items():
         parser = importlib.import_module(module).COMMAND.parser()
         for action in parser._actions:
-            if "Path" in str(getattr(action, "_typehint", "")):
+            if action.type in (location, path):
                 action.complete = shtab.FILE
         commands.add_subcommand(name, parser, help=text)
     return str(shtab.complete(root, shell))

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command
+from python_model.commands.runner import Command, location, path
 from python_model.data.reading import tolerant_rows
 from python_model.data.report import DataReport
 from python_model.data.rows import Row, to_object
@@ -38,8 +37,10 @@ def shown(row: dict[str, Any]) -> list[str]:
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit convert``."""
-    parser.add_argument("input", help="file or folder: jsonl, json (both also gzipped) or parquet; or a URL for fsspec")
-    parser.add_argument("output", nargs="?", type=Path, help=".jsonl file to write")
+    parser.add_argument(
+        "input", type=location, help="file or folder: jsonl, json (both also gzipped) or parquet; or a URL for fsspec"
+    )
+    parser.add_argument("output", nargs="?", type=path, help=".jsonl file to write")
     parser.add_argument(
         "--positive-score", type=float, help="lowest score (or label) of a sentence pair that counts as a positive"
     )

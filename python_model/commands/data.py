@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json
-from python_model.support.files import cache_folder
+from python_model.commands.runner import Command, add_json, location, path
+from python_model.support.files import cache_folder, make_folder
 
 SIZES = {"negatives": None, "held_out": 50, "max_rows": None, "test_rows": None, "corpus_rows": None}
 """The largest value of each numeric option, where there is one."""
@@ -20,9 +19,14 @@ def configure(parser: ArgumentParser) -> None:
     """The options of ``grit data``."""
     from python_model.corpora.build import SOURCES
 
-    parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument("output", type=path, help="new folder")
     parser.add_argument(
-        "--from", dest="paths", nargs="+", metavar="ROWS", help="use your own rows from these files or folders instead"
+        "--from",
+        dest="paths",
+        type=location,
+        nargs="+",
+        metavar="ROWS",
+        help="use your own rows from these files or folders instead",
     )
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="packages to read")
     parser.add_argument("--negatives", type=int, default=4, help="hard negatives per query")
@@ -55,6 +59,9 @@ def run(arguments: Namespace) -> None:
     output = arguments.output
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"output: {output} exists; choose another folder or pass --overwrite")
+    if output.is_file():
+        raise NotADirectoryError(f"output: expected a folder or a new name, got the file {output}")
+    make_folder(output.parent)  # now, rather than after the sources are read
     told: list[str] = []
     if arguments.paths:
         manifest, told = build_own(output, arguments.paths, percent=arguments.held_out, test_rows=arguments.test_rows)

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from python_model.commands import demo_report as report
-from python_model.commands.runner import SMALL_MODEL, Command, add_precision, tell_cut
+from python_model.commands.runner import SMALL_MODEL, Command, add_precision, location, tell_cut
 from python_model.corpora.small_model import resolve_model
 from python_model.data import sample_dir
 from python_model.data.config import DataConfig
@@ -219,9 +219,11 @@ def demo_config(
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit demo``."""
-    parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint to start from; the default is the small model")
     parser.add_argument(
-        "--output-dir", default="demo_output", help="folder for the checkpoint, the figures and the plot"
+        "--model", type=location, default=SMALL_MODEL, help="checkpoint to start from; the default is the small model"
+    )
+    parser.add_argument(
+        "--output-dir", type=location, default="demo_output", help="folder for the checkpoint, the figures and the plot"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")

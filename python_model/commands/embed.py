@@ -22,6 +22,7 @@ from python_model.commands.runner import (
     chunks_of,
     documents_at,
     load,
+    location,
     progress,
     refuse_both,
     refuse_without,
@@ -50,12 +51,16 @@ def _key(model: GritLM, texts: Sequence[str], *settings: Any) -> str:
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit embed``."""
-    parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint folder or name; default: the small model")
+    parser.add_argument(
+        "--model", type=location, default=SMALL_MODEL, help="checkpoint folder or name; default: the small model"
+    )
     parser.add_argument("--text", action="append", help="a text to embed, instead of standard input; may be repeated")
-    parser.add_argument("--input", help="read a jsonl or text file, or a folder of documents, instead")
+    parser.add_argument("--input", type=location, help="read a jsonl or text file, or a folder of documents, instead")
     parser.add_argument("--instruction", default="", help="instruction, such as 'Find the answer'")
     parser.add_argument(
-        "--output", help=".npy file for the vectors (with --ray: folder of their shards); an interrupted run resumes"
+        "--output",
+        type=location,
+        help=".npy file for the vectors (with --ray: folder of their shards); an interrupted run resumes",
     )
     parser.add_argument(
         "--max-length", type=int, default=512, help="maximum tokens per text; longer ones are truncated"

@@ -30,6 +30,8 @@ from python_model.commands.runner import (
     add_truncation,
     chunked_texts,
     load,
+    location,
+    path,
     refuse_without,
     tell_cut,
 )
@@ -114,11 +116,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit eval``."""
-    parser.add_argument("--model", action="append", help="checkpoint folder or name; may be repeated")
+    parser.add_argument("--model", type=location, action="append", help="checkpoint folder or name; may be repeated")
     parser.add_argument("--device", help="device to compute on; default: CUDA if available")
-    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl and test/; default: the bundled sample")
+    parser.add_argument("--data", type=path, help="folder with corpus.jsonl and test/; default: the bundled sample")
     parser.add_argument(
-        "--questions", type=Path, help="jsonl file of {question, answers} rows: also score generated answers"
+        "--questions", type=path, help="jsonl file of {question, answers} rows: also score generated answers"
     )
     add_truncation(parser)
     parser.add_argument("--mode", choices=["unified", "embedding"], default="unified")
@@ -128,7 +130,7 @@ def configure(parser: ArgumentParser) -> None:
     add_precision(parser)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         help="JSON file for the results; checkpoints it already has under the same options are not evaluated again",
     )
     add_json(parser, "JSON instead of a table")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_model, add_truncation, load
+from python_model.commands.runner import Command, add_model, add_truncation, load, path
 from python_model.support.files import make_folder
 
 TARGETS = ("sentence-transformers", "vllm", "gguf")
@@ -20,7 +20,7 @@ TARGETS = ("sentence-transformers", "vllm", "gguf")
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit export``."""
-    parser.add_argument("folder", type=Path, help="what to write; an earlier export in it is replaced")
+    parser.add_argument("folder", type=path, help="what to write; an earlier export in it is replaced")
     add_model(parser)
     parser.add_argument("--for", dest="target", choices=TARGETS, default=TARGETS[0], help="what will load the folder")
     add_truncation(parser)

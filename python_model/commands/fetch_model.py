@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command
+from python_model.commands.runner import Command, path
 
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit fetch-model``."""
-    parser.add_argument("--cache-dir", type=Path, help="where to keep it; default: the cache folder")
+    parser.add_argument("--cache-dir", type=path, help="where to keep it; default: the cache folder")
     parser.add_argument("--offline", action="store_true", help="never download")
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_json, add_model, load, progress, refuse_both, refuse_without, show
+from python_model.commands.runner import (
+    Command,
+    add_json,
+    add_model,
+    load,
+    path,
+    progress,
+    refuse_both,
+    refuse_without,
+    show,
+)
 from python_model.support.arguments import check_at_least
 
 if TYPE_CHECKING:
@@ -23,8 +32,8 @@ def configure(parser: ArgumentParser) -> None:
 
     add_model(parser)
     parser.add_argument("--prompt", help="the question; without it, each line of standard input is a turn of a chat")
-    parser.add_argument("--input", type=Path, help='jsonl file of {"prompt": ..} or {"turns": [..]} rows to answer')
-    parser.add_argument("--output", type=Path, help="file for the replies to --input; an interrupted run resumes")
+    parser.add_argument("--input", type=path, help='jsonl file of {"prompt": ..} or {"turns": [..]} rows to answer')
+    parser.add_argument("--output", type=path, help="file for the replies to --input; an interrupted run resumes")
     parser.add_argument("--format", choices=FORMATS, default="grit", help="prompt format")
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum tokens of a reply")

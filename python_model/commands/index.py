@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from python_model.commands.runner import (
     add_search,
     add_truncation,
     load,
+    location,
     progress,
     refuse_without,
     show,
@@ -37,16 +39,19 @@ def configure(parser: ArgumentParser) -> None:
     from python_model.rag.store.kvstore import FORMATS as STORE_FORMATS
     from python_model.rag.store.vectors import FORMATS
 
-    parser.add_argument("index", help="folder of the index")
+    parser.add_argument("index", type=location, help="folder of the index")
     add_model(parser)
     add_truncation(parser)
     parser.add_argument(
         "--add",
+        type=location,
         action="append",
         default=[],
         help="file or folder to add, or to update if it has changed; may be repeated",
     )
-    parser.add_argument("--shards", help="folder of `grit embed --ray` whose documents and vectors to add")
+    parser.add_argument(
+        "--shards", type=location, help="folder of `grit embed --ray` whose documents and vectors to add"
+    )
     parser.add_argument(
         "--sync", action="store_true", help="with --add: drop documents of files that are no longer in the folder"
     )
@@ -72,7 +77,9 @@ def configure(parser: ArgumentParser) -> None:
         "--approximate", choices=KINDS, help="build a FAISS index of the vectors and measure its recall"
     )
     parser.add_argument("--compact", action="store_true", help="merge files and free the space of removed documents")
-    parser.add_argument("--store", help="folder of a key-value store: keep the documents' states as well")
+    parser.add_argument(
+        "--store", type=location, help="folder of a key-value store: keep the documents' states as well"
+    )
     parser.add_argument(
         "--store-format", choices=STORE_FORMATS, help="format of the states in a new store; default: int8"
     )
@@ -91,6 +98,9 @@ def run(arguments: Namespace) -> None:
 
     if arguments.sync and not arguments.add:
         raise ValueError("--sync: expected --add with the folder to synchronise with, got none")
+    for place in arguments.add:
+        if not Path(place).exists():
+            raise FileNotFoundError(f"--add: there is no file or folder {place}")
     options_of = COMMAND.parser()
     refuse_without(arguments, options_of, "search", "where", "hybrid", "instruction", "k")
     refuse_without(arguments, options_of, "add", "store", "chunk_tokens", "overlap")

@@ -13,12 +13,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_chunks, chunked_texts, load, refuse_without, tell_cut
+from python_model.commands.runner import (
+    Command,
+    add_chunks,
+    chunked_texts,
+    load,
+    location,
+    path,
+    refuse_without,
+    tell_cut,
+)
 from python_model.corpora.hard_negatives import BM25, SCORE_CAP, SKIPPED_RANKS, Embeddings, Scorer, mine_negatives
 from python_model.data.files import read_objects
 from python_model.data.reading import tolerant_rows
@@ -82,11 +90,13 @@ def mined(
 
 def configure(parser: ArgumentParser) -> None:
     """The options of ``grit mine``."""
-    parser.add_argument("input", help="file or folder of rows in any supported format (see grit convert)")
-    parser.add_argument("output", type=Path, help=".jsonl file to write")
-    parser.add_argument("--model", help="checkpoint that scores passages; default: BM25")
+    parser.add_argument(
+        "input", type=location, help="file or folder of rows in any supported format (see grit convert)"
+    )
+    parser.add_argument("output", type=path, help=".jsonl file to write")
+    parser.add_argument("--model", type=location, help="checkpoint that scores passages; default: BM25")
     parser.add_argument("--device", help="device of the model")
-    parser.add_argument("--corpus", help="additional passages to choose from")
+    parser.add_argument("--corpus", type=location, help="additional passages to choose from")
     parser.add_argument("--negatives", type=int, default=4, help="negatives per query")
     parser.add_argument(
         "--margin", type=float, default=SCORE_CAP, help="highest score of a negative, as a share of the positive's"

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -18,6 +17,8 @@ from python_model.commands.runner import (
     add_search,
     add_truncation,
     load,
+    location,
+    path,
     refuse_both,
     show,
 )
@@ -30,14 +31,14 @@ def configure(parser: ArgumentParser) -> None:
     """The options of ``grit rag``."""
     from python_model.rag.modes import MODES
 
-    parser.add_argument("index", help="folder of the index (see grit index)")
+    parser.add_argument("index", type=location, help="folder of the index (see grit index)")
     add_model(parser)
     add_truncation(parser)
     parser.add_argument(
         "--question", help="one question; without it and --questions, each line of standard input is one"
     )
     parser.add_argument(
-        "--questions", type=Path, help='jsonl file of {"question": .., "answers": [..]} rows: answer and score them'
+        "--questions", type=path, help='jsonl file of {"question": .., "answers": [..]} rows: answer and score them'
     )
     parser.add_argument(
         "--calibrate",
@@ -49,7 +50,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=int, default=1, help="number of documents per question")
     add_search(parser)
-    parser.add_argument("--store", help="folder of the key-value store of the documents' states")
+    parser.add_argument("--store", type=location, help="folder of the key-value store of the documents' states")
     parser.add_argument(
         "--keep",
         type=float,

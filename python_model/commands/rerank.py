@@ -16,6 +16,7 @@ from python_model.commands.runner import (
     chunks_of,
     documents_at,
     load,
+    path,
     refuse_without,
     show,
     tell_cut,
@@ -32,7 +33,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--query", required=True, help="query that the passages should answer")
     parser.add_argument(
         "--passages",
-        type=Path,
+        type=path,
         required=True,
         help="jsonl or text file, or folder; - reads standard input, one passage per line",
     )

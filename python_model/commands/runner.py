@@ -5,18 +5,23 @@ A command is a module with a ``COMMAND``: a function that adds its options to a 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import re
 import select
+import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
 from tqdm.auto import tqdm
+
+from python_model.support.files import reason_of
 
 if TYPE_CHECKING:
     from python_model.model.modeling import GritLM
@@ -38,7 +43,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
     def _expand_help(self, action: Any) -> str:
         text = re.sub(
-            r"(, )?(type: <class 'Path'>|default: (null|\[\])?(?=\)$))", "", str(super()._expand_help(action))
+            r"(, )?(type: <function [^>]*>|default: (null|\[\])?(?=\)$))", "", str(super()._expand_help(action))
         )
         return text.replace("(, ", "(").removesuffix(" ()")
 
@@ -57,7 +62,20 @@ class Parser(ArgumentParser):
         if found and self.exit_on_error:  # else the caller words it
             expected = f"{'an' if found[2] == 'int' else 'a'} {found[2]}"
             message = f"--{found[1].replace('_', '-')}: expected {expected}, got {found[3]!r}"
+        message = re.sub(r"^argument (?=[^:]+: expected )", "", message)
         super().error(message, ex)
+
+
+def location(text: str) -> str:
+    """The type of an option for a path, a URL or the name of a model: an empty text would be the current folder."""
+    if text == "":  # the values of a repeated option come one by one, then as a list
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    """The type of an option for a path."""
+    return Path(location(text))
 
 
 def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -114,9 +132,19 @@ def readable_errors(name: str) -> Iterator[None]:
             raise SystemExit(f"grit {name}: {error}") from error
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is left in the buffer has to go somewhere
         raise SystemExit(READER_GONE) from None
+    except OSError as error:
+        raise SystemExit(f"grit {name}: {reason_of(error, with_path=True)}") from error
     except KeyError as error:
         raise SystemExit(f"grit {name}: {error.args[0] if error.args else error}") from error
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError, SmallModelError) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        FloatingPointError,
+        ImportError,
+        SmallModelError,
+        sqlite3.Error,
+    ) as error:
         raise SystemExit(f"grit {name}: {error}") from error
     except KeyboardInterrupt:
         print(f"\ngrit {name}: interrupted", file=sys.stderr)
@@ -147,7 +175,9 @@ def refuse_without(arguments: Namespace, parser: ArgumentParser, main: str, *nam
 
 def add_model(parser: ArgumentParser) -> None:
     """``--model`` and ``--device``, read by :func:`load`."""
-    parser.add_argument("--model", default=SMALL_MODEL, help="checkpoint folder or name; default: the small model")
+    parser.add_argument(
+        "--model", type=location, default=SMALL_MODEL, help="checkpoint folder or name; default: the small model"
+    )
     parser.add_argument("--device", help="device to compute on, such as cpu or cuda:1; default: CUDA if available")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from python_model.commands.runner import Command, add_model, load, refuse_without
+from python_model.commands.runner import Command, add_model, load, location, path, refuse_without
 from python_model.support.arguments import check_at_least
 from python_model.support.optional import require
 
@@ -123,7 +123,7 @@ def build_app(arguments: Namespace, keys: Sequence[str], *, on_index: Any = None
     )
     service = Service(
         engine,
-        name=arguments.served_model_name or Path(arguments.model).name,
+        name=arguments.served_model_name or _name_of(arguments.model),
         format=arguments.format,
         query_instruction=arguments.query_instruction,
         limits=Limits(
@@ -241,11 +241,18 @@ def _by_name(option: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, folder = text.partition("=")
         if not equals:
-            name, folder = Path(text).name, text
+            name, folder = _name_of(text), text
+        if not name or not folder:
+            raise ValueError(f"{option}: expected FOLDER or NAME=FOLDER, got {text!r}")
         if name in found:
             raise ValueError(f"{option}: expected a name for each, got {name!r} for {found[name]} and {folder}")
         found[name] = folder
     return found
+
+
+def _name_of(location: str) -> str:
+    """The last part of a path or of a hub's name; that of the folder itself for ``.`` and the like."""
+    return Path(location).name.strip(".") or Path(location).resolve().name
 
 
 def _set_up_logging() -> None:
@@ -273,7 +280,7 @@ def configure(parser: ArgumentParser) -> None:
     add("--threads", type=int, help="CPU threads of the model")
     add("--host", default="127.0.0.1", help="address to bind; any but a loopback address needs an API key")
     add("--port", type=int, default=8000)
-    add("--api-key-file", type=Path, help=f"file with one API key per line; {KEY_VARIABLE} adds one")
+    add("--api-key-file", type=path, help=f"file with one API key per line; {KEY_VARIABLE} adds one")
     add(
         "--format",
         choices=("grit", "template"),
@@ -285,8 +292,22 @@ def configure(parser: ArgumentParser) -> None:
         default="",
         help="instruction for texts with input_type 'query', and for questions to an index",
     )
-    add("--index", action="append", default=[], metavar="[NAME=]FOLDER", help="index to answer from; may be repeated")
-    add("--store", action="append", default=[], metavar="[NAME=]FOLDER", help="key-value store of that index")
+    add(
+        "--index",
+        type=location,
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER",
+        help="index to answer from; may be repeated",
+    )
+    add(
+        "--store",
+        type=location,
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER",
+        help="key-value store of that index",
+    )
     add("--kv-tokens", type=int, default=16384, help="key-value memory for all chats, in tokens")
     add("--max-step-tokens", type=int, default=2048, help="maximum tokens of a step, and of a text to embed")
     add("--target-ms", type=float, default=100.0, help="target time between tokens in milliseconds")

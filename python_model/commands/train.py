@@ -12,6 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from python_model.commands.runner import TERMINATED, Command
+from python_model.support.arguments import check_path
 from python_model.support.checked import describe
 from python_model.support.files import read_yaml
 from python_model.train.config import MOVED, REMOVED, TYPES, TrainConfig, flatten, unknown
@@ -30,14 +31,13 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> TrainConfig:
         ValueError: a setting of version 0.1 (the message gives its new name), an unknown one in a file, or an invalid value.
     """
     for index, argument in enumerate(argv):
-        name, _, value = argument.removeprefix("--").partition("=")
+        name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             continue
         if name in MOVED or name in REMOVED:
             raise ValueError(unknown(name))
-        file = value or (argv[index + 1] if index + 1 < len(argv) else "")
-        if name == "config" and Path(file).is_file():
-            _check_file(Path(file))
+        if name == "config":
+            _check_file(value if equals else argv[index + 1] if index + 1 < len(argv) else "")
     parser.exit_on_error = False
     try:
         values = parser.parse_args(list(argv)).as_dict()
@@ -55,7 +55,11 @@ def _readable(message: str) -> str:
     return f"{found[1]}: expected {describe(TYPES[found[1]])}, got {found[2]!r}"
 
 
-def _check_file(path: Path) -> None:
+def _check_file(name: str) -> None:
+    check_path("--config", name)
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: there is no file {path}")
     content = read_yaml(path)
     if not isinstance(content, dict):
         given = "an empty file" if content is None else type(content).__name__

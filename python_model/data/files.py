@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 from filelock import FileLock
 
 from python_model.data.rows import DataError, json_type
+from python_model.support.arguments import check_path
 from python_model.support.files import cache_folder, new_file
 from python_model.support.optional import require
 from python_model.support.processes import mapped
@@ -46,6 +47,7 @@ def data_files(path: Location) -> list[Path | str]:
     """
     if is_remote(path):
         return _remote_files(os.fspath(path))
+    check_path("path", path)
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(SUFFIXES))
@@ -144,8 +146,11 @@ def _lines_of(file: Location) -> tuple[Path, int]:
     """Where a file's rows are, or will be, as lines, and the size of the file in bytes."""
     name = os.fspath(file)
     if not is_remote(name):
+        check_path("file", file)
         if not Path(name).exists():
             raise FileNotFoundError(f"there is no file {name}")
+        if Path(name).is_dir():
+            raise IsADirectoryError(f"{name}: expected a file, got a folder")
         status = os.stat(name)
         if _is_lines(Path(name)):
             return Path(name), status.st_size

@@ -13,6 +13,8 @@ import numpy as np
 from filelock import FileLock
 
 from python_model.model.prompts import IGNORE_INDEX, EncodedSample, ReadDocuments
+from python_model.support.arguments import check_path
+from python_model.support.files import place_for_file
 
 _VERSION = 1
 _TRUNCATED, _LABELS, _BIDIRECTIONAL, _DOCUMENTS = 1, 2, 4, 8
@@ -41,6 +43,7 @@ class TokenCache:
     """
 
     def __init__(self, path: str | os.PathLike[str], key: str) -> None:
+        check_path("path", path)
         self.path = Path(path).expanduser()
         self._key = f"{_VERSION}:{key}".encode()
         self._connection: sqlite3.Connection | None = None
@@ -85,7 +88,7 @@ class TokenCache:
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._process != os.getpid():  # a connection must not cross a fork
             self._process = os.getpid()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            place_for_file(self.path)
             try:
                 with FileLock(f"{self.path}.lock"):
                     connection = sqlite3.connect(self.path, timeout=300)

@@ -21,6 +21,7 @@ from python_model.data.rows import DataError, Row
 from python_model.evaluation.language import mean_token_loss, token_loss_sums
 from python_model.evaluation.retrieval import RetrievalScores, embed_documents, retrieval_ranks, scores_from_ranks
 from python_model.model.modeling import GritLM
+from python_model.support.arguments import check_path
 from python_model.support.precision import computing
 
 EVERYTHING = "all"
@@ -39,6 +40,7 @@ class HeldOut:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        check_path("folder", folder)
         root = Path(folder)
         embedding, generative = (root / "test" / f"{kind}.jsonl" for kind in ("embedding", "generative"))
         if not generative.is_file() or embedding.is_file() or (root / "corpus.jsonl").is_file():

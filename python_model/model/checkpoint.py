@@ -14,10 +14,25 @@ from torch import Tensor
 import grit_kernels as gk
 from python_model.model.modules_json import head_of_modules, limit_of_modules, settings_of_modules
 from python_model.settings import SETTINGS_FILE, GritSettings
+from python_model.support.arguments import check_path
 
 HEAD_FILE = "embedding_head.safetensors"
 WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 """Arguments of ``from_pretrained`` that locate a checkpoint's files."""
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Check that a checkpoint may be there: a folder with a config, or a name that the hub may know.
+
+    Raises:
+        ValueError, FileNotFoundError, NotADirectoryError: it can be neither.
+    """
+    check_path("model_name_or_path", path)
+    folder = Path(path)
+    if not folder.exists() and str(path).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model_name_or_path: there is no folder {path}")
+    if folder.is_file():
+        raise NotADirectoryError(f"model_name_or_path: expected a checkpoint's folder or name, got the file {path}")
 
 
 def saved_settings(path: str | os.PathLike[str], **where: Any) -> GritSettings | None:

@@ -29,6 +29,7 @@ from python_model.model.card import CARD_FILE, carried_sections, model_card
 from python_model.model.limits import max_positions
 from python_model.model.modeling import ACTIVATIONS, GritLM
 from python_model.model.prompts import TURN_END
+from python_model.support.arguments import check_path
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import require
 
@@ -88,6 +89,7 @@ def export_sentence_transformers(
     """
     settings = model.settings
     _check(model, packed, max_length)
+    check_path("folder", folder)
     target = Path(folder)
     formatter = model.formatter
     special = formatter.special_tokens

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from python_model.support.arguments import check_path
+
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md")
 """Files of a checkpoint; anything else in the folder is not uploaded."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,6 +42,7 @@ def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = Tr
         ValueError: a malformed name. FileNotFoundError: the folder holds no checkpoint. OSError: the hub did not take it.
     """
     check_hub_name("name", name)
+    check_path("folder", folder)
     source = Path(folder)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"folder: there is no config.json in {source}")

@@ -18,6 +18,7 @@ from python_model.model.checkpoint import (
     HEAD_FILE,
     WHERE,
     check_no_head,
+    check_place,
     one_flag_per_sample,
     reading,
     saved_head,
@@ -28,7 +29,7 @@ from python_model.model.limits import check_prompts, max_positions
 from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
-from python_model.support.arguments import check_at_least, check_choice
+from python_model.support.arguments import check_at_least, check_choice, check_path
 from python_model.support.precision import device_of, widen_if_emulated
 
 MODES = ("unified", "embedding", "generative")
@@ -89,11 +90,10 @@ class GritLM(nn.Module):
         super().__init__()
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+        check_place(model_name_or_path)
         path = str(model_name_or_path)
         check_choice("mode", mode, MODES)
         self.mode = mode
-        if not Path(path).exists() and path.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"model_name_or_path: there is no folder {path}")
         where = {name: from_pretrained_kwargs[name] for name in WHERE if name in from_pretrained_kwargs}
         others = {name: from_pretrained_kwargs.pop(name) for name in NAMES if name in from_pretrained_kwargs}
         self.settings = (saved_settings(path, **where) or GritSettings()).changed(
@@ -421,6 +421,7 @@ class GritLM(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Save a plain transformers checkpoint (safetensors), the tokenizer, and ``grit.json`` with this class's settings."""
+        check_path("path", path)
         folder = Path(path)
         if self.projection is not None and type(self.projection) is not nn.Linear:
             raise TypeError(

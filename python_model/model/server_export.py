@@ -21,7 +21,7 @@ from torch import nn
 
 import grit_kernels as gk
 from python_model.model.modeling import ACTIVATIONS, GritLM
-from python_model.support.arguments import check_at_least, check_choice
+from python_model.support.arguments import check_at_least, check_choice, check_path
 from python_model.support.files import new_folder, write_json
 
 Server = Literal["vllm", "gguf"]
@@ -59,6 +59,7 @@ def export_for_server(
     Raises:
         ValueError, TypeError: a setting of the model that the server does not support; the message names it.
     """
+    check_path("folder", folder)
     check_choice("server", server, SERVERS)
     check_at_least("max_length", max_length, 1)
     _check(model, server, max_length, pool_instruction)

@@ -34,7 +34,7 @@ from python_model.rag.formats import document_of_row
 from python_model.rag.index import Index
 from python_model.rag.modes import Document
 from python_model.rag.sync import drop_states
-from python_model.support.arguments import check_at_least
+from python_model.support.arguments import check_at_least, check_path
 from python_model.support.optional import require
 
 UNIT_BYTES = 8 << 20
@@ -125,6 +125,8 @@ def embed_corpus(
         FileNotFoundError: there is no such file at ``source``. ImportError: Ray or pyarrow is missing.
         ValueError: ``output`` holds a run of other rows or settings, or a row is malformed (the message names its place).
     """
+    check_path("source", source)
+    check_path("output", output)
     ray = require("ray", "ray")
     require("ray.data", "ray")
     check_at_least("workers", workers, 1)
@@ -308,11 +310,12 @@ def read_run(output: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no run.
     """
+    check_path("output", output)
     filesystem, root = _filesystem(output)
     try:
         with filesystem.open(f"{root}/run.json", "r") as file:
             return dict(json.loads(file.read()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"shards: there is no run of `grit embed --ray` at {output}") from None
 
 

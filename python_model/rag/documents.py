@@ -11,6 +11,8 @@ from typing import Any
 
 from python_model.rag.formats import FAULTS, SUFFIXES, UnreadableFileError, read_file
 from python_model.rag.modes import Document
+from python_model.support.arguments import check_path
+from python_model.support.files import reason_of
 from python_model.support.optional import find
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=[\u3002\uff01\uff1f])")
@@ -44,6 +46,7 @@ def read_documents(path: str | os.PathLike[str], skip: Callable[[Path, str], Non
         ValueError: a row is broken (the message has file and line), a file is empty, no UTF-8, or of another kind, or no file of
             a folder can be read.
     """
+    check_path("path", path)
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"documents: there is no file or folder {root}")
@@ -57,7 +60,7 @@ def read_documents(path: str | os.PathLike[str], skip: Callable[[Path, str], Non
             documents = read_file(file, root.name if file == root else file.relative_to(root).as_posix())
         except FAULTS as error:
             if skip is not None:
-                skip(file, str(error))
+                skip(file, reason_of(error))
                 continue
             if isinstance(error, UnreadableFileError):
                 raise ValueError(f"documents: {file} {error}") from error

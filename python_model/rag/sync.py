@@ -27,6 +27,8 @@ from python_model.rag.index import Index, embed, too_long
 from python_model.rag.modes import Document
 from python_model.rag.store.documents import Source
 from python_model.rag.store.kvstore import KVStore
+from python_model.support.arguments import check_path
+from python_model.support.files import reason_of
 
 BATCH = 32
 """Number of documents embedded and written in one transaction."""
@@ -134,7 +136,7 @@ def add_files(
         try:
             source, documents = work.read(name, file, max_tokens, overlap)
         except FAULTS as error:
-            report.skipped.append((str(file), str(error)))
+            report.skipped.append((str(file), reason_of(error)))
             continue
         work.add(source, documents)  # what fails here is no fault of the file
         seen.add(name)
@@ -180,7 +182,9 @@ def _find(index: Index, paths: Sequence[str | Path]) -> dict[str, Path]:
     known = index.sources()
     names = {source.path: source.name for source in known.values()}
     found: dict[str, Path] = {}
-    for path in map(Path, paths):
+    for given in paths:
+        check_path("paths", given)
+        path = Path(given)
         if not path.exists():
             raise FileNotFoundError(f"documents: there is no file or folder {path}")
         root = path.resolve() if path.is_dir() else path.resolve().parent

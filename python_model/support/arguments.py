@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 
@@ -15,3 +16,9 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """ValueError unless ``value`` >= ``least``."""
     if value < least:
         raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+
+
+def check_path(name: str, path: str | os.PathLike[str]) -> None:
+    """ValueError for an empty text, which ``Path`` takes for the current folder."""
+    if not os.fspath(path):
+        raise ValueError(f"{name}: expected a path, got ''")

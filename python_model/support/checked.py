@@ -33,12 +33,22 @@ class Range:
         return low if self.most == math.inf else f"{low} and <= {self.most:g}"
 
 
+class _NotEmpty:
+    def __contains__(self, value: str) -> bool:
+        return value != ""
+
+    def __str__(self) -> str:
+        return " that is not empty"
+
+
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]
 """0 disables something."""
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
+Location = Annotated[str, _NotEmpty()]
+"""Of a file, a folder or a model: an empty text would be the current folder."""
 
 
 @dataclass
@@ -46,7 +56,7 @@ class Checked:
     """Base class of a dataclass whose fields are checked against their annotations on creation.
 
     Supported are int, float (finite; an int is accepted), bool, str, None, Literal, unions, list, dict, Mapping, dataclasses and
-    ``Annotated[.., Range(..)]``.
+    ``Annotated[.., Range(..)]`` or what else says ``in`` of a value.
 
     Raises:
         ValueError: "FIELD: expected X, got Y".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,30 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from python_model.support.arguments import check_path
+
+_REASONS = {
+    errno.ENOENT: "there is no such file or folder",
+    errno.EEXIST: "expected a new name, got one that exists",
+    errno.ENOTDIR: "expected a folder, got a file",
+    errno.EISDIR: "expected a file, got a folder",
+    errno.EACCES: "this user has no permission for it",
+    errno.EPERM: "this user has no permission for it",
+    errno.EROFS: "it can only be read",
+    errno.ENOSPC: "there is no space left",
+    errno.EDQUOT: "there is no space left for this user",
+}
+
+
+def reason_of(error: Exception, *, with_path: bool = False) -> str:
+    """What is wrong with a file or folder by an error of the system, without its number; any other error as it is."""
+    if not isinstance(error, OSError) or error.errno is None or not isinstance(error.filename, str | os.PathLike):
+        return str(error)
+    path, reason = Path(error.filename), _REASONS.get(error.errno, str(error.strerror))
+    if error.errno == errno.ENOTDIR:
+        path = next((part for part in [*reversed(path.parents), path] if part.is_file()), path)
+    return f"{path}: {reason}" if with_path else reason
 
 
 def cache_folder() -> Path:
@@ -54,6 +79,7 @@ def place_for_file(path: str | os.PathLike[str]) -> Path:
         IsADirectoryError: it is a folder.
         NotADirectoryError: what should be its folder is a file.
     """
+    check_path("path", path)
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{target}: expected a file to write, got a folder")
@@ -62,12 +88,24 @@ def place_for_file(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """An error about a temporary name is one about the name that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(target)
+        raise
+
+
+@contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A temporary file to fill; it becomes ``path`` (replacing what is there) when the block ends without an error."""
     target = place_for_file(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    with _named(target):
+        file = open(temporary, "wb")  # noqa: SIM115  (closed below)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -91,12 +129,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder to fill; it becomes ``path`` (replacing a folder that is there) when the block ends without an error."""
+    check_path("path", path)
     target = Path(path)
     if target.is_file():
         raise NotADirectoryError(f"{target}: expected a folder or a new name, got a file")
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
+    with _named(target):
+        temporary.mkdir()
     try:
         yield temporary
         for item in [*temporary.rglob("*"), temporary]:  # the content must be on disk before the new name points to it

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from python_model.data.files import data_files, dataset_name
 from python_model.data.index import index_files
 from python_model.evaluation.held_out import HeldOut, cut_line, evaluate, held_out_digest
+from python_model.support.arguments import check_path
 from python_model.support.files import read_yaml, write_json, write_text
 from python_model.support.precision import computes_in_bfloat16, device_of
 from python_model.train.config import TrainConfig, dotted, flatten
@@ -66,6 +67,9 @@ class Ablation:
     output_dir: str = "ablation_output"
     evaluation: str = ""
     max_length: int = 512
+
+    def __post_init__(self) -> None:
+        check_path("output_dir", self.output_dir)
 
     def config(self, variant: Variant) -> TrainConfig:
         """The training settings of the variant, with ``model.bf16`` decided: scores in another precision are other results."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 from python_model.data.config import BatchConfig, DataConfig
 from python_model.model.hub import check_hub_name
 from python_model.settings import GritSettings
-from python_model.support.checked import Checked, Count, CountOrNone, NotNegative, Positive, Share
+from python_model.support.checked import Checked, Count, CountOrNone, Location, NotNegative, Positive, Share
 
 Mode = Literal["unified", "embedding", "generative"]
 OptimizerKind = Literal["adamw", "adamw_8bit", "muon"]
@@ -45,7 +45,7 @@ class ModelConfig(Checked):
         quantization: ``nf4`` loads the frozen weights in 4 bits (QLoRA; needs bitsandbytes and a GPU); empty: as they are.
     """
 
-    name: str = "smollm2-135m"
+    name: Location = "smollm2-135m"
     architecture: str = ""
     bf16: bool | None = None
     gradient_checkpointing: bool | Literal["selective"] = False
@@ -238,7 +238,7 @@ class TrainConfig(Checked):
 
     mode: Mode = "unified"
     steps: Count = 40
-    output_dir: str = "grit_output"
+    output_dir: Location = "grit_output"
     seed: CountOrNone = 0
     deterministic: bool = False
     push_to_hub: str = ""

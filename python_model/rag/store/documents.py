@@ -25,7 +25,7 @@ from python_model.rag.modes import Document
 from python_model.rag.store.folder import StoreBusyError, StoreFolder, Writing, set_meta
 from python_model.rag.store.vectors import FORMATS, SCHEMA, ShardVectors, VectorFormat, Vectors
 from python_model.rag.store.words import create_words, rebuild_words
-from python_model.support.arguments import check_choice
+from python_model.support.arguments import check_choice, check_path
 
 _DOCUMENT = "key, text, title, source, place, metadata"  # a Document's fields
 
@@ -73,6 +73,7 @@ class Documents(StoreFolder):
     kind = "index"
     schema = _SCHEMA
     files = "vectors"
+    own_column = "row"
     version = 3  # 1 did not record a document's file, 2 neither metadata nor words
     rebuild = "grit index NEW_INDEX --add FOLDER"
 
@@ -90,7 +91,7 @@ class Documents(StoreFolder):
     ) -> None:
         if format is not None:
             check_choice("format", format, FORMATS)
-        if vectors is not None and vectors != "folder" and not vectors.removeprefix("qdrant:") != vectors:
+        if vectors is not None and vectors != "folder" and not re.match("qdrant:.", vectors):
             raise ValueError(f"vectors: expected 'folder' or 'qdrant:PLACE', got {vectors!r}")
         given = {"fingerprint": fingerprint, "settings": settings, "format": format, "vectors": vectors}
         super().__init__(path, given, lock_timeout, create, former_fingerprint)
@@ -215,6 +216,7 @@ class Documents(StoreFolder):
 
     def note_store(self, path: str | os.PathLike[str]) -> None:
         """Record that the store at ``path`` keeps states of these documents."""
+        check_path("path", path)
         absolute = str(Path(path).resolve())
         with self._transaction() as db:
             known = self._meta(db).get("stores", [])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from python_model.support.arguments import check_path
 from python_model.support.files import make_folder
 
 
@@ -52,6 +53,8 @@ class StoreFolder:
     files: ClassVar[str]
     version: ClassVar[int]
     rebuild: ClassVar[str]
+    own_column: ClassVar[str]
+    """Of the table ``documents``, that no other kind has."""
     settings_since: ClassVar[dict[str, Any]] = {"truncate_dim": None}
     """Settings that came after the version that recorded ``special_tokens``, with what code had before it knew them."""
     settings_before: ClassVar[dict[str, Any]] = {
@@ -70,14 +73,15 @@ class StoreFolder:
         create: bool,
         former_fingerprint: str | None = None,
     ) -> None:
+        check_path("path", path)
         self.path, self.lock_timeout = Path(path), lock_timeout
         if not create and not (self.path / "index.sqlite").exists():
             raise FileNotFoundError(f"path: there is no {self.kind} in {self.path}")
         self._local = threading.local()
         self._cleaned = False
         make_folder(self.path)
-        make_folder(self._file_folder)
         self.recorded = self._agree(given, former_fingerprint, create)
+        make_folder(self._file_folder)
 
     def close(self) -> None:
         """Close this thread's connection; the object opens it again when it is used."""
@@ -94,7 +98,10 @@ class StoreFolder:
         db = getattr(self._local, "db", None)
         if db is None:
             # autocommit mode: transactions are begun explicitly, so that a writer takes its lock before it reads
-            db = sqlite3.connect(self.path / "index.sqlite", timeout=self.lock_timeout, isolation_level=None)
+            try:
+                db = sqlite3.connect(self.path / "index.sqlite", timeout=self.lock_timeout, isolation_level=None)
+            except sqlite3.OperationalError as error:
+                raise StoreError(f"{self.path / 'index.sqlite'}: the {self.kind} cannot be opened ({error})") from error
             db.execute("PRAGMA synchronous = FULL")
             self._local.db = db
         return db
@@ -104,10 +111,13 @@ class StoreFolder:
         process is just making is waited for.
 
         Raises:
-            FileNotFoundError: nothing is recorded, and ``create`` is False.
+            FileNotFoundError: nothing is recorded, and ``create`` is False. StoreError: it is another kind of store.
         """
         try:
             known = self._meta()
+            columns = [row[1] for row in self._db.execute("PRAGMA table_info(documents)")]
+            if columns and self.own_column not in columns:
+                raise StoreError(f"path: there is no {self.kind} in {self.path}, but data of another kind")
         except sqlite3.OperationalError as error:
             if "no such table" not in str(error):
                 raise
@@ -203,6 +213,8 @@ class StoreFolder:
                 yield Writing(db, undo, after)
         except BaseException as error:
             self._remove_files(undo)
+            if isinstance(error, sqlite3.OperationalError) and "readonly" in str(error):
+                raise StoreError(f"{self.path}: this user has no permission to write the {self.kind}") from error
             if _is_full(error):
                 raise StoreFullError(f"{self.path}: no room for the document ({error}); nothing changed") from error
             raise

@@ -69,6 +69,7 @@ class KVStore(StoreFolder):
     kind = "key-value store"
     schema = _SCHEMA
     files = "shards"
+    own_column = "tensor"
     version = 1
     rebuild = "grit index INDEX --add FOLDER --store NEW_STORE"
 

@@ -424,6 +424,8 @@ def test_a_model_that_can_only_be_a_folder_is_not_asked_for_on_a_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "run" / "checkpoint"):
+        (folder / "config.json").touch()
     for name in ("gpt2", "org/name", "run/checkpoint", str(tmp_path)):
         assert resolve_model(name) == name
     for name in ("./gpt2", "~/model", "run/other", str(tmp_path / "other"), "a/b/c"):

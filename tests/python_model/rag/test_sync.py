@@ -261,7 +261,7 @@ def test_files_that_cannot_be_read_are_named_and_skipped(
         "picture.png": "no known kind",
         "broken.jsonl": "broken.jsonl:1",
         "twice.jsonl": "has the key '7' that rows.jsonl has",
-        "link.md": "No such file",
+        "link.md": "there is no such file",
         "large.md": "is too large: 64 MiB",
         "film.mp4": "no known kind (.mp4)",
     }
