@@ -57,5 +57,16 @@ def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = Tr
         )
     except Exception as error:  # of the network, the hub or its client, which have no base in common
         later = f"`hf upload {name} {source}{' --private' if private else ''}` uploads it later"
-        raise OSError(f"{source} is complete, but was not uploaded to {name} ({error}); {later}") from error
+        raise OSError(f"{source} is complete, but was not uploaded to {name} ({_told(error)}); {later}") from error
     return str(getattr(commit, "repo_url", None) or f"https://huggingface.co/{name}")
+
+
+def _told(error: BaseException | None) -> str:
+    """The message on one line, with those of its causes: the client says which file failed, and only its cause says why."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    messages = []
+    while error is not None:
+        messages.append(re.sub(r" For more information check: \S+", "", " ".join(str(error).split())))
+        error = None if isinstance(error, HfHubHTTPError) else error.__cause__  # whose cause says less than itself
+    return ": ".join(messages)
