@@ -426,14 +426,13 @@ def _plan(
     """The plan of the problem for tensors of these shapes, made once."""
     shapes = Shapes.of(q, k)
     if torch.compiler.is_compiling():
-        # made before the layers, or by each: then the calls are the same, and the compiler keeps one for all layers of a graph
+        # made before the layers, by the first of them, or by each: then the calls are the same, and where a graph has gradients
+        # the compiler keeps one for all of its layers
         key = plan_key(shapes, deterministic)
-        if key in plans:
-            return plans[key]
-        return torch.ops.grit_kernels.attention_plan(*shapes, backward, deterministic, *problem.flat())
-    # launches of different streams may run at the same time and must not share a counter
-    stream = torch.cuda.current_stream(q.device).stream_id if q.is_cuda else None
-    key = (shapes, q.device, backward, deterministic or not backward, stream)
+    else:
+        # launches of different streams may run at the same time and must not share a counter
+        stream = torch.cuda.current_stream(q.device).stream_id if q.is_cuda else None
+        key = (shapes, q.device, backward, deterministic or not backward, stream)
     if key not in plans:
         plans[key] = torch.ops.grit_kernels.attention_plan(*shapes, backward, deterministic, *problem.flat())
     return plans[key]

@@ -49,7 +49,8 @@ class AttentionPass:
     ``prepared`` keeps what the layers would otherwise compute over and over: the problem of each kind of layer (alternating
     layers have two), and beside it what the kernels plan for it. ``witness`` notes that attention was called. Both are dicts, so
     that copies of a pass share them. ``places``: where recurrent layers (recurrent.py) want each token of the pack. ``keys``: of
-    a packed pass whose samples have more keys than its own tokens.
+    a packed pass whose samples have more keys than its own tokens. ``in_graph``: a compiled graph without gradients makes this
+    pass and runs all layers, so they may share what they find, as eager ones do.
     """
 
     causal: Tensor
@@ -58,6 +59,7 @@ class AttentionPass:
     deterministic: bool = True
     places: Tensor | None = None
     keys: PackedKeys | None = None
+    in_graph: bool = False
     prepared: dict[Any, tuple[AttentionProblem, dict[Any, Tensor], Any]] = field(default_factory=dict)
     witness: dict[str, bool] = field(default_factory=dict)
 
@@ -65,10 +67,11 @@ class AttentionPass:
         self, key: Any, make: Callable[[], AttentionProblem], alive: Any = None
     ) -> tuple[AttentionProblem, dict[Any, Tensor]]:
         """The problem of ``key`` and its plans, made by ``make`` for the first layer. ``alive``: what ``key`` is an id of."""
-        if torch.compiler.is_compiling():
-            # sizes in the key of a padded pass would be fixed in the graph, which also may not change what it was given
+        # sizes in the key of a padded pass would be fixed in a graph, which also may not change what it was given
+        if torch.compiler.is_compiling() and not (self.in_graph and self.pack is not None):
             if self.pack is not None and key in self.prepared:
-                return self.prepared[key][:2]
+                problem, plans, _ = self.prepared[key]
+                return problem, dict(plans)
             return make(), {}
         if key not in self.prepared:
             if len(self.prepared) >= MOST_PREPARED:  # of a pass kept on a tensor that its owner uses for many calls

@@ -3,7 +3,8 @@
 Layers that run eagerly make a plan when the first of them needs it and hand it on in the :class:`AttentionPass`. A compiled graph
 may not change what it is given, and one graph serves all layers, so their plans are made before the first layer runs. What the
 layers ask for is found by reading one token with them once, without their graphs. (The graph of a whole model needs none of this:
-in it the layers' calls of the op that makes a plan are the same, and the compiler keeps one.)
+it makes its own pass; and where it has gradients, so that the pass is not shared, the layers' calls of the op that makes a plan
+are the same, and the compiler keeps one.)
 """
 
 from __future__ import annotations

@@ -254,8 +254,10 @@ class _Call:
 
     def _pass_of(self, pack: SamplePack, keys: PackedKeys | None = None) -> AttentionPass:
         places = recurrent.places(pack) if self.record.recurrent else None
+        # layers in training are graphs of their own where they are checkpointed
+        in_graph = torch.compiler.is_compiling() and not (torch.is_grad_enabled() or self.decoder.training)
         return AttentionPass(
-            pack.causal, self.record.bidirectional_window, pack, self.record.deterministic, places, keys
+            pack.causal, self.record.bidirectional_window, pack, self.record.deterministic, places, keys, in_graph
         )
 
     def _read_one_token(self, inputs: Tensor) -> AttentionPass:

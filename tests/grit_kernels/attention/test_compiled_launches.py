@@ -112,6 +112,26 @@ def test_compiled_layers_launch_what_eager_ones_do(
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_compiled_model_without_gradients_makes_each_plan_once(launches: Counter[str], training: bool) -> None:
+    model = gk.patch(tiny_model(num_hidden_layers=3), fuse=False)
+    compiled = compiled_copy(model, "model", counter := CompileCounterWithBackend("aot_eager"))
+    if training:  # checkpointed layers would be graphs of their own and share nothing
+        gk.hf.checkpoint_activations(compiled.train())
+    graphs = set()
+    for lengths in ([20, 23], [7, 30, 4]):
+        found = []
+        for run in (model, compiled):
+            launches.clear()
+            with torch.no_grad():
+                found.append((run.model(**packed(lengths)).last_hidden_state, *split(launches)))
+        (expected, plans, layers), (states, again, own) = found
+        assert torch.equal(states, expected) and own == layers == Counter(attention_forward_kernel=3)
+        assert again == Counter({name: (3 if training else 1) * n for name, n in plans.items()})
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1, "sizes share their graphs"
+
+
 def test_plans_of_a_padded_batch_are_made_once_in_a_compiled_step(launches: Counter[str]) -> None:
     model = gk.patch(tiny_model(num_hidden_layers=LAYERS), fuse=False, packing=False)
     compiled = compiled_copy(model, "model", "aot_eager")
