@@ -219,3 +219,8 @@ def test_a_run_learns_to_reply_after_cached_documents(checkpoint: Path, tmp_path
     assert records[0]["generative_loss"] > 1 and records[-1]["generative_loss"] < guessing / 4
     rag = RAG(trainer.grit, marked=False)
     assert [rag.answer("Where?", [f"It is {place}."], mode="document_cache").text for place in places] == places
+
+
+def test_what_ends_a_text_to_embed_does_not_end_a_document(checkpoint: Path) -> None:
+    plain, ended = (GritLM(checkpoint, device="cpu", attn="bbcc", embed_eos=eos) for eos in ("", "</e>"))
+    assert sample_of(ended).input_ids == sample_of(plain).input_ids
