@@ -32,7 +32,8 @@ OnToken = Callable[[int, int], bool]
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. ``temperature`` 0 is greedy; otherwise it is sampled from the tokens left by ``top_k`` (0:
-    all) and ``top_p`` (the smallest set of most likely tokens whose probabilities sum to it).
+    all) and ``top_p`` (the smallest set of most likely tokens whose probabilities sum to it). Of tokens with equal logits, the
+    one with the lowest id counts as the more likely one, here as in the greedy choice.
 
     Before that, as in OpenAI's API, the logit of a token that occurs n times in the reply so far is lowered by
     ``n * frequency_penalty``, and if n > 0 by ``presence_penalty``; both from -2 to 2.
@@ -72,10 +73,14 @@ class Sampling:
         scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-30)
         if self.top_k and self.top_k < scaled.shape[-1]:
             least = scaled.topk(self.top_k, dim=-1).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < least, float("-inf"))
+            above, ties = scaled > least, scaled == least
+            room = self.top_k - above.sum(dim=-1, keepdim=True)
+            scaled = scaled.masked_fill(~(above | (ties & (ties.cumsum(dim=-1) <= room))), float("-inf"))
         probabilities = scaled.softmax(dim=-1)
         if self.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True)
+            # by logits: those of two tokens may be equal where their probabilities are rounded differently
+            order = scaled.sort(dim=-1, descending=True, stable=True).indices
+            ordered = probabilities.gather(-1, order)
             beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p  # the tokens before it already reach top_p
             beyond[:, 0] = False  # keep the best one even if float32 rounds top_p to 0
             probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))

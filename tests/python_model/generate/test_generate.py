@@ -197,6 +197,35 @@ def test_beam_search_equals_transformers(model: GritLM, plain: Any) -> None:
     assert got == [model.tokenizer.decode(row, skip_special_tokens=True) for row in want]
 
 
+SURE = [Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-9), Sampling(0.7, top_k=40, top_p=1e-9)]
+"""Of which each leaves one token."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_lowest_token_comes_first(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 49_153, generator=generator).to(dtype)
+    lowest = []
+    for row in logits:
+        tied = torch.randint(49_153, (7,), generator=generator)
+        row[tied] = row.max() + 1
+        lowest.append(int(tied.min()))
+    for sampling in SURE:
+        assert sampling.choose(logits, generator).tolist() == lowest, sampling
+    # below the best one, too: of tokens that tie for the last places of the k best, those with the lowest ids stay
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]], dtype=dtype).repeat(4000, 1)
+    for sampling in (Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.7)):
+        assert sorted(set(sampling.choose(logits, generator).tolist())) == [1, 2, 3], sampling
+
+
+@pytest.mark.parametrize("sampling", SURE)
+def test_replies_are_the_greedy_ones_where_sampling_leaves_one_token(checkpoint: Path, sampling: Sampling) -> None:
+    """All logits of this model are equal."""
+    model = GritLM(checkpoint, device="cpu", dtype=torch.bfloat16)
+    model.model.get_input_embeddings().weight.data.zero_()  # which are the head's weights
+    assert decode(model.model, [[5, 6], [7]], max_new_tokens=3, eos_token_ids=[2], sampling=sampling) == [[0] * 3] * 2
+
+
 def test_sampling_draws_from_the_tokens_that_top_k_and_top_p_leave() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
     generator = torch.Generator().manual_seed(0)

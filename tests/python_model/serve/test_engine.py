@@ -385,3 +385,17 @@ def test_requests_that_come_while_numbers_are_told_fail_no_step(served_model: Gr
     engine.submit([work])
     engine.run()
     assert isinstance(events[0], Vector)
+
+
+def test_of_equal_logits_the_server_takes_the_token_that_is_greedy(checkpoint: Path) -> None:
+    model = GritLM(checkpoint, device="cpu", dtype=torch.bfloat16)
+    model.model.get_input_embeddings().weight.data.zero_()  # which are the head's weights, so all logits are equal
+    engine = SteppedEngine(model, arena_rows=130, max_step_tokens=96)
+    chosen = []
+    for sampling in (Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-9)):
+        work = Generation([5, 6, 7], max_tokens=3, deadline=60.0, sampling=sampling, seed=3)
+        events = collect(work)
+        engine.submit([work])
+        engine.run()
+        chosen.append([event.token for event in events if isinstance(event, Token)])
+    assert chosen == [[0, 0, 0]] * 3
