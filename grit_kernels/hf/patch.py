@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -124,8 +124,18 @@ def install(model: Any, decoder: Any, *, fuse: bool, **options: Any) -> None:
         if fuse:
             fused_modules.attach(decoder)
         decoder._grit_patch = record
+        decoder._replicate_for_data_parallel = _refuse_replica
         # a partial, not a closure, so that deepcopy and pickle carry it over
         setattr(decoder, fused_modules.forward_slot(decoder), functools.partial(forward, decoder, record))
+
+
+def _refuse_replica() -> NoReturn:
+    """Instead of the copy that torch.nn.DataParallel makes of a module: its forward would remain bound to the original, so every
+    replica would compute with the original's weights."""
+    raise RuntimeError(
+        "model: expected DistributedDataParallel or FSDP2 (fully_shard), a process for each device, got torch.nn.DataParallel, "
+        "whose replicas would call the layers of the patched original; unpatch() the model to use it"
+    )
 
 
 def unpatch(model: Any) -> Any:
@@ -143,7 +153,7 @@ def unpatch(model: Any) -> Any:
             raise RuntimeError("model: its decoder's forward was replaced after patch(); undo that first")
         fused_modules.detach(decoder)
         fused_modules.restore_forward(decoder, slot)
-        del decoder.__dict__["_grit_patch"]
+        del decoder.__dict__["_grit_patch"], decoder.__dict__["_replicate_for_data_parallel"]
         decoder.config._attn_implementation = record.attn_implementation
         if record.own_attention:
             gptj.detach(compat.unwrapped(model), decoder)

@@ -301,3 +301,22 @@ def test_fsdp2_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
 
 def test_the_window_of_these_models_is_shorter_than_their_samples() -> None:
     assert WINDOW < int(RIGHT.sum(1).max())
+
+
+# ---- torch.nn.DataParallel
+
+
+def test_a_replica_of_dataparallel_is_refused_as_it_would_run_the_original(stock: Any) -> None:
+    """A replica gets all attributes of a module, and so a forward that is bound to the original."""
+    model = gk.patch(copy.deepcopy(stock))
+    for part in (model.model, copy.deepcopy(model).model, pickle.loads(pickle.dumps(model)).model):
+        with pytest.raises(
+            RuntimeError, match=r"expected DistributedDataParallel or FSDP2 .* got torch.nn.DataParallel"
+        ):
+            part._replicate_for_data_parallel()
+    assert (
+        nn.DataParallel(model)(IDS, attention_mask=RIGHT, is_causal=FLAGS).logits is not None
+    )  # without a GPU: itself
+    plain = gk.unpatch(model)
+    replica = plain.model._replicate_for_data_parallel()
+    assert replica is not plain.model and "_grit_patch" not in replica.__dict__
