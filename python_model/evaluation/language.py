@@ -9,6 +9,7 @@ import torch
 
 from python_model.data.rows import GenerativeRow
 from python_model.model.chunks import build_chunk
+from python_model.model.limits import warn_beyond_positions
 from python_model.model.losses import next_token_losses, sums_per_sample
 from python_model.model.modeling import GritLM
 from python_model.model.prompts import IGNORE_INDEX, TooLong
@@ -47,6 +48,7 @@ def conversation_losses(
         except TooLong:
             continue
     model.texts_cut += sum(sample.truncated for sample in samples)
+    warn_beyond_positions(model, map(len, samples))
     found: list[tuple[float, int]] = []
     for start in range(0, len(samples), rows_per_pack):
         part = samples[start : start + rows_per_pack]

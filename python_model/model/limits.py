@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 STRETCHED = ("dynamic", "yarn")
 """Rotary scalings that stretch the positions by their factor, from those of the config where they name no others."""
@@ -39,3 +43,15 @@ def check_prompts(config: Any, lengths: Sequence[int], new_tokens: int) -> None:
                 f"prompt: expected prompt and reply within the model's {limit} tokens, got {length} and {new_tokens} new ones"
                 f"{which}"
             )
+
+
+def warn_beyond_positions(model: Any, lengths: Iterable[int]) -> None:
+    """Warn, once for each GritLM, of texts with more tokens than its positions. They are read as asked."""
+    limit, longest = stretched_positions(model.model.config), max(lengths, default=0)
+    if longest > limit and model not in _warned:
+        _warned.add(model)
+        warnings.warn(
+            f"max_length: a text of {longest} tokens goes beyond the {limit} positions that the model's config gives "
+            "(max_position_embeddings, with its rotary scaling); it is read whole, but the model was not made for it",
+            stacklevel=4,
+        )

@@ -25,7 +25,7 @@ from python_model.model.checkpoint import (
     saved_limit,
     saved_settings,
 )
-from python_model.model.limits import check_prompts, max_positions
+from python_model.model.limits import check_prompts, max_positions, warn_beyond_positions
 from python_model.model.parallel import run_on_devices
 from python_model.model.prompts import EncodedSample, Formatter
 from python_model.settings import NAMES, AttentionVariant, GritSettings, InstructionCount, PoolingMethod
@@ -452,6 +452,7 @@ class GritLM(nn.Module):
             except ValueError as error:
                 raise ValueError(f"sentences: entry {index}: {error}") from None
         self.texts_cut += sum(sample.truncated for sample in samples)
+        warn_beyond_positions(self, map(len, samples))
         return samples
 
     def _cached_states(self, samples: list[EncodedSample], pack: gk.SamplePack) -> tuple[Tensor, Any]:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from python_model.data.stream import StepSamples, check_data, open_stream
 from python_model.model.card import CARD_FILE, model_card
+from python_model.model.limits import warn_beyond_positions
 from python_model.model.modeling import GritLM
 from python_model.support.files import make_folder, new_folder, write_json
 from python_model.support.optional import find
@@ -178,6 +179,8 @@ class Trainer:
         """One optimiser step on this rank's samples; returns what the log records."""
         read = (*samples.queries, *samples.passages, *samples.conversations)
         self._texts, self._texts_cut = self._texts + len(read), self._texts_cut + sum(s.truncated for s in read)
+        if self.ranks.first:
+            warn_beyond_positions(self.grit, map(len, read))
         batch = plan_step(
             samples.queries,
             samples.passages,

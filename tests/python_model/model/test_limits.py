@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,11 @@ from transformers import LlamaConfig
 
 from python_model import GritLM
 from python_model.commands.generate import COMMAND
+from python_model.data.rows import GenerativeRow
+from python_model.evaluation.language import next_token_loss
 from python_model.generate.rerank import rerank
 from python_model.generate.text import answer_file, complete, conversation_ids, replies, reply
-from python_model.model.limits import stretched_positions
+from python_model.model.limits import stretched_positions, warn_beyond_positions
 
 LIMIT = 512
 TOO_MUCH = "river " * 1000
@@ -97,3 +102,50 @@ def test_the_limit_is_the_one_after_rotary_scaling(scaling: dict[str, Any], limi
 
 def test_a_model_without_a_limit_has_none() -> None:
     assert stretched_positions(object()) == 2**31 - 1
+
+
+def scaled(checkpoint: Path, folder: Path, positions: int | None, **scaling: Any) -> GritLM:
+    """The tiny Mistral with another number of positions and another rotary scaling."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"max_position_embeddings": positions, "rope_parameters": {"rope_theta": 10000.0, **scaling}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return GritLM(folder, device="cpu", dtype="float32")
+
+
+def test_a_text_beyond_the_positions_is_embedded_whole_with_one_warning_for_a_model(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    model = scaled(checkpoint, tmp_path / "a", 32, rope_type="default")
+    long = "A river flows through the city. " * 10
+    length = len(model.formatter.text("", long, 512))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode("A river.")
+        model.encode(long, max_length=32)  # cut there
+    with pytest.warns(UserWarning, match=f"max_length: a text of {length} tokens goes beyond the 32 positions") as told:
+        model.encode([long, long])
+        model.encode(long)
+    assert len(told) == 1 and told[0].filename == __file__
+    other = scaled(checkpoint, tmp_path / "b", 32, rope_type="default")
+    with pytest.warns(UserWarning, match="goes beyond the 32 positions"):
+        next_token_loss(other, [GenerativeRow(("What?", long))], max_length=512)
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling"),
+    [
+        (512, {"rope_type": "default"}),
+        (32, {"rope_type": "yarn", "factor": 8.0}),
+        (32, {"rope_type": "dynamic", "factor": 8.0}),
+    ],
+)
+def test_there_is_no_warning_where_the_positions_reach(
+    checkpoint: Path, tmp_path: Path, positions: int, scaling: dict[str, Any]
+) -> None:
+    model = scaled(checkpoint, tmp_path / "a", positions, **scaling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode("A river flows through the city. " * 10)
+        without_limit = SimpleNamespace(model=SimpleNamespace(config=object()))
+        warn_beyond_positions(without_limit, [2**30])
