@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +60,9 @@ class _Run:
 
     def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]) -> None:
         self._module = require(package)
-        self._module.init(project="grit_kernels", name=folder.name, config=dict(settings))
+        # wandb would write its files below the current folder; trackio has one place for all runs
+        where = {"dir": str(folder.resolve())} if package == "wandb" and "WANDB_DIR" not in os.environ else {}
+        self._module.init(project="grit_kernels", name=folder.name, config=dict(settings), **where)
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         self._module.log({name: value for name, value in figures.items() if value is not None}, step=step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_a_tracker_gets_what_the_log_gets(checkpoint: Path, tmp_path: Path, monk
     records = toy_trainer(toy_config(checkpoint, tmp_path, steps=2, trackers=["trackio"])).train()
     assert [step for step, _ in seen] == [1, 2, -1]
     assert seen[0][1]["contrastive_loss"] == records[0]["contrastive_loss"]
+
+
+@pytest.mark.parametrize(("package", "own"), [("wandb", ""), ("wandb", "/elsewhere"), ("trackio", "")])
+def test_wandb_writes_below_the_output_folder_unless_the_user_says_where(
+    package: str, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(init=lambda **options: given.append(options)))  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    if own:
+        monkeypatch.setenv("WANDB_DIR", own)
+    open_trackers([package], Path("run"), {"steps": 2})
+    folder = {"dir": str(tmp_path / "run")} if package == "wandb" and not own else {}
+    assert given == [{"project": "grit_kernels", "name": "run", "config": {"steps": 2}, **folder}]
 
 
 def test_a_tracker_whose_package_is_missing_is_named(
@@ -261,3 +277,12 @@ def test_a_plot_has_the_losses_and_their_means_and_says_which_is_which(
     assert [*generative.lines[1].get_ydata()][:5] == [0.0, 1.0, 2.0, 3.0, 5.0]
     plot_losses([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_texts_beyond_the_models_positions_are_trained_on_with_one_warning(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 8}))
+    with pytest.warns(UserWarning, match="goes beyond the 8 positions") as told:
+        toy_trainer(toy_config(tmp_path / "model", tmp_path, steps=2)).train()
+    assert sum("positions" in str(warning.message) for warning in told) == 1
