@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -169,3 +171,21 @@ def test_every_benchmark_is_a_module_that_takes_its_arguments(
     _, _, module, *arguments = job.command(tmp_path, full)
     assert module == job.module
     assert Path(parsed(module, arguments).record).name.startswith(job.name)
+
+
+def test_every_commit_that_a_record_names_is_in_the_history_or_explained() -> None:
+    root = common.RESULTS.parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout
+
+    if not (root / ".git").exists() or "false" not in git("rev-parse", "--is-shallow-repository"):
+        pytest.skip("without the history")
+    known = set(git("rev-list", "HEAD").split())
+    explained = set(re.findall(r"^\| (\w{10}) \|", (common.RESULTS / "README.md").read_text(encoding="utf-8"), re.M))
+    named: set[str] = set()
+    for path in common.RESULTS.glob("*/*.json"):
+        named |= set(re.findall(r'"commit": "(\w{40})"', path.read_text(encoding="utf-8")))
+    if not known & named:
+        pytest.skip("with another history")
+    assert {commit[:10] for commit in named - known} == explained
