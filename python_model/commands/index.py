@@ -57,6 +57,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--delete",
+        type=location,
         action="append",
         default=[],
         help="remove a file, a pattern such as 'notes/*.md', or a key, with its states; may be repeated",

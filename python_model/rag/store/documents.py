@@ -200,8 +200,10 @@ class Documents(StoreFolder):
         """The keys that ``name`` stands for: a document's key, a file's name, or a pattern (``*``, ``?``, ``[..]``) of either.
 
         Raises:
-            KeyError: it matches nothing.
+            KeyError: it matches nothing. ValueError: it is empty, as is the file of every document that came from none.
         """
+        if not name:
+            raise ValueError("name: expected a key, a file or a pattern, got ''")
         rows = self.owners()
         found = [key for key, source in rows if name in (key, source)]
         found = found or [key for key, source in rows if fnmatchcase(key, name) or fnmatchcase(source, name)]

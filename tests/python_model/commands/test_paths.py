@@ -33,7 +33,7 @@ from python_model.train.ablation import Ablation
 from python_model.train.config import ModelConfig, TrainConfig
 
 TEXTS = (
-    *("--approximate", "--delete", "--device", "--dtype", "--for", "--format", "--host", "--instruction", "--method"),
+    *("--approximate", "--device", "--dtype", "--for", "--format", "--host", "--instruction", "--method"),
     *(
         "--mode",
         "--prompt",

@@ -19,6 +19,7 @@ from python_model.rag.documents import chunk, read_documents
 from python_model.rag.index import Index, add_documents, open_index
 from python_model.rag.modes import Document
 from python_model.rag.store.vectors import stable_top_k
+from python_model.rag.sync import delete
 from tests.python_model.rag.numbered import keys, unit
 
 
@@ -265,3 +266,13 @@ def test_a_file_in_place_of_its_folder_is_named(checkpoint: Path, tmp_path: Path
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
             with pytest.raises(NotADirectoryError, match=f"^{path}: expected a folder or a new name, got a file$"):
                 open_folder(path)
+
+
+def test_an_empty_name_is_not_that_of_documents_without_a_file(tmp_path: Path) -> None:
+    """``grit index --delete ""`` removed all that came from no file."""
+    documents, vectors = make(4)
+    index = Index(tmp_path / "i")
+    index.add(documents, vectors)
+    with pytest.raises(ValueError, match="name: expected a key, a file or a pattern, got ''"):
+        delete(index, [documents[0].key, ""])
+    assert len(index) == 4 and delete(index, ["0-*"]) == 4
