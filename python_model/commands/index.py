@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -126,7 +127,10 @@ def run(arguments: Namespace) -> None:
         index = Index(arguments.index, create=False, **options)
     result: dict[str, Any] = {}
     lines = []
-    with only_writer(index, lambda: _tell(f"another process is adding to {arguments.index}; waiting for it")):
+    # a search waits for nobody, and needs no permission to write
+    writes = any((arguments.add, arguments.shards, arguments.delete, arguments.compact, arguments.approximate))
+    lock = only_writer(index, lambda: _tell(f"another process is adding to {arguments.index}; waiting for it"))
+    with lock if writes else contextlib.nullcontext():
         if model is not None and arguments.add:
             report = _add(arguments, index, model)
             result = {**asdict(report), "added": report.documents, "files_added": report.added}
@@ -142,7 +146,7 @@ def run(arguments: Namespace) -> None:
             lines.append(f"{result['deleted']} documents deleted")
         if arguments.compact:
             compact(index)
-        if arguments.approximate or index.extend_approximate():
+        if arguments.approximate or (writes and index.extend_approximate()):
             record = index.build_approximate(arguments.approximate) if arguments.approximate else index.approximate
             assert record is not None
             result["approximate"] = asdict(record)

@@ -222,3 +222,14 @@ def test_an_index_that_this_user_may_not_write_says_so(tmp_path: Path) -> None:
     index._db.execute("PRAGMA query_only = 1")  # what the system refuses, SQLite refuses in the same words
     with pytest.raises(StoreError, match=f"{tmp_path}: this user has no permission to write the index"):
         index.delete(["a"])
+
+
+def test_a_search_takes_no_lock_that_a_writer_holds(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It would wait as long as another process adds documents, and fail in a folder that this user may only read."""
+    monkeypatch.chdir(folder)
+    main("index searched --model model --add notes".split())
+    monkeypatch.setattr(
+        "python_model.rag.sync.FileLock", lambda path: pytest.fail("a search takes the lock of writers")
+    )
+    main("index searched --model model --search river --json".split())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["hits"][0]["key"] == "a.txt"
