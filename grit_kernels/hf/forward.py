@@ -176,8 +176,8 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
 
     # a checkpoint saved as an embedder still generates causally; without a head or a cache it does not generate
     default = record.has_head or caching or bool(getattr(decoder.config, "is_causal", True))
-    if table["cu_seq_lens_q"] is None and table["cu_seq_lens_k"] is not None:
-        raise ValueError("cu_seq_lens_q: expected it with cu_seq_lens_k, got none")
+    if table["cu_seq_lens_q"] is None and (given := [key for key, value in table.items() if value is not None]):
+        raise ValueError(f"cu_seq_lens_q: expected it with {given[0]}, got none")
     if table["cu_seq_lens_q"] is not None and sample_pack is None:
         sample_pack = _pack_of_table(table, default if is_causal is None else is_causal, inputs.device)
         is_causal = None
@@ -383,7 +383,7 @@ def _pack_of_rows(
 ) -> SamplePack | None:
     """The pack of a pass without a cache; None if it keeps the padded layout."""
     batch, length = inputs.shape[:2]
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim == 4):
         return None  # ours, or refused by the attention function with its own message
     if mask is not None and tuple(mask.shape) != (batch, length):
         raise ValueError(

@@ -30,10 +30,13 @@ NAME = "grit"
 HARMLESS_TO_ATTENTION = frozenset(
     (
         *("output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict", "use_cache"),
-        *("cache_position", "position_embeddings", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        *("cache_position", "position_embeddings"),
     )
 )
 """Keywords that layers hand to every attention function and that do not change what a token sees."""
+
+BESIDE_MARKERS = ("seq_idx", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Keywords that say again what positions or ``cu_seq_lens_q`` say of the samples in a row."""
 
 HARMLESS_TO_MASKS = frozenset(
     ("allow_is_causal_skip", "allow_is_bidirectional_skip", "allow_torch_fix", "dtype", "config", "local_size")
@@ -119,21 +122,32 @@ def _samples_of_rows(
     causal: bool,
     batch: int,
     length: int,
+    beside: dict[str, Any],
 ) -> AttentionPass | None:
     """The pass of rows that hold several samples, in a model that runs this implementation without patch(); else None.
 
     transformers marks such samples by a table or by positions that start over (see :meth:`SamplePack.from_position_ids`).
     Found once per pass and kept on the tensor that all layers share; its owner may change it, or use it with another mask.
-    ``layer``: number of the layer that asks.
+    ``layer``: number of the layer that asks. ``beside``: those of :data:`BESIDE_MARKERS` that are given.
     """
     marker = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
-    if marker is None:
-        return None
+    numbers, table = beside.get("seq_idx"), [name for name in BESIDE_MARKERS[1:] if name in beside]
+    if cu_seq_lens_q is None and table:
+        raise ValueError(f"cu_seq_lens_q: expected it with {table[0]}, got none")
     if torch.compiler.is_compiling():
-        if cu_seq_lens_q is not None:
-            raise ValueError("cu_seq_lens_q: a compiled model needs grit_kernels.patch(model) and a sample_pack")
+        if cu_seq_lens_q is not None or numbers is not None:
+            name = "seq_idx" if cu_seq_lens_q is None else "cu_seq_lens_q"
+            raise ValueError(f"{name}: a compiled model needs grit_kernels.patch(model) and a sample_pack")
+        if marker is not None and marker.ndim == 2 and length > 1 and not layer:  # of the first layer, for all
+            _assert_one_sample_per_row(marker, relative)
         return None
-    kept: tuple[int | None, dict[Any, tuple[AttentionPass | None, Tensor | None]]]
+    if marker is None:
+        if numbers is not None:
+            raise ValueError(
+                "seq_idx: expected it with position_ids, got none; with grit_kernels.patch(model) it may be alone"
+            )
+        return None
+    kept: tuple[int | None, dict[Any, tuple[AttentionPass | None, Any]]]
     kept = getattr(marker, "_grit_passes", (None, {}))
     noted, passes = kept
     if (
@@ -145,7 +159,8 @@ def _samples_of_rows(
     if not unchanged or len(passes) >= MOST_PREPARED:
         passes = {}
     marker._grit_passes = (state, passes)  # type: ignore[attr-defined]
-    key = (causal, batch, length, id(relative))
+    others = (relative, numbers, beside.get("cu_seq_lens_k"))
+    key = (causal, batch, length, *map(id, others))
     if key in passes:
         return passes[key][0]
     found: AttentionPass | None
@@ -154,7 +169,10 @@ def _samples_of_rows(
             raise ValueError(
                 "attention_mask: expected none with cu_seq_lens_q, whose samples have no padding, got some"
             )
-        pack = SamplePack.from_lengths(cu_seq_lens_q.to("cpu").diff(), causal, device=cu_seq_lens_q.device)
+        lengths = cu_seq_lens_q.to("cpu").diff()
+        if others[2] is not None and not torch.equal(others[2].to("cpu").diff(), lengths):
+            raise ValueError("cu_seq_lens_k: expected the same samples as cu_seq_lens_q, got others")
+        pack = SamplePack.from_lengths(lengths, causal, device=cu_seq_lens_q.device)
         found = AttentionPass(pack.causal, pack=pack)
     else:
         positions = marker.expand(batch, length)
@@ -164,8 +182,35 @@ def _samples_of_rows(
             real = (relative[:, 0, 0] < NO_KEY).expand(batch, length)
             pack = SamplePack.from_mask(real, causal, position_ids=positions)
         found = AttentionPass(pack.causal, pack=pack) if len(pack) > batch else None
-    passes[key] = (found, relative)  # which lives as long as its id is in a key
+    if numbers is not None:
+        _check_numbers(numbers.expand(batch, length), pack)
+    passes[key] = (found, others)  # which live as long as their ids are in a key
     return found
+
+
+def _check_numbers(numbers: Tensor, pack: SamplePack) -> None:
+    """ValueError if ``seq_idx`` (B, T) changes within a sample of the pack."""
+    rows = torch.arange(numbers.shape[0], device=numbers.device)[:, None]
+    own = (numbers + rows * (numbers.max() + 1)).flatten()  # another row has other numbers
+    own = own if pack.indices is None else own[pack.indices]
+    changes = (own.diff() != 0).nonzero()[:, 0] + 1
+    if not bool(torch.isin(changes.to("cpu"), pack.cu_seqlens.to("cpu")).all()):
+        raise ValueError(
+            "seq_idx: expected the samples of position_ids or cu_seq_lens_q, got others; grit_kernels.patch(model) takes it alone"
+        )
+
+
+def _assert_one_sample_per_row(positions: Tensor, relative: Tensor | None) -> None:
+    """For a compiled pass without patch(), which cannot read values: an assertion inside the graph."""
+    follows = positions.diff(dim=1) == 1
+    if relative is not None:
+        real = relative[:, 0, 0] < NO_KEY
+        follows = follows | ~real[:, 1:] | ~real[:, :-1]
+    torch._assert_async(
+        follows.all(),
+        "position_ids: a compiled pass cannot distinguish samples by positions that restart; use grit_kernels.patch(model) and "
+        "pass a sample_pack",
+    )
 
 
 def grit_attention(
@@ -194,6 +239,7 @@ def grit_attention(
     Raises:
         TypeError: a keyword that would change the result and is not understood.
     """
+    beside = {name: others.pop(name) for name in BESIDE_MARKERS if others.get(name) is not None}
     _refuse_unknown("attention function", others, HARMLESS_TO_ATTENTION)
     if output_attentions:
         raise ValueError("output_attentions: expected False, got True: the kernels keep no attention weights")
@@ -211,7 +257,10 @@ def grit_attention(
         _check_relative(attention_mask)
     if grit_pass is None and key.shape[2] == q_length:
         layer = getattr(module, "layer_idx", None)
-        grit_pass = _samples_of_rows(layer, position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length)
+        grit_pass = _samples_of_rows(layer, position_ids, cu_seq_lens_q, attention_mask, flag, batch, q_length, beside)
+    elif grit_pass is None and (cu_seq_lens_q is not None or beside):
+        name = next(iter(beside)) if cu_seq_lens_q is None else "cu_seq_lens_q"
+        raise ValueError(f"{name}: expected none with a cache, which holds one sample per row, got it")
     elif grit_pass is not None and not torch.compiler.is_compiling():
         grit_pass.witness["called"] = True  # which no graph may do inside a layer that is recomputed
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]

@@ -140,6 +140,15 @@ def test_positions_that_change_in_place_in_inference_mode_are_read_again_without
             r"attention_mask: expected a 2-D padding mask, got torch.float32 \(1, 1, 14, 14\)",
         ),
         ({"attention_mask": (OTHER == 2).long(), **TABLE}, "attention_mask: expected none with cu_seq_lens_q"),
+        ({"seq_idx": NUMBERED - 1}, "seq_idx: expected the samples of position_ids or cu_seq_lens_q, got others"),
+        ({"seq_idx": OTHER, "position_ids": STARTS_OVER}, "seq_idx: expected the samples of position_ids"),
+        ({"seq_idx": OTHER, **TABLE}, "seq_idx: expected the samples of position_ids"),
+        ({"cu_seq_lens_k": TABLE["cu_seq_lens_q"]}, "cu_seq_lens_q: expected it with cu_seq_lens_k, got none"),
+        ({"max_length_k": 8}, "cu_seq_lens_q: expected it with max_length_k, got none"),
+        (
+            {**TABLE, "cu_seq_lens_k": torch.tensor([0, 5, 14])},
+            "cu_seq_lens_k: expected the same samples as cu_seq_lens_q, got others",
+        ),
     ],
 )
 @torch.no_grad()
@@ -148,9 +157,49 @@ def test_what_would_be_dropped_without_patch_is_an_error(plain: Any, call: dict[
         plain(ROW, **call, use_cache=False)
 
 
+@torch.no_grad()
+def test_what_says_the_same_of_samples_twice_changes_nothing_without_patch(stock: Any, plain: Any) -> None:
+    truth = torch.cat([stock(ROW[:, s]).logits for s in (slice(0, 6), slice(6, None))], dim=1)
+    keys = {"cu_seq_lens_k": torch.tensor([0, 6, 14]), "max_length_k": 8}
+    for call in ({"position_ids": STARTS_OVER}, {**TABLE, **keys}):
+        close(plain(ROW, **call, seq_idx=NUMBERED.int() - 1, use_cache=False).logits, truth)
+    for call in (TABLE, {"seq_idx": NUMBERED}):
+        cache = gk.hf.cache_keyword(plain, gk.hf.new_cache())
+        plain(ROW, **cache)
+        with pytest.raises(ValueError, match=f"^{next(iter(call))}: expected none with a cache"):
+            plain(ROW, **cache, **call)
+    rows, numbers = torch.cat([ROW, ROW]), torch.cat([NUMBERED, torch.ones_like(NUMBERED)])
+    positions = torch.cat([STARTS_OVER, torch.arange(14)[None]])
+    mask = (torch.arange(14) < 12).expand(2, -1).long()
+    found = plain(rows, position_ids=positions, seq_idx=numbers, attention_mask=mask, use_cache=False).logits
+    close(found[:1, :12], truth[:, :12])
+    close(found[1:, :12], stock(ROW).logits[:, :12])
+
+
+@torch.no_grad()
+def test_a_compiled_pass_without_patch_refuses_rows_of_several_samples(stock: Any, plain: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    mask, positions = torch.ones_like(IDS), torch.arange(IDS.shape[1])[None]
+    mask[1, :2] = 0
+    for call in ({}, {"position_ids": positions}, {"position_ids": positions, "attention_mask": mask}):
+        found, real = compiled(IDS, **call, use_cache=False).logits, mask.bool() if len(call) == 2 else mask >= 0
+        close(found[real], stock(IDS, **call, use_cache=False).logits[real])
+    for extra in ({}, {"attention_mask": torch.ones_like(ROW)}):
+        with pytest.raises(RuntimeError, match="position_ids: a compiled pass cannot distinguish samples"):
+            compiled(ROW, position_ids=STARTS_OVER, use_cache=False, **extra)
+    with pytest.raises(Exception, match="seq_idx: a compiled model needs"):
+        compiled(ROW, position_ids=positions, seq_idx=NUMBERED, use_cache=False)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        ({"max_length_q": 8}, "cu_seq_lens_q: expected it with max_length_q, got none"),
+        (
+            {"attention_mask": torch.ones(1, 14, 14)},
+            r"attention_mask: expected \(1, 14\) as 2-D inputs, got \(1, 14, 14\)",
+        ),
         ({"attention_mask": ADDED}, "attention_mask: expected 0 at padding and 1 at real tokens, got torch.float32"),
         ({"attention_mask": ADDED, "use_cache": True}, "attention_mask: expected 0 and 1 with a cache"),
         ({"attention_mask": -NUMBERED}, "attention_mask: expected 0 at padding and 1 at real tokens, got torch.int64"),
