@@ -291,8 +291,10 @@ def test_which_program_computes_a_tile_changes_no_bit(monkeypatch: pytest.Monkey
 
 @INTERPRET
 def test_products_ahead_of_the_softmax_change_no_bit() -> None:
-    for seed in range(2):
-        call = draw_call(random.Random(seed).choice, lengths=(40, 17, 0, 65), dims=(32, 40))
+    any_call: dict[str, Any] = {"lengths": (40, 17, 0, 65), "dims": (32, 40)}
+    beyond_the_first_block: dict[str, Any] = {"lengths": (90,), "dims": (32,), "windows": (40,)}
+    for seed, options in ((0, any_call), (1, any_call), (4, beyond_the_first_block)):
+        call = draw_call(random.Random(seed).choice, **options)
         found = []
         for ahead in (False, True):
             with override_config("forward", Config(16, 16, 4, 1, ahead=ahead)):

@@ -12,7 +12,7 @@ if interpreting():
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
-from grit_kernels.attention import triton_backward, triton_decode, triton_plan  # noqa: E402
+from grit_kernels.attention import triton_backward, triton_configs, triton_decode, triton_plan  # noqa: E402
 from grit_kernels.attention.triton_configs import KERNELS, table_config  # noqa: E402
 from tests.grit_kernels.ahead_of_time import compile_ahead_of_time  # noqa: E402
 from tests.grit_kernels.attention.compiled import CAPABILITY, compile_kernel  # noqa: E402
@@ -59,6 +59,18 @@ def check(kernel: str, arch: str, dtype: str, dim: int, hi: bool = False, cap: b
     if dtype != "fp32":
         budget = 0 if kernel == "forward" and dim in (64, 128) else SPILL_BUDGET.get((kernel, arch, dim), SMALL_BUDGET)
     assert compiled.spilled <= budget + (FLAGS_BUDGET if hi or cap else 0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_head_size_and_dtype_has_tiles_that_triton_takes(kernel: str) -> None:
+    for element_bytes in (2, 4):
+        for dim in (128, 256, 512) if kernel == "decode" else (64, 128, 256, 512):
+            entry = triton_configs._TABLE[kernel, element_bytes, dim]
+            assert "" in entry and set(entry) <= {"", *CAPABILITY}
+            for config in entry.values():
+                assert all(size >= 16 and size & (size - 1) == 0 for size in (config.rows, config.keys))
+                assert config.warps in (1, 2, 4, 8) and 1 <= config.stages <= 4
+                assert not (config.persistent and kernel != "forward") and not config.ahead
 
 
 @pytest.mark.parametrize(("dim", "arch"), [(64, "sm90"), (128, "sm90")])

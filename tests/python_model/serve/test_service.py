@@ -123,6 +123,24 @@ def test_the_tokenizer_is_held_for_one_text_at_a_time(service: Service, monkeypa
         assert lock.__enter__.call_count == lock.__exit__.call_count == len(texts), prepare
 
 
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+    service: Service, served_model: GritLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = max(map(len, served_model.tokenizer.get_vocab()))
+    monkeypatch.setattr(service, "_lock", None)  # which is held while a text is tokenised
+    requests = {
+        ("messages", ROWS): lambda text: service.chat(chat(text)),
+        ("prompt", ROWS): lambda text: service.complete(CompletionRequest.model_validate({"prompt": text})),
+        ("input", STEP): lambda text: service.embed(embedding(text)),
+        ("query", STEP): lambda text: service.rerank(RerankRequest.model_validate({"query": text, "documents": ["a"]})),
+    }
+    for (param, tokens), ask in requests.items():
+        with pytest.raises(ApiError, match=f"^{param}: expected at most {tokens} tokens, got more"):
+            ask("x" * (tokens * longest + 1))
+        with pytest.raises((TypeError, AttributeError)):
+            ask("x")
+
+
 def test_dimensions_reach_from_one_to_all(service: Service) -> None:
     vector = torch.nn.functional.normalize(torch.arange(1.0, service.dimensions + 1), dim=0)
     for dimensions in (None, service.dimensions):

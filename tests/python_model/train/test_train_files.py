@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from python_model.train import TrainConfig, Trainer
 from python_model.train.distributed import Ranks
-from tests.python_model.training_samples import LENGTH, data_folder, figures, toy_config
+from tests.python_model.training_samples import LENGTH, WORDS, data_folder, figures, toy_config
 
 
 def _run(config: TrainConfig) -> list[list[Any]]:
@@ -44,3 +45,11 @@ def test_a_run_is_that_of_the_same_rows_as_lines(
         for name, data in (("a", str(lines)), ("b", source))
     ]
     assert runs[0] == runs[1] and len(runs[0]) == 3
+
+
+def test_the_card_says_how_many_rows_of_each_data_set_were_used(checkpoint: Path, tmp_path: Path) -> None:
+    config = toy_config(checkpoint, tmp_path, train_data=str(data_folder(tmp_path / "data")), steps=1)
+    trainer = Trainer.from_config(config, Ranks(0, 1, torch.device("cpu")))
+    trainer.train()
+    card = (trainer.save() / "README.md").read_text()
+    assert re.search(rf"\| emb +\| {len(WORDS)} +\|\n\| gen +\| {len(WORDS)} +\|", card)
