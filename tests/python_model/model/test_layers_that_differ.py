@@ -76,3 +76,14 @@ def test_what_it_takes_is_counted_by_layer(gemma4: Path) -> None:
     assert ModelFlops.of(model).per_pair == 12 * sum(layer.num_attention_heads * layer.head_dim for layer in layers)
     for count in (activation_bytes, attention_output_bytes):
         assert count(model.model.config, True) == pytest.approx(fmean(count(layer, True) for layer in layers))
+
+
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+def test_the_largest_length_matters_to_states_if_any_kind_of_layer_scales_by_it(kind: str) -> None:
+    def config(length: int) -> transformers.PretrainedConfig:
+        plain = {"rope_type": "default", "rope_theta": 1e4}
+        scaled = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+        rope = {"sliding_attention": plain, "full_attention": plain if kind == "default" else scaled}
+        return transformers.Gemma3TextConfig(max_position_embeddings=length, rope_parameters=rope)
+
+    assert (states_config(config(64)) == states_config(config(128))) == (kind == "default")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from python_model.rag import documents
 from python_model.rag.documents import chunk
 from python_model.rag.formats import UnreadableFileError, read_file
 from python_model.rag.modes import Document
@@ -29,6 +30,13 @@ def test_chunks_follow_sentences_and_headings_without_tiny_ones(tokenizer: Any) 
     last = [piece.text.splitlines()[-1] for piece in pieces]
     assert [line for line in last if not line.endswith(".") and not line.startswith("#")] == []  # no sentence is cut
     assert all(text.splitlines()[int(p.place.split()[1]) - 1].find(p.text.splitlines()[0][:20]) >= 0 for p in pieces)
+
+
+def test_white_space_is_no_chunk(tokenizer: Any) -> None:
+    text = "A river." + " \n\t" * 400 + "The city."
+    spans = documents._at_white_space(text, tokenizer, 8, 0)
+    assert all(text[slice(*span)].strip() for span in spans)
+    assert " ".join(text[slice(*span)] for span in spans) == "A river. The city."
 
 
 def test_paragraphs_in_different_chunks_share_whole_sentences(tokenizer: Any) -> None:

@@ -215,6 +215,22 @@ def test_a_completions_log_probabilities_are_those_of_the_model(service: Service
     assert found["usage"]["prompt_tokens"] == sum(map(len, prompts)) and found["usage"]["completion_tokens"] == 10
 
 
+def test_a_completion_is_streamed_with_its_log_probabilities(service: Service) -> None:
+    def chunks(token: Token, **options: Any) -> list[dict[str, Any]]:
+        request = CompletionRequest.model_validate({"prompt": "a", "stream": True, **options})
+        return CompletionWriter(service, request, service.complete(request)).chunks(0, token)
+
+    (scored,) = chunks(Token(5, "x", -1.0, ((5, -1.0), (6, -2.0))), logprobs=2)
+    assert scored["choices"][0]["text"] == "x" and scored["choices"][0]["logprobs"]["token_logprobs"] == [-1.0]
+    (unfinished,) = chunks(Token(5, "", -1.0, ((5, -1.0),)), logprobs=1)
+    assert unfinished["choices"][0]["logprobs"]["token_logprobs"] == [-1.0], "a token whose text is not complete yet"
+    (plain,) = chunks(Token(5, "x"))
+    assert (plain["choices"][0]["text"], plain["choices"][0]["logprobs"]) == ("x", None)
+    assert chunks(Token(5, "")) == []
+    (last,) = chunks(Token(None, "", finish="stop"))
+    assert last["choices"][0]["finish_reason"] == "stop"
+
+
 def test_json_has_a_number_for_a_token_that_cannot_be(service: Service) -> None:
     never = Token(5, "x", float("-inf"), ((5, float("-inf")), (6, -1.0)), "length")
     request = chat(logprobs=True, top_logprobs=2)

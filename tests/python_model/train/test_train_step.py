@@ -18,7 +18,7 @@ from python_model.model.prompts import IGNORE_INDEX, EncodedSample
 from python_model.settings import AttentionVariant
 from python_model.train.adapters import add_adapters
 from python_model.train.balance import ObjectiveGradients, cosine, limit_factor
-from python_model.train.config import TrainConfig
+from python_model.train.config import BatchConfig, LossConfig, TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers
@@ -184,6 +184,14 @@ def test_a_plan_places_every_sample_once_within_the_budget(budget: int) -> None:
 
 def test_the_papers_split_keeps_positives_negatives_and_queries_apart() -> None:
     assert plan_texts(2, [1] * 2 + [5] * 6, chunking="triplet", group_size=3) == [[2, 5], [3, 4, 6, 7], [0, 1]]
+
+
+def test_a_step_plans_with_the_passages_of_its_queries(tokenizer: Any) -> None:
+    samples = ToyStream(tokenizer, 4, 0)[0]
+    queries, passages = samples.queries[:2], (samples.passages * 3)[:6]
+    batch = BatchConfig(chunking="triplet")
+    planned = plan_step(queries, passages, [], None, batch, LossConfig(), Ranks(0, 1, torch.device("cpu")))
+    assert [chunk.embedded.tolist() for chunk in planned.text_chunks] == [[2, 5], [3, 4, 6, 7], [0, 1]]
 
 
 RANKED = [
