@@ -120,6 +120,8 @@ def test_a_variant_that_reads_another_content_under_the_same_name_is_run_again(
             changed.write_text(changed.read_text().replace("river", "rivers"))
         assert (measured(), measured()) == (1, 0), path
     (model / "README.md").write_text("a card")
+    (model / "rag_calibration.json").write_text("{}")
+    assert measured() == 0, "neither changes the model"
     result = tmp_path / "out" / "base" / "result.json"
     row = json.loads(result.read_text())
     del row["content"]  # as earlier versions wrote it
