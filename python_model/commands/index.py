@@ -100,9 +100,6 @@ def run(arguments: Namespace) -> None:
 
     if arguments.sync and not arguments.add:
         raise ValueError("--sync: expected --add with the folder to synchronise with, got none")
-    for place in arguments.add:
-        if not Path(place).exists():
-            raise FileNotFoundError(f"--add: there is no file or folder {place}")
     options_of = COMMAND.parser()
     refuse_without(arguments, options_of, "search", "where", "hybrid", "instruction", "k")
     refuse_without(arguments, options_of, "add", "store", "chunk_tokens", "overlap")
@@ -114,6 +111,9 @@ def run(arguments: Namespace) -> None:
         )
     if arguments.shards and arguments.add:
         raise ValueError("--shards: expected no --add beside it, got both")
+    for place in arguments.add:
+        if not Path(place).exists():
+            raise FileNotFoundError(f"--add: there is no file or folder {place}")
     model = None
     options = {"format": arguments.format, "vectors": arguments.vectors}
     if arguments.shards:
