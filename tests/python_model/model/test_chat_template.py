@@ -51,6 +51,9 @@ def test_of_named_templates_the_default_one_is_used(tokenizer: Any) -> None:
         ("{{ raise_exception('no chats') }}", "template fails .*no chats"),
         ({"rag": LOOP, "tool": LOOP}, "template fails"),
         ("x", "leaves the last turn out"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}", "maximum recursion depth"),
+        ("{{ 2.0 ** 9999 }}", "(34, .*)|out of range|too large"),
     ],
 )
 @pytest.mark.parametrize("system", ["", "be brief"])
