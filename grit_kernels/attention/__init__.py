@@ -24,7 +24,14 @@ from grit_kernels.attention.checks import (
     upper_bounds,
     window_argument,
 )
-from grit_kernels.attention.pages import append, check_block_table, check_entries, gather_pages
+from grit_kernels.attention.pages import (
+    append,
+    attention_in_pages,
+    check_block_table,
+    check_entries,
+    gather_pages,
+    has_paged_kernel,
+)
 from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.backend import has_kernel, runs_triton, use_reference
 from grit_kernels.checks import dense_rows, readable
@@ -188,7 +195,8 @@ def switch_attention_with_kvcache(
         cache_leftpad: int (B), optional first used slot of each cache.
         block_table: int32 (B, max_blocks), optional: slot s of sample b lies in block ``block_table[b, s // block_size]`` at
             ``s % block_size``, as in flash-attn; any block size. Entries without a filled or new slot may hold anything. Samples
-            may share blocks, but not one to which ``k`` is added. The pages are gathered into rows first.
+            may share blocks, but not one to which ``k`` is added. On a GPU up to 64 pairs of a row and a head of a group read the
+            pages in place; otherwise, and on the CPU, they are gathered into rows first.
         seqlens_q: int (B), real query rows, default T_q for all.
         hi: int32 (B, T_q), positions counted from the first used slot. Other arguments as in :func:`switch_attention`.
 
@@ -232,6 +240,10 @@ def switch_attention_with_kvcache(
     with torch.no_grad():
         if k is not None and v is not None:
             append(caches, (k, v), used, q_len, block_table)
+        if block_table is not None and has_paged_kernel(q, *caches):
+            lengths = q_len, leftpad, end
+            out, lse = attention_in_pages(q, caches, block_table, lengths, bounds, hi, options)
+            return (out, lse) if return_lse else out
         if block_table is not None:
             k_cache, v_cache = (gather_pages(x, block_table, leftpad, end) for x in caches)
         elif k is not None:

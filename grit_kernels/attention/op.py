@@ -64,12 +64,20 @@ define_op(
     cuda="attention_decode_cuda",
     problem=AttentionProblem,
 )
+# the same with keys in pages (num_blocks, block_size, Hkv, D), of which the problem counts slots; others want them side by side
+define_op(
+    f"attention_decode_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor? sinks, {_PROBLEM}) {_RESULTS}",
+    reference=None,
+    triton=f"{_TRITON}_decode:attention_decode_paged",
+    problem=AttentionProblem,
+)
 
 
 @torch.library.register_fake("grit_kernels::attention_forward")
 @torch.library.register_fake("grit_kernels::attention_forward_planned")
 @torch.library.register_fake("grit_kernels::attention_decode")
 @torch.library.register_fake("grit_kernels::attention_decode_cuda")
+@torch.library.register_fake("grit_kernels::attention_decode_paged")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 

@@ -9,7 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.backend import has_kernel, use_reference
 from grit_kernels.checks import check_device, dense_rows, described, is_integer, readable
+from grit_kernels.precision import autocast_dtype
+
+MOST_PAIRS = 64
+"""(row, head of a group) pairs of a sample up to which its pages are read in place; with more, gathering them is little work."""
 
 
 def check_block_table(block_table: Tensor, k_cache: Tensor, batch: int, device: torch.device) -> Tensor:
@@ -71,6 +77,39 @@ def gather_pages(cache: Tensor, table: Tensor, first: Tensor, end: Tensor) -> Te
     # an entry that is not needed may name no block
     blocks = torch.where(needed_entries(table, first, end, block_size), table, 0)
     return dense_rows(cache[blocks]).flatten(1, 2)
+
+
+def has_paged_kernel(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether :func:`attention_in_pages` serves these tensors: few rows, and pages that need no copy."""
+    dtype = autocast_dtype(q.device) or q.dtype
+    if dtype == torch.float64 or q.shape[0] >= 2**16:  # an axis of the grid
+        return False
+    if any(x.dtype != dtype or x.stride(-1) != 1 for x in (k_cache, v_cache)):
+        return False
+    few = q.shape[1] * q.shape[2] // k_cache.shape[2] <= MOST_PAIRS
+    return few and not use_reference(q.device) and has_kernel("attention_decode_paged", q.device)
+
+
+def attention_in_pages(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    table: Tensor,
+    lengths: tuple[Tensor, Tensor, Tensor],
+    bounds: tuple[Tensor, Tensor],
+    hi: Tensor | None,
+    options: tuple[float, float],
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention that reads keys through the table; ``lengths`` = real query rows, first key slot, end of the key slots."""
+    batch, max_q = q.shape[:2]
+    slots = table.shape[1] * caches[0].shape[1]
+    q_len, first, end = lengths
+    start = torch.arange(batch, device=q.device, dtype=torch.int32) * max_q
+    ranges = (start, q_len, first, (end - first).clamp(min=0))
+    problem = AttentionProblem(*ranges, *bounds, hi, max_q, slots, max_q, slots, *options)
+    rows = q.to(caches[0].dtype).flatten(0, 1)
+    out, lse = torch.ops.grit_kernels.attention_decode_paged(rows, *caches, table, sinks, *problem.flat())
+    return out.view(q.shape), lse.view(q.shape[:3])
 
 
 def append(

@@ -174,14 +174,30 @@ def edge_block(step, first, full_first, full_last):
 
 
 @triton.jit
+def page_offsets(p_table, key, m_key, first_slot, stride_block, stride_row, PAGE: tl.constexpr, EDGE: tl.constexpr):
+    """Where the keys [BN] of a sample in pages begin: key j is slot first_slot + j, in block p_table[slot // PAGE]."""
+    slot = first_slot + key
+    if EDGE:
+        b_block = tl.load(p_table + slot // PAGE, mask=m_key, other=0)
+    else:
+        b_block = tl.load(p_table + slot // PAGE)
+    return tl.cast(b_block, tl.int64) * stride_block + tl.cast(slot % PAGE, tl.int64) * stride_row
+
+
+@triton.jit
 def products(
-    b_q1, b_q2, p_k, stride_k, block, len_k,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, UPCAST: tl.constexpr,
+    b_q1, b_q2, p_k, p_table, stride_k, stride_kb, block, first_slot, len_k,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, EDGE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """q k of the rows of a tile and key block ``block``: [BM, BN]."""
+    """q k of the rows of a tile and key block ``block``: [BM, BN]. PAGE: as of attend_blocks."""
     o_n = tl.arange(0, BN)
     m_key = block * BN + o_n < len_k
-    p_k += tl.cast(block * BN, tl.int64) * stride_k
+    if PAGE > 0:
+        o_n = page_offsets(p_table, block * BN + o_n, m_key, first_slot, stride_kb, stride_k, PAGE, EDGE)
+        stride_k = 1
+    else:
+        p_k += tl.cast(block * BN, tl.int64) * stride_k
     b_k1 = load_part(p_k, o_n, stride_k, m_key, 0, D1, D, EDGE)
     b_s = dot(b_q1, tl.trans(b_k1), tl.zeros([b_q1.shape[0], BN], dtype=tl.float32), UPCAST)
     if D2 > 0:
@@ -192,20 +208,24 @@ def products(
 
 @triton.jit
 def attend(
-    b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr,
-    EDGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, HAS_USED: tl.constexpr,
+    b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, p_table, stride_v, stride_vb, block, first_slot, b_lo, b_hi, len_k,
+    scale, cap, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, EDGE: tl.constexpr,
+    HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, HAS_USED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over key block ``block``, whose products are b_s; scores are in units of log2.
 
     b_acc1 [BM, D1], b_acc2 [BM, D2]: sum of p v;  b_total [BM]: sum of p;  b_top [BM]: running maximum. Only a block on an
     EDGE compares positions and guards its loads: rows after the last key belong to another sample or to padding and may
-    hold NaN, and 0 * NaN is NaN. HAS_USED: slots whose byte of p_used is 0 hold no key.
+    hold NaN, and 0 * NaN is NaN. HAS_USED: slots whose byte of p_used is 0 hold no key. PAGE: as of attend_blocks.
     """
     o_n = tl.arange(0, BN)
     key = block * BN + o_n
-    p_v += tl.cast(block * BN, tl.int64) * stride_v
     m_key = key < len_k
+    if PAGE > 0:
+        o_n = page_offsets(p_table, key, m_key, first_slot, stride_vb, stride_v, PAGE, EDGE)
+        stride_v = 1
+    else:
+        p_v += tl.cast(block * BN, tl.int64) * stride_v
     if HAS_USED:
         m_key = m_key & (tl.load(p_used + key, mask=m_key, other=0) != 0)
     if HAS_CAP:
@@ -253,14 +273,17 @@ def with_sink(b_lse, b_sink):
 
 @triton.jit
 def attend_blocks(
-    b_q1, b_q2, p_k, p_v, p_used, stride_k, stride_v, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    b_q1, b_q2, p_k, p_v, p_used, p_table, stride_k, stride_v, stride_kb, stride_vb, first_slot,
+    first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
     HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, AHEAD: tl.constexpr, HAS_USED: tl.constexpr,
 ):  # fmt: skip
     """The rows of one tile over key blocks [first, last), of which [full_first, full_last) need no mask.
 
     AHEAD: the next block's q k is issued before this block's softmax, which then runs beside it; of blocks without a mask, at
-    the price of one more product. HAS_USED: p_used [slots] says which slots hold a key, so every block needs a mask.
+    the price of one more product. HAS_USED: p_used [slots] says which slots hold a key, so every block needs a mask. PAGE: keys
+    lie in pages of that many slots, from slot first_slot on; p_table [slots // PAGE] names their blocks, stride_kb and stride_vb
+    apart. 0: they lie side by side.
 
     Returns ``out`` [BM, D1], [BM, D2] and ``lse`` [BM] in units of log2; 0 and -inf for a fully masked row.
     """
@@ -274,28 +297,66 @@ def attend_blocks(
     elif AHEAD:
         # a tile without such blocks multiplies another for nothing; a masked load, as there may be no keys
         some = tl.maximum(tl.minimum(full_first, last - 1), 0)
-        b_s = products(b_q1, b_q2, p_k, stride_k, some, len_k, D, D1, D2, BN, True, UPCAST)
+        b_s = products(
+            b_q1, b_q2, p_k, p_table, stride_k, stride_kb, some, first_slot, len_k, D, D1, D2, BN, PAGE, True, UPCAST
+        )
         for block in range(full_first, full_last):
             following = tl.minimum(block + 1, full_last - 1)
-            b_next = products(b_q1, b_q2, p_k, stride_k, following, len_k, D, D1, D2, BN, False, UPCAST)
+            b_next = products(
+                b_q1,
+                b_q2,
+                p_k,
+                p_table,
+                stride_k,
+                stride_kb,
+                following,
+                first_slot,
+                len_k,
+                D,
+                D1,
+                D2,
+                BN,
+                PAGE,
+                False,
+                UPCAST,
+            )
             b_acc1, b_acc2, b_total, b_top = attend(
-                b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-                D, D1, D2, BN, False, HAS_CAP, UPCAST, False,
+                b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, p_table, stride_v, stride_vb, block, first_slot, b_lo, b_hi,
+                len_k, scale, cap, D, D1, D2, BN, PAGE, False, HAS_CAP, UPCAST, False,
             )  # fmt: skip
             b_s = b_next
     else:
         for block in range(full_first, full_last):
-            b_s = products(b_q1, b_q2, p_k, stride_k, block, len_k, D, D1, D2, BN, False, UPCAST)
+            b_s = products(
+                b_q1,
+                b_q2,
+                p_k,
+                p_table,
+                stride_k,
+                stride_kb,
+                block,
+                first_slot,
+                len_k,
+                D,
+                D1,
+                D2,
+                BN,
+                PAGE,
+                False,
+                UPCAST,
+            )
             b_acc1, b_acc2, b_total, b_top = attend(
-                b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-                D, D1, D2, BN, False, HAS_CAP, UPCAST, False,
+                b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, p_table, stride_v, stride_vb, block, first_slot, b_lo, b_hi,
+                len_k, scale, cap, D, D1, D2, BN, PAGE, False, HAS_CAP, UPCAST, False,
             )  # fmt: skip
     for step in range(0, (full_first - first) + (last - full_last)):
         block = edge_block(step, first, full_first, full_last)
-        b_s = products(b_q1, b_q2, p_k, stride_k, block, len_k, D, D1, D2, BN, True, UPCAST)
+        b_s = products(
+            b_q1, b_q2, p_k, p_table, stride_k, stride_kb, block, first_slot, len_k, D, D1, D2, BN, PAGE, True, UPCAST
+        )
         b_acc1, b_acc2, b_total, b_top = attend(
-            b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, stride_v, block, b_lo, b_hi, len_k, scale, cap,
-            D, D1, D2, BN, True, HAS_CAP, UPCAST, HAS_USED,
+            b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, p_table, stride_v, stride_vb, block, first_slot, b_lo, b_hi, len_k,
+            scale, cap, D, D1, D2, BN, PAGE, True, HAS_CAP, UPCAST, HAS_USED,
         )  # fmt: skip
     dead = b_total == 0.0
     b_inverse = 1.0 / tl.where(dead, 1.0, b_total)

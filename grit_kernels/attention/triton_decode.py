@@ -6,13 +6,15 @@ Reading the keys and values once is all the work, so the rows of all query heads
 
     lse = ln sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
 
-Keys may lie in any slots of a cache: a byte per slot says which hold one.
+Keys may lie in any slots of a cache: a byte per slot says which hold one. Or in pages: then each key is found through the table.
 
 Of a pack that mixes decoding rows with prompts and texts, these kernels take the samples that :func:`splits_sample` names; the
 tiles of triton_forward.py take the others.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,7 +37,7 @@ from grit_kernels.attention.triton_common import (
     tile_keys,
     with_sink,
 )
-from grit_kernels.attention.triton_configs import choose_config
+from grit_kernels.attention.triton_configs import Config, choose_config
 from grit_kernels.attention.triton_plan import Split, splits_sample
 from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
 
@@ -44,18 +46,20 @@ _PROGRAMS_PER_PROCESSOR = 4
 _MERGED_ROWS = 16
 
 
-@triton.jit(do_not_specialize=["slots", "q_rows", "splits", "most_rows", "least_keys"])
+@triton.jit(do_not_specialize=["slots", "entries", "q_rows", "splits", "most_rows", "least_keys"])
 def attention_decode_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_used, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, slots, q_rows, splits, most_rows, least_keys, scale, cap,
+    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_used, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_kb, stride_vb, slots, entries, q_rows, splits,
+    most_rows, least_keys, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, SPLIT: tl.constexpr,
     HAS_USED: tl.constexpr, HAS_SINKS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits * row tiles, kv heads, samples). SPLIT: p_out and p_lse are FP32 (splits, samples, most_rows, Hq, ...).
 
     HAS_USED: p_used (samples, slots), uint8, is 0 where a slot of the sample's keys holds none. HAS_SINKS: p_sinks (Hq), which
-    the merge applies where keys are split.
+    the merge applies where keys are split. PAGE: slots of a page, or 0; p_table has a row of ``entries`` per sample, and k_start
+    is the first slot of its keys.
     """
     part = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits
@@ -72,8 +76,13 @@ def attention_decode_kernel(
         owned = tl.maximum(len_q, q_rows)
     if (first_row >= owned) | (splits_sample(len_q, len_k, most_rows, least_keys) == 0):
         return
-    p_k += k_start * stride_kt + tl.cast(head_kv, tl.int64) * stride_kh
-    p_v += k_start * stride_vt + tl.cast(head_kv, tl.int64) * stride_vh
+    if PAGE > 0:
+        p_k += tl.cast(head_kv, tl.int64) * stride_kh
+        p_v += tl.cast(head_kv, tl.int64) * stride_vh
+        p_table += tl.cast(sample, tl.int64) * entries
+    else:
+        p_k += k_start * stride_kt + tl.cast(head_kv, tl.int64) * stride_kh
+        p_v += k_start * stride_vt + tl.cast(head_kv, tl.int64) * stride_vh
     if HAS_USED:
         p_used += tl.cast(sample, tl.int64) * slots
 
@@ -102,8 +111,9 @@ def attention_decode_kernel(
         full_first = tl.where(empty, last, full_first)
         full_last = tl.where(empty, last, full_last)
     b_out1, b_out2, b_lse = attend_blocks(
-        b_q1, b_q2, p_k, p_v, p_used, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
-        D, D1, D2, BM, BN, HAS_CAP, UPCAST, False, HAS_USED,
+        b_q1, b_q2, p_k, p_v, p_used, p_table, stride_kt, stride_vt, stride_kb, stride_vb, tl.cast(k_start, tl.int32),
+        first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
+        D, D1, D2, BM, BN, PAGE, HAS_CAP, UPCAST, False, HAS_USED,
     )  # fmt: skip
     if HAS_SINKS and not SPLIT:
         b_lse, b_factor = with_sink(b_lse, tl.load(p_sinks + head, mask=m_row, other=0.0))
@@ -185,19 +195,57 @@ def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, used: Tensor | None, sinks: Tensor | None, problem: AttentionProblem
 ) -> tuple[Tensor, Tensor]:
     """The op ``grit_kernels::attention_decode``: all samples have few rows. No plan, nothing read back."""
+    return _decode(q, addressable(k), addressable(v), used, sinks, problem, None)
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    used: Tensor | None,
+    sinks: Tensor | None,
+    problem: AttentionProblem,
+    pages: Pages | None,
+) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not q.shape[0]:
         return out, lse
     q, softmax_scale = positive_scale(q, problem.softmax_scale)
-    q, k, v = addressable(q), addressable(k), addressable(v)
+    q = addressable(q)
     used = None if used is None else used.contiguous().view(torch.uint8)
     sinks = None if sinks is None else sinks.contiguous()
     every = Split(max(problem.q_rows, problem.max_q), 0)
     constants = softmax_constants(softmax_scale, problem.softcap)
     with on_device(q):
-        decode_samples(q, k, v, out, lse, problem, int32_tables(problem), every, *constants, used, sinks)
+        decode_samples(q, k, v, out, lse, problem, int32_tables(problem), every, *constants, used, sinks, pages)
     return out, lse
+
+
+def paged_config(config: Config) -> Config:
+    """``config`` where keys lie in pages. Looking up the table takes a step of its own ahead of each copy, so that keys come as
+    early as without pages. Addresses take registers: in large tiles each thread has fewer."""
+    return config._replace(warps=8 if config.rows > 16 else config.warps, stages=2 * config.stages - 1)
+
+
+class Pages(NamedTuple):
+    """``table`` (B, entries), int32, of the blocks of a cache (num_blocks, ``size``, H, D), whose strides are ``k_block`` and
+    ``v_block``."""
+
+    table: Tensor
+    size: int
+    k_block: int
+    v_block: int
+
+
+def attention_decode_paged(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, sinks: Tensor | None, problem: AttentionProblem
+) -> tuple[Tensor, Tensor]:
+    """The op ``grit_kernels::attention_decode_paged``: :func:`attention_decode` of keys in pages (num_blocks, block_size, Hkv,
+    D), ``problem.k_start`` the slot of a sample's first key. No page is copied.
+    """
+    pages = Pages(block_table, k_cache.shape[1], k_cache.stride(0), v_cache.stride(0))
+    return _decode(q, k_cache[0], v_cache[0], None, sinks, problem, pages)
 
 
 def decode_samples(
@@ -213,11 +261,13 @@ def decode_samples(
     cap: float,
     used: Tensor | None = None,
     sinks: Tensor | None = None,
+    pages: Pages | None = None,
 ) -> None:
     """Fill ``out`` and ``lse`` of the samples of ``split``; arguments as triton_forward.attention_forward prepares them.
 
     ``used``: uint8 (B, slots), 0 where a slot of a sample's keys, counted from its first, holds none. ``sinks``: (Hq), see
-    :func:`grit_kernels.attention.prepared_attention`; they are part of ``lse``.
+    :func:`grit_kernels.attention.prepared_attention`; they are part of ``lse``. ``pages``: of which ``k`` and ``v`` are
+    the first blocks.
     """
     _, heads, dim = q.shape
     heads_kv = k.shape[1]
@@ -226,6 +276,8 @@ def decode_samples(
     most_rows = split.rows
     config = choose_config("decode", dim, q.dtype, q.device)
     block_rows = max(config.rows, min(largest_tile(dim, q.element_size()), triton.next_power_of_2(most_rows * group)))
+    if pages is not None:
+        config = paged_config(config._replace(rows=block_rows))
     row_tiles = triton.cdiv(most_rows * group, block_rows)
     splits = choose_splits(row_tiles * heads_kv * batch, problem.max_k, config.keys, processor_count(q.device))
     if splits > 1:
@@ -234,12 +286,13 @@ def decode_samples(
     else:
         part, part_lse = out, lse
     d1, d2 = split_head_dim(dim)
+    table, page, k_block, v_block = pages or (bounds[0], 0, 0, 0)
     attention_decode_kernel[(splits * row_tiles, heads_kv, batch)](
-        q, k, v, part, part_lse, lse if sinks is None else sinks, bounds[0] if used is None else used,
+        q, k, v, part, part_lse, lse if sinks is None else sinks, bounds[0] if used is None else used, table,
         *bounds, bounds[0] if hi is None else hi,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if used is None else used.stride(0),
-        q_rows, splits, *split, scale, cap,
-        HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=block_rows, BN=config.keys,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_block, v_block,
+        0 if used is None else used.stride(0), table.stride(0), q_rows, splits, *split, scale, cap,
+        HEADS=heads, GROUP=group, D=dim, D1=d1, D2=d2, BM=block_rows, BN=config.keys, PAGE=page,
         HAS_HI=hi is not None, HAS_CAP=cap > 0, SPLIT=splits > 1, HAS_USED=used is not None,
         HAS_SINKS=sinks is not None, UPCAST=upcast_operands(),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,

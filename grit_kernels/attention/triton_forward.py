@@ -91,8 +91,8 @@ def forward_tile(
         first_row, first_row + BM, p_hi, len_q, len_k, left, right, BN, HAS_HI
     )
     b_out1, b_out2, b_lse = attend_blocks(
-        b_q1, b_q2, p_k, p_v, p_hi, stride_kt, stride_vt, first, full_first, full_last, last, b_lo, b_hi, len_k, scale, cap,
-        D, D1, D2, BM, BN, HAS_CAP, UPCAST, AHEAD, False,
+        b_q1, b_q2, p_k, p_v, p_hi, p_hi, stride_kt, stride_vt, 0, 0, 0, first, full_first, full_last, last, b_lo, b_hi, len_k,
+        scale, cap, D, D1, D2, BM, BN, 0, HAS_CAP, UPCAST, AHEAD, False,
     )  # fmt: skip
     if HAS_SINKS:
         b_lse, b_factor = with_sink(b_lse, tl.load(p_sinks + head))

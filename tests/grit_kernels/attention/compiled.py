@@ -30,19 +30,22 @@ def compile_kernel(
     cap: bool = False,
     used: bool = False,
     sinks: bool = False,
+    page: int = 0,
 ) -> Compiled:
     """Compile ``kernel`` as its launcher would for 32 query heads over 8; ``used``: some slots of the cache hold no key;
-    ``sinks``: of the forward kernel.
+    ``sinks``: of the forward kernel; ``page``: slots of a page, where decoding reads keys through a table.
 
     Decoding compiles as where keys are split, so the merge applies sinks.
     """
     config = config or table_config(kernel, dim, 4 if dtype == "fp32" else 2, arch)
+    if page:
+        config = triton_decode.paged_config(config)
     d1, d2 = split_head_dim(dim)
     function = FUNCTIONS[kernel]
     given = {
         **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
         **{"HAS_HI": hi, "HAS_CAP": cap, "UPCAST": False, "SPLIT": True, "PERSISTENT": config.persistent},
-        **{"AHEAD": config.ahead, "HAS_USED": used, "HAS_SINKS": sinks},
+        **{"AHEAD": config.ahead, "HAS_USED": used, "HAS_SINKS": sinks, "PAGE": page},
         **{"ATOMIC": kernel == "backward", "STRIDE_QT": 32 * dim, "STRIDE_DOT": 32 * dim},
     }
     types = {}

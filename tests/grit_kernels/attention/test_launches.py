@@ -277,6 +277,28 @@ def test_a_packed_layer_that_decodes_runs_its_kernels_and_nothing_else(
     assert more == []
 
 
+@pytest.mark.parametrize("rows", [1, 32, 33])
+def test_a_call_that_decodes_in_pages_launches_its_kernels_and_copies_no_page(
+    launches: Counter[str], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of more than 64 pairs of a row and a head of a group has its pages gathered."""
+    copied = []
+
+    def gather(cache: Tensor, *_: Any) -> Tensor:
+        copied.append(cache)
+        return cache.new_empty(2, 320, 2, 32)
+
+    monkeypatch.setattr("grit_kernels.attention.gather_pages", gather)
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda *_: 4)
+    pages = [torch.empty(64, 16, 2, 32) for _ in "kv"]
+    table = torch.randperm(64, dtype=torch.int32)[:40].view(2, 20)
+    used, q, new = torch.tensor([280, 70]), torch.empty(2, rows, 4, 32), torch.empty(2, rows, 2, 32)
+    gk.switch_attention_with_kvcache(q, *pages, used, k=new, v=new, block_table=table)
+    assert len(copied) == (2 if rows == 33 else 0)
+    if not copied:
+        assert launches == {"attention_decode_kernel": 1, "merge_splits_kernel": 1}
+
+
 @pytest.mark.parametrize(
     ("window", "padding", "spare", "static", "sinks"),
     [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from grit_kernels.backend import interpreting
 from tests.conftest import Backend
 from tests.grit_kernels.attention import test_key_ranges as ranges
+from tests.grit_kernels.attention import test_pages as pages
 from tests.grit_kernels.attention.oracle import Case, make_case
 from tests.grit_kernels.attention.test_public import check_against_oracle, run_padded, run_varlen
 
@@ -86,3 +87,11 @@ def test_ranges_anywhere_equal_the_oracle_and_rows_between_them_are_never_used(
         softcap=draw(st.sampled_from([0.0, 3.0])),
     )
     ranges.check(case, backend, ranges.run(case, backend, *ranges.scattered(case, seed)))
+
+
+@FEW
+@given(data=st.data())
+def test_pages_of_any_table_equal_the_oracle_and_nothing_else_is_used(backend: Backend, data: st.DataObject) -> None:
+    case = cases(data.draw)
+    first = data.draw(st.lists(st.sampled_from([0, 0, 1, 13]), min_size=len(case.k), max_size=len(case.k)))
+    pages.check(case, backend, data.draw(st.sampled_from([1, 3, 16, 64])), first)

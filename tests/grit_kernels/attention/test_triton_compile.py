@@ -123,6 +123,44 @@ def test_decoding_through_holes_keeps_its_loads_asynchronous_and_spills_nothing(
     assert sum("LDGSTS" in code for code in loop) >= 16, "keys and values are copied ahead, as without holes"
 
 
+def check_paged(arch: str, dtype: str, dim: int, page: int, most: bool) -> None:
+    """Decoding through a table, in tiles of few rows or of as many as a tile has: copies stay asynchronous, and as early."""
+    size = 4 if dtype == "fp32" else 2
+    config = table_config("decode", dim, size, arch)
+    config = config._replace(rows=triton_decode.largest_tile(dim, size) if most else config.rows)
+    config = config._replace(warps=triton_decode.paged_config(config).warps)
+    plain, paged = (compile_kernel("decode", arch, dtype, dim, config=config, page=x) for x in (0, page))
+    assert paged.spilled <= (0 if dim in (64, 128, 256, 512) else SMALL_BUDGET)
+    assert plain.shared <= paged.shared <= min(plain.shared + (4 << 10), SHARED_LIMIT[arch])
+    copies = [
+        [sum("LDGSTS" in code for code in loop) for loop in compiled_kernels.loops_of_products(x)]
+        for x in (plain, paged)
+    ]
+    assert len(copies[0]) == len(copies[1]) and all(a <= b for a, b in zip(*copies, strict=True)), copies
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_decoding_in_pages_keeps_its_loads_asynchronous_and_spills_nothing(arch: str) -> None:
+    check_paged(arch, "bf16", 128, 16, most=False)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("most", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "page"),
+    [
+        *(("bf16", 128, page) for page in (1, 48, 256)),
+        *(("bf16", dim, 16) for dim in (64, 80, 96, 256, 512)),
+        *(("fp16", 128, 16), ("fp32", 128, 16), ("fp32", 256, 256)),
+    ],
+)
+def test_pages_of_any_size_are_read_with_loads_as_early(arch: str, most: bool, dtype: str, dim: int, page: int) -> None:
+    check_paged(arch, dtype, dim, page, most)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", ["sm90", "gfx9"])
 def test_the_kernels_around_the_matrix_products_compile(arch: str) -> None:
