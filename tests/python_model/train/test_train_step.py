@@ -80,7 +80,8 @@ def gradients_of(
     recompute_activations(training_model.grit, config.model)
     compile_layers(training_model.grit, config.model, "aot_eager")  # traces as inductor does, and needs no C++ compiler
     training_model.touch_all = ranks.group is not None
-    model = wrap(training_model, config.parallel, ranks, bf16=False)
+    bf16 = bool(config.model.bf16)
+    model = wrap(training_model, config.parallel, ranks, bf16=bf16)
     optimizers = Optimizers(model, config.optimizer, config.losses, ranks, steps=1, embeds=config.embeds)
     batch = plan_step(
         samples.queries if config.embeds else [],
@@ -102,7 +103,7 @@ def gradients_of(
         model,
         config.losses,
         ranks,
-        bf16=False,
+        bf16=bf16,
         objective_grad_norm=config.optimizer.objective_grad_norm,
         reduce_each_chunk=config.parallel.reduce_each_chunk,
         log_temperature=optimizers.log_temperature,
@@ -192,6 +193,27 @@ def test_a_step_plans_with_the_passages_of_its_queries(tokenizer: Any) -> None:
     batch = BatchConfig(chunking="triplet")
     planned = plan_step(queries, passages, [], None, batch, LossConfig(), Ranks(0, 1, torch.device("cpu")))
     assert [chunk.embedded.tolist() for chunk in planned.text_chunks] == [[2, 5], [3, 4, 6, 7], [0, 1]]
+
+
+def test_shards_in_bfloat16_are_computed_with_and_sent_so(
+    checkpoint: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that layers see are bfloat16, their gradients and what is kept of them float32."""
+    samples = ToyStream(tokenizer, QUERIES, CONVERSATIONS)[0]
+    exact, alone = (gradients_of(checkpoint, config_of(bf16=bf16), samples)[1] for bf16 in (False, True))
+    seen = set()
+    project = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, weight, *bias: seen.add(weight.dtype) or project(x, weight, *bias)
+    )
+    with process_group(0, 1, tmp_path / "store") as group:
+        here = Ranks(0, 1, torch.device("cpu"), group)
+        sharded = gradients_of(checkpoint, config_of(bf16=True, parallel="fsdp"), samples, here)[1]
+    assert seen == {torch.bfloat16} and {grad.dtype for grad in sharded.values()} == {torch.float32}
+    scale = max(float(grad.norm()) for grad in exact.values())
+    for name, truth in exact.items():
+        error, of_autocast = (float((grads[name] - truth).norm()) / scale for grads in (sharded, alone))
+        assert error <= 2 * of_autocast + 1e-3, name
 
 
 RANKED = [
