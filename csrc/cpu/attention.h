@@ -36,6 +36,7 @@ struct Attention {
   float scale_log2;  // |softmax_scale| * log2(e)
   bool negate, capped;
   float cap_in, cap_out;  // |softmax_scale| / softcap, softcap * log2(e)
+  const float* sinks_log2;  // (heads_q), one more score of every row, to which no value belongs, times log2(e); or null
 };
 
 struct Gradients {
@@ -44,6 +45,7 @@ struct Gradients {
   const float* grad_lse;  // (rows, heads_q), or null
   void *dq, *dk, *dv;     // contiguous
   float softmax_scale, magnitude;  // signed, absolute
+  float* sink_shares;  // (rows, heads_q), what each row adds to the gradient of its head's sink; null without sinks
 };
 
 // How an instruction set lays out the packed operands of a dtype; sizes in 32-bit words.

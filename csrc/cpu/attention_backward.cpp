@@ -6,7 +6,7 @@
 //
 // delta = rowsum(dO * O) - grad_lse. P^T and dS^T leave the registers once, as the packed operands of the last three products.
 // A block of keys owns its rows of dK and dV; its share of dQ goes to a partial sum that only this key chunk writes, so the
-// order of additions depends on shapes alone.
+// order of additions depends on shapes alone. A sink z is part of lse; a row adds -exp(z - lse) delta to its gradient.
 #include "kernels.h"
 #include "products.h"
 #include "visibility.h"
@@ -111,9 +111,12 @@ Span seen_by(const QueryPack* packs, int64_t tiles, int64_t last_lanes, int64_t 
 template <class T>
 constexpr float LARGE_LSE = sizeof(T) == 4 ? 64 : 1024;
 
-// The highest score of each row of a tile, and log2 of the sum of all keys' exponentials relative to it.
+GRIT_INLINE int64_t head_of(const Attention& a, const Tile& tile, int64_t v) { return tile.kv_head * a.group + (tile.slot + v) % a.group; }
+
+// The highest score of each row of a tile, and log2 of the sum of all exponentials relative to it; a sink counts as a score.
 template <class F, int NV>
-void take_apart_tile(const Attention& a, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t padded, int64_t wide) {
+void take_apart_tile(const Attention& a, const Tile& tile, const Scratch& b, const QueryPack& q, const KeyPack& k, int64_t padded,
+                     int64_t wide) {
   const int64_t words = wide / F::values;
   vf maximum[NV], total[NV];
   GRIT_UNROLL for (int v = 0; v < NV; ++v) {
@@ -142,6 +145,8 @@ void take_apart_tile(const Attention& a, const Scratch& b, const QueryPack& q, c
       }
     }
   }
+  if (a.sinks_log2)
+    for (int v = 0; v < NV; ++v) add_sink(splat(a.sinks_log2[head_of(a, tile, v)]), maximum[v], total[v]);
   GRIT_UNROLL for (int v = 0; v < NV; ++v)
     for (int i = 0; i < W; ++i) {
       const bool empty = maximum[v][i] == MINUS_INFINITY;
@@ -319,7 +324,7 @@ bool pack_queries(const Attention& a, const Gradients& g, const Sample& s, const
   const int64_t wide = padded_dim(a.dim);
   bool large = false;
   for (int64_t v = 0; v < tile.count; ++v) {
-    const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
+    const int64_t row = (tile.slot + v) / a.group * W, head = head_of(a, tile, v);
     const int64_t rows = smaller<int64_t>(W, s.q_len - row), first = s.q_start + row;
     const T* q = head_rows<T>(a.q, first, head);
     const T* grad = head_rows<T>(g.grad_out, first, head);
@@ -384,7 +389,7 @@ void backward_take_apart(const Attention& a, const Sample& s, const Tile& tile, 
     const int64_t padded = round_up(s.k_len, ROW_STEP), wide = padded_dim(a.dim);
     const Scratch b = split(scratch, wide);
     with_count(F::tiled ? VECTORS : tile.count,
-               [&](auto count) { take_apart_tile<F, decltype(count)::value>(a, b, q, k, padded, wide); });
+               [&](auto count) { take_apart_tile<F, decltype(count)::value>(a, tile, b, q, k, padded, wide); });
   });
 }
 
@@ -399,7 +404,7 @@ int64_t backward_keys(const Attention& a, const Gradients& g, const Sample& s, i
   });
 }
 
-void backward_store_dq(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, int64_t parts,
+void backward_store_dq(const Attention& a, const Gradients& g, const Sample& s, const Tile& tile, const QueryPack& q, int64_t parts,
                        const float* const* partial, void* scratch) {
   with_format(a.dtype, [&](auto, auto type) {
     using T = decltype(type);
@@ -412,10 +417,16 @@ void backward_store_dq(const Attention& a, const Gradients& g, const Sample& s, 
       store(sum + i, x);
     }
     for (int64_t v = 0; v < tile.count; ++v) {
-      const int64_t slot = tile.slot + v, row = slot / a.group * W, head = tile.kv_head * a.group + slot % a.group;
-      const int64_t rows = smaller<int64_t>(W, s.q_len - row);
-      T* out = (T*)g.dq + ((s.q_start + row) * a.heads_q + head) * a.dim;
-      store_lanes(sum + v * W, splat(g.softmax_scale), rows, a.dim, out, a.heads_q * a.dim);
+      const int64_t row = (tile.slot + v) / a.group * W, rows = smaller<int64_t>(W, s.q_len - row);
+      const int64_t number = (s.q_start + row) * a.heads_q + head_of(a, tile, v);
+      store_lanes(sum + v * W, splat(g.softmax_scale), rows, a.dim, (T*)g.dq + number * a.dim, a.heads_q * a.dim);
+      if (!a.sinks_log2) continue;
+      const vf delta = load(q.delta + v * W);
+      vf below = splat(a.sinks_log2[head_of(a, tile, v)]) - load(q.lse_log2 + v * W);
+      if (q.apart) below -= load(q.log2_total + v * W);
+      // a row that sees no key has a delta of 0, and no lse
+      const vf share = delta == 0.0f ? vf{} : -exp2_or_zero(below) * delta;
+      for (int64_t i = 0; i < rows; ++i) g.sink_shares[number + i * a.heads_q] = share[i];
     }
   });
 }

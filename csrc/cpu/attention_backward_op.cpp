@@ -48,12 +48,24 @@ QueryPack pack_at(uint32_t* p, const Layout& l) {
           false};
 }
 
+// the rows' shares (rows, heads), added up in their order; empty without sinks
+Tensor sink_gradients(const std::optional<Tensor>& sinks, const std::vector<float>& shares) {
+  const int64_t heads = sinks ? sinks->numel() : 0;
+  std::vector<double> sums(heads);
+  for (size_t i = 0; i < shares.size(); i += heads)
+    for (int64_t head = 0; head < heads; ++head) sums[head] += shares[i + head];
+  Tensor gradients = torch::stable::empty({heads}, sinks ? sinks->scalar_type() : ScalarType::Float);
+  if (sinks) write_floats(sums, gradients, "sinks");
+  return gradients;
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const AttentionProblem& problem, Tensor grad_out,
-                                                      std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                      Tensor lse) {
-  AttentionCall call = take_apart(problem, q, k, v);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionProblem& problem, Tensor grad_out,
+                                                              std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v,
+                                                              Tensor out, Tensor lse, std::optional<Tensor> sinks,
+                                                              std::optional<Tensor>, bool) {
+  AttentionCall call = take_apart(problem, q, k, v, sinks);
   const Attention& a = call.attention;
   const int64_t size = a.dtype == DType::float32 ? 4 : 2;
   Tensor dq = torch::stable::empty({call.rows_q, a.heads_q, a.dim}, q.scalar_type());
@@ -73,6 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const AttentionProblem& pr
   g.dv = dv.mutable_data_ptr();
   g.softmax_scale = (float)problem.softmax_scale;
   g.magnitude = (float)std::abs(problem.softmax_scale);
+  std::vector<float> sink_shares(sinks ? call.rows_q * a.heads_q : 0);  // 0 for rows that no sample owns
+  g.sink_shares = sink_shares.data();
 
   auto zero = [&](void* data, int64_t heads, int64_t first, int64_t last) {
     const int64_t row = heads * a.dim * size;
@@ -197,9 +211,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const AttentionProblem& pr
       const ChunkItem& c = chunks[plan.first_chunk + item.kv_head * plan.chunks + n];
       if (item.tile >= c.first_tile && item.tile < c.last_tile) parts[count++] = dq_partial + c.dq + (item.tile - c.first_tile) * dq_tile;
     }
-    isa.backward_store_dq(a, g, call.samples[item.sample], tile_of(item), count, parts, scratch);
+    isa.backward_store_dq(a, g, call.samples[item.sample], tile_of(item), pack_of(item), count, parts, scratch);
   });
-  return {dq, dk, dv};
+  return {dq, dk, dv, sink_gradients(sinks, sink_shares)};
 }
 
 }  // namespace grit

@@ -24,7 +24,8 @@ Rows rows_of(const Tensor& t, const char* name, DType dtype, int64_t rows, int64
   return {t.const_data_ptr(), t.stride(0), t.stride(1)};
 }
 
-AttentionCall take_apart(const AttentionProblem& x, const Tensor& q, const Tensor& k, const Tensor& v) {
+AttentionCall take_apart(const AttentionProblem& x, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const std::optional<Tensor>& sinks) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q, k: expected (rows, heads, dim) tensors");
   AttentionCall call;
   Attention& a = call.attention;
@@ -49,6 +50,11 @@ AttentionCall take_apart(const AttentionProblem& x, const Tensor& q, const Tenso
   a.capped = x.softcap > 0;
   a.cap_in = a.capped ? (float)(magnitude / x.softcap) : 0;
   a.cap_out = (float)(x.softcap * log2_e);
+  if (sinks) {
+    call.sinks_log2 = as_floats(sinks->is_contiguous() ? *sinks : torch::stable::contiguous(*sinks), a.heads_q, "sinks");
+    for (float& sink : call.sinks_log2) sink = (float)(sink * log2_e);
+    a.sinks_log2 = call.sinks_log2.data();
+  }
 
   const int64_t batch = x.q_start.numel();
   const int32_t* q_start = int32_data(x.q_start, batch, "q_start");

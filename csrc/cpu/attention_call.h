@@ -11,10 +11,12 @@ namespace grit {
 struct AttentionCall {
   Attention attention;
   std::vector<Sample> samples;
+  std::vector<float> sinks_log2;
   int64_t rows_q, rows_k;
 };
 
-AttentionCall take_apart(const AttentionProblem&, const Tensor& q, const Tensor& k, const Tensor& v);
+AttentionCall take_apart(const AttentionProblem&, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const std::optional<Tensor>& sinks);
 
 Rows rows_of(const Tensor&, const char* name, DType, int64_t rows, int64_t heads, int64_t dim);
 

@@ -266,13 +266,15 @@ void join(const Attention& a, int64_t row, int64_t head, int64_t parts, int64_t 
     totals = fma(weight, of_part, totals);
     for (int64_t d = 0; d < wide; d += W) store(x + d, fma(weight, load(sums + p * stride * wide + d), load(x + d)));
   }
-  const float all = sum_lanes(totals), factor = all == 0 ? 0.0f : 1.0f / all;
+  vf top = splat(highest), total_of_all = splat(sum_lanes(totals)), share = splat(1.0f);
+  if (a.sinks_log2) share = add_sink(splat(a.sinks_log2[head]), top, total_of_all);
+  const float all = total_of_all[0], factor = all == 0 ? 0.0f : share[0] / all;
   for (int64_t d = 0; d < a.dim; d += W) {
     const vf value = load(x + d) * factor;
     if (a.dim - d >= W) store(out + d, value);
     else store_first(out + d, value, a.dim - d);
   }
-  a.lse[row * a.heads_q + head] = all == 0 ? MINUS_INFINITY : highest * LN_2 + __builtin_logf(all);
+  a.lse[row * a.heads_q + head] = all == 0 ? MINUS_INFINITY : top[0] * LN_2 + __builtin_logf(all);
 }
 
 }  // namespace

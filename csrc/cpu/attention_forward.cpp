@@ -61,15 +61,13 @@ template <class T>
 void store_results(const Attention& a, const Sample& s, const Tile& tile, const Scratch& b, const Lanes& lanes) {
   for (int64_t v = 0; v < tile.count; ++v) {
     const Slot slot = slot_of(a, s, tile, v);
-    const vf total = load(lanes.total + v * W);
-    const vf factor = total == 0.0f ? vf{} : 1.0f / total;
+    vf total = load(lanes.total + v * W), maximum = load(lanes.maximum + v * W), share = splat(1.0f);
+    if (a.sinks_log2) share = add_sink(splat(a.sinks_log2[slot.head]), maximum, total);
+    const vf factor = total == 0.0f ? vf{} : share / total;
     const int64_t number = (s.q_start + slot.row) * a.heads_q + slot.head;
     store_lanes(b.out + v * W, factor, slot.rows, a.dim, (T*)a.out + number * a.dim, a.heads_q * a.dim);
-    for (int64_t i = 0; i < slot.rows; ++i) {
-      const float sum = lanes.total[v * W + i];
-      a.lse[number + i * a.heads_q] =
-          sum == 0.0f ? MINUS_INFINITY : lanes.maximum[v * W + i] * LN_2 + __builtin_logf(sum);
-    }
+    for (int64_t i = 0; i < slot.rows; ++i)
+      a.lse[number + i * a.heads_q] = total[i] == 0.0f ? MINUS_INFINITY : maximum[i] * LN_2 + __builtin_logf(total[i]);
   }
 }
 

@@ -129,8 +129,9 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v) {
-  AttentionCall call = take_apart(problem, q, k, v);
+std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v,
+                                             std::optional<Tensor> sinks, std::optional<Tensor>, bool) {
+  AttentionCall call = take_apart(problem, q, k, v, sinks);
   Attention& a = call.attention;
   Tensor out = torch::stable::empty({call.rows_q, a.heads_q, a.dim}, q.scalar_type());
   Tensor lse = torch::stable::empty({call.rows_q, a.heads_q}, ScalarType::Float);

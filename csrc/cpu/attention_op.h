@@ -5,9 +5,13 @@
 
 namespace grit {
 
-std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem&, Tensor q, Tensor k, Tensor v);
+// plan and deterministic are for GPUs: here the order of the work depends on shapes alone
+std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem&, Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
+                                             std::optional<Tensor> plan, bool deterministic);
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const AttentionProblem&, Tensor grad_out, std::optional<Tensor> grad_lse,
-                                                      Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionProblem&, Tensor grad_out,
+                                                              std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v,
+                                                              Tensor out, Tensor lse, std::optional<Tensor> sinks,
+                                                              std::optional<Tensor> plan, bool deterministic);
 
 }  // namespace grit

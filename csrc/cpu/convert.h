@@ -1,6 +1,7 @@
 // Tensors as the plain arguments of kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -29,6 +30,22 @@ inline std::vector<float> as_floats(const Tensor& t, int64_t count, const char* 
     }
   }
   return values;
+}
+
+// to a small contiguous tensor, each rounded once
+inline void write_floats(const std::vector<double>& values, Tensor& t, const char* name) {
+  void* data = t.mutable_data_ptr();
+  switch (dtype_of(t, name)) {
+    case DType::float32:
+      std::copy(values.begin(), values.end(), (float*)data);
+      break;
+    case DType::bfloat16:
+      for (size_t i = 0; i < values.size(); ++i) ((torch::headeronly::BFloat16*)data)[i] = (float)values[i];
+      break;
+    case DType::float16:
+      for (size_t i = 0; i < values.size(); ++i) ((torch::headeronly::Half*)data)[i] = (float)values[i];
+      break;
+  }
 }
 
 }  // namespace grit

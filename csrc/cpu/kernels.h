@@ -93,8 +93,8 @@ struct Kernels {
   // blocks visited.
   int64_t (*backward_keys)(const Attention&, const Gradients&, const Sample&, int64_t kv_head, int64_t begin, int64_t end,
                            int64_t first_tile, const KeyPack&, const QueryPack* packs, float* dq, void* scratch);
-  // dq rows of a tile = softmax_scale * sum of `parts` partial sums
-  void (*backward_store_dq)(const Attention&, const Gradients&, const Sample&, const Tile&, int64_t parts,
+  // dq rows of a tile = softmax_scale * sum of `parts` partial sums; and the sink_shares of its rows
+  void (*backward_store_dq)(const Attention&, const Gradients&, const Sample&, const Tile&, const QueryPack&, int64_t parts,
                             const float* const* partial, void* scratch);
 };
 

@@ -390,6 +390,19 @@ GRIT_INLINE vf tanh_of(vf x) {
   return size < 0.625f ? near_zero : of_sign;
 }
 
+// 2^x for x <= about 1, and 0 below -126
+GRIT_INLINE vf exp2_or_zero(vf x) { return x < -126.0f ? vf{} : exp2_of<5>(x); }
+
+// Adds a base-2 score without a value to the softmax of rows with this highest score and this sum of exponentials relative to it,
+// and returns what their sums of values are multiplied by then. Rows that have seen no key stay as they are.
+GRIT_INLINE vf add_sink(vf sink, vf& maximum, vf& total) {
+  const vf higher = vmax(maximum, sink), rescale = exp2_or_zero(maximum - higher);
+  const vf sum = fma(total, rescale, exp2_or_zero(sink - higher));
+  maximum = total == 0.0f ? maximum : higher;
+  total = total == 0.0f ? total : sum;
+  return rescale;
+}
+
 // From this base-2 score on, scores are rounded before the maximum is subtracted, as SDPA does: in one fused operation the
 // difference would keep digits that the maximum has lost, and its exponential could overflow from 2^31 on.
 constexpr float LARGE_SCORE = 4096;

@@ -18,6 +18,7 @@ from grit_kernels.attention.checks import (
     check_lengths,
     check_qkv,
     check_ranges,
+    check_sinks,
     check_softmax_options,
     length_tensor,
     refuse_gradients,
@@ -53,6 +54,7 @@ def switch_attention(
     seqlens_k: Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -73,6 +75,9 @@ def switch_attention(
             to T_k, ``seqlens_q`` to ``minimum(T_q, seqlens_k)``.
         softmax_scale: defaults to D ** -0.5.
         softcap: ``cap(s) = softcap * tanh(s / softcap)`` when positive.
+        sinks: (H_q) in float32 or the dtype of q, optional attention sinks (GPT-OSS): one more score of every row of a head, to
+            which no value belongs, so ``out_i = sum_j exp(s_ij - lse_i) v_j`` with ``lse_i = ln(exp(sink) + sum_j exp(s_ij))``.
+            Finite, or -inf for none. A row that sees no key gives 0 and -inf nonetheless.
         return_lse: also return the log-sum-exp of the scores, float32 (B, T_q, H_q); -inf where a row sees nothing.
         deterministic: the same inputs give gradients of the same bits. False lets the GPU's backward pass add up the gradient of
             q by atomics, in one kernel instead of two; ``torch.use_deterministic_algorithms(True)`` forbids it, and CPUs always
@@ -84,7 +89,7 @@ def switch_attention(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
 
-    Source: GRIT, arXiv 2402.09906 section 2; window convention of flash-attn.
+    Source: GRIT, arXiv 2402.09906 section 2; window convention of flash-attn; sinks: GPT-OSS, arXiv 2508.10925 section 2.
     """
     q, k, v = check_qkv(q, k, v, ndim=4)
     batch, max_q, _, dim = q.shape
@@ -106,6 +111,7 @@ def switch_attention(
         window_bounds(flags, window_argument(window_size, batch), max_q, max_k),
         upper_bounds(hi, (batch, max_q), device, q_len),
         check_softmax_options(softmax_scale, softcap, dim),
+        check_sinks(sinks, q),
         deterministic,
     )
     return (out, lse) if return_lse else out
@@ -125,6 +131,7 @@ def switch_attention_varlen(
     hi: Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     k_starts: Tensor | None = None,
     seqlens_k: Tensor | None = None,
@@ -144,7 +151,7 @@ def switch_attention_varlen(
             is None with ``k_starts``.
         max_seqlen_q, max_seqlen_k: the longest sample (ints; an upper bound is fine).
         hi: int32 (tokens_q), positions counted inside the sample.
-        window_size, softmax_scale, softcap, deterministic: as in :func:`switch_attention`.
+        window_size, softmax_scale, softcap, sinks, deterministic: as in :func:`switch_attention`.
         return_lse: also return the log-sum-exp, float32 (tokens_q, H_q).
         k_starts, seqlens_k: int (B), first key row and number of keys of each sample; both or none.
 
@@ -157,11 +164,11 @@ def switch_attention_varlen(
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
     if k_starts is not None or seqlens_k is not None:
-        refuse_gradients("k_starts", q=q, k=k, v=v)
+        refuse_gradients("k_starts", q=q, k=k, v=v, sinks=sinks)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     options: dict[str, Any] = {"window_size": window_size, "hi": hi, "softmax_scale": softmax_scale, "softcap": softcap}
     problem = packed_problem(q, k, causal, *lengths, k_starts=k_starts, seqlens_k=seqlens_k, **options)
-    out, lse = _call(q, k, v, problem, deterministic=deterministic)
+    out, lse = _call(q, k, v, problem, check_sinks(sinks, q), deterministic=deterministic)
     return (out, lse) if return_lse else out
 
 
@@ -181,6 +188,7 @@ def switch_attention_with_kvcache(
     seqlens_q: Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Queries that continue a cache: decoding, and prefill of a prompt after cached states. Not differentiable.
@@ -236,6 +244,7 @@ def switch_attention_with_kvcache(
             )
     if block_table is not None and readable(used):
         check_entries(block_table, k_cache, leftpad, used, end)
+    sinks = check_sinks(sinks, q)
     # nothing is written before everything is checked
     with torch.no_grad():
         if k is not None and v is not None:
@@ -248,7 +257,7 @@ def switch_attention_with_kvcache(
             k_cache, v_cache = (gather_pages(x, block_table, leftpad, end) for x in caches)
         elif k is not None:
             k_cache, v_cache = dense_rows(caches[0]), dense_rows(caches[1])
-        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, end), bounds, hi, options)
+        out, lse = _rectangular(q, k_cache, v_cache, (q_len, leftpad, end), bounds, hi, options, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -264,17 +273,11 @@ def prepared_attention(
     """Attention of one layer over a problem whose values were checked when it was made: what the layers of a model call.
 
     q (Tq, Hq, D), k and v (Tk, Hkv, D) -> (Tq, Hq, D). ``plans`` belongs to the problem and is filled here: what the
-    kernels derive from the problem alone is computed once, by the first layer.
-
-    ``sinks`` (Hq): one more score per head in the softmax of every row, to which no value belongs. It divides a row's
-    probabilities by ``1 + exp(sink - lse)``, so the output is ``sigmoid(lse - sink)`` times the one without. The Triton kernels
-    do this themselves.
+    kernels derive from the problem alone is computed once, by the first layer. ``sinks`` (Hq): as of :func:`switch_attention`,
+    in any of q's dtypes, as under autocast they may differ from q.
     """
     q, k, v = check_qkv(q, k, v, ndim=3)
-    if sinks is None or runs_triton("attention_plan", q.device):
-        return _call(q, k, v, problem, plans, deterministic, sinks)[0]
-    out, lse = _call(q, k, v, problem, plans, deterministic)
-    return (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
+    return _call(q, k, v, problem, sinks, plans, deterministic)[0]
 
 
 def has_decode_kernel(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> bool:
@@ -369,16 +372,17 @@ def _rectangular(
     bounds: tuple[Tensor, Tensor],
     hi: Tensor | None,
     options: tuple[float, float],
+    sinks: Tensor | None,
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(B, T, H, D) tensors as rows of one pack; ``lengths`` = real query rows, first key slot, end of the key slots."""
-    keys, values, step = key_rows(q, k, v)
+    keys, values, step = key_rows(q, k, v, sinks)
     problem = rectangular_problem(q, k, step, lengths, bounds, hi, options)
-    out, lse = _call(q.flatten(0, 1), keys, values, problem, deterministic=deterministic)
+    out, lse = _call(q.flatten(0, 1), keys, values, problem, sinks, deterministic=deterministic)
     return out.view(q.shape), lse.view(q.shape[:3])
 
 
-def key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+def key_rows(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
     """k and v (B, S, H, D) as (rows, H, D), and how many rows lie between the first keys of two samples.
 
     A cache stored as (B, H, S, D) cannot be flattened without copying it, once per layer and token. Sample b's keys are rows of
@@ -388,7 +392,7 @@ def key_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     k_batch, k_row = k.stride()[:2]
     step = k_batch // k_row if k_row > 0 and k_batch % k_row == 0 else 0
     rows = (k.shape[0] - 1) * step + slots
-    copies = _differentiable(q, k, v) or autocast_dtype(q.device) is not None
+    copies = _differentiable(q, k, v, sinks) or autocast_dtype(q.device) is not None
     if step <= slots or slots == 0 or v.stride()[:2] != (k_batch, k_row) or copies or rows >= 2**31:
         return k.flatten(0, 1), v.flatten(0, 1), slots
     keys, values = (x.as_strided((rows, *x.shape[2:]), (k_row, *x.stride()[2:])) for x in (k, v))
@@ -412,24 +416,23 @@ def _call(
     k: Tensor,
     v: Tensor,
     problem: AttentionProblem,
+    sinks: Tensor | None,
     plans: dict[Any, Tensor] | None = None,
     deterministic: bool = True,
-    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the requested backend. ``sinks``: where it runs Triton."""
+    """out (Tq, Hq, D) and lse (Tq, Hq) of packed tensors on the requested backend."""
     q, k, v = _casted(q, k, v)
     if use_reference(q.device):
-        return reference.attention_forward(q, k, v, problem)
+        return reference.attention_forward(q, k, v, problem, sinks)
     if q.dtype == torch.float64:
         raise TypeError(
             "q: expected float32, bfloat16 or float16, got torch.float64, which needs `with grit_kernels.backend('reference')`"
         )
-    if (plans is None and deterministic and sinks is None) or not runs_triton("attention_plan", q.device):
-        return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat())
-    backward = _differentiable(q, k, v, sinks)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    plan = _plan(q, k, backward, deterministic, problem, {} if plans is None else plans)
-    return torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, deterministic, sinks)
+    plan = None
+    if plans is not None and runs_triton("attention_plan", q.device):
+        plan = _plan(q, k, _differentiable(q, k, v, sinks), deterministic, problem, plans)
+    return torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat(), sinks, plan, deterministic)
 
 
 def _plan(

@@ -52,6 +52,21 @@ def check_qkv(
     return (dense_rows(q), k, v) if pages else (dense_rows(q), dense_rows(k), dense_rows(v))
 
 
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """Check sinks (H_q) against q (..., H_q, D)."""
+    if sinks is None:
+        return None
+    heads = q.shape[-2]
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks: expected a tensor ({heads},), one score per head of q, got {type(sinks).__name__}")
+    if sinks.shape != (heads,):
+        raise ValueError(f"sinks: expected ({heads},), one score per head of q, got shape {tuple(sinks.shape)}")
+    if sinks.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"sinks: expected float32 or the {q.dtype} of q, got {sinks.dtype}")
+    check_device("sinks", sinks, q.device)
+    return sinks
+
+
 def causal_flags(causal: bool | Tensor, batch: int, device: torch.device) -> Tensor:
     """``causal`` as a bool tensor (B) on ``device``."""
     if isinstance(causal, bool):
@@ -176,10 +191,10 @@ def check_ranges(
     return starts, lengths
 
 
-def refuse_gradients(argument: str, **tensors: Tensor) -> None:
+def refuse_gradients(argument: str, **tensors: Tensor | None) -> None:
     """ValueError where a call that is not differentiable (because of ``argument``) would lose a gradient."""
     for name, x in tensors.items():
-        if torch.is_grad_enabled() and x.requires_grad:
+        if x is not None and torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor without gradients beside {argument}, which is not differentiable, "
                 "got requires_grad=True; call it under torch.no_grad()"

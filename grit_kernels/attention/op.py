@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,42 +17,36 @@ _PROBLEM = f"{AttentionProblem.TENSORS}, {AttentionProblem.OPTIONS}"
 _TRITON = "grit_kernels.attention.triton"
 _TENSORS, _RESULTS = "Tensor q, Tensor k, Tensor v", "-> (Tensor out, Tensor lse)"
 _GRADS = f"Tensor grad_out, Tensor? grad_lse, {_TENSORS}, Tensor out, Tensor lse"
-_GRAD_RESULTS = "-> (Tensor dq, Tensor dk, Tensor dv)"
-# sinks: a score per head that takes part in the softmax of every row, and in lse, and brings no value
-_PLANNED = "Tensor plan, bool deterministic, Tensor? sinks"
-_PLANNED_GRAD_RESULTS = "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
+_GRAD_RESULTS = "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
+# sinks (Hq): a score per head that takes part in the softmax of every row, and in lse, and brings no value; dsinks is empty
+# without them. The rest is for the Triton kernels: plan, the order of the tiles, which all layers of a pass share; deterministic,
+# of the backward pass.
+_MORE = "Tensor? sinks, Tensor? plan, bool deterministic"
+
+
+def _reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference behind the op's arguments: it needs neither plan nor order."""
+    return lambda *given: function(*given[:-2])
+
 
 define_op(
-    f"attention_forward({_TENSORS}, {_PROBLEM}) {_RESULTS}",
-    reference=reference.attention_forward,
+    f"attention_forward({_TENSORS}, {_PROBLEM}, {_MORE}) {_RESULTS}",
+    reference=_reference(reference.attention_forward),
     triton=f"{_TRITON}_forward:attention_forward",
     problem=AttentionProblem,
 )
 define_op(
-    f"attention_backward({_GRADS}, {_PROBLEM}) {_GRAD_RESULTS}",
-    reference=reference.attention_backward,
+    f"attention_backward({_GRADS}, {_PROBLEM}, {_MORE}) {_GRAD_RESULTS}",
+    reference=_reference(reference.attention_backward),
     triton=f"{_TRITON}_backward:attention_backward",
     problem=AttentionProblem,
 )
-# The same with the order of the tiles given, which all layers of a pass share; only the Triton kernels have one. The op that
-# makes it takes Shapes rather than tensors: in a graph of several layers its calls are the same, and the compiler keeps one.
+# Makes a plan. Takes Shapes rather than tensors: in a graph of several layers its calls are the same, and the compiler keeps one.
 _SHAPES = "SymInt rows, SymInt heads, SymInt keys, SymInt heads_kv, SymInt dim, ScalarType dtype"
 define_op(
     f"attention_plan({_SHAPES}, bool backward, bool deterministic, {_PROBLEM}) -> Tensor",
     reference=None,
     triton=f"{_TRITON}_forward:attention_plan",
-    problem=AttentionProblem,
-)
-define_op(
-    f"attention_forward_planned({_TENSORS}, {_PROBLEM}, {_PLANNED}) {_RESULTS}",
-    reference=None,
-    triton=f"{_TRITON}_forward:attention_forward",
-    problem=AttentionProblem,
-)
-define_op(
-    f"attention_backward_planned({_GRADS}, {_PROBLEM}, {_PLANNED}) {_PLANNED_GRAD_RESULTS}",
-    reference=None,
-    triton=f"{_TRITON}_backward:attention_backward_planned",
     problem=AttentionProblem,
 )
 # few rows over a cache, whose keys may have unused slots between them; other kernels want those moved out of the way first
@@ -74,7 +69,6 @@ define_op(
 
 
 @torch.library.register_fake("grit_kernels::attention_forward")
-@torch.library.register_fake("grit_kernels::attention_forward_planned")
 @torch.library.register_fake("grit_kernels::attention_decode")
 @torch.library.register_fake("grit_kernels::attention_decode_cuda")
 @torch.library.register_fake("grit_kernels::attention_decode_paged")
@@ -85,14 +79,10 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 @torch.library.register_fake("grit_kernels::attention_backward")
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@torch.library.register_fake("grit_kernels::attention_backward_planned")
-def _backward_planned_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads, sinks = _backward_fake(*given), given[-1]
-    return *grads, given[2].new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, sinks, _plan, _deterministic = rest
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 @torch.library.register_fake("grit_kernels::attention_plan")
@@ -106,33 +96,24 @@ def _plan_fake(*given: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    options, planned = 3 + AttentionProblem.TENSOR_COUNT, 3 + len(AttentionProblem.NAMES)
-    plan, ctx.deterministic, sinks = inputs[planned:] or (None, True, None)
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], plan, sinks)
-    ctx.options = inputs[options:planned]
+    options, more = 3 + AttentionProblem.TENSOR_COUNT, 3 + len(AttentionProblem.NAMES)
+    sinks, plan, ctx.deterministic = inputs[more:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], sinks, plan)
+    ctx.options = inputs[options:more]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(backward: Any, planned: bool) -> Any:
-    def run(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        *saved, plan, sinks = ctx.saved_tensors  # first q, k, v, out, lse, the problem's
-        if grad_out is None:
-            grad_out = torch.zeros_like(saved[3])
-        if grad_lse is not None:  # the -inf of a row without keys depends on nothing, and is where NaN comes from
-            grad_lse = grad_lse.masked_fill(saved[4] == float("-inf"), 0.0)
-        extra = (plan, ctx.deterministic, sinks) if planned else ()
-        dq, dk, dv, *dsinks = backward(grad_out, grad_lse, *saved, *ctx.options, *extra)
-        of_problem = [None] * len(AttentionProblem.NAMES)
-        of_extra = (None, None, None if sinks is None else dsinks[0]) if planned else ()
-        return dq, dk, dv, *of_problem, *of_extra
-
-    return run
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    *saved, sinks, plan = ctx.saved_tensors  # first q, k, v, out, lse, the problem's
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[3])
+    if grad_lse is not None:  # the -inf of a row without keys depends on nothing, and is where NaN comes from
+        grad_lse = grad_lse.masked_fill(saved[4] == float("-inf"), 0.0)
+    backward = torch.ops.grit_kernels.attention_backward
+    dq, dk, dv, dsinks = backward(grad_out, grad_lse, *saved, *ctx.options, sinks, plan, ctx.deterministic)
+    of_problem = [None] * len(AttentionProblem.NAMES)
+    return dq, dk, dv, *of_problem, None if sinks is None else dsinks, None, None
 
 
-for _suffix in ("", "_planned"):
-    torch.library.register_autograd(
-        f"grit_kernels::attention_forward{_suffix}",
-        _gradients(getattr(torch.ops.grit_kernels, f"attention_backward{_suffix}"), _suffix != ""),
-        setup_context=_save,
-    )
-    refuse_double_backward(f"attention_backward{_suffix}", "switch attention")
+torch.library.register_autograd("grit_kernels::attention_forward", _gradients, setup_context=_save)
+refuse_double_backward("attention_backward", "switch attention")

@@ -3,6 +3,9 @@
     score = cap(softmax_scale * q . k),  cap(s) = softcap * tanh(s / softcap) if softcap > 0 else s
     out_i = sum_j softmax_j(score_ij) v_j over the visible keys j of row i,   lse_i = ln sum_j exp(score_ij)
 
+A sink is one more score of every row of a head that sees a key: it takes part in the softmax and in lse, and no value belongs to
+it. A row that sees no key gives 0 and -inf with a sink as well.
+
 Computed in float64 for float64 inputs and in float32 otherwise; differentiable by autograd, twice as well. Every other
 implementation is tested against this file.
 """
@@ -28,9 +31,9 @@ def _samples(problem: AttentionProblem, device: torch.device) -> Iterator[tuple[
 
 
 def _sample(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float, softcap: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """q (Lq, Hq, D), k and v (Lk, Hkv, D), mask (Lq, Lk) of one sample -> out (Lq, Hq, D), lse (Lq, Hq)."""
+    """q (Lq, Hq, D), k and v (Lk, Hkv, D), mask (Lq, Lk), sinks (Hq) of one sample -> out (Lq, Hq, D), lse (Lq, Hq)."""
     len_q, heads_q, dim = q.shape
     len_k, heads_kv, _ = k.shape
     group = heads_q // heads_kv
@@ -43,9 +46,14 @@ def _sample(
     score = score.masked_fill(~mask, float("-inf"))
     # a fully masked row subtracts 0 instead of -inf and divides by 1 instead of 0: output 0, lse -inf, gradient 0
     top = score.detach().amax(dim=-1) if len_k else score.new_full(score.shape[:-1], float("-inf"))
+    if sinks is not None:
+        sinks = sinks.reshape(heads_kv, group, 1)
+        top = torch.maximum(top, sinks.detach())
     top = torch.where(alive, top, 0.0)
     p = torch.exp(score - top[..., None])
     total = p.sum(dim=-1)
+    if sinks is not None:
+        total = total + torch.exp(torch.where(alive, sinks - top, 0.0))
     safe_total = torch.where(alive, total, 1.0)
     lse = torch.where(alive, top + torch.log(safe_total), float("-inf"))
     out = torch.einsum("hgqk,khd->qhgd", p / safe_total[..., None], v)
@@ -54,8 +62,10 @@ def _sample(
 
 
 @without_autocast
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """out in the dtype of q, lse (Tq, Hq). Rows that no sample owns give 0 and -inf."""
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out in the dtype of q, lse (Tq, Hq). Rows that no sample owns give 0 and -inf. ``sinks`` (Hq), or none."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=compute, device=q.device)
@@ -68,6 +78,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem
             mask,
             problem.softmax_scale,
             problem.softcap,
+            None if sinks is None else sinks.to(compute),
         )
     return out.to(q.dtype), lse if compute == torch.float64 else lse.float()
 
@@ -82,11 +93,14 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     problem: AttentionProblem,
-) -> tuple[Tensor, Tensor, Tensor]:
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The closed form of the gradients, per sample:
 
     p = exp(score - lse) on visible pairs,  ds = p * (grad_out . v - rowsum(grad_out * out) + grad_lse) * cap'(score),
     dq = softmax_scale * ds k,  dk = softmax_scale * ds^T q,  dv = p^T grad_out.
+
+    With delta_r = rowsum(grad_out * out) - grad_lse, dsinks = -sum_r exp(sink - lse_r) delta_r; empty without sinks.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq, dk, dv = (torch.zeros(x.shape, dtype=compute, device=x.device) for x in (q, k, v))
@@ -114,4 +128,9 @@ def attention_backward(
         dq[rows] = torch.einsum("hgqk,khd->qhgd", ds, k_b).flatten(1, 2)
         dk[keys] = torch.einsum("hgqk,qhgd->khd", ds, q_b)
         dv[keys] = torch.einsum("hgqk,qhgd->khd", p, do_b)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    if sinks is None:
+        dsinks = q.new_empty(0)
+    else:  # a row that sees no key, whose lse is -inf, may hold anything
+        shares = torch.exp(sinks.to(compute) - lse.to(compute)) * delta
+        dsinks = -torch.where(lse == float("-inf"), 0.0, shares).sum(0).to(sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

@@ -18,8 +18,6 @@ walk, but 4 bytes per number of dQ added in memory for every block of keys.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -389,18 +387,7 @@ def backward_rows_kernel(
         store_part(p_dq, o_m, HEADS * D, m_store, tl.where(m_row[:, None], b_dq2 * softmax_scale, 0.0), D1, D2, D)
 
 
-def attention_backward(*given: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``grit_kernels::attention_backward``."""
-    return _gradients(*given, **options)[:3]
-
-
-def attention_backward_planned(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op ``grit_kernels::attention_backward_planned``; the last result is empty where there are no sinks."""
-    dq, dk, dv, dsinks = _gradients(*given)
-    return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
-
-
-def _gradients(
+def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -409,11 +396,11 @@ def _gradients(
     out: Tensor,
     lse: Tensor,
     problem: AttentionProblem,
+    sinks: Tensor | None = None,
     plan: Tensor | None = None,
     deterministic: bool = True,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Those of q, k, v and the sinks.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op ``grit_kernels::attention_backward``: gradients of q, k, v and the sinks, the last empty without sinks.
 
     ``plan``: that of triton_forward.attention_plan with ``backward`` and this ``deterministic``; without one the tiles are put in
     order here. ``deterministic``: the same inputs give the same bits; else dQ is added up in any order.
@@ -424,7 +411,7 @@ def _gradients(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sums = dq if deterministic or q.dtype == torch.float32 else torch.empty_like(dq, dtype=torch.float32)
     if not rows or not keys:
-        return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
+        return dq.zero_(), dk.zero_(), dv.zero_(), q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     sign = -1.0 if problem.softmax_scale < 0 else 1.0
     q, softmax_scale = positive_scale(q, problem.softmax_scale)
     q, k, v, grad_out, out = (addressable(x) for x in (q, k, v, grad_out.to(q.dtype), out))
@@ -457,7 +444,7 @@ def _gradients(
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
             CLEAR_DQ=not deterministic, HAS_SINKS=sinks is not None,
         )  # fmt: skip
-        dsinks = None if sinks is None else shares.sum(1).to(sinks.dtype)
+        dsinks = q.new_empty(0) if sinks is None else shares.sum(1).to(sinks.dtype)
         if plan is None:
             first_row = None
             if hi is not None:

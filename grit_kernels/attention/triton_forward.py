@@ -151,14 +151,14 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     problem: AttentionProblem,
+    sinks: Tensor | None = None,
     plan: Tensor | None = None,
     deterministic: bool = True,
-    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The ops ``grit_kernels::attention_forward`` and ``attention_forward_planned``. No autotuning, nothing read back.
+    """The op ``grit_kernels::attention_forward``. No autotuning, nothing read back.
 
-    ``plan``: that of :func:`attention_plan` for this call; without one the tiles are put in order here. ``deterministic`` is for
-    the backward pass. ``sinks`` (Hq) are part of ``lse``, see :func:`grit_kernels.attention.prepared_attention`.
+    ``sinks`` (Hq) are part of ``lse``. ``plan``: that of :func:`attention_plan` for this call; without one the tiles are put in
+    order here. ``deterministic`` is for the backward pass.
     """
     rows, heads, dim = q.shape
     group = heads // k.shape[1]

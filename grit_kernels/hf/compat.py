@@ -156,11 +156,10 @@ def _keeping_attention() -> Any:
     import torch
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    ops = torch.ops.grit_kernels
-    kept = (ops.attention_forward.default, ops.attention_forward_planned.default)
+    kept = torch.ops.grit_kernels.attention_forward.default
 
     def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op is kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 

@@ -234,7 +234,7 @@ def grit_attention(
     """Attention function of transformers' AttentionInterface.
 
     query (B, H, Q, D), key (B, Hkv, K, D), value (B, Hkv, K, Dv) -> ((B, Q, H, Dv), None); a packed pass has B = 1.
-    ``s_aux`` (H): attention sinks, a score per head without a value (see :func:`grit_kernels.attention.prepared_attention`).
+    ``s_aux`` (H): attention sinks, a score per head without a value (see :func:`grit_kernels.switch_attention`).
 
     Raises:
         TypeError: a keyword that would change the result and is not understood.

@@ -55,7 +55,7 @@ def padded_attention(
     if holes is not None:
         q, k, v = _reorder(q, holes.rows), _reorder(k, holes.keys), _reorder(v, holes.keys)
     q, k, v = check_qkv(q, k, v, ndim=4)
-    keys, values, step = key_rows(q, k, v)
+    keys, values, step = key_rows(q, k, v, sinks)
 
     def problem() -> AttentionProblem:
         bounds = grit_pass.window_bounds(sliding_window, q_length, slots)

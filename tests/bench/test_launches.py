@@ -120,7 +120,7 @@ def test_the_step_of_a_model_launches_what_was_compiled(monkeypatch: pytest.Monk
 
 
 def test_the_check_of_correctness_launches_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_the_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Any) -> tuple[torch.Tensor, ...]:
+    def of_the_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
         return q + k.sum() + v.sum(), q.detach()  # which reads its tables
 
     few = correctness.problems(0.02)[:2]

@@ -59,6 +59,9 @@ def attention_call(rng: random.Random) -> Call:
         magnitudes(torch.randn(sum(lens), heads, dim), rng, dtype, most)
         for lens, heads, most in ((lens_q, heads_kv * group, 6), (lens_k, heads_kv, 6), (lens_k, heads_kv, 4))
     )
+    inputs = [q, k, v]
+    if rng.random() < 0.4:
+        inputs.append((torch.randn(heads_kv * group) * rng.choice([1, 5, 50])).to(dtype))
     used = dim**-0.5 if scale is None else scale
     max_q, max_k = max([*lens_q, 1]), max([*lens_k, 1])
 
@@ -70,32 +73,36 @@ def attention_call(rng: random.Random) -> Call:
                 right = 0
             yield seen & (distance <= right) if right >= 0 else seen
 
-    def probabilities(q: Tensor, k: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def probabilities(q: Tensor, k: Tensor, mask: Tensor, *sinks: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the keys (H, Lq, Lk), and of a sink (H, Lq): what is missing to 1."""
         score = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * used
         if softcap:
             score = softcap * torch.tanh(score / softcap)
         score = score.masked_fill(~mask, float("-inf"))
         empty = ~mask.any(dim=1)[None, :, None]
-        return torch.where(empty, 0.0, score.masked_fill(empty, 0.0).softmax(dim=-1)), score
+        columns = [score.masked_fill(empty, 0.0), *(x[:, None, None].expand(-1, len(q), 1) for x in sinks)]
+        p = torch.where(empty, 0.0, torch.cat(columns, dim=-1).softmax(dim=-1))
+        return p[..., : len(k)], p[..., len(k) :].sum(-1)
 
-    def definition(q: Tensor, k: Tensor, v: Tensor) -> Results:
+    def definition(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Results:
         outs = []
         for a, b, c, mask in zip(q.split(lens_q), k.split(lens_k), v.split(lens_k), masks(), strict=True):
-            p, _ = probabilities(a, b, mask)
+            p, _ = probabilities(a, b, mask, *sinks)
             outs.append(torch.einsum("hqk,khd->qhd", p, c.repeat_interleave(group, 1)))
         return [torch.cat(outs)]
 
     def rounding(inputs: list[Tensor], outs: Results, grads: Results) -> list[Tensor | float]:
         # dS = P (dP - delta), delta = rowsum(dO O) of the rounded O
-        q, k, _ = inputs
-        noise = (outs[0].abs() * grads[0].abs()).sum(-1).split(lens_q)
-        for_q, for_k = [], []
+        q, k, _, *sinks = inputs
+        noise = (outs[0].abs() * grads[0].abs() * 2 * torch.finfo(dtype).eps).sum(-1).split(lens_q)
+        for_q, for_k, for_sinks = [], [], torch.zeros(heads_kv * group, dtype=q.dtype)
         for a, b, n, mask in zip(q.split(lens_q), k.split(lens_k), noise, masks(), strict=True):
-            p, _ = probabilities(a, b, mask)
-            weight = p * n.T[:, :, None] * abs(used) * 2 * torch.finfo(dtype).eps
+            p, of_sink = probabilities(a, b, mask, *sinks)
+            for_sinks += (of_sink * n.T).sum(-1)
+            weight = p * n.T[:, :, None] * abs(used)
             for_q.append(torch.einsum("hqk,khd->qhd", weight, b.abs().repeat_interleave(group, 1)))
             for_k.append(torch.einsum("hqk,qhd->khd", weight, a.abs()).unflatten(1, (heads_kv, group)).sum(2))
-        return [torch.cat(for_q), torch.cat(for_k), 0.0]
+        return [torch.cat(for_q), torch.cat(for_k), 0.0, for_sinks][: len(inputs)]
 
     options = {"window_size": torch.tensor(window, dtype=torch.int32), "softmax_scale": scale, "softcap": softcap}
 
@@ -103,20 +110,20 @@ def attention_call(rng: random.Random) -> Call:
         parts = [F.pad(part, (0, 0, 0, 0, 0, length - len(part)), value=float("nan")) for part in x.split(lens)]
         return torch.stack(parts)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Results:
-        flags = torch.tensor(causal)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Results:
+        flags, given = torch.tensor(causal), {**options, "sinks": sinks}
         if form == "varlen":
             tables = [torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k)]
-            return [gk.switch_attention_varlen(q, k, v, flags, *tables, max_q, max_k, **options)]
+            return [gk.switch_attention_varlen(q, k, v, flags, *tables, max_q, max_k, **given)]
         rows = [in_rows(x, lens, n) for x, lens, n in ((q, lens_q, max_q), (k, lens_k, max_k), (v, lens_k, max_k))]
         lengths = [torch.tensor(lens, dtype=torch.int32) for lens in (lens_q, lens_k)]
         if form == "dense" or any(x.requires_grad for x in (q, k, v)):
-            out = gk.switch_attention(*rows, flags, seqlens_q=lengths[0], seqlens_k=lengths[1], **options)
+            out = gk.switch_attention(*rows, flags, seqlens_q=lengths[0], seqlens_k=lengths[1], **given)
         else:
-            out = gk.switch_attention_with_kvcache(*rows, lengths[1], flags, seqlens_q=lengths[0], **options)
+            out = gk.switch_attention_with_kvcache(*rows, lengths[1], flags, seqlens_q=lengths[0], **given)
         return [torch.cat([x[:n] for x, n in zip(out, lens_q, strict=True)])]
 
-    return Call([q, k, v], kernel, definition, rounding)
+    return Call(inputs, kernel, definition, rounding)
 
 
 def contrastive_call(rng: random.Random) -> Call:

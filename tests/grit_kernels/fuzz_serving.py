@@ -29,10 +29,14 @@ class _Samples:
         self.hi: list[list[int]] | None = None
         if rng.random() < 0.3:
             self.hi = [sorted(rng.randint(0, m) for _ in range(n)) for n, m in zip(lens_q, lens_k, strict=True)]
+        self.sinks: Tensor | None = None
+        if rng.random() < 0.4:
+            self.sinks = torch.randn(self.heads_kv * self.group) * rng.choice([1, 5, 50])
 
     def options(self) -> dict[str, Any]:
         window = torch.tensor(self.window, dtype=torch.int32)
-        return {"window_size": window, "softmax_scale": self.scale, "softcap": self.softcap, "return_lse": True}
+        softmax = {"softmax_scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        return {"window_size": window, **softmax, "return_lse": True}
 
     def visible(self, sample: int) -> Tensor:
         """bool (queries, keys): the queries are the last of the keys."""
@@ -53,7 +57,10 @@ class _Samples:
         mask = self.visible(sample)
         score = score.masked_fill(~mask, float("-inf"))
         empty = ~mask.any(dim=1)[None, :, None]
-        p = torch.where(empty, 0.0, score.masked_fill(empty, 0.0).softmax(dim=-1))
+        if self.sinks is not None:
+            of_rows = self.sinks.to(score.dtype)[:, None, None].masked_fill(empty, float("-inf"))
+            score = torch.cat([score, of_rows], dim=-1)
+        p = torch.where(empty, 0.0, score.masked_fill(empty, 0.0).softmax(dim=-1))[..., : len(k)]
         wide = score if score.dtype == torch.float64 else score.float()
         return torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(self.group, 1)), wide.logsumexp(dim=-1).T
 

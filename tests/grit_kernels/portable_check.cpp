@@ -45,8 +45,8 @@ struct Memory64 {
   ~Memory64() { std::free(data); }
 };
 
-// one causal sample of `rows` queries, `keys` keys, 2 heads that share one key head
-void check_attention(int64_t rows, int64_t keys, int64_t dim, bool decode) {
+// one causal sample of `rows` queries, `keys` keys, 2 heads that share one key head; `sunk`: with a sink each
+void check_attention(int64_t rows, int64_t keys, int64_t dim, bool decode, bool sunk) {
   const int64_t heads = 2;
   const Floats q = draw(rows * heads * dim, 1), k = draw(keys * dim, 2), v = draw(keys * dim, 3), grad = draw(rows * heads * dim, 4);
   Floats out(rows * heads * dim), lse(rows * heads), dq(out.size()), dk(keys * dim), dv(keys * dim);
@@ -56,12 +56,15 @@ void check_attention(int64_t rows, int64_t keys, int64_t dim, bool decode) {
   a.dim = dim, a.heads_q = heads, a.heads_kv = 1, a.group = heads;
   a.q = {q.data(), heads * dim, dim}, a.k = {k.data(), dim, dim}, a.v = {v.data(), dim, dim};
   a.out = out.data(), a.lse = lse.data(), a.scale_log2 = scale * 1.4426950408889634f;
+  const double sinks[] = {1.5, -0.5};
+  const float sinks_log2[] = {(float)(sinks[0] * 1.4426950408889634), (float)(sinks[1] * 1.4426950408889634)};
+  a.sinks_log2 = sunk ? sinks_log2 : nullptr;
   const Sample s = {0, rows, 0, keys, keys, 0, nullptr};
   const Layout l = isa.layout(a.dtype, dim);
   const int64_t slots = l.slots(s, heads), tiles = l.tiles(s, heads), words = l.key_words(keys);
   auto tile_of = [&](int64_t t) { return Tile{0, t * l.vectors, std::min(l.vectors, slots - t * l.vectors)}; };
 
-  std::vector<double> want_out(out.size()), want_lse(lse.size()), want_dq(out.size()), want_dk(dk.size()), want_dv(dv.size());
+  std::vector<double> want_out(out.size()), want_lse(lse.size()), want_dq(out.size()), want_dk(dk.size()), want_dv(dv.size()), want_dsinks(heads);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t seen = r + keys - rows + 1, at = (r * heads + h) * dim;
@@ -71,6 +74,7 @@ void check_attention(int64_t rows, int64_t keys, int64_t dim, bool decode) {
         for (int64_t d = 0; d < dim; ++d) p[j] += (double)q[at + d] * k[j * dim + d] * scale;
         total += std::exp(p[j]);
       }
+      if (sunk) total += std::exp(sinks[h]);
       want_lse[r * heads + h] = std::log(total);
       for (int64_t j = 0; j < seen; ++j) {
         p[j] = std::exp(p[j]) / total;
@@ -81,6 +85,7 @@ void check_attention(int64_t rows, int64_t keys, int64_t dim, bool decode) {
         }
         delta += p[j] * dp[j];
       }
+      if (sunk) want_dsinks[h] -= std::exp(sinks[h]) / total * delta;
       for (int64_t j = 0; j < seen; ++j)
         for (int64_t d = 0; d < dim; ++d) {
           want_dq[at + d] += p[j] * (dp[j] - delta) * scale * k[j * dim + d];
@@ -110,6 +115,8 @@ void check_attention(int64_t rows, int64_t keys, int64_t dim, bool decode) {
   Gradients g = {};
   g.grad_out = {grad.data(), heads * dim, dim}, g.out = {out.data(), heads * dim, dim}, g.lse = lse.data();
   g.dq = dq.data(), g.dk = dk.data(), g.dv = dv.data(), g.softmax_scale = g.magnitude = scale;
+  Floats sink_shares(rows * heads), dsinks(heads);
+  g.sink_shares = sink_shares.data();
   isa.backward_pack_keys(a, s, 0, keys_packed, keys_packed + words, keys_packed + 2 * words);
   const int64_t n = l.query_words(), each = 4 * n + 5 * l.tile_lanes;
   Memory64 queries(tiles * each * 4);
@@ -126,11 +133,13 @@ void check_attention(int64_t rows, int64_t keys, int64_t dim, bool decode) {
                     scratch.data);
   for (int64_t t = 0; t < tiles; ++t) {
     const float* part = partial.data() + t * l.padded_dim * l.tile_lanes;
-    isa.backward_store_dq(a, g, s, tile_of(t), 1, &part, scratch.data);
+    isa.backward_store_dq(a, g, s, tile_of(t), packs[t], 1, &part, scratch.data);
   }
   report("dq", error_of(dq, want_dq), 5e-5);
   report("dk", error_of(dk, want_dk), 5e-5);
   report("dv", error_of(dv, want_dv), 5e-5);
+  for (int64_t i = 0; i < rows * heads; ++i) dsinks[i % heads] += sink_shares[i];
+  report("dsinks", error_of(dsinks, want_dsinks), 5e-5);
 }
 
 void check_pooling(int64_t rows, int64_t columns) {
@@ -176,8 +185,10 @@ void check_contrastive(int64_t queries, int64_t passages, int64_t width, bool ow
 }  // namespace
 
 int main() {
-  check_attention(37, 150, 72, false);
-  check_attention(3, 77, 40, true);
+  for (bool sunk : {false, true}) {
+    check_attention(37, 150, 72, false, sunk);
+    check_attention(3, 77, 40, true, sunk);
+  }
   check_pooling(90, 37);
   check_contrastive(7, 21, 37, false);
   check_contrastive(7, 21, 37, true);

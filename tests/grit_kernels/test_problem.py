@@ -48,7 +48,7 @@ def test_an_option_before_a_tensor_is_refused() -> None:
     [
         (
             AttentionProblem,
-            ("attention_forward", "attention_backward", "attention_forward_planned", "attention_decode"),
+            ("attention_forward", "attention_backward", "attention_plan", "attention_decode"),
         ),
         (AttentionProblem, ("attention_decode_cuda", "attention_decode_paged")),
         (ContrastiveProblem, ("contrastive_forward", "contrastive_backward", "contrastive_step")),

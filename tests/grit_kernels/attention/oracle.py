@@ -21,6 +21,7 @@ class Case:
     hi: list[list[int]] | None = None
     softmax_scale: float | None = None
     softcap: float = 0.0
+    sinks: Tensor | None = None  # (H_q), one more score of every row that sees a key
 
 
 def visible_keys(row: int, len_q: int, len_k: int, causal: bool, window: tuple[int, int], hi: int | None) -> list[int]:
@@ -59,27 +60,33 @@ def attention(case: Case, dtype: torch.dtype = torch.float64) -> tuple[list[Tens
             score = torch.einsum("hd,khd->hk", q[r], k[keys]) * (case.softmax_scale or dim**-0.5)
             if case.softcap:
                 score = case.softcap * torch.tanh(score / case.softcap)
-            rows.append(torch.einsum("hk,khd->hd", score.softmax(dim=-1), v[keys]))
+            if case.sinks is not None:
+                score = torch.cat([score, case.sinks.to(dtype)[:, None]], dim=1)
+            rows.append(torch.einsum("hk,khd->hd", score.softmax(dim=-1)[:, : len(keys)], v[keys]))
             row_lse.append(score.logsumexp(dim=-1))
         outs.append(torch.stack(rows) if rows else torch.zeros(0, heads, dim, dtype=dtype))
         lses.append(torch.stack(row_lse) if rows else torch.zeros(0, heads, dtype=dtype))
     return outs, lses
 
 
-def gradients(case: Case, grads: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
-    """d(sum out * grads) by autograd, in ``dtype``: per sample [dq, dk, dv]."""
+def gradients(
+    case: Case, grads: Sequence[Tensor], dtype: torch.dtype = torch.float64
+) -> tuple[list[list[Tensor]], Tensor | None]:
+    """d(sum out * grads) by autograd, in ``dtype``: per sample [dq, dk, dv], and that of the sinks."""
     leaves = [[x.detach().to(dtype).requires_grad_() for x in group] for group in (case.q, case.k, case.v)]
-    copy = Case(*leaves, case.causal, case.window, case.hi, case.softmax_scale, case.softcap)
+    sinks = [] if case.sinks is None else [case.sinks.detach().to(dtype).requires_grad_()]
+    copy = Case(*leaves, case.causal, case.window, case.hi, case.softmax_scale, case.softcap, *sinks)
     outs, _ = attention(copy, dtype)
     total = sum((o * g.to(dtype)).sum() for o, g in zip(outs, grads, strict=True))
-    flat = [x for group in leaves for x in group]
+    flat = [*(x for group in leaves for x in group), *sinks]
     if not isinstance(total, Tensor) or not total.requires_grad:
         found: list[Tensor | None] = [None] * len(flat)
     else:
         found = list(torch.autograd.grad(total, flat, allow_unused=True))
     full = [torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=True)]
     batch = len(case.q)
-    return [[full[b], full[batch + b], full[2 * batch + b]] for b in range(batch)]
+    by_sample = [[full[b], full[batch + b], full[2 * batch + b]] for b in range(batch)]
+    return by_sample, full[-1] if sinks else None
 
 
 def padded(parts: Sequence[Tensor], length: int, poison: float = float("nan"), first: int = 0) -> Tensor:
@@ -102,6 +109,7 @@ def make_case(
     softcap: float = 0.0,
     softmax_scale: float | None = None,
     hi: list[list[int]] | None = None,
+    sinks: Tensor | None = None,
 ) -> Case:
     """Random samples; values are rounded to ``dtype`` once, so every implementation sees the same numbers."""
 
@@ -117,4 +125,5 @@ def make_case(
         hi,
         softmax_scale,
         softcap,
+        None if sinks is None else sinks.to(dtype),
     )

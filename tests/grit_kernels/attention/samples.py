@@ -17,6 +17,10 @@ Choose = Callable[[Sequence[Any]], Any]
 """Picks one element: ``random.Random(seed).choice``, or a draw of hypothesis."""
 
 
+SINKS = [0.5, -2.0, 40.0, float("-inf"), 3.0, -300.0]
+"""Of up to six heads."""
+
+
 @dataclass
 class Call:
     """``q, k, v, grad_out`` (NaN outside the samples), ``grad_lse`` or None, and the problem."""
@@ -29,6 +33,7 @@ class Call:
     problem: AttentionProblem
     rows_used: Tensor
     keys_used: Tensor
+    sinks: Tensor | None = None
 
     def clean(self, dtype: torch.dtype) -> list[Tensor]:
         """q, k, v, grad_out in ``dtype`` with 0 in place of NaN."""
@@ -38,9 +43,10 @@ class Call:
 
     def to(self, device: str) -> Call:
         move = (x.to(device) if isinstance(x, Tensor) else x for x in self.problem.flat())
-        grad_lse = None if self.grad_lse is None else self.grad_lse.to(device)
+        grad_lse, sinks = (None if x is None else x.to(device) for x in (self.grad_lse, self.sinks))
         tensors = [x.to(device) for x in (self.q, self.k, self.v, self.grad_out)]
-        return Call(*tensors, grad_lse, AttentionProblem(*move), self.rows_used.to(device), self.keys_used.to(device))
+        used = self.rows_used.to(device), self.keys_used.to(device)
+        return Call(*tensors, grad_lse, AttentionProblem(*move), *used, sinks)
 
 
 def draw_call(
@@ -104,23 +110,24 @@ def draw_call(
         ),
         rows_used,
         keys_used,
+        choose((None, torch.tensor(SINKS, dtype=choose((torch.float32, dtype)))[: heads_kv * group])),
     )
 
 
 def results(
     call: Call, forward: Callable[..., Any], backward: Callable[..., Any], inputs: list[Tensor]
 ) -> list[Tensor]:
-    """out, lse, dq, dk, dv of one implementation on ``inputs`` (q, k, v, grad_out)."""
+    """out, lse, dq, dk, dv, dsinks of one implementation on ``inputs`` (q, k, v, grad_out)."""
     q, k, v, grad_out = inputs
     grad_lse = None if call.grad_lse is None else call.grad_lse.to(torch.promote_types(q.dtype, torch.float32))
-    out, lse = forward(q, k, v, call.problem)
-    return [out, lse, *backward(grad_out, grad_lse, q, k, v, out, lse, call.problem)]
+    out, lse = forward(q, k, v, call.problem, call.sinks)
+    return [out, lse, *backward(grad_out, grad_lse, q, k, v, out, lse, call.problem, call.sinks)]
 
 
 def assert_call_equals_the_reference(call: Call, found: list[Tensor], tolerance: float) -> None:
     """Finite, 0, or -inf exactly where the float64 reference is; else within ``tolerance`` of the largest value (at least 1)."""
     expected = results(call, reference.attention_forward, reference.attention_backward, call.clean(torch.float64))
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), found, expected, strict=True):
         a = a.to(b)
         finite = b.isfinite()
         assert torch.equal(a.isfinite(), finite), f"{name}: not finite in other places than the reference"

@@ -41,6 +41,7 @@ class Call:
     hi: Tensor | None = None
     softmax_scale: float = 0.2
     softcap: float = 0.0
+    sinks: Tensor | None = None
 
     @property
     def problem(self) -> AttentionProblem:
@@ -50,22 +51,27 @@ class Call:
         return AttentionProblem(*int32, self.hi, 0, 0, *longest, self.softmax_scale, self.softcap)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return torch.ops.grit_kernels.attention_forward(self.q, self.k, self.v, *self.problem.flat())
+        return torch.ops.grit_kernels.attention_forward(
+            self.q, self.k, self.v, *self.problem.flat(), self.sinks, None, True
+        )
 
     def backward(self, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         ops = torch.ops.grit_kernels
-        return ops.attention_backward(grad, grad_lse, self.q, self.k, self.v, out, lse, *self.problem.flat())
+        given = (grad, grad_lse, self.q, self.k, self.v, out, lse, *self.problem.flat(), self.sinks, None, True)
+        return ops.attention_backward(*given)
 
     def exact(self, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
-        """out, lse, dq, dk, dv of the reference in float64."""
+        """out, lse, dq, dk, dv, dsinks of the reference in float64."""
         q, k, v = (x.double() for x in (self.q, self.k, self.v))
-        out, lse = reference.attention_forward(q, k, v, self.problem)
-        grads = (grad.double(), None if grad_lse is None else grad_lse.double())
-        return out, lse, *reference.attention_backward(*grads, q, k, v, out, lse, self.problem)
+        sinks, grad_lse = (None if x is None else x.double() for x in (self.sinks, grad_lse))
+        out, lse = reference.attention_forward(q, k, v, self.problem, sinks)
+        return out, lse, *reference.attention_backward(grad.double(), grad_lse, q, k, v, out, lse, self.problem, sinks)
 
     def eager(self, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
         """The same, computed eagerly and differentiated by autograd in the inputs' dtype."""
         q, k, v = (x.detach().clone().requires_grad_() for x in (self.q, self.k, self.v))
+        sinks = torch.zeros(0) if self.sinks is None else self.sinks
+        sinks = sinks.detach().to(q.dtype).requires_grad_()
         outs, lses = torch.zeros_like(self.q), torch.full(self.q.shape[:2], float("-inf"), dtype=self.q.dtype)
         group = q.shape[1] // k.shape[1]
         for b, (first_q, len_q) in enumerate(zip(self.starts_q, self.lens_q, strict=True)):
@@ -80,14 +86,17 @@ class Call:
             if self.softcap:
                 score = self.softcap * torch.tanh(score / self.softcap)
             score = score.masked_fill(~mask & alive[:, None], float("-inf"))
-            p = score.softmax(-1) * alive[:, None]
+            if self.sinks is not None:
+                score = torch.cat([score, sinks[:, None, None].expand(-1, len_q, 1)], -1)
+            p = score.softmax(-1)[..., : self.lens_k[b]] * alive[:, None]
             outs[rows] = torch.einsum("hqk,khd->qhd", p, v_b)
             lses[rows] = score.logsumexp(-1).T.masked_fill(~alive[:, None], float("-inf"))
         total = (outs * grad).sum()
         if grad_lse is not None:
             total = total + torch.where(lses.isfinite(), lses * grad_lse.to(lses.dtype), 0.0).sum()
-        found = torch.autograd.grad(total, (q, k, v), allow_unused=True) if total.requires_grad else (None,) * 3
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip((q, k, v), found, strict=True)]
+        leaves = (q, k, v, sinks)
+        found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None,) * 4
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
         return outs.detach(), lses.detach(), *grads
 
 
@@ -130,10 +139,15 @@ def check(call: Call, with_lse: bool = True) -> None:
     live = exact[1].isfinite()
     assert torch.equal(lse.isfinite(), live) and bool((lse[~live] == float("-inf")).all())
     assert bool((out[~live] == 0).all()) and bool((found[2][~live] == 0).all())
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, eager, strict=True):
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), found, exact, eager, strict=True):
         if name == "lse":
             a, b, c = a[live], b[live], c[live]
         assert_within_rule(a, b, c, name)
+
+
+def some_sinks(heads: int) -> Tensor:
+    """Of many sizes; -inf is none."""
+    return torch.tensor([0.5, -3.0, 6.0, -float("inf"), 40.0, 2.0, -300.0, 0.0])[:heads]
 
 
 def upper_bounds(lens_q: list[int], lens_k: list[int]) -> Tensor:
@@ -146,7 +160,8 @@ def upper_bounds(lens_q: list[int], lens_k: list[int]) -> Tensor:
 def test_mixed_packs_keep_the_accuracy_rule_on_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
     lens_q, lens_k = [70, 0, 17, 33, 5], [70, 9, 40, 33, 0]
     with _library.cpu_isa(isa):
-        check(make_call(lens_q, lens_k, right=[0, 0, NONE, NONE, 0], dtype=dtype, heads=(6, 2)))
+        for sinks in (None, some_sinks(6), some_sinks(6).to(dtype)):
+            check(make_call(lens_q, lens_k, right=[0, 0, NONE, NONE, 0], dtype=dtype, heads=(6, 2), sinks=sinks))
         check(
             make_call(lens_q, lens_k, left=[9, 3, 0, 70, 1], right=[0, 3, 4, 7, 1], dtype=dtype, heads=(2, 2), dim=80)
         )
@@ -170,17 +185,19 @@ def test_any_call_keeps_the_accuracy_rule(data: st.DataObject) -> None:
     lens_q = [draw(st.sampled_from([n, n // 2, n + 3, 1, 4, 0])) for n in lens_k]
     edges = st.lists(st.sampled_from([NONE, NONE, 0, 1, 20, 100]), min_size=batch, max_size=batch)
     torch.manual_seed(draw(st.integers(0, 2**16)))
+    heads = draw(st.sampled_from([(1, 1), (3, 1), (4, 4), (8, 2), (7, 1)]))
     call = make_call(
         lens_q,
         lens_k,
         left=draw(edges),
         right=draw(edges),
-        heads=draw(st.sampled_from([(1, 1), (3, 1), (4, 4), (8, 2), (7, 1)])),
+        heads=heads,
         dim=draw(st.sampled_from([32, 40, 64, 72, 128])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         softmax_scale=draw(st.sampled_from([0.2, 0.0, -0.3])),
         softcap=draw(st.sampled_from([0.0, 1.5])),
         hi=draw(st.sampled_from([None, upper_bounds(lens_q, lens_k)])),
+        sinks=draw(st.sampled_from([None, some_sinks(heads[0])])),
     )
     with _library.cpu_isa(draw(st.sampled_from(ISAS))):
         check(call)
@@ -192,7 +209,8 @@ def test_any_call_keeps_the_accuracy_rule(data: st.DataObject) -> None:
 def test_few_queries_after_many_keys_join_their_parts(isa: str, rows: int, heads: tuple[int, int]) -> None:
     lens_k = [600, 300, 513, 64]
     for dtype, dim, softcap in ((torch.bfloat16, 128, 0.0), (torch.float32, 72, 1.0), (torch.bfloat16, 512, 0.0)):
-        options = {"heads": heads, "dim": dim, "dtype": dtype, "softcap": softcap}
+        sinks = None if dim == 72 else some_sinks(heads[0])
+        options = {"heads": heads, "dim": dim, "dtype": dtype, "softcap": softcap, "sinks": sinks}
         with _library.cpu_isa(isa):
             check(make_call([rows] * 4, lens_k, left=[NONE, 280, 30, NONE], right=[NONE, 0, 0, NONE], **options))
 
@@ -218,11 +236,11 @@ def poisoned(call: Call, extra: int) -> Call:
 @pytest.mark.parametrize(("rows", "keys"), [(1, 40), (3, 600), (40, 40)], ids=["one part", "parts", "tiles"])
 def test_nan_in_queries_or_keys_reaches_the_output(isa: str, softcap: float, rows: int, keys: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        call = make_call([rows], [keys], dtype=dtype, softcap=softcap)
+        call = make_call([rows], [keys], dtype=dtype, softcap=softcap, sinks=some_sinks(4) if softcap else None)
         one_key = call.k.clone()
         one_key[3] = float("nan")
         broken = [{name: torch.full_like(getattr(call, name), float("nan"))} for name in ("q", "k")]
-        for change in (*broken, {"k": one_key}):
+        for change in (*broken, {"k": one_key}, {"sinks": torch.full((4,), float("nan"))}):
             with _library.cpu_isa(isa):
                 out, lse = replace(call, **change).forward()
             assert bool(out.isnan().all()) and bool(lse.isnan().all()), (dtype, list(change))
@@ -231,7 +249,7 @@ def test_nan_in_queries_or_keys_reaches_the_output(isa: str, softcap: float, row
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("lens_q", [[37, 20], [2, 1]])
 def test_rows_between_samples_are_neither_read_nor_left_unwritten(isa: str, lens_q: list[int]) -> None:
-    call = make_call(lens_q, [37, 45], right=[0, NONE], dtype=torch.bfloat16)
+    call = make_call(lens_q, [37, 45], right=[0, NONE], dtype=torch.bfloat16, sinks=some_sinks(4))
     apart = poisoned(call, 5)
     with _library.cpu_isa(isa):
         out, lse = call.forward()
@@ -242,7 +260,8 @@ def test_rows_between_samples_are_neither_read_nor_left_unwritten(isa: str, lens
         for start, to, n in zip(call.starts_q, apart.starts_q, lens_q, strict=True):
             spread_grad[to : to + n] = grad[start : start + n]
         apart_grads = apart.backward(spread_grad, None, apart_out, apart_lse)
-    pairs = [(out, apart_out, "q"), (lse, apart_lse, "q"), *zip(grads, apart_grads, "qkk", strict=True)]
+    assert torch.equal(grads[3], apart_grads[3])
+    pairs = [(out, apart_out, "q"), (lse, apart_lse, "q"), *zip(grads[:3], apart_grads[:3], "qkk", strict=True)]
     for whole, found, of in pairs:
         starts, moved, lens = (
             (call.starts_q, apart.starts_q, lens_q) if of == "q" else (call.starts_k, apart.starts_k, call.lens_k)
@@ -261,7 +280,8 @@ def everything(call: Call) -> list[Tensor]:
 
 
 def test_the_number_of_threads_changes_no_bit(restore_threads: None) -> None:
-    call = make_call([700, 90, 1], [700, 90, 600], right=[0, NONE, 0], heads=(3, 1), dtype=torch.bfloat16)
+    options = {"heads": (3, 1), "dtype": torch.bfloat16, "sinks": some_sinks(3)}
+    call = make_call([700, 90, 1], [700, 90, 600], right=[0, NONE, 0], **options)
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -272,7 +292,7 @@ def test_the_number_of_threads_changes_no_bit(restore_threads: None) -> None:
 
 @pytest.mark.parametrize("lens_q", [[300, 700, 31], [2, 1, 4]])
 def test_a_sample_alone_gets_the_bits_it_gets_in_a_batch(lens_q: list[int]) -> None:
-    call = make_call(lens_q, [300, 700, 31], right=[0, NONE, 0], left=[NONE, 200, 5])
+    call = make_call(lens_q, [300, 700, 31], right=[0, NONE, 0], left=[NONE, 200, 5], sinks=some_sinks(4))
     out, lse = call.forward()
     for b in range(3):
         rows = slice(call.starts_q[b], call.starts_q[b] + lens_q[b])
@@ -350,6 +370,7 @@ def test_offsets_beyond_two_to_the_31_elements_are_reached() -> None:
         ({"hi": torch.zeros(3, dtype=torch.int32)}, "hi: expected a contiguous int32 tensor of 12"),
         ({"k": torch.zeros(12, 2, 64, dtype=torch.bfloat16)}, "k: its dtype differs"),
         ({"v": torch.zeros(12, 1, 64)}, "v: expected"),
+        ({"sinks": torch.zeros(3)}, "sinks: expected a contiguous tensor of 4 elements"),
     ],
 )
 def test_tables_and_tensors_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
@@ -407,3 +428,27 @@ def test_scores_too_large_for_their_own_differences_stay_exact(
     assert_within_rule(dv[:, 0], share, share.to(dtype))
     # the two best keys share the weight; what moves it from one to the other is the difference of their values
     assert all(bool(x.isfinite().all()) for x in (dq, dk))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e5])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_sink_as_large_as_the_largest_scores_takes_its_share(
+    isa: str, dtype: torch.dtype, magnitude: float, rows: int
+) -> None:
+    """One key whose score is the sink's: half of every row's weight is the sink's."""
+    q = torch.full((rows, 1, 64), magnitude, dtype=dtype)
+    k, v = torch.zeros(90, 1, 64, dtype=dtype), torch.randn(90, 1, 64).to(dtype)
+    k[7] = 0.125
+    call = Call(q, k, v, [0], [rows], [0], [90], [NONE], [NONE], softmax_scale=0.25)
+    call = replace(call, sinks=torch.tensor([64 * 0.125 * 0.25]) * q[0, 0, 0].float())
+    grad = torch.randn(rows, 1, 64).to(dtype)
+    with _library.cpu_isa(isa):
+        out, lse = call.forward()
+        _, _, dv, dsinks = call.backward(grad, None, out, lse)
+    half, delta = v[7].double() / 2, (grad.double() * v[7].double() / 2).sum(-1)
+    assert_within_rule(out, half.expand(rows, 1, 64), half.to(dtype).expand(rows, 1, 64))
+    torch.testing.assert_close(lse.double(), (call.sinks + math.log(2)).double().expand(rows, 1), rtol=1e-6, atol=0)
+    assert_within_rule(dv[7], grad.double().sum(0) / 2, (grad / 2).sum(0))
+    assert_within_rule(dsinks, -delta.sum(0) / 2, -((grad * (v[7] / 2)).sum(-1) / 2).sum(0))

@@ -48,6 +48,7 @@ def run(case: Case, backend: Backend, k: Tensor, v: Tensor, starts: Tensor, **ch
             hi=hi,
             softmax_scale=case.softmax_scale,
             softcap=case.softcap,
+            sinks=None if case.sinks is None else case.sinks.to(backend.device),
             return_lse=True,
             k_starts=starts.to(backend.device),
             seqlens_k=torch.tensor(lens_k, dtype=torch.int32, device=backend.device),
@@ -73,7 +74,8 @@ def test_decode_rows_beside_long_texts_and_pieces_of_prompts_equal_the_oracle(ba
         [True, True, False, False, True, True],
         window=[(-1, 0), (30, 0), (-1, -1), (2, 2), (-1, 0), (-1, 0)],
     )
-    check(case, backend, run(case, backend, *scattered(case, 3)))
+    for case.sinks in (None, torch.tensor([-2.0, 0.5, 3.0, float("-inf")])):
+        check(case, backend, run(case, backend, *scattered(case, 3)))
 
 
 def test_upper_bounds_count_positions_inside_the_range(backend: Backend) -> None:
@@ -107,5 +109,8 @@ def test_a_gradient_is_refused_not_lost(backend: Backend) -> None:
     k, v, starts = torch.cat(case.k).requires_grad_(), torch.cat(case.v), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^k: expected a tensor without gradients beside k_starts.*no_grad"):
         run(case, backend, k, v, starts)
+    case.sinks = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^sinks: expected a tensor without gradients beside k_starts.*no_grad"):
+        run(case, backend, k.detach(), v, starts)
     with torch.no_grad():
         check(case, backend, run(case, backend, k, v, starts))

@@ -120,12 +120,12 @@ def test_opcheck_accepts_the_ops_that_take_a_plan(deterministic: bool, sinks: Te
     given = (*Shapes.of(*plain[:2]), True, deterministic, *problem.flat())
     torch.library.opcheck(ops.attention_plan.default, given, test_utils=utils)
     plan = ops.attention_plan(*given)
-    rest = (*problem.flat(), plan, deterministic, sinks)
-    trained = (*rest[:-1], None if sinks is None else sinks.clone().requires_grad_())
-    torch.library.opcheck(ops.attention_forward_planned.default, (q, k, v, *trained), test_utils=utils)
-    out, lse = ops.attention_forward_planned(*plain, *rest)
+    trained = (*problem.flat(), None if sinks is None else sinks.clone().requires_grad_(), plan, deterministic)
+    torch.library.opcheck(ops.attention_forward.default, (q, k, v, *trained), test_utils=utils)
+    rest = (*problem.flat(), sinks, plan, deterministic)
+    out, lse = ops.attention_forward(*plain, *rest)
     arguments = (torch.randn_like(out), None, *plain, out, lse, *rest)
-    torch.library.opcheck(ops.attention_backward_planned.default, arguments, test_utils=utils)
+    torch.library.opcheck(ops.attention_backward.default, arguments, test_utils=utils)
 
 
 def test_a_plan_of_rows_without_any_key_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_a_plan_of_rows_without_any_key_is_written(monkeypatch: pytest.MonkeyPat
     problem = AttentionProblem(table, lengths, none, none, anywhere, anywhere, None, 0, 0, 61, 0, 0.2, 0.0)
     q, k, v = torch.randn(104, 4, 32), torch.randn(0, 2, 32), torch.randn(0, 2, 32)
     plan = torch.ops.grit_kernels.attention_plan(*Shapes.of(q, k), True, False, *problem.flat())
-    out, lse = torch.ops.grit_kernels.attention_forward_planned(q, k, v, *problem.flat(), plan, False, None)
+    out, lse = torch.ops.grit_kernels.attention_forward(q, k, v, *problem.flat(), None, plan, False)
     assert torch.equal(out, torch.zeros_like(out)) and torch.equal(lse, torch.full_like(lse, -torch.inf))
 
 

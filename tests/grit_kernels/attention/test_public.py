@@ -24,6 +24,7 @@ def run_varlen(case: Case, backend: Backend, grads: list[Tensor] | None = None) 
     tables = [torch.tensor([0, *lens]).cumsum(0).int().to(backend.device) for lens in (lens_q, lens_k)]
     hi = None if case.hi is None else torch.tensor(sum(case.hi, []), dtype=torch.int32, device=backend.device)
     causal = torch.tensor(case.causal, device=backend.device)
+    sinks = None if case.sinks is None else case.sinks.to(backend.device).requires_grad_()
     with backend():
         out, lse = gk.switch_attention_varlen(
             q,
@@ -37,12 +38,15 @@ def run_varlen(case: Case, backend: Backend, grads: list[Tensor] | None = None) 
             hi=hi,
             softmax_scale=case.softmax_scale,
             softcap=case.softcap,
+            sinks=sinks,
             return_lse=True,
         )
         if grads is None:
             return out.detach().cpu().split(lens_q), lse.detach().cpu().split(lens_q)
         (out.float() * torch.cat(grads).to(backend.device)).sum().backward()
     split = [x.grad.cpu().split(lens) for x, lens in ((q, lens_q), (k, lens_k), (v, lens_k)) if x.grad is not None]
+    if sinks is not None and sinks.grad is not None:
+        split.append(sinks.grad.cpu())
     return out.detach().cpu().split(lens_q), lse.detach().cpu().split(lens_q), split
 
 
@@ -51,6 +55,7 @@ def run_padded(case: Case, backend: Backend, extra: int = 0, poison: float = flo
     lens_q, lens_k = [x.shape[0] for x in case.q], [x.shape[0] for x in case.k]
     q = padded(case.q, max(lens_q) + extra, poison).to(backend.device).requires_grad_()
     k, v = (padded(x, max(lens_k) + extra, poison).to(backend.device).requires_grad_() for x in (case.k, case.v))
+    sinks = None if case.sinks is None else case.sinks.to(backend.device).requires_grad_()
     with backend():
         out, lse = gk.switch_attention(
             q,
@@ -62,10 +67,12 @@ def run_padded(case: Case, backend: Backend, extra: int = 0, poison: float = flo
             seqlens_k=torch.tensor(lens_k, dtype=torch.int32, device=backend.device),
             softmax_scale=case.softmax_scale,
             softcap=case.softcap,
+            sinks=sinks,
             return_lse=True,
         )
         out.float().sum().backward()
-    return out.detach().cpu(), lse.detach().cpu(), [x.grad.cpu() for x in (q, k, v) if x.grad is not None]
+    leaves = (q, k, v) if sinks is None else (q, k, v, sinks)
+    return out.detach().cpu(), lse.detach().cpu(), [x.grad.cpu() for x in leaves if x.grad is not None]
 
 
 def check_against_oracle(case: Case, backend: Backend, dtype: torch.dtype) -> None:
@@ -78,10 +85,14 @@ def check_against_oracle(case: Case, backend: Backend, dtype: torch.dtype) -> No
     assert torch.equal(torch.cat(lses).isfinite(), live)
     assert bool((torch.cat(outs)[~live] == 0).all())
     assert_within_rule(torch.cat(lses)[live], torch.cat(truth_lse)[live], torch.cat(eager_lse)[live], "lse")
-    expected = list(zip(*gradients(case, grads), strict=True))
-    rough = list(zip(*gradients(case, grads, dtype), strict=True))
-    for name, found, a, b in zip("qkv", by_tensor, expected, rough, strict=True):
+    expected, dsinks = gradients(case, grads)
+    rough, rough_dsinks = gradients(case, grads, dtype)
+    parts = zip(*expected, strict=True), zip(*rough, strict=True)
+    for name, found, a, b in zip("qkv", by_tensor[:3], *parts, strict=True):
         assert_within_rule(torch.cat(found), torch.cat(a), torch.cat(b), f"d{name}")
+    if dsinks is not None:
+        assert rough_dsinks is not None
+        assert_within_rule(by_tensor[3], dsinks, rough_dsinks, "dsinks")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -285,25 +296,28 @@ def test_opcheck_accepts_both_ops(backend: Backend) -> None:
     bounds = [torch.tensor(x, dtype=torch.int32, device=backend.device) for x in numbers]
     hi = torch.tensor([1, 4, 4, 4, 1, 2], dtype=torch.int32, device=backend.device)
     ops = torch.ops.grit_kernels
-    for upper_bounds in (None, hi):
+    sinks = torch.randn(2, device=backend.device)
+    for upper_bounds, of_heads in ((None, None), (hi, sinks), (hi, sinks.bfloat16())):
         arguments = (*bounds, upper_bounds, 0, 0, 4, 4, 0.2, 0.0)
-        torch.library.opcheck(ops.attention_forward.default, (q, k, v, *arguments))
-        out, lse = (x.detach() for x in ops.attention_forward(q, k, v, *arguments))
+        trained = None if of_heads is None else of_heads.clone().requires_grad_()
+        torch.library.opcheck(ops.attention_forward.default, (q, k, v, *arguments, trained, None, True))
+        out, lse = (x.detach() for x in ops.attention_forward(q, k, v, *arguments, of_heads, None, True))
         plain = [x.detach() for x in (q, k, v)]
-        torch.library.opcheck(
-            ops.attention_backward.default, (torch.randn_like(out), None, *plain, out, lse, *arguments)
-        )
+        given = (torch.randn_like(out), None, *plain, out, lse, *arguments, of_heads, None, True)
+        torch.library.opcheck(ops.attention_backward.default, given)
 
 
 def test_compile_captures_the_whole_call_and_its_gradients(backend: Backend) -> None:
     cu = torch.tensor([0, 4, 6], dtype=torch.int32, device=backend.device)
     causal = torch.tensor([True, False], device=backend.device)
 
-    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return gk.switch_attention_varlen(q, k, v, causal, cu, cu, 4, 4, window_size=(2, 2)).square().sum()
+    def step(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        options = {"window_size": (2, 2), "sinks": sinks}
+        return gk.switch_attention_varlen(q, k, v, causal, cu, cu, 4, 4, **options).square().sum()
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    tensors = [torch.randn(6, 2, 32, device=backend.device, requires_grad=True) for _ in range(3)]
+    shapes = [(6, 2, 32)] * 3 + [(2,)]
+    tensors = [torch.randn(shape, device=backend.device, requires_grad=True) for shape in shapes]
     with backend():
         if not backend.is_op:  # the reference reads lengths on the host by design: it is not traced
             return

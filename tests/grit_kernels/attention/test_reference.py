@@ -50,7 +50,11 @@ def problem_of(softcap: float, hi: Tensor | None) -> AttentionProblem:
     )
 
 
-VARIANTS = list(product([0.0, 1.5], [False, True]))
+def sinks_of(sunk: bool) -> list[Tensor]:
+    return [torch.tensor([0.4, -1.3], dtype=torch.float64, requires_grad=True)] if sunk else []
+
+
+VARIANTS = list(product([0.0, 1.5], [False, True], [False, True]))
 
 
 def live_rows(hi: Tensor | None) -> Tensor:
@@ -59,68 +63,78 @@ def live_rows(hi: Tensor | None) -> Tensor:
     return lse[:, 0].isfinite()
 
 
-@pytest.mark.parametrize(("softcap", "use_hi"), VARIANTS)
-def test_forward_passes_gradcheck_in_out_and_lse(softcap: float, use_hi: bool) -> None:
+@pytest.mark.parametrize(("softcap", "use_hi", "sunk"), VARIANTS)
+def test_forward_passes_gradcheck_in_out_and_lse(softcap: float, use_hi: bool, sunk: bool) -> None:
     hi = upper_bounds() if use_hi else None
     live = live_rows(hi)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = reference.attention_forward(q, k, v, problem_of(softcap, hi))
+    def run(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = reference.attention_forward(q, k, v, problem_of(softcap, hi), *sinks)
         return out, lse[live]  # a fully masked row's -inf has no difference quotient
 
-    assert torch.autograd.gradcheck(run, inputs())
+    assert torch.autograd.gradcheck(run, inputs() + sinks_of(sunk))
 
 
-@pytest.mark.parametrize(("softcap", "use_hi"), [(0.0, False), (1.5, True)])
-def test_forward_passes_gradgradcheck(softcap: float, use_hi: bool) -> None:
+@pytest.mark.parametrize(("softcap", "use_hi", "sunk"), [(0.0, False, False), (1.5, True, False), (1.5, True, True)])
+def test_forward_passes_gradgradcheck(softcap: float, use_hi: bool, sunk: bool) -> None:
     hi = upper_bounds() if use_hi else None
     live = live_rows(hi)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = reference.attention_forward(q, k, v, problem_of(softcap, hi))
+    def run(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = reference.attention_forward(q, k, v, problem_of(softcap, hi), *sinks)
         return out, lse[live]
 
-    assert torch.autograd.gradgradcheck(run, inputs(), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs() + sinks_of(sunk), fast_mode=True)
 
 
-@pytest.mark.parametrize(("softcap", "use_hi"), VARIANTS)
+@pytest.mark.parametrize(("softcap", "use_hi", "sunk"), VARIANTS)
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_closed_form_backward_equals_autograd(softcap: float, use_hi: bool, with_lse: bool) -> None:
+def test_closed_form_backward_equals_autograd(softcap: float, use_hi: bool, sunk: bool, with_lse: bool) -> None:
     hi = upper_bounds() if use_hi else None
-    tensors, problem = inputs(), problem_of(softcap, hi)
-    out, lse = reference.attention_forward(*tensors, problem)
+    tensors, sinks, problem = inputs(), sinks_of(sunk), problem_of(softcap, hi)
+    out, lse = reference.attention_forward(*tensors, problem, *sinks)
     grad_out = torch.randn_like(out)
     grad_lse = torch.randn_like(lse) if with_lse else None
     live = lse.isfinite()
     total = (out * grad_out).sum() + (0 if grad_lse is None else (lse[live] * grad_lse[live]).sum())
-    expected = torch.autograd.grad(total, tensors)
+    expected = torch.autograd.grad(total, tensors + sinks)
     with torch.no_grad():
-        found = reference.attention_backward(grad_out, grad_lse, *tensors, out, lse, problem)
-    for name, a, b in zip("qkv", found, expected, strict=True):
+        *found, dsinks = reference.attention_backward(grad_out, grad_lse, *tensors, out, lse, problem, *sinks)
+    if sunk:
+        found.append(dsinks)
+    for name, a, b in zip(["q", "k", "v", "sinks"], found, expected, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=f"d{name}")
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_forward_and_backward_equal_the_row_by_row_oracle_in_float64(softcap: float) -> None:
+@pytest.mark.parametrize(("softcap", "sunk"), [(0.0, False), (2.0, False), (2.0, True)])
+def test_forward_and_backward_equal_the_row_by_row_oracle_in_float64(softcap: float, sunk: bool) -> None:
     causal, window = [True, False, False, True], [(-1, -1), (2, 1), (-1, 0), (1, -1)]
     case = make_case([4, 3, 0, 5], [4, 6, 2, 3], causal, window=window, dim=8, dtype=torch.float64, softcap=softcap)
+    case.sinks = torch.tensor([0.5, -2.0, 7.0, 0.0], dtype=torch.float64).requires_grad_() if sunk else None
     q, k, v = (torch.cat(x).requires_grad_() for x in (case.q, case.k, case.v))
     ranges = [[0, 4, 7, 7], [4, 3, 0, 5], [0, 4, 10, 12], [4, 6, 2, 3], [99, 2, 99, 1], [0, 1, 0, 0]]
     arguments = [torch.tensor(x, dtype=torch.int32) for x in ranges]
-    out, lse = reference.attention_forward(q, k, v, AttentionProblem(*arguments, None, 0, 0, 5, 6, 8**-0.5, softcap))
+    out, lse = reference.attention_forward(
+        q, k, v, AttentionProblem(*arguments, None, 0, 0, 5, 6, 8**-0.5, softcap), case.sinks
+    )
     expected, expected_lse = attention(case)
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, torch.cat(expected_lse), rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(out)
-    found = torch.autograd.grad((out * grad).sum(), (q, k, v))
-    by_sample = gradients(case, list(grad.split([4, 3, 0, 5])))
-    for a, parts in zip(found, zip(*by_sample, strict=True), strict=True):
-        torch.testing.assert_close(a, torch.cat(parts), rtol=1e-12, atol=1e-12)
+    leaves = [q, k, v] if case.sinks is None else [q, k, v, case.sinks]
+    found = torch.autograd.grad((out * grad).sum(), leaves)
+    by_sample, dsinks = gradients(case, list(grad.split([4, 3, 0, 5])))
+    wanted = [torch.cat(parts) for parts in zip(*by_sample, strict=True)]
+    for a, b in zip(found, wanted if dsinks is None else [*wanted, dsinks], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_rows_that_see_nothing_give_zero_minus_infinity_and_no_gradient() -> None:
+@pytest.mark.parametrize("sink", [None, 0.0, 1e4])
+def test_rows_that_see_nothing_give_zero_minus_infinity_and_no_gradient(sink: float | None) -> None:
     tensors, problem = inputs(), problem_of(0.0, None)
-    out, lse = reference.attention_forward(*tensors, problem)
+    if sink is not None:
+        tensors.append(torch.full((2,), sink, dtype=torch.float64, requires_grad=True))
+    out, lse = reference.attention_forward(*tensors[:3], problem, *tensors[3:])
     dead = ~live_rows(None)
     assert int(dead.sum()) == 4  # two rows without keys, two before the first key
     assert bool((out[dead] == 0).all()) and bool((lse[dead] == float("-inf")).all())
@@ -147,8 +161,9 @@ def test_rows_and_keys_that_no_sample_owns_may_hold_nan() -> None:
     assert torch.equal(out_padded[used], out) and torch.equal(lse_padded[used], lse)
     unused = torch.ones(len(out_padded), dtype=torch.bool).index_fill(0, used, False)
     assert bool((out_padded[unused] == 0).all()) and bool((lse_padded[unused] == float("-inf")).all())
+    given = (torch.ones_like(out_padded).masked_fill(unused[:, None, None], float("nan")), None, *spread)
     for found in (
         torch.autograd.grad(out_padded.sum(), spread),
-        reference.attention_backward(torch.ones_like(out_padded), None, *spread, out_padded, lse_padded, padded),
+        reference.attention_backward(*given, out_padded, lse_padded, padded, *sinks_of(True)),
     ):
         assert all(bool(g.isfinite().all()) for g in found)

@@ -104,7 +104,7 @@ def test_a_slot_without_a_key_adds_nothing_to_dq_however_small_the_sum_of_a_row_
     reference = (reference_forward, reference_backward)
     truth, eager = (results(call, *reference, call.clean(kind)) for kind in (torch.float64, torch.float32))
     for name, *found in zip(
-        ("out", "lse", "dq", "dk", "dv"), run_triton(call, deterministic=False), truth, eager, strict=True
+        ("out", "lse", "dq", "dk", "dv", "dsinks"), run_triton(call, deterministic=False), truth, eager, strict=True
     ):
         assert_within_rule(*found, name)
 
