@@ -82,7 +82,7 @@ def test_texts_are_limited_in_number_and_in_tokens(service: Service, served_mode
         service.embed(embedding("it " * (fits + 1)))
     with pytest.raises(ApiError, match=f"instruction: expected fewer than {STEP} tokens"):
         service.embed(embedding("a", instruction="it " * fits))
-    with pytest.raises(ApiError, match="input: expected non-empty texts"):
+    with pytest.raises(ApiError, match="input: expected texts that are not empty, got an empty one"):
         service.embed(embedding(["a", " "]))
     size = len(served_model.tokenizer)
     assert len(service.embed(embedding([[size - 1, 5]]))) == 1
