@@ -54,6 +54,15 @@ def _by_transformers(plain: Any, ids: list[int], count: int, **options: Any) -> 
     return new[:-1] if new[-1] == 2 else new
 
 
+def test_only_the_last_token_of_a_prompt_has_logits(checkpoint: Path) -> None:
+    """Those of a whole prompt take more memory than the rest of the pass."""
+    model = GritLM(checkpoint, device="cpu", dtype="float32").model
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, given: rows.append(given[0][..., 0].numel()))
+    decode(model, [[1, 7, 8, 9], [1, 5]], max_new_tokens=3, eos_token_ids=[])
+    assert rows == [2, 2, 2], "one of each prompt"
+
+
 def test_a_batch_of_unequal_prompts_decodes_as_transformers_does_one_by_one(model: GritLM, plain: Any) -> None:
     # longer than the sliding window of 64, so that the window moves over the padding
     prompts = [conversation_ids(model, turns) for turns in CONVERSATIONS] + [[1, 7]]
