@@ -20,6 +20,7 @@ from grit_kernels.attention.checks import (
     check_ranges,
     check_sinks,
     check_softmax_options,
+    check_writable,
     length_tensor,
     refuse_gradients,
     upper_bounds,
@@ -236,6 +237,7 @@ def switch_attention_with_kvcache(
     end = used if k is None else used + q_len
     if k is not None and v is not None:
         check_qkv(q, k, v, ndim=4)
+        check_writable(*caches)
         if k.shape != (batch, max_q, *k_cache.shape[2:]):
             raise ValueError(f"k, v: expected {(batch, max_q, *k_cache.shape[2:])}, got {tuple(k.shape)}")
         if readable(used) and bool((end > slots).any()):

@@ -191,6 +191,17 @@ def check_ranges(
     return starts, lengths
 
 
+def check_writable(k_cache: Tensor, v_cache: Tensor) -> None:
+    """ValueError if several elements of a cache lie in one place, as after expand(): new states would replace each other."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+            raise ValueError(
+                f"{name}: expected memory of its own for each element, to write new states, got an expanded tensor"
+            )
+    if k_cache is v_cache:
+        raise ValueError("v_cache: expected another tensor than k_cache, to write new states, got the same")
+
+
 def refuse_gradients(argument: str, **tensors: Tensor | None) -> None:
     """ValueError where a call that is not differentiable (because of ``argument``) would lose a gradient."""
     for name, x in tensors.items():

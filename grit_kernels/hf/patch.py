@@ -73,8 +73,9 @@ def patch(
         TypeError: the model's class is not supported; the message lists those that are.
         ValueError: an option has an invalid value, or the config requires something that no kernel supports.
 
-    The model gets its own copy of the config, since the object may be shared with other models. Patching and unpatching are safe
-    while other threads call the model: unpatching waits for running calls. Rotary scaling that depends on the length
+    The model gets its own copy of the config, since the object may be shared with other models. Other threads may call a patched
+    model while it is patched again or unpatched: running calls end first, and new ones wait; a call of the unpatched model that
+    runs while it is patched may end in an error. Rotary scaling that depends on the length
     (``dynamic``, ``longrope``) is decided per text, so no result depends on the other texts in a batch. Layers that carry a state
     from token to token (Mamba, gated delta rule, short convolutions) begin anew with every sample; like those of the unpatched
     model, they read forwards whatever ``is_causal`` says.
@@ -112,7 +113,12 @@ def install(model: Any, decoder: Any, *, fuse: bool, **options: Any) -> None:
             recurrent=bool(recurrent.mixers(decoder)),
         )
     with exclusive(decoder):
-        if not is_patched(model):
+        new = not is_patched(model)
+        decoder._grit_patch = record
+        decoder._replicate_for_data_parallel = _refuse_replica
+        # a partial, not a closure, so that deepcopy and pickle carry it over; before all else, so that calls that begin wait
+        setattr(decoder, fused_modules.forward_slot(decoder), functools.partial(forward, decoder, record))
+        if new:
             _give_own_config(model, decoder)
             decoder.config._attn_implementation = NAME
             if record.own_attention:
@@ -123,10 +129,6 @@ def install(model: Any, decoder: Any, *, fuse: bool, **options: Any) -> None:
         fused_modules.detach(decoder)
         if fuse:
             fused_modules.attach(decoder)
-        decoder._grit_patch = record
-        decoder._replicate_for_data_parallel = _refuse_replica
-        # a partial, not a closure, so that deepcopy and pickle carry it over
-        setattr(decoder, fused_modules.forward_slot(decoder), functools.partial(forward, decoder, record))
 
 
 def _refuse_replica() -> NoReturn:
@@ -152,14 +154,15 @@ def unpatch(model: Any) -> Any:
         if not (isinstance(installed, functools.partial) and installed.func is forward):
             raise RuntimeError("model: its decoder's forward was replaced after patch(); undo that first")
         fused_modules.detach(decoder)
-        fused_modules.restore_forward(decoder, slot)
-        del decoder.__dict__["_grit_patch"], decoder.__dict__["_replicate_for_data_parallel"]
         decoder.config._attn_implementation = record.attn_implementation
         if record.own_attention:
             gptj.detach(compat.unwrapped(model), decoder)
         if record.rope_by_length:
             rope.detach(decoder)
         recurrent.detach(decoder)
+        # after all else: until then, calls that begin wait
+        del decoder.__dict__["_grit_patch"], decoder.__dict__["_replicate_for_data_parallel"]
+        fused_modules.restore_forward(decoder, slot)
     return model
 
 

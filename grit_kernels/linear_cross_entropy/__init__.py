@@ -45,6 +45,8 @@ def linear_cross_entropy(
         raise ValueError(f"hidden: expected at least one column, got {described(hidden)}")
     if not isinstance(lm_head_weight, Tensor) or lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"lm_head_weight: expected (vocabulary, {hidden.shape[1]}), got {described(lm_head_weight)}")
+    if not lm_head_weight.shape[0]:
+        raise ValueError(f"lm_head_weight: expected at least one row, got {described(lm_head_weight)}")
     if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels: expected torch.int64 ({hidden.shape[0]},), got {described(labels)}")
     check_device("lm_head_weight", lm_head_weight, hidden.device)

@@ -430,6 +430,17 @@ def test_new_states_reach_a_cache_whose_last_dimension_is_strided(backend: Backe
     assert torch.equal(held[0][1, 6:9], k[1])
 
 
+def test_a_cache_whose_elements_share_memory_takes_no_new_states() -> None:
+    q, k, v = (torch.randn(2, 1, 2, 32) for _ in range(3))
+    whole, shared = torch.zeros(2, 4, 2, 32), torch.zeros(1, 4, 2, 32).expand(2, -1, -1, -1)
+    used = torch.tensor([1, 2])
+    for name, caches in (("k_cache", (shared, whole)), ("v_cache", (whole, shared)), ("v_cache", (whole, whole))):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, to write new states"):
+            gk.switch_attention_with_kvcache(q, *caches, used, k=k, v=v)
+        gk.switch_attention_with_kvcache(q, *caches, used)
+    assert not whole.any() and not shared.any()
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_batch_without_any_key_gives_zeros(backend: Backend, grad: bool) -> None:
     q = torch.randn(3, 2, 4, 32, device=backend.device, requires_grad=grad)

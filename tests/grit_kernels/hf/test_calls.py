@@ -207,6 +207,35 @@ def test_patching_and_unpatching_while_another_thread_calls_gives_right_results(
     assert not failures
 
 
+def test_calls_that_begin_while_attention_is_exchanged_wait(stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else masks would be made for one implementation and used by another: eager attention would add our distances to scores."""
+    model, expected = copy.deepcopy(stock), stock(IDS).logits
+    found: list[torch.Tensor] = []
+    threads: list[threading.Thread] = []
+    exchange: Any = transformers.PretrainedConfig._attn_implementation
+
+    def call() -> None:
+        with torch.no_grad():
+            found.append(model(IDS).logits)
+
+    def set_and_call(config: Any, value: str) -> None:
+        exchange.fset(config, value)
+        if config is model.model.config:
+            threads.append(threading.Thread(target=call))
+            threads[-1].start()
+            threads[-1].join(0.3)
+            assert threads[-1].is_alive()
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "_attn_implementation", property(exchange.fget, set_and_call))
+    gk.patch(model)
+    gk.unpatch(model)
+    for thread in threads:
+        thread.join()
+    assert len(found) == len(threads) >= 2
+    for logits in found:
+        close(logits, expected)
+
+
 def test_unpatching_inside_a_pass_is_an_error(model: Any) -> None:
     model.model.layers[0].register_forward_hook(lambda *_: gk.unpatch(model))
     with pytest.raises(RuntimeError, match="model: expected a model at rest"):

@@ -153,6 +153,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "hidden shape": (ValueError, "hidden: expected", lambda: gk.linear_cross_entropy(H[0], W, L)),
     "hidden dtype": (ValueError, "hidden: expected .*got torch.int64", lambda: gk.linear_cross_entropy(H.long(), W, L)),
     "no columns": (ValueError, "hidden: expected .*column, got", lambda: gk.linear_cross_entropy(H[:, :0], W[:, :0], L)),
+    "no vocabulary": (ValueError, "lm_head_weight: expected .*row, got", lambda: gk.linear_cross_entropy(H, W[:0], L)),
     "weight width": (ValueError, "lm_head_weight: expected", lambda: gk.linear_cross_entropy(H, W[:, :3], L)),
     "weight dtype": (TypeError, "lm_head_weight: .*got torch.bfloat16", lambda: gk.linear_cross_entropy(H, W.bfloat16(), L)),
     "labels shape": (ValueError, "labels: expected", lambda: gk.linear_cross_entropy(H, W, L[:2])),
