@@ -56,6 +56,12 @@ def test_settings_are_frozen_and_two_letters_are_completed() -> None:
     assert settings.changed(normalized=None, attn="bb") == GritSettings()
 
 
+def test_an_instruction_that_is_read_by_another_flag_has_no_part_in_the_mean() -> None:
+    assert GritSettings(attn="cccc", embed_instruction=True).embed_instruction
+    with pytest.raises(ValueError, match="^embed_instruction: expected False with attn 'cbcc'.*got True"):
+        GritSettings(attn="cbcc", embed_instruction=True)
+
+
 BROKEN: dict[str, Any] = {
     "pooling_method": "max",
     "normalized": 1,
