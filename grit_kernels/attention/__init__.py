@@ -253,7 +253,7 @@ def switch_attention_with_kvcache(
             append(caches, (k, v), used, q_len, block_table)
         if block_table is not None and has_paged_kernel(q, *caches):
             lengths = q_len, leftpad, end
-            out, lse = attention_in_pages(q, caches, block_table, lengths, bounds, hi, options)
+            out, lse = attention_in_pages(q, caches, block_table, lengths, bounds, hi, options, sinks)
             return (out, lse) if return_lse else out
         if block_table is not None:
             k_cache, v_cache = (gather_pages(x, block_table, leftpad, end) for x in caches)

@@ -98,7 +98,7 @@ def attention_in_pages(
     bounds: tuple[Tensor, Tensor],
     hi: Tensor | None,
     options: tuple[float, float],
-    sinks: Tensor | None = None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that reads keys through the table; ``lengths`` = real query rows, first key slot, end of the key slots."""
     batch, max_q = q.shape[:2]

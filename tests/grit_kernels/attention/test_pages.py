@@ -104,6 +104,18 @@ def test_windows_bounds_caps_and_groups_work_as_without_pages(
     check(case, backend, block_size, [0, 3, 17, 0])
 
 
+def test_sinks_work_as_without_pages(backend: Backend) -> None:
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0], device=backend.device)
+    q, k, v = (torch.randn(2, n, h, 32, device=backend.device) for n, h in ((1, 4), (16, 2), (16, 2)))
+    used, table = ints([13, 0], backend), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=backend.device)
+    pages = [x.reshape(4, 8, 2, 32) for x in (k, v)]
+    with backend():
+        expected = gk.switch_attention_with_kvcache(q, k, v, used, sinks=sinks, return_lse=True)
+        found = gk.switch_attention_with_kvcache(q, *pages, used, block_table=table, sinks=sinks, return_lse=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_prompts_behind_pages_equal_the_oracle(backend: Backend) -> None:
     check(make_case([45, 20, 0], [61, 20, 5], [False, True, True], heads=(4, 1)), backend, 16, [0, 19, 0])
 
