@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.attention.hopper import hopper_kernel
 from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.attention.triton_common import (
     addressable,
@@ -177,11 +178,12 @@ def attention_forward(
             decode_samples(q, k, v, out, lse, problem, bounds, grid.split, scale, cap, sinks=sinks)
             if grid.splits_all:
                 return out, lse
-        if plan is None:
-            table, counter, tiles, side_by_side = plan_tiles(grid, bounds, hi)
-        else:
-            table, counter, tiles, side_by_side = grid.plan(plan[: grid.size])
+        order = plan_tiles(grid, bounds, hi) if plan is None else grid.plan(plan[: grid.size])
         config = grid.config
+        if (hopper := hopper_kernel(q, k, v, problem, config)) is not None:
+            hopper.launch(q, k, v, out, lse, bounds, hi, q_rows, order, scale)
+            return out, lse
+        table, counter, tiles, side_by_side = order
         d1, d2 = split_head_dim(dim)
         programs = tiles * heads
         if config.persistent:
