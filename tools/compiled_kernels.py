@@ -55,7 +55,7 @@ def figures(entry: Entry) -> list[str]:
 
 def loops_of_products(compiled: Compiled) -> list[list[str]]:
     """The innermost loops that multiply matrices."""
-    return [loop for loop in compiled.loops() if any("MMA" in code for code in loop)]
+    return compiled.loops("MMA")
 
 
 def marker(version: str) -> str:

@@ -159,11 +159,12 @@ def overlapped_step(
     b_next, b_top, b_total, b_rescale = softmax_step(
         b_s, b_top, b_total, block, b_lo, b_hi, scale, BLOCK, EDGE, s_layout
     )
-    b_out = warpgroup_mma_wait(0, [out_running])
+    # with p among what it waits for, the wait cannot move before the softmax
+    b_out, b_next = warpgroup_mma_wait(0, [out_running, b_next])
     mbarrier.arrive(v_empty.index(v_at))
     b_rescale = gl.convert_layout(b_rescale, gl.SliceLayout(1, o_layout))
     b_out = b_out * b_rescale[:, None]
-    b_p = gl.convert_layout(b_next.to(b_p.dtype), b_p.type.layout)
+    b_p = gl.convert_layout(b_next.to(b_p.dtype), gl.DotOperandLayout(0, o_layout, 2))
     return b_out, b_p, b_top, b_total
 
 

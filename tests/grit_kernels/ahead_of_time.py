@@ -37,14 +37,15 @@ class Compiled:
             found.pop()
         return found
 
-    def loops(self) -> list[list[str]]:
-        """Instructions of the loops that hold no other loop, in the order of the program."""
+    def loops(self, holding: str) -> list[list[str]]:
+        """Instructions of the loops that hold such an instruction and no other such loop, in the order of the program."""
         code = self.instructions()
         spans = []
         for place, text in code:
             jump = re.search(r"\bBRA(?:\.\S+)?\s+(?:!?U?P\d+,\s+)?`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", text)
             if jump and jump[1] and int(jump[1], 16) < place:
                 spans.append((int(jump[1], 16), place))
+        spans = [(a, b) for a, b in spans if any(a <= place <= b and holding in text for place, text in code)]
         inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
         return [[text for place, text in code if begin <= place <= end] for begin, end in sorted(inner)]
 
@@ -82,7 +83,11 @@ def compile_ahead_of_time(
         for i, name in enumerate(names)
         if signature[name].startswith("*") or "stride" in name or name == "hidden_size"
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        Source = ASTSource
+    source = Source(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages, **options})
     if isinstance(capability, str):

@@ -1,0 +1,132 @@
+"""Every order in which the recorded partitions of the Hopper kernel may run: deadlocks, overwrites, reads of the wrong block.
+
+A step is an operation of a partition, the arrival of a copy, or the end of a product. A copy writes its buffer at any time
+between its issue and its arrival, a product reads at any time between its issue and its end, and products of a warpgroup end in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tests.grit_kernels.attention.hopper_paper import Operation, Record
+
+
+class State(NamedTuple):
+    """``barriers``: (phase, arrivals still missing, bytes still missing) of each. ``running``: the buffers that products of each
+    partition still read."""
+
+    places: tuple[int, ...]
+    barriers: tuple[tuple[int, int, int], ...]
+    contents: tuple[Any, ...]
+    copies: frozenset[Operation]
+    running: tuple[tuple[tuple[str, ...], ...], ...]
+    turns: tuple[int, ...]
+
+
+def _replaced(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:at], value, *values[at + 1 :])
+
+
+class Model:
+    """``expected``: of each consumer's products in order, what the buffers they read hold."""
+
+    def __init__(self, record: Record, expected: list[tuple[Any, ...]]) -> None:
+        self.partitions, self.counts, self.expected = record.partitions, record.counts, expected
+        self.barriers = {name: i for i, name in enumerate(record.counts)}
+        operations = [operation for partition in record.partitions for operation in partition]
+        self.buffers = {name: i for i, name in enumerate(sorted({op[2] for op in operations if op[0] == "copy"}))}
+
+    def fault(self) -> str:
+        """The first fault found, or an empty text if no order has one."""
+        begin = State(
+            (0,) * len(self.partitions), tuple((0, count, 0) for count in self.counts.values()),
+            (None,) * len(self.buffers), frozenset(), ((),) * len(self.partitions), (0,) * len(self.partitions),
+        )  # fmt: skip
+        seen, stack = {begin}, [begin]
+        self.states = seen
+        while stack:
+            state = stack.pop()
+            moved = False
+            for following in self._following(state):
+                if isinstance(following, str):
+                    return following
+                moved = True
+                if following not in seen:
+                    seen.add(following)
+                    stack.append(following)
+            ended = all(place == len(ops) for place, ops in zip(state.places, self.partitions, strict=True))
+            if not moved and (not ended or state.copies or any(state.running)):
+                waiting = [ops[i] for i, ops in zip(state.places, self.partitions, strict=True) if i < len(ops)]
+                return f"deadlock: {waiting}"
+        return ""
+
+    def _following(self, state: State) -> Any:
+        for operation in state.copies:
+            _, barrier, buffer, content, size = operation
+            found = self._signal(state, barrier, 0, -size)
+            if isinstance(found, str):
+                yield found
+                continue
+            contents = _replaced(found.contents, self.buffers[buffer], content)
+            yield found._replace(copies=found.copies - {operation}, contents=contents)
+        for who, running in enumerate(state.running):
+            if running:
+                yield state._replace(running=_replaced(state.running, who, running[1:]))
+        for who, place in enumerate(state.places):
+            if place < len(self.partitions[who]):
+                found = self._run(state, who, self.partitions[who][place])
+                if isinstance(found, State):
+                    found = found._replace(places=_replaced(found.places, who, place + 1))
+                if found is not None:
+                    yield found
+
+    def _signal(self, state: State, barrier: str, arrivals: int, size: int) -> State | str:
+        at = self.barriers[barrier]
+        phase, missing, left = state.barriers[at]
+        missing, left = missing - arrivals, left + size
+        if missing < 0 or left < 0:
+            return f"too much arrives at {barrier}"
+        if missing == left == 0:
+            phase, missing = phase + 1, self.counts[barrier]
+        return state._replace(barriers=_replaced(state.barriers, at, (phase, missing, left)))
+
+    def _run(self, state: State, who: int, operation: Operation) -> State | str | None:
+        """The state after it, a fault, or None where it waits."""
+        kind, *rest = operation
+        if kind == "wait":
+            return state if state.barriers[self.barriers[rest[0]]][0] % 2 != rest[1] else None
+        if kind == "finish":
+            return state if len(state.running[who]) <= rest[0] else None
+        if kind == "arrive":
+            return self._signal(state, rest[0], 1, 0)
+        if kind == "expect":
+            return self._signal(state, rest[0], 1, rest[1])
+        reading = {buffer for running in state.running for product in running for buffer in product}
+        writing = {copy[2] for copy in state.copies}
+        if kind == "copy":
+            if rest[1] in reading or rest[1] in writing:
+                return f"{rest[1]} is overwritten while in use"
+            contents = _replaced(state.contents, self.buffers[rest[1]], None)
+            return state._replace(copies=state.copies | {operation}, contents=contents)
+        if kind in ("clean", "fence"):
+            if kind == "clean" and rest[0] in reading | writing:
+                return f"{rest[0]} is cleaned while in use"
+            # what was cleaned is seen by products after a fence only
+            change = {"clean": lambda name, x: (*x, "stored") if name == rest[0] and x else x}.get(
+                kind, lambda name, x: (*x[:-1], "clean") if x and x[-1] == "stored" else x
+            )
+            return state._replace(contents=tuple(change(n, x) for n, x in zip(self.buffers, state.contents, strict=True)))
+        assert kind == "multiply", operation
+        if writing & set(rest[0]):
+            return f"{rest[0]} are read while they are written"
+        turn = state.turns[who]
+        holds = tuple(state.contents[self.buffers[buffer]] for buffer in rest[0])
+        if turn >= len(self.expected[who]) or holds != self.expected[who][turn]:
+            return f"{rest[0]} hold {holds} at product {turn} of consumer {who}"
+        # products of scores, those that read q, take turns
+        if len(rest[0]) == 2:
+            issued = [sum(len(e) == 2 for e in self.expected[i][: state.turns[i]]) for i in range(2)]
+            if issued[1 - who] != issued[who] + who:
+                return f"consumer {who} is not in turn"
+        running = _replaced(state.running, who, (*state.running[who], rest[0]))
+        return state._replace(running=running, turns=_replaced(state.turns, who, turn + 1))
