@@ -140,14 +140,13 @@ def softmax_step(
 
 @gluon.jit
 def overlapped_step(
-    b_out, b_p, b_top, b_total, step, q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+    b_out, b_p, b_top, b_total, step, steps, q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
     block, b_lo, b_hi, scale, CONSUMER: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     ROWS_EACH: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """S(step) and out += P(step - 1) V(step - 1) in one turn, then the softmax of S(step) beside the second product."""
-    k_at, k_parity = place(step, STAGES)
+    k_at, _ = place(step, STAGES)
     v_at, v_parity = place(step - 1, STAGES)
-    mbarrier.wait(k_full.index(k_at), k_parity)
     mbarrier.wait(turns.index(CONSUMER), turn_parity(step, CONSUMER))
     b_s = gl.zeros([ROWS_EACH, BLOCK], gl.float32, s_layout)
     s_running = warpgroup_mma(q_tile, k_ring.index(k_at).permute((1, 0)), b_s, use_acc=False, is_async=True)
@@ -159,6 +158,8 @@ def overlapped_step(
     b_next, b_top, b_total, b_rescale = softmax_step(
         b_s, b_top, b_total, block, b_lo, b_hi, scale, BLOCK, EDGE, s_layout
     )
+    next_at, next_parity = place(step + 1, STAGES)
+    mbarrier.wait(k_full.index(next_at), next_parity, pred=step + 1 < steps)
     # with p among what it waits for, the wait cannot move before the softmax
     b_out, b_next = warpgroup_mma_wait(0, [out_running, b_next])
     mbarrier.arrive(v_empty.index(v_at))
@@ -197,17 +198,19 @@ def consume(
     block = block_of(0, first, full_first, full_last)
     b_s, b_top, b_total, b_rescale = softmax_step(b_s, b_top, b_total, block, b_lo, b_hi, scale, BLOCK, True, s_layout)
     b_p = gl.convert_layout(b_s.to(k_ring.dtype), p_layout)
+    at, parity = place(1, STAGES)
+    mbarrier.wait(k_full.index(at), parity, pred=steps > 1)
     b_out = gl.zeros([ROWS_EACH, D], gl.float32, o_layout)
 
     full = gl.maximum(full_last - full_first, 1)
     for step in range(1, full):
         b_out, b_p, b_top, b_total = overlapped_step(
-            b_out, b_p, b_top, b_total, step, q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+            b_out, b_p, b_top, b_total, step, steps, q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
             full_first + step, b_lo, b_hi, scale, CONSUMER, D, BLOCK, STAGES, ROWS_EACH, False, s_layout, o_layout,
         )  # fmt: skip
     for step in range(full, steps):
         b_out, b_p, b_top, b_total = overlapped_step(
-            b_out, b_p, b_top, b_total, step, q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+            b_out, b_p, b_top, b_total, step, steps, q_tile, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
             block_of(step, first, full_first, full_last), b_lo, b_hi, scale, CONSUMER, D, BLOCK, STAGES, ROWS_EACH, True,
             s_layout, o_layout,
         )  # fmt: skip
