@@ -4,15 +4,20 @@
                                    [--record NAME.json [--resume]]
 
 Each candidate is checked against the table's entry before it is timed; one that does not compile or launch is reported.
+``--kernels hopper`` measures the Hopper forward in Gluon beside the forward kernel's entry.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.errors import TritonError
@@ -20,8 +25,11 @@ from triton.errors import TritonError
 from bench import common, records
 from bench.attention import decode, same
 from bench.attention_peers import Problem, grit
+from grit_kernels.attention import hopper
 from grit_kernels.attention.triton_configs import KERNELS, Config, choose_config, override_config, table_config
 
+HOPPER = "hopper"
+"""In place of a kernel's name and of a configuration: the forward of hopper_forward.py, which has only one."""
 COLUMNS = ["kernel", "dim", "mode", "config", "ms", "tflops", "of_gemm", "note"]
 
 
@@ -66,9 +74,29 @@ def contenders(kernel: str, dim: int) -> list[Config]:
     return list(dict.fromkeys([base, *(config for config in near if config in allowed)]))
 
 
-def tried(kernel: str, dim: int, few: bool, table: Config) -> list[Config]:
+def tried(kernel: str, dim: int, few: bool, table: Config) -> list[Config | str]:
     """What :func:`measure` tries, the ``table``'s entry first; ``few``: only the contenders."""
+    if kernel == HOPPER:
+        return [table, HOPPER]
     return list(dict.fromkeys([table, *(contenders(kernel, dim) if few else candidates(kernel, dim))]))
+
+
+def table_entry(kernel: str, dim: int, device: torch.device) -> Config:
+    """The table's for bfloat16."""
+    return choose_config("forward" if kernel == HOPPER else kernel, dim, torch.bfloat16, device)
+
+
+@contextlib.contextmanager
+def trying(kernel: str, config: Config | str) -> Iterator[None]:
+    """Launch ``config`` within the block; an error where that is HOPPER and does not run."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(config, Config):
+            stack.enter_context(override_config("forward" if kernel == HOPPER else kernel, config))
+        else:
+            stack.enter_context(mock.patch.dict(os.environ, {hopper.VARIABLE: "1"}))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("error", message=hopper.VARIABLE)
+        yield
 
 
 def call(problem: Problem, kernel: str) -> Callable[[], Any]:
@@ -86,14 +114,14 @@ def measure(kernel: str, dim: int, few: bool, done: set[tuple[Any, ...]]) -> Ite
     for mode, problem in problems(kernel, dim):
         run = call(problem, kernel)
         expected = run()
-        table = choose_config(kernel, dim, torch.bfloat16, problem.q.device)
+        table = table_entry(kernel, dim, problem.q.device)
         for config in tried(kernel, dim, few, table):
             row: dict[str, Any] = {"kernel": kernel, "dim": dim, "mode": mode, "config": str(config)}
             if identity(row) in done:
                 continue
             if config == table:
                 row["note"] = "table"
-            with override_config(kernel, config):
+            with trying(kernel, config):
                 try:
                     torch.testing.assert_close(run(), expected, rtol=0.02, atol=0.02)
                     seconds = common.medians(common.interleave_events({"run": run, "gemm": gemm}, 5))
@@ -101,6 +129,7 @@ def measure(kernel: str, dim: int, few: bool, done: set[tuple[Any, ...]]) -> Ite
                     TritonError,
                     RuntimeError,
                     AssertionError,
+                    UserWarning,
                 ) as error:  # what does not fit becomes a row of the result
                     row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                     yield row

@@ -117,8 +117,12 @@ METRICS = {
 FIRST_REGIMES = "mixed 50% causal;dense causal N4096 D128;dense bidirectional N4096 D128;window 1024 bidirectional"
 FIRST_PEERS = "grit;grit, two launches;sdpa loop cudnn;sdpa split cudnn;torch varlen;flash-attn;flash-attn 3;flex"
 TESTS = "tests/grit_kernels/attention/test_triton_gpu.py"
-TESTS_OF_GPU = "-m gpu -p no:cacheprovider --continue-on-collection-errors tests/grit_kernels"
-"""Arguments of pytest; bench.launches records the same tests."""
+TESTS_OF_HOPPER = "-m gpu -p no:cacheprovider tests/grit_kernels/attention/test_hopper_gpu.py"
+TESTS_OF_GPU = (
+    "-m gpu -p no:cacheprovider --continue-on-collection-errors tests/grit_kernels"
+    f" --ignore={TESTS_OF_HOPPER.split()[-1]}"
+)
+"""Arguments of pytest; bench.launches records the same tests. A kernel behind a switch that hangs must not end the others."""
 
 
 def _sanitized(number: int, test: str) -> Task:
@@ -139,8 +143,13 @@ INSTALL = "pip install --no-deps --no-build-isolation --no-index --quiet -e ."
 TASKS = (
     # 1: is it right, how fast is it
     Task("install", 1, INSTALL, 60, 5, environment={"GRIT_KERNELS_NO_EXTENSION": "1"}, dry="bench.gpu_dry broken_install"),
-    Task("compile_first", 1, "bench.launches --groups correctness,attention,tuning", 150),
+    Task("compile_first", 1, "bench.launches --groups correctness,hopper,attention,tuning", 150),
     Task("correctness_cuda", 1, "bench.correctness --device {device} --record {record}", 90),
+    Task("hopper_tests", 1, f"pytest -rfE {TESTS_OF_HOPPER}", 60, 10, parse=parse_tests, dry="bench.gpu_dry broken_install"),
+    Task(
+        "attention_hopper_cuda", 1, "bench.attention_tune --kernels hopper --dims 128,64 --limit 40 --record {record} --resume", 60,
+        dry="bench.gpu_dry broken_install",
+    ),
     Task("ceilings_cuda", 1, "bench.ceilings --device {device} --record {record}", 40, 10),
     Task(
         "attention_cuda", 1,

@@ -30,11 +30,12 @@ def table(machine: Row, tasks: Mapping[str, Row], records: Mapping[str, Row]) ->
     lines += _section(
         best_peers(attention), ["regime", "ms", "tflops", "gbps", "share", "atomics", "best peer", "its time", "note"]
     )
-    for name in ("attention_tune_cuda", "attention_tune_all_cuda"):
+    for name in ("attention_hopper_cuda", "attention_tune_cuda", "attention_tune_all_cuda"):
         lines += _section(
             best_configs(rows.get(name, [])), ["kernel", "dim", "mode", "config", "ms", "of_gemm", "note"]
         )
-    lines += _section(rows.get("tests", [])[:8], ["test", "result", "note"])
+    for name in ("hopper_tests", "tests"):
+        lines += _section(rows.get(name, [])[:8], ["test", "result", "note"])
     sanitized = [{"task": name, **row} for name in sorted(rows) if "sanitizer" in name for row in rows[name]]
     lines += _section(sanitized, ["task", "errors", "note"])
     profiled = [row for name in sorted(rows) if name.startswith("ncu_") for row in rows[name]]

@@ -36,10 +36,11 @@ from triton.runtime.driver import driver
 
 from bench import attention, attention_tune, common, contrastive, correctness, cuda_twin, pooling, unified
 from bench.attention_peers import Problem
-from bench.gpu import TESTS_OF_GPU
+from bench.gpu import TESTS_OF_GPU, TESTS_OF_HOPPER
 from bench.random_model import random_model
+from grit_kernels import triton_launch
 from grit_kernels.attention import triton_backward, triton_forward  # noqa: F401  (patched below: imported before)
-from grit_kernels.attention.triton_configs import KERNELS, choose_config
+from grit_kernels.attention.triton_configs import KERNELS
 from grit_kernels.contrastive import triton_contrastive  # noqa: F401
 from grit_kernels.fused import triton_fused  # noqa: F401
 from grit_kernels.pooling import triton_pooling  # noqa: F401
@@ -151,10 +152,9 @@ def record_tuning(kernels: Sequence[str] = ("forward",), dims: Sequence[int] = (
     for kernel, dim in itertools.product(kernels, dims):
         for _, problem in attention_tune.problems(kernel, dim, "meta"):
             run = attention_tune.call(problem, kernel)
-            for config in attention_tune.tried(
-                kernel, dim, few, choose_config(kernel, dim, torch.bfloat16, problem.q.device)
-            ):
-                with attention_tune.override_config(kernel, config):
+            table = attention_tune.table_entry(kernel, dim, problem.q.device)
+            for config in attention_tune.tried(kernel, dim, few, table):
+                with attention_tune.trying(kernel, config):
                     run()
 
 
@@ -213,11 +213,20 @@ def record_tests(selected: str = TESTS_OF_GPU) -> set[Launch]:
     return {Launch(*launch) for launch in found["launches"]}
 
 
+def record_hopper() -> set[Launch]:
+    """What GRIT_KERNELS_HOPPER=1 adds on such a GPU."""
+    if triton_launch.architecture(torch.device("cuda")) != "sm90":
+        return set()
+    record_tuning([attention_tune.HOPPER])
+    return record_tests(TESTS_OF_HOPPER)
+
+
 GROUPS: dict[str, Callable[[], set[Launch] | None]] = {
     "correctness": record_correctness,
     "attention": record_attention,
     "tuning": record_tuning,
     "tuning_all": functools.partial(record_tuning, KERNELS, (64, 128, 256), few=False),
+    "hopper": record_hopper,
     "pooling": record_pooling,
     "contrastive": record_contrastive,
     "unified": record_unified,

@@ -60,6 +60,8 @@ def unsuitable(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, confi
         columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
         if x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16:
             return f"expected rows and heads of {name} at multiples of 16 bytes, got strides {tuple(x.stride())}"
+        if x.stride(0) < columns:
+            return f"expected rows of {name} one after the other, got strides {tuple(x.stride())}"
         if columns >= _INT32 or x.shape[0] >= _INT32:
             return f"expected {name} of less than 2**31 rows and columns, got {(x.shape[0], columns)}"
     return ""

@@ -6,6 +6,8 @@ The same result as triton_forward.py, whose plan it takes: a program owns ROWS r
 * consumers (CONSUMERS warpgroups) each own ROWS_EACH of the rows. In step i a consumer issues S(i) = Q K(i)^T and
   out += P(i - 1) V(i - 1), then computes the softmax of S(i) while the second product still runs; P stays in registers.
   The consumers issue their products in turns (ping-pong), so the softmax of one runs beside the products of the other.
+  Between softmax and the end of the second product a consumer waits for the keys of the next step: NVIDIA's assembler moves a
+  wait for products ahead of the exponentials, but not past the loop that a wait for a barrier is.
 
 A copy does not know where a sample ends: a block may hold keys of the next sample. Scores of those are masked as everywhere;
 their values may be NaN, and 0 * NaN is NaN, so the producer overwrites them with zeros before it hands the block on.
@@ -15,8 +17,8 @@ Barriers (mbarrier; each phase ends after the number of arrivals in brackets; st
     q_full, k_full [1, and the bytes]    k_empty, v_empty [CONSUMERS]    turns, one of each consumer [1: the other one]
     v_full [1, and the bytes; or 1, the producer's once a block is clean]    v_raw [1, and the bytes of the block to clean]
 
-tests/grit_kernels/attention/test_hopper.py runs the functions below on paper, records what they do to barriers and buffers,
-and explores every order of it.
+No GPU has run this. tests/grit_kernels/attention/test_hopper.py runs the functions below on paper, records what they do to
+barriers and buffers, explores every order of it, and reads the machine code.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from grit_kernels.attention.problem import SampleTables
-from grit_kernels.attention.triton_common import edge_block, key_range, load_sample, tile_keys
+from grit_kernels.attention.triton_common import edge_block, key_range, load_sample, tile_keys, with_sink
 from grit_kernels.attention.triton_plan import Plan, program_tile
 
 CONSUMERS = 2
@@ -144,7 +146,10 @@ def overlapped_step(
     block, b_lo, b_hi, scale, CONSUMER: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     ROWS_EACH: gl.constexpr, EDGE: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """S(step) and out += P(step - 1) V(step - 1) in one turn, then the softmax of S(step) beside the second product."""
+    """S(step) and out += P(step - 1) V(step - 1) in one turn, then the softmax of S(step) beside the second product.
+
+    K(step) is there; before the second product ends, so is K(step + 1).
+    """
     k_at, _ = place(step, STAGES)
     v_at, v_parity = place(step - 1, STAGES)
     mbarrier.wait(turns.index(CONSUMER), turn_parity(step, CONSUMER))
@@ -158,8 +163,8 @@ def overlapped_step(
     b_next, b_top, b_total, b_rescale = softmax_step(
         b_s, b_top, b_total, block, b_lo, b_hi, scale, BLOCK, EDGE, s_layout
     )
-    next_at, next_parity = place(step + 1, STAGES)
-    mbarrier.wait(k_full.index(next_at), next_parity, pred=step + 1 < steps)
+    at, parity = place(step + 1, STAGES)
+    mbarrier.wait(k_full.index(at), parity, pred=step + 1 < steps)
     # with p among what it waits for, the wait cannot move before the softmax
     b_out, b_next = warpgroup_mma_wait(0, [out_running, b_next])
     mbarrier.arrive(v_empty.index(v_at))
@@ -171,10 +176,10 @@ def overlapped_step(
 
 @gluon.jit
 def consume(
-    p_out, p_lse, p_hi, q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty, turns,
+    p_out, p_lse, p_sinks, p_hi, q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty, turns,
     q_start, first_row, len_q, len_k, left, right, q_rows, head, first, full_first, full_last, steps, scale,
     CONSUMER: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    ROWS_EACH: gl.constexpr, HAS_HI: gl.constexpr,
+    ROWS_EACH: gl.constexpr, HAS_HI: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """A consumer's rows of the tile over all its blocks, and their out and lse."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -220,13 +225,16 @@ def consume(
     b_out = warpgroup_mma_wait(0, [out_running])
 
     dead = (b_total == 0.0) | (row >= len_q)
-    b_lse = gl.where(dead, float("-inf"), (b_top + gl.log2(b_total)) * 0.6931471805599453)
+    b_lse = b_top + gl.log2(b_total)
+    b_factor = gl.where(dead, 0.0, 1.0 / b_total)
+    if HAS_SINKS:
+        b_lse, b_share = with_sink(b_lse, gl.load(p_sinks + head))
+        b_factor = gl.where(dead, 0.0, b_factor * b_share)
+    b_lse = gl.where(dead, float("-inf"), b_lse * 0.6931471805599453)
     gl.store(p_lse + (q_start + row) * HEADS + head, b_lse, mask=row < gl.maximum(len_q, q_rows))
-    b_total = gl.convert_layout(b_total, gl.SliceLayout(1, o_layout))
-    local = CONSUMER * ROWS_EACH + gl.arange(0, ROWS_EACH, layout=gl.SliceLayout(1, o_layout))
-    dead = (b_total == 0.0) | (first_row + local >= len_q)
+    b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, o_layout))
     # where, as a factor of 0 would keep the NaN of a padding row
-    b_out = gl.where(dead[:, None], 0.0, b_out * (1.0 / gl.where(dead, 1.0, b_total))[:, None])
+    b_out = gl.where(b_factor[:, None] == 0.0, 0.0, b_out * b_factor[:, None])
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     b_out = gl.convert_layout(b_out.to(p_out.dtype.element_ty), store_layout)
     local = CONSUMER * ROWS_EACH + gl.arange(0, ROWS_EACH, layout=gl.SliceLayout(1, store_layout))
@@ -238,11 +246,12 @@ def consume(
 
 @gluon.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
 def attention_hopper_kernel(
-    q_desc, k_desc, v_desc, p_out, p_lse, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
+    q_desc, k_desc, v_desc, p_out, p_lse, p_sinks, p_table, p_q_start, p_q_len, p_k_start, p_k_len, p_left, p_right, p_hi,
     stride_qh, stride_kh, stride_vh, tiles, heads_side_by_side, q_rows, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, ROWS_EACH: gl.constexpr, PART: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, HAS_HI: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """One tile of the plan's table per program."""
     head, sample, block = program_tile(p_table, tiles, heads_side_by_side, gl.program_id(0))
@@ -278,14 +287,14 @@ def attention_hopper_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                p_out, p_lse, p_hi, q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty, turns,
+                p_out, p_lse, p_sinks, p_hi, q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty, turns,
                 q_start, first_row, len_q, len_k, left, right, q_rows, head, first, full_first, full_last, steps, scale,
-                gl.constexpr(0), HEADS, D, BLOCK, STAGES, ROWS_EACH, HAS_HI,
+                gl.constexpr(0), HEADS, D, BLOCK, STAGES, ROWS_EACH, HAS_HI, HAS_SINKS,
             )),
             (consume, (
-                p_out, p_lse, p_hi, q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty, turns,
+                p_out, p_lse, p_sinks, p_hi, q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty, turns,
                 q_start, first_row, len_q, len_k, left, right, q_rows, head, first, full_first, full_last, steps, scale,
-                gl.constexpr(1), HEADS, D, BLOCK, STAGES, ROWS_EACH, HAS_HI,
+                gl.constexpr(1), HEADS, D, BLOCK, STAGES, ROWS_EACH, HAS_HI, HAS_SINKS,
             )),
             (produce, (
                 q_desc, k_desc, v_desc, q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_raw, v_full, v_empty,
@@ -329,27 +338,20 @@ def describe(x: Tensor, rows: int) -> TensorDescriptor:
 def constants(dim: int) -> dict[str, int]:
     """The kernel's compile-time numbers that depend on the head dimension alone."""
     return {
-        **{
-            "D": dim,
-            "BLOCK": BLOCK,
-            "STAGES": STAGES[dim],
-            "CONSUMERS": CONSUMERS,
-            "ROWS_EACH": ROWS_EACH,
-            "PART": PART,
-        },
-        **{"CONSUMER_REGISTERS": CONSUMER_REGISTERS, "PRODUCER_REGISTERS": PRODUCER_REGISTERS},
+        **{"D": dim, "BLOCK": BLOCK, "STAGES": STAGES[dim], "CONSUMERS": CONSUMERS, "ROWS_EACH": ROWS_EACH},
+        **{"PART": PART, "CONSUMER_REGISTERS": CONSUMER_REGISTERS, "PRODUCER_REGISTERS": PRODUCER_REGISTERS},
     }
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: SampleTables, hi: Tensor | None, q_rows: int,
-    plan: Plan, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, bounds: SampleTables, hi: Tensor | None,
+    q_rows: int, plan: Plan, scale: float,
 ) -> None:  # fmt: skip
     """Fill ``out`` and ``lse`` for the samples in the plan's table."""
     heads = q.shape[1]
     attention_hopper_kernel[(plan.tiles * heads,)](
-        describe(q, ROWS_EACH), describe(k, BLOCK), describe(v, BLOCK), out, lse, plan.table, *bounds,
-        bounds[0] if hi is None else hi, q.stride(1), k.stride(1), v.stride(1), plan.tiles, plan.side_by_side, q_rows,
-        scale, HEADS=heads, GROUP=heads // k.shape[1], HAS_HI=hi is not None, num_warps=4, enable_fp_fusion=True,
-        **constants(q.shape[2]),
+        describe(q, ROWS_EACH), describe(k, BLOCK), describe(v, BLOCK), out, lse, lse if sinks is None else sinks, plan.table,
+        *bounds, bounds[0] if hi is None else hi, q.stride(1), k.stride(1), v.stride(1), plan.tiles, plan.side_by_side, q_rows,
+        scale, HEADS=heads, GROUP=heads // k.shape[1], HAS_HI=hi is not None, HAS_SINKS=sinks is not None, num_warps=4,
+        enable_fp_fusion=True, **constants(q.shape[2]),
     )  # fmt: skip

@@ -181,7 +181,7 @@ def attention_forward(
         order = plan_tiles(grid, bounds, hi) if plan is None else grid.plan(plan[: grid.size])
         config = grid.config
         if (hopper := hopper_kernel(q, k, v, problem, config)) is not None:
-            hopper.launch(q, k, v, out, lse, bounds, hi, q_rows, order, scale)
+            hopper.launch(q, k, v, out, lse, sinks, bounds, hi, q_rows, order, scale)
             return out, lse
         table, counter, tiles, side_by_side = order
         d1, d2 = split_head_dim(dim)

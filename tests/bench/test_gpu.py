@@ -138,8 +138,9 @@ def test_the_order_is_what_is_worth_most_first() -> None:
     assert steps == sorted(steps) and set(steps) == {1, 2, 3, 4}
     names = [task.name for task in gpu.TASKS]
     assert len(set(names)) == len(names)
-    assert names[:6] == [
-        *("install", "compile_first", "correctness_cuda", "ceilings_cuda", "attention_cuda", "attention_tune_cuda"),
+    assert names[:8] == [
+        *("install", "compile_first", "correctness_cuda", "hopper_tests", "attention_hopper_cuda"),
+        *("ceilings_cuda", "attention_cuda", "attention_tune_cuda"),
     ]
     assert gpu.TASKS[0].environment == {"GRIT_KERNELS_NO_EXTENSION": "1"}, (
         "no compiler stands between a GPU and its kernels"
@@ -170,6 +171,8 @@ def test_what_a_task_launches_is_compiled_before_it() -> None:
         if module == "bench.launches":
             compiled |= set(arguments[arguments.index("--groups") + 1].split(","))
         needed = {"tuning"} if "--few" in arguments else NEEDED[module]
+        if "hopper" in task.name:
+            needed = {"hopper"}
         assert needed <= compiled, task.name
     assert compiled == set(launches.GROUPS)
 
@@ -183,13 +186,15 @@ def test_all_that_a_tuning_tries_is_compiled(task: Task, monkeypatch: pytest.Mon
         attention_tune, "problems", lambda *_: [("", SimpleNamespace(q=SimpleNamespace(device="meta")))]
     )
     monkeypatch.setattr(attention_tune, "call", lambda *_: None)
-    monkeypatch.setattr(launches, "choose_config", lambda *_: None)
+    monkeypatch.setattr(attention_tune, "table_entry", lambda *_: None)
+    monkeypatch.setattr(launches, "record_tests", lambda *_: set())
+    monkeypatch.setattr(launches.triton_launch, "architecture", lambda device: "sm90")
     monkeypatch.setattr(
         attention_tune, "tried", lambda kernel, dim, few, table: compiled.append((kernel, dim, few)) or ()
     )
     module, *arguments = shlex.split(task.command)
     asked = parsed(module, arguments)
-    launches.GROUPS["tuning" if asked.few else "tuning_all"]()
+    launches.GROUPS["hopper" if "hopper" in task.name else "tuning" if asked.few else "tuning_all"]()
     tried = product(asked.kernels.split(","), map(int, asked.dims.split(",")), [asked.few])
     assert set(tried) == set(compiled)
 

@@ -1,7 +1,9 @@
-"""Every order in which the recorded partitions of the Hopper kernel may run: deadlocks, overwrites, reads of the wrong block.
+"""Every order in which the recorded partitions of the Hopper kernel may run: deadlocks, overwrites, reads of the wrong block,
+sums and scores touched while a product still writes them.
 
 A step is an operation of a partition, the arrival of a copy, or the end of a product. A copy writes its buffer at any time
-between its issue and its arrival, a product reads at any time between its issue and its end, and products of a warpgroup end in order.
+between its issue and its arrival, a product reads at any time between its issue and its end, and products of a warpgroup end in
+order. A product of scores reads two buffers (q and a block of keys), one of values one.
 """
 
 from __future__ import annotations
@@ -97,6 +99,11 @@ class Model:
             return state if state.barriers[self.barriers[rest[0]]][0] % 2 != rest[1] else None
         if kind == "finish":
             return state if len(state.running[who]) <= rest[0] else None
+        scores = any(len(product) == 2 for product in state.running[who])
+        if kind in ("softmax", "end") and (state.running[who] if kind == "end" else scores):
+            return f"consumer {who} reads what a product still writes"
+        if kind in ("softmax", "end"):
+            return state
         if kind == "arrive":
             return self._signal(state, rest[0], 1, 0)
         if kind == "expect":
@@ -119,6 +126,8 @@ class Model:
         assert kind == "multiply", operation
         if writing & set(rest[0]):
             return f"{rest[0]} are read while they are written"
+        if scores if len(rest[0]) == 2 else any(len(product) == 1 for product in state.running[who]):
+            return f"consumer {who} begins a product where another still writes"
         turn = state.turns[who]
         holds = tuple(state.contents[self.buffers[buffer]] for buffer in rest[0])
         if turn >= len(self.expected[who]) or holds != self.expected[who][turn]:

@@ -76,19 +76,19 @@ def compile_kernel(
     )
 
 
-def compile_hopper(dtype: str, dim: int, *, hi: bool = False) -> Compiled:
+def compile_hopper(dtype: str, dim: int, *, hi: bool = False, sinks: bool = False) -> Compiled:
     """Compile the Hopper forward as its launcher would for 32 query heads over 8."""
     from grit_kernels.attention import hopper_forward
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    given = {**hopper_forward.constants(dim), "HEADS": 32, "GROUP": 4, "HAS_HI": hi}
+    given = {**hopper_forward.constants(dim), "HEADS": 32, "GROUP": 4, "HAS_HI": hi, "HAS_SINKS": sinks}
     types = {}
     for name in hopper_forward.attention_hopper_kernel.arg_names:
         if name.endswith("_desc"):
             rows = hopper_forward.ROWS_EACH if name == "q_desc" else hopper_forward.BLOCK
             types[name] = f"tensordesc<{dtype}[{rows}, {dim}],{hopper_forward.tile_layout(rows, dim, torch_dtype)!r}>"
-        elif name in ("p_out", "p_lse"):
-            types[name] = f"*{dtype}" if name == "p_out" else "*fp32"
+        elif name in ("p_out", "p_sinks", "p_lse"):
+            types[name] = "*fp32" if name == "p_lse" else f"*{dtype}"
         elif name not in given:
             types[name] = "*i32" if name.startswith("p_") else "fp32" if name == "scale" else "i32"
     return compile_ahead_of_time(

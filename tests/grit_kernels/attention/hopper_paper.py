@@ -154,13 +154,17 @@ def run_program(arguments: dict[str, Any], program: int) -> Record | None:
         log.append(("clean", values.name))
         functions["clean_values"](values, *rest)
 
+    def softmax(*given: Any) -> Any:
+        log.append(("softmax",))
+        return functions["softmax_step"](*given)
+
     def partitions(found: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
         assert [function.__name__ for function, _ in found] == ["consume", "consume", "produce"]
         logs = []
         for function, given in reversed(found):
             log.clear()
             function(*given)
-            logs.append(list(log))
+            logs.append([*log, ("end",)])
         record.partitions = logs[::-1]
 
     names: dict[str, Any] = {
@@ -169,7 +173,7 @@ def run_program(arguments: dict[str, Any], program: int) -> Record | None:
         "mbarrier": SimpleNamespace(
             MBarrierLayout=lambda: None,
             init=lambda barrier, count: record.counts.update({barrier.name: count}),
-            wait=lambda barrier, parity: log.append(("wait", barrier.name, int(parity))),
+            wait=lambda barrier, parity, pred=True: log.append(("wait", barrier.name, int(parity))) if pred else None,
             expect=lambda barrier, size: log.append(("expect", barrier.name, size)),
             arrive=lambda barrier: log.append(("arrive", barrier.name)),
         ),
@@ -180,13 +184,13 @@ def run_program(arguments: dict[str, Any], program: int) -> Record | None:
         for name, found in vars(module).items()
         if hasattr(found, "fn")
     }
-    names |= functions | {"clean_values": clean}
+    names |= functions | {"clean_values": clean, "softmax_step": softmax}
     functions["attention_hopper_kernel"](**arguments)
     return record if record.partitions else None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, stages: int
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, stages: int, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[Record]]:
     """out, lse and the records of all programs; NaN where nothing was written."""
     tokens, heads, dim = q.shape
@@ -207,10 +211,12 @@ def forward(
         arguments[f"{name}_desc"] = Descriptor(name, matrix, tuple(described.block_shape))
         arguments[f"stride_{name}h"] = x.stride(1)
     arguments |= {
-        "p_out": Pointer(out.view(-1)), "p_lse": Pointer(lse.view(-1)), "p_table": Pointer(torch.tensor(blocks).view(-1)),
+        "p_out": Pointer(out.view(-1)), "p_lse": Pointer(lse.view(-1)), "p_sinks": Pointer(lse if sinks is None else sinks),
+        "p_table": Pointer(torch.tensor(blocks).view(-1)),
         "p_hi": Pointer(tables[0] if problem.hi is None else problem.hi.long()), "tiles": len(blocks),
         "heads_side_by_side": heads, "q_rows": problem.q_rows, "scale": softmax_constants(problem.softmax_scale, 0.0)[0],
-        "HEADS": heads, "GROUP": heads // k.shape[1], "HAS_HI": problem.hi is not None, **constants,
+        "HEADS": heads, "GROUP": heads // k.shape[1], "HAS_HI": problem.hi is not None,
+        "HAS_SINKS": sinks is not None, **constants,
     }  # fmt: skip
     arguments = {name: arguments[name] for name in hopper_forward.attention_hopper_kernel.arg_names}
     records = [run_program(arguments, program) for program in range(len(blocks) * heads)]

@@ -1,0 +1,56 @@
+"""The Hopper forward in Gluon on a Hopper GPU: many random calls against the reference, again and again bit by bit."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from grit_kernels import triton_launch  # noqa: E402
+from grit_kernels.attention import hopper, reference, triton_forward, triton_plan  # noqa: E402
+from tests.grit_kernels.attention.samples import draw_call  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_call_equals_the_reference_and_repeats(seed: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (found := triton_launch.architecture(torch.device("cuda"))) != "sm90":
+        pytest.skip(f"expected a Hopper GPU (sm90), got {found}")
+    monkeypatch.setenv(hopper.VARIABLE, "1")
+    # few rows over many keys would go to the kernel that splits them
+    monkeypatch.setattr(triton_plan, "SHORTEST_SPLIT", 1 << 30)
+    dtype = list(TOLERANCE)[seed % 2]
+    call = draw_call(
+        random.Random(seed).choice,
+        lengths=(1, 5, 64, 129, 300, 700, 1500),
+        dims=(64, 128)[seed // 2 % 2 :][:1],
+        dtype=dtype,
+        windows=(-1, -1, 0, 20, 200),
+    )
+    call = replace(call, problem=replace(call.problem, softcap=0.0))
+    out, lse = reference.attention_forward(*call.clean(torch.float64)[:3], call.problem)
+    score = torch.randn(call.q.shape[1]).to(dtype) if sinks else None
+    if score is not None:
+        seen = lse.isfinite()
+        joined = torch.where(seen, torch.logaddexp(lse, score.double()), lse)
+        out, lse = out * torch.where(seen, torch.exp(lse - joined), 0.0)[..., None], joined
+    on_gpu = call.to("cuda")
+    given = (on_gpu.q, on_gpu.k, on_gpu.v, on_gpu.problem, None, True, None if score is None else score.to("cuda"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=hopper.VARIABLE)
+        runs = [triton_forward.attention_forward(*given) for _ in range(10)]
+    for ours, expected in zip(runs[0], (out, lse), strict=True):
+        finite = expected.isfinite()
+        assert torch.equal(ours.isfinite().cpu(), finite)
+        error = (ours.cpu().double() - expected)[finite].abs()
+        assert bool((error <= TOLERANCE[dtype] * expected[finite].abs().clamp(min=1.0)).all())
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True)), "results repeat bit by bit"
