@@ -147,7 +147,8 @@ TASKS = (
     Task("correctness_cuda", 1, "bench.correctness --device {device} --record {record}", 90),
     Task("hopper_tests", 1, f"pytest -rfE {TESTS_OF_HOPPER}", 60, 10, parse=parse_tests, dry="bench.gpu_dry broken_install"),
     Task(
-        "attention_hopper_cuda", 1, "bench.attention_tune --kernels hopper --dims 128,64 --limit 40 --record {record} --resume", 60,
+        "attention_hopper_cuda", 1,
+        "bench.attention_tune --kernels hopper --dims 128,64 --limit 40 --record {record} --resume", 60,
         dry="bench.gpu_dry broken_install",
     ),
     Task("ceilings_cuda", 1, "bench.ceilings --device {device} --record {record}", 40, 10),

@@ -260,7 +260,18 @@ def test_another_gpu_another_launch_and_only_inside() -> None:
 
 def test_every_group_is_there_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(GROUPS) == {
-        *("correctness", "attention", "tuning", "tuning_all", "pooling", "contrastive", "unified", "twins", "tests"),
+        *(
+            "correctness",
+            "hopper",
+            "attention",
+            "tuning",
+            "tuning_all",
+            "pooling",
+            "contrastive",
+            "unified",
+            "twins",
+            "tests",
+        ),
     }
     with pytest.raises(SystemExit):
         launches.main(["--groups", "attention,typo"])

@@ -122,7 +122,9 @@ class Model:
             change = {"clean": lambda name, x: (*x, "stored") if name == rest[0] and x else x}.get(
                 kind, lambda name, x: (*x[:-1], "clean") if x and x[-1] == "stored" else x
             )
-            return state._replace(contents=tuple(change(n, x) for n, x in zip(self.buffers, state.contents, strict=True)))
+            return state._replace(
+                contents=tuple(change(n, x) for n, x in zip(self.buffers, state.contents, strict=True))
+            )
         assert kind == "multiply", operation
         if writing & set(rest[0]):
             return f"{rest[0]} are read while they are written"

@@ -1,7 +1,7 @@
 """Runs the Hopper kernel's own source on paper: torch for its arithmetic, a record of what it does to barriers and buffers.
 
-Gluon has no interpreter. The partitions run one after the other, the producer first, so results are right where the rings hold all
-blocks; the record holds for rings of any size, as no partition's order of operations depends on another's.
+Gluon has no interpreter. The partitions run one after the other, the producer first, so results are right where the rings hold
+all blocks; the record holds for rings of any size, as no partition's order of operations depends on another's.
 """
 
 from __future__ import annotations
