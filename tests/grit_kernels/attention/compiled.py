@@ -76,6 +76,13 @@ def compile_kernel(
     )
 
 
+def hopper_config(dim: int) -> Config:
+    """The tile of the Hopper forward as others write theirs: of its warps four copy."""
+    from grit_kernels.attention import hopper_forward
+
+    return Config(hopper_forward.ROWS, hopper_forward.BLOCK, 12, hopper_forward.STAGES[dim])
+
+
 def compile_hopper(dtype: str, dim: int, *, hi: bool = False, sinks: bool = False) -> Compiled:
     """Compile the Hopper forward as its launcher would for 32 query heads over 8."""
     from grit_kernels.attention import hopper_forward

@@ -130,7 +130,7 @@ class Record:
 
 def run_program(arguments: dict[str, Any], program: int) -> Record | None:
     """Run one program of attention_hopper_kernel; None if it had no tile."""
-    record, log, tiles = Record(), [], []
+    record, log, tiles = Record(), list[Operation](), list[Tile]()
 
     def copy(descriptor: Descriptor, coordinates: list[Any], barrier: Tile, target: Tile) -> None:
         row, column = map(int, coordinates)
