@@ -125,6 +125,7 @@ def fault(record: Record, order: list[int], clean: bool) -> str:
 TILES = {
     "one block": (sample(128, 128), [0], False),
     "part of a block": (sample(128, 100), [0], True),
+    "a block but for a key": (sample(128, 127), [0], True),
     "no key": (replace(sample(128, 128), hi=torch.zeros(128, dtype=torch.int32)), [0], True),
     "two blocks": (sample(128, 256), [0, 1], False),
     "three blocks and a part": (sample(128, 400), [0, 1, 2, 3], True),
