@@ -36,22 +36,15 @@ MANY = 16
 """Places of a ring that hold all blocks of a sample here: on paper the producer runs first."""
 
 
-def defined(call: samples.Call, dtype: torch.dtype, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out and lse by the reference, of which a sink is one more term."""
-    out, lse = reference.attention_forward(*call.clean(dtype)[:3], call.problem)
-    if sinks is None:
-        return out, lse
-    joined = torch.where(lse.isfinite(), torch.logaddexp(lse, sinks.to(lse)), lse)
-    share = torch.where(lse.isfinite(), torch.exp(lse - joined), 0.0)
-    return (out * share[..., None]).to(dtype), joined
-
-
 def assert_right_on_paper(call: samples.Call, sinks: Tensor | None = None) -> None:
     """Finite where the reference in float64 is; twice the error of the reference in the inputs' dtype, and a few roundings."""
     q, scale = positive_scale(call.q, call.problem.softmax_scale)
     problem = replace(call.problem, softmax_scale=scale)
     found = hopper_paper.forward(q, call.k, call.v, problem, MANY, sinks)[:2]
-    truth, eager = (defined(call, dtype, sinks) for dtype in (torch.float64, q.dtype))
+    truth, eager = (
+        reference.attention_forward(*call.clean(dtype)[:3], call.problem, sinks=sinks)
+        for dtype in (torch.float64, q.dtype)
+    )
     roundings = torch.finfo(q.dtype).eps + 32 * torch.finfo(torch.float32).eps
     for name, ours, right, rounded in zip(("out", "lse"), found, truth, eager, strict=True):
         finite = right.isfinite()

@@ -36,18 +36,15 @@ def test_any_call_equals_the_reference_and_repeats(seed: int, sinks: bool, monke
         windows=(-1, -1, 0, 20, 200),
     )
     call = replace(call, problem=replace(call.problem, softcap=0.0))
-    out, lse = reference.attention_forward(*call.clean(torch.float64)[:3], call.problem)
-    score = torch.randn(call.q.shape[1]).to(dtype) if sinks else None
-    if score is not None:
-        seen = lse.isfinite()
-        joined = torch.where(seen, torch.logaddexp(lse, score.double()), lse)
-        out, lse = out * torch.where(seen, torch.exp(lse - joined), 0.0)[..., None], joined
+    scores = torch.randn(call.q.shape[1]).to(dtype) if sinks else None
+    truth = reference.attention_forward(*call.clean(torch.float64)[:3], call.problem, sinks=scores)
     on_gpu = call.to("cuda")
-    given = (on_gpu.q, on_gpu.k, on_gpu.v, on_gpu.problem, None, True, None if score is None else score.to("cuda"))
+    given = (on_gpu.q, on_gpu.k, on_gpu.v, on_gpu.problem)
+    scores = None if scores is None else scores.to("cuda")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=hopper.VARIABLE)
-        runs = [triton_forward.attention_forward(*given) for _ in range(10)]
-    for ours, expected in zip(runs[0], (out, lse), strict=True):
+        runs = [triton_forward.attention_forward(*given, sinks=scores) for _ in range(10)]
+    for ours, expected in zip(runs[0], truth, strict=True):
         finite = expected.isfinite()
         assert torch.equal(ours.isfinite().cpu(), finite)
         error = (ours.cpu().double() - expected)[finite].abs()
