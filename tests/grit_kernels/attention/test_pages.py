@@ -44,6 +44,7 @@ def run(
             seqlens_q=ints(rows, backend),
             softmax_scale=case.softmax_scale,
             softcap=case.softcap,
+            sinks=None if case.sinks is None else case.sinks.to(backend.device),
             return_lse=True,
             **options,
         )
