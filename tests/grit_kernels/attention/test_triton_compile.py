@@ -130,7 +130,9 @@ def check_paged(arch: str, dtype: str, dim: int, page: int, most: bool) -> None:
     config = config._replace(rows=triton_decode.largest_tile(dim, size) if most else config.rows)
     config = config._replace(warps=triton_decode.paged_config(config).warps)
     plain, paged = (compile_kernel("decode", arch, dtype, dim, config=config, page=x) for x in (0, page))
-    assert paged.spilled <= (0 if dim in (64, 128, 256, 512) else SMALL_BUDGET)
+    # at D 80 Triton 3.6 spills 40 bytes on Hopper; 3.9 none
+    budget = 40 if (arch, dim) == ("sm90", 80) else SMALL_BUDGET
+    assert paged.spilled <= (0 if dim in (64, 128, 256, 512) else budget)
     assert plain.shared <= paged.shared <= min(plain.shared + (4 << 10), SHARED_LIMIT[arch])
     copies = [
         [sum("LDGSTS" in code for code in loop) for loop in compiled_kernels.loops_of_products(x)]
