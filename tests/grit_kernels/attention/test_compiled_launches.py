@@ -80,7 +80,7 @@ def split(launches: Counter[str]) -> tuple[Counter[str], Counter[str]]:
         ("layers", True, True),
         pytest.param("layers", False, False, marks=pytest.mark.slow),
         pytest.param("model", True, False, marks=pytest.mark.slow),
-        ("model", False, True),
+        pytest.param("model", False, True, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -186,6 +186,7 @@ def _cut_and_resume(rank: int, world: int, folder: str, checkpoint: str) -> None
 
 
 @needs_torchao
+@pytest.mark.slow
 def test_8_bit_moments_resume_on_the_shards_they_were_saved_from(checkpoint: Path, tmp_path: Path) -> None:
     mp.spawn(_cut_and_resume, (2, str(tmp_path), str(checkpoint)), nprocs=2)
 
