@@ -207,6 +207,7 @@ def test_a_test_of_a_gpu_launches_what_was_compiled(capsys: pytest.CaptureFixtur
     assert "did not run to its end" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_test_that_ends_early_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "test_of_a_test.py"
     file.write_text("import torch\n\ndef test_x():\n    torch.zeros(3, device='cuda')[5]\n")

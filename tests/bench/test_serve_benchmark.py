@@ -141,6 +141,7 @@ def test_pages_of_a_file_that_processes_share_count_once(tmp_path: Path) -> None
     assert 15 < both - one < 40, "the second one adds its own 16 MiB and its interpreter, not the file"
 
 
+@pytest.mark.slow
 def test_a_run_measures_both_systems_and_writes_their_rows(
     running: serve_systems.Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

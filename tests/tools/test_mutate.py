@@ -282,6 +282,7 @@ def test_a_failure_of_a_property_is_not_made_smaller(tree: Path) -> None:
     assert len((tree / "failures").read_text()) <= 3, "found, and shown"
 
 
+@pytest.mark.slow
 def test_only_a_test_that_works_or_sleeps_reaches_the_limit_not_one_that_is_stopped() -> None:
     def started(code: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)

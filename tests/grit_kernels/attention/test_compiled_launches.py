@@ -132,6 +132,7 @@ def test_a_compiled_model_without_gradients_makes_each_plan_once(launches: Count
     assert len(graphs) == 1, "sizes share their graphs"
 
 
+@pytest.mark.slow
 def test_plans_of_a_padded_batch_are_made_once_in_a_compiled_step(launches: Counter[str]) -> None:
     model = gk.patch(tiny_model(num_hidden_layers=LAYERS), fuse=False, packing=False)
     compiled = compiled_copy(model, "model", "aot_eager")
