@@ -303,23 +303,9 @@ def attend_blocks(
         for block in range(full_first, full_last):
             following = tl.minimum(block + 1, full_last - 1)
             b_next = products(
-                b_q1,
-                b_q2,
-                p_k,
-                p_table,
-                stride_k,
-                stride_kb,
-                following,
-                first_slot,
-                len_k,
-                D,
-                D1,
-                D2,
-                BN,
-                PAGE,
-                False,
-                UPCAST,
-            )
+                b_q1, b_q2, p_k, p_table, stride_k, stride_kb, following, first_slot, len_k, D, D1, D2, BN,
+                PAGE, False, UPCAST,
+            )  # fmt: skip
             b_acc1, b_acc2, b_total, b_top = attend(
                 b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, p_table, stride_v, stride_vb, block, first_slot, b_lo, b_hi,
                 len_k, scale, cap, D, D1, D2, BN, PAGE, False, HAS_CAP, UPCAST, False,
@@ -328,23 +314,9 @@ def attend_blocks(
     else:
         for block in range(full_first, full_last):
             b_s = products(
-                b_q1,
-                b_q2,
-                p_k,
-                p_table,
-                stride_k,
-                stride_kb,
-                block,
-                first_slot,
-                len_k,
-                D,
-                D1,
-                D2,
-                BN,
-                PAGE,
-                False,
-                UPCAST,
-            )
+                b_q1, b_q2, p_k, p_table, stride_k, stride_kb, block, first_slot, len_k, D, D1, D2, BN,
+                PAGE, False, UPCAST,
+            )  # fmt: skip
             b_acc1, b_acc2, b_total, b_top = attend(
                 b_acc1, b_acc2, b_total, b_top, b_s, p_v, p_used, p_table, stride_v, stride_vb, block, first_slot, b_lo, b_hi,
                 len_k, scale, cap, D, D1, D2, BN, PAGE, False, HAS_CAP, UPCAST, False,

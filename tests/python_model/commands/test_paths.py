@@ -31,21 +31,13 @@ from python_model.settings import GritSettings
 from python_model.support.files import new_file, new_folder, reason_of
 from python_model.train.ablation import Ablation
 from python_model.train.config import ModelConfig, TrainConfig
+from tests.python_model.commands.test_bad_input import fails
 
 TEXTS = (
-    *("--approximate", "--device", "--dtype", "--for", "--format", "--host", "--instruction", "--method"),
-    *(
-        "--mode",
-        "--prompt",
-        "--query",
-        "--query-instruction",
-        "--question",
-        "--replicas",
-        "--search",
-        "--served-model-name",
-    ),
-    *("--sources", "--stop", "--store-format", "--system", "--text", "--vectors", "--where", "shell"),
-)
+    "--approximate --device --dtype --for --format --host --instruction --method --mode --prompt --query "
+    "--query-instruction --question --replicas --search --served-model-name --sources --stop --store-format --system --text "
+    "--vectors --where shell "
+).split()
 """The options whose value is a text, but no path."""
 
 
@@ -62,13 +54,6 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Index(made / "index").close()
     KVStore(made / "store").close()
     return made
-
-
-def fails(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit) as stop:
-        main(line.split())
-    return str(stop.value)
 
 
 def empty(command: Any) -> list[tuple[str, list[str]]]:
