@@ -74,6 +74,23 @@ def test_a_wheel_carries_every_file_that_is_not_python() -> None:
         assert not left, sorted(left)
 
 
+def test_an_sdist_carries_what_a_checkout_has(tmp_path: Path) -> None:
+    """Its tests read recipes and pages too; what only a checkout uses stays out."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a checkout: git does not know which files belong to the project")
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "GRIT_KERNELS_NO_EXTENSION": "1"},
+        check=True,
+        capture_output=True,
+    )
+    carried = set((tmp_path / "grit_kernels.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
+    left = {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()} - carried
+    assert left == {".ci/run", ".gitignore", ".pre-commit-config.yaml"}
+
+
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
 
