@@ -7,6 +7,9 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+"""Names of a config's limit. Where transformers knows the model, its attribute_map leads from the first to the model's own, but
+for MPT; a model of other code has no such map."""
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 STRETCHED = ("dynamic", "yarn")
@@ -15,8 +18,8 @@ STRETCHED = ("dynamic", "yarn")
 
 def max_positions(config: Any) -> int:
     """Most tokens of a text that a config names; 2**31 - 1 where it sets no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return 2**31 - 1 if positions is None else int(positions)
+    named = (getattr(config, name, None) for name in POSITIONS)
+    return next((int(positions) for positions in named if positions is not None), 2**31 - 1)
 
 
 def stretched_positions(config: Any) -> int:
@@ -52,6 +55,6 @@ def warn_beyond_positions(model: Any, lengths: Iterable[int]) -> None:
         _warned.add(model)
         warnings.warn(
             f"max_length: a text of {longest} tokens goes beyond the {limit} positions that the model's config gives "
-            "(max_position_embeddings, with its rotary scaling); it is read whole, but the model was not made for it",
+            "(max_position_embeddings or the like, with its rotary scaling); it is read whole, but the model was not made for it",
             stacklevel=4,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig, MptConfig
 
 from python_model import GritLM
 from python_model.commands.generate import COMMAND
@@ -20,7 +20,7 @@ from python_model.data.rows import GenerativeRow
 from python_model.evaluation.language import next_token_loss
 from python_model.generate.rerank import rerank
 from python_model.generate.text import answer_file, complete, conversation_ids, replies, reply
-from python_model.model.limits import stretched_positions, warn_beyond_positions
+from python_model.model.limits import max_positions, stretched_positions, warn_beyond_positions
 
 LIMIT = 512
 TOO_MUCH = "river " * 1000
@@ -98,6 +98,18 @@ def test_the_command_names_prompt_reply_and_limit(checkpoint: Path) -> None:
 def test_the_limit_is_the_one_after_rotary_scaling(scaling: dict[str, Any], limit: int) -> None:
     config = LlamaConfig(max_position_embeddings=128, rope_parameters={"rope_theta": 10000.0, **scaling})
     assert stretched_positions(config) == limit
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_positions=128),  # attribute_map
+        MptConfig(max_seq_len=128),  # none
+        SimpleNamespace(max_position_embeddings=None, n_ctx=128),  # of a model's own code
+    ],
+)
+def test_a_limit_may_have_another_name(config: Any) -> None:
+    assert stretched_positions(config) == max_positions(config) == 128
 
 
 def test_a_model_without_a_limit_has_none() -> None:
