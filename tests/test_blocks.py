@@ -1,8 +1,9 @@
 """Every block of code and every command in README.md and docs/*.md works: on a tiny model, an index, a live server.
 
 A Python block runs in a folder that has what the pages name (``my_run/checkpoint``, ``INDEX``, ``STORE``, ``ST``); one that
-needs a package which is not installed is skipped and says so. A ``grit`` command is parsed by its own parser, and run if it
-takes seconds; ``make``, ``pip install``, ``python -m``, ``torchrun`` and ``curl`` lines are held to the Makefile, the extras,
+needs a package which is not installed is skipped and says so. A ``grit`` command is parsed by its own parser and run on small
+data, but for those that fetch packages or train several models, which have tests of their own; training of 7B models, also under
+``torchrun``, is run dry. ``make``, ``pip install``, other ``python -m`` and ``curl`` lines are held to the Makefile, the extras,
 the modules and the server's routes. Rows of JSON are read as training reads them, and what a page shows below a ``$`` command is
 what the command prints.
 """
@@ -15,6 +16,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,6 +29,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from python_model.commands.runner import SMALL_MODEL
 from python_model.data.reading import tolerant_rows
 from python_model.data.report import DataReport
 from python_model.data.rows import to_object
@@ -35,8 +42,10 @@ pytestmark = needs_source_tree
 ADDRESS = "http://127.0.0.1:8000"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M"
 """A model that the pages name; the tiny one takes its place."""
-RUN = {"index", "rag", "export", "embed", "generate", "convert", "doctor", "rerank"}
-"""Commands that are run; the others take minutes, have tests of their own, and are parsed."""
+PARSED = {"fetch-model", "demo", "ablation"}
+"""Commands that are not run here, but in test_small_model, test_demo and test_ablation."""
+SMALLER = ("--steps", "1", "--batch.embedding_batch_size", "2", "--batch.generative_batch_size", "2")
+"""With these, training ends in a second."""
 TOOLS = ("trl", "langchain_openai", "langchain_huggingface", "llama_index", "mteb", "SentenceTransformerTrainer")
 
 
@@ -98,17 +107,24 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  
     model = GritLM(checkpoint, device="cpu", dtype="float32")
     model.model.config.sliding_window = None  # the pages embed texts of 512 tokens
     model.save_pretrained(folder / "my_run" / "checkpoint")
-    (folder / "rows.jsonl").write_text(
-        json.dumps({"query": "a river", "pos": ["Water that flows."], "neg": ["A stone."]}) + "\n", encoding="utf-8"
-    )
-    (folder / "docs").mkdir()
+    (folder / "CHECKPOINT").symlink_to("my_run/checkpoint")
+    pairs = [{"query": f"river {n}", "pos": [f"Water {n} that flows."], "neg": [f"A stone {n}."]} for n in range(80)]
+    chats = [{"text": [f"What is river {n}?", f"Water {n}."]} for n in range(80)]
+    rows = {"rows.jsonl": pairs, "mined/rows.jsonl": pairs, "rows/pairs.jsonl": pairs, "rows/chats.jsonl": chats}
+    notes = {"docs/notes/rows.jsonl": [{"text": "A visibility rule.", "year": 2021}]}
+    for name, objects in (rows | notes).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in objects), encoding="utf-8")
+    (folder / "docs" / "drafts").mkdir()
+    (folder / "docs" / "drafts" / "page.md").write_text("A draft.")
     (folder / "docs" / "page.txt").write_text("Paris is the capital of France. A visibility rule says who sees whom.")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    (folder / "DATA").mkdir()
-    (folder / "DATA" / "train.yaml").write_text("mode: unified\n")
     with _inside(folder):
         where = ["--model", "my_run/checkpoint"]
         main(["index", "INDEX", *where, "--add", "docs/", "--store", "STORE"])
+        main(["data", "DATA", "--from", "rows", "--held-out", "10", "--test-rows", "4"])
+        question = {"question": "What is river 1?", "answers": ["Water"]}
+        Path("DATA/test/questions.jsonl").write_text(json.dumps(question) + "\n")
         if find_spec("sentence_transformers"):
             main(["export", "ST", *where])
             main(["export", "PACKED", *where, "--packed"])
@@ -157,12 +173,12 @@ def test_a_python_block_runs(
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command_is_one_that_works(
-    words: list[str], world: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    words: list[str], world: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world)
     tool, rest = words[0], words[1:]
     if tool == "grit":
-        _grit(rest)
+        _grit(rest, tmp_path)
     elif tool == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{name}:", makefile, flags=re.MULTILINE) for name in rest)
@@ -173,7 +189,7 @@ def test_a_command_is_one_that_works(
             module = rest[rest.index("-m") + 1]
             assert find_spec(module), module
             if module == "python_model.train":
-                _grit(["train", *rest[rest.index("-m") + 2 :]])
+                _grit(["train", *rest[rest.index("-m") + 2 :]], tmp_path)
     elif tool == "curl":
         _curl(rest, request)
 
@@ -209,28 +225,70 @@ def test_a_command_prints_what_the_page_shows(
     assert capsys.readouterr().out == printed
 
 
-def _grit(rest: list[str]) -> None:
+def _grit(rest: list[str], out: Path) -> None:
+    """Run a command; what it writes beside the index goes to the folder ``out``."""
     import importlib
 
     from python_model import cli
 
     if ";" in rest:
         cut = rest.index(";")
-        _grit(rest[:cut])
+        _grit(rest[:cut], out)
         rest = rest[cut + 2 :]
-    module = importlib.import_module(cli.COMMANDS[rest[0]][0])
-    arguments = [word for word in rest[1:] if word != "FILE"]
-    parser = module.COMMAND.parser()
+    name, arguments = rest[0], [word for word in rest[1:] if word != "FILE"]
+    parser = importlib.import_module(cli.COMMANDS[name][0]).COMMAND.parser()
     parser.parse_args(arguments)
-    if rest[0] not in RUN:
+    if name in PARSED or any(word == "--ray" or word.startswith("s3://") for word in arguments):
         return
-    if rest[0] == "export" and "--for" not in arguments:
-        pytest.importorskip("sentence_transformers")
-    if any(word in arguments for word in ("--approximate", "--hybrid", "--delete", "--ray")):
-        return  # these have tests of their own, with the documents that they need
-    if "--model" not in arguments and any("--model" in action.option_strings for action in parser._actions):
-        arguments += ["--model", "my_run/checkpoint"]
-    cli.main([rest[0], *arguments])
+    if name == "train":
+        if any("7b.yaml" in word for word in arguments):
+            arguments += ["--dry_run", "true"]
+        else:
+            arguments += ["--model.name", "my_run/checkpoint", "--output_dir", str(out / "run"), *SMALLER]
+    elif name == "eval":
+        arguments = [
+            {SMALL_MODEL: "CHECKPOINT", "results.json": str(out / "results.json")}.get(w, w) for w in arguments
+        ]
+        arguments += ["--data", "DATA"]
+    elif name == "data":
+        if "--from" not in arguments:
+            return  # reads packages, as tests/python_model/corpora do
+        arguments[0] = str(out / "DATA")
+    elif name == "mine":
+        pytest.importorskip("bm25s")
+        arguments[1] = str(out / "mined.jsonl")
+    else:
+        if name == "serve":
+            pytest.importorskip("uvicorn")
+        if name == "export" and "--for" not in arguments:
+            pytest.importorskip("sentence_transformers")
+        if "--approximate" in arguments:
+            pytest.importorskip("faiss")
+        if "--model" not in arguments and any("--model" in action.option_strings for action in parser._actions):
+            arguments += ["--model", "my_run/checkpoint"]
+    if name == "serve":
+        _serve(arguments)
+    else:
+        cli.main([name, *arguments])
+
+
+def _serve(arguments: list[str]) -> None:
+    """Start a server of its own, as it changes its process; ask whether it is ready, and stop it."""
+    httpx = pytest.importorskip("httpx")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "python_model.cli", "serve", *arguments, "--device", "cpu", "--port", port]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as server:
+        try:
+            while server.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
+                        break
+                time.sleep(0.1)
+        finally:
+            server.terminate()
+    assert server.returncode == -signal.SIGTERM  # which uvicorn raises again when it has finished
 
 
 def _pip(rest: list[str]) -> None:
