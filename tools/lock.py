@@ -24,6 +24,8 @@ PYTHON = "3.10"
 """The lowest one; the resolution holds for all later ones."""
 TESTED = ("3.10", "3.11", "3.13")
 """The versions of Python on which the last resolution was installed and tested."""
+NEWER_TORCH = ("2.15.0",)
+"""Those beyond the installed one with which the test suite passed."""
 BUILD = ("setuptools>=77", "wheel", "ninja", "cmake>=3.22")
 CHOSEN_BY_TORCH = re.compile(r"(torch|triton|pytorch-triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 
@@ -59,7 +61,7 @@ def resolve() -> list[str]:
 def main() -> None:
     header = HEADER.format(
         python=" ".join(TESTED),
-        torch=version("torch").split("+")[0],
+        torch=" ".join((version("torch").split("+")[0], *NEWER_TORCH)),
         triton=version("triton"),
     )
     write_text(CONSTRAINTS, header + "\n".join(resolve()) + "\n")

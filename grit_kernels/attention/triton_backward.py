@@ -442,7 +442,7 @@ def attention_backward(
             lse if sinks is None else sinks.contiguous(), statistics, sums, shares,
             grad_out.stride(0), grad_out.stride(1), rows,
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=block, HAS_DLSE=grad_lse is not None,
-            CLEAR_DQ=not deterministic, HAS_SINKS=sinks is not None,
+            CLEAR_DQ=not deterministic, HAS_SINKS=sinks is not None, enable_fp_fusion=True,
         )  # fmt: skip
         dsinks = q.new_empty(0) if sinks is None else shares.sum(1).to(sinks.dtype)
         if plan is None:

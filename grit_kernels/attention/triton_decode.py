@@ -301,4 +301,5 @@ def decode_samples(
         merge_splits_kernel[(triton.cdiv(most_rows * heads, _MERGED_ROWS), batch)](
             part, part_lse, out, lse, lse if sinks is None else sinks, bounds[0], bounds[1], bounds[3], q_rows, splits, *split,
             HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BM=_MERGED_ROWS, HAS_SINKS=sinks is not None, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip

@@ -221,8 +221,9 @@ def transpose_upper_bounds(hi: Tensor, tables: SampleTables, first_row: Tensor) 
     """Fill ``first_row`` (int32 (Tk)) with the transpose of ``hi`` (int32 (Tq)); one launch."""
     slots, batch, keys = 128, tables[0].shape[0], first_row.shape[0]
     transpose_hi_kernel[(triton.cdiv(keys, slots),)](
-        hi, first_row, *tables[:4], batch, keys, batch.bit_length(), hi.shape[0].bit_length(), SLOTS=slots
-    )
+        hi, first_row, *tables[:4], batch, keys, batch.bit_length(), hi.shape[0].bit_length(),
+        SLOTS=slots, enable_fp_fusion=True,
+    )  # fmt: skip
     return first_row
 
 
@@ -302,12 +303,12 @@ def plan_tiles(grid: TileGrid, tables: SampleTables, hi: Tensor | None, numbers:
         table, work, plan.counter, *tables, tables[0] if hi is None else hi, batch, grid.tiles, grid.rows, batch.bit_length(),
         *grid.split,
         OVER_KEYS=grid.over_keys, RECTANGULAR=grid.rows > 0, BM=grid.config.rows, BN=grid.config.keys, HAS_HI=hi is not None,
-        SLOTS=slots,
+        SLOTS=slots, enable_fp_fusion=True,
     )  # fmt: skip
     if sort:
         slots = 32
         sort_tiles_kernel[(triton.cdiv(grid.tiles, slots),)](
-            table, work, plan.table, grid.tiles, SLOTS=slots, CHUNK=128
+            table, work, plan.table, grid.tiles, SLOTS=slots, CHUNK=128, enable_fp_fusion=True,
         )  # fmt: skip
     return plan
 

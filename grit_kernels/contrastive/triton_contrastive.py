@@ -222,7 +222,7 @@ def _product(a: Tensor, b: Tensor, c: Tensor, accumulate: bool) -> None:
     product_kernel[(grid,)](
         a, b, c, c.shape[0], c.shape[1], a.shape[1], a.stride(0), a.stride(1), b.stride(0), c.stride(0),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, ACCUMULATE=accumulate, UPCAST=upcast_operands(),
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -258,7 +258,8 @@ def contrastive_forward(problem: ContrastiveProblem) -> tuple[Tensor, Tensor, Te
         contrastive_fwd_kernel[(blocks, splits)](
             queries, passages, query_scale, passage_scale, problem.targets, problem.query_ids, problem.passage_ids,
             top, total, below, positive, best,
-            queries.stride(0), passages.stride(0), count, candidates, queries.shape[1], group, splits, **tile,
+            queries.stride(0), passages.stride(0), count, candidates, queries.shape[1], group, splits,
+            enable_fp_fusion=True, **tile,
         )  # fmt: skip
     highest = top.amax(dim=0)
     share = torch.exp(top - highest)
@@ -296,7 +297,7 @@ def contrastive_backward(
                 queries, passages, query_scale, passage_scale, problem.targets, problem.query_ids, problem.passage_ids,
                 top, log_total, a, factor, weights, queries.stride(0), passages.stride(0),
                 first, last, begin, end, passages.shape[0], queries.shape[1], problem.group,
-                **tile,
+                enable_fp_fusion=True, **tile,
             )  # fmt: skip
             _product(weights, passages[begin:end], grad_q[first:last], accumulate=False)
             _product(weights.T, queries[first:last], grad_p[begin:end], accumulate=True)

@@ -237,6 +237,7 @@ def rms_norm_forward(
                 flat, added, weight, out, total,
                 flat.stride(0), 0 if added is None else added.stride(0), rows, columns, eps, offset,
                 ROWS=tile_rows, BLOCK_C=block, HAS_RESIDUAL=residual is not None, num_warps=warps,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out, total
 
@@ -267,6 +268,7 @@ def rms_norm_backward(
                 grad.stride(0), 0 if passed is None else passed.stride(0), flat.stride(0),
                 rows, columns, triton.cdiv(rows, programs), eps, offset,
                 ROWS=tile_rows, BLOCK_C=block, HAS_TOTAL=passed is not None, NEED_WEIGHT=need_weight, num_warps=warps,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return grad_x, partial.sum(dim=0) if need_weight else partial.new_empty(0)
 
@@ -285,6 +287,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> 
                 q, k, *outs, cos, sin, *q.stride()[:3], *k.stride()[:3],
                 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), length, heads_q, heads_k, dim,
                 HALF=rotated // 2, HEADS=heads, BLOCK_HALF=width, BLOCK_REST=rest, TRANSPOSED=transposed,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return outs[0], outs[1]
 
@@ -298,7 +301,7 @@ def gated_forward(gate: Tensor, up: Tensor, kind: int) -> Tensor:
         with on_device(gate):
             gated_fwd_kernel[(triton.cdiv(g.shape[0], tile_rows), triton.cdiv(g.shape[1], block))](
                 g, u, out, g.stride(0), u.stride(0), *g.shape,
-                ROWS=tile_rows, BLOCK_C=block, KIND=kind, SLOPE=SLOPE, CUBE=CUBE,
+                ROWS=tile_rows, BLOCK_C=block, KIND=kind, SLOPE=SLOPE, CUBE=CUBE, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -312,6 +315,6 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[T
         with on_device(gate):
             gated_bwd_kernel[(triton.cdiv(g.shape[0], tile_rows), triton.cdiv(g.shape[1], block))](
                 d, g, u, grad_gate, grad_up, d.stride(0), g.stride(0), u.stride(0), *g.shape,
-                ROWS=tile_rows, BLOCK_C=block, KIND=kind, SLOPE=SLOPE, CUBE=CUBE,
+                ROWS=tile_rows, BLOCK_C=block, KIND=kind, SLOPE=SLOPE, CUBE=CUBE, enable_fp_fusion=True,
             )  # fmt: skip
     return grad_gate, grad_up

@@ -147,6 +147,7 @@ def pool_forward(problem: PoolingProblem) -> Tensor:
         pool_fwd_kernel[(samples, splits, blocks)](
             hidden, *_tables(problem), norm_weight, partial, hidden.stride(0), hidden_size, splits, problem.norm_eps,
             ROWS=tile_rows, BLOCK_C=block, HAS_NORM=norm_weight is not None, num_warps=warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return partial[:, 0] if splits == 1 else partial.sum(dim=1)
 
@@ -171,6 +172,6 @@ def pool_backward(grad_out: Tensor, problem: PoolingProblem) -> tuple[Tensor, Te
                 grad_out, hidden, *_tables(problem), norm_weight, grad_hidden, partial,
                 hidden.stride(0), rows, hidden_size, samples, samples.bit_length(), triton.cdiv(rows, programs),
                 problem.norm_eps,
-                ROWS=tile_rows, BLOCK_C=block, HAS_NORM=has_norm, num_warps=warps,
+                ROWS=tile_rows, BLOCK_C=block, HAS_NORM=has_norm, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return grad_hidden, partial.sum(dim=0) if has_norm else grad_out.new_empty(0, dtype=torch.float32)

@@ -29,7 +29,7 @@ class Outside:
 
 
 def tested_versions(text: str | None = None) -> dict[str, str]:
-    """Tested version by canonical package name, for the running Python; ``python`` has all tested ones, with spaces between."""
+    """Tested version by canonical package name, for the running Python; of Python and torch all, with spaces between."""
     content = CONSTRAINTS.read_text(encoding="utf-8") if text is None else text
     found: dict[str, str] = {}
     for line in content.splitlines():
@@ -51,7 +51,7 @@ def differences() -> dict[str, tuple[str, str]]:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if Version(Version(installed).public) != Version(tested):
+        if Version(Version(installed).public) not in map(Version, tested.split()):
             found[name] = (installed, tested)
     return found
 
@@ -84,8 +84,9 @@ def outside_of_tested() -> list[Outside]:
             continue
         # a local part such as +cpu identifies the build, not the version
         number = Version(Version(installed).public)
-        if number > Version(tested[name]) or (lowest and number < Version(lowest)):
-            span = f"{lowest} to {tested[name]}" if lowest else f"up to {tested[name]}"
+        highest = max(tested[name].split(), key=Version)
+        if number > Version(highest) or (lowest and number < Version(lowest)):
+            span = f"{lowest} to {highest}" if lowest else f"up to {highest}"
             found.append(Outside(name, installed, span))
     python = ".".join(map(str, sys.version_info[:2]))
     if python not in (pythons := tested["python"].split()):

@@ -88,8 +88,9 @@ def compile_ahead_of_time(
     else:
         Source = ASTSource
     source = Source(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    given = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}  # as every launch says
     target = GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages, **options})
+    compiled = triton.compile(source, target=target, options=given | options)
     if isinstance(capability, str):
         text = compiled.asm["amdgcn"]
         used, spilled = (re.search(rf"\.vgpr_{what}:\s+(\d+)", text) for what in ("count", "spill_count"))

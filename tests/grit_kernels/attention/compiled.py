@@ -72,7 +72,6 @@ def compile_kernel(
         CAPABILITY[arch],
         warps=config.warps,
         stages=config.stages,
-        enable_fp_fusion=True,
     )
 
 
@@ -98,6 +97,4 @@ def compile_hopper(dtype: str, dim: int, *, hi: bool = False, sinks: bool = Fals
             types[name] = "*fp32" if name == "p_lse" else f"*{dtype}"
         elif name not in given:
             types[name] = "*i32" if name.startswith("p_") else "fp32" if name == "scale" else "i32"
-    return compile_ahead_of_time(
-        hopper_forward.attention_hopper_kernel, types, given, 90, warps=4, enable_fp_fusion=True
-    )
+    return compile_ahead_of_time(hopper_forward.attention_hopper_kernel, types, given, 90, warps=4)
