@@ -111,7 +111,8 @@ def world(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  
     pairs = [{"query": f"river {n}", "pos": [f"Water {n} that flows."], "neg": [f"A stone {n}."]} for n in range(80)]
     chats = [{"text": [f"What is river {n}?", f"Water {n}."]} for n in range(80)]
     rows = {"rows.jsonl": pairs, "mined/rows.jsonl": pairs, "rows/pairs.jsonl": pairs, "rows/chats.jsonl": chats}
-    notes = {"docs/notes/rows.jsonl": [{"text": "A visibility rule.", "year": 2021}]}
+    # as many as an approximate search takes at least
+    notes = {"docs/notes/rows.jsonl": [{"text": f"A visibility rule {n}.", "year": 2021} for n in range(256)]}
     for name, objects in (rows | notes).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in objects), encoding="utf-8")
