@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from dataclasses import replace
@@ -54,6 +55,20 @@ def test_memory_depends_on_the_chunk_not_on_the_batch(checkpoint: Path, tmp_path
         StepGradients(Counting(), config.losses, ranks, bf16=False)(share, seed=0)
         kept[queries] = peak
     assert kept[32] < 1.2 * kept[4]
+
+
+def test_a_run_keeps_no_tensor_of_the_steps_behind_it(checkpoint: Path, tmp_path: Path) -> None:
+    """Of steps with different lengths, numbers of chunks and data sets, only their lines in the log remain."""
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=8, chunk_tokens=2 * LENGTH, save_steps=3))
+    alive = []
+
+    def count(step: int) -> None:
+        gc.collect()
+        alive.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
+
+    trainer.after_step = count
+    trainer.train()
+    assert alive[1:] == [alive[1]] * 7  # the first step makes the optimiser's states
 
 
 @pytest.mark.parametrize("name", ["gritlm-7b", "gritlm-8x7b", "embedding-7b", "generative-7b"])
