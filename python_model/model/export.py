@@ -6,7 +6,7 @@ is :class:`GritTransformer`, which patches the decoder when it is loaded, so tha
 needs this package and ``trust_remote_code=True``.
 
 sentence-transformers pools in the dtype of the decoder. The folder of a bfloat16 model therefore declares float32 (its weights
-stay bfloat16 on disk); the packed form computes in bfloat16 and pools in float32, as GritLM does.
+stay bfloat16 on disk); the packed form computes in the dtype that GritLM would choose and pools in float32, as GritLM does.
 
 Source of the module layout: sentence-transformers >= 6.2. Its prompts are plain text before each text; the number of
 prompt tokens it excludes from pooling is that of the prompt tokenised alone (``instruction_count="reference"``); that
@@ -32,6 +32,7 @@ from python_model.model.prompts import TURN_END
 from python_model.support.arguments import check_path
 from python_model.support.files import new_folder, write_json
 from python_model.support.optional import require
+from python_model.support.precision import device_of, widen_if_emulated
 
 _modules = require("sentence_transformers.sentence_transformer.modules", "sentence-transformers")
 """The modules of sentence-transformers >= 6.2, which :class:`GritTransformer` needs to be defined."""
@@ -52,6 +53,8 @@ class GritTransformer(_modules.Transformer):  # type: ignore[name-defined]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not {"dtype", "torch_dtype", "device_map"} & (kwargs.get("model_kwargs") or {}).keys():
+            widen_if_emulated(self.auto_model, device_of(None))  # as GritLM does; moved to its device only afterwards
         gk.patch(self.auto_model)
         # a patched decoder refuses what it does not know, and a loss may hand on the outputs of another model's pass (CachedGIST)
         self.model_forward_params = set(_DECODER_INPUTS)

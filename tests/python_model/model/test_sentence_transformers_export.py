@@ -12,6 +12,7 @@ import torch
 from python_model import GritLM
 from python_model.model.export import export_sentence_transformers
 from python_model.model.prompts import embed_instruction
+from python_model.support import precision
 
 TEXTS = ["A river flows.", "def add(first, second):", "x", "The capital of France is a city with a river in it. " * 3]
 
@@ -152,9 +153,25 @@ def test_the_packed_export_of_a_bfloat16_model_gives_its_own_vectors(
     checkpoint: Path, tmp_path: Path, pooling_method: str
 ) -> None:
     model = GritLM(checkpoint, device="cpu", dtype=torch.bfloat16, pooling_method=pooling_method)
-    loaded = _load(export_sentence_transformers(model, tmp_path / "st", packed=True), trust_remote_code=True)
+    folder = export_sentence_transformers(model, tmp_path / "st", packed=True)
+    loaded = _load(folder, trust_remote_code=True, model_kwargs={"dtype": "bfloat16"})
     assert loaded[0].auto_model.dtype == torch.bfloat16
     # one text at a time: in bfloat16 the tiles of a matrix product depend on its rows
+    for text in TEXTS:
+        np.testing.assert_allclose(loaded.encode(text), model.encode(text), atol=1e-6)
+
+
+@pytest.mark.parametrize("known", ["avx2", "avx512_bf16"])
+def test_the_packed_export_computes_in_the_dtype_that_gritlm_chooses(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    """Float32 on a CPU that emulates products in bfloat16."""
+    GritLM(checkpoint, device="cpu", dtype=torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    stored = GritLM(tmp_path / "bfloat16", device="cpu", dtype="auto")
+    folder = export_sentence_transformers(stored, tmp_path / "st", packed=True)
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: frozenset({known}))
+    loaded, model = _load(folder, trust_remote_code=True), GritLM(tmp_path / "bfloat16", device="cpu")
+    assert loaded[0].auto_model.dtype == model.model.dtype == (torch.float32 if known == "avx2" else torch.bfloat16)
     for text in TEXTS:
         np.testing.assert_allclose(loaded.encode(text), model.encode(text), atol=1e-6)
 
