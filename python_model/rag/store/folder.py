@@ -155,8 +155,9 @@ class StoreFolder:
         known |= up_to_date
         for name, value in given.items():
             if value is not None and known.get(name) != value:
+                expected, got = _differing(known.get(name), value)
                 raise ValueError(
-                    f"{name}: expected {known.get(name)!r} as the {self.kind} {self.path} has, got {value!r}; "
+                    f"{name}: expected {expected!r} as the {self.kind} {self.path} has, got {got!r}; "
                     f"to change it, rebuild the {self.kind}: `{self.rebuild}`"
                 )
         if outdated:  # only now: a model that is refused must not leave its own values
@@ -271,6 +272,16 @@ def _completed(recorded: Any, given: Any, before: dict[str, Any], since: dict[st
     if recorded.get("causal"):
         missing["bidirectional_window"] = None
     return {**missing, **recorded, "special_tokens": special if as_before else "one token in front"}
+
+
+def _differing(recorded: Any, given: Any) -> tuple[Any, Any]:
+    """Both values, or of two mappings the entries that differ; one that lacks an entry is shown without it."""
+    if not isinstance(recorded, dict) or not isinstance(given, dict):
+        return recorded, given
+    missing = object()
+    names = [n for n in {**recorded, **given} if recorded.get(n, missing) != given.get(n, missing)]
+    first, second = ({name: values[name] for name in names if name in values} for values in (recorded, given))
+    return first, second
 
 
 def _is_full(error: BaseException) -> bool:
