@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any, BinaryIO
 
 from python_model.support.arguments import check_path
 
+ABANDONED = 3600.0
+"""Seconds after its last change from which a temporary file or folder that no process holds is that of one which was killed."""
 _REASONS = {
     errno.ENOENT: "there is no such file or folder",
     errno.EEXIST: "expected a new name, got one that exists",
@@ -98,18 +102,63 @@ def _named(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _held(temporary: Path) -> Iterator[None]:
+    """Within the block, other processes see that this one is writing the temporary file or folder; where the system has such
+    locks."""
+    descriptor = _locked(temporary)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds a lock on the file or folder until it is closed, or its process ends; None if there is no such
+    lock."""
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes had written of ``target``: it may be as large, and each attempt would leave another."""
+    name = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{32}")
+    with contextlib.suppress(OSError):  # others' files, or a folder that cannot be listed
+        for path in filter(lambda path: name.fullmatch(path.name), target.parent.iterdir()):
+            if time.time() - path.stat().st_mtime < ABANDONED or (descriptor := _locked(path)) is None:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A temporary file to fill; it becomes ``path`` (replacing what is there) when the block ends without an error."""
     target = place_for_file(path)
+    _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     with _named(target):
         file = open(temporary, "wb")  # noqa: SIM115  (closed below)
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with _held(temporary):
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -134,17 +183,22 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_file():
         raise NotADirectoryError(f"{target}: expected a folder or a new name, got a file")
     make_folder(target.parent)
+    _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     with _named(target):
         temporary.mkdir()
     try:
-        yield temporary
-        for item in [*temporary.rglob("*"), temporary]:  # the content must be on disk before the new name points to it
-            sync(item)
-        old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
+        with _held(temporary):
+            yield temporary
+            for item in [
+                *temporary.rglob("*"),
+                temporary,
+            ]:  # the content must be on disk before the new name points to it
+                sync(item)
+            old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+            if target.exists():
+                os.replace(target, old)
+            os.replace(temporary, target)
         sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:

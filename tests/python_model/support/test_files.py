@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +50,33 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
         raise RuntimeError("half")
     assert file.read_text() == "old" and [path.name for path in folder.iterdir()] == ["old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path, new: Any) -> None:
+    """Not before an hour, as locks do not reach other machines everywhere."""
+    pytest.importorskip("fcntl")
+    write = f"with {new.__name__}({str(tmp_path / 'x')!r}): print(flush=True); time.sleep(100)"
+    code = f"import time; from python_model.support.files import new_file, new_folder\n{write}"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        (left,) = tmp_path.iterdir()
+        others = [tmp_path / name for name in (".x.0", f".xy.{'0' * 32}", "x." + "0" * 32)]
+        for other in others:
+            other.touch()
+        for path in (left, *others):
+            os.utime(path, (0, 0))
+        with new(tmp_path / "x"):
+            assert left.exists()
+        process.kill()
+    now = time.time()
+    os.utime(left, (now, now))
+    with new(tmp_path / "x"):
+        assert left.exists()
+    os.utime(left, (now - 3601, now - 3601))
+    with new(tmp_path / "x"):
+        assert not left.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", *others])
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
