@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import grit_kernels
 from grit_kernels import _library
@@ -80,3 +81,10 @@ def test_all_is_every_extra_that_a_command_asks_for_but_two(pyproject: dict[str,
     inside = set(extras["all"][0].partition("[")[2].rstrip("]").split(","))
     assert len(asked) > 8 and asked <= set(extras) and inside <= set(extras)
     assert asked - inside == {"ray", "8bit"}  # a cluster's, and an optimiser that needs a compiler
+
+
+def test_the_citation_has_what_its_format_requires() -> None:
+    """GitHub shows none without (citation-file-format 1.2.0)."""
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert {"type", "title", "authors"} <= set(citation["preferred-citation"])
