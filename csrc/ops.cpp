@@ -5,21 +5,24 @@
 #include "cpu/fused_op.h"
 #include "cpu/pooling_op.h"
 #include "cuda/decode_host.h"
+#include "signatures.h"
 #include "torch_api.h"
 
 STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX((&grit::Flat<&grit::attention_forward, 3>::call)));
-  m.impl("attention_backward", TORCH_BOX((&grit::Flat<&grit::attention_backward, 7>::call)));
-  m.impl("attention_decode_cuda", TORCH_BOX((&grit::Flat<&grit::attention_decode_on_host, 5>::call)));
-  m.impl("contrastive_forward", TORCH_BOX((&grit::Flat<&grit::contrastive_forward, 0>::call)));
-  m.impl("contrastive_backward", TORCH_BOX((&grit::Flat<&grit::contrastive_backward, 1>::call)));
-  m.impl("contrastive_step", TORCH_BOX((&grit::Flat<&grit::contrastive_step, 0>::call)));
-  m.impl("contrastive_scale", TORCH_BOX(&grit::contrastive_scale));
-  m.impl("pool_forward", TORCH_BOX((&grit::Flat<&grit::pool_forward, 0>::call)));
-  m.impl("rms_norm_forward", TORCH_BOX(&grit::rms_norm_forward));
-  m.impl("rms_norm_backward", TORCH_BOX(&grit::rms_norm_backward));
-  m.impl("rotary", TORCH_BOX(&grit::rotary));
-  m.impl("gated_forward", TORCH_BOX(&grit::gated_forward));
-  m.impl("gated_backward", TORCH_BOX(&grit::gated_backward));
-  m.impl("pool_backward", TORCH_BOX((&grit::Flat<&grit::pool_backward, 1>::call)));
+  GRIT_OP(m, "attention_forward", &grit::Flat<&grit::attention_forward, 3>::call);
+  GRIT_OP(m, "attention_backward", &grit::Flat<&grit::attention_backward, 7>::call);
+  GRIT_OP(m, "attention_decode_cuda", &grit::Flat<&grit::attention_decode_on_host, 5>::call);
+  GRIT_OP(m, "contrastive_forward", &grit::Flat<&grit::contrastive_forward, 0>::call);
+  GRIT_OP(m, "contrastive_backward", &grit::Flat<&grit::contrastive_backward, 1>::call);
+  GRIT_OP(m, "contrastive_step", &grit::Flat<&grit::contrastive_step, 0>::call);
+  GRIT_OP(m, "contrastive_scale", &grit::contrastive_scale);
+  GRIT_OP(m, "pool_forward", &grit::Flat<&grit::pool_forward, 0>::call);
+  GRIT_OP(m, "rms_norm_forward", &grit::rms_norm_forward);
+  GRIT_OP(m, "rms_norm_backward", &grit::rms_norm_backward);
+  GRIT_OP(m, "rotary", &grit::rotary);
+  GRIT_OP(m, "gated_forward", &grit::gated_forward);
+  GRIT_OP(m, "gated_backward", &grit::gated_backward);
+  GRIT_OP(m, "pool_backward", &grit::Flat<&grit::pool_backward, 1>::call);
 }
+
+GRIT_EXPORT_SIGNATURES

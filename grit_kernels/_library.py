@@ -1,4 +1,4 @@
-"""Find and load the compiled libraries (csrc/). A missing one is never an import error: see :func:`status`.
+"""Find and load the compiled libraries (csrc/). A missing one is never an import error (see :func:`status`), a stale one is.
 
 ``_C.so`` holds the CPU kernels and is loaded whenever it is present; ``_C_cuda.so`` holds CUDA C++ kernels and is loaded where
 torch sees a CUDA device. Both use torch's stable C ABI only, so neither depends on the versions of torch and Python.
@@ -52,6 +52,39 @@ def _load(path: Path, what: str) -> LibraryStatus:
             False, f"{path} does not load ({error}); rebuild it here with torch {torch.__version__}: {_BUILD}", path
         )
     return LibraryStatus(True, "", path)
+
+
+@functools.cache
+def _signatures(path: Path) -> dict[str, str]:
+    """What each op of a library takes and returns, as ``(Tensor, int) -> 2``; no ops in one from before it said so."""
+    handle = ctypes.CDLL(str(path))
+    if not hasattr(handle, "grit_kernels_signatures"):
+        return {}
+    handle.grit_kernels_signatures.restype = ctypes.c_char_p
+    lines = handle.grit_kernels_signatures().decode().splitlines()
+    return {line[: line.index("(")]: line[line.index("(") :] for line in lines}
+
+
+def check_signature(schema: str) -> None:
+    """Compare an op's schema with what the loaded libraries implement under its name; torch does not.
+
+    Raises:
+        ImportError: a library was built from sources with another schema. Its kernels are registered, so the reference cannot
+            take their place.
+    """
+    parsed = torch._C.parse_schema(schema)
+    expected = f"({', '.join(str(argument.type) for argument in parsed.arguments)}) -> {len(parsed.returns)}"
+    for library, key in ((status(), "CPU"), (cuda_status(), "CUDA")):
+        if library.path is None or not library.loaded:
+            continue
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"grit_kernels::{parsed.name}", key):
+            continue
+        found = _signatures(library.path).get(parsed.name, "an unknown signature")
+        if found != expected:
+            raise ImportError(
+                f"{library.path} was built from other sources: {parsed.name}: expected {expected}, got {found}. "
+                "Build it again with a C++ compiler: `pip install . --no-build-isolation`"
+            )
 
 
 def interpreting() -> bool:

@@ -131,6 +131,7 @@ def _lazy(path: str) -> Callable[..., Any]:
 def declare_op(schema: str) -> None:
     """Define op ``grit_kernels::<schema>`` that only a compiled library implements."""
     _library_handle.define(schema)
+    _library.check_signature(schema)
 
 
 def define_op(
@@ -152,6 +153,7 @@ def define_op(
     function calls whichever kernels exist; it is the implementation everywhere, not a fallback.
     """
     _library_handle.define(schema)
+    _library.check_signature(schema)
     name = schema.split("(")[0]
     library = _library.status()
     triton_found = importlib.util.find_spec("triton") is not None

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "decode_call.h"
+#include "../signatures.h"
 
 namespace grit {
 namespace {
@@ -66,5 +67,7 @@ std::tuple<Tensor, Tensor> attention_decode_cuda(const AttentionProblem& problem
 }  // namespace grit
 
 STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CUDA, m) {
-  m.impl("attention_decode_cuda", TORCH_BOX((&grit::Flat<&grit::attention_decode_cuda, 5>::call)));
+  GRIT_OP(m, "attention_decode_cuda", &grit::Flat<&grit::attention_decode_cuda, 5>::call);
 }
+
+GRIT_EXPORT_SIGNATURES

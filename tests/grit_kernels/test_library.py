@@ -85,6 +85,19 @@ def test_a_missing_or_broken_library_says_what_to_do(tmp_path: Path) -> None:
     assert not status.loaded and "rebuild it here" in status.reason and torch.__version__ in status.reason
 
 
+@pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
+def test_a_library_of_another_schema_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls it all the same, with the wrong arguments."""
+    schema = "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor, Tensor)"
+    _library.check_signature(schema)
+    for other in (schema.replace("bool", "int"), schema.replace(", Tensor sin", ""), schema.replace("(Tensor, ", "(")):
+        with pytest.raises(ImportError, match=r"rotary: expected \(Tensor.*, got \(Tensor, .*bool\) -> 2.*pip install"):
+            _library.check_signature(other)
+    monkeypatch.setattr(_library, "_signatures", lambda path: {})
+    with pytest.raises(ImportError, match="built from other sources.*got an unknown signature"):
+        _library.check_signature(schema)
+
+
 def test_a_torch_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_C.so").touch()
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
