@@ -1,4 +1,4 @@
-# grit serve on a CPU, or with --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 --build-arg TORCH_INDEX= on a GPU.
+# grit serve on a CPU, or with --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 --build-arg TORCH_INDEX= on a GPU.
 #   docker build -t grit .
 #   docker run -p 127.0.0.1:8000:8000 -e GRIT_API_KEY=... -v ./my_run/checkpoint:/model:ro grit --model /model
 ARG BASE=python:3.12-slim-bookworm
