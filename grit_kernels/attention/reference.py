@@ -4,7 +4,7 @@
     out_i = sum_j softmax_j(score_ij) v_j over the visible keys j of row i,   lse_i = ln sum_j exp(score_ij)
 
 A sink is one more score of every row of a head that sees a key: it takes part in the softmax and in lse, and no value belongs to
-it. A row that sees no key gives 0 and -inf with a sink as well.
+it. A row that sees no key gives 0 and -inf with a sink as well. A sink of -inf is none; inf gives NaN, as in torch.softmax.
 
 Computed in float64 for float64 inputs and in float32 otherwise; differentiable by autograd, twice as well. Every other
 implementation is tested against this file.

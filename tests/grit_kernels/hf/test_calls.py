@@ -134,6 +134,12 @@ def test_masks_of_other_shapes_are_an_error_and_not_ignored() -> None:
         create_causal_mask(**options, block_sequence_ids=torch.zeros(1, 4, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("mask", [{"full_attention": torch.ones(IDS.shape)}, torch.ones(IDS.shape).tolist(), "causal"])
+def test_a_mask_that_is_no_tensor_is_named(model: Any, mask: Any) -> None:
+    with pytest.raises(TypeError, match=r"^attention_mask: expected a tensor \(\d+, \d+\), got (dict|list|str)$"):
+        model(IDS, attention_mask=mask)
+
+
 def test_layers_that_attend_by_themselves_are_an_error(model: Any) -> None:
     for layer in model.model.layers:
         layer.self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
