@@ -158,9 +158,8 @@ def _forward(decoder: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: d
     if record.recurrent and cache is not None:
         recurrent.check_cache(cache)
     mask, positions = bound.pop("attention_mask", None), bound.pop("position_ids", None)
-    by_kind = isinstance(mask, dict) and getattr(
-        decoder.config, "layer_types", None
-    )  # transformers' own, for each kind of layer
+    # transformers' own masks, one for each kind of layer
+    by_kind = isinstance(mask, dict) and getattr(decoder.config, "layer_types", None)
     if mask is not None and not by_kind and not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor {(batch, length)}, got {type(mask).__name__}")
     is_causal, sample_pack = bound.pop("is_causal", None), bound.pop("sample_pack", None)
