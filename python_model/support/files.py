@@ -29,12 +29,16 @@ _REASONS = {
     errno.ENOSPC: "there is no space left",
     errno.EDQUOT: "there is no space left for this user",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What writing to an open file raises, without its name, if the disk is full."""
 
 
 def reason_of(error: Exception, *, with_path: bool = False) -> str:
     """What is wrong with a file or folder by an error of the system, without its number; any other error as it is."""
-    if not isinstance(error, OSError) or error.errno is None or not isinstance(error.filename, str | os.PathLike):
+    if not isinstance(error, OSError) or error.errno is None:
         return str(error)
+    if not isinstance(error.filename, str | os.PathLike):
+        return _REASONS[error.errno] if error.errno in FULL else str(error)
     path, reason = Path(error.filename), _REASONS.get(error.errno, str(error.strerror))
     if error.errno == errno.ENOTDIR:
         path = next((part for part in [*reversed(path.parents), path] if part.is_file()), path)
@@ -92,12 +96,13 @@ def place_for_file(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """An error about a temporary name is one about the name that was asked for."""
+def named(target: Path, *numbers: int) -> Iterator[None]:
+    """An error (with one of these numbers) about a temporary name, or an open file, is one about the name that was asked for."""
     try:
         yield
     except OSError as error:
-        error.filename = str(target)
+        if not numbers or error.errno in numbers:
+            error.filename = str(target)
         raise
 
 
@@ -150,10 +155,10 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = place_for_file(path)
     _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    with _named(target):
+    with named(target):
         file = open(temporary, "wb")  # noqa: SIM115  (closed below)
     try:
-        with _held(temporary):
+        with _held(temporary), named(target, *FULL):
             with file:
                 yield file
                 file.flush()
@@ -185,10 +190,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     make_folder(target.parent)
     _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    with _named(target):
+    with named(target):
         temporary.mkdir()
     try:
-        with _held(temporary):
+        with _held(temporary), named(target, *FULL):
             yield temporary
             for item in [
                 *temporary.rglob("*"),

@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from python_model.support.files import place_for_file, sync, write_json
+from python_model.support.files import FULL, named, place_for_file, sync, write_json
 
 
 class JsonLines:
@@ -30,6 +30,7 @@ class JsonLines:
     ) -> None:
         """``broken(line, error)`` may raise if a complete line is not a valid row; by default the file is truncated there."""
         self.rows: list[dict[str, Any]] = []
+        self._path = path
         end = 0
         self._file = open(place_for_file(path), "a+b")  # noqa: SIM115  (closed by close)
         self._file.seek(0)
@@ -51,9 +52,10 @@ class JsonLines:
     def append(self, *rows: dict[str, Any]) -> None:
         """Append rows; when this returns they are on disk."""
         self.rows += rows
-        self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with named(self._path, *FULL):
+            self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -119,7 +121,7 @@ class ResumableArray:
         self.path, self.rows, self.key, self.done = path, rows, key, 0
         self._part = path.with_name(f".{path.name}.part")
         self._state = path.with_name(f".{path.name}.part.json")
-        self._array: np.memmap[Any, Any] | None = None
+        self._file: BinaryIO | None = None
         place_for_file(path)
         if self._state.exists() and self._part.exists():
             state = json.loads(self._state.read_text(encoding="utf-8"))
@@ -131,19 +133,26 @@ class ResumableArray:
 
     def append(self, block: np.ndarray) -> None:
         """Write the next rows (n, size); when this returns they are on disk."""
-        if self._array is None:
+        if self._file is None:
             again = {} if self.done else {"dtype": np.float32, "shape": (self.rows, block.shape[1])}
-            self._array = np.lib.format.open_memmap(self._part, mode="r+" if self.done else "w+", **again)
-        self._array[self.done : self.done + len(block)] = block
-        self._array.flush()
+            with named(self.path, *FULL):
+                array = np.lib.format.open_memmap(self._part, mode="r+" if self.done else "w+", **again)
+            self._offset, self._dtype = array.offset, array.dtype
+            self._file = open(self._part, "r+b")  # noqa: SIM115  (closed by finish)
+        # written, not mapped: on a full disk the system ends a process that fills its map
+        rows = np.ascontiguousarray(block, dtype=self._dtype)
+        with named(self.path, *FULL):
+            self._file.seek(self._offset + self.done * rows[:1].nbytes)
+            self._file.write(rows.tobytes())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.done += len(block)
         write_json(self._state, {"key": self.key, "rows": self.rows, "done": self.done})
 
     def finish(self) -> tuple[int, int]:
         """Give the file its final name; returns its shape."""
-        self._array = None
-        with open(self._part, "r+b") as file:
-            os.fsync(file.fileno())
+        if self._file is not None:
+            self._file.close()
         os.replace(self._part, self.path)
         sync(self.path.parent)
         self._state.unlink()

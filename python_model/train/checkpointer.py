@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -117,14 +117,14 @@ class Checkpointer:
         import torch.distributed.checkpoint as dcp
 
         self.finish()
-        temporary = self.folder / f".step-{step:08d}"
+        temporary = self._temporary(step)
         if self.ranks.first:
             shutil.rmtree(temporary, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()
         alone = self.ranks.group is None
         if wait:
-            with _told(self._path(step), "written"):
+            with self._writing(step):
                 dcp.save(trained.state_dict(), checkpoint_id=temporary, no_dist=alone)
             self._complete(step)
         else:
@@ -142,17 +142,31 @@ class Checkpointer:
         if self._pending is not None:
             step, future = self._pending
             self._pending = None
-            with _told(self._path(step), "written"):
+            with self._writing(step):
                 future.result()
             self._complete(step)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}"
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """Of a state that could not be written, nothing remains to fill the disk; torch names a full one in no words."""
+        try:
+            with _told(self._path(step), "written", lambda: f"; {_free(self.folder)} are free there"):
+                yield
+        except OSError:
+            if self.ranks.first:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            raise
+
     def _complete(self, step: int) -> None:
         """Finish the state after all ranks have written their parts."""
         self.ranks.barrier()
-        target, temporary = self._path(step), self.folder / f".step-{step:08d}"
+        target, temporary = self._path(step), self._temporary(step)
         if self.ranks.first:
             state = {"version": VERSION, "step": step, "config": self.settings, "identity": self.identity}
             write_json(temporary / "state.json", state)
@@ -202,14 +216,14 @@ class Checkpointer:
             if mine != value:
                 raise ValueError(f"{name}: expected {value}, with which {path} was written, got {mine}; {way_out}")
         tensors = trained.state_dict()
-        with _told(path, "read", "; remove it to resume from the one before it, if there is one"):
+        with _told(path, "read", lambda: "; remove it to resume from the one before it, if there is one"):
             dcp.load(tensors, checkpoint_id=path, no_dist=self.ranks.group is None)
         trained.load_state_dict(tensors)
         return int(saved["step"])
 
 
 @contextlib.contextmanager
-def _told(path: Path, done: str, advice: str = "") -> Iterator[None]:
+def _told(path: Path, done: str, more: Callable[[], str]) -> Iterator[None]:
     """Turn torch's report of what failed on which rank, which no handler of errors expects, into an OSError that says it."""
     from torch.distributed.checkpoint import CheckpointException
 
@@ -217,7 +231,11 @@ def _told(path: Path, done: str, advice: str = "") -> Iterator[None]:
         yield
     except CheckpointException as report:
         causes = dict.fromkeys(f"{type(error).__name__}: {error}" for error, _ in report.failures.values())
-        raise OSError(f"{path}: the state cannot be {done} ({'; '.join(causes)}){advice}") from report
+        raise OSError(f"{path}: the state cannot be {done} ({'; '.join(causes)}){more()}") from report
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB"
 
 
 def upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from python_model.support.files import cache_folder, new_file, new_folder, write_json, write_text
+from python_model.support.files import cache_folder, new_file, new_folder, reason_of, write_json, write_text
 
 
 def test_a_folder_appears_whole_with_its_parents_and_replaces_another(tmp_path: Path) -> None:
@@ -77,6 +78,20 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
     with new(tmp_path / "x"):
         assert not left.exists()
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", *others])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_in_words_with_the_name_that_was_asked_for(tmp_path: Path, number: int) -> None:
+    """The system names no file when it refuses to write to an open one; an error about anything else has none, either."""
+    for new in (new_file, new_folder):
+        with pytest.raises(OSError) as caught, new(tmp_path / "x"):
+            raise OSError(number, "No space left on device")
+        assert reason_of(caught.value, with_path=True).startswith(f"{tmp_path / 'x'}: there is no space left")
+        with pytest.raises(OSError) as caught, new(tmp_path / "x"):
+            raise OSError(errno.ECONNRESET, "Connection reset by peer")
+        assert caught.value.filename is None
+        assert list(tmp_path.iterdir()) == []
+    assert reason_of(OSError(number, "No space left on device")).startswith("there is no space left")
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from python_model.support.files import new_file, new_folder
+from python_model.support.files import new_file, new_folder, reason_of
 from python_model.support.optional import require
 from python_model.support.resume import JsonLines, ResumableArray, ResumableRows
 
@@ -31,6 +32,26 @@ def test_a_log_keeps_the_whole_leading_lines_and_grows(tmp_path: Path) -> None:
     log.append({"n": 9})
     log.close()
     assert path.read_text() == '{"n": 1}\n{"n": 2}\n{"n": 9}\n'
+
+
+def test_what_grows_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written into a map of the file instead would end the process, by SIGBUS."""
+    log, vectors = JsonLines(tmp_path / "log.jsonl"), ResumableArray(tmp_path / "v.npy", 2, "key")
+    vectors.append(np.ones((1, 4), np.float32))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for name, append in (
+        ("log.jsonl", lambda: log.append({"n": 1})),
+        ("v.npy", lambda: vectors.append(np.ones((1, 4), np.float32))),
+    ):
+        with pytest.raises(OSError) as caught:
+            append()
+        assert reason_of(caught.value, with_path=True) == f"{tmp_path / name}: there is no space left"
+    assert vectors.done == 1
+    log.close()
 
 
 def test_rows_of_another_run_are_refused_with_their_line(tmp_path: Path) -> None:

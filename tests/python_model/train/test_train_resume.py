@@ -449,12 +449,14 @@ def test_a_state_that_cannot_be_written_is_an_error_that_says_so_and_leaves_the_
 
     trainer.after_step = fill
     try:
-        with pytest.raises(OSError, match=r"(?s)step-00000002: the state cannot be written \((\w*Error: .*)+\)$"):
+        said = r"(?s)step-00000002: the state cannot be written \((\w*Error: .*)+\); \d+\.\d\d GiB are free there$"
+        with pytest.raises(OSError, match=said):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     latest = trainer.checkpointer.latest()
     assert latest is not None and latest.name == "step-00000001"
+    assert list(latest.parent.iterdir()) == [latest]  # and nothing half-written fills the disk
 
 
 def test_a_damaged_state_is_named_and_the_one_before_it_serves(checkpoint: Path, tmp_path: Path) -> None:
