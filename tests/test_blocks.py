@@ -2,15 +2,16 @@
 
 A Python block runs in a folder that has what the pages name (``my_run/checkpoint``, ``INDEX``, ``STORE``, ``ST``); one that
 needs a package which is not installed is skipped and says so. A ``grit`` command is parsed by its own parser and run on small
-data, but for those that fetch packages or train several models, which have tests of their own; training of 7B models, also under
-``torchrun``, is run dry. ``make``, ``pip install``, other ``python -m`` and ``curl`` lines are held to the Makefile, the extras,
-the modules and the server's routes. Rows of JSON are read as training reads them, and what a page shows below a ``$`` command is
-what the command prints.
+data, but for those that fetch packages or train several models, which have tests of their own; training of 7B models, also
+under ``torchrun``, is run dry. ``make``, ``pip install``, other ``python -m`` and ``curl`` lines are held to the Makefile, the
+extras, the benchmarks' parsers and the server's routes, and commands within sentences to their options. Rows of JSON are read
+as training reads them, and what a page shows below a ``$`` command is what the command prints.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -29,10 +30,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from python_model import cli
 from python_model.commands.runner import SMALL_MODEL
 from python_model.data.reading import tolerant_rows
 from python_model.data.report import DataReport
 from python_model.data.rows import to_object
+from tests.bench.parsing import parsed
 from tests.conftest import needs_source_tree
 from tests.python_model.conftest import checkpoint, tokenizer  # noqa: F401  (fixtures)
 
@@ -191,8 +194,23 @@ def test_a_command_is_one_that_works(
             assert find_spec(module), module
             if module == "python_model.train":
                 _grit(["train", *rest[rest.index("-m") + 2 :]], tmp_path)
+            elif module.startswith("bench."):
+                parsed(module, rest[rest.index("-m") + 2 :])
     elif tool == "curl":
         _curl(rest, request)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_sentences_have_the_options_that_they_are_given(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for span in re.findall(r"`((?:grit|python -m bench\.)[^`]+)`", text):
+        words = shlex.split(span)
+        if words[0] == "grit" and words[1] in cli.COMMANDS:
+            actions = importlib.import_module(cli.COMMANDS[words[1]][0]).COMMAND.parser()._actions
+            known = {option for action in actions for option in action.option_strings}
+            assert {word for word in words if word.startswith("--")} <= known | {"--help"}, span
+        elif words[0] == "python" and len(words) > 3 and "--help" not in words:
+            parsed(words[2], words[3:])
 
 
 def test_an_index_is_searched_with_the_model_that_made_it() -> None:
@@ -215,8 +233,6 @@ def test_rows_are_read_by_training(block: Block, tmp_path: Path) -> None:
 def test_a_command_prints_what_the_page_shows(
     block: Block, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from python_model import cli
-
     command, _, printed = block.text.removeprefix("$ ").partition("\n")
     words = shlex.split(command)
     for name, value in (word.split("=") for word in words if re.fullmatch(r"[A-Z_]+=\S+", word)):
@@ -228,10 +244,6 @@ def test_a_command_prints_what_the_page_shows(
 
 def _grit(rest: list[str], out: Path) -> None:
     """Run a command; what it writes beside the index goes to the folder ``out``."""
-    import importlib
-
-    from python_model import cli
-
     if ";" in rest:
         cut = rest.index(";")
         _grit(rest[:cut], out)
