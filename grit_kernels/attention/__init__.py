@@ -78,7 +78,7 @@ def switch_attention(
         softcap: ``cap(s) = softcap * tanh(s / softcap)`` when positive.
         sinks: (H_q) in float32 or the dtype of q, optional attention sinks (GPT-OSS): one more score of every row of a head, to
             which no value belongs, so ``out_i = sum_j exp(s_ij - lse_i) v_j`` with ``lse_i = ln(exp(sink) + sum_j exp(s_ij))``.
-            Finite, or -inf for none. A row that sees no key gives 0 and -inf nonetheless.
+            Finite, or -inf for none (+inf and NaN are refused on a CPU). A row that sees no key gives 0 and -inf nonetheless.
         return_lse: also return the log-sum-exp of the scores, float32 (B, T_q, H_q); -inf where a row sees nothing.
         deterministic: the same inputs give gradients of the same bits. False lets the GPU's backward pass add up the gradient of
             q by atomics, in one kernel instead of two; ``torch.use_deterministic_algorithms(True)`` forbids it, and CPUs always

@@ -53,7 +53,7 @@ def check_qkv(
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
-    """Check sinks (H_q) against q (..., H_q, D)."""
+    """Check sinks (H_q) against q (..., H_q, D), and where they may be read that none is NaN or +inf: a share of inf / inf."""
     if sinks is None:
         return None
     heads = q.shape[-2]
@@ -64,6 +64,9 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
     if sinks.dtype not in (torch.float32, q.dtype):
         raise TypeError(f"sinks: expected float32 or the {q.dtype} of q, got {sinks.dtype}")
     check_device("sinks", sinks, q.device)
+    if readable(sinks) and not bool((sinks < float("inf")).all()):  # a NaN is not smaller either
+        head = int((~(sinks < float("inf"))).nonzero()[0])
+        raise ValueError(f"sinks: expected finite numbers, or -inf for none, got {float(sinks[head])} for head {head}")
     return sinks
 
 

@@ -20,6 +20,7 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+INF = float("inf")
 Q = (2, 3, 4, 32)
 KV = (2, 5, 2, 32)
 
@@ -109,6 +110,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "sinks per key head": (ValueError, r"sinks: expected \(4,\), one score per head of q, got shape \(2,\)", dense(sinks=t(2))),
     "sinks per sample": (ValueError, r"sinks: expected \(2,\).*got shape \(2, 2\)", varlen(sinks=t(2, 2))),
     "sinks of another dtype": (TypeError, "sinks: expected float32 or .*bfloat16", dense(sinks=t(4, dtype=torch.bfloat16))),
+    "infinite sink": (ValueError, "sinks: .*or -inf .*got inf for head 2", dense(sinks=torch.tensor([0, -INF, INF, INF]))),
+    "sink of NaN": (ValueError, "sinks: expected finite .*got nan for head 0", varlen(sinks=torch.tensor([float("nan"), INF]))),
     "sinks beside a cache": (ValueError, r"sinks: expected \(4,\)", cached(sinks=t(1))),
     "sinks on another device": (ValueError, "sinks: expected a tensor on cpu", cached(sinks=torch.zeros(4, device="meta"))),
     "lengths that do not sum up": (ValueError, "cu_seqlens_q: expected", varlen(cu_seqlens_q=ints(0, 2, 4))),
