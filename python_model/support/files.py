@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -78,6 +79,17 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise NotADirectoryError(f"{path}: expected a folder or a new name, got a file") from None
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder if it is missing.
+
+    Raises:
+        OSError: no file can be made in it.
+    """
+    make_folder(path)
+    with named(path), tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def place_for_file(path: str | os.PathLike[str]) -> Path:

@@ -21,7 +21,7 @@ from python_model.data.stream import StepSamples, check_data, open_stream
 from python_model.model.card import CARD_FILE, model_card
 from python_model.model.limits import warn_beyond_positions
 from python_model.model.modeling import GritLM
-from python_model.support.files import make_folder, new_folder, write_json
+from python_model.support.files import check_writable, new_folder, write_json
 from python_model.support.optional import find
 from python_model.support.precision import computes_in_bfloat16
 from python_model.train.adapters import merge_adapters
@@ -147,6 +147,8 @@ class Trainer:
                 print(f"note: {note}", flush=True)
         if config.evaluation.data:
             check_evaluation(config.evaluation, config.mode)
+        if ranks.first:
+            check_writable(Path(config.output_dir))
         model = load_model(
             config.model,
             ranks.device,
@@ -251,7 +253,6 @@ class Trainer:
             dtype = torch.bfloat16 if self.config.model.bf16 else torch.float32
             peak = measured_peak(self.ranks.device, dtype) / 1e12
         if self.ranks.first:
-            make_folder(self.folder)
             write_json(self.folder / "config.json", self.settings)
             for line in self.memory.lines(device_limit(self.ranks.device)):
                 tqdm.write(line)

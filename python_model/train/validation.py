@@ -120,7 +120,10 @@ def check_evaluation(config: EvaluationConfig, mode: str) -> HeldOut:
         FileNotFoundError, DataError: the folder lacks a file, or has a broken one.
         ValueError: the metric is unavailable for this data or mode.
     """
-    held_out = HeldOut(config.data)
+    try:
+        held_out = HeldOut(config.data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"evaluation.{error}") from error
     available = [name for name in HIGHER_IS_BETTER if name != "next_token_loss" and held_out.rows]
     available += ["next_token_loss"] if mode != "embedding" and held_out.conversations else []
     if config.metric not in available:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import re
@@ -37,6 +38,25 @@ def test_command_line_trains_and_the_checkpoint_loads(checkpoint: Path, tmp_path
     assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
     assert GritLM(folder, device="cpu").encode("a text").shape == (64,)
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions do not hold for every user, so the system's refusal is made up."""
+    data = data_folder(tmp_path / "data")
+    run = ["--model.name", str(checkpoint), "--data.train_data", str(data), "--batch.embedding_batch_size", "2"]
+    monkeypatch.setattr("python_model.train.trainer.load_model", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file: expected a folder or a new name, got a file"):
+        grit_train([*run, "--output_dir", str(tmp_path / "file")])
+
+    def refuse(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / "tmp123"))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(SystemExit, match="new: this user has no permission for it"):
+        grit_train([*run, "--output_dir", str(tmp_path / "new")])
 
 
 def test_a_plot_that_fails_or_has_nothing_to_show_costs_no_weights(

@@ -135,6 +135,9 @@ def test_a_metric_that_the_run_does_not_give_is_refused_before_a_model_is_loaded
         Trainer.from_config(config, Ranks(0, 1, torch.device("cpu")))
     with pytest.raises(FileNotFoundError, match=r"^evaluation\.data: there is no folder nowhere"):
         toy_config(checkpoint, tmp_path, **{"evaluation.data": "nowhere"})
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^evaluation\.data: there is no corpus\.jsonl in "):
+        Trainer.from_config(config, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_a_run_on_conversations_alone_is_measured_by_its_loss(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
