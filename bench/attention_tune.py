@@ -4,7 +4,7 @@
                                    [--record NAME.json [--resume]]
 
 Each candidate is checked against the table's entry before it is timed; one that does not compile or launch is reported.
-``--kernels hopper`` measures the Hopper forward in Gluon beside the forward kernel's entry.
+``--kernels hopper,hopper_backward`` measures the Hopper kernels in Gluon beside the table's entries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from grit_kernels.attention import hopper
 from grit_kernels.attention.triton_configs import KERNELS, Config, choose_config, override_config, table_config
 
 HOPPER = "hopper"
-"""In place of a kernel's name and of a configuration: the forward of hopper_forward.py, which has only one."""
+"""In place of a configuration: the kernels in Gluon, which have only one."""
+HOPPER_KERNELS = {"hopper": "forward", "hopper_backward": "backward_keys"}
+"""In place of a kernel's name: the pass in Gluon, and the kernel whose entry of the table runs beside it."""
 COLUMNS = ["kernel", "dim", "mode", "config", "ms", "tflops", "of_gemm", "note"]
 
 
@@ -53,8 +55,9 @@ def problems(kernel: str, dim: int, device: str = "cuda") -> Iterator[tuple[str,
     if kernel == "decode":
         yield "decode", Problem(decode("decode", 16, 16384, (32, 8, dim)), device)
         return
+    backward = HOPPER_KERNELS.get(kernel, kernel).startswith("backward")
     for causal in (True, False):
-        regime = same("tune", 4096, 4, causal, (16, 4, dim), backward=kernel.startswith("backward"))
+        regime = same("tune", 4096, 4, causal, (16, 4, dim), backward=backward)
         yield "causal" if causal else "bidirectional", Problem(regime, device)
 
 
@@ -76,14 +79,14 @@ def contenders(kernel: str, dim: int) -> list[Config]:
 
 def tried(kernel: str, dim: int, few: bool, table: Config) -> list[Config | str]:
     """What :func:`measure` tries, the ``table``'s entry first; ``few``: only the contenders."""
-    if kernel == HOPPER:
+    if kernel in HOPPER_KERNELS:
         return [table, HOPPER]
     return list(dict.fromkeys([table, *(contenders(kernel, dim) if few else candidates(kernel, dim))]))
 
 
 def table_entry(kernel: str, dim: int, device: torch.device) -> Config:
     """The table's for bfloat16."""
-    return choose_config("forward" if kernel == HOPPER else kernel, dim, torch.bfloat16, device)
+    return choose_config(HOPPER_KERNELS.get(kernel, kernel), dim, torch.bfloat16, device)
 
 
 @contextlib.contextmanager
@@ -91,7 +94,7 @@ def trying(kernel: str, config: Config | str) -> Iterator[None]:
     """Launch ``config`` within the block; an error where that is HOPPER and does not run."""
     with contextlib.ExitStack() as stack:
         if isinstance(config, Config):
-            stack.enter_context(override_config("forward" if kernel == HOPPER else kernel, config))
+            stack.enter_context(override_config(HOPPER_KERNELS.get(kernel, kernel), config))
         else:
             stack.enter_context(mock.patch.dict(os.environ, {hopper.VARIABLE: "1"}))
             stack.enter_context(warnings.catch_warnings())

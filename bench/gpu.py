@@ -145,10 +145,10 @@ TASKS = (
     Task("install", 1, INSTALL, 60, 5, environment={"GRIT_KERNELS_NO_EXTENSION": "1"}, dry="bench.gpu_dry broken_install"),
     Task("compile_first", 1, "bench.launches --groups correctness,hopper,attention,tuning", 150),
     Task("correctness_cuda", 1, "bench.correctness --device {device} --record {record}", 90),
-    Task("hopper_tests", 1, f"pytest -rfE {TESTS_OF_HOPPER}", 60, 10, parse=parse_tests, dry="bench.gpu_dry broken_install"),
+    Task("hopper_tests", 1, f"pytest -rfE {TESTS_OF_HOPPER}", 90, 10, parse=parse_tests, dry="bench.gpu_dry broken_install"),
     Task(
         "attention_hopper_cuda", 1,
-        "bench.attention_tune --kernels hopper --dims 128,64 --limit 40 --record {record} --resume", 60,
+        "bench.attention_tune --kernels hopper,hopper_backward --dims 128,64 --limit 70 --record {record} --resume", 90,
         dry="bench.gpu_dry broken_install",
     ),
     Task("ceilings_cuda", 1, "bench.ceilings --device {device} --record {record}", 40, 10),

@@ -217,7 +217,7 @@ def record_hopper() -> set[Launch]:
     """What GRIT_KERNELS_HOPPER=1 adds on such a GPU."""
     if triton_launch.architecture(torch.device("cuda")) != "sm90":
         return set()
-    record_tuning([attention_tune.HOPPER], few=False)
+    record_tuning(list(attention_tune.HOPPER_KERNELS), few=False)
     return record_tests(TESTS_OF_HOPPER)
 
 

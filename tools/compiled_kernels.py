@@ -15,7 +15,7 @@ import triton
 
 from grit_kernels.attention.triton_configs import Config, table_config
 from tests.grit_kernels.ahead_of_time import Compiled
-from tests.grit_kernels.attention.compiled import compile_hopper, compile_kernel, hopper_config
+from tests.grit_kernels.attention.compiled import HOPPER, compile_hopper, compile_kernel, hopper_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 COLUMNS = (
@@ -36,7 +36,7 @@ def entries() -> list[Entry]:
     ]
     base = table_config("forward", 64, 2, "sm90")
     variants = [(64, base._replace(ahead=True)), (64, Config(64, 64, 4, 3)), (128, Config(128, 128, 8, 2))]
-    hopper = [("hopper", "sm90", dim, hopper_config(dim)) for dim in (64, 128)]
+    hopper = [(kernel, "sm90", dim, hopper_config(kernel, dim)) for kernel in HOPPER for dim in (64, 128)]
     return [*found, *(("forward", "sm90", dim, config) for dim, config in variants), *hopper]
 
 
@@ -44,7 +44,9 @@ def figures(entry: Entry) -> list[str]:
     """A row of the table. The loop is the first: blocks that need no mask."""
     kernel, arch, dim, config = entry
     compiled = (
-        compile_hopper("bf16", dim) if kernel == "hopper" else compile_kernel(kernel, arch, "bf16", dim, config=config)
+        compile_hopper(kernel, "bf16", dim)
+        if kernel in HOPPER
+        else compile_kernel(kernel, arch, "bf16", dim, config=config)
     )
     loop = loops_of_products(compiled)[0]
 

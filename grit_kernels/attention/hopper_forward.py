@@ -23,68 +23,42 @@ barriers and buffers, explores every order of it, and reads the machine code.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from grit_kernels.attention.hopper_common import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PART,
+    PRODUCER_REGISTERS,
+    ROWS_EACH,
+    block_of,
+    copy_block,
+    copy_tile,
+    describe,
+    place,
+    store_tile,
+)
 from grit_kernels.attention.problem import SampleTables
-from grit_kernels.attention.triton_common import edge_block, key_range, load_sample, tile_keys, with_sink
+from grit_kernels.attention.triton_common import key_range, load_sample, tile_keys, with_sink
 from grit_kernels.attention.triton_plan import Plan, program_tile
 
-CONSUMERS = 2
-ROWS_EACH = 64
-ROWS = CONSUMERS * ROWS_EACH
 BLOCK = 128
 STAGES = {64: 3, 128: 2}
 """By head dimension: two blocks of K and V, Q and the rows of out on their way to memory fill the shared memory at 128."""
-
-CONSUMER_REGISTERS = 232
-PRODUCER_REGISTERS = 40
-PART = 16
-
-# Triton 3.6 has another name
-copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def place(step, STAGES: gl.constexpr):
-    """Where in its ring block ``step`` lies, and the parity of the phase of k_full, v_raw or v_full that says it is there."""
-    return step % STAGES, (step // STAGES) % 2
 
 
 @gluon.jit
 def turn_parity(step, CONSUMER: gl.constexpr):
     """The parity of the phase that begins a consumer's turn: the first consumer's first turn is that of a new barrier."""
     return (step + 1 + CONSUMER) % 2
-
-
-@gluon.jit
-def block_of(step, first, full_first, full_last):
-    """The step-th block: those that need no mask, then the edges, so the last block of a sample comes last."""
-    full = full_last - full_first
-    return gl.where(step < full, full_first + step, edge_block(step - full, first, full_first, full_last))
-
-
-@gluon.jit
-def clean_values(values, valid, BLOCK: gl.constexpr, D: gl.constexpr, PART: gl.constexpr):
-    """Overwrite the rows of ``values`` [BLOCK, D] from ``valid`` on with zeros, PART rows at a time."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    o_row = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
-    for part in gl.static_range(BLOCK // PART):
-        if (part + 1) * PART > valid:
-            rows = values.slice(part * PART, PART)
-            keep = part * PART + o_row < valid
-            b_rows = rows.load(layout)
-            rows.store(gl.where(keep[:, None], b_rows, gl.zeros_like(b_rows)))
 
 
 @gluon.jit
@@ -109,16 +83,10 @@ def produce(
             at, parity = place(step - 1, STAGES)
             mbarrier.wait(v_empty.index(at), 1 - parity)
             block = block_of(step - 1, first, full_first, full_last)
-            if (block + 1) * BLOCK > valid:
-                mbarrier.expect(v_raw, BLOCK * D * 2)
-                copy_tile(v_desc, [k_row + block * BLOCK, v_column], v_raw, v_ring.index(at))
-                mbarrier.wait(v_raw, 0)
-                clean_values(v_ring.index(at), valid - block * BLOCK, BLOCK, D, PART)
-                fence_async_shared()
-                mbarrier.arrive(v_full.index(at))
-            else:
-                mbarrier.expect(v_full.index(at), BLOCK * D * 2)
-                copy_tile(v_desc, [k_row + block * BLOCK, v_column], v_full.index(at), v_ring.index(at))
+            copy_block(
+                v_desc, k_row + block * BLOCK, v_column, v_ring.index(at), v_full.index(at), v_raw, 0, valid - block * BLOCK,
+                BLOCK, D, PART,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -235,13 +203,9 @@ def consume(
     b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, o_layout))
     # where, as a factor of 0 would keep the NaN of a padding row
     b_out = gl.where(b_factor[:, None] == 0.0, 0.0, b_out * b_factor[:, None])
-    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    b_out = gl.convert_layout(b_out.to(p_out.dtype.element_ty), store_layout)
-    local = CONSUMER * ROWS_EACH + gl.arange(0, ROWS_EACH, layout=gl.SliceLayout(1, store_layout))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, store_layout))
     p_out += (q_start + first_row) * (HEADS * D) + head * D
-    m_store = first_row + local < gl.maximum(len_q, q_rows)
-    gl.store(p_out + local[:, None] * (HEADS * D) + o_d[None, :], b_out, mask=m_store[:, None])
+    stored = gl.maximum(len_q, q_rows) - first_row
+    store_tile(p_out, b_out, HEADS * D, stored, CONSUMER * ROWS_EACH, ROWS_EACH, D)
 
 
 @gluon.jit(do_not_specialize=["tiles", "heads_side_by_side", "q_rows"])
@@ -321,18 +285,6 @@ def init_barriers(
         mbarrier.init(v_empty.index(at), count=CONSUMERS)
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(consumer), count=1)
-
-
-def tile_layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a tile of 2-byte numbers lies in shared memory, for copies and products alike."""
-    return gl.NVMMASharedLayout.get_default_for([rows, dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-
-
-def describe(x: Tensor, rows: int) -> TensorDescriptor:
-    """``x`` (T, H, D) as a matrix of T rows whose columns hold the heads, for copies of ``rows`` rows of one head."""
-    tokens, heads, dim = x.shape
-    columns = (heads - 1) * x.stride(1) + dim
-    return TensorDescriptor(x, [tokens, columns], [x.stride(0), 1], [rows, dim], tile_layout(rows, dim, x.dtype))
 
 
 def constants(dim: int) -> dict[str, int]:

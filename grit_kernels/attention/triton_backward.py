@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grit_kernels.attention.hopper import hopper_kernel
 from grit_kernels.attention.problem import AttentionProblem, Shapes
 from grit_kernels.attention.triton_common import (
     addressable,
@@ -451,13 +452,18 @@ def attention_backward(
                 first_row = transpose_upper_bounds(hi, bounds, torch.empty(keys, dtype=torch.int32, device=q.device))
             plans = [plan_tiles(grid, bounds, hi if grid.over_keys else first_row) for grid in grids]
         config, key_plan = grids[0].config, plans[0]
-        backward_keys_kernel[(key_plan.tiles * heads_kv,)](
-            q, k, v, grad_out, dk, dv, sums, statistics, key_plan.table, *bounds,
-            bounds[0] if hi is None else hi, bounds[0] if first_row is None else first_row,
-            *strides[1:6], strides[7], rows, key_plan.tiles, key_plan.side_by_side, k_rows, scale, cap, softmax_scale,
-            STRIDE_QT=q.stride(0), STRIDE_DOT=grad_out.stride(0), BM=config.rows, BN=config.keys, ATOMIC=not deterministic,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
-        )  # fmt: skip
+        copied = {"q": q, "k": k, "v": v, "grad_out": grad_out}
+        hopper = hopper_kernel("hopper_backward_keys", config.keys, problem, deterministic, **copied)
+        if hopper is not None:
+            hopper.launch(q, k, v, grad_out, dk, dv, statistics, bounds, hi, first_row, k_rows, key_plan, scale)
+        else:
+            backward_keys_kernel[(key_plan.tiles * heads_kv,)](
+                q, k, v, grad_out, dk, dv, sums, statistics, key_plan.table, *bounds,
+                bounds[0] if hi is None else hi, bounds[0] if first_row is None else first_row,
+                *strides[1:6], strides[7], rows, key_plan.tiles, key_plan.side_by_side, k_rows, scale, cap, softmax_scale,
+                STRIDE_QT=q.stride(0), STRIDE_DOT=grad_out.stride(0), BM=config.rows, BN=config.keys, ATOMIC=not deterministic,
+                num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **shared,
+            )  # fmt: skip
         if not deterministic:
             return torch.mul(sums, softmax_scale * sign, out=dq), dk, dv, dsinks
         config, row_plan = grids[1].config, plans[1]

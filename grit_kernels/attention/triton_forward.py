@@ -180,7 +180,7 @@ def attention_forward(
                 return out, lse
         order = plan_tiles(grid, bounds, hi) if plan is None else grid.plan(plan[: grid.size])
         config = grid.config
-        if (hopper := hopper_kernel(q, k, v, problem, config)) is not None:
+        if (hopper := hopper_kernel("hopper_forward", config.rows, problem, q=q, k=k, v=v)) is not None:
             hopper.launch(q, k, v, out, lse, sinks, bounds, hi, q_rows, order, scale)
             return out, lse
         table, counter, tiles, side_by_side = order

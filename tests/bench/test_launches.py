@@ -144,7 +144,13 @@ def test_twins_launch_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("kernel", "dim", "few"),
-    [("forward", 64, True), ("backward", 128, False), ("decode", 256, False), ("hopper", 64, False)],
+    [
+        ("forward", 64, True),
+        ("backward", 128, False),
+        ("decode", 256, False),
+        ("hopper", 64, False),
+        ("hopper_backward", 64, False),
+    ],
 )
 def test_tuning_launches_what_was_compiled(kernel: str, dim: int, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "gemm_ceiling", lambda *_: (lambda: None, 1.0))
@@ -153,34 +159,41 @@ def test_tuning_launches_what_was_compiled(kernel: str, dim: int, few: bool, mon
     monkeypatch.setattr(attention_tune, "problems", lambda kernel, dim, device="meta": problems(kernel, dim, "meta"))
     found = measured(lambda: list(attention_tune.measure(kernel, dim, few, set())))
     assert found == compiled(lambda: launches.record_tuning([kernel], [dim], few))
-    assert ("attention_hopper_kernel" in {launch.name for launch in found}) == (kernel == "hopper")
+    names = {launch.name for launch in found}
+    assert ("attention_hopper_kernel" in names) == (kernel == "hopper")
+    assert ("backward_keys_hopper_kernel" in names) == (kernel == "hopper_backward")
 
 
 @pytest.mark.parametrize(
-    ("switch", "device", "kernel"),
+    ("switch", "device", "chosen"),
     [
-        ("1", launches.HOPPER, "attention_hopper_kernel"),
-        ("0", launches.HOPPER, "attention_forward_kernel"),
-        ("", launches.HOPPER, "attention_forward_kernel"),
-        ("1", (80, 108), "attention_forward_kernel"),
-        ("1", (100, 148), "attention_forward_kernel"),
+        ("1", launches.HOPPER, True),
+        *((switch, launches.HOPPER, False) for switch in ("0", "")),
+        *(("1", device, False) for device in ((80, 108), (100, 148))),
     ],
 )
 @pytest.mark.filterwarnings("ignore:GRIT_KERNELS_HOPPER=1, but")
-def test_the_switch_alone_chooses_the_hopper_forward(
-    switch: str, device: tuple[int, int], kernel: str, monkeypatch: pytest.MonkeyPatch
+def test_the_switch_alone_chooses_the_hopper_kernels(
+    switch: str, device: tuple[int, int], chosen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRIT_KERNELS_HOPPER", switch)
     for regime in REGIMES[:3]:  # packed, with gradients, with windows
         problem = Problem(regime, "meta")
         with recorded(device) as found, torch.set_grad_enabled(regime.backward):
             attention.variants(problem, ["grit"])["grit"]()
-        assert {launch.name for launch in found if "forward" in launch.name or "hopper" in launch.name} == {kernel}
+        names = {launch.name for launch in found}
+        for ours, others in (
+            ("attention_hopper_kernel", "attention_forward_kernel"),
+            ("backward_keys_hopper_kernel", "backward_keys_kernel"),
+        ):
+            launched = {(ours if chosen else others)} if regime.backward or "forward" in others else set()
+            assert names & {ours, others} == launched
 
 
-def test_only_a_hopper_gpu_compiles_the_hopper_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_hopper_gpu_compiles_the_hopper_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "record_tests", lambda selected: set())
-    assert "attention_hopper_kernel" in {launch.name for launch in launches.launches(["hopper"], launches.HOPPER)}
+    names = {launch.name for launch in launches.launches(["hopper"], launches.HOPPER)}
+    assert {"attention_hopper_kernel", "backward_keys_hopper_kernel"} <= names
     assert launches.launches(["hopper"], (80, 108)) == []
 
 
@@ -219,10 +232,11 @@ def test_a_test_that_ends_early_is_named(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_all_tests_of_the_hopper_forward_are_recorded_to_their_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_tests_of_the_hopper_kernels_are_recorded_to_their_end(capsys: pytest.CaptureFixture[str]) -> None:
     names = {launch.name for launch in launched_by_tests(gpu.TESTS_OF_HOPPER)}
     assert "did not run to its end" not in capsys.readouterr().out
-    assert "attention_hopper_kernel" in names and "attention_forward_kernel" not in names
+    assert {"attention_hopper_kernel", "backward_keys_hopper_kernel"} <= names
+    assert not names & {"attention_forward_kernel", "backward_keys_kernel"}
 
 
 @pytest.mark.slow

@@ -1,16 +1,18 @@
-"""Every order in which the recorded partitions of the Hopper kernel may run: deadlocks, overwrites, reads of the wrong block,
-sums and scores touched while a product still writes them.
+"""Every order in which the recorded partitions of a Hopper kernel may run: deadlocks, overwrites, reads of the wrong block,
+sums touched while a product still writes them.
 
 A step is an operation of a partition, the arrival of a copy, or the end of a product. A copy writes its buffer at any time
 between its issue and its arrival, a product reads at any time between its issue and its end, and products of a warpgroup end in
-order. A product of scores reads two buffers (q and a block of keys), one of values one.
+order. Products that read from the same two buffers or rings, or the one, write the same sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tests.grit_kernels.attention.hopper_paper import Operation, Record
+from tests.grit_kernels.attention.hopper_paper import Operation, Record, base_name
 
 
 class State(NamedTuple):
@@ -30,13 +32,15 @@ def _replaced(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
 
 
 class Model:
-    """``expected``: of each consumer's products in order, what the buffers they read hold."""
+    """``expected``: of each consumer's products and loads in order, what the buffers they read hold. ``turns``: the consumers
+    take turns with products that read two buffers."""
 
-    def __init__(self, record: Record, expected: list[tuple[Any, ...]]) -> None:
-        self.partitions, self.counts, self.expected = record.partitions, record.counts, expected
+    def __init__(self, record: Record, expected: list[tuple[Any, ...]], turns: bool) -> None:
+        self.partitions, self.counts, self.expected, self.turns = record.partitions, record.counts, expected, turns
         self.barriers = {name: i for i, name in enumerate(record.counts)}
         operations = [operation for partition in record.partitions for operation in partition]
-        self.buffers = {name: i for i, name in enumerate(sorted({op[2] for op in operations if op[0] == "copy"}))}
+        filled = {op[{"copy": 2, "store": 1}[op[0]]] for op in operations if op[0] in ("copy", "store")}
+        self.buffers = {name: i for i, name in enumerate(sorted(filled))}
 
     def fault(self) -> str:
         """The first fault found, or an empty text if no order has one."""
@@ -63,6 +67,14 @@ class Model:
         return ""
 
     def _following(self, state: State) -> Any:
+        # no other partition or copy has a part in these, and a fault that they show now they show later only if at all
+        for who, place in enumerate(state.places):
+            if place < len(self.partitions[who]) and self.partitions[who][place][0] in ("finish", "result"):
+                found = self._run(state, who, self.partitions[who][place])
+                if found is not None:
+                    done = isinstance(found, State)
+                    yield found._replace(places=_replaced(found.places, who, place + 1)) if done else found
+                    return
         for operation in state.copies:
             _, barrier, buffer, content, size = operation
             found = self._signal(state, barrier, 0, -size)
@@ -99,11 +111,9 @@ class Model:
             return state if state.barriers[self.barriers[rest[0]]][0] % 2 != rest[1] else None
         if kind == "finish":
             return state if len(state.running[who]) <= rest[0] else None
-        scores = any(len(product) == 2 for product in state.running[who])
-        if kind in ("softmax", "end") and (state.running[who] if kind == "end" else scores):
-            return f"consumer {who} reads what a product still writes"
-        if kind in ("softmax", "end"):
-            return state
+        writes = {tuple(map(base_name, product)) for product in state.running[who]}
+        if kind == "result":
+            return f"consumer {who} reads what a product still writes" if writes & set(rest[0]) else state
         if kind == "arrive":
             return self._signal(state, rest[0], 1, 0)
         if kind == "expect":
@@ -125,19 +135,51 @@ class Model:
             return state._replace(
                 contents=tuple(change(n, x) for n, x in zip(self.buffers, state.contents, strict=True))
             )
-        assert kind == "multiply", operation
-        if writing & set(rest[0]):
-            return f"{rest[0]} are read while they are written"
-        if scores if len(rest[0]) == 2 else any(len(product) == 1 for product in state.running[who]):
-            return f"consumer {who} begins a product where another still writes"
+        if kind == "store":
+            return state._replace(contents=_replaced(state.contents, self.buffers[rest[0]], rest[1]))
+        assert kind in ("multiply", "load"), operation
+        read = rest[0] if kind == "multiply" else (rest[0],)
+        if writing & set(read):
+            return f"{read} are read while they are written"
         turn = state.turns[who]
-        holds = tuple(state.contents[self.buffers[buffer]] for buffer in rest[0])
+        holds = tuple(state.contents[self.buffers[buffer]] for buffer in read)
         if turn >= len(self.expected[who]) or holds != self.expected[who][turn]:
-            return f"{rest[0]} hold {holds} at product {turn} of consumer {who}"
-        # products of scores, those that read q, take turns
-        if len(rest[0]) == 2:
+            return f"{read} hold {holds} at read {turn} of consumer {who}"
+        state = state._replace(turns=_replaced(state.turns, who, turn + 1))
+        if kind == "load":
+            return state
+        if tuple(map(base_name, read)) in writes:
+            return f"consumer {who} begins a product where another still writes"
+        if self.turns and len(read) == 2:
             issued = [sum(len(e) == 2 for e in self.expected[i][: state.turns[i]]) for i in range(2)]
-            if issued[1 - who] != issued[who] + who:
+            if issued[1 - who] + 1 != issued[who] + who:
                 return f"consumer {who} is not in turn"
-        running = _replaced(state.running, who, (*state.running[who], rest[0]))
-        return state._replace(running=running, turns=_replaced(state.turns, who, turn + 1))
+        return state._replace(running=_replaced(state.running, who, (*state.running[who], read)))
+
+
+def changed(record: Record, who: int, place: int, operation: Operation | None) -> Record:
+    """With another operation, or none, at a place of a partition."""
+    partitions = [list(operations) for operations in record.partitions]
+    partitions[who][place : place + 1] = [] if operation is None else [operation]
+    return replace(record, partitions=partitions)
+
+
+def phases(operations: list[Operation], kinds: tuple[str, ...]) -> list[int]:
+    """For each operation, which phase of its barrier it waits for (-1: what a new barrier has behind it) or takes part in."""
+    count: dict[str, int] = {}
+    found = []
+    for kind, *rest in operations:
+        phase = -2
+        if kind in kinds:
+            first = -1 if kind == "wait" and rest[1] == 1 else 0
+            phase = count[rest[0]] = count.get(rest[0], first - 1) + 1
+        found.append(phase)
+    return found
+
+
+def operations(record: Record, *kinds: str) -> Iterator[tuple[int, int, Operation, int]]:
+    """Partition, place, operation, phase."""
+    for who, listed in enumerate(record.partitions):
+        for place, (operation, phase) in enumerate(zip(listed, phases(listed, kinds), strict=True)):
+            if operation[0] in kinds:
+                yield who, place, operation, phase

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 
 from grit_kernels.attention import triton_backward, triton_decode, triton_forward
@@ -75,26 +78,44 @@ def compile_kernel(
     )
 
 
-def hopper_config(dim: int) -> Config:
-    """The tile of the Hopper forward as others write theirs: of its warps four copy."""
-    from grit_kernels.attention import hopper_forward
+HOPPER = {
+    "hopper": ("hopper_forward", "attention_hopper_kernel"),
+    "hopper_keys": ("hopper_backward_keys", "backward_keys_hopper_kernel"),
+}
+"""Module and kernel of what the table of docs/gpu.md names so."""
 
-    return Config(hopper_forward.ROWS, hopper_forward.BLOCK, 12, hopper_forward.STAGES[dim])
+
+def _hopper_module(kernel: str) -> Any:
+    return importlib.import_module(f"grit_kernels.attention.{HOPPER[kernel][0]}")
 
 
-def compile_hopper(dtype: str, dim: int, *, hi: bool = False, sinks: bool = False) -> Compiled:
-    """Compile the Hopper forward as its launcher would for 32 query heads over 8."""
-    from grit_kernels.attention import hopper_forward
+def hopper_config(kernel: str, dim: int) -> Config:
+    """The tile of a Hopper kernel as others write theirs: of its warps four copy."""
+    constants = _hopper_module(kernel).constants(dim)
+    tile = constants["CONSUMERS"] * constants["ROWS_EACH"]
+    rows, keys = (constants["BLOCK"], tile) if kernel == "hopper_keys" else (tile, constants["BLOCK"])
+    return Config(rows, keys, 12, constants["STAGES"])
 
+
+def compile_hopper(kernel: str, dtype: str, dim: int, *, hi: bool = False, sinks: bool = False) -> Compiled:
+    """Compile a Hopper kernel as its launcher would for 32 query heads over 8."""
+    from grit_kernels.attention.hopper_common import tile_layout
+
+    module = _hopper_module(kernel)
+    function = getattr(module, HOPPER[kernel][1])
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    given = {**hopper_forward.constants(dim), "HEADS": 32, "GROUP": 4, "HAS_HI": hi, "HAS_SINKS": sinks}
+    given = {**module.constants(dim), "HEADS": 32, "GROUP": 4, "HAS_HI": hi, "HAS_SINKS": sinks}
+    given = {name: value for name, value in given.items() if name in function.arg_names}
+    moving = ("k_desc", "v_desc") if kernel == "hopper" else ("q_desc", "do_desc")
     types = {}
-    for name in hopper_forward.attention_hopper_kernel.arg_names:
+    for name in function.arg_names:
         if name.endswith("_desc"):
-            rows = hopper_forward.ROWS_EACH if name == "q_desc" else hopper_forward.BLOCK
-            types[name] = f"tensordesc<{dtype}[{rows}, {dim}],{hopper_forward.tile_layout(rows, dim, torch_dtype)!r}>"
-        elif name in ("p_out", "p_sinks", "p_lse"):
-            types[name] = "*fp32" if name == "p_lse" else f"*{dtype}"
+            rows = given["BLOCK" if name in moving else "ROWS_EACH"]
+            types[name] = f"tensordesc<{dtype}[{rows}, {dim}],{tile_layout(rows, dim, torch_dtype)!r}>"
+        elif name in FP32_POINTERS:
+            types[name] = "*fp32"
+        elif name in DATA_POINTERS | {"p_sinks"}:
+            types[name] = f"*{dtype}"
         elif name not in given:
             types[name] = "*i32" if name.startswith("p_") else "fp32" if name == "scale" else "i32"
-    return compile_ahead_of_time(hopper_forward.attention_hopper_kernel, types, given, 90, warps=4)
+    return compile_ahead_of_time(function, types, given, 90, warps=4)

@@ -1,4 +1,4 @@
-"""Runs the Hopper kernel's own source on paper: torch for its arithmetic, a record of what it does to barriers and buffers.
+"""Runs the Hopper kernels' own source on paper: torch for its arithmetic, a record of what it does to barriers and buffers.
 
 Gluon has no interpreter. The partitions run one after the other, the producer first, so results are right where the rings hold
 all blocks; the record holds for rings of any size, as no partition's order of operations depends on another's.
@@ -6,18 +6,36 @@ all blocks; the record holds for rings of any size, as no partition's order of o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass, field, replace
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grit_kernels.attention import hopper_forward, triton_common, triton_plan
+from grit_kernels.attention import hopper_backward_keys, hopper_common, hopper_forward, triton_common, triton_plan
 from grit_kernels.attention.problem import AttentionProblem
+from grit_kernels.attention.triton_backward import STATISTICS
 from grit_kernels.attention.triton_common import int32_tables, softmax_constants
+from grit_kernels.visibility import transpose_hi
+from tests.grit_kernels.attention import samples
 
-ALLOCATED = ("q_tiles", "k_ring", "v_ring", "q_full", "v_raw", "k_full", "k_empty", "v_full", "v_empty", "turns")
+ALLOCATED = {
+    "attention_hopper_kernel": (
+        *("q_tiles", "k_ring", "v_ring", "q_full", "v_raw", "k_full", "k_empty", "v_full", "v_empty", "turns"),
+    ),
+    "backward_keys_hopper_kernel": (
+        *("k_tiles", "v_tiles", "q_ring", "do_ring", "less_ring", "delta_ring", "lo_ring", "hi_ring"),
+        *("tile_full", "rows_full", "rows_empty", "raw"),
+    ),
+}
+"""By kernel: what it takes of shared memory, in order."""
+
+MODULES = {"attention_hopper_kernel": hopper_forward, "backward_keys_hopper_kernel": hopper_backward_keys}
+PLAIN = ("less_ring", "delta_ring", "lo_ring", "hi_ring")
+"""Rings of numbers that are stored and loaded, not copied and multiplied."""
+
 Operation = tuple[Any, ...]
 
 
@@ -41,22 +59,42 @@ class Tile:
     name: str
     dtype: torch.dtype
     values: Any
+    log: list[Operation]
 
     def index(self, at: Any) -> Tile:
         at = int(at)
-        return Tile(f"{self.name}[{at}]", self.dtype, self.values[at])
+        return Tile(f"{self.name}[{at}]", self.dtype, self.values[at], self.log)
 
     def permute(self, order: Any) -> Tile:
-        return Tile(self.name, self.dtype, self.values.permute(order))
+        return replace(self, values=self.values.permute(order))
 
     def slice(self, start: int, length: int) -> Tile:
-        return Tile(self.name, self.dtype, self.values[start : start + length])
+        return replace(self, values=self.values[start : start + length])
 
     def load(self, layout: Any) -> Tensor:
+        if base_name(self.name) in PLAIN:
+            self.log.append(("load", self.name))
         return self.values.clone()
 
     def store(self, values: Tensor) -> None:
+        if (name := base_name(self.name)) in PLAIN:
+            stored = sum(operation[0] == "store" and base_name(operation[1]) == name for operation in self.log)
+            self.log.append(("store", self.name, (name, stored)))
         self.values.copy_(values)
+
+
+def base_name(name: str) -> str:
+    """Of a place of a ring: the ring's."""
+    return name.partition("[")[0]
+
+
+@dataclass
+class Running:
+    """A product's sums while it may still write them: nothing but a wait takes them. ``number``: of the consumer's products."""
+
+    values: Tensor
+    number: int
+    kind: tuple[str, ...]
 
 
 @dataclass
@@ -102,17 +140,17 @@ class _Language(SimpleNamespace):
         return lambda *_, **__: None
 
 
-def _language(program: int, tiles: list[Tile], partitions: Any) -> _Language:
+def _language(program: int, names: tuple[str, ...], log: list[Operation], partitions: Any) -> _Language:
+    left = iter(names)
+
     def allocate(dtype: Any, shape: list[int], layout: Any) -> Tile:
-        barrier = dtype == torch.int64
-        tile = Tile(ALLOCATED[len(tiles)], dtype, torch.zeros(shape, dtype=torch.int64 if barrier else dtype))
-        tiles.append(tile)
-        return tile
+        return Tile(next(left), dtype, torch.zeros(shape, dtype=dtype), log)
 
     return _Language(
         arange=lambda start, end, layout=None: torch.arange(start, end), static_range=range, program_id=lambda axis: program,
         where=_where, maximum=_pair(torch.maximum), minimum=_pair(torch.minimum), cdiv=lambda a, b: (a + b - 1) // b,
-        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
+        max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis),
+        exp2=torch.exp2, log2=torch.log2,
         zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype), zeros_like=torch.zeros_like,
         full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype), float32=torch.float32,
         int32=torch.int32, int64=torch.int64, load=_load, store=_store, cast=lambda x, dtype: x, constexpr=lambda x: x,
@@ -128,47 +166,56 @@ class Record:
     partitions: list[list[Operation]] = field(default_factory=list)
 
 
-def run_program(arguments: dict[str, Any], program: int) -> Record | None:
-    """Run one program of attention_hopper_kernel; None if it had no tile."""
-    record, log, tiles = Record(), list[Operation](), list[Tile]()
+def run_program(kernel: str, arguments: dict[str, Any], program: int) -> Record | None:
+    """Run one program of ``kernel``; None if it had no tile."""
+    record, log = Record(), list[Operation]()
 
     def copy(descriptor: Descriptor, coordinates: list[Any], barrier: Tile, target: Tile) -> None:
         row, column = map(int, coordinates)
         rows, columns = descriptor.block
+        assert row >= 0 and column >= 0, (row, column)
         found = descriptor.matrix[row : row + rows, column : column + columns]
         target.values.zero_()
         target.values[: len(found)] = found
-        log.append(("copy", barrier.name, target.name, (descriptor.name, row), 2 * rows * columns))
+        log.append(("copy", barrier.name, target.name, (descriptor.name, row, column), 2 * rows * columns))
 
-    def multiply(a: Any, b: Tile, total: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+    def multiply(a: Any, b: Tile, total: Tensor, use_acc: bool = True, is_async: bool = False) -> Running:
         assert is_async, "a product that waits for itself"
-        log.append(("multiply", tuple(x.name for x in (a, b) if isinstance(x, Tile))))
+        read = tuple(x.name for x in (a, b) if isinstance(x, Tile))
+        number = sum(operation[0] == "multiply" for operation in log)
+        log.append(("multiply", read))
         left = a.values if isinstance(a, Tile) else a
-        return left.float() @ b.values.float() + (total if use_acc else 0)
+        found = left.float() @ b.values.float() + (total if use_acc else 0)
+        return Running(found, number, tuple(map(base_name, read)))
 
-    def wait_for_products(running: int, found: list[Tensor]) -> Any:
+    def wait_for_products(running: int, given: list[Any]) -> Any:
+        issued = sum(operation[0] == "multiply" for operation in log)
+        ended = [x for x in given if isinstance(x, Running)]
+        assert all(x.number < issued - running for x in ended), "sums are taken from a product that has not ended"
         log.append(("finish", running))
+        log.append(("result", tuple(x.kind for x in ended)))
+        found = [x.values if isinstance(x, Running) else x for x in given]
         return found[0] if len(found) == 1 else found
 
-    def clean(values: Tile, *rest: Any) -> None:
-        log.append(("clean", values.name))
-        functions["clean_values"](values, *rest)
+    def clean(name: str) -> Any:
+        def logged(*given: Any) -> None:
+            log.extend(("clean", x.name) for x in given if isinstance(x, Tile))
+            functions[name](*given)
 
-    def softmax(*given: Any) -> Any:
-        log.append(("softmax",))
-        return functions["softmax_step"](*given)
+        return logged
 
     def partitions(found: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
-        assert [function.__name__ for function, _ in found] == ["consume", "consume", "produce"]
+        assert sorted(function.__name__ for function, _ in found) == ["consume", "consume", "produce"]
         logs = []
-        for function, given in reversed(found):
+        for function, given in sorted(found, key=lambda pair: pair[0].__name__, reverse=True):
             log.clear()
             function(*given)
-            logs.append([*log, ("end",)])
-        record.partitions = logs[::-1]
+            logs.append(list(log))
+        record.partitions = [*logs[1:], logs[0]]
 
     names: dict[str, Any] = {
-        "gl": (language := _language(program, tiles, partitions)), "tl": language, "copy_tile": copy, "warpgroup_mma": multiply,
+        "gl": (language := _language(program, ALLOCATED[kernel], log, partitions)), "tl": language,
+        "copy_tile": copy, "warpgroup_mma": multiply,
         "warpgroup_mma_wait": wait_for_products, "fence_async_shared": lambda: log.append(("fence",)),
         "mbarrier": SimpleNamespace(
             MBarrierLayout=lambda: None,
@@ -180,13 +227,41 @@ def run_program(arguments: dict[str, Any], program: int) -> Record | None:
     }  # fmt: skip
     functions = {
         name: FunctionType(found.fn.__code__, names, name, found.fn.__defaults__)
-        for module in (triton_plan, triton_common, hopper_forward)
+        for module in (triton_plan, triton_common, hopper_common, MODULES[kernel])
         for name, found in vars(module).items()
         if hasattr(found, "fn")
     }
-    names |= functions | {"clean_values": clean, "softmax_step": softmax}
-    functions["attention_hopper_kernel"](**arguments)
+    names |= functions | {name: clean(name) for name in ("clean_values", "clean_rows")}
+    names["STATISTICS"] = STATISTICS.value
+    functions[kernel](**arguments)
     return record if record.partitions else None
+
+
+def _tables(problem: AttentionProblem) -> dict[str, Any]:
+    names = ("p_q_start", "p_q_len", "p_k_start", "p_k_len", "p_left", "p_right")
+    tables = int32_tables(problem)
+    hi = tables[0] if problem.hi is None else problem.hi
+    found = {name: Pointer(table.long()) for name, table in zip((*names, "p_hi"), (*tables, hi), strict=True)}
+    return {**found, "HAS_HI": problem.hi is not None}
+
+
+def _descriptors(rows: dict[str, int], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, x in tensors.items():
+        described = hopper_common.describe(x, rows[name])
+        matrix = torch.as_strided(x, described.shape, described.strides)
+        found[f"{name}_desc"] = Descriptor(name, matrix, tuple(described.block_shape))
+        found[f"stride_{name}h"] = x.stride(1)
+    return found
+
+
+def _run(kernel: str, arguments: dict[str, Any], blocks: list[tuple[int, int]], heads: int) -> list[Record]:
+    """All programs of a plan of these tiles, and one without any."""
+    table = torch.tensor([*blocks, (0, -1)])
+    arguments |= {"p_table": Pointer(table.view(-1)), "tiles": len(table), "heads_side_by_side": heads}
+    arguments = {name: arguments[name] for name in getattr(MODULES[kernel], kernel).arg_names}
+    records = [run_program(kernel, arguments, program) for program in range(len(table) * heads)]
+    return [record for record in records if record is not None]
 
 
 def forward(
@@ -195,29 +270,61 @@ def forward(
     """out, lse and the records of all programs; NaN where nothing was written."""
     tokens, heads, dim = q.shape
     out, lse = torch.full(q.shape, torch.nan, dtype=q.dtype), torch.full((tokens, heads), torch.nan)
-    tables = int32_tables(problem)
     blocks = [
         (sample, block)
-        for sample, length in enumerate(tables[1].tolist())
-        for block in range(-(-max(length, problem.q_rows) // hopper_forward.ROWS))
-    ] + [(0, -1)]
-    names = ("p_q_start", "p_q_len", "p_k_start", "p_k_len", "p_left", "p_right")
-    arguments: dict[str, Any] = {name: Pointer(table.long()) for name, table in zip(names, tables, strict=True)}
+        for sample, length in enumerate(problem.q_len.tolist())
+        for block in range(-(-max(length, problem.q_rows) // hopper_common.ROWS))
+    ]
     constants = hopper_forward.constants(dim) | {"STAGES": stages}
     each = {"q": constants["ROWS_EACH"], "k": constants["BLOCK"], "v": constants["BLOCK"]}
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        described = hopper_forward.describe(x, each[name])
-        matrix = torch.as_strided(x, described.shape, described.strides)
-        arguments[f"{name}_desc"] = Descriptor(name, matrix, tuple(described.block_shape))
-        arguments[f"stride_{name}h"] = x.stride(1)
-    arguments |= {
+    arguments = {
+        **constants, **_tables(problem), **_descriptors(each, {"q": q, "k": k, "v": v}),
         "p_out": Pointer(out.view(-1)), "p_lse": Pointer(lse.view(-1)), "p_sinks": Pointer(lse if sinks is None else sinks),
-        "p_table": Pointer(torch.tensor(blocks).view(-1)),
-        "p_hi": Pointer(tables[0] if problem.hi is None else problem.hi.long()), "tiles": len(blocks),
-        "heads_side_by_side": heads, "q_rows": problem.q_rows, "scale": softmax_constants(problem.softmax_scale, 0.0)[0],
-        "HEADS": heads, "GROUP": heads // k.shape[1], "HAS_HI": problem.hi is not None,
-        "HAS_SINKS": sinks is not None, **constants,
+        "q_rows": problem.q_rows, "scale": softmax_constants(problem.softmax_scale, 0.0)[0],
+        "HEADS": heads, "GROUP": heads // k.shape[1], "HAS_SINKS": sinks is not None,
     }  # fmt: skip
-    arguments = {name: arguments[name] for name in hopper_forward.attention_hopper_kernel.arg_names}
-    records = [run_program(arguments, program) for program in range(len(blocks) * heads)]
-    return out, lse, [record for record in records if record is not None]
+    return out, lse, _run("attention_hopper_kernel", arguments, blocks, heads)
+
+
+def row_statistics(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """As row_statistics_kernel writes them; NaN where no kernel reads."""
+    delta = (grad_out.float() * out.float()).sum(-1) - (0 if grad_lse is None else grad_lse)
+    found = torch.full((lse.shape[1], lse.shape[0], STATISTICS.value), torch.nan)
+    found[..., 0], found[..., 1] = (lse * -1.4426950408889634).T, -delta.T
+    return found
+
+
+def backward_keys(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, statistics: Tensor, problem: AttentionProblem, stages: int
+) -> tuple[Tensor, Tensor, list[Record]]:
+    """dk, dv and the records of all programs; NaN where nothing was written."""
+    rows, heads, dim = q.shape
+    heads_kv = k.shape[1]
+    dk, dv = (torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (k, v))
+    blocks = [
+        (sample, block)
+        for sample, length in enumerate(problem.k_len.tolist())
+        for block in range(-(-max(length, problem.k_rows) // hopper_common.ROWS))
+    ]
+    constants = hopper_backward_keys.constants(dim) | {"STAGES": stages}
+    copied = {"q": q, "k": k, "v": v, "do": grad_out}
+    first_row = problem.q_start if problem.hi is None else transpose_hi(problem.hi, *problem.tables[:4], k.shape[0])
+    arguments = {
+        **constants, **_tables(problem), **_descriptors(dict.fromkeys(copied, hopper_common.ROWS_EACH), copied),
+        "p_dk": Pointer(dk.view(-1)), "p_dv": Pointer(dv.view(-1)), "p_stat": Pointer(statistics.view(-1)),
+        "p_first_row": Pointer(first_row.long()), "rows": rows, "k_rows": problem.k_rows,
+        "scale": softmax_constants(problem.softmax_scale, 0.0)[0], "HEADS": heads, "GROUP": heads // heads_kv,
+    }  # fmt: skip
+    return dk, dv, _run("backward_keys_hopper_kernel", arguments, blocks, heads_kv)
+
+
+def drawn(seed: int, lengths: tuple[int, ...] = (0, 1, 5, 64, 129, 300, 700)) -> samples.Call:
+    """A call that the kernels serve: without a softcap."""
+    call = samples.draw_call(
+        random.Random(seed).choice,
+        lengths=lengths,
+        dims=(64, 128),
+        dtype=(torch.bfloat16, torch.float16)[seed % 2],
+        windows=(-1, -1, 0, 20, 200),
+    )
+    return replace(call, problem=replace(call.problem, softcap=0.0))

@@ -135,3 +135,10 @@ def assert_call_equals_the_reference(call: Call, found: list[Tensor], tolerance:
         torch.testing.assert_close(
             a[finite], b[finite], rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def one_sample(rows: int, keys: int, left: int = -1, right: int = -1) -> AttentionProblem:
+    """One sample; -1: no bound."""
+    numbers = (0, rows, 0, keys, left if left >= 0 else keys + rows, right if right >= 0 else keys + rows)
+    tables = [torch.tensor([x], dtype=torch.int32) for x in numbers]
+    return AttentionProblem(*tables, None, 0, 0, rows, keys, 0.125, 0.0)

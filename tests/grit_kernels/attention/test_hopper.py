@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,13 +22,13 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from grit_kernels.attention import hopper  # noqa: E402
 from grit_kernels.attention.triton_common import positive_scale  # noqa: E402
-from grit_kernels.attention.triton_configs import Config, table_config  # noqa: E402
 
 hopper_forward = pytest.importorskip("grit_kernels.attention.hopper_forward", reason="this Triton has another Gluon")
 from tests.grit_kernels.attention import hopper_paper, samples  # noqa: E402
-from tests.grit_kernels.attention.barrier_model import Model  # noqa: E402
+from tests.grit_kernels.attention.barrier_model import Model, changed, operations  # noqa: E402
 from tests.grit_kernels.attention.compiled import compile_hopper  # noqa: E402
-from tests.grit_kernels.attention.hopper_paper import Operation, Record  # noqa: E402
+from tests.grit_kernels.attention.hopper_paper import Record  # noqa: E402
+from tests.grit_kernels.attention.samples import one_sample  # noqa: E402
 
 BLOCK = hopper_forward.BLOCK
 MANY = 16
@@ -55,38 +54,19 @@ def assert_right_on_paper(call: samples.Call, sinks: Tensor | None = None) -> No
         assert error <= 2 * allowed + roundings * norm, (name, error / norm, allowed / norm)
 
 
-def drawn(seed: int) -> samples.Call:
-    """Without a softcap, which the kernel does not have."""
-    call = samples.draw_call(
-        random.Random(seed).choice,
-        lengths=(0, 1, 5, 64, 129, 300, 700),
-        dims=(64, 128),
-        dtype=(torch.bfloat16, torch.float16)[seed % 2],
-        windows=(-1, -1, 0, 20, 200),
-    )
-    return replace(call, problem=replace(call.problem, softcap=0.0))
-
-
 @pytest.mark.parametrize("seed", range(16))
 def test_any_call_equals_the_reference(seed: int) -> None:
-    call = drawn(seed)
+    call = hopper_paper.drawn(seed)
     if call.k.shape[0]:
         assert_right_on_paper(call)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_sinks_are_one_more_score(seed: int) -> None:
-    call = drawn(seed)
+    call = hopper_paper.drawn(seed)
     # one that outweighs all keys, one that weighs nothing
     sinks = torch.cat([torch.tensor([30.0, -200.0]), torch.randn(call.q.shape[1])])[: call.q.shape[1]]
     assert_right_on_paper(call, sinks.to(call.q.dtype))
-
-
-def sample(rows: int, keys: int, left: int = -1, right: int = -1) -> AttentionProblem:
-    """One sample; -1: no bound."""
-    numbers = (0, rows, 0, keys, left if left >= 0 else keys + rows, right if right >= 0 else keys + rows)
-    tables = [torch.tensor([x], dtype=torch.int32) for x in numbers]
-    return AttentionProblem(*tables, None, 0, 0, rows, keys, 0.125, 0.0)
 
 
 def on_paper(problem: AttentionProblem, stages: int, dim: int = 64) -> Record:
@@ -102,28 +82,28 @@ def fault(record: Record, order: list[int], clean: bool) -> str:
 
     def holds(name: str, block: int) -> tuple[Any, ...]:
         last = clean and name == "v" and block == order[-1]
-        return (name, block * BLOCK) + (("clean",) if last else ())
+        return (name, block * BLOCK, 0) + (("clean",) if last else ())
 
     expected = []
     for consumer in range(2):
-        q = ("q", consumer * hopper_forward.ROWS_EACH)
+        q = ("q", consumer * hopper_forward.ROWS_EACH, 0)
         products: list[tuple[Any, ...]] = [(q, holds("k", order[0]))]
         for before, block in zip(order, order[1:], strict=False):
             products += [(q, holds("k", block)), (holds("v", before),)]
         expected.append((*products, (holds("v", order[-1]),)))
-    return Model(record, expected).fault()
+    return Model(record, expected, turns=True).fault()
 
 
 # a tile -> order of its blocks, and whether the last one has keys of another sample
 TILES = {
-    "one block": (sample(128, 128), [0], False),
-    "part of a block": (sample(128, 100), [0], True),
-    "a block but for a key": (sample(128, 127), [0], True),
-    "no key": (replace(sample(128, 128), hi=torch.zeros(128, dtype=torch.int32)), [0], True),
-    "two blocks": (sample(128, 256), [0, 1], False),
-    "three blocks and a part": (sample(128, 400), [0, 1, 2, 3], True),
-    "causal after a cache": (sample(128, 600, right=0), [0, 1, 2, 3, 4], True),
-    "a window's edges": (sample(128, 640, 300, 0), [3, 1, 2, 4], False),
+    "one block": (one_sample(128, 128), [0], False),
+    "part of a block": (one_sample(128, 100), [0], True),
+    "a block but for a key": (one_sample(128, 127), [0], True),
+    "no key": (replace(one_sample(128, 128), hi=torch.zeros(128, dtype=torch.int32)), [0], True),
+    "two blocks": (one_sample(128, 256), [0, 1], False),
+    "three blocks and a part": (one_sample(128, 400), [0, 1, 2, 3], True),
+    "causal after a cache": (one_sample(128, 600, right=0), [0, 1, 2, 3, 4], True),
+    "a window's edges": (one_sample(128, 640, 300, 0), [3, 1, 2, 4], False),
 }
 
 
@@ -132,34 +112,6 @@ TILES = {
 def test_every_order_of_the_partitions_reads_the_right_blocks_and_ends(name: str, stages: int) -> None:
     problem, order, clean = TILES[name]
     assert fault(on_paper(problem, stages), order, clean) == ""
-
-
-def changed(record: Record, who: int, place: int, operation: Operation | None) -> Record:
-    """With another operation, or none, at a place of a partition."""
-    partitions = [list(operations) for operations in record.partitions]
-    partitions[who][place : place + 1] = [] if operation is None else [operation]
-    return replace(record, partitions=partitions)
-
-
-def phases(operations: list[Operation], kinds: tuple[str, ...]) -> list[int]:
-    """For each operation, which phase of its barrier it waits for (-1: what a new barrier has behind it) or takes part in."""
-    count: dict[str, int] = {}
-    found = []
-    for kind, *rest in operations:
-        phase = -2
-        if kind in kinds:
-            first = -1 if kind == "wait" and rest[1] == 1 else 0
-            phase = count[rest[0]] = count.get(rest[0], first - 1) + 1
-        found.append(phase)
-    return found
-
-
-def operations(record: Record, *kinds: str) -> Iterator[tuple[int, int, Operation, int]]:
-    """Partition, place, operation, phase."""
-    for who, listed in enumerate(record.partitions):
-        for place, (operation, phase) in enumerate(zip(listed, phases(listed, kinds), strict=True)):
-            if operation[0] in kinds:
-                yield who, place, operation, phase
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +185,7 @@ def machine_code_of_steps(code: list[str]) -> str:
 @pytest.mark.parametrize(("dtype", "flags"), [("bf16", False), ("bf16", True), ("fp16", False)])
 def test_the_machine_code_copies_multiplies_and_overlaps_as_planned(dim: int, dtype: str, flags: bool) -> None:
     """``flags``: with upper bounds per token and sinks."""
-    compiled = compile_hopper(dtype, dim, hi=flags, sinks=flags)
+    compiled = compile_hopper("hopper", dtype, dim, hi=flags, sinks=flags)
     everything = [code for _, code in compiled.instructions()]
     assert compiled.spilled == 0 and not any(re.search(r"\b(?:LDL|STL)", code) for code in everything)
     assert compiled.shared <= 227 << 10
@@ -258,12 +210,12 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     hopper._announce.cache_clear()
 
 
-def given(**changes: Any) -> list[Any]:
+def given(**changes: Any) -> dict[str, Any]:
     """Arguments of hopper_kernel that suit it, but for ``changes``."""
     q, k = torch.zeros(130, 8, 64, dtype=torch.bfloat16), torch.zeros(130, 2, 64, dtype=torch.bfloat16)
-    suitable = {"q": q, "k": k, "v": k, "problem": sample(130, 130), "config": table_config("forward", 64, 2, "sm90")}
-    assert set(changes) <= set(suitable)
-    return list((suitable | changes).values())
+    suitable = {"name": "hopper_forward", "tile": 128, "problem": one_sample(130, 130), "q": q, "k": k, "v": k}
+    assert set(changes) <= {*suitable, "deterministic"}
+    return suitable | changes
 
 
 def strided(offset: int, *strides: int) -> Tensor:
@@ -275,24 +227,25 @@ def strided(offset: int, *strides: int) -> Tensor:
 def test_without_the_switch_the_triton_kernel_runs(
     value: str, on_hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hopper.hopper_kernel(*given()) is hopper_forward
+    assert hopper.hopper_kernel(**given()) is hopper_forward
     monkeypatch.setenv(hopper.VARIABLE, value)
-    assert hopper.hopper_kernel(*given()) is None
+    assert hopper.hopper_kernel(**given()) is None
     monkeypatch.delenv(hopper.VARIABLE)
-    assert hopper.hopper_kernel(*given()) is None
+    assert hopper.hopper_kernel(**given()) is None
 
 
 def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(hopper.VARIABLE, "yes")
     with pytest.raises(ValueError, match="GRIT_KERNELS_HOPPER: expected 0 or 1, got 'yes'"):
-        hopper.hopper_kernel(*given())
+        hopper.hopper_kernel(**given())
 
 
 UNSUITABLE: dict[str, Callable[[], dict[str, Any]]] = {
     "expected q of bfloat16 or float16, got float32": lambda: {"q": torch.zeros(130, 8, 64)},
     "expected a head dimension of 64 or 128, got 96": lambda: {"q": torch.zeros(9, 8, 96, dtype=torch.float16)},
-    "expected no softcap, got 5.0": lambda: {"problem": replace(sample(130, 130), softcap=5.0)},
-    "expected tiles of 128 rows, got 64x64x4x3": lambda: {"config": Config(64, 64, 4, 3)},
+    "expected no softcap, got 5.0": lambda: {"problem": replace(one_sample(130, 130), softcap=5.0)},
+    "expected tiles of 128 rows or keys, got 64": lambda: {"tile": 64},
+    "expected deterministic=True, got False": lambda: {"deterministic": False},
     "expected keys, got none": lambda: {"k": torch.zeros(0, 2, 64, dtype=torch.bfloat16)},
     "rows and heads of k at multiples of 16 bytes, got strides (204, 68, 1)": lambda: {"k": strided(0, 204, 68)},
     "rows and heads of v at multiples of 16 bytes": lambda: {"v": strided(4, 128, 64)},
@@ -309,8 +262,8 @@ UNSUITABLE: dict[str, Callable[[], dict[str, Any]]] = {
 def test_a_call_that_does_not_suit_gets_the_triton_kernel_and_says_so_once(why: str, on_hopper: None) -> None:
     arguments = given(**UNSUITABLE[why]())
     with pytest.warns(UserWarning, match=re.escape(why)) as found:
-        assert hopper.hopper_kernel(*arguments) is None
-        assert hopper.hopper_kernel(*arguments) is None
+        assert hopper.hopper_kernel(**arguments) is None
+        assert hopper.hopper_kernel(**arguments) is None
     assert len(found) == 1 and "GRIT_KERNELS_HOPPER=1, but the Triton kernel runs: " in str(found[0].message)
 
 
@@ -319,7 +272,7 @@ def test_a_call_that_does_not_suit_gets_the_triton_kernel_and_says_so_once(why: 
     [
         ("architecture", lambda device: "sm100", "expected a Hopper GPU (sm90), got sm100"),
         ("interpreting", lambda: True, "expected compiled kernels, got Triton's interpreter"),
-        ("_missing", lambda: "expected the Gluon of Triton 3.6 to 3.9", "expected the Gluon of Triton 3.6 to 3.9"),
+        ("_missing", lambda name: "expected the Gluon of Triton 3.6 to 3.9", "expected the Gluon of Triton 3.6 to 3.9"),
     ],
 )
 def test_where_the_kernel_cannot_run_the_triton_kernel_does(
@@ -327,10 +280,10 @@ def test_where_the_kernel_cannot_run_the_triton_kernel_does(
 ) -> None:
     monkeypatch.setattr(hopper, name, value)
     with pytest.warns(UserWarning, match=re.escape(why)):
-        assert hopper.hopper_kernel(*given()) is None
+        assert hopper.hopper_kernel(**given()) is None
 
 
 def test_a_suitable_call_warns_of_nothing(on_hopper: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert hopper.hopper_kernel(*given(v=strided(8, 200, 72))) is hopper_forward
+        assert hopper.hopper_kernel(**given(v=strided(8, 200, 72))) is hopper_forward

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 from grit_kernels.attention import triton_backward, triton_configs, triton_decode, triton_plan  # noqa: E402
 from grit_kernels.attention.triton_configs import KERNELS, table_config  # noqa: E402
 from tests.grit_kernels.ahead_of_time import compile_ahead_of_time  # noqa: E402
-from tests.grit_kernels.attention.compiled import CAPABILITY, compile_kernel, hopper_config  # noqa: E402
+from tests.grit_kernels.attention.compiled import CAPABILITY, HOPPER, compile_kernel, hopper_config  # noqa: E402
 from tools import compiled_kernels  # noqa: E402
 
 # bytes a program may have; 8.6 and 8.9 have 99 KiB where 8.0 has 163
@@ -290,14 +290,20 @@ def test_products_ahead_of_the_softmax_run_beside_it() -> None:
 @pytest.mark.aot
 @pytest.mark.parametrize(
     "entry",
-    [("forward", "sm90", 128), ("decode", "sm90", 128), ("backward_keys", "sm90", 128), ("hopper", "sm90", 128)],
+    [
+        ("forward", "sm90", 128),
+        ("decode", "sm90", 128),
+        ("backward_keys", "sm90", 128),
+        ("hopper", "sm90", 128),
+        ("hopper_keys", "sm90", 128),
+    ],
 )
 def test_the_page_shows_what_the_compiler_gives(entry: tuple[str, str, int]) -> None:
     page = compiled_kernels.committed(triton.__version__)
     if not page:
         pytest.skip(f"docs/gpu.md has no figures of Triton {triton.__version__}")
     kernel, arch, dim = entry
-    config = hopper_config(dim) if kernel == "hopper" else table_config(kernel, dim, 2, arch)
+    config = hopper_config(kernel, dim) if kernel in HOPPER else table_config(kernel, dim, 2, arch)
     row = compiled_kernels.figures((kernel, arch, dim, config))
     assert row == page[tuple(row[:4])], "run `python -m tools.compiled_kernels` and commit docs/gpu.md"
 
