@@ -207,10 +207,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with _held(temporary), named(target, *FULL):
             yield temporary
-            for item in [
-                *temporary.rglob("*"),
-                temporary,
-            ]:  # the content must be on disk before the new name points to it
+            # the content must be on disk before the new name points to it
+            for item in [*temporary.rglob("*"), temporary]:
                 sync(item)
             old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
             if target.exists():
