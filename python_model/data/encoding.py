@@ -69,8 +69,13 @@ class RowEncoder:
         special = self.formatter.special_tokens
         eos = len(self.settings.embed_eos) + len(special.start) + len(special.end)
         least = len(self.settings.default_prompt.encode())  # of a text without an instruction
-        few = _fewer_tokens(np.maximum(facts["first"], least), self.config.query_max_len - eos)
-        return ~(few & _fewer_tokens(np.maximum(facts["passage"], least), self.config.passage_max_len - eos))
+        found = np.zeros(len(facts["first"]), dtype=bool)
+        for name, limit in (("first", self.config.query_max_len), ("passage", self.config.passage_max_len)):
+            cleared = _fewer_tokens(np.maximum(facts[name], least), limit - eos)
+            if self._has_room(InstructedText("", ""), limit):
+                cleared |= facts[name] == 0
+            found |= ~cleared
+        return found
 
     def problem(self, row: Row) -> Problem | None:
         """Why a row cannot be trained on, or None: its instruction, or documents and first user turn, fill the maximum length."""
@@ -92,17 +97,14 @@ class RowEncoder:
 
     def _has_room(self, text: InstructedText, max_length: int) -> bool:
         """False if the instruction may fill ``max_length``."""
-        special = self.formatter.special_tokens
-        room = max_length - len(self.settings.embed_eos) - len(special.start) - len(special.end)
-        instruction = text.instruction or self.settings.default_prompt
-        if _fewer_tokens(len(instruction.encode()), room):
-            return True
-        if instruction not in self._lengths:
+        if text.instruction not in self._lengths:
             if len(self._lengths) > 100_000:
                 self._lengths.clear()
-            ids = self.tokenizer(instruction, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            self._lengths[instruction] = len(ids)
-        return self._lengths[instruction] + FORMAT_TOKENS < room
+            shortest = len(self._text(InstructedText(text.instruction, "a"), text.instruction, 1 << 30))
+            # the text may take the last word before it apart, at most into its bytes
+            word = self.formatter.embed_instruction(text.instruction).rsplit(maxsplit=1)[-1:]
+            self._lengths[text.instruction] = shortest + sum(len(part.encode()) + 2 for part in word)
+        return self._lengths[text.instruction] < max_length
 
     def _text(self, text: InstructedText, instruction: str, max_length: int) -> EncodedSample:
         return self.formatter.text(self.formatter.embed_instruction(instruction), text.text, max_length)

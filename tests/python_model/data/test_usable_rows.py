@@ -19,7 +19,7 @@ from python_model.data.encoding import RowEncoder
 from python_model.data.index import _facts
 from python_model.data.rows import DataError, EmbeddingRow, GenerativeRow, InstructedText, PlainText
 from python_model.data.stream import TrainingStream, open_stream
-from python_model.model.prompts import TooLong, encode_text
+from python_model.model.prompts import EncodedSample, Formatter, TooLong, encode_text
 from python_model.settings import GritSettings
 from python_model.train.distributed import Ranks
 from python_model.train.trainer import Trainer
@@ -130,6 +130,30 @@ def test_a_row_without_a_problem_can_be_encoded_and_one_with_cannot(
             assert problem[0] == "too long"
             with pytest.raises(TooLong):
                 encode()
+
+
+@pytest.mark.parametrize("instruction", ["", "Find it"])
+def test_short_limits_need_no_text_but_one_for_each_instruction(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, instruction: str
+) -> None:
+    """As short as other tools' 32 tokens for a query, where an index of 100 million rows was tokenised whole."""
+    read: list[str] = []
+    text = Formatter.text
+
+    def counted(self: Formatter, prefix: str, *arguments: Any) -> EncodedSample:
+        read.append(prefix)
+        return text(self, prefix, *arguments)
+
+    monkeypatch.setattr(Formatter, "text", counted)
+    limits = dict.fromkeys(("query_max_len", "passage_max_len"), 48)
+    encoder = RowEncoder(tokenizer, config_of(**limits).data)
+    rows = [EmbeddingRow(InstructedText(instruction, f"q {n}"), (InstructedText("", f"p {n}"),) * 2) for n in range(9)]
+    facts = {name: np.full(9, len(instruction) * (name == "first")) for name in ("first", "passage")}
+    assert encoder.doubtful(facts, generative=False).all() == bool(instruction)
+    assert [encoder.problem(row) for row in rows] == [None] * 9
+    assert len(read) == 1 + bool(instruction)
+    few = RowEncoder(tokenizer, config_of(**dict.fromkeys(limits, 12)).data)
+    assert few.doubtful(facts, generative=False).all()
 
 
 @pytest.mark.parametrize(("query_max_len", "passage_max_len", "left_out"), [(96, 96, 2), (96, 2000, 1), (2000, 96, 1)])
