@@ -1,5 +1,5 @@
 // Registers the CPU implementations. Schemas, fakes and autograd are in the op.py files of grit_kernels.
-// attention_decode_cuda is the GPU's kernel compiled for the host, for tests.
+// The ops named ..._cuda are the GPU's kernel compiled for the host, for tests.
 #include "cpu/attention_op.h"
 #include "cpu/contrastive_op.h"
 #include "cpu/fused_op.h"
@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
   GRIT_OP(m, "gated_forward", &grit::gated_forward);
   GRIT_OP(m, "gated_backward", &grit::gated_backward);
   GRIT_OP(m, "pool_backward", &grit::Flat<&grit::pool_backward, 1>::call);
+  GRIT_OP(m, "attention_decode_paged_cuda", &grit::Flat<&grit::attention_decode_paged_on_host, 5>::call);
 }
 
 GRIT_EXPORT_SIGNATURES

@@ -14,16 +14,23 @@
 
 namespace grit {
 
-// a (rows, heads, dim) tensor; strides in elements, dim contiguous
+// a (rows, heads, dim) tensor, or (pages, rows, heads, dim); strides in elements, dim contiguous
 struct Rows {
   const void* data;
-  int64_t row, head;
+  int64_t row, head, page = 0;
+};
+
+// Where a sample's keys lie in pages, see pages.h; no table: as rows.
+struct Pages {
+  const int32_t* table = nullptr;
+  uint32_t size = 0;  // rows of a page
 };
 
 struct Sample {
   int64_t q_start, q_len, k_start, k_len;
   int64_t left, right;  // inclusive window distances
   const int32_t* hi;    // per row, or null
+  Pages pages = {};     // of which k_start counts slots
 };
 
 struct Attention {

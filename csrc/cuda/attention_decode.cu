@@ -1,4 +1,4 @@
-// grit_kernels::attention_decode_cuda on a GPU, see decode.h.
+// attention_decode_cuda and attention_decode_paged_cuda on a GPU, see decode.h.
 #include <cuda_runtime.h>
 
 #include "decode_call.h"
@@ -37,15 +37,14 @@ struct DeviceGuard {
   DeviceGuard(const DeviceGuard&) = delete;
 };
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_decode_cuda(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v,
-                                                 std::optional<Tensor> used, std::optional<Tensor> sinks) {
+std::tuple<Tensor, Tensor> run(const AttentionProblem& problem, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const std::optional<Tensor>& used, const std::optional<Tensor>& table,
+                               const std::optional<Tensor>& sinks) {
   const int device = q.get_device_index();
   const DeviceGuard guard(device);
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const DecodeCall call = take_decode_apart(problem, q, k, v, used, sinks, processors);
+  const DecodeCall call = take_decode_apart(problem, q, k, v, used, table, sinks, processors);
   const DecodeArguments& a = call.arguments;
   if (call.out.numel() == 0 || call.tiles == 0 || a.samples == 0) return {call.out, call.lse};
   void* stream = nullptr;
@@ -64,10 +63,23 @@ std::tuple<Tensor, Tensor> attention_decode_cuda(const AttentionProblem& problem
   return {call.out, call.lse};
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_decode_cuda(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v,
+                                                 std::optional<Tensor> used, std::optional<Tensor> sinks) {
+  return run(problem, q, k, v, used, std::nullopt, sinks);
+}
+
+std::tuple<Tensor, Tensor> attention_decode_paged_cuda(const AttentionProblem& problem, Tensor q, Tensor k_cache, Tensor v_cache,
+                                                       Tensor block_table, std::optional<Tensor> sinks) {
+  return run(problem, q, k_cache, v_cache, std::nullopt, block_table, sinks);
+}
+
 }  // namespace grit
 
 STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CUDA, m) {
   GRIT_OP(m, "attention_decode_cuda", &grit::Flat<&grit::attention_decode_cuda, 5>::call);
+  GRIT_OP(m, "attention_decode_paged_cuda", &grit::Flat<&grit::attention_decode_paged_cuda, 5>::call);
 }
 
 GRIT_EXPORT_SIGNATURES

@@ -1,5 +1,5 @@
-// grit_kernels::attention_decode_cuda on the CPU: the templates of the GPU's kernel, a lane after the other, so that tests need
-// no GPU. No call of the package comes here.
+// attention_decode_cuda and attention_decode_paged_cuda on the CPU: the templates of the GPU's kernel, a lane after the other, so
+// that tests need no GPU. No call of the package comes here.
 #include "decode_host.h"
 
 #include <memory>
@@ -7,11 +7,11 @@
 #include "decode_call.h"
 
 namespace grit {
+namespace {
 
-std::tuple<Tensor, Tensor> attention_decode_on_host(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v,
-                                                    std::optional<Tensor> used, std::optional<Tensor> sinks) {
-  const int64_t processors = 8;  // so that long keys are split
-  const DecodeCall call = take_decode_apart(problem, q, k, v, used, sinks, processors);
+constexpr int64_t PROCESSORS = 8;  // so that long keys are split
+
+std::tuple<Tensor, Tensor> run(const DecodeCall& call) {
   const DecodeArguments& a = call.arguments;
   with_templates(call, [&](auto type, auto dim, auto pairs) {
     using T = decltype(type);
@@ -31,6 +31,18 @@ std::tuple<Tensor, Tensor> attention_decode_on_host(const AttentionProblem& prob
             merge_column<T>(a, sample, place / a.heads, place % a.heads, column);
   });
   return {call.out, call.lse};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_decode_on_host(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v,
+                                                    std::optional<Tensor> used, std::optional<Tensor> sinks) {
+  return run(take_decode_apart(problem, q, k, v, used, std::nullopt, sinks, PROCESSORS));
+}
+
+std::tuple<Tensor, Tensor> attention_decode_paged_on_host(const AttentionProblem& problem, Tensor q, Tensor k_cache, Tensor v_cache,
+                                                          Tensor block_table, std::optional<Tensor> sinks) {
+  return run(take_decode_apart(problem, q, k_cache, v_cache, std::nullopt, block_table, sinks, PROCESSORS));
 }
 
 }  // namespace grit

@@ -16,7 +16,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../cpu/visibility.h"
+#include "../cpu/pages.h"
 #include "warp.h"
 
 namespace grit {
@@ -30,6 +30,9 @@ struct DecodeArguments {
   // q (rows, heads, dim), k and v (keys, heads_kv, dim): strides in elements, dim contiguous; k and v begin every head of a key
   // at a multiple of 16 bytes
   Rows q, k, v;
+  // k and v in pages: the first sample's, and from the table of one sample to that of the next
+  Pages pages;
+  int64_t entries;
   void* out;   // (rows, heads, dim), contiguous
   float* lse;  // (rows, heads)
   // where the keys of a sample are split: (splits, samples, most_rows, heads, dim) and without dim, the latter in units of log2
@@ -81,7 +84,9 @@ GRIT_DEVICE Sunk with_sink(float lse, float sink) {
 
 GRIT_DEVICE Sample sample_of(const DecodeArguments& a, int64_t b) {
   const int64_t q_start = a.q_start[b];
-  return {q_start, a.q_len[b], a.k_start[b], a.k_len[b], a.left[b], a.right[b], a.hi ? a.hi + q_start : nullptr};
+  Pages pages = a.pages;
+  if (pages.table) pages.table += b * a.entries;
+  return {q_start, a.q_len[b], a.k_start[b], a.k_len[b], a.left[b], a.right[b], a.hi ? a.hi + q_start : nullptr, pages};
 }
 
 GRIT_DEVICE float sink_of(const DecodeArguments& a, int64_t head) {
@@ -162,8 +167,7 @@ struct Decode {
   GRIT_DEVICE static void read_keys(const DecodeArguments& a, const Tile& t, int warp, Shared& shared) {
     typename Warp::template Each<float[PAIRS][LOADS * COLUMNS]> q, sums;
     typename Warp::template Each<float[PAIRS]> top, total;
-    const T* keys = (const T*)a.k.data + t.sample.k_start * a.k.row + t.head_kv * a.k.head;
-    const T* values = (const T*)a.v.data + t.sample.k_start * a.v.row + t.head_kv * a.v.head;
+    const T *keys = (const T*)a.k.data + t.head_kv * a.k.head, *values = (const T*)a.v.data + t.head_kv * a.v.head;
     const uint8_t* used = a.used ? a.used + t.index * a.slots : nullptr;
     const int dim = (int)a.dim;
     Warp::lanes([&](int lane) {
@@ -198,8 +202,8 @@ struct Decode {
             // What is not read is 0: a slot without a key may hold anything, and 0 * NaN is NaN.
             key[u][n] = value[lane][u][n] = Columns<T>{};
             if (j < t.end && at < dim && (!used || used[j])) {
-              key[u][n] = load_columns(keys + j * a.k.row + at);
-              value[lane][u][n] = load_columns(values + j * a.v.row + at);
+              key[u][n] = load_columns(keys + slot_offset(a.k, t.sample.pages, t.sample.k_start + j) + at);
+              value[lane][u][n] = load_columns(values + slot_offset(a.v, t.sample.pages, t.sample.k_start + j) + at);
             }
           }
         }

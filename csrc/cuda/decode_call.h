@@ -1,4 +1,4 @@
-// The op grit_kernels::attention_decode_cuda, checked and cut into blocks; what runs the blocks is a GPU or the host.
+// The ops attention_decode_cuda and attention_decode_paged_cuda, checked and cut into blocks; what runs these is a GPU or the host.
 #pragma once
 
 #include <algorithm>
@@ -34,34 +34,40 @@ struct DecodeCall {
 inline Tensor aligned_keys(const Tensor& x) {
   const int64_t step = x.scalar_type() == ScalarType::Float ? 4 : 8;
   auto whole = [&](const Tensor& t) {
-    return (size_t)t.const_data_ptr() % 16 == 0 && t.stride(0) % step == 0 && t.stride(1) % step == 0;
+    bool all = (size_t)t.const_data_ptr() % 16 == 0;
+    for (int64_t i = 0; i + 1 < t.dim(); ++i) all = all && t.stride(i) % step == 0;
+    return all;
   };
   return whole(x) ? x : torch::stable::contiguous(torch::stable::clone(x));
 }
 
+// (rows, heads, dim), or the first of the pages (blocks, page, heads, dim)
 inline Rows rows_to_read(const Tensor& t, const char* name, const Tensor& q, int64_t heads) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == heads && t.size(2) == q.size(2) && t.scalar_type() == q.scalar_type(), name,
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.size(last - 1) == heads && t.size(last) == q.size(2) && t.scalar_type() == q.scalar_type(), name,
                   ": expected (rows, ", heads, ", ", q.size(2), ") in the dtype of q");
-  STD_TORCH_CHECK(t.stride(2) == 1 || t.numel() == 0, name, ": the last dimension must be contiguous");
-  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.numel() == 0, name, ": the last dimension must be contiguous");
+  return {t.const_data_ptr(), t.stride(last - 2), t.stride(last - 1), t.stride(0)};
 }
 
 inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, const Tensor& k, const Tensor& v,
-                                    const std::optional<Tensor>& used, const std::optional<Tensor>& sinks,
-                                    int64_t processors) {
+                                    const std::optional<Tensor>& used, const std::optional<Tensor>& table,
+                                    const std::optional<Tensor>& sinks, int64_t processors) {
   DecodeCall call{};
   DecodeArguments& a = call.arguments;
   call.dtype = dtype_of(q, "q");
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q, k: expected (rows, heads, dim) tensors");
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == (table ? 4 : 3),
+                  "q, k: expected (rows, heads, dim) tensors, k in pages beside block_table");
   a.dim = q.size(2);
   a.heads = q.size(1);
-  call.heads_kv = k.size(1);
+  call.heads_kv = k.size(k.dim() - 2);
   STD_TORCH_CHECK(a.dim > 0 && a.dim <= LARGEST_HEAD_DIM && a.dim % COLUMNS == 0,
                   "q: expected a head dim that is a multiple of 8 up to ", LARGEST_HEAD_DIM, ", got ", a.dim);
   STD_TORCH_CHECK(call.heads_kv > 0 && a.heads % call.heads_kv == 0, "q: expected a multiple of k's ", call.heads_kv,
                   " heads, got ", a.heads);
   a.group = (int32_t)(a.heads / call.heads_kv);
-  STD_TORCH_CHECK(v.dim() == 3 && v.size(0) == k.size(0), "v: expected the ", k.size(0), " rows of k");
+  STD_TORCH_CHECK(v.dim() == k.dim() && v.size(0) == k.size(0), "v: expected the ", k.size(0), table ? " pages of k" : " rows of k");
+  STD_TORCH_CHECK(!table || v.size(1) == k.size(1), "v: expected pages of ", k.size(1), " slots");
   call.tensors[0] = aligned_keys(k);
   call.tensors[1] = aligned_keys(v);
   a.q = rows_to_read(q, "q", q, a.heads);
@@ -76,6 +82,15 @@ inline DecodeCall take_decode_apart(const AttentionProblem& x, const Tensor& q, 
   a.left = int32_data(x.left, a.samples, "left");
   a.right = int32_data(x.right, a.samples, "right");
   a.hi = x.hi ? int32_data(*x.hi, q.size(0), "hi") : nullptr;
+  if (table) {
+    STD_TORCH_CHECK(table->scalar_type() == ScalarType::Int && table->dim() == 2 && table->size(0) == a.samples &&
+                        (table->stride(1) == 1 || table->size(1) < 2),
+                    "block_table: expected int32 (", a.samples, ", max_blocks) whose last dimension is contiguous");
+    STD_TORCH_CHECK(k.size(0) > 0 && k.size(1) > 0 && k.size(1) * std::max<int64_t>(1, table->size(1)) < (int64_t)1 << 31,
+                    "k_cache: expected pages of 1 to 2^31 - 1 slots, and as many in a row of block_table");
+    a.pages = {table->const_data_ptr<int32_t>(), (uint32_t)k.size(1)};
+    a.entries = table->stride(0);
+  }
   if (used) {
     STD_TORCH_CHECK(used->scalar_type() == ScalarType::Bool && used->dim() == 2 && used->size(0) == a.samples &&
                         used->size(1) >= x.max_k && used->is_contiguous(),

@@ -51,7 +51,9 @@ define_op(
 )
 # few rows over a cache, whose keys may have unused slots between them; other kernels want those moved out of the way first
 _DECODE = f"{_TENSORS}, Tensor? used, Tensor? sinks, {_PROBLEM}"
+_PAGED = f"Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor? sinks, {_PROBLEM}"
 declare_op(f"attention_decode_cuda({_DECODE}) {_RESULTS}")
+declare_op(f"attention_decode_paged_cuda({_PAGED}) {_RESULTS}")
 define_op(
     f"attention_decode({_DECODE}) {_RESULTS}",
     reference=None,
@@ -61,9 +63,10 @@ define_op(
 )
 # the same with keys in pages (num_blocks, block_size, Hkv, D), of which the problem counts slots; others want them side by side
 define_op(
-    f"attention_decode_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor? sinks, {_PROBLEM}) {_RESULTS}",
+    f"attention_decode_paged({_PAGED}) {_RESULTS}",
     reference=None,
     triton=f"{_TRITON}_decode:attention_decode_paged",
+    cuda="attention_decode_paged_cuda",
     problem=AttentionProblem,
 )
 
@@ -72,6 +75,7 @@ define_op(
 @torch.library.register_fake("grit_kernels::attention_decode")
 @torch.library.register_fake("grit_kernels::attention_decode_cuda")
 @torch.library.register_fake("grit_kernels::attention_decode_paged")
+@torch.library.register_fake("grit_kernels::attention_decode_paged_cuda")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 

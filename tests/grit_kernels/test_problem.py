@@ -50,7 +50,7 @@ def test_an_option_before_a_tensor_is_refused() -> None:
             AttentionProblem,
             ("attention_forward", "attention_backward", "attention_plan", "attention_decode"),
         ),
-        (AttentionProblem, ("attention_decode_cuda", "attention_decode_paged")),
+        (AttentionProblem, ("attention_decode_cuda", "attention_decode_paged", "attention_decode_paged_cuda")),
         (ContrastiveProblem, ("contrastive_forward", "contrastive_backward", "contrastive_step")),
         (PoolingProblem, ("pool_forward", "pool_backward")),
     ],
