@@ -142,7 +142,7 @@ def produce(
         less_ring.index(at).store(gl.load(p_row, mask=m_row, other=0.0))
         delta_ring.index(at).store(gl.load(p_row + 1, mask=m_row, other=0.0))
         lo_ring.index(at).store(b_lo)
-        hi_ring.index(at).store(gl.where(m_row, b_hi, 0))
+        hi_ring.index(at).store(b_hi)
         mbarrier.arrive(rows_full.index(at))
 
 

@@ -467,6 +467,9 @@ def attention_backward(
         if not deterministic:
             return torch.mul(sums, softmax_scale * sign, out=dq), dk, dv, dsinks
         config, row_plan = grids[1].config, plans[1]
+        if (hopper := hopper_kernel("hopper_backward_rows", config.rows, problem, deterministic, **copied)) is not None:
+            hopper.launch(q, k, v, grad_out, dq, statistics, bounds, hi, q_rows, row_plan, scale, softmax_scale * sign)
+            return dq, dk, dv, dsinks
         backward_rows_kernel[(row_plan.tiles * heads,)](
             q, k, v, grad_out, dq, statistics, row_plan.table, *bounds, bounds[0] if hi is None else hi,
             *strides, rows, row_plan.tiles, row_plan.side_by_side, q_rows, scale, cap, softmax_scale * sign,

@@ -185,6 +185,7 @@ def test_the_switch_alone_chooses_the_hopper_kernels(
         for ours, others in (
             ("attention_hopper_kernel", "attention_forward_kernel"),
             ("backward_keys_hopper_kernel", "backward_keys_kernel"),
+            ("backward_rows_hopper_kernel", "backward_rows_kernel"),
         ):
             launched = {(ours if chosen else others)} if regime.backward or "forward" in others else set()
             assert names & {ours, others} == launched
@@ -235,8 +236,8 @@ def test_a_test_that_ends_early_is_named(tmp_path: Path, capsys: pytest.CaptureF
 def test_all_tests_of_the_hopper_kernels_are_recorded_to_their_end(capsys: pytest.CaptureFixture[str]) -> None:
     names = {launch.name for launch in launched_by_tests(gpu.TESTS_OF_HOPPER)}
     assert "did not run to its end" not in capsys.readouterr().out
-    assert {"attention_hopper_kernel", "backward_keys_hopper_kernel"} <= names
-    assert not names & {"attention_forward_kernel", "backward_keys_kernel"}
+    assert {"attention_hopper_kernel", "backward_keys_hopper_kernel", "backward_rows_hopper_kernel"} <= names
+    assert not names & {"attention_forward_kernel", "backward_keys_kernel", "backward_rows_kernel"}
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def compile_kernel(
 HOPPER = {
     "hopper": ("hopper_forward", "attention_hopper_kernel"),
     "hopper_keys": ("hopper_backward_keys", "backward_keys_hopper_kernel"),
+    "hopper_rows": ("hopper_backward_rows", "backward_rows_hopper_kernel"),
 }
 """Module and kernel of what the table of docs/gpu.md names so."""
 
@@ -106,7 +107,7 @@ def compile_hopper(kernel: str, dtype: str, dim: int, *, hi: bool = False, sinks
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     given = {**module.constants(dim), "HEADS": 32, "GROUP": 4, "HAS_HI": hi, "HAS_SINKS": sinks}
     given = {name: value for name, value in given.items() if name in function.arg_names}
-    moving = ("k_desc", "v_desc") if kernel == "hopper" else ("q_desc", "do_desc")
+    moving = ("q_desc", "do_desc") if kernel == "hopper_keys" else ("k_desc", "v_desc")
     types = {}
     for name in function.arg_names:
         if name.endswith("_desc"):
@@ -117,5 +118,5 @@ def compile_hopper(kernel: str, dtype: str, dim: int, *, hi: bool = False, sinks
         elif name in DATA_POINTERS | {"p_sinks"}:
             types[name] = f"*{dtype}"
         elif name not in given:
-            types[name] = "*i32" if name.startswith("p_") else "fp32" if name == "scale" else "i32"
+            types[name] = "*i32" if name.startswith("p_") else "fp32" if name.endswith("scale") else "i32"
     return compile_ahead_of_time(function, types, given, 90, warps=4)

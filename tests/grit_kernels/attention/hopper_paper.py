@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grit_kernels.attention import hopper_backward_keys, hopper_common, hopper_forward, triton_common, triton_plan
+from grit_kernels.attention import (
+    hopper_backward_keys,
+    hopper_backward_rows,
+    hopper_common,
+    hopper_forward,
+    triton_common,
+    triton_plan,
+)
 from grit_kernels.attention.problem import AttentionProblem
 from grit_kernels.attention.triton_backward import STATISTICS
 from grit_kernels.attention.triton_common import int32_tables, softmax_constants
@@ -29,10 +36,17 @@ ALLOCATED = {
         *("k_tiles", "v_tiles", "q_ring", "do_ring", "less_ring", "delta_ring", "lo_ring", "hi_ring"),
         *("tile_full", "rows_full", "rows_empty", "raw"),
     ),
+    "backward_rows_hopper_kernel": (
+        *("q_tiles", "do_tiles", "k_ring", "v_ring", "tile_full", "raw", "k_full", "empty", "v_full"),
+    ),
 }
 """By kernel: what it takes of shared memory, in order."""
 
-MODULES = {"attention_hopper_kernel": hopper_forward, "backward_keys_hopper_kernel": hopper_backward_keys}
+MODULES = {
+    "attention_hopper_kernel": hopper_forward,
+    "backward_keys_hopper_kernel": hopper_backward_keys,
+    "backward_rows_hopper_kernel": hopper_backward_rows,
+}
 PLAIN = ("less_ring", "delta_ring", "lo_ring", "hi_ring")
 """Rings of numbers that are stored and loaded, not copied and multiplied."""
 
@@ -255,6 +269,15 @@ def _descriptors(rows: dict[str, int], tensors: dict[str, Tensor]) -> dict[str, 
     return found
 
 
+def _tiles(lengths: Tensor, owned: int) -> list[tuple[int, int]]:
+    """(sample, block) of a plan; ``owned``: slots of a padded sample."""
+    return [
+        (sample, block)
+        for sample, length in enumerate(lengths.tolist())
+        for block in range(-(-max(length, owned) // hopper_common.ROWS))
+    ]
+
+
 def _run(kernel: str, arguments: dict[str, Any], blocks: list[tuple[int, int]], heads: int) -> list[Record]:
     """All programs of a plan of these tiles, and one without any."""
     table = torch.tensor([*blocks, (0, -1)])
@@ -270,11 +293,7 @@ def forward(
     """out, lse and the records of all programs; NaN where nothing was written."""
     tokens, heads, dim = q.shape
     out, lse = torch.full(q.shape, torch.nan, dtype=q.dtype), torch.full((tokens, heads), torch.nan)
-    blocks = [
-        (sample, block)
-        for sample, length in enumerate(problem.q_len.tolist())
-        for block in range(-(-max(length, problem.q_rows) // hopper_common.ROWS))
-    ]
+    blocks = _tiles(problem.q_len, problem.q_rows)
     constants = hopper_forward.constants(dim) | {"STAGES": stages}
     each = {"q": constants["ROWS_EACH"], "k": constants["BLOCK"], "v": constants["BLOCK"]}
     arguments = {
@@ -301,11 +320,7 @@ def backward_keys(
     rows, heads, dim = q.shape
     heads_kv = k.shape[1]
     dk, dv = (torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (k, v))
-    blocks = [
-        (sample, block)
-        for sample, length in enumerate(problem.k_len.tolist())
-        for block in range(-(-max(length, problem.k_rows) // hopper_common.ROWS))
-    ]
+    blocks = _tiles(problem.k_len, problem.k_rows)
     constants = hopper_backward_keys.constants(dim) | {"STAGES": stages}
     copied = {"q": q, "k": k, "v": v, "do": grad_out}
     first_row = problem.q_start if problem.hi is None else transpose_hi(problem.hi, *problem.tables[:4], k.shape[0])
@@ -316,6 +331,23 @@ def backward_keys(
         "scale": softmax_constants(problem.softmax_scale, 0.0)[0], "HEADS": heads, "GROUP": heads // heads_kv,
     }  # fmt: skip
     return dk, dv, _run("backward_keys_hopper_kernel", arguments, blocks, heads_kv)
+
+
+def backward_rows(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, statistics: Tensor, problem: AttentionProblem, stages: int
+) -> tuple[Tensor, list[Record]]:
+    """dq and the records of all programs; NaN where nothing was written."""
+    rows, heads, dim = q.shape
+    dq = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    copied = {"q": q, "k": k, "v": v, "do": grad_out}
+    arguments = {
+        **hopper_backward_rows.constants(dim), "STAGES": stages, **_tables(problem),
+        **_descriptors(dict.fromkeys(copied, hopper_common.ROWS_EACH), copied),
+        "p_dq": Pointer(dq.view(-1)), "p_stat": Pointer(statistics.view(-1)), "rows": rows, "q_rows": problem.q_rows,
+        "scale": softmax_constants(problem.softmax_scale, 0.0)[0], "softmax_scale": problem.softmax_scale,
+        "HEADS": heads, "GROUP": heads // k.shape[1],
+    }  # fmt: skip
+    return dq, _run("backward_rows_hopper_kernel", arguments, _tiles(problem.q_len, problem.q_rows), heads)
 
 
 def drawn(seed: int, lengths: tuple[int, ...] = (0, 1, 5, 64, 129, 300, 700)) -> samples.Call:

@@ -20,7 +20,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from grit_kernels.attention.triton_common import positive_scale  # noqa: E402
 
-keys_kernel = pytest.importorskip("grit_kernels.attention.hopper_backward_keys", reason="this Triton has another Gluon")
+common = pytest.importorskip("grit_kernels.attention.hopper_common", reason="this Triton has another Gluon")
+from grit_kernels.attention import hopper_backward_keys  # noqa: E402
 from tests.grit_kernels.ahead_of_time import Compiled  # noqa: E402
 from tests.grit_kernels.attention import hopper_paper, samples  # noqa: E402
 from tests.grit_kernels.attention.barrier_model import Model, changed, operations  # noqa: E402
@@ -28,35 +29,35 @@ from tests.grit_kernels.attention.compiled import compile_hopper  # noqa: E402
 from tests.grit_kernels.attention.hopper_paper import Record, base_name  # noqa: E402
 from tests.grit_kernels.attention.samples import one_sample  # noqa: E402
 
-BLOCK = keys_kernel.BLOCK
+BLOCK = hopper_backward_keys.BLOCK
+"""Rows of a step, or keys."""
 MANY = 64
 """Places of a ring that hold all blocks of a sample here: on paper the producer runs first."""
 
 
 def on_paper(call: samples.Call, sinks: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """dk and dv of the kernel, of the reference in float64, and of the reference in the inputs' dtype."""
+    """dq, dk and dv of the kernels, of the reference in float64, and of the reference in the inputs' dtype."""
     q, scale = positive_scale(call.q, call.problem.softmax_scale)
     out, lse = reference.attention_forward(*call.clean(torch.float64)[:3], call.problem, sinks)
     statistics = hopper_paper.row_statistics(call.grad_out, call.grad_lse, out.to(q.dtype), lse)
-    problem = replace(call.problem, softmax_scale=scale)
-    found = hopper_paper.backward_keys(q, call.k, call.v, call.grad_out, statistics, problem, MANY)[:2]
+    given = q, call.k, call.v, call.grad_out, statistics, replace(call.problem, softmax_scale=scale), MANY
+    dq = hopper_paper.backward_rows(*given)[0] * (-1 if call.problem.softmax_scale < 0 else 1)
     expected = []
     for dtype in (torch.float64, q.dtype):
         *inputs, grad_out = call.clean(dtype)
-        given = reference.attention_forward(*inputs, call.problem, sinks)
-        expected.append(
-            reference.attention_backward(grad_out, call.grad_lse, *inputs, *given, call.problem, sinks)[1:3]
-        )
-    return list(found), *map(list, expected)
+        results = reference.attention_forward(*inputs, call.problem, sinks)
+        gradients = reference.attention_backward(grad_out, call.grad_lse, *inputs, *results, call.problem, sinks)
+        expected.append(list(gradients[:3]))
+    return [dq, *hopper_paper.backward_keys(*given)[:2]], expected[0], expected[1]
 
 
 def assert_right_on_paper(call: samples.Call, sinks: Tensor | None = None) -> None:
     """Twice the error of the reference in the inputs' dtype, and a few roundings."""
     eps = torch.finfo(call.q.dtype).eps
-    for name, ours, right, rounded in zip(("dk", "dv"), *on_paper(call, sinks), strict=True):
+    for name, ours, right, rounded in zip(("dq", "dk", "dv"), *on_paper(call, sinks), strict=True):
         assert ours.isfinite().all(), name
         error, allowed = ((x.double() - right).norm() for x in (ours, rounded))
-        # a scale of 0 is 1e-30 in the kernel
+        # a scale of 0 is 1e-30 in the kernels
         assert error <= 2 * allowed + eps * right.norm() + 1e-20, (name, error / right.norm(), allowed / right.norm())
 
 
@@ -84,24 +85,37 @@ def test_rows_that_see_no_key_may_hold_anything() -> None:
 
 
 class Tile(NamedTuple):
-    """``order``: of the blocks of rows as they come; ``cleaned``: which steps' blocks hold rows that see no key."""
+    """Of the plan's tiles one. ``order``: of the blocks as they come; ``cleaned``: which steps' blocks hold what adds nothing."""
 
+    kernel: str
     problem: AttentionProblem
     order: list[int]
     cleaned: set[int]
     group: int = 1
 
 
+def unseen(problem: AttentionProblem) -> AttentionProblem:
+    return replace(problem, hi=torch.zeros(int(problem.q_len), dtype=torch.int32))
+
+
 TILES = {
-    "one block": Tile(one_sample(64, 128), [0], set()),
-    "part of a block": Tile(one_sample(50, 100), [0], {0}),
-    "no row": Tile(replace(one_sample(64, 128), hi=torch.zeros(64, dtype=torch.int32)), [0], {0}),
-    "two blocks": Tile(one_sample(128, 128), [0, 1], set()),
-    "two heads": Tile(one_sample(100, 128), [0, 0, 1, 1], {2, 3}, 2),
-    "causal": Tile(one_sample(192, 128, right=0), [1, 2], set()),
-    "causal after a cache": Tile(one_sample(150, 128, right=0), [0, 1, 2], {0, 2}),
-    "edges with rows that see nothing at both ends": Tile(one_sample(300, 40, right=200), [2, 3, 0, 1, 4], {2, 4}),
+    "keys, one block": Tile("keys", one_sample(64, 128), [0], set()),
+    "keys, part of a block": Tile("keys", one_sample(50, 100), [0], {0}),
+    "keys, no row": Tile("keys", unseen(one_sample(64, 128)), [0], {0}),
+    "keys, two blocks": Tile("keys", one_sample(128, 128), [0, 1], set()),
+    "keys, two heads": Tile("keys", one_sample(100, 128), [0, 0, 1, 1], {2, 3}, 2),
+    "keys, causal": Tile("keys", one_sample(192, 128, right=0), [1, 2], set()),
+    "keys, causal after a cache": Tile("keys", one_sample(150, 128, right=0), [0, 1, 2], {0, 2}),
+    "keys, both edges": Tile("keys", one_sample(300, 40, right=200), [2, 3, 0, 1, 4], {2, 4}),
+    "rows, one block": Tile("rows", one_sample(128, 64), [0], set()),
+    "rows, part of a block": Tile("rows", one_sample(128, 50), [0], {0}),
+    "rows, no key": Tile("rows", unseen(one_sample(128, 64)), [0], {0}),
+    "rows, two blocks": Tile("rows", one_sample(128, 128), [0, 1], set()),
+    "rows, causal after a cache": Tile("rows", one_sample(128, 250, right=0), [0, 1, 2, 3], {3}),
+    "rows, both edges": Tile("rows", one_sample(128, 320, 192, 0), [2, 0, 1, 3, 4], set()),
 }
+SMALLEST_RING = {"keys": 2, "rows": 3}
+"""Rows are read into the next step; keys as well, whose end waits for the keys of the one after."""
 
 
 def recorded(tile: Tile, stages: int) -> Record:
@@ -110,7 +124,8 @@ def recorded(tile: Tile, stages: int) -> Record:
     rows, keys = int(tile.problem.q_len), int(tile.problem.k_len)
     q, k = torch.randn(rows, tile.group, 64).bfloat16(), torch.randn(keys, 1, 64).bfloat16()
     statistics = torch.zeros(tile.group, rows, 4)
-    (record,) = hopper_paper.backward_keys(q, k, k, q, statistics, tile.problem, stages)[2]
+    run = {"keys": hopper_paper.backward_keys, "rows": hopper_paper.backward_rows}[tile.kernel]
+    (record,) = run(q, k, k, q, statistics, tile.problem, stages)[-1]
     return record
 
 
@@ -124,41 +139,44 @@ def fault(record: Record, tile: Tile) -> str:
     expected = []
     for consumer, listed in enumerate(record.partitions[:2]):
         found: list[tuple[Any, ...]] = []
-        step = -1
+        products: list[tuple[str, ...]] = []
         for kind, *rest in listed:
             if kind == "load":
-                found.append(((base_name(rest[0]), step),))
+                # each step begins with a product of the tile and a block
+                found.append(((base_name(rest[0]), products.count(products[0]) - 1),))
             elif kind == "multiply":
                 read = tuple(map(base_name, rest[0]))
-                step += read == ("k_tiles", "q_ring")
+                products.append(read)
+                step = products.count(read) - 1
+                names = [(name.removesuffix("_tiles"), name.removesuffix("_ring")) for name in read]
                 found.append(
-                    {
-                        ("k_tiles", "q_ring"): (("k", consumer * 64, 0), holds("q", step)),
-                        ("v_tiles", "do_ring"): (("v", consumer * 64, 0), holds("do", step)),
-                        ("do_ring",): (holds("do", step),),
-                        ("q_ring",): (holds("q", step),),
-                    }[read]
+                    tuple(
+                        (of, consumer * 64, 0) if of != name else holds(ring, step)
+                        for (of, ring), name in zip(names, read, strict=True)
+                    )
                 )
         expected.append(tuple(found))
     return Model(record, expected, turns=False).fault()
 
 
 @pytest.mark.parametrize("name", TILES)
-@pytest.mark.parametrize("stages", [2, 3])
-def test_every_order_of_the_partitions_reads_the_right_blocks_and_ends(name: str, stages: int) -> None:
-    assert fault(recorded(TILES[name], stages), TILES[name]) == ""
+@pytest.mark.parametrize("more", [0, 1])
+def test_every_order_of_the_partitions_reads_the_right_blocks_and_ends(name: str, more: int) -> None:
+    tile = TILES[name]
+    assert fault(recorded(tile, SMALLEST_RING[tile.kernel] + more), tile) == ""
 
 
-def test_a_ring_of_one_place_is_too_small() -> None:
-    """The rows of a step are read by the next one's first product, which waits for its own rows."""
-    assert fault(recorded(TILES["two blocks"], 1), TILES["two blocks"]).startswith("deadlock")
+@pytest.mark.parametrize(("name", "places"), [("keys, two blocks", 1), ("rows, causal after a cache", 2)])
+def test_a_smaller_ring_is_too_small(name: str, places: int) -> None:
+    assert SMALLEST_RING[TILES[name].kernel] == places + 1
+    assert fault(recorded(TILES[name], places), TILES[name]).startswith("deadlock")
 
 
-@pytest.fixture(scope="module")
-def protocol() -> tuple[Record, Tile]:
-    """Of a tile that uses each place of its rings twice, and cleans twice."""
-    tile = TILES["edges with rows that see nothing at both ends"]
-    return recorded(tile, 2), tile
+@pytest.fixture(scope="module", params=["keys, both edges", "rows, causal after a cache"])
+def protocol(request: pytest.FixtureRequest) -> tuple[Record, Tile]:
+    """Of a tile that uses places of its rings twice, and cleans."""
+    tile = TILES[request.param]
+    return recorded(tile, SMALLEST_RING[tile.kernel]), tile
 
 
 def test_the_model_finds_every_wrong_phase(protocol: Any) -> None:
@@ -185,7 +203,7 @@ def test_the_model_finds_every_missing_arrival_that_is_waited_for(protocol: Any)
 
 def test_the_model_finds_what_is_read_before_a_product_ends_or_not_cleaned_or_stored(protocol: Any) -> None:
     record, tile = protocol
-    for kind in ("finish", "clean", "fence", "store"):
+    for kind in ("finish", "clean", "fence", *(["store"] if tile.kernel == "keys" else [])):
         found = [(who, i, op) for who, ops in enumerate(record.partitions) for i, op in enumerate(ops) if op[0] == kind]
         assert found
         for who, place, operation in found:
@@ -194,7 +212,7 @@ def test_the_model_finds_what_is_read_before_a_product_ends_or_not_cleaned_or_st
             assert bool(fault(changed(record, who, place, None), tile)) != unread, (who, place, operation)
 
 
-STEP = re.compile(r"\bHGMMA|\bWARPGROUP\.DEPBAR\S* \S+ 0x[01]|\bMUFU\.EX2|\bSYNCS\.PHASECHK|\bSYNCS\.ARRIVE|\bF2FP")
+STEP = re.compile(r"\bHGMMA|\bWARPGROUP\.DEPBAR\S* \S+ 0x[0-2]|\bMUFU\.EX2|\bSYNCS\.PHASECHK|\bSYNCS\.ARRIVE|\bF2FP")
 
 
 def machine_code_of_steps(code: list[str]) -> str:
@@ -237,3 +255,22 @@ def test_the_machine_code_of_dk_and_dv_overlaps_as_planned(dim: int, dtype: str,
         # the assembler leaves a few of the last packings behind the wait
         assert found[1].count("p") == len(found[2] + found[3]) == pairs and len(found[3]) <= 4, text
     assert len(steps) == 4
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("dtype", "flags"), [("bf16", False), ("bf16", True), ("fp16", False)])
+def test_the_machine_code_of_dq_overlaps_as_planned(dim: int, dtype: str, flags: bool) -> None:
+    """``flags``: with upper bounds per token."""
+    compiled = compile_hopper("hopper_rows", dtype, dim, hi=flags)
+    # Q and dO twice; K and V into a block that needs cleaning or not
+    assert_resources(compiled, copies=8)
+    loops = [x for x in map(machine_code_of_steps, compiled.loops("HGMMA")) if x.count("2") == x.count("0") == 1]
+    # of each consumer the blocks without and with a mask; dS while S runs, P beside the other two products
+    for text in loops:
+        found = re.fullmatch(r"(h[hp]*)b(h+)2(e+)b0a", text)
+        assert found and len(found[2]) == dim // 16 and len(found[3]) == BLOCK // 2, text
+        assert found[1].count("h") == dim // 16 + BLOCK // 16 and found[1].count("p") == BLOCK // 4, text
+        assert re.match(r"h(?:p+h?)+p", found[1]), text
+    assert len(loops) == 4
