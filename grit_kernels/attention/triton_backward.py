@@ -115,14 +115,24 @@ def add_part(p_x, o_row, stride, m_row, b_x, FIRST: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
+def next_head(ended, p_q, p_do, p_dq, p_stat, stride_qh, stride_doh, rows, D: tl.constexpr, ATOMIC: tl.constexpr):
+    """The pointers of a query head, or where it ``ended`` of the next: fewer registers than its number and the strides take."""
+    p_q += tl.where(ended, stride_qh, 0)
+    p_do += tl.where(ended, stride_doh, 0)
+    p_stat += tl.cast(tl.where(ended, rows, 0), tl.int64) * STATISTICS
+    if ATOMIC:
+        p_dq += tl.where(ended, D, 0)
+    return p_q, p_do, p_dq, p_stat
+
+
+@triton.jit
 def gather_rows(
-    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qh, stride_doh,
-    rows, head_in_group, block, key, len_q, len_k, left, right, scale, cap,
-    STRIDE_QT: tl.constexpr, STRIDE_DOT: tl.constexpr, HEADS: tl.constexpr,
+    b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, block, key, len_q, len_k, left, right,
+    scale, cap, STRIDE_QT: tl.constexpr, STRIDE_DOT: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
     EDGE: tl.constexpr, HAS_HI: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of one block of one query head to dK and dV; all products are transposed, [BN, BM].
+    """Add the rows of one block of the query head at p_q to dK and dV; all products are transposed, [BN, BM].
 
     ATOMIC: and add what these keys contribute to dQ, without ``softmax_scale``.
     """
@@ -132,12 +142,13 @@ def gather_rows(
     # fully masked rows may hold anything
     m_row = (row < len_q) & (b_lo < b_hi)
     first_row = tl.cast(block * BM, tl.int64)
-    head_offset = tl.cast(head_in_group, tl.int64)
-    p_q += first_row * STRIDE_QT + head_offset * stride_qh
-    p_do += first_row * STRIDE_DOT + head_offset * stride_doh
+    # not from 0 as o_m, whose numbers the masks need as well: so a thread keeps one address and adds constants to it
+    o_load = tl.arange(BM, 2 * BM)
+    p_q += (first_row - BM) * STRIDE_QT
+    p_do += (first_row - BM) * STRIDE_DOT
     # one load of 16 bytes a row, and the sums keep it one: each would otherwise be loaded once per thread that needs it
     o_stat = tl.arange(0, STATISTICS)
-    p_stat += (head_offset * rows + first_row) * STATISTICS
+    p_stat += first_row * STATISTICS
     p_stat = p_stat + o_m[:, None] * STATISTICS + o_stat[None, :]
     if EDGE:
         b_stat = tl.load(p_stat, mask=m_row[:, None] & (o_stat < 2)[None, :], other=0.0)
@@ -145,14 +156,14 @@ def gather_rows(
         b_stat = tl.load(p_stat)
     b_less = tl.sum(tl.where(o_stat[None, :] == 0, b_stat, 0.0), 1)[None, :]
     b_less_delta = tl.sum(tl.where(o_stat[None, :] == 1, b_stat, 0.0), 1)[None, :]
-    b_q1 = load_part(p_q, o_m, STRIDE_QT, m_row, 0, D1, D, EDGE)
-    b_do1 = load_part(p_do, o_m, STRIDE_DOT, m_row, 0, D1, D, EDGE)
+    b_q1 = load_part(p_q, o_load, STRIDE_QT, m_row, 0, D1, D, EDGE)
+    b_do1 = load_part(p_do, o_load, STRIDE_DOT, m_row, 0, D1, D, EDGE)
     b_zero = tl.zeros([b_k1.shape[0], BM], dtype=tl.float32)
     b_qk = dot(b_k1, tl.trans(b_q1), b_zero, UPCAST)  # [BN, BM]
     b_dp = dot(b_v1, tl.trans(b_do1), b_zero, UPCAST)
     if D2 > 0:
-        b_q2 = load_part(p_q, o_m, STRIDE_QT, m_row, D1, D2, D, EDGE)
-        b_do2 = load_part(p_do, o_m, STRIDE_DOT, m_row, D1, D2, D, EDGE)
+        b_q2 = load_part(p_q, o_load, STRIDE_QT, m_row, D1, D2, D, EDGE)
+        b_do2 = load_part(p_do, o_load, STRIDE_DOT, m_row, D1, D2, D, EDGE)
         b_qk = dot(b_k2, tl.trans(b_q2), b_qk, UPCAST)
         b_dp = dot(b_v2, tl.trans(b_do2), b_dp, UPCAST)
     b_p, b_slope = probabilities(b_qk, b_less, scale, cap, HAS_CAP)
@@ -180,7 +191,7 @@ def gather_rows(
         b_dv2 = dot(b_p, b_do2, b_dv2, UPCAST)
         b_dk2 = dot(b_ds, b_q2, b_dk2, UPCAST)
     if ATOMIC:
-        p_dq += first_row * (HEADS * D) + head_offset * D
+        p_dq += first_row * (HEADS * D)
         b_dq1 = dot(tl.trans(b_ds), b_k1, tl.zeros([BM, D1], dtype=tl.float32), UPCAST)
         add_part(p_dq, o_m, HEADS * D, m_row, b_dq1, 0, D1, D)
         if D2 > 0:
@@ -222,7 +233,7 @@ def backward_keys_kernel(
 
     # a padded sample owns all its slots, including those before its first key: keys count from -shift there
     shift = tl.where(k_rows > 0, tl.cast(k_start, tl.int32) - sample * k_rows, 0)
-    owned = tl.where(k_rows > 0, k_rows - shift, len_k)
+    owned = tl.where(k_rows > 0, k_rows, len_k)
     first_key = block * BN - shift
     o_n = tl.arange(0, BN)
     key = first_key + o_n
@@ -251,32 +262,40 @@ def backward_keys_kernel(
     full = tl.where(real, full_last - full_first, 0)
     edges = tl.where(real, (full_first - first) + (last - full_last), 0)
     # one loop over (query head, block), so that the pipeline of loads fills once rather than once per head
-    head_in_group = 0
     row_block = full_first
     for _ in range(0, full * GROUP):
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qh, stride_doh,
-            rows, head_in_group, row_block, key, len_q, len_k, left, right,
-            scale, cap, STRIDE_QT, STRIDE_DOT, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, row_block, key, len_q, len_k,
+            left, right, scale, cap, STRIDE_QT, STRIDE_DOT, HEADS, D, D1, D2, BM, False, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
         )  # fmt: skip
         row_block += 1
         ended = row_block == full_last
-        head_in_group += tl.where(ended, 1, 0)
+        p_q, p_do, p_dq, p_stat = next_head(ended, p_q, p_do, p_dq, p_stat, stride_qh, stride_doh, rows, D, ATOMIC)
         row_block = tl.where(ended, full_first, row_block)
-    for step in range(0, edges * GROUP):
-        head_in_group = step // edges
-        row_block = edge_block(step - head_in_group * edges, first, full_first, full_last)
+    # the edges start with the group's first head again
+    heads = tl.cast(tl.where(full > 0, GROUP, 0), tl.int64)
+    p_q -= heads * stride_qh
+    p_do -= heads * stride_doh
+    p_stat -= heads * rows * STATISTICS
+    if ATOMIC:
+        p_dq -= heads * D
+    edge = 0
+    for _ in range(0, edges * GROUP):
+        row_block = edge_block(edge, first, full_first, full_last)
         b_dk1, b_dk2, b_dv1, b_dv2 = gather_rows(
-            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, stride_qh, stride_doh,
-            rows, head_in_group, row_block, key, len_q, len_k, left, right,
-            scale, cap, STRIDE_QT, STRIDE_DOT, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
+            b_dk1, b_dk2, b_dv1, b_dv2, b_k1, b_k2, b_v1, b_v2, p_q, p_do, p_dq, p_stat, p_hi, row_block, key, len_q, len_k,
+            left, right, scale, cap, STRIDE_QT, STRIDE_DOT, HEADS, D, D1, D2, BM, True, HAS_HI, HAS_CAP, UPCAST, ATOMIC,
         )  # fmt: skip
+        edge += 1
+        ended = edge == edges
+        p_q, p_do, p_dq, p_stat = next_head(ended, p_q, p_do, p_dq, p_stat, stride_qh, stride_doh, rows, D, ATOMIC)
+        edge = tl.where(ended, 0, edge)
     # padding slots get 0: unmasked blocks have summed arbitrary values there
     b_dk1 = tl.where(m_key[:, None], b_dk1 * softmax_scale, 0.0)
     b_dk2 = tl.where(m_key[:, None], b_dk2 * softmax_scale, 0.0)
     b_dv1 = tl.where(m_key[:, None], b_dv1, 0.0)
     b_dv2 = tl.where(m_key[:, None], b_dv2, 0.0)
-    m_store = (key >= -shift) & (key < owned)
+    m_store = o_n < owned - block * BN
     p_dk += (tile_start * (HEADS // GROUP) + head_kv) * D
     p_dv += (tile_start * (HEADS // GROUP) + head_kv) * D
     stride_dk: tl.constexpr = (HEADS // GROUP) * D

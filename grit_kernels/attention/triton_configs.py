@@ -68,12 +68,6 @@ _TABLE: dict[tuple[str, int, int], dict[str, Config]] = {
     ("decode", 4, 256): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 2)},
     ("decode", 4, 512): {"gfx9": Config(16, 16, 4, 1), "": Config(16, 16, 8, 1)},
     ("backward_keys", 2, 64): {"gfx9": Config(64, 64, 4, 1), "": Config(64, 128, 8, 2)},
-    ("backward_keys", 2, 96): {
-        "sm80": Config(32, 128, 8, 2),
-        "sm90": Config(64, 128, 8, 3),  # spills less than with 2 stages
-        "gfx9": Config(32, 64, 4, 1),
-        "": Config(64, 128, 8, 2),
-    },
     ("backward_keys", 2, 128): {"sm80": Config(32, 128, 8, 2), "gfx9": Config(32, 64, 4, 1), "": Config(64, 128, 8, 2)},
     ("backward_keys", 2, 256): {
         "sm80": Config(16, 64, 8, 2),
@@ -154,7 +148,7 @@ def override_config(kernel: str, config: Config) -> Iterator[None]:
 
 def table_config(kernel: str, dim: int, element_bytes: int, arch: str) -> Config:
     """The table's entry."""
-    for limit in (64, 96, 128, 256, 512):
+    for limit in (64, 128, 256, 512):
         if dim <= limit and (entry := _TABLE.get((kernel, element_bytes, limit))):
             return entry.get(arch, entry[""])
     raise ValueError(f"head dim {dim} with elements of {element_bytes} bytes has no entry for {kernel}")

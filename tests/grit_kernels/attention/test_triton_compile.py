@@ -33,13 +33,8 @@ SPILL_BUDGET: dict[tuple[str, str, int], int] = {
     ("forward", "sm90", 256): 112,
     ("forward", "sm90", 512): 96,
     ("forward", "sm100", 256): 160,
-    ("backward_keys", "sm90", 96): 64,
-    ("backward_keys", "sm90", 128): 120,
-    ("backward_keys", "sm90", 256): 144,
-    ("backward_keys", "sm80", 128): 64,
-    ("backward", "sm90", 96): 48,
-    ("backward", "sm90", 128): 104,
-    ("backward", "sm80", 96): 48,
+    ("backward_keys", "sm90", 128): 48,
+    ("backward_keys", "sm90", 256): 80,
 }
 SMALL_BUDGET = 24  # a few scalars, outside of the loops
 FLAGS_BUDGET = 400  # more, with upper bounds per token or a softcap
@@ -266,9 +261,14 @@ def test_float32_heads_of_512_fit_the_shared_memory_of_8_0(kernel: str, arch: st
 @pytest.mark.aot
 def test_the_gradient_of_the_keys_loads_each_number_once_on_hopper() -> None:
     """D 128: a row's statistics are one copy of 16 bytes rather than one per thread that needs them."""
-    loop = compiled_kernels.loops_of_products(compile_kernel("backward_keys", "sm90", "bf16", 128))[0]
+    compiled = compile_kernel("backward_keys", "sm90", "bf16", 128)
+    loop, edges = compiled_kernels.loops_of_products(compiled)
     assert sum("LDGSTS" in code for code in loop) <= 12
-    assert len(loop) <= 470
+    assert len(loop) <= 400
+    assert not any(re.search(r"\b(STL|LDL)\b", code) for code in loop), "the loop without masks spills"
+    assert not any("I2F" in code for code in [*loop, *edges]), "a loop divides integers"
+    if triton.__version__.startswith("3.6."):
+        assert compiled.spilled == 0
 
 
 def test_products_ahead_of_the_softmax_run_beside_it() -> None:
