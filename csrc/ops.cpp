@@ -11,6 +11,7 @@
 STABLE_TORCH_LIBRARY_IMPL(grit_kernels, CPU, m) {
   GRIT_OP(m, "attention_forward", &grit::Flat<&grit::attention_forward, 3>::call);
   GRIT_OP(m, "attention_backward", &grit::Flat<&grit::attention_backward, 7>::call);
+  GRIT_OP(m, "attention_decode_paged", &grit::Flat<&grit::attention_decode_paged, 5>::call);
   GRIT_OP(m, "attention_decode_cuda", &grit::Flat<&grit::attention_decode_on_host, 5>::call);
   GRIT_OP(m, "contrastive_forward", &grit::Flat<&grit::contrastive_forward, 0>::call);
   GRIT_OP(m, "contrastive_backward", &grit::Flat<&grit::contrastive_backward, 1>::call);

@@ -369,10 +369,10 @@ void backward_pack_keys(const Attention& a, const Sample& s, int64_t kv_head, ui
     using F = decltype(format);
     using T = decltype(type);
     const int64_t padded = round_up(s.k_len, ROW_STEP);
-    const T *k = head_rows<T>(a.k, s.k_start, kv_head), *v = head_rows<T>(a.v, s.k_start, kv_head);
-    pack_row_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_panels);
-    pack_row_panels<F>(v, a.v.row, s.k_len, padded, a.dim, v_panels);
-    pack_column_panels<F>(k, a.k.row, s.k_len, padded, a.dim, k_columns);
+    const KeyRows<T> k(a.k, s, kv_head), v(a.v, s, kv_head);
+    pack_row_panels<F>(k, s.k_len, padded, a.dim, k_panels);
+    pack_row_panels<F>(v, s.k_len, padded, a.dim, v_panels);
+    pack_column_panels<F>(k, s.k_len, padded, a.dim, k_columns);
   });
 }
 

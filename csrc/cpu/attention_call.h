@@ -15,8 +15,9 @@ struct AttentionCall {
   int64_t rows_q, rows_k;
 };
 
+// block_table: k and v lie in pages (num_blocks, block_size, heads, dim)
 AttentionCall take_apart(const AttentionProblem&, const Tensor& q, const Tensor& k, const Tensor& v,
-                         const std::optional<Tensor>& sinks);
+                         const std::optional<Tensor>& sinks, const Tensor* block_table = nullptr);
 
 Rows rows_of(const Tensor&, const char* name, DType, int64_t rows, int64_t heads, int64_t dim);
 

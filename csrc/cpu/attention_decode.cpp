@@ -29,19 +29,33 @@ struct State {
 // The rows of one head are too far apart for the hardware prefetcher: fetch each line into the second-level cache well ahead.
 GRIT_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// rows of K or V of one key head: row j at data + j * stride; row j + ahead is prefetched, up to row `last`
+// A block of K or V of one key head: its rows, and those which are prefetched with them, of which `last` is the last. Both lie one
+// row after another, as always without pages.
 template <class T>
-struct KeyRows {
-  const T* data;
-  int64_t stride, count, ahead, last;
+struct RowsInOrder {
+  const T *data, *ahead;
+  int64_t stride, count, last;
   GRIT_MEMBER const T* row(int64_t j) const { return data + j * stride; }
-  GRIT_MEMBER const T* coming(int64_t j) const { return data + smaller(j + ahead, last) * stride; }
+  GRIT_MEMBER const T* coming(int64_t j) const { return ahead + smaller(j, last) * stride; }
+};
+
+// The same where either crosses from one page into another. The places are those of every head.
+struct Places {
+  int64_t row[BLOCK], coming[BLOCK];
+};
+template <class T>
+struct RowsAcrossPages {
+  const T* data;
+  const Places& places;
+  int64_t count, last;
+  GRIT_MEMBER const T* row(int64_t j) const { return data + places.row[j]; }
+  GRIT_MEMBER const T* coming(int64_t j) const { return data + places.coming[smaller(j, last)]; }
 };
 
 // scores[r][j] = q_r . k_j for all keys; the last key is repeated when they do not fill whole steps.
 // WHOLE: a row is a whole number of vectors.
-template <class F, class T, int R, bool WHOLE>
-GRIT_INLINE void score_block(const Group& g, const KeyRows<T>& k, int64_t dim, float (*scores)[BLOCK + W]) {
+template <class F, class T, int R, bool WHOLE, class Keys>
+GRIT_INLINE void score_block(const Group& g, const Keys& k, int64_t dim, float (*scores)[BLOCK + W]) {
   constexpr int KEYS = W / R;
   const int64_t words = dim / F::values;
   for (int64_t j = 0; j < k.count; j += KEYS) {
@@ -70,8 +84,8 @@ GRIT_INLINE void score_block(const Group& g, const KeyRows<T>& k, int64_t dim, f
 }
 
 // sums[r] += sum over j of p[r][j] * v_j, columns from d on, N vectors of them
-template <class T, int R, int N, bool WHOLE>
-GRIT_INLINE void value_columns(const float (*p)[BLOCK + W], const KeyRows<T>& v, int64_t dim, int64_t d, float* const* sums) {
+template <class T, int R, int N, bool WHOLE, class Keys>
+GRIT_INLINE void value_columns(const float (*p)[BLOCK + W], const Keys& v, int64_t dim, int64_t d, float* const* sums) {
   vf x[R][N];
   GRIT_UNROLL for (int r = 0; r < R; ++r)
     GRIT_UNROLL for (int n = 0; n < N; ++n) x[r][n] = load(sums[r] + d + n * W);
@@ -91,8 +105,8 @@ GRIT_INLINE void value_columns(const float (*p)[BLOCK + W], const KeyRows<T>& v,
     GRIT_UNROLL for (int n = 0; n < N; ++n) store(sums[r] + d + n * W, x[r][n]);
 }
 
-template <class T, int R>
-GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const KeyRows<T>& v, int64_t dim, float* const* sums) {
+template <class T, int R, class Keys>
+GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const Keys& v, int64_t dim, float* const* sums) {
   int64_t d = 0;
   for (; d + 4 * W <= dim; d += 4 * W) value_columns<T, R, 4, true>(p, v, dim, d, sums);
   for (; d + W <= dim; d += W) value_columns<T, R, 1, true>(p, v, dim, d, sums);
@@ -102,8 +116,8 @@ GRIT_INLINE void value_block(const float (*p)[BLOCK + W], const KeyRows<T>& v, i
 #if defined(GRIT_ISA_AVX512_BF16)
 // The same for pairs of rows, N times 32 columns at a time: p_words[r][j / 2] holds the probabilities of keys j and j + 1 as
 // bfloat16. The sums of 32 columns stay in interleaved order (ordered_sums undoes it once per part).
-template <int R, int N, bool WHOLE>
-GRIT_INLINE void value_pair_columns(const uint32_t (*p_words)[BLOCK / 2], const KeyRows<bf16>& v, int64_t dim, int64_t d,
+template <int R, int N, bool WHOLE, class Keys>
+GRIT_INLINE void value_pair_columns(const uint32_t (*p_words)[BLOCK / 2], const Keys& v, int64_t dim, int64_t d,
                                     float* const* sums) {
   vf x[R][2 * N];
   GRIT_UNROLL for (int r = 0; r < R; ++r)
@@ -128,8 +142,8 @@ GRIT_INLINE void value_pair_columns(const uint32_t (*p_words)[BLOCK / 2], const 
     GRIT_UNROLL for (int n = 0; n < 2 * N; ++n) store(sums[r] + d + n * W, x[r][n]);
 }
 
-template <int R>
-GRIT_INLINE void value_pairs_block(const float (*p)[BLOCK + W], const KeyRows<bf16>& v, int64_t dim, float* const* sums) {
+template <int R, class Keys>
+GRIT_INLINE void value_pairs_block(const float (*p)[BLOCK + W], const Keys& v, int64_t dim, float* const* sums) {
   uint32_t p_words[R][BLOCK / 2];
   GRIT_UNROLL for (int r = 0; r < R; ++r) {
     const vh h = to_bf16(load(p[r]));
@@ -150,9 +164,8 @@ GRIT_INLINE void ordered_sums(float* sums, int64_t wide) {
 }
 #endif
 
-template <class F, class T, int R>
-void add_keys(const Attention& a, const Group& g, int64_t begin, const KeyRows<T>& k, const KeyRows<T>& v, const State& state,
-              int64_t wide) {
+template <class F, class T, int R, class Keys>
+void add_keys(const Attention& a, const Group& g, int64_t begin, const Keys& k, const Keys& v, const State& state, int64_t wide) {
   alignas(64) float p[R][BLOCK + W];  // a step may write past the block
   if (a.dim % (W * F::values) == 0) score_block<F, T, R, true>(g, k, a.dim, p);
   else score_block<F, T, R, false>(g, k, a.dim, p);
@@ -205,43 +218,68 @@ void add_keys(const Attention& a, const Group& g, int64_t begin, const KeyRows<T
   value_block<T, R>(p, v, a.dim, sums);
 }
 
+// The block of keys from `begin` on, all heads; keys(x, head): its rows in K or V
+template <class F, class T, class Find>
+GRIT_INLINE void add_block(const Attention& a, const Sample& s, int64_t begin, const State& state, int64_t wide, const Find& keys) {
+  const int64_t per_head = s.q_len * a.group;
+  for (int64_t kv_head = 0; kv_head < a.heads_kv; ++kv_head) {
+    const auto k = keys(a.k, kv_head), v = keys(a.v, kv_head);
+    for (int64_t first = 0; first < per_head; first += ROWS) {
+      Group g;
+      g.count = smaller<int64_t>(ROWS, per_head - first);
+      for (int64_t r = 0; r < g.count; ++r) {
+        const int64_t row = (first + r) / a.group, head = kv_head * a.group + (first + r) % a.group;
+        g.q[r] = head_rows<T>(a.q, s.q_start + row, head);
+        g.lo[r] = first_key(s, row);
+        g.hi[r] = last_key(s, row);
+        g.slot[r] = row * a.heads_q + head;
+      }
+      switch (g.count) {
+        case 1:
+          add_keys<F, T, 1>(a, g, begin, k, v, state, wide);
+          break;
+        case 2:
+          add_keys<F, T, 2>(a, g, begin, k, v, state, wide);
+          break;
+        case 3:
+          add_keys<F, T, 3>(a, g, begin, k, v, state, wide);
+          break;
+        default:
+          add_keys<F, T, 4>(a, g, begin, k, v, state, wide);
+      }
+    }
+  }
+}
+
 template <class F, class T>
 void part(const Attention& a, const Sample& s, int64_t begin, int64_t end, int64_t fetch_end, const State& state) {
-  const int64_t wide = decode_dim(a.dim), rows = s.q_len * a.heads_q, per_head = s.q_len * a.group;
+  const int64_t wide = decode_dim(a.dim), rows = s.q_len * a.heads_q;
   for (int64_t i = 0; i < rows; ++i) state.maximum[i] = MINUS_INFINITY;
   std::memset(state.total, 0, (size_t)(rows * W) * sizeof(float));
   std::memset(state.sums, 0, (size_t)(rows * wide) * sizeof(float));
   const int64_t ahead = larger<int64_t>(BLOCK, FETCH_BYTES / (2 * a.heads_kv * a.dim * (int64_t)sizeof(T)));
   for (int64_t j = begin; j < end; j += BLOCK) {
-    const int64_t count = smaller<int64_t>(BLOCK, end - j), last = fetch_end - j - 1;
-    for (int64_t kv_head = 0; kv_head < a.heads_kv; ++kv_head) {
-      const T* k = head_rows<T>(a.k, s.k_start + j, kv_head);
-      const T* v = head_rows<T>(a.v, s.k_start + j, kv_head);
-      const KeyRows<T> k_rows{k, a.k.row, count, ahead, last}, v_rows{v, a.v.row, count, ahead, last};
-      for (int64_t first = 0; first < per_head; first += ROWS) {
-        Group g;
-        g.count = smaller<int64_t>(ROWS, per_head - first);
-        for (int64_t r = 0; r < g.count; ++r) {
-          const int64_t row = (first + r) / a.group, head = kv_head * a.group + (first + r) % a.group;
-          g.q[r] = head_rows<T>(a.q, s.q_start + row, head);
-          g.lo[r] = first_key(s, row);
-          g.hi[r] = last_key(s, row);
-          g.slot[r] = row * a.heads_q + head;
-        }
-        switch (g.count) {
-          case 1:
-            add_keys<F, T, 1>(a, g, j, k_rows, v_rows, state, wide);
-            break;
-          case 2:
-            add_keys<F, T, 2>(a, g, j, k_rows, v_rows, state, wide);
-            break;
-          case 3:
-            add_keys<F, T, 3>(a, g, j, k_rows, v_rows, state, wide);
-            break;
-          default:
-            add_keys<F, T, 4>(a, g, j, k_rows, v_rows, state, wide);
-        }
+    const int64_t count = smaller<int64_t>(BLOCK, end - j), slot = s.k_start + j;
+    const int64_t coming = smaller(j + ahead, fetch_end - 1) - j, last = fetch_end - 1 - j - coming;
+    const int64_t last_of_block = smaller<int64_t>(last, BLOCK - 1);
+    if (slots_in_page(s.pages, slot) >= count && slots_in_page(s.pages, slot + coming) > last_of_block) {
+      const int64_t k_first = slot_offset(a.k, s.pages, slot), k_next = slot_offset(a.k, s.pages, slot + coming);
+      const int64_t v_first = slot_offset(a.v, s.pages, slot), v_next = slot_offset(a.v, s.pages, slot + coming);
+      add_block<F, T>(a, s, j, state, wide, [&](const Rows& x, int64_t kv_head) {
+        const T* head = head_rows<T>(x, 0, kv_head);
+        const bool of_k = &x == &a.k;
+        return RowsInOrder<T>{head + (of_k ? k_first : v_first), head + (of_k ? k_next : v_next), x.row, count, last_of_block};
+      });
+    } else {
+      Places k_places, v_places;
+      for (int64_t i = 0; i < BLOCK; ++i) {
+        const int64_t here = slot + smaller(i, count - 1), next = slot + coming + smaller(i, last);
+        k_places.row[i] = slot_offset(a.k, s.pages, here), k_places.coming[i] = slot_offset(a.k, s.pages, next);
+        v_places.row[i] = slot_offset(a.v, s.pages, here), v_places.coming[i] = slot_offset(a.v, s.pages, next);
       }
+      add_block<F, T>(a, s, j, state, wide, [&](const Rows& x, int64_t kv_head) {
+        return RowsAcrossPages<T>{head_rows<T>(x, 0, kv_head), &x == &a.k ? k_places : v_places, count, BLOCK - 1};
+      });
     }
   }
 #if defined(GRIT_ISA_AVX512_BF16)

@@ -209,8 +209,8 @@ void pack_keys(const Attention& a, const Sample& s, int64_t kv_head, uint32_t* k
     using F = decltype(format);
     using T = decltype(type);
     const int64_t padded = round_up(s.k_len, ROW_STEP);
-    pack_row_panels<F>(head_rows<T>(a.k, s.k_start, kv_head), a.k.row, s.k_len, padded, a.dim, k_panels);
-    pack_column_panels<F>(head_rows<T>(a.v, s.k_start, kv_head), a.v.row, s.k_len, padded, a.dim, v_columns);
+    pack_row_panels<F>(KeyRows<T>(a.k, s, kv_head), s.k_len, padded, a.dim, k_panels);
+    pack_column_panels<F>(KeyRows<T>(a.v, s, kv_head), s.k_len, padded, a.dim, v_columns);
   });
 }
 

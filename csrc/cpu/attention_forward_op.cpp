@@ -127,13 +127,9 @@ void run_decode(const AttentionCall& call, const Kernels& isa, const std::vector
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v,
-                                             std::optional<Tensor> sinks, std::optional<Tensor>, bool) {
-  AttentionCall call = take_apart(problem, q, k, v, sinks);
+std::tuple<Tensor, Tensor> run(AttentionCall call, ScalarType dtype) {
   Attention& a = call.attention;
-  Tensor out = torch::stable::empty({call.rows_q, a.heads_q, a.dim}, q.scalar_type());
+  Tensor out = torch::stable::empty({call.rows_q, a.heads_q, a.dim}, dtype);
   Tensor lse = torch::stable::empty({call.rows_q, a.heads_q}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = (float*)lse.mutable_data_ptr();
@@ -152,6 +148,18 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Te
   if (!tiled.empty()) run_tiles(call, isa, tiled);
   if (!decoded.empty()) run_decode(call, isa, decoded);
   return {out, lse};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(const AttentionProblem& problem, Tensor q, Tensor k, Tensor v,
+                                             std::optional<Tensor> sinks, std::optional<Tensor>, bool) {
+  return run(take_apart(problem, q, k, v, sinks), q.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> attention_decode_paged(const AttentionProblem& problem, Tensor q, Tensor k_cache, Tensor v_cache,
+                                                  Tensor block_table, std::optional<Tensor> sinks) {
+  return run(take_apart(problem, q, k_cache, v_cache, sinks, &block_table), q.scalar_type());
 }
 
 }  // namespace grit

@@ -290,8 +290,10 @@ void pack_columns_typed(const T* data, int64_t stride, int64_t real, int64_t fir
                         uint32_t* out) {
   const int64_t words = padded / F::values;
   for (int64_t j = first; j < last; j += F::values) {
+    const T* row[F::values];
+    find_rows(StridedRows<T>{data, stride}, real, j, row);
     for (int64_t d = 0; d < width; d += W) {
-      const vu word = column_words<F>(data, stride, real, j, d, width);
+      const vu word = column_words<F>(row, d, width);
       store_words(out + (d / TILE * words + j / F::values) * TILE + d % TILE, word);
     }
     // the last tile may be wider than the row
@@ -354,7 +356,7 @@ void norms(DType dtype, const void* data, int64_t stride, int64_t rows, int64_t 
 
 void pack_panels(DType dtype, const void* data, int64_t stride, int64_t real, int64_t rows, int64_t width, uint32_t* out) {
   with_words(dtype, width, [&](auto f, auto t) {
-    pack_row_panels<decltype(f)>((const decltype(t)*)data, stride, real, rows, width, out);
+    pack_row_panels<decltype(f)>(StridedRows<decltype(t)>{(const decltype(t)*)data, stride}, real, rows, width, out);
   });
 }
 

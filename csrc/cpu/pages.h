@@ -1,5 +1,5 @@
-// Keys in pages, see grit_kernels/attention/pages.py: slot s of a sample is row s % size of page table[s / size]. Without a table, slots
-// are rows.
+// Keys in pages, see grit_kernels/attention/pages.py: slot s of a sample is row s % size of page table[s / size]. Without a table,
+// slots are rows.
 #pragma once
 
 #include "visibility.h"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "pages.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -97,6 +98,31 @@ GRIT_INLINE auto with_count(int64_t n, Function f) {
 GRIT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 GRIT_INLINE int64_t padded_dim(int64_t dim) { return round_up(dim, ROW_STEP); }
 
+// ---- rows in memory, for packing
+
+template <class T>
+struct StridedRows {
+  const T* data;
+  int64_t stride;
+  GRIT_MEMBER const T* row(int64_t j) const { return data + j * stride; }
+};
+
+// keys or values of a sample and one head
+template <class T>
+struct KeyRows {
+  const T* data;
+  const Rows& x;
+  const Sample& s;
+  KeyRows(const Rows& x, const Sample& s, int64_t kv_head) : data((const T*)x.data + kv_head * x.head), x(x), s(s) {}
+  GRIT_MEMBER const T* row(int64_t j) const { return data + slot_offset(x, s.pages, s.k_start + j); }
+};
+
+// where rows j to j + N - 1 begin; null past the last of `rows` rows
+template <template <class> class Source, class T, int N>
+GRIT_INLINE void find_rows(const Source<T>& source, int64_t rows, int64_t j, const T* (&found)[N]) {
+  GRIT_UNROLL for (int i = 0; i < N; ++i) found[i] = j + i < rows ? source.row(j + i) : nullptr;
+}
+
 // row `first` of one head
 template <class T>
 GRIT_INLINE const T* head_rows(const Rows& x, int64_t first, int64_t head) {
@@ -168,19 +194,24 @@ GRIT_INLINE vf sums_of_each(vf (&x)[W]) {
 
 // Rows [0, rows) of T as panels of PANEL rows: out [padded / PANEL][words][PANEL], 0 after the last row and the last word.
 // Tiled: out [padded / 16][words / 16][16 rows][16 words]. In both the panels of rows from j on start at out + j * words.
-template <class F, class T>
-void pack_row_panels(const T* data, int64_t stride, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
+template <class F, template <class> class Source, class T>
+void pack_row_panels(const Source<T>& source, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
   const int64_t words = padded_dim(dim) / F::values;
   if constexpr (F::tiled) {
-    for (int64_t j = 0; j < padded; ++j)
+    for (int64_t j = 0; j < padded; ++j) {
+      const T* row[1];
+      find_rows(source, rows, j, row);
       for (int64_t d = 0; d < words; d += W)
-        store_words(out + (j / 16 * words + d) * 16 + j % 16 * 16, j < rows ? row_words<F>(data + j * stride, d, dim) : vu{});
+        store_words(out + (j / 16 * words + d) * 16 + j % 16 * 16, row[0] ? row_words<F>(row[0], d, dim) : vu{});
+    }
     return;
   }
   for (int64_t j = 0; j < padded; j += W) {
+    const T* row[W];
+    find_rows(source, rows, j, row);
     for (int64_t d = 0; d < words; d += W) {
       vu r[W];
-      GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = j + i < rows ? row_words<F>(data + (j + i) * stride, d, dim) : vu{};
+      GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = row[i] ? row_words<F>(row[i], d, dim) : vu{};
       transpose(r);
       const int64_t here = smaller<int64_t>(W, words - d);
       for (int64_t i = 0; i < here; ++i)
@@ -190,34 +221,38 @@ void pack_row_panels(const T* data, int64_t stride, int64_t rows, int64_t padded
   }
 }
 
-// W columns from d on of a word that holds `values` consecutive rows, from row j on
+// W columns from d on of a word that holds `values` consecutive rows, which begin at row[0], row[1]; null: 0
 template <class F, class T>
-GRIT_INLINE vu column_words(const T* data, int64_t stride, int64_t rows, int64_t j, int64_t d, int64_t dim) {
-  const T* row = data + j * stride;
-  const vu word = j < rows ? row_words<Single>(row, d, dim) : vu{};
+GRIT_INLINE vu column_words(const T* const* row, int64_t d, int64_t dim) {
+  const vu word = row[0] ? row_words<Single>(row[0], d, dim) : vu{};
   if constexpr (F::values == 1) return word;
-  const vu next = j + 1 < rows ? row_words<Single>(row + stride, d, dim) : vu{};
+  const vu next = row[1] ? row_words<Single>(row[1], d, dim) : vu{};
   return word >> 16 | next;  // a bfloat16 widened to FP32 has zeros below its 16 bits
 }
 
 // Rows as column panels: out [padded_dim / PANEL][padded / values][PANEL]; a word holds `values` consecutive rows of a column.
 // Tiled: out [padded_dim / 16][padded / 32][16 columns][16 words].
-template <class F, class T>
-void pack_column_panels(const T* data, int64_t stride, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
+template <class F, template <class> class Source, class T>
+void pack_column_panels(const Source<T>& source, int64_t rows, int64_t padded, int64_t dim, uint32_t* out) {
   const int64_t wide = padded_dim(dim), panel = padded / F::values * PANEL;
   if constexpr (F::tiled) {
-    for (int64_t j = 0; j < padded; j += 2 * W)
+    for (int64_t j = 0; j < padded; j += 2 * W) {
+      const T* row[2 * W];
+      find_rows(source, rows, j, row);
       for (int64_t d = 0; d < wide; d += W) {
         vu r[W];
-        GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = column_words<F>(data, stride, rows, j + 2 * i, d, dim);
+        GRIT_UNROLL for (int i = 0; i < W; ++i) r[i] = column_words<F>(row + 2 * i, d, dim);
         transpose(r);
         GRIT_UNROLL for (int i = 0; i < W; ++i) store_words(out + (d * (padded / 2) + j / 2 * W) + i * W, r[i]);
       }
+    }
     return;
   }
   for (int64_t j = 0; j < padded; j += F::values) {
+    const T* row[F::values];
+    find_rows(source, rows, j, row);
     for (int64_t d = 0; d < wide; d += W) {
-      const vu word = column_words<F>(data, stride, rows, j, d, dim);
+      const vu word = column_words<F>(row, d, dim);
       GRIT_UNROLL for (int p = 0; p < W; p += PANEL)
         std::memcpy(out + (d + p) / PANEL * panel + j / F::values * PANEL, (const uint32_t*)&word + p, PANEL * sizeof(uint32_t));
     }

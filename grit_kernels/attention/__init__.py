@@ -204,8 +204,8 @@ def switch_attention_with_kvcache(
         cache_leftpad: int (B), optional first used slot of each cache.
         block_table: int32 (B, max_blocks), optional: slot s of sample b lies in block ``block_table[b, s // block_size]`` at
             ``s % block_size``, as in flash-attn; any block size. Entries without a filled or new slot may hold anything. Samples
-            may share blocks, but not one to which ``k`` is added. On a GPU up to 64 pairs of a row and a head of a group read the
-            pages in place; otherwise, and on the CPU, they are gathered into rows first.
+            may share blocks, but not one to which ``k`` is added. The pages are read in place, on a GPU by up to 64 pairs of a
+            row and a head of a group; for more they are gathered into rows first, as are caches whose last dimension is strided.
         seqlens_q: int (B), real query rows, default T_q for all.
         hi: int32 (B, T_q), positions counted from the first used slot. Other arguments as in :func:`switch_attention`.
 

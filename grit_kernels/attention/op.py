@@ -61,7 +61,7 @@ define_op(
     cuda="attention_decode_cuda",
     problem=AttentionProblem,
 )
-# the same with keys in pages (num_blocks, block_size, Hkv, D), of which the problem counts slots; others want them side by side
+# the same with keys in pages (num_blocks, block_size, Hkv, D), of which the problem counts slots; on CPUs for any number of rows
 define_op(
     f"attention_decode_paged({_PAGED}) {_RESULTS}",
     reference=None,

@@ -1,7 +1,7 @@
 """Keys in pages: slot s of sample b lies in block ``block_table[b, s // block_size]`` of a cache, at ``s % block_size``.
 
 A cache is (num_blocks, block_size, H, D); one without a table, (B, S, H, D), has a block per sample. Attention over pages is
-defined as attention over the rows of :func:`gather_pages`; a kernel that reads the table itself is compared with that.
+defined as attention over the rows of :func:`gather_pages`; kernels that read the table themselves are compared with that.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from grit_kernels.attention.problem import AttentionProblem
-from grit_kernels.backend import has_kernel, use_reference
+from grit_kernels.backend import has_kernel, runs_triton, use_reference
 from grit_kernels.checks import check_device, dense_rows, described, is_integer, readable
 from grit_kernels.precision import autocast_dtype
 
 MOST_PAIRS = 64
-"""(row, head of a group) pairs of a sample up to which its pages are read in place; with more, gathering them is little work."""
+"""(row, head of a group) pairs of a sample up to which a GPU reads pages in place; with more, gathering them is little work."""
 
 
 def check_block_table(block_table: Tensor, k_cache: Tensor, batch: int, device: torch.device) -> Tensor:
@@ -80,14 +80,16 @@ def gather_pages(cache: Tensor, table: Tensor, first: Tensor, end: Tensor) -> Te
 
 
 def has_paged_kernel(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether :func:`attention_in_pages` serves these tensors: few rows, and pages that need no copy."""
+    """Whether :func:`attention_in_pages` serves these tensors: pages that need no copy, and on a GPU few rows."""
     dtype = autocast_dtype(q.device) or q.dtype
-    if dtype == torch.float64 or q.shape[0] >= 2**16:  # an axis of the grid
+    if dtype == torch.float64 or any(x.dtype != dtype or x.stride(-1) != 1 for x in (k_cache, v_cache)):
         return False
-    if any(x.dtype != dtype or x.stride(-1) != 1 for x in (k_cache, v_cache)):
+    if use_reference(q.device) or not has_kernel("attention_decode_paged", q.device):
         return False
+    if q.device.type == "cpu" and not runs_triton("attention_decode_paged", q.device):
+        return True
     few = q.shape[1] * q.shape[2] // k_cache.shape[2] <= MOST_PAIRS
-    return few and not use_reference(q.device) and has_kernel("attention_decode_paged", q.device)
+    return few and q.shape[0] < 2**16  # an axis of the grid
 
 
 def attention_in_pages(
