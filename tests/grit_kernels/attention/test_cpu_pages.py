@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import grit_kernels as gk
 from grit_kernels import _library
 from tests.conftest import Backend
 from tests.grit_kernels.attention.oracle import Case, make_case, padded
@@ -180,9 +179,8 @@ def test_a_row_that_decodes_looks_at_no_page_outside_of_its_window() -> None:
 
 
 def test_pages_of_a_strided_last_dimension_are_gathered() -> None:
-    q, k = torch.randn(1, 1, 4, 32), torch.randn(4, 8, 2, 64)[..., ::2]
-    used, table = torch.tensor([30]), torch.tensor([[2, 0, 3, 1]], dtype=torch.int32)
-    with CPU():
-        found = gk.switch_attention_with_kvcache(q, k, k, used, block_table=table)
-        expected = gk.switch_attention_with_kvcache(q, *[k.contiguous()] * 2, used, block_table=table)
-    assert torch.equal(found, expected)
+    case = make_case([1], [30], [True])
+    pages, table = in_pages([padded(x, 30) for x in (case.k, case.v)], [0], [30], 8)
+    strided = [torch.stack([x, x], -1)[..., 0] for x in pages]
+    expected = run(case, CPU, pages, table, [0])
+    assert all(torch.equal(a, b) for a, b in zip(run(case, CPU, strided, table, [0]), expected, strict=True))
