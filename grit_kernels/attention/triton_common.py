@@ -22,11 +22,11 @@ LOG2E = 1.4426950408889634
 LARGEST_TILE = 256
 
 
-def split_head_dim(dim: int) -> tuple[int, int]:
-    """``dim`` (a multiple of 8, at least 32) as D1 + D2, see the top of the file."""
+def split_head_dim(dim: int, least: int = 16) -> tuple[int, int]:
+    """``dim`` (a multiple of 8, at least 32) as D1 + D2, see the top of the file; a D2 has ``least`` columns or more."""
     first = min(256, 1 << (dim.bit_length() - 1))
     rest = dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
+    return first, max(least, triton.next_power_of_2(rest)) if rest else 0
 
 
 def softmax_constants(softmax_scale: float, softcap: float) -> tuple[float, float]:

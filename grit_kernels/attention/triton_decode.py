@@ -41,6 +41,9 @@ from grit_kernels.attention.triton_configs import Config, choose_config
 from grit_kernels.attention.triton_plan import Split, splits_sample
 from grit_kernels.triton_launch import on_device, processor_count, upcast_operands
 
+LEAST_COLUMNS = 32
+"""Columns of D2 or more: four warps cannot share 16 columns of 16 rows, and would all compute every score."""
+
 _LARGEST_SPLIT = 64
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGED_ROWS = 16
@@ -285,7 +288,7 @@ def decode_samples(
         part_lse = torch.empty((splits, batch, most_rows, heads), dtype=torch.float32, device=q.device)
     else:
         part, part_lse = out, lse
-    d1, d2 = split_head_dim(dim)
+    d1, d2 = split_head_dim(dim, LEAST_COLUMNS)
     table, page, k_block, v_block = pages or (bounds[0], 0, 0, 0)
     attention_decode_kernel[(splits * row_tiles, heads_kv, batch)](
         q, k, v, part, part_lse, lse if sinks is None else sinks, bounds[0] if used is None else used, table,

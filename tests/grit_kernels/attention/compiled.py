@@ -45,7 +45,7 @@ def compile_kernel(
     config = config or table_config(kernel, dim, 4 if dtype == "fp32" else 2, arch)
     if page:
         config = triton_decode.paged_config(config)
-    d1, d2 = split_head_dim(dim)
+    d1, d2 = split_head_dim(dim, triton_decode.LEAST_COLUMNS if kernel == "decode" else 16)
     function = FUNCTIONS[kernel]
     given = {
         **{"HEADS": 32, "GROUP": 4, "D": dim, "D1": d1, "D2": d2, "BM": config.rows, "BN": config.keys},
