@@ -44,7 +44,7 @@ def hopper_kernel(
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"grit_kernels.attention.{name}")
+    return importlib.import_module(f".{name}", __package__)
 
 
 def unsuitable(tile: int, problem: AttentionProblem, deterministic: bool, tensors: dict[str, Tensor]) -> str:

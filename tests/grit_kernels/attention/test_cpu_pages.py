@@ -13,8 +13,9 @@ from grit_kernels import _library
 from tests.conftest import Backend
 from tests.grit_kernels.attention.oracle import Case, make_case, padded
 from tests.grit_kernels.attention.paged import in_pages
-from tests.grit_kernels.attention.test_cpu_kernels import ISAS
 from tests.grit_kernels.attention.test_pages import run
+
+ISAS = _library.cpu_isas() if _library.status().loaded else []
 
 pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="needs the compiled library")
 CPU = Backend("cpu", forced="cpu")
