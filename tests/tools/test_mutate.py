@@ -114,6 +114,7 @@ def test_what_a_result_depends_on_is_changed_and_texts_and_types_are_not() -> No
     ]
 
 
+@pytest.mark.slow
 def test_every_edit_of_this_project_is_a_program() -> None:
     for file in ("grit_kernels/packing.py", "grit_kernels/attention/triton_forward.py", "python_model/settings.py"):
         source = (ROOT / file).read_text(encoding="utf-8")

@@ -160,7 +160,7 @@ def fault(record: Record, tile: Tile) -> str:
 
 
 @pytest.mark.parametrize("name", TILES)
-@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("more", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_order_of_the_partitions_reads_the_right_blocks_and_ends(name: str, more: int) -> None:
     tile = TILES[name]
     assert fault(recorded(tile, SMALLEST_RING[tile.kernel] + more), tile) == ""

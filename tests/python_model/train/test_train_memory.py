@@ -57,6 +57,7 @@ def test_memory_depends_on_the_chunk_not_on_the_batch(checkpoint: Path, tmp_path
     assert kept[32] < 1.2 * kept[4]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_no_tensor_of_the_steps_behind_it(checkpoint: Path, tmp_path: Path) -> None:
     """Of steps with different lengths, numbers of chunks and data sets, only their lines in the log remain."""
     trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=8, chunk_tokens=2 * LENGTH, save_steps=3))

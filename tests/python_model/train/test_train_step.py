@@ -251,7 +251,7 @@ def _rank(rank: int, world: int, store: str, checkpoint: str, cases: list[dict[s
     ("world", "cases"),
     [
         pytest.param(2, RANKED, id="2 ranks"),
-        pytest.param(4, HYBRID, id="4 ranks"),
+        pytest.param(4, HYBRID, id="4 ranks", marks=pytest.mark.slow),
         pytest.param(2, COMPILED, id="2 ranks, compiled", marks=pytest.mark.slow),
     ],
 )
