@@ -13,9 +13,13 @@ from python_model.support.optional import require
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the losses of a run (records of ``log.jsonl``) as a PNG, one panel of 600 pixels per objective.
 
-    Writes nothing if there are none.
+    Writes nothing if there are none, nor without matplotlib: a note says how to install it. The log holds the losses anyway.
     """
-    require("matplotlib", "train")
+    try:
+        require("matplotlib", "train")
+    except ImportError as error:
+        print(f"note: no {path.name}, as {error}", flush=True)
+        return
     # not pyplot: its backend is that of the process, which may be a notebook
     from matplotlib.figure import Figure
 

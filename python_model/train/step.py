@@ -319,8 +319,6 @@ class StepGradients:
         exact after averaging over ranks."""
         config, ranks = self.losses, self.ranks
         size = vectors.shape[1]
-        if wrong := [dim for dim in config.matryoshka_dims if dim >= size]:
-            raise ValueError(f"losses.matryoshka_dims: expected sizes below the embedding's {size}, got {wrong[0]}")
         temperature: float | Tensor = config.temperature
         if self.log_temperature is not None:
             temperature = self.log_temperature[0].exp()

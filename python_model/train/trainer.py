@@ -71,7 +71,7 @@ class Trainer:
         self.ranks = ranks or Ranks(0, 1, model.device)
         config = replace(config, model=_with_precision(config.model, self.ranks))
         self.grit, self.config, self.stream = model, config, stream
-        self._check_batches()
+        self._check_sizes()
         recompute_activations(model, config.model)
         router = router_loss_weight(model, config.losses)
         training_model = TrainingModel(model, router_loss=router > 0)
@@ -170,12 +170,15 @@ class Trainer:
         )
         return cls(model, config, stream, ranks)
 
-    def _check_batches(self) -> None:
+    def _check_sizes(self) -> None:
         queries, world = self.config.batch.embedding_batch_size, self.ranks.world
         if self.config.embeds and queries < world:
             raise ValueError(
                 f"batch.embedding_batch_size: expected at least one query for each of the {world} ranks, got {queries}"
             )
+        size = self.grit.settings.projection or int(self.grit.model.config.hidden_size)
+        if wrong := [dim for dim in self.config.losses.matryoshka_dims if dim >= size]:
+            raise ValueError(f"losses.matryoshka_dims: expected sizes below the embedding's {size}, got {wrong[0]}")
 
     def step(self, samples: StepSamples, index: int) -> dict[str, Any]:
         """One optimiser step on this rank's samples; returns what the log records."""

@@ -95,9 +95,16 @@ def test_the_matryoshka_loss_is_the_mean_over_sizes(checkpoint: Path, tmp_path: 
         cut = torch.nn.functional.normalize(cut, dim=-1) if normalized else cut
         losses.append(gk.contrastive_loss(cut[:4], cut[4:], temperature=config.losses.temperature))
     assert found == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
-    wrong = StepGradients(model, LossConfig(matryoshka_dims=[64]), ALONE, bf16=False)
-    with pytest.raises(ValueError, match="matryoshka_dims: expected sizes below the embedding's 64, got 64"):
-        wrong(batch, seed=0)
+
+
+@pytest.mark.parametrize(("projection", "size"), [(None, 64), (32, 32)])
+def test_a_matryoshka_size_that_cuts_nothing_is_refused_before_a_step(
+    checkpoint: Path, tmp_path: Path, projection: int | None, size: int
+) -> None:
+    config = toy_config(checkpoint, tmp_path, mode="embedding", matryoshka_dims=[8, size], projection=projection)
+    model = toy_model(config)
+    with pytest.raises(ValueError, match=f"matryoshka_dims: expected sizes below the embedding's {size}, got {size}"):
+        Trainer(model, config, ToyStream(model.tokenizer, 4, 0))
 
 
 def test_muon_moves_the_layers_matrices_and_adamw_all_else(checkpoint: Path, tmp_path: Path) -> None:
