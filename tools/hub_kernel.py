@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "grit_kernels"
 LEFT_OUT = ("hf",)
 """Folders of the package that the copy lacks, with what ``__init__.py`` takes from them."""
+NO_LIBRARY = "a hub kernel has none, the package grit-kernels has"
+"""What a message says about the C++ library, instead of how to build it."""
 VERSION = 0
 """Of the hub kernel; 0 says that no GPU has run it yet, and that its functions may still change."""
 
@@ -103,6 +105,7 @@ def write(out: Path, repo_id: str | None = None) -> None:
             text = path.read_text(encoding="utf-8")
             if inside.name == "__init__.py" and len(inside.parts) == 1:
                 text = without_left_out(text)
+            text = re.sub(r'^_BUILD = ".*"$', f'_BUILD = "{NO_LIBRARY}"', text, flags=re.MULTILINE)
             (package / inside).parent.mkdir(parents=True, exist_ok=True)
             (package / inside).write_text(moved(text, len(inside.parts) - 1), encoding="utf-8")
         hub = f'\n[general.hub]\nrepo-id = "{repo_id}"\n' if repo_id else ""

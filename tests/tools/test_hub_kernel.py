@@ -129,6 +129,12 @@ def test_a_copy_has_ops_and_a_choice_of_backend_of_its_own(loaded: list[ModuleTy
     assert all(hasattr(second, name) for name in second.__all__)
 
 
+def test_a_copy_advises_no_build_of_a_library_that_it_never_has(loaded: list[ModuleType]) -> None:
+    if not interpreting():
+        (cpu,) = [found for found in loaded[0].describe_backends()["available"] if found["name"] == "cpu"]
+        assert cpu["reason"] == "the compiled library is missing; a hub kernel has none, the package grit-kernels has"
+
+
 def test_a_copy_imports_only_itself_torch_and_triton(project: Path) -> None:
     allowed = {*sys.stdlib_module_names, "torch", "triton", "__future__"}
     files = list((project / "torch-ext").rglob("*.py"))
