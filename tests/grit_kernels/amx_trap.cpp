@@ -326,8 +326,8 @@ void on_fault(int signal, siginfo_t*, void* data) {
   unsigned a, b, c, d;
   __cpuid_count(leaf, part, a, b, c, d);
   raw_syscall(SYS_arch_prctl, SET_CPUID, 0, 0, 0, 0, 0);
-  if (leaf == 7 && part == 0) d |= 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-  if (leaf == 7 && part == 1) a |= 1u << 5;              // AVX512-BF16
+  if (leaf == 7 && part == 0) a = a ? a : 1, d |= 1u << 22 | 1u << 24;  // there is a part 1; AMX-BF16, AMX-TILE
+  if (leaf == 7 && part == 1) a |= 1u << 5;                             // AVX512-BF16
   registers[REG_RAX] = a, registers[REG_RBX] = b, registers[REG_RCX] = c, registers[REG_RDX] = d;
   registers[REG_RIP] += 2;
 }
