@@ -202,3 +202,11 @@ def device_limit(device: torch.device) -> float | None:
         return float(torch.cuda.get_device_properties(device).total_memory)
     psutil = find("psutil")
     return None if psutil is None else float(psutil.virtual_memory().available)
+
+
+def used_gib(device: torch.device) -> float | None:
+    """Peak GiB in use (GPU), or current GiB (host); None if psutil is missing."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    psutil = find("psutil")
+    return None if psutil is None else float(psutil.Process().memory_info().rss / GIB)

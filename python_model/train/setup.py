@@ -75,6 +75,17 @@ def compile_layers(grit: GritLM, config: ModelConfig, backend: Any = "inductor")
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
 
 
+def check_matryoshka_dims(model: GritLM, config: LossConfig) -> None:
+    """Check that each Matryoshka size cuts something off the embeddings.
+
+    Raises:
+        ValueError: one does not.
+    """
+    size = model.settings.projection or int(model.model.config.hidden_size)
+    if wrong := [dim for dim in config.matryoshka_dims if dim >= size]:
+        raise ValueError(f"losses.matryoshka_dims: expected sizes below the embedding's {size}, got {wrong[0]}")
+
+
 def router_loss_weight(model: GritLM, config: LossConfig) -> float:
     """Weight of the load-balancing loss; 0 for a model without experts."""
     settings = model.model.config

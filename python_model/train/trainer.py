@@ -22,7 +22,6 @@ from python_model.model.card import CARD_FILE, model_card
 from python_model.model.limits import warn_beyond_positions
 from python_model.model.modeling import GritLM
 from python_model.support.files import check_writable, new_folder, write_json
-from python_model.support.optional import find
 from python_model.support.precision import computes_in_bfloat16
 from python_model.train.adapters import merge_adapters
 from python_model.train.balance import cosine, total_norm
@@ -30,11 +29,12 @@ from python_model.train.checkpointer import Checkpointer
 from python_model.train.config import ModelConfig, TrainConfig
 from python_model.train.distributed import Ranks, wrap
 from python_model.train.flops import ModelFlops, measured_peak
-from python_model.train.memory import GIB, device_limit, plan_memory, plan_tokens
+from python_model.train.memory import device_limit, plan_memory, plan_tokens, used_gib
 from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers, require_8_bits
 from python_model.train.profiling import step_profiler
 from python_model.train.setup import (
+    check_matryoshka_dims,
     compile_layers,
     load_model,
     recompute_activations,
@@ -71,7 +71,8 @@ class Trainer:
         self.ranks = ranks or Ranks(0, 1, model.device)
         config = replace(config, model=_with_precision(config.model, self.ranks))
         self.grit, self.config, self.stream = model, config, stream
-        self._check_sizes()
+        self._check_batches()
+        check_matryoshka_dims(model, config.losses)
         recompute_activations(model, config.model)
         router = router_loss_weight(model, config.losses)
         training_model = TrainingModel(model, router_loss=router > 0)
@@ -170,15 +171,12 @@ class Trainer:
         )
         return cls(model, config, stream, ranks)
 
-    def _check_sizes(self) -> None:
+    def _check_batches(self) -> None:
         queries, world = self.config.batch.embedding_batch_size, self.ranks.world
         if self.config.embeds and queries < world:
             raise ValueError(
                 f"batch.embedding_batch_size: expected at least one query for each of the {world} ranks, got {queries}"
             )
-        size = self.grit.settings.projection or int(self.grit.model.config.hidden_size)
-        if wrong := [dim for dim in self.config.losses.matryoshka_dims if dim >= size]:
-            raise ValueError(f"losses.matryoshka_dims: expected sizes below the embedding's {size}, got {wrong[0]}")
 
     def step(self, samples: StepSamples, index: int) -> dict[str, Any]:
         """One optimiser step on this rank's samples; returns what the log records."""
@@ -281,7 +279,7 @@ class Trainer:
                         "tokens_per_second": record["tokens"] / seconds,
                         "tflops": tflops,
                         "mfu": tflops / peak,
-                        "memory_gib": _memory_gib(self.ranks.device),
+                        "memory_gib": used_gib(self.ranks.device),
                     }
                     for tracker in trackers:
                         tracker.log(index + 1, record)
@@ -436,10 +434,9 @@ class Trainer:
         return losses
 
     def _stop_at_bad_batch(self, batch: RankBatch, samples: StepSamples, losses: StepLosses, why: str) -> None:
-        file = self._save_bad_batch(samples)
         raise FloatingPointError(
             f"loss: got {losses.total} (contrastive {losses.contrastive}, generative {losses.generative}), {why}; "
-            f"the samples of rank {self.ranks.rank} ({batch.num_chunks} chunks) are in {file}"
+            f"the samples of rank {self.ranks.rank} ({batch.num_chunks} chunks) are in {self._save_bad_batch(samples)}"
         )
 
     def _report_unreached(self, index: int) -> None:
@@ -481,14 +478,6 @@ def _with_precision(config: ModelConfig, ranks: Ranks) -> ModelConfig:
             "note: computing in float32, as this CPU emulates products in bfloat16; model.bf16=true computes in bfloat16"
         )
     return replace(config, bf16=bf16)
-
-
-def _memory_gib(device: torch.device) -> float | None:
-    """Peak GiB in use (GPU), or current GiB (host); None if psutil is missing."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    psutil = find("psutil")
-    return None if psutil is None else float(psutil.Process().memory_info().rss / GIB)
 
 
 def _show(bar: Any, record: dict[str, Any]) -> None:

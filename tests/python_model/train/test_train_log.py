@@ -19,10 +19,9 @@ from python_model.model.chunks import first_fit
 from python_model.model.prompts import IGNORE_INDEX
 from python_model.train import flops
 from python_model.train.flops import ModelFlops
-from python_model.train.memory import GIB
+from python_model.train.memory import GIB, used_gib
 from python_model.train.plot import plot_losses
 from python_model.train.trackers import StepLog, open_trackers
-from python_model.train.trainer import _memory_gib
 from tests.python_model.training_samples import LENGTH, toy_config, toy_model, toy_trainer
 
 
@@ -224,7 +223,7 @@ def test_figures_of_a_step_follow_from_its_samples_and_its_seconds(
 
 def test_the_memory_of_a_run_on_a_cpu_is_that_of_its_process() -> None:
     psutil = pytest.importorskip("psutil")
-    found = _memory_gib(torch.device("cpu"))
+    found = used_gib(torch.device("cpu"))
     assert found == pytest.approx(psutil.Process().memory_info().rss / GIB, rel=0.1)
 
 
