@@ -105,6 +105,11 @@ class Checkpointer:
         found = sorted(path.parent for path in self.folder.glob("step-*/state.json"))
         return found[-1] if found else None
 
+    @staticmethod
+    def step(state: Path) -> int:
+        """The number of steps after which ``state`` was written."""
+        return int(state.name.removeprefix("step-"))
+
     def save(self, step: int, trained: Stateful, *, wait: bool = True) -> Path:
         """Write the state after ``step`` steps, then remove the oldest beyond ``save_total``, and those of later steps, which an
         earlier run left in the folder.

@@ -28,7 +28,7 @@ class Validation:
 
     Args:
         model: the module being trained, which wraps ``grit``, the model to evaluate; ``trained``: the module whose state is kept.
-        start: steps already done; later lines of an earlier run are dropped.
+        start: steps already done; later lines of an earlier run are dropped, except up to the best state where that is later.
 
     Raises:
         As :func:`check_evaluation`.
@@ -50,7 +50,7 @@ class Validation:
         self.config, self.model, self.grit, self.trained = config, model, grit, trained
         self.checkpointer, self.ranks, self.bf16 = checkpointer, ranks, bf16
         self.held_out = check_evaluation(config, grit.mode)
-        self._log = StepLog(folder / "evaluation.jsonl", start) if ranks.first else None
+        self._log = _open_log(folder / "evaluation.jsonl", start, checkpointer) if ranks.first else None
         self._told = False
 
     def __call__(self, step: int, steps: int) -> bool:
@@ -111,6 +111,21 @@ class Validation:
                 return evaluate(self.grit, self.held_out, max_length=config.max_length, bf16=self.bf16, ranks=ranks)[0]
         finally:
             self.grit.is_inference = inference
+
+
+def _open_log(file: Path, start: int, checkpointer: Checkpointer) -> StepLog:
+    """The evaluations of a run that resumes after ``start`` steps.
+
+    A run killed between its best evaluation and its next state goes on from before the best state. That one and its scores stay:
+    the best before it is gone, and on GPUs the repeated steps come out otherwise.
+    """
+    best = checkpointer.latest() if start else None
+    if best is not None and (step := Checkpointer.step(best)) > start:
+        log = StepLog(file, step)
+        if any(record["step"] == step for record in log.records):
+            return log
+        log.close()  # the best state is an earlier run's
+    return StepLog(file, start)
 
 
 def check_evaluation(config: EvaluationConfig, mode: str) -> HeldOut:

@@ -12,7 +12,7 @@ import torch
 from python_model import GritLM
 from python_model.evaluation import next_token_loss
 from python_model.evaluation.held_out import HeldOut, evaluate
-from python_model.train import Trainer, validation
+from python_model.train import TrainConfig, Trainer, validation
 from python_model.train.distributed import Ranks
 from tests.python_model.training_samples import data_folder, held_out_folder, toy_config, toy_trainer
 
@@ -33,6 +33,20 @@ def _scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> dict[floa
 
     monkeypatch.setattr(validation, "evaluate", evaluate)
     return weights
+
+
+def _killed(config: TrainConfig, step: int) -> Trainer:
+    """The trainer of a run that ended in this step, before its evaluation and its state."""
+    trainer = toy_trainer(config)
+
+    def kill(done: int) -> None:
+        if done == step:
+            raise RuntimeError("killed")
+
+    trainer.after_step = kill
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.train()
+    return trainer
 
 
 def test_held_out_texts_that_are_cut_are_counted_once(
@@ -85,6 +99,34 @@ def test_the_best_state_is_what_is_left_and_no_improvement_stops(
     again = toy_trainer(config)
     assert len(again.train()) == 4
     assert torch.equal(again.grit.decoder[0].norm.weight, weights[2.0])
+
+
+def test_a_best_state_later_than_the_state_that_a_run_resumes_from_stays(
+    checkpoint: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 3, its best, the run goes on from step 2; repeated, step 3 would come out otherwise, as on GPUs."""
+    weights = _scripted(monkeypatch, [3.0, 2.5, 1.0, 7.0, 2.0])
+    settings = {"evaluation.data": str(folder), "evaluation.every": 1, "evaluation.metric": "next_token_loss"}
+    config = toy_config(checkpoint, tmp_path, steps=4, lr=1e-2, save_steps=2, **settings)
+    trainer = _killed(config, 4)
+    assert trainer.checkpointer.latest() == tmp_path / "out" / "states" / "step-00000002"
+    again = toy_trainer(config)
+    again.train()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["next_token_loss"]) for line in lines] == [(1, 3.0), (2, 2.5), (3, 1.0), (4, 7.0)]
+    assert [state.name for state in (tmp_path / "out" / "best").iterdir()] == ["step-00000003"]
+    assert torch.equal(again.grit.decoder[0].norm.weight, weights[1.0])
+
+
+def test_a_best_state_of_another_run_keeps_no_evaluation(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
+    settings = {"evaluation.data": str(folder), "evaluation.every": 2}
+    config = toy_config(checkpoint, tmp_path, steps=4, save_steps=1, **settings)
+    _killed(config, 3)
+    best, file = tmp_path / "out" / "best" / "step-00000002", tmp_path / "out" / "evaluation.jsonl"
+    best.rename(best.with_name("step-00000009"))
+    file.write_text(file.read_text() + json.dumps({"step": 3, "ndcg_at_10": 2.0}) + "\n")
+    toy_trainer(config).train()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4]
 
 
 @pytest.mark.parametrize("metric", sorted(validation.HIGHER_IS_BETTER))
