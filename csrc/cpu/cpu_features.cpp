@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
+#include <cerrno>
 #include <cstring>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -32,9 +33,11 @@ const char* ask_for_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned long GET = 0x1022, REQUEST = 0x1023, TILE_DATA = 18;
   unsigned long granted = 0;
-  if (syscall(SYS_arch_prctl, REQUEST, TILE_DATA) || syscall(SYS_arch_prctl, GET, &granted) || !(granted >> TILE_DATA & 1))
-    return "the CPU has AMX, but the kernel does not let this process use it (Linux 5.16 or newer is needed)";
-  return "";
+  if (!syscall(SYS_arch_prctl, REQUEST, TILE_DATA) && !syscall(SYS_arch_prctl, GET, &granted) && granted >> TILE_DATA & 1)
+    return "";
+  if (errno == ENOSPC) return "the CPU has AMX, but an alternate signal stack of this process has no room for its tiles";
+  return "the CPU has AMX, but the kernel does not let this process use it "
+         "(it takes Linux 5.16 or newer, and a sandbox that allows arch_prctl)";
 #else
   return "the CPU has AMX, which is used under Linux only";
 #endif

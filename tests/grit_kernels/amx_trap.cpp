@@ -343,14 +343,19 @@ __attribute__((constructor)) void install() {
 
 }  // namespace
 
-// Takes the place of libc's: grants the tile registers, passes on everything else.
+// Takes the place of libc's: grants the tile registers, or refuses them with the error number in GRIT_TRAP_REFUSAL, and passes on
+// everything else.
 EXPORT long syscall(long number, ...) {
   va_list list;
   va_start(list, number);
   long a[6];
   for (long& value : a) value = va_arg(list, long);
   va_end(list);
-  if (number == SYS_arch_prctl && a[0] == REQUEST_PERMISSION && a[1] == TILE_DATA) return 0;
+  if (number == SYS_arch_prctl && a[0] == REQUEST_PERMISSION && a[1] == TILE_DATA) {
+    const char* refusal = std::getenv("GRIT_TRAP_REFUSAL");
+    if (refusal) errno = std::atoi(refusal);
+    return refusal ? -1 : 0;
+  }
   if (number == SYS_arch_prctl && a[0] == GET_PERMISSION) {
     *reinterpret_cast<unsigned long*>(a[1]) = 1ul << TILE_DATA;
     return 0;

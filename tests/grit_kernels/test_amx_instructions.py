@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 import grit_kernels as gk
 from grit_kernels import _library
 from tests.conftest import ROOT, needs_source_tree
+from tests.grit_kernels import amx_trap
 from tests.grit_kernels.contrastive.test_cpu_contrastive import by_ops, problem
 
 ISAS = _library.cpu_isas() if _library.status().loaded else []
@@ -84,6 +87,28 @@ def test_the_compiled_instructions_give_the_bits_of_the_emulation() -> None:
     counts = run_trapped(__file__, "-k", "emulation and not compiled")
     assert counts["configure"] == counts["release"] > 0  # no thread keeps tiles, nor its next context switch their 8 KB
     assert min(counts[kind] for kind in ("zero", "load", "store", "product")) > 1000
+
+
+@needs_source_tree
+@needs_trap
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "no room for its tiles"), (errno.EINVAL, "Linux 5.16"), (errno.EPERM, "sandbox")],
+)
+def test_a_kernel_that_refuses_tiles_leaves_the_next_set(tmp_path: Path, number: int, words: str) -> None:
+    script = """if True:
+        import ctypes, torch
+        if ctypes.CDLL(None).grit_trap_show_amx(1):
+            raise SystemExit(77)
+        from grit_kernels import _library
+        print(_library.cpu_isas()[0], _library.cpu_choice().amx_reason)
+    """
+    environment = {**amx_trap.environment(amx_trap.build(tmp_path)), "GRIT_TRAP_REFUSAL": str(number)}
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode == 77:
+        pytest.skip("CPUID cannot be made to fault on this machine")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"{ISAS[0]} the CPU has AMX, but ") and words in run.stdout
 
 
 @needs_source_tree
