@@ -105,6 +105,14 @@ class Checkpointer:
         found = sorted(path.parent for path in self.folder.glob("step-*/state.json"))
         return found[-1] if found else None
 
+    def shared_latest(self) -> Path | None:
+        """:meth:`latest` as the first rank sees it, on every rank, which all must call this: on a network file system, some
+        may see a state that was just renamed, and some not yet.
+        """
+        found = self.latest() if self.ranks.first else None
+        step = int(self.ranks.all_values([-1 if found is None else self.step(found)])[0, 0])
+        return None if step < 0 else self._path(step)
+
     @staticmethod
     def step(state: Path) -> int:
         """The number of steps after which ``state`` was written."""
@@ -114,7 +122,7 @@ class Checkpointer:
         """Write the state after ``step`` steps, then remove the oldest beyond ``save_total``, and those of later steps, which an
         earlier run left in the folder.
 
-        Without ``wait`` it is written while the caller goes on, and counts once :meth:`finish` or the next save has been called.
+        Without ``wait`` it is written while the caller goes on, and counts once :meth:`finish` has been called, or the next save.
 
         Raises:
             OSError: it cannot be written (without ``wait``, :meth:`finish` says so); earlier states are left as they are.
@@ -141,6 +149,10 @@ class Checkpointer:
             )
             self._pending = step, cast("Future[Any]", future)
         return self._path(step)
+
+    def written(self) -> bool:
+        """Whether this rank's part of a state is on disk that :meth:`finish` would complete without a wait."""
+        return self._pending is not None and self._pending[1].done()
 
     def finish(self) -> None:
         """Wait until a state being written is complete; every rank must call this."""

@@ -140,11 +140,20 @@ def _shard(model: TrainingModel, config: ParallelConfig, ranks: Ranks, bf16: boo
     fully_shard(model, **options)
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device="cpu" if config.cpu_offload else ranks.device)
+        move_buffers(model, ranks.device)
         buffers = dict(model.named_buffers())
     set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for buffer in buffers.values():
         dist.broadcast(buffer.data, 0, group=ranks.group)
     return model
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers alone, as FSDP does on the rank that has weights: offloading concerns parameters, and of a broadcast whose
+    tensors lie on different devices, each side would wait in a backend of its own."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def layers(model: TrainingModel) -> list[nn.Module]:

@@ -28,6 +28,29 @@ BETAS = (0.9, 0.999)
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+class Weights:
+    """What an evaluation measures: a state with the trained weights and the temperature alone, a third of that of ``optimizers``,
+    and readable from one."""
+
+    def __init__(self, optimizers: Optimizers) -> None:
+        self._optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        """As nested dicts of tensors; sharded ones stay sharded."""
+        mine = self._optimizers
+        found: dict[str, Any] = {"model": get_model_state_dict(mine.model, options=_OPTIONS)}
+        if mine.log_temperature is not None:
+            found["temperature"] = {"log_temperature": mine.log_temperature.detach()}
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        set_model_state_dict(self._optimizers.model, state_dict["model"], options=_OPTIONS)
+        if self._optimizers.log_temperature is not None:
+            with torch.no_grad():
+                self._optimizers.log_temperature.copy_(state_dict["temperature"]["log_temperature"])
+
+
 class Optimizers:
     """AdamW, with moments in 32 or 8 bits, or Muon over the trainable weights of ``model`` (plain or wrapped for the ranks),
     with a warm-up and a schedule.
@@ -118,6 +141,11 @@ class Optimizers:
                     group["lr"] = self.lr(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def weights(self) -> Weights:
+        """The part of the state that an evaluation measures."""
+        return Weights(self)
 
     @property
     def temperature(self) -> float:

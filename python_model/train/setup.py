@@ -12,6 +12,7 @@ import torch
 
 import grit_kernels as gk
 from python_model.corpora.small_model import resolve_model
+from python_model.data.config import BatchConfig
 from python_model.evaluation.held_out import held_out_digest
 from python_model.model.identity import states_config, tokenizer_digest, weights_digest
 from python_model.model.modeling import GritLM
@@ -73,6 +74,15 @@ def compile_layers(grit: GritLM, config: ModelConfig, backend: Any = "inductor")
     for layer in gk.hf.layers_of(grit.decoder[0]):
         # not layer.compile(): hooks, such as those by which FSDP gathers weights, stay outside
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
+
+
+def check_batch_size(batch: BatchConfig, world: int, mode: Mode) -> None:
+    """ValueError if a rank would have no query in a run that embeds."""
+    if mode != "generative" and batch.embedding_batch_size < world:
+        raise ValueError(
+            f"batch.embedding_batch_size: expected at least one query for each of the {world} ranks, got "
+            f"{batch.embedding_batch_size}"
+        )
 
 
 def check_matryoshka_dims(model: GritLM, config: LossConfig) -> None:
@@ -140,8 +150,12 @@ def run_identity(
     evaluation_data: str,
     optimizer: OptimizerKind,
     parallel: ParallelConfig,
+    own_negatives: bool,
 ) -> dict[str, str]:
-    """What a state must have been written with to be resumed from (``identity`` of a Checkpointer), the same on all ranks."""
+    """What a state must have been written with to be resumed from (``identity`` of a Checkpointer), the same on all ranks.
+
+    ``own_negatives``: whether queries are contrasted with the passages of their own rank alone.
+    """
     # rank 0 has the weights; float64 holds 48 bits exactly
     values = [model_digest(model.model), former_model_digest(model.model)]
     weights, former = map(int, ranks.all_values(values)[0].tolist())
@@ -159,6 +173,8 @@ def run_identity(
         whole = ranks.group is None or parallel.strategy == "ddp"
         shards = 1 if whole else parallel.shard_size or ranks.world
         identity["shards of the weights (optimizer.kind adamw_8bit)"] = str(shards)
+    if own_negatives:
+        identity["ranks (losses.cross_device_negatives false)"] = str(ranks.world)
     return identity
 
 

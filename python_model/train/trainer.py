@@ -34,6 +34,7 @@ from python_model.train.model import TrainingModel
 from python_model.train.optimizers import Optimizers, require_8_bits
 from python_model.train.profiling import step_profiler
 from python_model.train.setup import (
+    check_batch_size,
     check_matryoshka_dims,
     compile_layers,
     load_model,
@@ -71,10 +72,11 @@ class Trainer:
         self.ranks = ranks or Ranks(0, 1, model.device)
         config = replace(config, model=_with_precision(config.model, self.ranks))
         self.grit, self.config, self.stream = model, config, stream
-        self._check_batches()
-        check_matryoshka_dims(model, config.losses)
+        losses = config.losses
+        check_batch_size(config.batch, self.ranks.world, config.mode)
+        check_matryoshka_dims(model, losses)
         recompute_activations(model, config.model)
-        router = router_loss_weight(model, config.losses)
+        router = router_loss_weight(model, losses)
         training_model = TrainingModel(model, router_loss=router > 0)
         training_model.touch_all = self.ranks.group is not None
         self.flops = ModelFlops.of(model)
@@ -97,16 +99,17 @@ class Trainer:
             evaluation_data=config.evaluation.data,
             optimizer=config.optimizer.kind,
             parallel=config.parallel,
+            own_negatives=config.embeds and losses.in_batch_negatives and not losses.cross_device_negatives,
         )
         compile_layers(model, config.model)
         bf16 = bool(config.model.bf16)
         self.model = wrap(training_model, config.parallel, self.ranks, bf16=bf16)
         self.optimizers = Optimizers(
-            self.model, config.optimizer, config.losses, self.ranks, steps=config.steps, embeds=config.embeds
+            self.model, config.optimizer, losses, self.ranks, steps=config.steps, embeds=config.embeds
         )
         self.gradients = StepGradients(
             self.model,
-            config.losses,
+            losses,
             self.ranks,
             bf16=bf16,
             normalized=model.settings.normalized,
@@ -130,10 +133,9 @@ class Trainer:
     @classmethod
     def from_config(cls, config: TrainConfig, ranks: Ranks) -> Trainer:
         """The trainer of a run, with the model and the data that ``config`` names."""
-        in_batch_negatives = config.losses.in_batch_negatives
-        teacher = config.losses.distillation_weight > 0
-        # with FSDP only rank 0 reads the weights; the others get their shards from it
+        # with FSDP only rank 0 reads the weights, into CPU memory, as no device need hold them all; the others get their shards
         sharded = ranks.group is not None and config.parallel.strategy == "fsdp"
+        device = torch.device("cpu") if sharded else ranks.device
         # before minutes are spent on loading a model
         if sharded and config.model.quantization:
             raise ValueError(
@@ -142,7 +144,8 @@ class Trainer:
             )
         if config.optimizer.kind == "adamw_8bit":
             require_8_bits()
-        needed = {"in_batch_negatives": in_batch_negatives, "teacher": teacher}
+        losses = config.losses
+        needed = {"in_batch_negatives": losses.in_batch_negatives, "teacher": losses.distillation_weight > 0}
         for note in check_data(config.data, config.mode, batch=config.batch, **needed):
             if ranks.first:
                 print(f"note: {note}", flush=True)
@@ -152,7 +155,7 @@ class Trainer:
             check_writable(Path(config.output_dir))
         model = load_model(
             config.model,
-            ranks.device,
+            device,
             mode=config.mode,
             settings=config.settings_given,
             seed=config.seed,
@@ -170,13 +173,6 @@ class Trainer:
             world=ranks.world,
         )
         return cls(model, config, stream, ranks)
-
-    def _check_batches(self) -> None:
-        queries, world = self.config.batch.embedding_batch_size, self.ranks.world
-        if self.config.embeds and queries < world:
-            raise ValueError(
-                f"batch.embedding_batch_size: expected at least one query for each of the {world} ranks, got {queries}"
-            )
 
     def step(self, samples: StepSamples, index: int) -> dict[str, Any]:
         """One optimiser step on this rank's samples; returns what the log records."""
@@ -311,9 +307,9 @@ class Trainer:
             limits = "data.query_max_len, passage_max_len or generative_max_len"
             tqdm.write(f"{self._texts_cut} of {self._texts} texts were longer than {limits}; what follows was not read")
         self.checkpointer.finish()
-        best = self._best.latest() if validation is not None else None
+        best = self._best.shared_latest() if validation is not None else None
         if best is not None:
-            self._best.load(best, self.optimizers)
+            self._best.load(best, self.optimizers.weights)
         self.model.eval()
         return log.records if log else []
 
@@ -368,7 +364,7 @@ class Trainer:
         return fresh.grit
 
     def _resume(self) -> int:
-        state = self.checkpointer.latest() if self.config.logging.resume else None
+        state = self.checkpointer.shared_latest() if self.config.logging.resume else None
         if state is None:
             return 0
         done = self.checkpointer.load(state, self.optimizers)
@@ -387,13 +383,23 @@ class Trainer:
         config = self.config.evaluation
         if not config.data:
             return None
-        bf16 = bool(self.config.model.bf16)
         return Validation(
-            config, self.model, self.grit, self.optimizers, self.folder, self._best, self.ranks, bf16=bf16, start=start
+            config,
+            self.model,
+            self.grit,
+            self.optimizers.weights,
+            self.folder,
+            self._best,
+            self.ranks,
+            bf16=bool(self.config.model.bf16),
+            start=start,
         )
 
     def _save_state(self, done: int) -> None:
-        stop = bool(self.ranks.all_values([self._stop])[:, 0].any())
+        stops, written = self.ranks.all_values([self._stop, self.checkpointer.written()]).bool().T
+        stop = bool(stops.any())
+        if written.all():  # what dies before the next save must not take this state with it
+            self.checkpointer.finish()
         due = self.config.logging.save_steps and (
             done % self.config.logging.save_steps == 0 or done == self.config.steps
         )

@@ -11,9 +11,9 @@ import torch
 import torch.multiprocessing as mp
 
 from python_model.train import Trainer
-from python_model.train.distributed import Ranks, forwards_apart
+from python_model.train.distributed import Ranks, forwards_apart, move_buffers
 from python_model.train.setup import load_model
-from tests.python_model.training_samples import LENGTH, ToyStream, held_out_folder, toy_config, toy_trainer
+from tests.python_model.training_samples import LENGTH, ToyStream, data_folder, held_out_folder, toy_config, toy_trainer
 from tests.ranks import process_group
 
 CASES: dict[str, dict[str, Any]] = {
@@ -103,3 +103,42 @@ def test_a_state_written_in_the_background_is_whole(runs: Path, checkpoint: Path
     states = runs / "fsdp" / "two" / "out" / "states"
     assert sorted(path.name for path in states.iterdir()) == ["step-00000002", "step-00000003"]
     assert all((state / ".metadata").is_file() and (state / "state.json").is_file() for state in states.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rank", "strategy", "device", "weights"),
+    [(0, "fsdp", "cpu", True), (1, "fsdp", "cpu", False), (1, "ddp", "cuda:3", True)],
+)
+def test_no_device_holds_all_weights_of_a_sharded_model(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    strategy: str,
+    device: str,
+    weights: bool,
+) -> None:
+    """They go through CPU memory, from which FSDP moves one layer after another."""
+
+    class Loaded(Exception):
+        pass
+
+    def load(config: Any, where: torch.device, **options: Any) -> None:
+        raise Loaded(str(where), options["weights"])
+
+    monkeypatch.setattr("python_model.train.trainer.load_model", load)
+    config = toy_config(
+        checkpoint, tmp_path, parallel=strategy, **{"data.train_data": str(data_folder(tmp_path / "data"))}
+    )
+    with pytest.raises(Loaded) as found:
+        Trainer.from_config(config, Ranks(rank, 2, torch.device("cuda", 3), object()))
+    assert found.value.args == (device, weights)
+
+
+def test_buffers_lie_on_the_device_although_parameters_are_offloaded() -> None:
+    """A rank that has just made room for its shards on the CPU, and the one whose buffers FSDP moved, broadcast alike."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+    model[0].register_buffer("nothing", None)
+    move_buffers(model, torch.device("meta"))
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"} and len(list(model.buffers())) == 6
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import pytest
 import torch
 
 from python_model.train import Interrupted
-from python_model.train.checkpointer import VERSION
+from python_model.train.checkpointer import VERSION, Checkpointer
+from python_model.train.distributed import Ranks
 from tests.python_model.training_samples import LENGTH, figures, toy_config, toy_trainer
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -148,6 +150,43 @@ def test_a_state_written_in_the_background_holds_its_own_step(checkpoint: Path, 
         assert torch.equal(mine, theirs), name
 
 
+def test_a_state_written_in_the_background_counts_in_the_step_after_it_is_on_disk(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Not only at the next save, before which the machine may die."""
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=5, save_steps=2, async_save=True))
+    newest = []
+
+    def look(done: int) -> None:
+        if done == 3:
+            assert trainer.checkpointer._pending is not None
+            trainer.checkpointer._pending[1].result()
+        newest.append(trainer.checkpointer.latest())
+
+    trainer.after_step = look
+    trainer.train()
+    assert newest[:3] == [None] * 3 and newest[3] == tmp_path / "out" / "states" / "step-00000002"
+
+
+def test_all_ranks_take_the_state_that_the_first_one_sees(tmp_path: Path) -> None:
+    """On a network file system another rank may not see it yet, or still see one that is gone."""
+
+    class Second(Ranks):
+        def all_values(self, values: Sequence[float]) -> torch.Tensor:
+            assert list(values) == [-1], "what this rank sees does not count"
+            return torch.tensor([[seen], [-1]], dtype=torch.float64)
+
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / "state.json").write_text("{}")
+    checkpointer = Checkpointer(tmp_path, {}, Second(1, 2, torch.device("cpu"), object()))
+    seen = 7
+    assert checkpointer.shared_latest() == tmp_path / "step-00000007"
+    seen = -1
+    assert checkpointer.shared_latest() is None
+    alone = Checkpointer(tmp_path, {}, Ranks(0, 1, torch.device("cpu")))
+    assert alone.shared_latest() == tmp_path / "step-00000003"
+
+
 @pytest.mark.parametrize("failure", ["batch", "data"])
 def test_a_state_being_written_survives_the_step_that_fails(checkpoint: Path, tmp_path: Path, failure: str) -> None:
     """The run stops in the step after the save, and goes on from there as if it had not."""
@@ -200,6 +239,23 @@ def test_a_setting_that_a_state_does_not_know_had_its_default(
     with pytest.raises(ValueError, match=message):
         toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1, **{name: given})).train()
     toy_trainer(toy_config(checkpoint, tmp_path, steps=1, save_steps=1)).train()
+
+
+def test_negatives_of_each_rank_alone_take_the_same_number_of_ranks(checkpoint: Path, tmp_path: Path) -> None:
+    """They are a rank's share of the batch; with those of all ranks, their number does not matter."""
+    alone = toy_config(checkpoint, tmp_path, steps=2, save_steps=1, **{"losses.cross_device_negatives": False})
+    trainer = toy_trainer(alone)
+    assert trainer.checkpointer.identity["ranks (losses.cross_device_negatives false)"] == "1"
+    trainer.train()
+    again = toy_trainer(alone)
+    again.checkpointer.identity["ranks (losses.cross_device_negatives false)"] = "8"
+    with pytest.raises(
+        ValueError, match=r"ranks \(losses.cross_device_negatives false\): expected 1, .* got 8; use the"
+    ):
+        again.train()
+    for changes in ({}, {"losses.cross_device_negatives": False, "mode": "generative"}):
+        identity = toy_trainer(toy_config(checkpoint, tmp_path, steps=2, **changes)).checkpointer.identity
+        assert not any(name.startswith("ranks") for name in identity)
 
 
 def test_states_rotate_and_a_half_written_one_is_ignored(checkpoint: Path, tmp_path: Path) -> None:

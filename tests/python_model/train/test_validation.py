@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from python_model import GritLM
 from python_model.evaluation import next_token_loss
@@ -116,6 +118,27 @@ def test_a_best_state_later_than_the_state_that_a_run_resumes_from_stays(
     assert [(line["step"], line["next_token_loss"]) for line in lines] == [(1, 3.0), (2, 2.5), (3, 1.0), (4, 7.0)]
     assert [state.name for state in (tmp_path / "out" / "best").iterdir()] == ["step-00000003"]
     assert torch.equal(again.grit.decoder[0].norm.weight, weights[1.0])
+
+
+def test_a_best_state_holds_what_was_measured_and_an_earlier_versions_is_read(
+    checkpoint: Path, tmp_path: Path, folder: Path
+) -> None:
+    """Weights and temperature, no moments; earlier versions wrote a whole state."""
+    settings = {"evaluation.data": str(folder), "evaluation.every": 2, "losses.learn_temperature": True}
+    trainer = toy_trainer(toy_config(checkpoint, tmp_path, steps=2, save_steps=2, lr=1e-2, **settings))
+    trainer.train()
+    (best,) = (tmp_path / "out" / "best").iterdir()
+    names = FileSystemReader(best).read_metadata().state_dict_metadata
+    assert [name for name in names if not name.startswith("model.")] == ["temperature.log_temperature"]
+    assert {f"model.{name}" for name, _ in trainer.model.named_parameters()} < set(names)
+    expected = trainer.grit.decoder[0].norm.weight.detach().clone()
+    shutil.rmtree(best)
+    shutil.copytree(tmp_path / "out" / "states" / best.name, best)
+    again = toy_trainer(trainer.config)
+    assert not torch.equal(again.grit.decoder[0].norm.weight, expected)
+    again._best.load(best, again.optimizers.weights)
+    assert torch.equal(again.grit.decoder[0].norm.weight, expected)
+    assert again.optimizers.temperature == trainer.optimizers.temperature != 0.02
 
 
 def test_a_best_state_of_another_run_keeps_no_evaluation(checkpoint: Path, tmp_path: Path, folder: Path) -> None:
