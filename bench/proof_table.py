@@ -121,7 +121,7 @@ def _against(records: Sequence[Record], kind: str) -> list[str]:
 
 
 def _against_generative(records: Sequence[Record], kind: str) -> list[str]:
-    """Unified next-token loss relative to the generative specialist of the same seed; seeds are pooled."""
+    """Unified next-token loss relative to the generative specialist of the same seed; seeds are averaged per conversation."""
     pairs = [
         pair for pair in _pairs(records, "generative", kind) if all("conversation_losses" in record for record in pair)
     ]
@@ -138,8 +138,7 @@ def _against_generative(records: Sequence[Record], kind: str) -> list[str]:
     for name in [*names, "all"]:
         chosen = names if name == "all" else [name]
         mine, theirs = (
-            [[row for pair in pairs for row in pair[side]["conversation_losses"][own]] for own in chosen]
-            for side in (0, 1)
+            [_averaged([pair[side]["conversation_losses"][own] for pair in pairs]) for own in chosen] for side in (0, 1)
         )
         rows = sum(len(pairs[0][0]["conversation_losses"][own]) for own in chosen)
         lines.append(f"| {name} | {rows} | {_shown(*relative_loss_difference(mine, theirs))} |")
@@ -151,6 +150,11 @@ def _against_generative(records: Sequence[Record], kind: str) -> list[str]:
         for pair in pairs
     ]
     return [*lines, "", *_by_seed(by_seed)]
+
+
+def _averaged(seeds: Sequence[Rows]) -> Rows:
+    """Each conversation once, with its mean loss: as draws of their own, the seeds would make the interval too narrow."""
+    return [(sum(loss for loss, _ in rows) / len(rows), rows[0][1]) for rows in zip(*seeds, strict=True)]
 
 
 def _by_seed(differences: Sequence[tuple[int, tuple[float, float, float]]]) -> list[str]:

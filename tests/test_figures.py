@@ -178,6 +178,11 @@ def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
     assert f"by {long.strip('-')} % of nDCG@10 and {long_loss.strip('+')} % of the loss after 860 steps" in text
     assert f"by {double.strip('-')} % and {double_loss.strip('+')} % after 288" in text
     assert f"nDCG@10 was {differences('proof_short')[0][0].strip('-')} % below after 144 steps" in text
+    at_rates = [
+        f"{ndcg(records.read(RESULTS / plan / 'embedding-0.json')['ranks']).mean():.3f}".removeprefix("0")
+        for plan in ("proof_short", "proof_rate")
+    ]
+    assert f"specialist (seed 0) has {at_rates[0]} at 1e-4 and {at_rates[1]} at 1.4e-4 after 144 steps" in text
 
 
 def test_the_tokens_of_twice_the_steps_are_those_of_their_logs() -> None:

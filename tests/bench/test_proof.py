@@ -217,6 +217,22 @@ def test_each_seed_is_compared_with_the_specialist_of_the_same_seed() -> None:
     assert "Each seed" not in table(records[:1] + records[3:4])
 
 
+def test_a_second_seed_with_the_same_losses_makes_no_interval_narrower() -> None:
+    """Conversations are resampled, not their runs."""
+    losses = np.random.default_rng(1).gamma(9.0, 0.3, (2, 50)).tolist()
+
+    def record(name: str, seed: int, own: list[float]) -> dict[str, Any]:
+        rows = {"x": [(loss, 1) for loss in own]}
+        return {"name": f"{name}-{seed}", "seed": seed, "steps": 5, "conversation_losses": rows}
+
+    one, two = (
+        [record(name, seed, own) for seed in seeds for name, own in zip(("unified", "generative"), losses, strict=True)]
+        for seeds in ((0,), (0, 1))
+    )
+    alone, both = (next(x for x in table(rows).splitlines() if x.startswith("| all |")) for rows in (one, two))
+    assert alone == both and re.search(r"\[-.*, \+.*\]", alone)
+
+
 @needs_source_tree
 def test_no_committed_record_names_a_folder_of_a_machine() -> None:
     for path in proof.common.RESULTS.rglob("*.json"):
