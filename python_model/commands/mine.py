@@ -5,7 +5,8 @@ grit mine rows.jsonl ROWS.jsonl --model my_run/checkpoint --scores    # by a mod
 grit mine rows.jsonl ROWS.jsonl --corpus passages.jsonl           # from a larger collection ({"text", "title"?} per line)
 
 Candidates are all passages of the rows and of the corpus. A negative scores at most --margin times the query's best positive,
-since a passage that scores higher is too often correct as well. Existing negatives are kept, and so are all positives of a query.
+since a passage that scores higher is too often correct as well (only where too few score less, those that score least are added).
+Existing negatives are kept, and so are all positives of a query.
 """
 
 from __future__ import annotations

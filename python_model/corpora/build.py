@@ -97,6 +97,7 @@ class Builder:
                     len(pool),
                     count,
                     lambda i, j: not pool[i].group or pool[i].group != pool[j].group,
+                    top_only=True,
                     description=name,
                 )
             chosen = [[pool[j].passage for j in negatives] for negatives, _ in mined]

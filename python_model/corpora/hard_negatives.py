@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -90,17 +91,21 @@ def mine_negatives(
     *,
     skipped_ranks: int = SKIPPED_RANKS,
     margin: float = SCORE_CAP,
+    top_only: bool = False,
     description: str = "hard negatives",
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """For each query, the indices of ``count`` negatives, and the scores of all passages.
 
     Negatives are chosen after the first ``skipped_ranks`` wrong passages, among those that score at most ``margin`` times the
-    best positive (false negatives score like positives). If too few passages score above 0, evenly spaced others are added.
+    best positive (false negatives score like positives). If too few of them score above 0, evenly spaced others that score no
+    more are added, and if there are none, those that score least.
 
     Args:
         positives: for each query, the indices of the passages that answer it.
         passages: number of passages.
         allowed: whether a passage may be a negative of a query, given their indices.
+        top_only: choose from the top ranks alone, though a query whose positive is not among them finds none below it there, and
+            add others whatever they score: so the data sets of ``grit data`` keep the rows that the records were trained on.
 
     Raises:
         ValueError: there are not more passages than ``count``.
@@ -113,19 +118,32 @@ def mine_negatives(
     for query, (scores, right) in enumerate(zip(rows, positives, strict=True)):
         answers = set(right)
         kept = min(skipped_ranks + SPREAD * count + 7 + len(answers), passages)
-        least = np.partition(scores, -kept)[-kept]
-        best = np.flatnonzero(scores >= least)  # including ties, so that the order of the passages decides
-        ranked = [int(j) for j in best[np.lexsort((best, -scores[best]))] if scores[j] > 0]
-        ranked = [j for j in ranked if j not in answers and allowed(query, j)]
         top = max(float(scores[j]) for j in answers)
         limit = top - (1 - margin) * abs(top)
+        ranked = [j for j in _best(scores, kept) if j not in answers and allowed(query, j)]
         below = [j for j in ranked[skipped_ranks:] if scores[j] <= limit]
+        if len(below) < SPREAD * count and not top_only:
+            above = sum(scores[j] > limit for j in ranked[:skipped_ranks])
+            under = _best(np.where(scores <= limit, scores, -np.inf), kept)
+            below = [j for j in under if j not in answers and allowed(query, j)][skipped_ranks - above :]
         chosen = below[: SPREAD * count : SPREAD]
         chosen += [j for j in below if j not in chosen][: count - len(chosen)]
-        for place in range(1, passages):
-            if len(chosen) >= count:
-                break
-            other = (right[0] + place * step) % passages
+        spaced = ((right[0] + place * step) % passages for place in range(1, passages))
+        others = itertools.chain((j for j in spaced if top_only or scores[j] <= limit), _rising(scores))
+        while len(chosen) < count and (other := next(others, None)) is not None:
             if other not in chosen and other not in answers and allowed(query, other):
                 chosen.append(other)
         yield chosen, scores
+
+
+def _best(scores: np.ndarray, count: int) -> list[int]:
+    """The indices of the ``count`` highest scores above 0, and of those that tie with the last one: the order of the passages
+    decides."""
+    least = np.partition(scores, -count)[-count]
+    best = np.flatnonzero((scores >= least) & (scores > 0))
+    return [int(j) for j in best[np.lexsort((best, -scores[best]))]]
+
+
+def _rising(scores: np.ndarray) -> Iterator[int]:
+    """All indices, from the lowest score; sorted when the first one is needed."""
+    yield from np.argsort(scores, kind="stable").tolist()

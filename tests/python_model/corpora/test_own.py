@@ -181,6 +181,32 @@ def test_the_best_wrong_passages_are_skipped_and_every_third_of_the_next_is_take
     assert chosen == [3, 8], "3, 6, 7 and 8 are left of the best wrong ones"
 
 
+def test_a_query_whose_answer_ranks_low_gets_the_best_passages_below_it() -> None:
+    """Its top ranks all score above the limit; what fills up scores no higher either, unless nothing else is left."""
+    scores = [0.9 - n / 1000 for n in range(300)]  # the answer is the 200th, the limit the 232nd
+    found = {
+        top_only: next(mine_negatives(Fixed(scores), [[200]], 300, 4, top_only=top_only, margin=0.955))[0]
+        for top_only in (False, True)
+    }
+    assert found[False] == [232, 235, 238, 241]
+    assert any(scores[j] > 0.955 * scores[200] for j in found[True]), "the rows of `grit data` stay as they were"
+    # below the limit: one with a score above 0, which ranks after those to be skipped, and four without
+    few = [0.0, 0.9, 0.8, 0.7, 0.0, 1.0, 0.3, 0.0, 0.0]
+    ((chosen, _),) = mine_negatives(Fixed(few), [[6]], 9, 3)
+    assert len(chosen) == 3 and all(few[j] == 0 for j in chosen)
+    ((chosen, _),) = mine_negatives(Fixed([0.2, 0.3, 0.9, 0.8, 0.7, 0.6]), [[0]], 6, 3)
+    assert chosen == [1, 5, 4], "no passage is below the answer: those that score least"
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2, 5])
+def test_ranks_to_be_skipped_are_counted_from_the_first_wrong_passage(skipped: int) -> None:
+    """Also where some of them score above the limit."""
+    scores = [1.0, *(0.97 - n / 10_000 for n in range(2)), *(0.9 - n / 1000 for n in range(200))]
+    ((deep, _),) = mine_negatives(Fixed(scores), [[0]], 203, 40, skipped_ranks=skipped)
+    ((chosen, _),) = mine_negatives(Fixed(scores), [[0]], 203, 3, skipped_ranks=skipped)
+    assert chosen == deep[:3] == [max(3, 1 + skipped) + 3 * n for n in range(3)]
+
+
 @pytest.mark.parametrize("owners", [None, [0, 0, 1]])
 def test_similarities_of_many_queries_come_one_by_one(owners: list[int] | None) -> None:
     generator = torch.Generator().manual_seed(0)
