@@ -101,6 +101,21 @@ GRIT_INLINE void add_values(const uint32_t* v_columns, int64_t padded, int64_t j
   }
 }
 
+// The highest of rows [0, rows) of scores in each lane, rows a multiple of 4: four maxima at a time, for each waits for its last.
+template <int NV>
+GRIT_INLINE void highest(const float* scores, int64_t rows, vf (&top)[NV]) {
+  vf part[4][NV];
+  GRIT_UNROLL for (int i = 0; i < 4; ++i) GRIT_UNROLL for (int v = 0; v < NV; ++v) part[i][v] = splat(MINUS_INFINITY);
+  for (int64_t j = 0; j < rows; j += 4)
+    GRIT_UNROLL for (int i = 0; i < 4; ++i)
+      GRIT_UNROLL for (int v = 0; v < NV; ++v) part[i][v] = vmax(part[i][v], load(scores + (j + i) * TILE + v * W));
+  GRIT_UNROLL for (int v = 0; v < NV; ++v) top[v] = vmax(vmax(part[0][v], part[1][v]), vmax(part[2][v], part[3][v]));
+}
+
+// By how much (a power of 2) probabilities may exceed 1 before tiles take a higher maximum. Any maximum is exact, P has as many
+// digits, and with the same one the sums so far need no pass that rescales them.
+constexpr float HEADROOM = 8;
+
 // O^T (unnormalised), maximum and total of all lanes; returns the number of key blocks
 template <class F, int NV>
 int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, const uint32_t* v_columns, const Scratch& b,
@@ -129,7 +144,9 @@ int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, c
 
     vf top[NV];
     GRIT_UNROLL for (int v = 0; v < NV; ++v) top[v] = splat(MINUS_INFINITY);
-    for (int64_t j = 0; j < keys; j += PANEL) {
+    const bool as_they_are = F::tiled && unmasked && !a.capped;
+    if (as_they_are) highest(b.scores, keys, top);
+    for (int64_t j = 0; j < keys && !as_they_are; j += PANEL) {
       vf x[PANEL][NV];
       panel_sums<F, NV>(b.scores + j * TILE, k_panels + (j0 + j) * words, b.q, words, x);
       if (a.capped) [[unlikely]] {
@@ -151,7 +168,8 @@ int64_t run_tile(const Attention& a, int64_t padded, const uint32_t* k_panels, c
 
     vf rescale[NV], offset[NV], factor[NV];
     GRIT_UNROLL for (int v = 0; v < NV; ++v) {
-      const vf higher = vmax(maximum[v], top[v] * scale);
+      vf higher = vmax(maximum[v], top[v] * scale);
+      if constexpr (F::tiled) higher = (vi)(higher <= maximum[v] + HEADROOM) ? maximum[v] : higher;
       const vf base = higher == MINUS_INFINITY ? vf{} : higher;  // a lane that saw nothing subtracts 0
       factor[v] = scale;
       const vi large = vabs(base) >= LARGE_SCORE;

@@ -379,7 +379,7 @@ GRIT_INLINE void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32
 
 // ---- functions
 
-// 2^x for x <= about 1; exactly 1 at 0. x below -126 gives 2^-126: a caller that masks must write its own 0. A NaN stays a NaN.
+// 2^x for x <= about 100; exactly 1 at 0. x below -126 gives 2^-126: a caller that masks must write its own 0. A NaN stays a NaN.
 template <int DEGREE>
 GRIT_INLINE vf exp2_of(vf x) {
 #if defined(GRIT_ISA_TILES)
@@ -425,7 +425,7 @@ GRIT_INLINE vf tanh_of(vf x) {
   return size < 0.625f ? near_zero : of_sign;
 }
 
-// 2^x for x <= about 1, and 0 below -126
+// 2^x for x <= about 100, and 0 below -126
 GRIT_INLINE vf exp2_or_zero(vf x) { return x < -126.0f ? vf{} : exp2_of<5>(x); }
 
 // Adds a base-2 score without a value to the softmax of rows with this highest score and this sum of exponentials relative to it,

@@ -132,7 +132,8 @@ struct TileLanes {
   int64_t word_step, stride;  // words; stride: between words of a column
 };
 
-constexpr int64_t STEPS = 8;  // tiles of words between two visits to the sums: their lanes stay in the first-level cache
+constexpr int64_t STEPS = 8;  // tiles of words between two visits to the sums at most, where several pairs of rows share their lanes:
+                              // these stay in the first-level cache
 
 template <int R, int C>
 GRIT_INLINE void multiply_corner(Tiles& t, float* sums, int64_t stride, const TileRows& a, const TileLanes& b, int64_t steps, bool add) {
@@ -175,8 +176,9 @@ inline void multiply_tiles(float* sums, int64_t stride, int64_t rows, int64_t co
                            bool add) {
   finish_stores();
   Tiles t;
-  for (int64_t n = 0; n < steps; n += STEPS) {
-    const int64_t here = smaller(STEPS, steps - n);
+  const int64_t visits = rows <= 2 ? 1 : (steps + STEPS - 1) / STEPS, most = visits ? (steps + visits - 1) / visits : steps;
+  for (int64_t n = 0; n < steps; n += most) {
+    const int64_t here = smaller(most, steps - n);
     for (int64_t c = 0; c < columns; c += 2)
       for (int64_t r = 0; r < rows; r += 2) {
         const TileRows ra{a.data + r * a.row_step + n * a.word_step, a.row_step, a.word_step, a.stride};

@@ -399,6 +399,21 @@ def test_memory_kept_from_a_call_full_of_nan_changes_nothing(isa: str, dtype: to
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("growth", [2.0, 6.0, 9.0, 40.0, 900.0])
+def test_scores_that_rise_from_block_to_block_keep_the_accuracy_rule(isa: str, growth: float) -> None:
+    """By powers of 2 per 128 keys: below those by which a set may let its probabilities exceed 1, and above; in every second row
+    they fall."""
+    for sinks in (None, torch.tensor([3.0, -9.0])):
+        call = make_call([60, 33], [700, 520], right=[0, NONE], heads=(2, 2), dtype=torch.bfloat16, sinks=sinks)
+        for start, count in zip(call.starts_k, call.lens_k, strict=True):
+            call.k[start : start + count, :, 0] = (torch.arange(count) * (growth / 128))[:, None].bfloat16()
+        sign = torch.tensor([1.0, -1.0])[torch.arange(len(call.q)) % 2]
+        call.q[:, :, 0] = (sign * math.log(2) / call.softmax_scale)[:, None].bfloat16()
+        with _library.cpu_isa(isa):
+            check(call)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e5, 3e7])
 @pytest.mark.parametrize("rows", [3, 70])
