@@ -10,7 +10,7 @@ import pytest
 
 from bench import records
 from bench.common import RESULTS
-from bench.proof_table import mean_losses, ndcg
+from bench.proof_table import mean_losses, ndcg, relative_difference, relative_loss_difference
 from python_model.cli import main
 from tests.conftest import needs_source_tree
 
@@ -206,6 +206,36 @@ def test_the_differences_that_the_proof_names_are_those_of_its_tables() -> None:
         for plan in ("proof_short", "proof_rate")
     ]
     assert f"specialist (seed 0) has {at_rates[0]} at 1e-4 and {at_rates[1]} at 1.4e-4 after 144 steps" in text
+
+
+def test_what_a_higher_rate_gives_the_unified_model_is_that_of_its_record() -> None:
+    """Against the specialists of seed 0 at the other rate, on the same rows."""
+    high, plain = (records.read(RESULTS / plan / "unified-0.json") for plan in ("proof_high_rate", "proof"))
+    embedding, generative = (records.read(RESULTS / "proof" / f"{mode}-0.json") for mode in ("embedding", "generative"))
+    assert high["measured_on"] == embedding["measured_on"] == generative["measured_on"]
+    assert high["config"]["optimizer"]["lr"] == 2e-4 and embedding["config"]["optimizer"]["lr"] == 1.4e-4
+    names = sorted(high["conversation_losses"])
+
+    def losses(record: dict[str, Any]) -> list[Any]:
+        return [record["conversation_losses"][name] for name in names]
+
+    score, low, high_end = (
+        f"{100 * x:+.1f}" for x in relative_difference(ndcg(high["ranks"]), ndcg(embedding["ranks"]))
+    )
+    before = 100 * relative_difference(ndcg(plain["ranks"]), ndcg(embedding["ranks"]))[0]
+    loss, loss_low, loss_high = (f"{100 * x:+.1f}" for x in relative_loss_difference(losses(high), losses(generative)))
+    loss_before = 100 * relative_loss_difference(losses(plain), losses(generative))[0]
+    text = " ".join(PROOF.split())
+    assert (
+        f"at 2e-4 the unified model (seed 0) is {score.strip('+')} % above its specialist at 1.4e-4 ({low} to {high_end} %), "
+        f"not {-before:.1f} % below, and its loss {loss.strip('+')} % higher ({loss_low} to {loss_high} %), "
+        f"not {loss_before:.1f} %."
+    ) in text
+    (line,) = re.findall(r"^\| unified at 2e-4, seed 0 \|(.*)\|$", PROOF, flags=re.MULTILINE)
+    mean = sum(mean_losses(high["conversation_losses"]).values()) / len(names)
+    assert [cell.strip() for cell in line.split("|")] == [
+        *(f"{ndcg(high['ranks']).mean():.3f}".removeprefix("0"), "", f"{mean:.3f}", "")
+    ]
 
 
 def test_the_tokens_of_twice_the_steps_are_those_of_their_logs() -> None:
